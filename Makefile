@@ -1,0 +1,47 @@
+# `make demo` and `make test` are all that a fresh machine needs: Python >= 3.10, a C++ compiler, make.
+PYTHON ?= python3
+DALI ?= nvidia-dali-cuda120
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := 2.13.0
+SOURCES := $(wildcard kernels/stpp_kernels/csrc/*)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-gpu fmt check clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/.installed  ## make .venv and install everything into it
+
+demo: setup  ## draw a synthetic data set and run ST++ on it (runs/demo)
+	$(BIN)/stpp demo --out runs/demo --seed 0
+
+test: setup  ## the quick tests
+	$(BIN)/python -m pytest -m "not slow and not gpu" -q
+
+test-slow: setup  ## the slow tests
+	$(BIN)/python -m pytest -m "slow and not gpu" -q
+
+test-gpu: setup  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu -q
+
+fmt: setup  ## format and sort imports
+	$(BIN)/ruff check --fix --quiet .
+
+check: setup  ## lint
+	$(BIN)/ruff check .
+
+clean:  ## remove what was built, not the runs
+	rm -rf $(VENV) build *.egg-info engine/*.egg-info kernels/stpp_kernels/*.so
+
+# torch comes first and alone: the C++ operators are compiled against it, and an unpinned torch would bring its own CUDA.
+$(VENV)/.torch-$(TORCH)-$(DALI): Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
+	$(BIN)/python -m pip install --quiet torch==$(TORCH) -r requirements.txt $(DALI)==2.4.0
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch-$(TORCH)-$(DALI) pyproject.toml setup.py $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@

@@ -1,0 +1,207 @@
+"""The command line: `stpp COMMAND ...`, also `python -m stpp COMMAND ...` under torchrun.
+
+Nothing heavy is imported before a command runs, so that `--help` is instant.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from stpp import config
+from stpp.config import Config, DataConfig
+from stpp.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare:
+    """Check a data set and write its index."""
+
+    out: Path
+    """Folder for index.parquet, index.json and re-encoded masks."""
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Draw which images keep their labels: labeled.txt, unlabeled.txt, val.txt."""
+
+    index: Path
+    """Folder of a prepared index."""
+    out: Path
+    """Folder for the three lists."""
+    fraction: str = "1/8"
+    """Share (1/8, 0.125) or number (92) of the training images that keep their labels."""
+    seed: int = 0
+    """Equal seeds draw equal splits."""
+    val: float | None = None
+    """Share of the training images drawn for validation; unset: the data set's own validation list."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Score a checkpoint: mIoU and IoU of every class at native size."""
+
+    checkpoint: Path
+    """A best.pt or third-*.pt of a run."""
+    data: DataConfig = field(default_factory=DataConfig)
+    list: Path | None = None
+    """Lines `image mask`; by default val.txt of the run that the checkpoint lies in."""
+    tta: Literal["none", "flip", "stpp"] = "none"
+    """Test-time augmentation."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to compute."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Autocast type."""
+    out: Path | None = None
+    """Also write the scores to this JSON file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Make a small synthetic data set and run ST++ on it with two processes."""
+
+    out: Path
+    """Folder of the run."""
+    seed: int = 0
+    """Seed of the data, the split and the training."""
+    control: bool = False
+    """Also train on the labels alone for as many steps as the last stage has."""
+
+
+def _prepare(args: list[str]) -> None:
+    options = config.parse(Prepare, args, prog="stpp prepare")
+    from stpp.data import index
+
+    data = options.data
+    _need_root(data)
+    made = index.prepare(data.root, options.out, layout=data.layout, images=data.images, masks=data.masks,
+                         classes=data.classes, exif=data.exif, workers=data.threads or None)
+    with_mask = sum(entry.mask is not None for entry in made.entries.values())
+    print(f"{options.out}: {len(made.entries)} images, {with_mask} with a mask, {len(made.classes)} classes")
+
+
+def _split(args: list[str]) -> None:
+    options = config.parse(Split, args, prog="stpp split")
+    from stpp.data import index, splits
+
+    splits.make_split(index.load(options.index), options.out, fraction=options.fraction, seed=options.seed,
+                      val=options.val)
+    for path in sorted(options.out.glob("*.txt")):
+        print(f"{path}: {len(path.read_text(encoding='utf-8').splitlines())} lines")
+
+
+def _train(args: list[str]) -> None:
+    recipe, args = _take(args, "--recipe")
+    print_config = "--print-config" in args
+    args = [arg for arg in args if arg != "--print-config"]
+    default = config.load_recipe(Config, Path(recipe)) if recipe else Config()
+    resolved = config.parse(Config, args, prog="stpp train [--recipe FILE] [--print-config]", default=default)
+    if print_config:
+        import json
+
+        print(json.dumps(config.to_dict(resolved), indent=2))
+        return
+    if resolved.out is None:
+        raise UserError("--out is missing: name the folder of the run")
+    _need_root(resolved.data)
+    from stpp import distributed, log
+    from stpp.selftrain import selftrain
+
+    with distributed.world(resolved.device) as here:
+        log.set_speaker(here.is_main)
+        selftrain(resolved, here)
+
+
+def _evaluate(args: list[str]) -> None:
+    options = config.parse(Evaluate, args, prog="stpp evaluate")
+    if not options.checkpoint.is_file():
+        raise UserError(f"--checkpoint {options.checkpoint}: no such file")
+    from stpp import distributed, log
+    from stpp.data import index, splits
+    from stpp.evaluate import evaluate, report
+    from stpp.teacher.engine import EagerTeacher, load_network
+    from stpp.train import autocast_dtype
+
+    run = next((folder for folder in options.checkpoint.resolve().parents if (folder / "config.json").exists()), None)
+    folder = options.data.index or (run and run / "index")
+    if folder is None:
+        raise UserError(f"{options.checkpoint} lies in no run; name its prepared index with --data.index")
+    listed = options.list or (run and run / "split" / "val.txt")
+    if listed is None:
+        raise UserError("--list is missing: name a file with lines `image mask`")
+    with distributed.world(options.device) as here:
+        log.set_speaker(here.is_main)
+        known = index.load(folder)
+        data = dataclasses.replace(options.data, exif=known.exif)
+        samples = splits.read_split(listed, known, labelled=True)
+        network, classes = load_network(options.checkpoint)
+        if tuple(classes) != tuple(known.classes):
+            raise UserError(f"{options.checkpoint} was trained on {len(classes)} classes ({', '.join(classes)}) but "
+                            f"{folder} has {len(known.classes)} ({', '.join(known.classes)}); use the matching index")
+        teacher = EagerTeacher(network, num_classes=len(classes), device=here.device,
+                               dtype=autocast_dtype(options.precision, here.device))
+        matrix = evaluate(teacher, samples, here, data, mode=options.tta)
+        if here.is_main:
+            print(report(matrix, classes, images=len(samples), out=options.out))
+
+
+def _demo(args: list[str]) -> None:
+    options = config.parse(Demo, args, prog="stpp demo")
+    from stpp.demo import demo
+
+    demo(options.out, seed=options.seed, control=options.control)
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
+    "demo": (_demo, "make a small synthetic data set and run ST++ on it"),
+    "prepare": (_prepare, "check a data set and write its index"),
+    "split": (_split, "draw which images keep their labels"),
+    "train": (_train, "run supervised training, ST or ST++"),
+    "evaluate": (_evaluate, "score a checkpoint at native size"),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs one command. Exits with 0 when it is done, 1 when it failed, 2 for the user's mistake, 130 on Ctrl-C."""
+    args = sys.argv[1:] if argv is None else argv
+    if not args or args[0] in ("-h", "--help"):
+        names = "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
+        print(f"usage: stpp COMMAND [--help] ...\n\nTrains a segmentation model from few labelled images and many "
+              f"unlabelled ones.\n\n{names}\n\nSeveral processes: torchrun --nproc-per-node 8 -m stpp train ...")
+        sys.exit(0 if args else 2)
+    if args[0] == "--version":
+        from stpp import __version__
+
+        print(f"stpp {__version__}")
+        return
+    try:
+        if args[0] not in COMMANDS:
+            raise UserError(f"no command {args[0]!r}; choose one of {', '.join(COMMANDS)}")
+        COMMANDS[args[0]][0](args[1:])
+    except UserError as error:
+        print(f"stpp: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _take(args: list[str], flag: str) -> tuple[str | None, list[str]]:
+    """The value of `flag` (`--flag value` or `--flag=value`), and the other arguments."""
+    for i, arg in enumerate(args):
+        if arg == flag:
+            if i + 1 == len(args):
+                raise UserError(f"{flag} needs a file")
+            return args[i + 1], args[:i] + args[i + 2:]
+        if arg.startswith(flag + "="):
+            return arg[len(flag) + 1:], args[:i] + args[i + 1:]
+    return None, args
+
+
+def _need_root(data: DataConfig) -> None:
+    if data.root is None:
+        raise UserError("--data.root is missing: name the folder of the data set")
+    if not data.root.is_dir():
+        raise UserError(f"--data.root {data.root}: no such folder")

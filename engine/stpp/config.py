@@ -1,0 +1,270 @@
+"""What a run is told: frozen dataclasses, filled from a recipe (TOML or JSON), then from the command line.
+
+Flags are the field names: `train.epochs` in a recipe is `--train.epochs` on the command line. Every value passes
+through tyro once, so that a recipe and a flag are checked by the same rules and answered with the same words.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+
+from stpp.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+T = TypeVar("T")
+Method = Literal["supervised", "st", "stpp"]
+MAY_CHANGE = ("out", "control", "device", "data.threads", "data.index")
+"""Keys that a run may be continued with although they differ: they do not change what is computed."""
+
+
+def _check(condition: bool, flag: str, value: Any, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"--{flag} is {value}: it must be {allowed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the images are, and which of them are labelled."""
+
+    root: Path | None = None
+    """Folder of the data set."""
+    layout: Literal["auto", "voc", "camvid", "globs"] = "auto"
+    """How images and masks are arranged below the root."""
+    images: str | None = None
+    """With layout globs: pattern of the images below the root, for example `photos/**/*.jpg`."""
+    masks: str | None = None
+    """With layout globs: pattern of the masks below the root, for example `labels/**/*.png`."""
+    classes: tuple[str, ...] = ()
+    """Class names in the order of their ids; empty: from `classes.json` in the root, or the layout's own."""
+    exif: bool = True
+    """Turn images upright by their EXIF orientation (masks are expected upright); off: read both as stored."""
+    index: Path | None = None
+    """Folder of the prepared index; by default `index` in the run's folder."""
+    split: Path | None = None
+    """Folder with labeled.txt, unlabeled.txt and val.txt; by default one is drawn into the run's folder."""
+    fraction: str = "1/8"
+    """Share (1/8, 0.125) or number (92) of training images that keep their labels, where no split is given."""
+    split_seed: int = 0
+    """Seed of the drawn split."""
+    val: float | None = None
+    """Share of the training images drawn for validation; unset: the data set's own validation list."""
+    loader: Literal["auto", "dali", "reference"] = "auto"
+    """Who decodes and augments: DALI, or PIL and NumPy worker threads."""
+    threads: int = 0
+    """Threads that decode and augment, per rank; 0: the machine's cores divided among its ranks."""
+
+    def __post_init__(self):
+        _check(self.val is None or 0 < self.val < 1, "data.val", self.val, "between 0 and 1")
+        _check(self.threads >= 0, "data.threads", self.threads, "0 or more")
+        _check((self.layout == "globs") == (self.images is not None), "data.images", self.images,
+               "given exactly when --data.layout is globs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network."""
+
+    name: Literal["deeplabv3plus", "pspnet", "deeplabv2"] = "deeplabv3plus"
+    """Architecture."""
+    backbone: Literal["resnet18", "resnet50", "resnet101"] = "resnet50"
+    """Backbone."""
+    output_stride: Literal[8, 16, 32] = 8
+    """Input pixels per pixel of the backbone's last map."""
+    pretrained: str = "none"
+    """Path of a torchvision ResNet file or of a checkpoint to start from; `none` trains from scratch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Size of the crops and of the images they are cut from."""
+
+    crop_px: int = 321
+    """Side of the square crop, pixels."""
+    long_side: tuple[int, int] = (200, 800)
+    """The longer side is resized to an integer drawn from this range, ends included, pixels."""
+
+    def __post_init__(self):
+        _check(self.crop_px >= 1, "augment.crop-px", self.crop_px, "at least 1")
+        low, high = self.long_side
+        _check(1 <= low <= high, "augment.long-side", f"{low} {high}", "two ordered numbers, at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run; every stage that trains uses it."""
+
+    epochs: int = 80
+    """Epochs of every stage that trains."""
+    supervised_epochs: int | None = None
+    """Epochs of stage 1 where they differ; from scratch on few labels an epoch is only a few steps."""
+    batch_global: int = 16
+    """Images of one optimiser step, over all ranks."""
+    accumulate: int = 1
+    """Backward passes per optimiser step; each takes an equal part of the rank's share of the batch."""
+    lr: float = 0.001
+    """Learning rate of the backbone at a global batch of 16; scales linearly with the batch."""
+    head_lr_multiplier: float | None = None
+    """Learning rate of the head over that of the backbone; unset: 10, or 1 for deeplabv2."""
+    momentum: float = 0.9
+    """SGD momentum."""
+    weight_decay: float = 1e-4
+    """L2 penalty on all parameters."""
+    optimizer: Literal["sgd", "apex"] = "sgd"
+    """Fused SGD of PyTorch, or FusedSGD of NVIDIA apex."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Autocast type; auto: bf16 where the device has it, else fp16 on CUDA and fp32 on a CPU."""
+    sync_bn: bool = False
+    """Batch-norm statistics over all ranks instead of one rank's images."""
+    validate_every: int = 1
+    """Epochs between two validations."""
+    select: Literal["best", "last"] = "best"
+    """Which epoch becomes the teacher: that of the strictly best validation mIoU, or the last."""
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_global", "accumulate", "validate_every"):
+            _check(getattr(self, name) >= 1, f"train.{name.replace('_', '-')}", getattr(self, name), "at least 1")
+        _check(self.supervised_epochs is None or self.supervised_epochs >= 1, "train.supervised-epochs",
+               self.supervised_epochs, "at least 1")
+        _check(self.lr > 0, "train.lr", self.lr, "above 0")
+        _check(0 <= self.momentum < 1, "train.momentum", self.momentum, "in [0, 1)")
+        _check(self.weight_decay >= 0, "train.weight-decay", self.weight_decay, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelConfig:
+    """How pseudo labels are computed."""
+
+    tta: Literal["stpp", "flip", "none"] = "stpp"
+    """Views whose probabilities are summed: five scales, each with its mirror image; 1 with mirror; 1."""
+    batch_per_rank: int = 8
+    """Images of equal size that one rank labels at once, at most."""
+
+    def __post_init__(self):
+        _check(self.batch_per_rank >= 1, "label.batch-per-rank", self.batch_per_rank, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    out: Path | None = None
+    """Folder of the run; the same command on it goes on where it stopped."""
+    method: Method = "stpp"
+    """supervised: labels only; st: one round of pseudo labels; stpp: reliable images first."""
+    control: bool = False
+    """Also train on the labels alone for as many steps as the last stage has."""
+    seed: int = 0
+    """Key of every random number of the run."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to compute."""
+    deterministic: bool = False
+    """The same bits in every run on the same machine, at some cost in speed."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    label: LabelConfig = field(default_factory=LabelConfig)
+
+    def __post_init__(self):
+        _check(self.seed >= 0, "seed", self.seed, "0 or more")
+
+
+def to_dict(config: Any) -> dict:
+    """A dataclass as plain JSON values, nested by section."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def flatten(values: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested values by their dotted key: `{"train": {"lr": 1}}` -> `{"train.lr": 1}`."""
+    flat = {}
+    for key, value in values.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+def differing_keys(ours: dict, theirs: dict) -> list[str]:
+    """Lines `key: theirs -> ours` for the keys that matter to the result and differ."""
+    ours, theirs = flatten(ours), flatten(theirs)
+    keys = [key for key in sorted(ours.keys() | theirs.keys()) if key not in MAY_CHANGE]
+    return [f"{key}: {theirs.get(key)} -> {ours.get(key)}" for key in keys if ours.get(key) != theirs.get(key)]
+
+
+def parse(cls: type[T], args: Sequence[str], *, prog: str, default: T | None = None, recipe: Path | None = None) -> T:
+    """Reads `args` into a dataclass; `--help` prints and exits.
+
+    In a recipe's arguments a switch has a value, `--data.exif=False`; on the command line it is `--data.no-exif`.
+
+    Raises:
+        UserError: an unknown flag or an impossible value, in one line; the recipe's name stands before it.
+    """
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(output):
+            return tyro.cli(cls, args=list(args), prog=prog, default=default,
+                            config=(tyro.conf.FlagConversionOff,) if recipe else ())
+    except SystemExit as exit_:
+        if not exit_.code:
+            raise
+        where = f"--recipe {recipe}: " if recipe else ""
+        raise UserError(where + _sentence(output.getvalue())) from None
+
+
+def load_recipe(cls: type[T], path: Path) -> T:
+    """Reads a recipe (`.toml`) or a run's `config.json`.
+
+    Raises:
+        UserError: no such file, not TOML or JSON, an unknown key, an impossible value.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values = json.loads(text) if str(path).endswith(".json") else tomllib.loads(text)
+    except OSError as error:
+        raise UserError(f"--recipe {path}: {error.strerror}; give the path of a .toml file") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--recipe {path}: not readable as {'JSON' if str(path).endswith('.json') else 'TOML'} "
+                        f"({str(error).splitlines()[0]})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--recipe {path}: expected a table of settings, found {type(values).__name__}")
+    return parse(cls, _as_flags(values), prog="stpp", recipe=path)
+
+
+def _as_flags(values: dict) -> list[str]:
+    flags = []
+    for key, value in flatten(values).items():
+        if isinstance(value, (list, tuple)):
+            flags += [f"--{key}", *(str(item) for item in value)]
+        elif value is not None:
+            flags.append(f"--{key}={value}")
+    return flags
+
+
+def _sentence(box: str) -> str:
+    """The words of tyro's framed message, without the frame, its title and the pointers to --help."""
+    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    parts, part = [], []
+    for line in [*lines, "─"]:
+        if line and not line.strip("─"):
+            parts.append(" ".join(part))
+            part = []
+        else:
+            part.append(line)
+    kept = []
+    for text in (" ".join(part.split()) for part in parts):
+        if text.startswith("Perhaps you meant"):
+            kept.append("perhaps you meant " + " or ".join(re.findall(r"--[\w.-]+", text)[:3]))
+        elif text and not text.startswith(("For full helptext", "Argument helptext")):
+            kept.append(re.sub(r"^Error parsing \w+: (?=--)", "", text))
+    return "; ".join(kept) or " ".join(box.split())

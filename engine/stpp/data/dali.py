@@ -1,0 +1,269 @@
+"""The loader on NVIDIA DALI: files to normalised batches, on the CPU or the GPU, with the same graph.
+
+The numbers of `stpp.data.augment` go in beside the paths; `stpp.data.dali_graph` says what is computed. What its colours differ
+by from `stpp.data.reference`, which computes the same with PIL, is measured in docs/augmentation.md.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import nvidia.dali.fn as fn
+import nvidia.dali.types as types
+import torch
+from nvidia.dali import Pipeline, pipeline_def
+
+from stpp.config import AugmentConfig
+from stpp.data.augment import draw, noise_image, noise_side
+from stpp.data.dali_graph import EVAL_INPUTS, TRAIN_INPUTS, eval_graph, path_rows, train_graph, train_rows
+from stpp.data.sample import Batch, Sample
+from stpp.data.sampler import MicroBatch
+from stpp.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class _Fed:
+    """A batch on its way through a pipeline: who it is, and what the graph is fed for it."""
+
+    indices: np.ndarray
+    step: int
+    epoch: int
+    rows: tuple
+
+
+def train_batches(
+    samples: Sequence[Sample],
+    micro_batches: Iterable[MicroBatch],
+    *,
+    augment: AugmentConfig,
+    seed: int,
+    stage: int,
+    device: torch.device | str,
+    threads: int,
+    exif: bool = True,
+    prefetch: int = 2,
+) -> Iterator[Batch]:
+    """Decodes, augments and normalises the given micro-batches, in their order.
+
+    Args:
+        samples: the list that the micro-batches index. Every sample needs a mask.
+        micro_batches: as `StepSampler` yields them, none longer than the first; taken lazily, a few ahead.
+        augment: size of the crops and range of the long side.
+        seed, stage: key of the augmentation, with each micro-batch's epoch and positions.
+        device: where the batches come out. On "cuda" JPEGs are decoded and everything is computed there.
+        threads: CPU threads that decode (and compute, on the CPU), at least 1.
+        exif: turn images upright by their EXIF orientation.
+        prefetch: batches in preparation while one is used, at least 1.
+
+    Returns:
+        Batches of crop_px x crop_px. A batch stays valid for as long as it is held.
+
+    Raises:
+        ValueError: at once, for a sample without mask or impossible numbers.
+        UserError: while iterating, for a file that is missing, broken, or of another size than its sample says.
+    """
+    for sample in samples:
+        if sample.mask is None:
+            raise ValueError(f"sample {sample.key!r} has no mask, expected one for every sample that trains")
+    device = _checked(device, threads, prefetch)
+    side = augment.crop_px
+    noise = noise_image(noise_side(side))
+
+    def feed() -> Iterator[_Fed]:
+        for micro in micro_batches:
+            chosen = [samples[i] for i in micro.indices]
+            params = draw(chosen, micro.positions, seed=seed, stage=stage, epoch=micro.epoch, crop_px=side,
+                          long_side=augment.long_side)  # fmt: skip
+            rows = train_rows(chosen, params, side, noise)
+            yield _Fed(micro.indices, micro.step, micro.epoch, tuple(rows[name] for name in TRAIN_INPUTS))
+
+    def graph(x: dict):
+        return train_graph(x, device.type == "cuda", side=side, exif=exif)
+
+    return _run(samples, feed(), TRAIN_INPUTS, graph, device, threads, prefetch, exif)
+
+
+def eval_batches(
+    samples: Sequence[Sample],
+    batches: Iterable[Sequence[int]],
+    *,
+    device: torch.device | str,
+    threads: int,
+    exif: bool = True,
+    prefetch: int = 2,
+) -> Iterator[Batch]:
+    """Decodes and normalises the given batches at native size, in their order.
+
+    Args:
+        samples: the list that the batches index.
+        batches: positions in `samples`; the images of one batch are of equal size (`equal_size_batches`).
+        device, threads, exif, prefetch: as for `train_batches`.
+
+    Returns:
+        Batches; `labels_NHW` is None throughout if any sample of the list has no mask.
+
+    Raises:
+        ValueError: at once, for an empty batch, one with images of different sizes, or impossible numbers.
+        UserError: as for `train_batches`.
+    """
+    device = _checked(device, threads, prefetch)
+    # The longest first: a pipeline takes no batch longer than what it is built for, so all must be known.
+    batches = [np.asarray(batch, dtype=np.int64) for batch in batches]
+    for batch in batches:
+        if len({(samples[i].height, samples[i].width) for i in batch}) != 1:
+            raise ValueError(f"batch {batch.tolist()} is empty or holds images of different sizes")
+    labelled = all(sample.mask is not None for sample in samples)
+    inputs = EVAL_INPUTS if labelled else {"image_path": EVAL_INPUTS["image_path"]}
+
+    def feed() -> Iterator[_Fed]:
+        for batch in batches:
+            rows = [path_rows(samples[i].image for i in batch)]
+            if labelled:
+                rows.append(path_rows(samples[i].mask for i in batch))
+            yield _Fed(batch, 0, 0, tuple(rows))
+
+    def graph(x: dict):
+        return eval_graph(x, device.type == "cuda", exif=exif)
+
+    most = max(map(len, batches), default=0)
+    return _run(samples, feed(), inputs, graph, device, threads, prefetch, exif, most)
+
+
+def _checked(device: torch.device | str, threads: int, prefetch: int) -> torch.device:
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device}, expected cpu or cuda (the reference loader serves others)")
+    if threads < 1 or prefetch < 1:
+        raise ValueError(f"threads is {threads} and prefetch is {prefetch}, expected both at least 1")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _run(
+    samples: Sequence[Sample],
+    feed: Iterator[_Fed],
+    inputs: dict[str, tuple],
+    graph: Callable,
+    device: torch.device,
+    threads: int,
+    prefetch: int,
+    exif: bool,
+    most: int = 0,
+) -> Iterator[Batch]:
+    """Runs a graph over what `feed` yields.
+
+    Args:
+        inputs: what `feed` yields: name -> (type, dimensions, layout).
+        graph: function from the inputs by name to (images, labels or None, shapes as decoded).
+        most: longest batch; 0 for the length of the first.
+    """
+    first = next(feed, None)
+    if first is None:
+        return
+    queue = deque([first])
+    pending: deque[_Fed] = deque()
+
+    def source() -> tuple:
+        # A StopIteration of `feed` tells DALI that this was all.
+        pending.append(queue.popleft() if queue else next(feed))
+        return pending[-1].rows
+
+    pipeline = _pipeline(source, inputs, graph, device, threads, prefetch, most or len(first.indices))
+    while True:
+        try:
+            outputs = pipeline.run(*([torch.cuda.current_stream(device)] if device.type == "cuda" else []))
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            raise _culprit(samples, pending, exif, error) from error
+        fed = pending.popleft()
+        _check_shapes([samples[i] for i in fed.indices], outputs[-1])
+        yield Batch(
+            images_NCHW=torch.from_dlpack(outputs[0].as_tensor()).permute(0, 3, 1, 2),
+            labels_NHW=torch.from_dlpack(outputs[1].as_tensor()).squeeze(3) if len(outputs) == 3 else None,
+            indices=fed.indices,
+            step=fed.step,
+            epoch=fed.epoch,
+        )
+
+
+def _pipeline(
+    source: Callable[[], tuple],
+    inputs: dict[str, tuple],
+    graph: Callable,
+    device: torch.device | None,
+    threads: int,
+    prefetch: int,
+    batch: int,
+) -> Pipeline:
+    """A built pipeline that returns the graph's outputs without its Nones."""
+    kinds, dimensions, layouts = map(list, zip(*inputs.values(), strict=True))
+
+    @pipeline_def(enable_conditionals=True)
+    def build():
+        nodes = fn.external_source(source=source, num_outputs=len(inputs), batch=True, dtype=kinds, ndim=dimensions,
+                                   layout=layouts)  # fmt: skip
+        outputs = graph({name: nodes[i] for i, name in enumerate(inputs)})
+        return tuple(output for output in outputs if output is not None)
+
+    pipeline = build(
+        batch_size=batch,
+        num_threads=threads,
+        device_id=device.index if device.type == "cuda" else None,
+        prefetch_queue_depth=prefetch,
+        exec_dynamic=True,
+    )
+    pipeline.build()
+    return pipeline
+
+
+def _check_shapes(samples: Sequence[Sample], shapes) -> None:
+    """Raises UserError for an image or mask that is not of its sample's size.
+
+    Args:
+        samples: N samples.
+        shapes: DALI list of N int32 [3] or [6]: height, width, channels of the image, then of the mask.
+    """
+    for sample, shape in zip(samples, np.asarray(shapes.as_array()), strict=True):
+        for path, (height, width, _) in zip((sample.image, sample.mask), shape.reshape(-1, 3).tolist(), strict=False):
+            if (height, width) != (sample.height, sample.width):
+                raise UserError(
+                    f"{path}: is {width}x{height} pixels where the index says {sample.width}x{sample.height}; "
+                    "run `stpp prepare` again"
+                )
+
+
+def _culprit(samples: Sequence[Sample], pending: Iterable[_Fed], exif: bool, error: RuntimeError) -> Exception:
+    """What to raise when the pipeline fails: a UserError that names the first file DALI cannot decode, else `error`.
+
+    DALI does not say which file it was, and a pipeline that failed once serves no more: so each file of the batches in
+    preparation is decoded alone.
+    """
+    indices = [index for fed in pending for index in fed.indices]
+    for path in (path for i in indices for path in (samples[i].image, samples[i].mask) if path is not None):
+        message = _decode_error(path, exif)
+        if message is not None:
+            return UserError(f"{path}: cannot be decoded ({message}); replace it, or leave it out of the list")
+    return error
+
+
+def _decode_error(path: str, exif: bool) -> str | None:
+    """Why DALI cannot decode this file, in one line; None if it can."""
+    try:
+        with open(path, "rb") as file:
+            if not file.read(1):
+                return "the file is empty"
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    inputs = {"image_path": EVAL_INPUTS["image_path"]}
+    rows = [(path_rows([path]),)]
+    cpu = torch.device("cpu")
+    try:
+        _pipeline(rows.pop, inputs, lambda x: eval_graph(x, False, exif=exif), cpu, 1, 1, 1).run()
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return next((line for line in lines if "rror" in line), "unknown reason")[:200]
+    return None

@@ -1,0 +1,55 @@
+"""Chooses the loader: DALI where it is installed, else the reference in PIL and NumPy."""
+
+import importlib.util
+import sys
+from types import ModuleType
+
+from stpp.errors import UserError
+
+_noticed = False
+
+
+def pick(name: str = "auto") -> ModuleType:
+    """The module whose `train_batches` and `eval_batches` are to be used.
+
+    Args:
+        name: "dali"; "reference"; or "auto", which takes DALI if it is installed, else the reference, saying so once on
+            stderr, because it is slower and its colours differ a little (docs/augmentation.md).
+
+    Raises:
+        UserError: "dali" is asked for but not installed.
+        ValueError: another name.
+    """
+    if name not in ("auto", "dali", "reference"):
+        raise ValueError(f"name is {name!r}, expected 'auto', 'dali' or 'reference'")
+    if name != "reference":
+        if _has_dali():
+            from stpp.data import dali
+
+            return dali
+        if name == "dali":
+            raise UserError(
+                "--data.loader dali: NVIDIA DALI is not installed; pip install stpp[cuda12] (or stpp[cuda13]), or use "
+                "--data.loader reference"
+            )
+        _notice()
+    from stpp.data import reference
+
+    return reference
+
+
+def _has_dali() -> bool:
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _notice() -> None:
+    global _noticed
+    if not _noticed:
+        _noticed = True
+        print(
+            "notice: NVIDIA DALI is not installed; images are loaded with PIL, which is slower (pip install stpp[cuda12])",
+            file=sys.stderr,
+        )

@@ -1,0 +1,117 @@
+"""One process or many: where this one stands, and the few collectives the engine needs.
+
+Under torchrun every rank calls `init`; without it a run is a world of one and the collectives do nothing.
+"""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from stpp.errors import UserError
+
+TIMEOUT = datetime.timedelta(minutes=30)
+"""A rank that waits longer than this for the others fails, and torchrun ends the job."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among the others."""
+
+    rank: int = 0
+    size: int = 1
+    local_size: int = 1
+    """Ranks on this machine."""
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes and speaks."""
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def world(device: str = "auto") -> Iterator[World]:
+    """Joins the process group that torchrun describes, if it does, and leaves it at the end.
+
+    Args:
+        device: "auto" (CUDA if there is one), "cuda" or "cpu".
+
+    Raises:
+        UserError: CUDA asked for and absent, or fewer GPUs than ranks on this machine.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is visible; use --device cpu, or check the driver")
+    use_cuda = device != "cpu" and torch.cuda.is_available()
+    if use_cuda and local_size > torch.cuda.device_count():
+        raise UserError(f"torchrun started {local_size} ranks here but {torch.cuda.device_count()} GPUs are visible; "
+                        "lower --nproc-per-node, or use --device cpu")
+    here = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(here)
+    else:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=TIMEOUT, device_id=here if use_cuda else None)
+    try:
+        yield World(rank=rank, size=size, local_size=local_size, device=here)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def threads_per_rank(here: World) -> int:
+    """Cores of this machine divided among its ranks, at least 1."""
+    return max(1, len(os.sched_getaffinity(0)) // here.local_size)
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Adds `tensor` over all ranks, in place, and returns it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def barrier() -> None:
+    """Waits for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather(value: Any) -> list[Any]:
+    """The value of every rank, in the order of ranks, on every rank. Values must be picklable."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_buffers(model: torch.nn.Module) -> None:
+    """Gives every rank the buffers (batch-norm statistics) of rank 0."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def on_main(here: World, action: Callable[[], None]) -> None:
+    """Rank 0 runs `action` while the others wait; if it fails, they all end, and only rank 0 says why.
+
+    Raises:
+        SystemExit: with code 2, on the other ranks, when rank 0 failed.
+    """
+    failed = None
+    if here.is_main:
+        try:
+            action()
+        except Exception as error:
+            failed = error
+    if gather(failed is not None)[0]:
+        raise failed or SystemExit(2)

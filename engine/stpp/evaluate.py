@@ -1,0 +1,61 @@
+"""Exact mIoU at native size, on any number of ranks.
+
+N images, C classes, H W size of the image.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from stpp import distributed, files, log
+from stpp.config import DataConfig
+from stpp.data import loader
+from stpp.data.sample import Sample
+from stpp.data.sampler import equal_size_batches
+from stpp.distributed import World
+from stpp.metrics import iou_per_class, mean_iou
+from stpp.teacher import tta
+from stpp.teacher.engine import Teacher
+from stpp_kernels import confusion, finalize, upsample_argmax
+
+MAX_BATCH = 8
+
+
+@torch.inference_mode()
+def evaluate(teacher: Teacher, samples: Sequence[Sample], here: World, data: DataConfig, *,
+             mode: str = "none") -> torch.Tensor:
+    """Confusion matrix of the teacher's predictions, every image counted once over all ranks.
+
+    Args:
+        samples: every one has a mask.
+        mode: test-time augmentation; "none" is one view, and then no probabilities are computed.
+
+    Returns:
+        int64 [C, C] on the CPU, rows truth, columns prediction, in pixels; the same on every rank.
+    """
+    matrix = torch.zeros(teacher.num_classes, teacher.num_classes, dtype=torch.int64, device=here.device)
+    batches = equal_size_batches(samples, MAX_BATCH, rank=here.rank, world=here.size)
+    threads = data.threads or distributed.threads_per_rank(here)
+    for batch in loader.pick(data.loader).eval_batches(samples, batches, device=here.device, threads=threads,
+                                                       exif=data.exif):
+        if mode == "none":
+            masks_NHW = upsample_argmax(teacher.logits(batch.images_NCHW), batch.labels_NHW.shape[-2:])
+        else:
+            sums_NCHW = tta.accumulate(teacher.logits, batch.images_NCHW, mode, teacher.num_classes)
+            masks_NHW = finalize(sums_NCHW)[0]
+        matrix += confusion(masks_NHW, batch.labels_NHW, teacher.num_classes)
+    return distributed.sum_over_ranks(matrix).cpu()
+
+
+def report(matrix: torch.Tensor, classes: Sequence[str], *, images: int, out: Path | None = None) -> str:
+    """A table of the scores, which are also written to `out` (JSON, percent) if it is given."""
+    iou = (100 * iou_per_class(matrix)).tolist()
+    if out is not None:
+        files.write_json(out, {"images": images, "miou": mean_iou(matrix),
+                               "iou": {name: None if math.isnan(value) else value
+                                       for name, value in zip(classes, iou, strict=True)}})
+    rows = [("class", "IoU")] + [(name, "-" if math.isnan(value) else f"{value:.2f}")
+                                 for name, value in zip(classes, iou, strict=True)]
+    return log.table([*rows, ("mean", f"{mean_iou(matrix):.2f}")]) + f"\n{images} images"

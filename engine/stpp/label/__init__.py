@@ -1,0 +1,1 @@
+"""Pseudo labels: writing them, and judging which to trust."""

@@ -1,0 +1,111 @@
+"""What a run says: lines and a progress bar on rank 0, metrics in JSONL and TensorBoard."""
+
+import json
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from tqdm import tqdm
+
+_speaks = True
+
+
+def set_speaker(speaks: bool) -> None:
+    """Only the process that speaks (rank 0) prints."""
+    global _speaks
+    _speaks = speaks
+
+
+def say(message: str) -> None:
+    """Prints a line on rank 0, above a progress bar if there is one."""
+    if _speaks:
+        tqdm.write(message, file=sys.stderr)
+
+
+def note(path: str | Path, row: dict) -> None:
+    """Appends one JSON line to `path` on rank 0."""
+    if _speaks:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a plain line every `every_s` seconds."""
+
+    def __init__(self, title: str, total: int, *, unit: str = "images", done: int = 0, every_s: float = 10.0):
+        self._title, self._total, self._unit, self._every_s = title, total, unit, every_s
+        self._count = self._start_count = done
+        self._start = self._last = time.monotonic()
+        self._bar = None
+        if _speaks and sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=done, desc=title, unit=f" {unit}", dynamic_ncols=True, leave=False)
+
+    def advance(self, count: int, **values: str) -> None:
+        """Counts `count` more units; `values` stand at the end of the line, for example loss="0.31"."""
+        self._count += count
+        if self._bar is not None:
+            self._bar.set_postfix(values, refresh=False)
+            self._bar.update(count)
+        elif _speaks and time.monotonic() - self._last >= self._every_s:
+            self._last = time.monotonic()
+            say(self._line(values))
+
+    def _line(self, values: dict[str, str]) -> str:
+        rate = (self._count - self._start_count) / max(time.monotonic() - self._start, 1e-9)
+        left_s = (self._total - self._count) / max(rate, 1e-9)
+        extra = "".join(f", {key} {value}" for key, value in values.items())
+        return f"  {self._title}: {self._count}/{self._total}, {rate:.1f} {self._unit}/s{extra}, {left_s:.0f} s left"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Metrics:
+    """`metrics.jsonl` and TensorBoard events of one stage, written by rank 0.
+
+    A run that is resumed at step k drops the rows from k on, so that every step stands in the file once.
+    """
+
+    def __init__(self, folder: Path, *, first_step: int):
+        self._path, self._board = folder / "metrics.jsonl", None
+        if not _speaks:
+            return
+        kept = [line for line in _lines(self._path) if json.loads(line)["step"] <= first_step]
+        self._path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, step: int, **values: float) -> None:
+        """Adds one row; keys carry their unit, for example `images_per_s`."""
+        if self._board is None:
+            return
+        note(self._path, {"step": step, **values})
+        for key, value in values.items():
+            self._board.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        """Flushes the TensorBoard events."""
+        if self._board is not None:
+            self._board.close()
+
+
+def _lines(path: Path) -> list[str]:
+    """Complete lines of a JSONL file; a last line cut short by a crash is left out."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return text[: text.rfind("\n") + 1].splitlines()
+
+
+def table(rows: Iterable[tuple[str, ...]]) -> str:
+    """Rows of text in aligned columns; the first row is the heading."""
+    rows = [tuple(map(str, row)) for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -1,0 +1,79 @@
+"""Small building blocks that more than one network uses.
+
+Shapes: N images, C channels, H and W rows and columns of a feature map.
+"""
+
+import torch
+import torch.nn.functional as F
+from stpp_kernels import dilated_conv3x3
+from torch import Tensor, nn
+
+
+class DilatedConv3x3(nn.Conv2d):
+    """A 3x3 convolution, stride 1, `padding == dilation`, that skips the taps lying in the padding.
+
+    It is an `nn.Conv2d` (same parameters, same function, same state-dict keys); only the way to the result differs. At
+    dilation 36 on a 41x41 map most of the nine taps touch nothing but zeros, and the operator does not multiply those.
+    Set `valid_taps` to False where a plain convolution is wanted, as in a graph for ONNX.
+
+    Args:
+        in_channels, out_channels: channels of the input and of the output.
+        dilation: distance between taps in cells, at least 1.
+        bias: adds one number per output channel.
+    """
+
+    valid_taps = True
+
+    def __init__(self, in_channels: int, out_channels: int, dilation: int, bias: bool = False):
+        super().__init__(in_channels, out_channels, 3, padding=dilation, dilation=dilation, bias=bias)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """[N, in_channels, H, W] to [N, out_channels, H, W], in autocast's dtype where autocast is on."""
+        if not self.valid_taps:
+            return super().forward(x_NCHW)
+        weight, bias = self.weight, self.bias
+        device = x_NCHW.device.type
+        # A custom operator is unknown to autocast, which would have cast these for a plain convolution.
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            x_NCHW, weight = x_NCHW.to(dtype), weight.to(dtype)
+        out_NCHW = dilated_conv3x3(x_NCHW, weight, self.dilation[0])
+        return out_NCHW if bias is None else out_NCHW + bias.to(out_NCHW.dtype).view(1, -1, 1, 1)
+
+
+def conv1x1_bn_relu(in_channels: int, out_channels: int) -> list[nn.Module]:
+    """A 1x1 convolution without bias, batch norm and ReLU, as a list to put into `nn.Sequential`."""
+    return [nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
+
+
+def conv3x3_bn_relu(in_channels: int, out_channels: int) -> list[nn.Module]:
+    """A 3x3 convolution without bias (size kept), batch norm and ReLU, as a list to put into `nn.Sequential`."""
+    convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+    return [convolution, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
+
+
+def global_average(x_NCHW: Tensor) -> Tensor:
+    """Mean over H and W: [N, C, H, W] to [N, C, 1, 1]. Unlike adaptive pooling it exports with any size."""
+    half = x_NCHW.dtype in (torch.bfloat16, torch.float16)
+    if torch.compiler.is_compiling() or not half or x_NCHW.device.type != "cpu":
+        return x_NCHW.mean(dim=(2, 3), keepdim=True)
+    # On a CPU, PyTorch's mean of channels_last maps in half precision takes ten times as long as this product. The factor
+    # is a power of two, hence exact, and keeps sums in float16's range.
+    width = x_NCHW.shape[3]
+    factor = 2.0 ** -width.bit_length()
+    x_NH1C = torch.full((1, width), factor, dtype=x_NCHW.dtype) @ x_NCHW.permute(0, 2, 3, 1)
+    x_N1C = x_NH1C.float().mean(dim=1) / (factor * width)
+    return x_N1C.to(x_NCHW.dtype).transpose(1, 2).unsqueeze(3)
+
+
+def spread(x_NC11: Tensor, size: tuple[int, int]) -> Tensor:
+    """Repeats the only cell of a map `size` (rows, columns) times, which is what bilinear upsampling does with it.
+
+    A copy, because a view of stride 0 among the inputs of `torch.cat` turns its output from channels_last to NCHW.
+    """
+    return x_NC11.expand(-1, -1, *size).contiguous(memory_format=torch.channels_last)
+
+
+def upsample(x_NCHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear interpolation with aligned corners to `size` (rows, columns)."""
+    return F.interpolate(x_NCHW, size=size, mode="bilinear", align_corners=True)

@@ -1,0 +1,193 @@
+"""Weights from files: torchvision's ResNets, published ST++ networks, and our own checkpoints.
+
+Files come from strangers, so nothing but tensors and plain containers is ever unpickled.
+"""
+
+import os
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from stpp.errors import UserError
+
+WRAPPERS = ("model", "state_dict")
+PREFIXES = ("module.", "_orig_mod.")
+SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """What of a file went into a network."""
+
+    path: str
+    wanted: int
+    """Tensors the network (or its backbone) has."""
+    loaded: int
+    """Tensors copied from the file."""
+    left_out: tuple[str, ...] = ()
+    """Keys of the file for which there is no place."""
+    missing: tuple[str, ...] = ()
+    """Keys of the network that the file lacks; they keep the values they had."""
+    mismatched: tuple[str, ...] = ()
+    """Keys of other shapes, each with the file's and the network's shape; they keep the values they had."""
+
+    def summary(self) -> str:
+        """One line: how much was loaded, and what did not fit."""
+        parts = [f"{self.loaded} of {self.wanted} tensors loaded from {Path(self.path).name}"]
+        named = (("missing in the file", self.missing), ("of another shape", self.mismatched), ("left out", self.left_out))
+        return "; ".join(parts + [f"{what}: {_some(keys)}" for what, keys in named if keys])
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict:
+    """Reads a checkpoint onto the CPU without running any code in it.
+
+    Returns:
+        The dict in the file, as it is: a state dict, or a dict that holds one under "model" or "state_dict".
+
+    Raises:
+        UserError: the file is missing, unreadable or damaged, holds objects other than tensors and plain containers, or
+            holds no dict with tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"checkpoint {path} {found}; give the path of a .pth or .pt file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they advise to load without the protection
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"checkpoint {path} cannot be read ({error.strerror}); check the file and its permissions") from error
+    except Exception as error:  # a damaged or hostile file makes the reader fail in any way there is
+        raise UserError(f"checkpoint {path} {_reason(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"checkpoint {path} holds a {type(content).__name__} where a dict of tensors was expected; "
+                        "save model.state_dict()")
+    if not any(isinstance(value, Tensor) for value in _unwrapped(content).values()):
+        raise UserError(f"checkpoint {path} holds no tensors; save model.state_dict()")
+    return content
+
+
+def state_dict_of(checkpoint: dict) -> dict[str, object]:
+    """The state dict in what `read_checkpoint` gave, free of its wrapper and of "module." before every key."""
+    state = {str(key): value for key, value in _unwrapped(checkpoint).items()}
+    while prefix := next((prefix for prefix in PREFIXES if state and all(key.startswith(prefix) for key in state)), None):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def load_backbone(model: nn.Module, path: str | os.PathLike) -> LoadReport:
+    """Loads `model.backbone` from a torchvision ResNet, or from a whole network with keys `backbone.*`.
+
+    The file's classifier (`fc.*`), or whatever of a network is not backbone, is left out and reported.
+
+    Raises:
+        UserError: the file is unfit (see `read_checkpoint`), lacks a tensor of the backbone, has one in another shape, or
+            has tensors of another backbone.
+    """
+    state = state_dict_of(read_checkpoint(path))
+    prefix = "backbone." if any(key.startswith("backbone.") for key in state) else ""
+    inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    head = tuple(key for key in state if not key.startswith(prefix) or key.startswith("fc."))
+    inside = {key: value for key, value in inside.items() if not key.startswith("fc.")}
+    fitting, report = _compare(model.backbone, inside, path)
+    _refuse_unfit(report, "the backbone")
+    _copy(model.backbone, fitting, path)
+    return LoadReport(path=str(path), wanted=report.wanted, loaded=report.loaded, left_out=head)
+
+
+def load_model(model: nn.Module, path: str | os.PathLike, strict: bool = True) -> LoadReport:
+    """Loads a whole network: a state dict, plain or under "model" or "state_dict", with "module." before its keys or not.
+
+    Args:
+        model: a network from `build_model`.
+        path: the file.
+        strict: refuse a file that does not fit in every key and shape. Otherwise what does not fit keeps its values and
+            stands in the report; so a network for other classes can start from a published one.
+
+    Raises:
+        UserError: the file is unfit (see `read_checkpoint`); if strict, also where it does not fit, naming the numbers of
+            classes if these differ, else up to five of the missing and superfluous keys and differing shapes.
+    """
+    state = state_dict_of(read_checkpoint(path))
+    fitting, report = _compare(model, state, path)
+    if strict:
+        _refuse_other_classes(model, state, path)
+        _refuse_unfit(report, "the network")
+    _copy(model, fitting, path)
+    return report
+
+
+def _unwrapped(content: dict) -> dict:
+    for key in WRAPPERS:
+        if isinstance(content.get(key), dict):
+            return content[key]
+    return content
+
+
+def _reason(error: Exception) -> str:
+    """Why a file was refused. PyTorch's own text is long and advises to switch the protection off."""
+    text = str(error)
+    if found := re.search(r"GLOBAL ([\w.]+)", text):
+        return (f"holds a Python object ({found[1]}) and not only tensors; such objects can run code and are never loaded; "
+                "save its state dict alone")
+    if "TorchScript" in text:
+        return "is a TorchScript program; save its state dict instead"
+    return "is truncated, damaged, or not a PyTorch file; fetch or save it again"
+
+
+def _compare(module: nn.Module, state: dict[str, object], path: str | os.PathLike) -> tuple[dict[str, Tensor], LoadReport]:
+    """The tensors of `state` that fit `module`, and the report as it will be once they are copied.
+
+    Files older than batch norm's `num_batches_tracked` lack it; nothing here uses it, so it does not count as missing.
+    """
+    own = module.state_dict()
+    fitting, mismatched = {}, []
+    for key in own.keys() & state.keys():
+        value = state[key]
+        if isinstance(value, Tensor) and value.shape == own[key].shape:
+            fitting[key] = value
+        else:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            mismatched.append(f"{key} ({shape} in the file, {tuple(own[key].shape)} wanted)")
+    missing = [key for key in own if key not in state and not key.endswith(".num_batches_tracked")]
+    left_out = [key for key in state if key not in own]
+    report = LoadReport(path=str(path), wanted=len(own), loaded=len(fitting), left_out=tuple(left_out),
+                        missing=tuple(missing), mismatched=tuple(sorted(mismatched)))
+    return fitting, report
+
+
+def _copy(module: nn.Module, fitting: dict[str, Tensor], path: str | os.PathLike) -> None:
+    try:
+        module.load_state_dict(fitting, strict=False)
+    except RuntimeError as error:  # sparse, quantised or complex tensors of the right shape
+        line = " ".join(str(error).split())[:200]
+        raise UserError(f"checkpoint {path} holds tensors of a kind that cannot be copied ({line}); save it as plain float "
+                        "tensors") from error
+
+
+def _refuse_unfit(report: LoadReport, what: str) -> None:
+    if report.missing or report.mismatched or report.left_out:
+        named = (("missing", report.missing), ("superfluous", report.left_out), ("other shapes", report.mismatched))
+        found = "; ".join(f"{kind}: {_some(keys)}" for kind, keys in named if keys)
+        raise UserError(f"checkpoint {report.path} does not fit {what} ({found}); check the model and backbone of the recipe")
+
+
+def _refuse_other_classes(model: nn.Module, state: dict[str, object], path: str | os.PathLike) -> None:
+    for key, own in model.state_dict().items():
+        value = state.get(key)
+        if not key.startswith(model.classifier_name + ".") or not isinstance(value, Tensor) or value.dim() != own.dim():
+            continue
+        if value.shape[1:] == own.shape[1:] and len(value) != len(own):
+            raise UserError(f"checkpoint {path} has {len(value)} classes, but the recipe has {len(own)}; "
+                            "name as many classes as the checkpoint knows, or take another checkpoint")
+
+
+def _some(keys: tuple[str, ...]) -> str:
+    """Up to five keys on one line. Keys are the file's: whatever could upset a terminal is escaped, and none is endless."""
+    shown = ", ".join((key if key.isprintable() else ascii(key))[:150] for key in keys[:SHOWN])
+    return shown + (f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")

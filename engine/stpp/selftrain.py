@@ -1,0 +1,281 @@
+"""The stages of supervised training, ST and ST++, in one run directory.
+
+Source: ST++ (arXiv 2106.05095). A stage that has its DONE.json is not done again.
+"""
+
+import dataclasses
+import json
+import math
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from stpp import distributed, files, log
+from stpp.config import Config, differing_keys, to_dict
+from stpp.data import index as indices
+from stpp.data import splits
+from stpp.data.index import Index
+from stpp.data.sample import Sample
+from stpp.data.sampler import StepSampler
+from stpp.distributed import World
+from stpp.errors import UserError
+from stpp.evaluate import evaluate
+from stpp.label import labeller, reliability
+from stpp.metrics import mean_iou
+from stpp.teacher.engine import EagerTeacher, load_network
+from stpp.train import Schedule, Trainer, autocast_dtype, images_per_pass
+from stpp_kernels import implementations
+
+FEW_LABELS = 200
+"""A labelled list shorter than this is repeated twice in stage 1."""
+CONTROL = 7
+"""Key of the control's random numbers; the stages use their own numbers, 1 to 6."""
+
+
+def selftrain(config: Config, here: World) -> dict:
+    """Runs every stage of `config.method` that is not done yet.
+
+    Returns:
+        What `results.json` holds: `{"method", "stages": [{"name", "miou", "steps", "seconds"}, ...], "control"}`,
+        mIoU in percent.
+
+    Raises:
+        UserError: the data, the recipe or the run directory do not allow the run.
+    """
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+    images_per_pass(config.train, here)
+    distributed.on_main(here, lambda: _claim(config))
+    run = Run(config, here, _prepared_index(config, here))
+    log.say(f"{config.method} in {config.out}: {here.size} x {here.device.type}, "
+            f"{str(autocast_dtype(config.train.precision, here.device)).removeprefix('torch.')}, "
+            f"{len(run.labelled)} labelled, {len(run.unlabelled)} unlabelled, {len(run.val)} validation images")
+    log.say("operators: " + ", ".join(f"{name} {kind}" for name, kind in implementations().items()))
+    METHODS[config.method](run)
+    if config.control:
+        run.control()
+    results = {"method": config.method, "stages": run.stages} | ({"control": run.controlled} if run.controlled else {})
+    distributed.on_main(here, lambda: files.write_json(config.out / "results.json", results))
+    log.say(summary(results))
+    return results
+
+
+def _supervised(run: "Run") -> None:
+    run.train(1, "1-supervised", run.supervised_list(), epochs=run.supervised_epochs)
+
+
+def _st(run: "Run") -> None:
+    _supervised(run)
+    run.label("2-label", "1-supervised", run.unlabelled)
+    run.train(3, "3-retrain", run.joint_list(run.pseudo("2-label", run.unlabelled)))
+
+
+def _stpp(run: "Run") -> None:
+    run.train(1, "1-supervised", run.supervised_list(), epochs=run.supervised_epochs, keep_thirds=True)
+    reliable, unreliable = run.select("2-select", "1-supervised", run.unlabelled)
+    run.label("3-label", "1-supervised", reliable)
+    pseudo = run.pseudo("3-label", reliable)
+    run.train(4, "4-retrain", run.joint_list(pseudo))
+    run.label("5-label", "4-retrain", unreliable)
+    run.train(6, "6-retrain", run.joint_list(pseudo + run.pseudo("5-label", unreliable)))
+
+
+METHODS: dict[str, Callable[["Run"], None]] = {"supervised": _supervised, "st": _st, "stpp": _stpp}
+
+
+@dataclass
+class Run:
+    """The lists of a run, its folder, and the stages done so far."""
+
+    config: Config
+    here: World
+    index: Index
+
+    def __post_init__(self):
+        config = self.config
+        folder = config.data.split or config.out / "split"
+        if config.data.split is None:
+            distributed.on_main(self.here, lambda: splits.make_split(
+                self.index, folder, fraction=config.data.fraction, seed=config.data.split_seed, val=config.data.val))
+        self.labelled = splits.read_split(folder / "labeled.txt", self.index, labelled=True)
+        self.unlabelled: list[Sample] = []
+        if config.method != "supervised":
+            self.unlabelled = splits.read_split(folder / "unlabeled.txt", self.index, labelled=False)
+        self.val: list[Sample] = []
+        if (folder / "val.txt").exists():
+            self.val = splits.read_split(folder / "val.txt", self.index, labelled=True)
+        else:
+            log.say(f"{folder} has no val.txt: no mIoU is known, and the last checkpoint of a stage is the teacher")
+        self.supervised_epochs = config.train.supervised_epochs or config.train.epochs
+        self.stages: list[dict] = []
+        self.controlled: dict | None = None
+
+    def supervised_list(self) -> list[Sample]:
+        """The labelled samples, twice if they are few."""
+        return self.labelled * (2 if len(self.labelled) < FEW_LABELS else 1)
+
+    def joint_list(self, pseudo: Sequence[Sample]) -> list[Sample]:
+        """The labelled samples, repeated until they are no fewer than `pseudo`, and `pseudo`."""
+        return self.labelled * math.ceil(len(pseudo) / len(self.labelled)) + list(pseudo)
+
+    def pseudo(self, stage: str, samples: Sequence[Sample]) -> list[Sample]:
+        """`samples` with the masks that a labelling stage wrote, to be augmented strongly."""
+        folder = self._folder(stage)
+        return [dataclasses.replace(sample, mask=str(folder / labeller.mask_name(sample)), strong=True)
+                for sample in samples]
+
+    def train(self, number: int, name: str, samples: list[Sample], *, epochs: int | None = None,
+              keep_thirds: bool = False) -> None:
+        """Trains on `samples` from the pre-trained weights; the teacher is the folder's `best.pt`."""
+        epochs, train = epochs or self.config.train.epochs, self.config.train
+        per_epoch = StepSampler(len(samples), train.batch_global, seed=self.config.seed, stage=number).steps_per_epoch
+        thirds = tuple(max(1, epoch) * per_epoch for epoch in (epochs // 3, 2 * epochs // 3, epochs))
+        schedule = Schedule(steps=epochs * per_epoch, validate_steps=train.validate_every * per_epoch,
+                            keep_steps=thirds if keep_thirds else ())
+        what = f"train on {len(samples)} entries, {epochs} epochs of {per_epoch} steps"
+        self.stages.append(self._once(name, what, lambda: self._fit(number, name, samples, schedule)))
+
+    def control(self) -> None:
+        """Trains on the labels alone for as many steps, validated as often, as the last stage."""
+        last = next(stage for stage in reversed(self.stages) if "validate_steps" in stage)
+        schedule = Schedule(steps=last["steps"], validate_steps=last["validate_steps"])
+        what = f"train on the labels alone for as many steps as {last['name']}"
+        self.controlled = self._once("control", what,
+                                     lambda: self._fit(CONTROL, "control", self.supervised_list(), schedule))
+
+    def select(self, name: str, trained: str, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
+        """Ranks `samples` by how well the three kept checkpoints agree: the reliable half, and the rest."""
+        folder = self._folder(name)
+
+        def do() -> dict:
+            teachers = [self._teacher(self._folder(trained) / f"third-{i}.pt") for i in (1, 2, 3)]
+            scores = reliability.reliability(teachers, samples, self.here, self.config.data)
+            entries = {entry.key: entry for entry in self.index.entries.values()}
+            lines = [splits.line(entries[sample.key]) for sample in samples]
+            distributed.on_main(self.here, lambda: reliability.write_selection(folder, samples, lines, scores))
+            return {"mean_reliability": sum(scores) / len(scores)}
+
+        self.stages.append(self._once(name, f"rank {len(samples)} images by the agreement of three checkpoints", do))
+        return tuple(splits.read_split(folder / file, self.index, labelled=False)
+                     for file in ("reliable_ids.txt", "unreliable_ids.txt"))
+
+    def label(self, name: str, trained: str, samples: list[Sample]) -> None:
+        """Writes pseudo labels of `samples` with the teacher of stage `trained`."""
+        config = self.config
+
+        def do() -> dict:
+            labelled = labeller.label(self._teacher(self._folder(trained) / "best.pt"), samples, self.here,
+                                      config=config.label, data=config.data, out=self._folder(name), title=name)
+            return {"images": labelled.images, "pseudo_label_miou": labelled.miou}
+
+        what = f"label {len(samples)} images with the teacher of {trained}, {config.label.tta} views"
+        self.stages.append(self._once(name, what, do))
+
+    def _fit(self, number: int, name: str, samples: list[Sample], schedule: Schedule) -> dict:
+        trainer = Trainer(self.config, self.here, samples, stage=number, title=name, classes=self.index.classes,
+                          folder=self._folder(name), schedule=schedule, validate=self._validate if self.val else None)
+        result = trainer.run()
+        return {"miou": result.miou, "best_step": result.step, "steps": result.steps,
+                "validate_steps": schedule.validate_steps, "seconds": round(result.seconds, 1)}
+
+    def _validate(self, network: torch.nn.Module) -> float:
+        return mean_iou(evaluate(self._eager(network), self.val, self.here, self.config.data))
+
+    def _teacher(self, path: Path) -> EagerTeacher:
+        return self._eager(load_network(path)[0])
+
+    def _eager(self, network: torch.nn.Module) -> EagerTeacher:
+        return EagerTeacher(network, num_classes=len(self.index.classes), device=self.here.device,
+                            dtype=autocast_dtype(self.config.train.precision, self.here.device))
+
+    def _folder(self, name: str) -> Path:
+        return self.config.out / "stages" / name
+
+    def _once(self, name: str, what: str, do: Callable[[], dict]) -> dict:
+        """The record of a stage: read if it is done, else made by `do` and written as DONE.json."""
+        done = self._folder(name) / "DONE.json"
+        if done.exists():
+            record = json.loads(done.read_text(encoding="utf-8"))
+            log.say(f"[{name}] done before: {_outcome(record)}")
+            return record
+        log.say(f"[{name}] {what}")
+        started = time.monotonic()
+        record = {"name": name, "miou": None, "steps": 0, "seconds": 0.0} | do()
+        record["seconds"] = record["seconds"] or round(time.monotonic() - started, 1)
+        distributed.on_main(self.here, lambda: files.write_json(done, record))
+        log.say(f"[{name}] {_outcome(record)}")
+        return record
+
+
+def summary(results: dict) -> str:
+    """The final table: what each stage ended with."""
+    rows = [("stage", "mIoU", "steps", "seconds")]
+    for stage in results["stages"] + [results[key] for key in ("control",) if key in results]:
+        miou = "" if stage["miou"] is None else f"{stage['miou']:.2f}"
+        if stage.get("pseudo_label_miou") is not None:
+            miou = f"(labels {stage['pseudo_label_miou']:.2f})"
+        rows.append((stage["name"], miou, stage["steps"] or "", f"{stage['seconds']:.0f}"))
+    return "\n" + log.table(rows)
+
+
+def _outcome(record: dict) -> str:
+    parts = []
+    if record["miou"] is not None:
+        parts.append(f"mIoU {record['miou']:.2f} at step {record['best_step']}")
+    if record.get("pseudo_label_miou") is not None:
+        parts.append(f"mIoU {record['pseudo_label_miou']:.2f} against the masks of these images")
+    if "mean_reliability" in record:
+        parts.append(f"mean reliability {record['mean_reliability']:.3f}")
+    return ", ".join([*parts, f"{record['seconds']:.0f} s"])
+
+
+def _claim(config: Config) -> None:
+    """Takes the run directory for this config, or refuses one that holds another."""
+    path, ours = config.out / "config.json", to_dict(config)
+    if path.exists():
+        try:
+            differing = differing_keys(ours, json.loads(path.read_text(encoding="utf-8")))
+        except ValueError:
+            raise UserError(f"{path} is damaged; choose another --out") from None
+        if differing:
+            raise UserError(f"--out {config.out} holds a run of another config ({'; '.join(differing)}); choose another "
+                            "--out, or the old settings")
+    elif config.out.exists() and any(config.out.glob("stages/*")):
+        raise UserError(f"--out {config.out} holds stages of a run without config.json; choose another --out")
+    files.write_json(path, ours)
+    files.write_json(config.out / "provenance.json", _provenance())
+
+
+def _provenance() -> dict:
+    versions = {}
+    for name in ("stpp", "torch", "numpy", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "tensorrt", "pillow"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True,
+                         check=False)
+    return {"versions": versions, "python": platform.python_version(), "platform": platform.platform(),
+            "git": git.stdout.strip() or None}
+
+
+def _prepared_index(config: Config, here: World) -> Index:
+    """The index of the data set, made or renewed by rank 0 where it is missing or stale."""
+    data = config.data
+    folder = data.index or config.out / "index"
+    settings = {"layout": data.layout, "images": data.images, "masks": data.masks, "classes": data.classes,
+                "exif": data.exif}
+
+    def renew() -> None:
+        if indices.is_stale(folder, data.root, **settings):
+            log.say(f"prepare: reading {data.root}")
+            indices.prepare(data.root, folder, **settings)
+
+    distributed.on_main(here, renew)
+    return indices.load(folder)

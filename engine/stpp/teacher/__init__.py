@@ -1,0 +1,1 @@
+"""Teachers: networks made ready to label images."""

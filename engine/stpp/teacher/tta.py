@@ -1,0 +1,50 @@
+"""Test-time augmentation: the views of an image, and the sum of their class probabilities.
+
+N images, C classes, H W size of the image; a view has the size (int(H * scale), int(W * scale)).
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from stpp_kernels import softmax_accumulate
+
+VIEWS: dict[str, tuple[tuple[float, ...], bool]] = {
+    "stpp": ((0.5, 0.75, 1.0, 1.5, 2.0), True),
+    "flip": ((1.0,), True),
+    "none": ((1.0,), False),
+}
+"""Scales of each mode, and whether every scale is also seen mirrored."""
+
+
+def accumulate(logits: Callable[[torch.Tensor], torch.Tensor], images_NCHW: torch.Tensor, mode: str,
+               num_classes: int) -> torch.Tensor:
+    """Sums the class probabilities of all views at the size of the image.
+
+    A view and its mirror image go through the network as one batch of 2N.
+
+    Args:
+        logits: images -> low-resolution logits.
+        images_NCHW: float32, normalised.
+        mode: key of `VIEWS`.
+
+    Returns:
+        float32 [N, C, H, W]: the sum over views; divide by their number for probabilities.
+
+    Source: ST++ (arXiv 2106.05095), pseudo labelling.
+    """
+    scales, mirrored = VIEWS[mode]
+    count, _, height, width = images_NCHW.shape
+    sums_NCHW = images_NCHW.new_zeros(count, num_classes, height, width)
+    for scale in scales:
+        size = (max(1, int(height * scale)), max(1, int(width * scale)))
+        view = images_NCHW if size == (height, width) else F.interpolate(
+            images_NCHW, size, mode="bilinear", align_corners=True)
+        if mirrored:
+            view = torch.cat([view, view.flip(3)])
+        low = logits(view.contiguous(memory_format=torch.channels_last))
+        softmax_accumulate(sums_NCHW, low[:count], size, (height, width), False)
+        if mirrored:
+            softmax_accumulate(sums_NCHW, low[count:], size, (height, width), True)
+    return sums_NCHW

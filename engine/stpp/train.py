@@ -1,0 +1,312 @@
+"""One training run: a model, a list of samples, and the loop between them.
+
+Shapes: N images of a backward pass, C classes, H W crop size, h w size of the low-resolution logits.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from stpp import checkpoint, distributed, log
+from stpp.config import Config, TrainConfig
+from stpp.data import loader
+from stpp.data.sample import Batch, Sample
+from stpp.data.sampler import StepSampler
+from stpp.distributed import World
+from stpp.errors import UserError
+from stpp.models.build import build_model, parameter_groups
+from stpp.models.weights import load_backbone, load_model, read_checkpoint, state_dict_of
+from stpp_kernels import upsample_cross_entropy
+
+IGNORE = 255
+POLY_POWER = 0.9
+REFERENCE_BATCH = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long a run trains and when it looks up."""
+
+    steps: int
+    """Optimiser steps in all."""
+    validate_steps: int
+    """Steps between two validations; the last step is always validated."""
+    keep_steps: tuple[int, ...] = ()
+    """Steps after which the weights are kept as `third-1.pt`, `third-2.pt`, ..."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a training run ended with."""
+
+    miou: float | None
+    """Validation mIoU of the chosen weights, percent; None without a validation list."""
+    step: int
+    """Step of the chosen weights."""
+    steps: int
+    seconds: float
+
+
+class Trainer:
+    """Trains one stage in `folder` and leaves its teacher there as `best.pt`."""
+
+    def __init__(self, config: Config, here: World, samples: Sequence[Sample], *, stage: int, title: str,
+                 classes: Sequence[str], folder: Path, schedule: Schedule,
+                 validate: Callable[[nn.Module], float] | None):
+        """
+        Args:
+            samples: the list of one epoch; every sample has a mask.
+            stage: number that keys the random numbers, so that no two stages share them.
+            validate: network in evaluation mode -> mIoU in percent, the same on every rank; None: no validation list.
+        """
+        self.config, self.here, self.samples, self.stage, self.title = config, here, samples, stage, title
+        self.classes, self.folder, self.schedule, self.validate = classes, folder, schedule, validate
+        train = config.train
+        self.sampler = StepSampler(len(samples), train.batch_global, seed=config.seed, stage=stage)
+        per_pass = images_per_pass(train, here)
+        torch.manual_seed(stream_seed(config.seed, stage))
+        self.network = build_model(config.model.name, config.model.backbone, len(classes), config.model.output_stride)
+        start_from(self.network, config.model.pretrained)
+        if train.sync_bn:
+            if here.device.type == "cpu":
+                raise UserError("--train.sync-bn needs CUDA: PyTorch has no synchronised batch norm on a CPU")
+            self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
+        elif here.size > 1 and per_pass < 8:
+            log.say(f"  each rank normalises over {per_pass} images"
+                    + ("; --train.sync-bn normalises over all" if here.device.type == "cuda" else ""))
+        self.network.to(here.device, memory_format=torch.channels_last)
+        self.optimizer = make_optimizer(self.network, train)
+        self.autocast_dtype = autocast_dtype(train.precision, here.device)
+        self.scaler = torch.amp.GradScaler(here.device.type, enabled=self.autocast_dtype == torch.float16)
+        self.model = self.network if here.size == 1 else DistributedDataParallel(
+            self.network, device_ids=[here.device] if here.device.type == "cuda" else None,
+            broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=train.accumulate == 1)
+        self.step, self.best_step, self.best_miou, self.seconds = 0, 0, -1.0, 0.0
+
+    def train_step(self, micro_batches: Sequence[Batch]) -> torch.Tensor:
+        """One optimiser step on the rank's share of the global batch.
+
+        Args:
+            micro_batches: `accumulate` batches, one for each backward pass.
+
+        Returns:
+            float32 scalar on the device: this rank's part of the mean loss over the counted pixels of the global batch;
+            the parts of all ranks add up to it.
+        """
+        torch.manual_seed(stream_seed(self.config.seed, self.stage, self.step, self.here.rank))  # dropout
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * (1 - self.step / self.schedule.steps) ** POLY_POWER
+        counted = torch.stack([(batch.labels_NHW != IGNORE).sum() for batch in micro_batches]).sum()
+        distributed.sum_over_ranks(counted)
+
+        loss = torch.zeros((), device=self.here.device)
+        for i, batch in enumerate(micro_batches):
+            last = i == len(micro_batches) - 1
+            with self._gradient_sync(last):
+                with torch.autocast(self.here.device.type, self.autocast_dtype,
+                                    enabled=self.autocast_dtype != torch.float32):
+                    logits_NChw = self.model(batch.images_NCHW)
+                loss_sum, _ = upsample_cross_entropy(logits_NChw, batch.labels_NHW, ignore_index=IGNORE)
+                share = loss_sum / counted.clamp(min=1)
+                # DDP averages gradients over ranks; the loss is a sum over ranks.
+                self.scaler.scale(share * self.here.size).backward()
+            loss += share.detach()
+
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return loss
+
+    def run(self) -> Result:
+        """Trains from wherever `folder` left off to the last step."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._resume()
+        metrics = log.Metrics(self.folder, first_step=self.step)
+        started, total = time.monotonic() - self.seconds, self.schedule.steps
+        window = _Window(self.here)
+        with log.Progress(self.title, total * self.sampler.batch_global,
+                          done=self.step * self.sampler.batch_global) as bar:
+            for micro_batches, wait_s in self._batches():
+                window.add(self.train_step(micro_batches), wait_s)
+                at_stop = self.step == total or self.step % self.schedule.validate_steps == 0
+                if at_stop or window.steps == 10:
+                    loss, data_wait_pct, step_s = window.close()
+                    rate = self.sampler.batch_global / step_s
+                    metrics.write(self.step, loss=loss, lr=self.optimizer.param_groups[0]["lr"], images_per_s=rate,
+                                  data_wait_pct=data_wait_pct)
+                    bar.advance(0, loss=f"{loss:.3f}", data_wait=f"{data_wait_pct:.0f}%")
+                bar.advance(self.sampler.batch_global)
+                if self.step in self.schedule.keep_steps:
+                    self._keep(f"third-{self.schedule.keep_steps.index(self.step) + 1}.pt")
+                if at_stop:
+                    self._validate(metrics)
+                    self.seconds = time.monotonic() - started
+                    self._save()
+                    window = _Window(self.here)
+        metrics.close()
+        return Result(miou=self.best_miou if self.validate else None, step=self.best_step, steps=total,
+                      seconds=time.monotonic() - started)
+
+    def _batches(self) -> Iterator[tuple[list[Batch], float]]:
+        """The micro batches of each remaining step, and the seconds spent waiting for them."""
+        train, data = self.config.train, self.config.data
+        draws = self.sampler.micro_batches(self.step, self.schedule.steps, rank=self.here.rank, world=self.here.size,
+                                           accumulate=train.accumulate)
+        batches = loader.pick(data.loader).train_batches(
+            self.samples, draws, augment=self.config.augment, seed=self.config.seed, stage=self.stage,
+            device=self.here.device, threads=data.threads or distributed.threads_per_rank(self.here), exif=data.exif)
+        while True:
+            asked = time.monotonic()
+            micro_batches = list(islice(batches, train.accumulate))
+            if not micro_batches:
+                return
+            yield micro_batches, time.monotonic() - asked
+
+    def _gradient_sync(self, last: bool):
+        skip = not last and isinstance(self.model, DistributedDataParallel)
+        return self.model.no_sync() if skip else torch.enable_grad()
+
+    def _validate(self, metrics: log.Metrics) -> None:
+        """Scores the current weights and keeps them as `best.pt` if they are to be the teacher."""
+        distributed.broadcast_buffers(self.network)
+        miou = None
+        if self.validate is not None:
+            self.network.eval()
+            miou = self.validate(self.network)
+            self.network.train()
+            metrics.write(self.step, miou_pct=miou)
+            epoch = self.step / self.sampler.steps_per_epoch
+            log.say(f"  {self.title}: step {self.step}/{self.schedule.steps}, epoch {epoch:.0f}, mIoU {miou:.2f}")
+        at_end = self.step == self.schedule.steps
+        if at_end if self.config.train.select == "last" or miou is None else miou > self.best_miou:
+            self.best_miou, self.best_step = miou if miou is not None else -1.0, self.step
+            self._keep("best.pt")
+
+    def _keep(self, name: str) -> None:
+        """Writes the weights, with what is needed to use them, as `name`."""
+        distributed.broadcast_buffers(self.network)
+        if self.here.is_main:
+            checkpoint.save(self.folder / name, model=self.network.state_dict(), classes=list(self.classes),
+                            architecture=dataclasses.asdict(self.config.model), step=self.step, miou=self.best_miou)
+
+    def _save(self) -> None:
+        """Writes everything that the next step depends on."""
+        if self.here.is_main:
+            checkpoint.save(self.folder / "last.pt", model=self.network.state_dict(),
+                            optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), step=self.step,
+                            best_step=self.best_step, best_miou=self.best_miou, seconds=self.seconds)
+        distributed.barrier()
+
+    def _resume(self) -> None:
+        path = self.folder / "last.pt"
+        if not path.exists():
+            return
+        saved = checkpoint.load(path)
+        self.network.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        for name in ("step", "best_step", "best_miou", "seconds"):
+            setattr(self, name, saved[name])
+        log.say(f"  {self.title}: going on from step {self.step}")
+
+
+class _Window:
+    """Loss and time of the last few steps, read from the device once for all of them."""
+
+    def __init__(self, here: World):
+        self._here, self.steps, self._wait_s = here, 0, 0.0
+        self._loss, self._since = torch.zeros((), device=here.device), time.monotonic()
+
+    def add(self, loss: torch.Tensor, wait_s: float) -> None:
+        self._loss += loss
+        self._wait_s += wait_s
+        self.steps += 1
+
+    def close(self) -> tuple[float, float, float]:
+        """Mean loss over all ranks, share of the time spent waiting for data (percent), seconds per step."""
+        loss = distributed.sum_over_ranks(self._loss.clone()).item() / self.steps  # sync: once in ten steps, for the log
+        now = time.monotonic()
+        spent = now - self._since
+        result = loss, 100 * self._wait_s / spent, spent / self.steps
+        self._loss.zero_()
+        self.steps, self._wait_s, self._since = 0, 0.0, now
+        return result
+
+
+def start_from(network: nn.Module, pretrained: str) -> None:
+    """Loads `--model.pretrained` into a new network: a whole network if the file holds one, else its backbone.
+
+    Raises:
+        UserError: the file is unfit.
+    """
+    if pretrained == "none":
+        return
+    whole = any(key.startswith("backbone.") for key in state_dict_of(read_checkpoint(pretrained)))
+    report = load_model(network, pretrained, strict=False) if whole else load_backbone(network, pretrained)
+    log.say(f"  {report.summary()}")
+
+
+def images_per_pass(train: TrainConfig, here: World) -> int:
+    """Images of one backward pass of one rank.
+
+    Raises:
+        UserError: the global batch does not divide, or one image would be normalised alone.
+    """
+    parts = here.size * train.accumulate
+    if train.batch_global % parts:
+        raise UserError(f"--train.batch-global {train.batch_global} does not divide into {here.size} ranks x "
+                        f"{train.accumulate} passes; choose a multiple of {parts}")
+    if train.batch_global == parts:
+        raise UserError(f"--train.batch-global {train.batch_global} leaves one image per rank and pass, and batch norm "
+                        f"after global pooling needs two; choose at least {2 * parts}")
+    return train.batch_global // parts
+
+
+def make_optimizer(network: nn.Module, train: TrainConfig) -> Optimizer:
+    """Fused SGD over the backbone and the head, which learns faster.
+
+    Raises:
+        UserError: apex asked for, and missing or not NVIDIA's.
+    """
+    backbone, head = parameter_groups(network)
+    base_lr = train.lr * train.batch_global / REFERENCE_BATCH
+    multiplier = network.head_lr_multiplier if train.head_lr_multiplier is None else train.head_lr_multiplier
+    groups = [{"params": backbone, "base_lr": base_lr}, {"params": head, "base_lr": base_lr * multiplier}]
+    settings = {"lr": base_lr, "momentum": train.momentum, "weight_decay": train.weight_decay}
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(groups, fused=True, **settings)
+    try:
+        from apex.optimizers import FusedSGD
+    except ImportError:
+        raise UserError("--train.optimizer apex: NVIDIA apex is not installed (build it from its repository; the PyPI "
+                        "package named apex is unrelated), or use --train.optimizer sgd") from None
+    return FusedSGD(groups, **settings)
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The type that `--train.precision` means on this device.
+
+    Raises:
+        UserError: fp16 on a CPU.
+    """
+    if precision == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("--train.precision fp16 needs CUDA; use bf16 or fp32 on a CPU")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+
+
+def stream_seed(*key: int) -> int:
+    """A 63-bit seed for torch's generator from (seed, stage[, step, rank]): equal keys, equal numbers."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,19 @@
+"""Fused segmentation operators that never store full-resolution logits: C++ on CPUs, Triton on CUDA, plain PyTorch elsewhere."""
+
+from stpp_kernels.argmax import upsample_argmax
+from stpp_kernels.confusion import confusion, pairwise_iou
+from stpp_kernels.cross_entropy import upsample_cross_entropy
+from stpp_kernels.dilated_conv import dilated_conv3x3
+from stpp_kernels.dispatch import implementations
+from stpp_kernels.softmax_accumulate import finalize, softmax_accumulate
+
+__all__ = [
+    "confusion",
+    "dilated_conv3x3",
+    "finalize",
+    "implementations",
+    "pairwise_iou",
+    "softmax_accumulate",
+    "upsample_argmax",
+    "upsample_cross_entropy",
+]

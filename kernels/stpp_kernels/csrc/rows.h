@@ -1,0 +1,261 @@
+// Rows of a low-resolution map as fp32 planes, and bilinear resizing (align_corners=True) of such rows.
+// Shared by the operators that look at full resolution one row at a time: argmax and softmax_accumulate.
+//
+// A "plane row" is one image row of all C channels, laid out [C][stride] in fp32, with pixels contiguous. Arithmetic
+// runs over pixels, so that C need not be a multiple of anything and softmax needs no reduction inside a vector.
+// Resizing is separable: a source row is resized along its width once, when it enters the cache, and output rows
+// between two source rows then cost one contiguous blend. The order (width first, then height) and the fp32 index
+// arithmetic are those of PyTorch's CPU interpolate, so both pick the same source pixels.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace stpp {
+namespace rows {
+
+#if defined(__AVX512F__)
+constexpr int64_t kLanes = 16;
+#elif defined(__AVX__)
+constexpr int64_t kLanes = 8;
+#else
+constexpr int64_t kLanes = 4;
+#endif
+
+typedef float vfloat __attribute__((vector_size(kLanes * 4)));
+typedef int32_t vint __attribute__((vector_size(kLanes * 4)));
+
+inline vfloat load(const float* p) {
+  vfloat v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+inline vint load(const int32_t* p) {
+  vint v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+inline void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof(v)); }
+
+// The first n (1..kLanes) values of p; the other lanes are zero.
+inline vfloat load_part(const float* p, int64_t n) {
+  if (n >= kLanes) return load(p);
+  vfloat v = {};
+  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+}
+
+inline vfloat splat(float value) { return vfloat{} + value; }
+
+inline vfloat maximum(vfloat a, vfloat b) { return a > b ? a : b; }
+
+// exp(x) for x <= 0, relative error below 1e-6 down to exp(-10). Below -86 the result stays at exp(-86): it is zero to
+// any sum that contains exp(0), and never a slow denormal. 2^x with x split into the nearest integer and a remainder.
+inline vfloat exp_nonpositive(vfloat x) {
+  x = maximum(x, splat(-86.0f));
+  const vfloat magic = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves round(x) in the low bits of the mantissa
+  const vfloat shifted = x * 1.44269504088896341f + magic;
+  const vfloat whole = shifted - magic;
+  vfloat r = x - whole * 0.693359375f;
+  r = r + whole * 2.12194440e-4f;  // ln 2 in two parts, the first exact when multiplied
+  vfloat p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  return (vfloat)((vint)p + ((vint)shifted << 23));
+}
+
+// fp32 scratch memory, aligned to a cache line, with slack for whole vectors read past the end.
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) : memory_(c10::GetCPUAllocator()->allocate((count + 2 * kLanes) * sizeof(float))) {
+    std::memset(memory_.get(), 0, (count + 2 * kLanes) * sizeof(float));
+  }
+  float* data() const { return static_cast<float*>(memory_.get()); }
+
+ private:
+  at::DataPtr memory_;
+};
+
+// Distance between the planes of a row: an odd number of cache lines, or planes of a width of 1024 would all fall into
+// the same cache set.
+inline int64_t plane_stride(int64_t width) {
+  const int64_t lines = (width + 15) / 16;
+  return (lines | 1) * 16;
+}
+
+// out[i] = left[i] * in[first[i]] + right[i] * in[first[i] + 1]; where right[i] is 0, `first` may be the last index.
+struct Taps {
+  std::vector<int32_t> first;
+  std::vector<float> left, right;
+};
+
+inline Taps make_taps(int64_t in, int64_t out, bool mirrored) {
+  Taps taps;
+  const float scale = out > 1 ? static_cast<float>(in - 1) / (out - 1) : 0.0f;
+  for (int64_t i = 0; i < out; ++i) {
+    const float position = scale * i;
+    const int64_t index = std::min<int64_t>(static_cast<int64_t>(position), in - 1);
+    float right = std::min(std::max(position - index, 0.0f), 1.0f), left = 1.0f - right;
+    int64_t first = index;
+    if (index == in - 1) {
+      left = 1.0f, right = 0.0f;
+    }
+    if (mirrored) {  // the same two pixels, read from the other end
+      first = right == 0.0f ? in - 1 - index : in - 2 - index;
+      if (right != 0.0f) std::swap(left, right);
+    }
+    taps.first.push_back(static_cast<int32_t>(first));
+    taps.left.push_back(left);
+    taps.right.push_back(right);
+  }
+  return taps;
+}
+
+// Resizes rows along their width.
+class Columns {
+ public:
+  Columns(int64_t in, int64_t out, bool mirrored) : out_(out), copy_(in == out && !mirrored) {
+    const Taps taps = make_taps(in, out, mirrored);
+    const int64_t padded = (out + kLanes - 1) / kLanes * kLanes;
+    base_.resize(padded / kLanes), near_.resize(padded / kLanes);
+    a_.resize(padded), b_.resize(padded), left_.resize(padded), right_.resize(padded);
+    for (int64_t chunk = 0; chunk * kLanes < padded; ++chunk) {
+      int32_t low = INT32_MAX, high = 0;
+      for (int64_t i = chunk * kLanes; i < (chunk + 1) * kLanes; ++i) {
+        const int64_t from = std::min(i, out - 1);
+        a_[i] = taps.first[from];
+        b_[i] = a_[i] + (taps.right[from] != 0.0f ? 1 : 0);
+        left_[i] = taps.left[from], right_[i] = taps.right[from];
+        low = std::min(low, a_[i]), high = std::max(high, b_[i]);
+      }
+      base_[chunk] = low;
+      near_[chunk] = high - low < 2 * kLanes;
+      for (int64_t i = chunk * kLanes; i < (chunk + 1) * kLanes; ++i) a_[i] -= low, b_[i] -= low;
+    }
+  }
+
+  int64_t out() const { return out_; }
+  bool copies() const { return copy_; }
+
+  // Values of output pixels [chunk * kLanes, (chunk + 1) * kLanes) of one plane; src is readable 2 * kLanes past its end.
+  vfloat get(const float* src, int64_t chunk) const {
+    const float* window = src + base_[chunk];
+    const vint ia = load(&a_[chunk * kLanes]), ib = load(&b_[chunk * kLanes]);
+    const vfloat wa = load(&left_[chunk * kLanes]), wb = load(&right_[chunk * kLanes]);
+#if defined(__AVX512F__)
+    // Neighbouring outputs read neighbouring inputs: two loads and two permutations stand for 32 gathered values.
+    if (near_[chunk]) {
+      const vfloat low = load(window), high = load(window + kLanes);
+      return wa * __builtin_shuffle(low, high, ia) + wb * __builtin_shuffle(low, high, ib);
+    }
+    const __m512 zero = _mm512_setzero_ps();
+    return wa * (vfloat)_mm512_mask_i32gather_ps(zero, 0xffff, (__m512i)ia, window, 4) +
+           wb * (vfloat)_mm512_mask_i32gather_ps(zero, 0xffff, (__m512i)ib, window, 4);
+#elif defined(__AVX2__)
+    return wa * (vfloat)_mm256_i32gather_ps(window, (__m256i)ia, 4) +
+           wb * (vfloat)_mm256_i32gather_ps(window, (__m256i)ib, 4);
+#else
+    vfloat a = {}, b = {};
+    for (int64_t i = 0; i < kLanes; ++i) a[i] = window[ia[i]], b[i] = window[ib[i]];
+    return wa * a + wb * b;
+#endif
+  }
+
+  // dst[0, out) = resized src; dst is writable to a whole number of vectors.
+  void resize(const float* src, float* dst) const {
+    for (int64_t chunk = 0; chunk * kLanes < out_; ++chunk) store(dst + chunk * kLanes, get(src, chunk));
+  }
+
+ private:
+  int64_t out_;
+  bool copy_;
+  std::vector<int32_t> base_, a_, b_;
+  std::vector<char> near_;
+  std::vector<float> left_, right_;
+};
+
+// A map [N, C, h, w] of any strides, in fp32, bf16 or fp16.
+struct Map {
+  const void* data;
+  at::ScalarType dtype;
+  int64_t channels, height, width, stride_n, stride_c, stride_h, stride_w;
+
+  explicit Map(const at::Tensor& t)
+      : data(t.const_data_ptr()), dtype(t.scalar_type()), channels(t.size(1)), height(t.size(2)), width(t.size(3)),
+        stride_n(t.stride(0)), stride_c(t.stride(1)), stride_h(t.stride(2)), stride_w(t.stride(3)) {}
+
+  // Writes row y of image n as planes into dst.
+  void read(int64_t n, int64_t y, float* dst, int64_t stride) const {
+    const int64_t at_row = n * stride_n + y * stride_h;
+    if (dtype == at::kFloat) {
+      read_as(static_cast<const float*>(data) + at_row, dst, stride);
+    } else if (dtype == at::kBFloat16) {
+      read_as(static_cast<const at::BFloat16*>(data) + at_row, dst, stride);
+    } else {
+      read_as(static_cast<const at::Half*>(data) + at_row, dst, stride);
+    }
+  }
+
+ private:
+  template <typename T>
+  void read_as(const T* row, float* dst, int64_t stride) const {
+    if (stride_w == 1) {
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t x = 0; x < width; ++x) dst[c * stride + x] = static_cast<float>(row[c * stride_c + x]);
+    } else {
+      for (int64_t x = 0; x < width; ++x)
+        for (int64_t c = 0; c < channels; ++c) dst[c * stride + x] = static_cast<float>(row[x * stride_w + c * stride_c]);
+    }
+  }
+};
+
+// The last two rows asked for, resized along their width by `columns`. Rows y and y + 1 never displace each other.
+class RowCache {
+ public:
+  RowCache(const Map& map, const Columns& columns)
+      : map_(map), columns_(columns), raw_stride_(plane_stride(map.width)), stride_(plane_stride(columns.out())),
+        raw_(map.channels * raw_stride_), even_(map.channels * stride_), odd_(map.channels * stride_) {}
+
+  int64_t stride() const { return stride_; }
+
+  const float* get(int64_t n, int64_t y) {
+    float* planes = (y & 1 ? odd_ : even_).data();
+    const int64_t key = n * map_.height + y;
+    if (held_[y & 1] == key) return planes;
+    held_[y & 1] = key;
+    if (columns_.copies()) {
+      map_.read(n, y, planes, stride_);
+      return planes;
+    }
+    map_.read(n, y, raw_.data(), raw_stride_);
+    for (int64_t c = 0; c < map_.channels; ++c)
+      columns_.resize(raw_.data() + c * raw_stride_, planes + c * stride_);
+    return planes;
+  }
+
+ private:
+  const Map& map_;
+  const Columns& columns_;
+  int64_t raw_stride_, stride_;
+  Scratch raw_, even_, odd_;
+  int64_t held_[2] = {-1, -1};
+};
+
+}  // namespace rows
+}  // namespace stpp

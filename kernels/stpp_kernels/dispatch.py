@@ -1,0 +1,132 @@
+"""Which implementation serves which operator on which device.
+
+An operator is defined once, in Python, so that it exists whether or not anything was compiled. Calls then reach, in this
+order of preference: `cpp` (CPU) or `triton` (CUDA), and else `reference`, the plain PyTorch form. The environment variable
+STPP_KERNELS=reference forces the last one. A fallback is said once, as a warning of the logger "stpp_kernels".
+
+The C++ extension registers its kernels in the namespace `stpp_kernels_cpp`, whose schemas are defined here too.
+"""
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+LOG = logging.getLogger("stpp_kernels")
+NAMESPACE = "stpp_kernels"
+LIB = torch.library.Library(NAMESPACE, "DEF")
+CPP_NAMESPACE = "stpp_kernels_cpp"
+CPP_LIB = torch.library.Library(CPP_NAMESPACE, "DEF")
+CPP_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+_chosen: dict[str, dict[str, str]] = {}
+
+
+def define(
+    name: str,
+    signature: str,
+    *,
+    reference: Callable,
+    fake: Callable,
+    triton: str | None = None,
+    cpp: bool = True,
+    float_arg: int | None = 0,
+) -> torch._ops.OpOverload:
+    """Defines `stpp_kernels::<name>` with all its implementations and returns the operator.
+
+    Args:
+        name: name of the operator, also of its C++ kernel in `stpp_kernels_cpp`.
+        signature: schema without the name, `"(Tensor x, int k) -> Tensor"`.
+        reference: plain PyTorch form with the schema's arguments, in order, positional.
+        fake: shape and dtype form for tracing, same arguments.
+        triton: `"module:function"` of the CUDA form relative to this package, imported when first called; same arguments.
+        cpp: whether a C++ kernel of this name is expected.
+        float_arg: position of the argument whose dtype decides whether C++ and Triton can serve (float64 goes to `reference`);
+            None where no argument does.
+    """
+    LIB.define(f"{name}{signature}")
+    if cpp:
+        CPP_LIB.define(f"{name}{signature}")
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.register_fake(qualified, fake, lib=LIB)
+    forced = os.environ.get("STPP_KERNELS", "") == "reference"
+    cpp_op = getattr(getattr(torch.ops, CPP_NAMESPACE), name).default if cpp else None
+    has_cpp = cpp and not forced and _has_cpp_kernel(name)
+    has_triton = triton is not None and not forced and triton_available()
+    LIB.impl(name, _kernel("cpu", cpp_op if has_cpp else None, reference, float_arg), "CPU")
+    launch = _lazy(triton) if has_triton else None
+    LIB.impl(name, _kernel("cuda", launch, reference, float_arg), "CUDA")
+    _chosen[name] = {"cpu": "cpp" if has_cpp else "reference", "cuda": "triton" if has_triton else "reference"}
+    if cpp and not has_cpp and not forced:
+        _say_fallback("the C++ operators are not built, or failed to load; on a CPU the plain PyTorch forms run instead")
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def implementations(device: str | None = None) -> dict[str, str]:
+    """Operator name -> `"cpp"`, `"triton"` or `"reference"`, as served on `device` ("cpu" or "cuda").
+
+    Without `device`: the device this process would train on, CUDA if there is one.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {name: chosen[device] for name, chosen in _chosen.items()}
+
+
+def triton_available() -> bool:
+    """Whether the `triton` package (not this package's `triton` folder) is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def note(name: str, device: str, implementation: str) -> None:
+    """Overrides what `implementations` reports, for an operator that chooses by its own rule (cuDNN, say)."""
+    _chosen[name][device] = implementation
+
+
+@functools.cache
+def load_extension() -> bool:
+    """Loads the C++ kernels; False, said once, where there are none or they do not load."""
+    if os.environ.get("STPP_KERNELS", "") == "reference":
+        return False
+    libraries = sorted(Path(__file__).parent.glob("_C*.so")) + sorted(Path(__file__).parent.glob("_C*.pyd"))
+    for library in libraries:
+        try:
+            torch.ops.load_library(str(library))
+            return True
+        except OSError as error:  # built against another torch or for another machine
+            LOG.warning("cannot load %s: %s; rebuild it with `make build`", library.name, error)
+    return False
+
+
+def _has_cpp_kernel(name: str) -> bool:
+    return load_extension() and torch._C._dispatch_has_kernel_for_dispatch_key(f"{CPP_NAMESPACE}::{name}", "CPU")
+
+
+def _kernel(device: str, fast: Callable | None, reference: Callable, float_arg: int | None) -> Callable:
+    def run(*args):
+        # A custom operator's kernel runs with autocast still on; its dtypes are its own business.
+        with torch.autocast(device, enabled=False):
+            if fast is not None and (float_arg is None or args[float_arg].dtype in CPP_DTYPES):
+                return fast(*args)
+            return reference(*args)
+
+    return run
+
+
+def _lazy(target: str) -> Callable:
+    module, function = target.split(":")
+
+    @functools.cache
+    def load() -> Callable:
+        return getattr(importlib.import_module(f"{__package__}.{module}"), function)
+
+    return lambda *args: load()(*args)
+
+
+@functools.cache
+def _say_fallback(message: str) -> None:
+    LOG.warning(message)

@@ -1,0 +1,146 @@
+"""The five fused operators in plain PyTorch: the oracle of the tests, and what runs where nothing faster can.
+
+Shape suffixes: N images, C classes, h w low-resolution size, H W full size, O I output and input channels. Every function
+computes in float32 (float64 for float64 input) whatever the input's dtype, is free of autograd, and may hold full-size tensors,
+one image at a time where it can: fast and small is what the other implementations are for.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def upsample(maps_NChw: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear resize with `align_corners=True` to `size` (height, width), computed in float32 or float64."""
+    return F.interpolate(_compute_type(maps_NChw), size=tuple(size), mode="bilinear", align_corners=True)
+
+
+def upsample_cross_entropy(
+    logits_NChw: Tensor,
+    labels_NHW: Tensor,
+    class_weight: Tensor | None,
+    pixel_weight: Tensor | None,
+    ignore_index: int,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss sum, counted pixels, gradient of the loss sum in `gradient_dtype`; empty unless `with_gradient`)."""
+    num_classes = logits_NChw.shape[1]
+    height, width = labels_NHW.shape[1:]
+    counted_NHW = labels_NHW != ignore_index
+    labels = torch.where(counted_NHW, labels_NHW, 0).long()
+    check_range(labels, num_classes, "a label")
+    labels = labels.clamp(0, num_classes - 1)  # on CUDA the check fails later than the reads below
+    weight_NHW = counted_NHW.to(_compute_type(logits_NChw).dtype)
+    if class_weight is not None:
+        weight_NHW = weight_NHW * class_weight.to(weight_NHW.dtype)[labels]
+    if pixel_weight is not None:
+        weight_NHW = torch.where(counted_NHW, weight_NHW * pixel_weight, 0.0)
+    loss = weight_NHW.new_zeros(())
+    gradient = logits_NChw.new_empty(0, dtype=gradient_dtype(logits_NChw.dtype))
+    if with_gradient:
+        gradient = torch.empty_like(logits_NChw, dtype=gradient.dtype)
+    for n in range(logits_NChw.shape[0]):
+        log_prob = upsample(logits_NChw[n : n + 1], (height, width)).log_softmax(1)
+        label, weight = labels[n][None, None], weight_NHW[n][None, None]
+        loss -= (log_prob.gather(1, label) * weight).sum()
+        if with_gradient:
+            residual = log_prob.exp_().scatter_add_(1, label, -torch.ones_like(weight)).mul_(weight)
+            gradient[n : n + 1] = torch.ops.aten.upsample_bilinear2d_backward(
+                residual, [height, width], [1, *logits_NChw.shape[1:]], True
+            )
+    return loss, counted_NHW.sum(), gradient
+
+
+def upsample_argmax(logits_NChw: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """(mask uint8 [N, H, W], probability of the chosen class [N, H, W])."""
+    masks, confidences = [], []
+    for n in range(logits_NChw.shape[0]):
+        full = upsample(logits_NChw[n : n + 1], size)
+        masks.append(full.argmax(1).to(torch.uint8))
+        confidences.append((full.amax(1) - full.logsumexp(1)).exp())
+    if not masks:
+        empty = logits_NChw.new_empty((0, *size))
+        return empty.to(torch.uint8), _compute_type(empty)
+    return torch.cat(masks), torch.cat(confidences)
+
+
+def softmax_accumulate(
+    acc_NCHW: Tensor, logits_NChw: Tensor, scaled_size: tuple[int, int], size: tuple[int, int], flip: bool
+) -> None:
+    """Adds the softmax at `scaled_size`, mirrored back if `flip` and resized to `size`, to `acc_NCHW` in place."""
+    for n in range(logits_NChw.shape[0]):
+        prob = upsample(logits_NChw[n : n + 1], scaled_size).softmax(1)
+        acc_NCHW[n : n + 1] += upsample(prob.flip(3) if flip else prob, size)
+
+
+def finalize(acc_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(mask uint8 [N, H, W], mean normalised probability of the chosen class [N], class counts int64 [N, C])."""
+    num_images, num_classes = acc_NCHW.shape[:2]
+    value_NHW, mask_NHW = acc_NCHW.max(1)
+    mean_N = (value_NHW / acc_NCHW.sum(1)).flatten(1).mean(1)
+    counts_NC = torch.zeros(num_images, num_classes, dtype=torch.int64, device=acc_NCHW.device)
+    flat = mask_NHW.flatten(1)
+    counts_NC.scatter_add_(1, flat, torch.ones_like(flat))
+    return mask_NHW.to(torch.uint8), mean_N, counts_NC
+
+
+def confusion(pred: Tensor, target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """Per-image matrices int64 [N, C, C] (rows truth, columns prediction) of [N, H, W] masks, `target == ignore` left out."""
+    num_images = target.shape[0]
+    counted = target != ignore_index
+    pred, target = (torch.where(counted, mask, 0).long().flatten(1) for mask in (pred, target))
+    check_range(target, num_classes, "a target")
+    check_range(pred, num_classes, "a prediction")
+    cell = target.clamp(0, num_classes - 1) * num_classes + pred.clamp(0, num_classes - 1)
+    matrix = torch.zeros(num_images, num_classes * num_classes, dtype=torch.int64, device=target.device)
+    matrix.scatter_add_(1, cell, counted.flatten(1).long())
+    return matrix.view(num_images, num_classes, num_classes)
+
+
+def iou_from_confusion(matrix_NCC: Tensor) -> Tensor:
+    """Mean IoU float64 [N] over the classes that occur in truth or prediction; 0 where no class occurs at all."""
+    matrix = matrix_NCC.double()
+    both = matrix.diagonal(dim1=1, dim2=2)
+    either = matrix.sum(1) + matrix.sum(2) - both
+    present = either > 0
+    iou = torch.where(present, both / either.clamp(min=1), 0.0)
+    return iou.sum(1) / present.sum(1).clamp(min=1)
+
+
+def dilated_conv3x3(x_NIHW: Tensor, weight_OI33: Tensor, dilation: int) -> Tensor:
+    """`F.conv2d` with a 3x3 kernel, stride 1, padding = dilation, no bias: same height and width."""
+    return F.conv2d(x_NIHW, weight_OI33, padding=dilation, dilation=dilation)
+
+
+def dilated_conv3x3_backward(
+    grad_NOHW: Tensor, x_NIHW: Tensor, weight_OI33: Tensor, dilation: int, need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """(gradient of x, gradient of weight); the one that is not needed is an empty tensor."""
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad_NOHW, x_NIHW, weight_OI33, None, [1, 1], [dilation] * 2, [dilation] * 2, False, [0, 0], 1,
+        [need_x, need_weight, False],
+    )  # fmt: skip
+    empty = x_NIHW.new_empty(0)
+    return grad_x if need_x else empty, grad_weight if need_weight else empty
+
+
+def gradient_dtype(logits_dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which the gradient of the loss *sum* is kept until it is scaled.
+
+    float16 cannot hold it: one low-resolution logit may collect more than 65504 pixels.
+    """
+    return torch.float32 if logits_dtype == torch.float16 else logits_dtype
+
+
+def check_range(indices: Tensor, num_classes: int, what: str) -> None:
+    """Raises ValueError on the CPU, or asserts asynchronously on CUDA, if an index is outside [0, num_classes)."""
+    outside = (indices < 0) | (indices >= num_classes)
+    if indices.device.type == "cuda":
+        torch._assert_async(~outside.any(), f"{what} lies outside [0, {num_classes}) and is not the ignore index")
+    elif indices.device.type == "cpu" and bool(outside.any()):
+        found = indices[outside][0].item()
+        raise ValueError(f"{what} is {found}, outside [0, {num_classes}) and not the ignore index; check the masks")
+
+
+def _compute_type(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -1,0 +1,97 @@
+"""Operators `softmax_accumulate` and `finalize`: test-time augmentation without probabilities at the scaled size.
+
+Shape suffixes: N images, C classes, h w size of the logits, H W size of the image.
+"""
+
+import torch
+from torch import Tensor
+
+from stpp_kernels import reference
+from stpp_kernels.argmax import check_logits, check_size
+from stpp_kernels.dispatch import define
+
+
+def softmax_accumulate(
+    acc_NCHW: Tensor, logits_NChw: Tensor, scaled_size: tuple[int, int], size: tuple[int, int], flip: bool
+) -> None:
+    """Adds one view of test-time augmentation to the sum of class probabilities, in place.
+
+    Eager equivalent: `p = F.interpolate(logits.float(), scaled_size, mode="bilinear", align_corners=True).softmax(1)`;
+    `acc += F.interpolate(p.flip(3) if flip else p, size, mode="bilinear", align_corners=True)`. Not differentiable.
+
+    Args:
+        acc_NCHW: float32 sums so far, zeros at first. Any strides; contiguous is the fast layout on the CPU and on CUDA (a
+            channels_last sum costs about twice the time, because both resize along the width).
+        logits_NChw: float32, float16, bfloat16 or float64, C in 1..256, any strides. Finite.
+        scaled_size: (height, width) of the view the model saw; the softmax is taken at this size.
+        size: (H, W) of `acc_NCHW`.
+        flip: whether the view was mirrored left to right; its probabilities are mirrored back.
+
+    Raises:
+        ValueError: shapes that disagree, more than 256 classes, or an empty size.
+        TypeError: sums that are not float32, or logits that are not floating point.
+    """
+    check_logits(logits_NChw)
+    scaled_height, scaled_width = check_size("scaled_size", scaled_size)
+    height, width = check_size("size", size)
+    if acc_NCHW.dtype != torch.float32:
+        raise TypeError(f"the sum is {acc_NCHW.dtype}; expected torch.float32")
+    expected = (logits_NChw.shape[0], logits_NChw.shape[1], height, width)
+    if tuple(acc_NCHW.shape) != expected:
+        raise ValueError(f"the sum has shape {tuple(acc_NCHW.shape)}; these logits and size need {expected}")
+    _accumulate_op(acc_NCHW, logits_NChw.detach(), [scaled_height, scaled_width], [height, width], flip)
+
+
+def finalize(acc_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mask, mean probability and class counts of accumulated probabilities.
+
+    Eager equivalent: `value, mask = acc.max(1)`; `(value / acc.sum(1)).mean((1, 2))`; `bincount(mask, minlength=C)` per image.
+
+    Args:
+        acc_NCHW: float32, non-negative, positive somewhere in every pixel; C in 1..256, any strides (contiguous is fastest).
+
+    Returns:
+        mask: uint8 [N, H, W]; of classes that tie, the lowest.
+        mean_probability: float32 [N], mean over the pixels of the chosen class's share of the pixel's sum, in (0, 1]. NaN
+            where a pixel's sum is zero.
+        class_counts: int64 [N, C], pixels per class.
+
+    Raises:
+        ValueError: not four dimensions, more than 256 classes, or no pixel.
+        TypeError: not float32.
+    """
+    check_logits(acc_NCHW)
+    if acc_NCHW.dtype != torch.float32:
+        raise TypeError(f"the sum is {acc_NCHW.dtype}; expected torch.float32")
+    return _finalize_op(acc_NCHW.detach())
+
+
+def _accumulate_reference(acc: Tensor, logits: Tensor, scaled_size: list[int], size: list[int], flip: bool) -> None:
+    reference.softmax_accumulate(acc, logits, (scaled_size[0], scaled_size[1]), (size[0], size[1]), flip)
+
+
+def _accumulate_fake(acc: Tensor, logits: Tensor, scaled_size: list[int], size: list[int], flip: bool) -> None:
+    return None
+
+
+def _finalize_fake(acc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    images, classes, height, width = acc.shape
+    mask = acc.new_empty((images, height, width), dtype=torch.uint8)
+    return mask, acc.new_empty(images), acc.new_empty((images, classes), dtype=torch.int64)
+
+
+_accumulate_op = define(
+    "softmax_accumulate",
+    "(Tensor(a!) acc, Tensor logits, SymInt[2] scaled_size, SymInt[2] size, bool flip) -> ()",
+    reference=_accumulate_reference,
+    fake=_accumulate_fake,
+    triton="triton.softmax_accumulate:softmax_accumulate",
+    float_arg=1,
+)
+_finalize_op = define(
+    "finalize",
+    "(Tensor acc) -> (Tensor, Tensor, Tensor)",
+    reference=reference.finalize,
+    fake=_finalize_fake,
+    triton="triton.softmax_accumulate:finalize",
+)

@@ -1,0 +1,1 @@
+"""Triton kernels, one a file; `import triton` inside them is the compiler's package, not this folder."""

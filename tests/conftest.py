@@ -1,0 +1,48 @@
+"""What every test sees: the packages from the source roots, two threads, and where CamVid lies if it is there."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PATHS = [str(ROOT / "engine"), str(ROOT / "kernels")]
+sys.path[:0] = PATHS
+os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")])  # for processes that tests start
+CAMVID = ROOT.parent / "shared" / "data" / "camvid"
+
+
+@pytest.fixture(scope="session")
+def camvid() -> Path:
+    """Folder of CamVid; skips where it is absent."""
+    if not CAMVID.is_dir():
+        pytest.skip(f"CamVid is not at {CAMVID}")
+    return CAMVID
+
+
+@pytest.fixture(scope="session")
+def synthetic(tmp_path_factory) -> Path:
+    """Root of a synthetic set: 24 training and 6 validation images, 6 classes."""
+    from stpp.data import synthetic as generator
+
+    root = tmp_path_factory.mktemp("synthetic") / "data"
+    generator.generate(root, seed=3, train=24, val=6)
+    return root
+
+
+@pytest.fixture(scope="session")
+def synthetic_index(synthetic, tmp_path_factory) -> Path:
+    """Folder of the prepared index of `synthetic`."""
+    from stpp.data import index
+
+    folder = tmp_path_factory.mktemp("index")
+    index.prepare(synthetic, folder, layout="voc", workers=1, progress=False)
+    return folder
+
+
+def torchrun(ranks: int, *args: str, timeout: float = 240) -> subprocess.CompletedProcess:
+    """Runs a script or `-m module` on `ranks` processes of this machine, each with one thread."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)

@@ -1,0 +1,183 @@
+"""The stages of a run, from files to results.json, on a tiny data set."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import torchrun
+from PIL import Image
+
+from stpp.data.masks import read_index_mask
+from stpp.label import reliability, rows
+
+TINY = """
+method = "stpp"
+deterministic = true
+[data]
+layout = "voc"
+fraction = "8"
+[model]
+backbone = "resnet18"
+output_stride = 16
+[augment]
+crop_px = 49
+long_side = [48, 96]
+[train]
+epochs = 1
+supervised_epochs = 3
+batch_global = 4
+lr = 0.02
+[label]
+tta = "flip"
+batch_per_rank = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+def stpp(*args, expect: int = 0) -> subprocess.CompletedProcess:
+    ran = subprocess.run([sys.executable, "-m", "stpp", *map(str, args)], capture_output=True, text=True, timeout=280)
+    assert ran.returncode == expect, ran.stderr
+    return ran
+
+
+@pytest.fixture(scope="module")
+def run(recipe, synthetic, synthetic_index, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "stpp"
+    stpp("train", "--recipe", recipe, "--data.root", synthetic, "--data.index", synthetic_index, "--out", out, "--control")
+    return out
+
+
+def test_stpp_leaves_the_stages_of_the_paper(run):
+    stages = run / "stages"
+    for name in ("1-supervised", "4-retrain", "6-retrain", "control"):
+        assert {"last.pt", "best.pt", "metrics.jsonl", "DONE.json"} <= set(os.listdir(stages / name))
+    assert {"third-1.pt", "third-2.pt", "third-3.pt"} <= set(os.listdir(stages / "1-supervised"))
+    reliable, unreliable = ((stages / "2-select" / name).read_text().splitlines()
+                            for name in ("reliable_ids.txt", "unreliable_ids.txt"))
+    unlabelled = (run / "split" / "unlabeled.txt").read_text().splitlines()
+    assert len(reliable) == len(unlabelled) // 2
+    assert sorted(reliable + unreliable) == sorted(unlabelled)
+    scores = {row["key"]: row["reliability"] for row in rows.read(stages / "2-select" / "reliability.parquet")}
+    of = [scores[line.split()[0].rpartition(".")[0]] for line in reliable + unreliable]
+    assert of == sorted(of, reverse=True) and all(0 <= score <= 1 for score in of)
+
+
+def test_each_half_has_its_pseudo_labels(run, synthetic):
+    for stage, list_name in (("3-label", "reliable_ids.txt"), ("5-label", "unreliable_ids.txt")):
+        lines = (run / "stages" / "2-select" / list_name).read_text().splitlines()
+        table = rows.read(run / "stages" / stage / "labels.parquet")
+        assert sorted(row["key"] for row in table) == sorted(line.split()[0].rpartition(".")[0] for line in lines)
+        for row in table:
+            mask = read_index_mask(run / "stages" / stage / row["mask"])
+            image = Image.open(synthetic / f"{row['key']}.jpg")
+            assert mask.shape == (image.height, image.width) == (row["height"], row["width"])
+            assert np.bincount(mask.ravel(), minlength=6).tolist() == row["class_pixels"]
+            assert 0 < row["mean_confidence"] <= 1
+
+
+def test_results_name_every_stage(run):
+    results = json.loads((run / "results.json").read_text())
+    assert results["method"] == "stpp"
+    assert [stage["name"] for stage in results["stages"]] == [
+        "1-supervised", "2-select", "3-label", "4-retrain", "5-label", "6-retrain"]
+    trained = [stage for stage in results["stages"] if stage["steps"]] + [results["control"]]
+    assert all(0 <= stage["miou"] <= 100 and stage["seconds"] > 0 for stage in trained)
+    # 8 labels twice in batches of 4 are 4 steps an epoch; the whole list of stage 6 is 2 x 8 labels and 16 images.
+    assert [stage["steps"] for stage in trained] == [12, 4, 8, 8]
+    assert results["control"]["name"] == "control"
+
+
+def test_a_finished_run_is_not_done_again(run, recipe, synthetic, synthetic_index):
+    before = {path: path.stat().st_mtime_ns for path in run.glob("stages/**/*") if path.is_file()}
+    again = stpp("train", "--recipe", recipe, "--data.root", synthetic, "--data.index", synthetic_index, "--out", run)
+    assert "done before" in again.stderr
+    assert {path: path.stat().st_mtime_ns for path in run.glob("stages/**/*") if path.is_file()} == before
+
+
+def test_another_config_is_refused_with_the_keys(run, recipe, synthetic):
+    refused = stpp("train", "--recipe", recipe, "--data.root", synthetic, "--out", run, "--train.epochs", "2",
+                   "--method", "st", expect=2)
+    assert "train.epochs: 1 -> 2" in refused.stderr and "method: stpp -> st" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.dist
+def test_evaluate_counts_every_image_once_on_two_ranks(run, synthetic, tmp_path):
+    args = ["evaluate", "--checkpoint", str(run / "stages" / "6-retrain" / "best.pt"), "--data.index",
+            json.loads((run / "config.json").read_text())["data"]["index"], "--precision", "fp32"]
+    stpp(*args, "--out", tmp_path / "one.json")
+    ran = torchrun(2, "-m", "stpp", *args, "--out", str(tmp_path / "two.json"))
+    assert ran.returncode == 0, ran.stderr
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert one["images"] == two["images"] == 6
+    assert two["miou"] == pytest.approx(one["miou"], abs=0.05)
+    recorded = json.loads((run / "stages" / "6-retrain" / "DONE.json").read_text())["miou"]
+    assert recorded == pytest.approx(one["miou"], abs=1.5)  # validated in another precision
+
+
+@pytest.mark.dist
+def test_two_ranks_run_st_to_the_end(recipe, synthetic, synthetic_index, tmp_path):
+    ran = torchrun(2, "-m", "stpp", "train", "--recipe", str(recipe), "--method", "st", "--data.root", str(synthetic),
+                   "--data.index", str(synthetic_index), "--out", str(tmp_path / "st"), timeout=280)
+    assert ran.returncode == 0, ran.stderr
+    results = json.loads((tmp_path / "st" / "results.json").read_text())
+    assert [stage["name"] for stage in results["stages"]] == ["1-supervised", "2-label", "3-retrain"]
+    assert len(list((tmp_path / "st" / "stages" / "2-label" / "masks").rglob("*.png"))) == 16
+
+
+def test_without_validation_the_last_checkpoint_is_the_teacher(recipe, synthetic, synthetic_index, tmp_path):
+    split = tmp_path / "split"
+    split.mkdir()
+    names = (synthetic / "ImageSets" / "Segmentation" / "train.txt").read_text().split()
+    (split / "labeled.txt").write_text("".join(f"JPEGImages/{n}.jpg SegmentationClass/{n}.png\n" for n in names[:8]))
+    (split / "unlabeled.txt").write_text("".join(f"JPEGImages/{n}.jpg\n" for n in names[8:]))
+    ran = stpp("train", "--recipe", recipe, "--method", "supervised", "--data.root", synthetic, "--data.index",
+               synthetic_index, "--data.split", split, "--out", tmp_path / "run")
+    assert "no val.txt" in ran.stderr
+    record = json.loads((tmp_path / "run" / "results.json").read_text())["stages"][0]
+    assert (record["miou"], record["best_step"], record["steps"]) == (None, 12, 12)
+
+
+def test_bad_lists_are_refused_in_one_line(recipe, synthetic, synthetic_index, tmp_path):
+    good = "JPEGImages/{0}.jpg SegmentationClass/{0}.png\n".format(
+        (synthetic / "ImageSets" / "Segmentation" / "train.txt").read_text().split()[0])
+    cases = {"": "labeled.txt", "JPEGImages/absent.jpg SegmentationClass/absent.png\n": "absent.jpg",
+             "../outside.jpg x.png\n": "outside.jpg"}
+    for number, (text, named) in enumerate(cases.items()):
+        split = tmp_path / f"split{number}"
+        split.mkdir()
+        (split / "labeled.txt").write_text(text)
+        (split / "unlabeled.txt").write_text(good)
+        refused = stpp("train", "--recipe", recipe, "--data.root", synthetic, "--data.index", synthetic_index,
+                       "--data.split", split, "--out", tmp_path / f"run{number}", expect=2)
+        assert named in refused.stderr and "Traceback" not in refused.stderr
+        assert len([line for line in refused.stderr.splitlines() if line.startswith("stpp: ")]) == 1
+
+
+def test_classes_of_checkpoint_and_index_must_agree(run, synthetic, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(synthetic, root)
+    (root / "classes.json").write_text(json.dumps(["background", "disc", "box", "triangle", "star", "ring", "extra"]))
+    stpp("prepare", "--data.root", root, "--out", tmp_path / "index")
+    refused = stpp("evaluate", "--checkpoint", run / "stages" / "1-supervised" / "best.pt", "--data.index",
+                   tmp_path / "index", expect=2)
+    assert "6 classes" in refused.stderr and "extra" in refused.stderr
+
+
+@pytest.mark.parametrize(("scores", "reliable"), [
+    ([0.1, 0.9, 0.5, 0.9], [1, 3]), ([0.5, 0.5, 0.5], [0]), ([0.3], []), ([0.2, 0.4], [1])])
+def test_the_first_half_is_reliable_and_ties_keep_their_order(scores, reliable):
+    first, rest = reliability.split_by_reliability(scores)
+    assert first == reliable
+    assert sorted(first + rest) == list(range(len(scores)))

@@ -1,0 +1,189 @@
+"""The training step against a plain loop, over ranks and accumulation, and a run that is broken off."""
+
+import dataclasses
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import torchrun
+from torch import nn
+
+from stpp import distributed, train
+from stpp.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
+from stpp.data import index, loader
+from stpp.data.sampler import StepSampler
+from stpp.errors import UserError
+
+WORKER = str(Path(__file__).parent / "workers" / "steps.py")
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def alone(synthetic, synthetic_index, tmp_path_factory) -> dict:
+    out = tmp_path_factory.mktemp("alone") / "steps.pt"
+    ran = subprocess.run([sys.executable, WORKER, synthetic, synthetic_index, out, "1", str(STEPS)],
+                         capture_output=True, text=True, timeout=200)
+    assert ran.returncode == 0, ran.stderr
+    return torch.load(out)
+
+
+def assert_same(ours: dict, theirs: dict) -> None:
+    assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-5)
+    for key, value in theirs["weights"].items():
+        torch.testing.assert_close(ours["weights"][key], value, rtol=1e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.dist
+def test_two_ranks_take_the_steps_of_one(synthetic, synthetic_index, alone, tmp_path):
+    ran = torchrun(2, WORKER, str(synthetic), str(synthetic_index), str(tmp_path / "steps.pt"), "1", str(STEPS))
+    assert ran.returncode == 0, ran.stderr
+    assert_same(torch.load(tmp_path / "steps.pt"), alone)
+
+
+@pytest.mark.dist
+def test_accumulation_takes_the_same_steps(synthetic, synthetic_index, alone, tmp_path):
+    ran = torchrun(2, WORKER, str(synthetic), str(synthetic_index), str(tmp_path / "steps.pt"), "2", str(STEPS))
+    assert ran.returncode == 0, ran.stderr
+    assert_same(torch.load(tmp_path / "steps.pt"), alone)
+
+
+def test_steps_equal_a_plain_loop(synthetic_index, alone):
+    """The oracle: full-size logits, cross-entropy averaged over the counted pixels, SGD with a poly schedule."""
+    sys.path.insert(0, str(Path(WORKER).parent))
+    from steps import Plain, mixed_samples
+
+    samples = mixed_samples(index.load(synthetic_index))
+    torch.manual_seed(train.stream_seed(0, 1))
+    network = Plain()
+    lr, weights = 0.05 * 8 / 16, dict(network.named_parameters())
+    momentum = {name: torch.zeros_like(value) for name, value in weights.items()}
+    draws = StepSampler(len(samples), 8, seed=0, stage=1).micro_batches(0, STEPS)
+    batches = loader.pick().train_batches(samples, draws, augment=AugmentConfig(crop_px=64, long_side=(40, 160)), seed=0,
+                                          stage=1, device=torch.device("cpu"), threads=1)
+    losses = []
+    for k, batch in enumerate(batches):
+        assert batch.step == k
+        assert len({(image == 255).sum().item() for image in batch.labels_NHW}) > 1
+        full = F.interpolate(network(batch.images_NCHW), size=(64, 64), mode="bilinear", align_corners=True)
+        loss = F.cross_entropy(full, batch.labels_NHW.long(), ignore_index=255)
+        gradients = torch.autograd.grad(loss, list(weights.values()))
+        losses.append(loss.item())
+        with torch.no_grad():
+            for (name, value), gradient in zip(weights.items(), gradients, strict=True):
+                step = gradient + 1e-4 * value
+                momentum[name] = step if k == 0 else 0.9 * momentum[name] + step
+                factor = 1.0 if name.startswith("backbone") else 10.0
+                value -= lr * factor * (1 - k / STEPS) ** 0.9 * momentum[name]
+    assert len(losses) == STEPS
+    assert_same(alone, {"losses": losses, "weights": network.state_dict()})
+
+
+def tiny(**changes) -> Config:
+    return Config(deterministic=True, data=DataConfig(loader="auto", threads=1),
+                  model=ModelConfig(backbone="resnet18", output_stride=16),
+                  augment=AugmentConfig(crop_px=33, long_side=(40, 80)),
+                  train=TrainConfig(batch_global=4, lr=0.05, precision="fp32", **changes))
+
+
+def trainer(config: Config, samples, folder: Path, validate, steps=6, period=2) -> train.Trainer:
+    here = distributed.World(device=torch.device("cpu"))
+    return train.Trainer(config, here, samples, stage=1, title="t", classes=tuple("abcdef"), folder=folder,
+                         schedule=train.Schedule(steps=steps, validate_steps=period, keep_steps=(2, 4, 6)),
+                         validate=validate)
+
+
+def weights_of(path: Path) -> dict:
+    return torch.load(path, weights_only=True)["model"]
+
+
+def test_a_run_broken_off_goes_on_to_the_same_weights(synthetic_index, tmp_path):
+    known = index.load(synthetic_index)
+    samples = [known.sample(image) for image in sorted(known.entries)]
+    scores = iter([30.0, 20.0, 25.0])
+    whole = trainer(tiny(), samples, tmp_path / "whole", lambda _: next(scores)).run()
+    assert (whole.miou, whole.step, whole.steps) == (30.0, 2, 6)
+
+    def fails(_: nn.Module) -> float:
+        if (tmp_path / "broken" / "last.pt").exists():
+            raise RuntimeError("power cut")
+        return 30.0
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        trainer(tiny(), samples, tmp_path / "broken", fails).run()
+    scores = iter([20.0, 25.0])
+    resumed = trainer(tiny(), samples, tmp_path / "broken", lambda _: next(scores)).run()
+    assert (resumed.miou, resumed.step) == (30.0, 2)
+    for name in ("last.pt", "best.pt", "third-1.pt", "third-2.pt", "third-3.pt"):
+        ours, theirs = weights_of(tmp_path / "broken" / name), weights_of(tmp_path / "whole" / name)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
+    rows = (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()
+    assert [row for row in rows if '"loss"' in row] and len({row for row in rows}) == len(rows)
+
+
+def test_only_a_strictly_better_epoch_is_the_teacher(synthetic_index, tmp_path):
+    known = index.load(synthetic_index)
+    samples = [known.sample(image) for image in sorted(known.entries)]
+    scores = iter([10.0, 20.0, 20.0])
+    assert trainer(tiny(), samples, tmp_path / "best", lambda _: next(scores)).run().step == 4
+    scores = iter([10.0, 20.0, 15.0])
+    last = trainer(tiny(select="last"), samples, tmp_path / "last", lambda _: next(scores)).run()
+    assert (last.step, last.miou) == (6, 15.0)
+    unknown = trainer(tiny(), samples, tmp_path / "unknown", None).run()
+    assert (unknown.step, unknown.miou) == (6, None)
+    assert (tmp_path / "unknown" / "best.pt").exists()
+
+
+def test_all_ignored_pixels_give_no_nan(synthetic_index, tmp_path):
+    known = index.load(synthetic_index)
+    samples = [known.sample(image) for image in sorted(known.entries)]
+    ours = trainer(tiny(), samples, tmp_path, None)
+    micro_batches, _ = next(ours._batches())
+    blank = [dataclasses.replace(batch, labels_NHW=torch.full_like(batch.labels_NHW, 255)) for batch in micro_batches]
+    assert ours.train_step(blank).item() == 0
+    assert all(torch.isfinite(value).all() for value in ours.network.state_dict().values())
+
+
+def test_loss_falls(synthetic_index, tmp_path):
+    known = index.load(synthetic_index)
+    samples = [known.sample(image) for image in sorted(known.entries)][:4]
+    ours = trainer(tiny(), samples, tmp_path, None, steps=30, period=30)
+    losses = [ours.train_step(micro_batches).item() for micro_batches, _ in ours._batches()]
+    assert all(math.isfinite(loss) for loss in losses)
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+@pytest.mark.parametrize(("batch", "ranks", "accumulate"), [(8, 8, 1), (8, 3, 1), (8, 2, 4), (6, 2, 2)])
+def test_batches_that_do_not_divide_or_leave_one_image_are_refused(batch, ranks, accumulate):
+    here = distributed.World(size=ranks, device=torch.device("cpu"))
+    with pytest.raises(UserError, match="--train.batch-global"):
+        train.images_per_pass(TrainConfig(batch_global=batch, accumulate=accumulate), here)
+    assert train.images_per_pass(TrainConfig(batch_global=2 * ranks * accumulate, accumulate=accumulate), here) == 2
+
+
+def test_precision_is_refused_where_the_device_lacks_it():
+    with pytest.raises(UserError, match="--train.precision fp16"):
+        train.autocast_dtype("fp16", torch.device("cpu"))
+    assert train.autocast_dtype("fp32", torch.device("cpu")) == torch.float32
+
+
+def test_the_unrelated_apex_is_not_taken_for_nvidias(monkeypatch):
+    monkeypatch.setitem(sys.modules, "apex", type(sys)("apex"))
+    with pytest.raises(UserError, match="--train.optimizer apex"):
+        train.make_optimizer(_two_parts(), TrainConfig(optimizer="apex"))
+
+
+def _two_parts() -> nn.Module:
+    network = nn.Module()
+    network.backbone, network.head, network.head_lr_multiplier = nn.Linear(2, 2), nn.Linear(2, 2), 10.0
+    return network
+
+
+def test_the_head_learns_faster():
+    backbone, head = train.make_optimizer(_two_parts(), TrainConfig(lr=0.001, batch_global=32)).param_groups
+    assert (backbone["base_lr"], head["base_lr"]) == pytest.approx((0.002, 0.02))
+    backbone, head = train.make_optimizer(_two_parts(), TrainConfig(lr=0.001, head_lr_multiplier=1.0)).param_groups
+    assert backbone["base_lr"] == head["base_lr"] == pytest.approx(0.001)
