@@ -28,12 +28,15 @@ from stpp.errors import UserError
 from stpp.evaluate import evaluate
 from stpp.label import labeller, reliability
 from stpp.metrics import mean_iou
+from stpp.report.examples import write_examples
 from stpp.teacher.engine import EagerTeacher, load_network
 from stpp.train import Schedule, Trainer, autocast_dtype, images_per_pass
 from stpp_kernels import implementations
 
 FEW_LABELS = 200
 """A labelled list shorter than this is repeated twice in stage 1."""
+EXAMPLES = 6
+"""Validation images in `examples.png`, at most."""
 CONTROL = 7
 """Key of the control's random numbers; the stages use their own numbers, 1 to 6."""
 
@@ -61,7 +64,7 @@ def selftrain(config: Config, here: World) -> dict:
     if config.control:
         run.control()
     results = {"method": config.method, "stages": run.stages} | ({"control": run.controlled} if run.controlled else {})
-    distributed.on_main(here, lambda: files.write_json(config.out / "results.json", results))
+    distributed.on_main(here, lambda: run.finish(results))
     log.say(summary(results))
     return results
 
@@ -176,6 +179,16 @@ class Run:
 
         what = f"label {len(samples)} images with the teacher of {trained}, {config.label.tta} views"
         self.stages.append(self._once(name, what, do))
+
+    def finish(self, results: dict) -> None:
+        """Writes `examples.png` (what the first and the last network make of a few images) and `results.json`."""
+        if self.val:
+            trained = [stage["name"] for stage in self.stages if stage["steps"]]
+            teachers = {name: self._teacher(self._folder(name) / "best.pt") for name in (trained[0], trained[-1])}
+            spread = self.val[:: math.ceil(len(self.val) / EXAMPLES)]
+            write_examples(self.config.out / "examples.png", spread, teachers, self.here.device,
+                           exif=self.config.data.exif)
+        files.write_json(self.config.out / "results.json", results)
 
     def _fit(self, number: int, name: str, samples: list[Sample], schedule: Schedule) -> dict:
         trainer = Trainer(self.config, self.here, samples, stage=number, title=name, classes=self.index.classes,

@@ -26,8 +26,8 @@ def upsample_argmax(
         confidence: also return the probability of the chosen class, computed in float32 (float64 for float64 logits).
 
     Returns:
-        The mask, uint8 [N, H, W]; with `confidence`, (mask, probability in (0, 1], float32 [N, H, W]). Of classes that tie, the
-        lowest wins.
+        The mask, uint8 [N, H, W]; with `confidence`, (mask, probability in (0, 1], float32 [N, H, W]). Of classes that
+        tie, the lowest wins.
 
     Raises:
         ValueError: not four dimensions, more than 256 classes, or an empty size.
@@ -40,7 +40,7 @@ def upsample_argmax(
 
 
 def check_logits(logits_NChw: Tensor) -> None:
-    """Raises ValueError or TypeError unless the tensor is [N, C, h, w] logits of 1 to 256 classes and at least one pixel."""
+    """Raises ValueError or TypeError unless these are [N, C, h, w] logits of 1 to 256 classes, with a pixel."""
     if logits_NChw.dtype not in LOGIT_DTYPES:
         raise TypeError(f"logits are {logits_NChw.dtype}; expected one of {', '.join(map(str, LOGIT_DTYPES))}")
     if logits_NChw.dim() != 4:

@@ -31,18 +31,18 @@ def confusion(
         int64 [C, C], or [N, C, C] with `per_image`. Zeros where every pixel is ignored.
 
     Raises:
-        ValueError: shapes that differ, a num_classes outside 1..256, or (CPU) a value outside the classes, which is named. On
-            CUDA such a value fails an assert asynchronously and is counted nowhere.
+        ValueError: shapes that differ, a num_classes outside 1..256, or (CPU) a value outside the classes, which is
+            named. On CUDA such a value fails an assert asynchronously and is counted nowhere.
         TypeError: a dtype other than uint8 and int64.
     """
     return _checked(pred, target, num_classes, ignore_index, per_image, False)
 
 
 def pairwise_iou(a: Tensor, b: Tensor, num_classes: int) -> Tensor:
-    """Agreement of two masks of each image: the mean over the classes present in either of their intersection over union.
+    """Agreement of two masks per image: the mean of IoU over the classes present in either of them.
 
-    A class present in only one of the two scores 0, a class in neither is left out of the mean; so is every pixel that is 255
-    in either mask. This is the reliability of ST++. Eager equivalent: per image, `m = confusion(a, b)`;
+    A class present in only one of the two scores 0, a class in neither is left out of the mean; so is every pixel that
+    is 255 in either mask. This is the reliability of ST++. Eager equivalent: per image, `m = confusion(a, b)`;
     `u = m.sum(0) + m.sum(1) - m.diag()`; `(m.diag() / u)[u > 0].mean()`.
 
     Args:

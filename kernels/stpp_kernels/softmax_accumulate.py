@@ -20,8 +20,8 @@ def softmax_accumulate(
     `acc += F.interpolate(p.flip(3) if flip else p, size, mode="bilinear", align_corners=True)`. Not differentiable.
 
     Args:
-        acc_NCHW: float32 sums so far, zeros at first. Any strides; contiguous is the fast layout on the CPU and on CUDA (a
-            channels_last sum costs about twice the time, because both resize along the width).
+        acc_NCHW: float32 sums so far, zeros at first. Any strides; contiguous is the fast layout, on the CPU and on
+            CUDA, because both walk along the width (channels_last costs up to twice the time).
         logits_NChw: float32, float16, bfloat16 or float64, C in 1..256, any strides. Finite.
         scaled_size: (height, width) of the view the model saw; the softmax is taken at this size.
         size: (H, W) of `acc_NCHW`.
@@ -45,15 +45,17 @@ def softmax_accumulate(
 def finalize(acc_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mask, mean probability and class counts of accumulated probabilities.
 
-    Eager equivalent: `value, mask = acc.max(1)`; `(value / acc.sum(1)).mean((1, 2))`; `bincount(mask, minlength=C)` per image.
+    Eager equivalent: `value, mask = acc.max(1)`; `(value / acc.sum(1)).mean((1, 2))`; per image
+    `bincount(mask, minlength=C)`.
 
     Args:
-        acc_NCHW: float32, non-negative, positive somewhere in every pixel; C in 1..256, any strides (contiguous is fastest).
+        acc_NCHW: float32, non-negative, positive somewhere in every pixel; C in 1..256, any strides (contiguous is
+            fastest).
 
     Returns:
         mask: uint8 [N, H, W]; of classes that tie, the lowest.
-        mean_probability: float32 [N], mean over the pixels of the chosen class's share of the pixel's sum, in (0, 1]. NaN
-            where a pixel's sum is zero.
+        mean_probability: float32 [N], mean over the pixels of the chosen class's share of the pixel's sum, in (0, 1].
+            NaN where a pixel's sum is zero.
         class_counts: int64 [N, C], pixels per class.
 
     Raises:

@@ -87,8 +87,9 @@ def noise_side(crop_px: int) -> int:
 
 def noise_image(side: int) -> np.ndarray:
     """The fixed noise that fills cutout boxes: uint8 [side, side, 3], uniform in 0..255, always the same."""
-    bits = philox(_NOISE_STREAM, seed=0, stage=0, epoch=0)
-    return np.random.Generator(bits).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    count = side * side * 3
+    bits = philox(_NOISE_STREAM, seed=0, stage=0, epoch=0).random_raw(-(-count // 8))
+    return bits.astype("<u8").view(np.uint8)[:count].reshape(side, side, 3)
 
 
 def draw(

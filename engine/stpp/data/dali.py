@@ -1,23 +1,22 @@
 """The loader on NVIDIA DALI: files to normalised batches, on the CPU or the GPU, with the same graph.
 
-The numbers of `stpp.data.augment` go in beside the paths; `stpp.data.dali_graph` says what is computed. What its colours differ
-by from `stpp.data.reference`, which computes the same with PIL, is measured in docs/augmentation.md.
+The numbers of `stpp.data.augment` go in beside the paths; `stpp.data.dali_graph` says what is computed. By how much it
+differs from `stpp.data.reference`, which computes the same with PIL, is measured in docs/augmentation.md.
 """
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import nvidia.dali.fn as fn
-import nvidia.dali.types as types
 import torch
 from nvidia.dali import Pipeline, pipeline_def
 
 from stpp.config import AugmentConfig
 from stpp.data.augment import draw, noise_image, noise_side
 from stpp.data.dali_graph import EVAL_INPUTS, TRAIN_INPUTS, eval_graph, path_rows, train_graph, train_rows
+from stpp.data.exif import opened
 from stpp.data.sample import Batch, Sample
 from stpp.data.sampler import MicroBatch
 from stpp.errors import UserError
@@ -178,7 +177,10 @@ def _run(
         except StopIteration:
             return
         except RuntimeError as error:
-            raise _culprit(samples, pending, exif, error) from error
+            culprit = _culprit([samples[i] for fed in pending for i in fed.indices], device, exif)
+            if culprit is not None:
+                raise culprit from error
+            raise
         fed = pending.popleft()
         _check_shapes([samples[i] for i in fed.indices], outputs[-1])
         yield Batch(
@@ -236,34 +238,33 @@ def _check_shapes(samples: Sequence[Sample], shapes) -> None:
                 )
 
 
-def _culprit(samples: Sequence[Sample], pending: Iterable[_Fed], exif: bool, error: RuntimeError) -> Exception:
-    """What to raise when the pipeline fails: a UserError that names the first file DALI cannot decode, else `error`.
+def _culprit(samples: Iterable[Sample], device: torch.device, exif: bool) -> UserError | None:
+    """What names the first file among these samples' that DALI cannot decode; None if it can decode each.
 
-    DALI does not say which file it was, and a pipeline that failed once serves no more: so each file of the batches in
-    preparation is decoded alone.
+    DALI does not say which file it failed on, and a pipeline that failed once serves no more: each is decoded alone.
     """
-    indices = [index for fed in pending for index in fed.indices]
-    for path in (path for i in indices for path in (samples[i].image, samples[i].mask) if path is not None):
-        message = _decode_error(path, exif)
-        if message is not None:
-            return UserError(f"{path}: cannot be decoded ({message}); replace it, or leave it out of the list")
-    return error
-
-
-def _decode_error(path: str, exif: bool) -> str | None:
-    """Why DALI cannot decode this file, in one line; None if it can."""
-    try:
-        with open(path, "rb") as file:
-            if not file.read(1):
-                return "the file is empty"
-    except OSError as error:
-        return error.strerror or type(error).__name__
-    inputs = {"image_path": EVAL_INPUTS["image_path"]}
-    rows = [(path_rows([path]),)]
-    cpu = torch.device("cpu")
-    try:
-        _pipeline(rows.pop, inputs, lambda x: eval_graph(x, False, exif=exif), cpu, 1, 1, 1).run()
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return next((line for line in lines if "rror" in line), "unknown reason")[:200]
+    for path in (path for sample in samples for path in (sample.image, sample.mask) if path is not None):
+        try:
+            with opened(path) as file:
+                file.load()
+        except UserError as error:
+            return error
+        try:
+            _decode_alone(path, device, exif)
+        except RuntimeError as error:
+            reason = str(error).partition("encountered:")[2].split("\n\n")[1:2] or [str(error)]
+            reason = " ".join(reason[0].split())[:200]
+            return UserError(f"{path}: DALI cannot decode it, though PIL can ({reason}); write it anew or leave it out")
     return None
+
+
+def _decode_alone(path: str, device: torch.device, exif: bool) -> None:
+    """Raises RuntimeError if DALI cannot decode this file."""
+
+    def source() -> tuple:
+        return (path_rows([path]),)
+
+    def graph(x: dict):
+        return eval_graph(x, device.type == "cuda", exif=exif)
+
+    _pipeline(source, {"image_path": EVAL_INPUTS["image_path"]}, graph, device, 1, 1, 1).run()

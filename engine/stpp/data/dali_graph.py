@@ -1,8 +1,8 @@
 """The DALI graphs of training and evaluation, and the numbers they are fed.
 
-A graph is a function from named input nodes to (images, labels or None, shapes as decoded). It holds no randomness, and is the
-same for CPU and GPU builds but for where JPEGs are decoded and how contrast is computed. What only some samples undergo
-runs on those alone: the `if`s below are DALI conditionals, which split the batch and merge it again.
+A graph is a function from named input nodes to (images, labels or None, shapes as decoded). It holds no randomness, and
+is the same for CPU and GPU builds but for where JPEGs are decoded and how contrast is computed. What only some samples
+undergo runs on those alone: the `if`s below are DALI conditionals, which split the batch and merge it again.
 
 Legend: N samples, H W pixels, C colours. Images inside the graph are uint8 HWC, masks uint8 HW1.
 """
@@ -27,7 +27,7 @@ from stpp.data.masks import IGNORE
 from stpp.data.sample import Sample
 
 EVAL_INPUTS = {"image_path": (types.UINT8, 1, ""), "mask_path": (types.UINT8, 1, "")}
-"""What a graph is fed, one row a sample: name -> (type, dimensions, layout). The evaluation graph can do without masks."""
+"""What a graph is fed, one row a sample: name -> (type, dimensions, layout). Evaluation can do without masks."""
 
 TRAIN_INPUTS = EVAL_INPUTS | {
     "roi_start": (types.FLOAT, 1, ""),
@@ -73,7 +73,8 @@ def train_graph(x: dict, gpu: bool, *, side: int, exif: bool):
         noise = x["noise"]
         if gpu:
             noise = noise.gpu()
-        image = fn.multi_paste(image, noise, out_anchors=x["box_anchors"], shapes=x["box_shapes"], output_size=(side, side))
+        boxes = {"out_anchors": x["box_anchors"], "shapes": x["box_shapes"]}
+        image = fn.multi_paste(image, noise, output_size=(side, side), **boxes)
         mask = fn.erase(mask, anchor=x["box_start"], shape=x["box_size"], axes=(0, 1), fill_value=IGNORE)
     # The merged masks may lie scattered; an operator on all of them makes one block, which torch can take over.
     return _normalised(image), fn.copy(mask), shapes
@@ -116,7 +117,7 @@ def _jitter(image, x: dict, gpu: bool):
 
 
 def _scale_around(image, factor, luma, gpu: bool):
-    """center + factor (image - center), center = the mean colour times `luma`: contrast, or brightness where luma is 0."""
+    """center + factor (image - center), center = mean colour times `luma`: contrast, or brightness where luma is 0."""
     mean = fn.reductions.mean(image, axes=(0, 1))
     if gpu:
         # Arguments of operators live on the CPU, this mean does not.
@@ -149,8 +150,11 @@ def train_rows(samples: Sequence[Sample], params: AugmentParams, side: int, nois
     resized = np.stack([params.resize_h, params.resize_w], axis=1)
     start = np.stack([params.crop_y, params.crop_x], axis=1)
     shown = np.minimum(resized - start, side)
-    roi_start = start * source / resized
-    roi_end = (start + shown) * source / resized
+    # Where a mask's pixel falls on the border of two, the later one is taken. DALI computes in float32, which might fall
+    # short of the border: a thousandth of a pixel (of 1000 pixels) decides it, and is nothing to the image.
+    nudge = source * 2.0**-20
+    roi_start = start * source / resized + nudge
+    roi_end = (start + shown) * source / resized + nudge
     flip = params.flip
     roi_start[flip, 1], roi_end[flip, 1] = roi_end[flip, 1], roi_start[flip, 1]
     pad_start = np.zeros_like(shown)
@@ -169,7 +173,7 @@ def train_rows(samples: Sequence[Sample], params: AugmentParams, side: int, nois
         "jitter": params.jitter,
         **_jitter_rows(params),
         "gray": params.gray,
-        "sigma": params.blur_sigma,
+        "sigma": _sampled_sigma(params.blur_sigma),
         "cutout": box[:, 2] > 0,
         "box_anchors": np.stack([zeros, corner], axis=1),
         "box_shapes": np.stack([whole, box_size], axis=1),
@@ -182,11 +186,25 @@ def train_rows(samples: Sequence[Sample], params: AugmentParams, side: int, nois
     }
 
 
+_SIGMAS = np.linspace(0.15, 2.5, 471)  # of a Gaussian sampled at whole pixels
+_KERNELS = np.exp(-(np.arange(-12, 13) ** 2) / (2 * _SIGMAS[:, None] ** 2))
+_SPREADS = np.sqrt((_KERNELS * np.arange(-12, 13) ** 2).sum(axis=1) / _KERNELS.sum(axis=1))
+
+
+def _sampled_sigma(sigma: np.ndarray) -> np.ndarray:
+    """float32 [N]: the sigma to give to DALI for a blur whose spread is really `sigma` pixels; 0 stays 0.
+
+    A Gaussian narrower than a pixel loses its flanks when it is sampled at whole pixels: sigma 0.3 blurs like 0.09. PIL's
+    repeated box keeps the spread that it is told.
+    """
+    return np.where(sigma > 0, np.interp(sigma, _SPREADS, _SIGMAS), 0).astype(np.float32)
+
+
 def _jitter_rows(params: AugmentParams) -> dict[str, np.ndarray]:
     """Colour jitter as three operations: two scalings (brightness, contrast) and one matrix (saturation, hue).
 
-    Without clipping, saturation commutes with brightness and contrast, so it can be moved beside the hue at no loss that
-    shows (docs/augmentation.md): one matrix product a pixel instead of two.
+    Without clipping, saturation commutes with brightness and contrast, so it can be moved beside the hue at no loss
+    that shows (docs/augmentation.md): one matrix product a pixel instead of two.
     """
     place = np.argsort(params.jitter_order, axis=1)  # place[:, op]: when op happens
     contrast_first = place[:, CONTRAST] < place[:, BRIGHTNESS]
@@ -212,8 +230,8 @@ def _saturation_matrix(factor: np.ndarray) -> np.ndarray:
 def _hue_matrix(turns: np.ndarray) -> np.ndarray:
     """float64 [N, 3, 3]: rotation of the colours about the gray axis.
 
-    It equals the shift in HSV for gray pixels and for thirds of the circle, and is the nearest linear map between. The shift
-    is taken in whole 1/256 turns, as 8-bit HSV takes it.
+    It equals the shift in HSV for gray pixels and for thirds of the circle, and is a linear map near it between. The
+    shift is taken in whole 1/256 turns, as 8-bit HSV takes it.
     """
     angle = 2 * np.pi * np.trunc(turns.astype(np.float64) * 255) / 256
     diagonal = (1 + 2 * np.cos(angle)) / 3

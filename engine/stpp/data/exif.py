@@ -10,6 +10,7 @@ H and W: pixels. This module imports neither torch nor pyarrow, so that worker p
 import contextlib
 import os
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 
@@ -43,6 +44,8 @@ DECODE_ERRORS = (
 ORIENTATION_TAG = 0x0112
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+# `opened` refuses where Pillow only warns, up to twice its limit.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 @contextlib.contextmanager

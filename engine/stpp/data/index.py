@@ -8,7 +8,6 @@ user's data.
 EXIF: one rule for images and masks, see stpp.data.exif.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -25,7 +24,6 @@ from stpp.data.classes import class_list
 from stpp.data.sample import Sample
 from stpp.errors import UserError
 
-FORMAT, VERSION = "stpp-index", 1
 SHOWN_PROBLEMS = 20
 
 
@@ -138,7 +136,7 @@ def prepare(
     settings = _settings(root, layout, images, masks, classes, exif)
     root, out = layouts.checked_root(root), Path(out).expanduser().absolute()
     _refuse_inside(root, out.resolve(), settings)
-    _stored(out)
+    table.read_json(out)
     found = layouts.find(root, settings["layout"], images, masks, exclude=out)
     tasks, digest = _tasks(root, found, settings)
     try:
@@ -149,8 +147,8 @@ def prepare(
         files.write_json(
             out / "index.json",
             {
-                "format": FORMAT,
-                "version": VERSION,
+                "format": table.FORMAT,
+                "version": table.VERSION,
                 "root": str(root),
                 "classes": settings["classes"],
                 "layout": settings["layout"],
@@ -171,12 +169,12 @@ def load(out: str | os.PathLike) -> Index:
         UserError: there is none, or its files are damaged, foreign, of another version, or name paths outside the root.
     """
     out = Path(out).expanduser().absolute()
-    stored = _stored(out)
+    stored = table.read_json(out)
     if stored is None:
         raise UserError(f"{out}: holds no index (index.json); run `stpp prepare` first")
-    if stored["version"] != VERSION:
+    if stored["version"] != table.VERSION:
         raise UserError(
-            f"{out / 'index.json'}: index version {stored['version']}, expected {VERSION}; run `stpp prepare` again"
+            f"{out / 'index.json'}: index version {stored['version']}, not {table.VERSION}; run `stpp prepare` again"
         )
     entries = table.read(out / "index.parquet", Entry, rows=stored["counts"]["images"], classes=len(stored["classes"]))
     return Index(
@@ -211,8 +209,8 @@ def is_stale(
     """
     out = Path(out).expanduser().absolute()
     settings = _settings(root, layout, images, masks, classes, exif)
-    stored = _stored(out)
-    if stored is None or stored["version"] != VERSION or not (out / "index.parquet").is_file():
+    stored = table.read_json(out)
+    if stored is None or stored["version"] != table.VERSION or not (out / "index.parquet").is_file():
         return True
     root = layouts.checked_root(root)
     found = layouts.find(root, settings["layout"], images, masks, exclude=out)
@@ -249,43 +247,9 @@ def _claim(out: Path) -> None:
     mark.touch()
 
 
-def _stored(out: Path) -> dict | None:
-    """The content of out/index.json, its shape checked; None if it does not exist."""
-    path = out / "index.json"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as an index ({error})") from error
-    with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(text)
-        if isinstance(value, dict) and value.get("format") == FORMAT and isinstance(value.get("version"), int):
-            if value["version"] != VERSION or _well_formed(value):
-                return value
-    raise UserError(f"{path}: is not an index of this program, or is damaged; remove it, or choose another folder")
-
-
-def _well_formed(value: dict) -> bool:
-    """Whether index.json holds what this version writes."""
-    texts = all(isinstance(value.get(name), str) for name in ("root", "layout", "fingerprint"))
-    names, counts, settings = value.get("classes"), value.get("counts"), value.get("settings")
-    return (
-        texts
-        and os.path.isabs(value["root"])
-        and isinstance(names, list)
-        and 2 <= len(names) <= 255
-        and all(isinstance(name, str) for name in names)
-        and isinstance(counts, dict)
-        and all(type(counts.get(name)) is int for name in ("images", "masks", "converted"))
-        and isinstance(settings, dict)
-        and isinstance(settings.get("exif"), bool)
-    )
-
-
 def _tasks(root: Path, found: list[layouts.Found], settings: dict) -> tuple[list[Task], str]:
     """What is to be looked at, and the fingerprint of files and settings."""
-    digest = hashlib.sha256(json.dumps([VERSION, str(root), settings], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([table.VERSION, str(root), settings], sort_keys=True).encode())
     listing = layouts.listing(root, found)
     tasks = []
     for one in found:

@@ -50,6 +50,7 @@ def _notice() -> None:
     if not _noticed:
         _noticed = True
         print(
-            "notice: NVIDIA DALI is not installed; images are loaded with PIL, which is slower (pip install stpp[cuda12])",
+            "notice: NVIDIA DALI is not installed; images are loaded with PIL, which is slower "
+            "(pip install stpp[cuda12])",
             file=sys.stderr,
         )

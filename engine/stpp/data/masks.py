@@ -5,7 +5,6 @@ every mask passes through here once, and what is not plain is written anew.
 """
 
 import os
-import struct
 from typing import IO
 
 import numpy as np
@@ -18,6 +17,7 @@ IGNORE = 255
 """The label of pixels that count nowhere."""
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _GRAY, _RGB, _PALETTE, _GRAY_ALPHA, _RGB_ALPHA = 0, 2, 3, 4, 6
 _EXACT_EXTRAS = {"dpi", "srgb", "interlace"}
 """Entries of Pillow's `info` that change no decoder's pixels; beside these a mask is written anew, to be safe."""
@@ -47,7 +47,7 @@ def read_mask(path: str | os.PathLike, *, exif: bool = True) -> tuple[np.ndarray
         the mask, uint8 [H, W]; whether the file is plain (8-bit grayscale, nothing to turn), so that any decoder reads
         the same from it; its EXIF orientation, 1 to 8.
     """
-    bits, kind = _png_header(path)
+    bits, kind, whole = _png_header(path)
     with opened(path, ("PNG",)) as image:
         if bits == 16 and kind != _GRAY:
             raise UserError(
@@ -69,7 +69,7 @@ def read_mask(path: str | os.PathLike, *, exif: bool = True) -> tuple[np.ndarray
         values = _narrow(values, path)
     if exif and turn != 1:
         values = upright(values, turn)
-    plain = kind == _GRAY and bits == 8 and not extras and (turn == 1 or not exif)
+    plain = whole and kind == _GRAY and bits == 8 and not extras and (turn == 1 or not exif)
     return np.ascontiguousarray(values), plain, turn
 
 
@@ -93,11 +93,16 @@ def count_indices(mask: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(mask).histogram(), dtype=np.int64)
 
 
-def _png_header(path: str | os.PathLike) -> tuple[int, int]:
-    """(bits a channel, colour type) of a PNG: Pillow does not tell 2 and 4 bits from 8."""
+def _png_header(path: str | os.PathLike) -> tuple[int, int, bool]:
+    """(bits a channel, colour type, whether it ends as it should) of a PNG.
+
+    Pillow does not tell 2 and 4 bits from 8, and does not mind a missing end as other decoders may.
+    """
     try:
         with open(path, "rb") as file:
             head = file.read(26)
+            file.seek(-min(len(_PNG_END), len(head)), os.SEEK_END)
+            tail = file.read()
     except OSError as error:
         raise UserError(f"{path}: the mask cannot be opened ({error.strerror})") from error
     if not head:
@@ -107,7 +112,7 @@ def _png_header(path: str | os.PathLike) -> tuple[int, int]:
         raise UserError(f"{path}: the mask is not a PNG; save masks as PNG files of class indices{lossy}")
     if len(head) < 26 or head[12:16] != b"IHDR":
         raise UserError(f"{path}: the mask is cut short or damaged; replace or remove it")
-    return struct.unpack("BB", head[24:26])
+    return head[24], head[25], tail == _PNG_END
 
 
 def _one_channel(values: np.ndarray, path: str | os.PathLike) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The loader in PIL and NumPy: what the DALI graphs must compute, and the loader where DALI is not installed.
 
-The same functions, fed by the same numbers, as `stpp.data.dali`. Colours are what torchvision's ColorJitter makes of PIL
-images: ImageEnhance for brightness, contrast and saturation, a shift in 8-bit HSV for hue.
+The same functions, fed by the same numbers, as `stpp.data.dali`. Colours are what torchvision's ColorJitter makes of
+PIL images: ImageEnhance for brightness, contrast and saturation, a shift in 8-bit HSV for hue.
 
 Legend: N samples, H W pixels, C colours.
 """
@@ -149,11 +149,10 @@ def augmented(
     crop = np.zeros((side, side, 3), dtype=np.uint8)
     labels = np.full((side, side), IGNORE, dtype=np.uint8)
     # Image.fromarray wants rows in one piece, and an image turned upright is a view.
-    image, mask = np.ascontiguousarray(image), np.ascontiguousarray(mask)
-    resized = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+    resized = np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize(size, Image.Resampling.BILINEAR))
     crop[:height, :width] = resized[top : top + height, left : left + width]
-    resized = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
-    labels[:height, :width] = resized[top : top + height, left : left + width]
+    source_rows = _nearest(size[1], mask.shape[0])[top : top + height]
+    labels[:height, :width] = mask[source_rows[:, None], _nearest(size[0], mask.shape[1])[left : left + width]]
     if params.flip[row]:
         crop, labels = crop[:, ::-1], labels[:, ::-1]
 
@@ -165,6 +164,14 @@ def augmented(
         crop[y : y + box_h, x : x + box_w] = noise[noise_y : noise_y + box_h, noise_x : noise_x + box_w]
         labels[y : y + box_h, x : x + box_w] = IGNORE
     return crop, labels
+
+
+def _nearest(resized: int, source: int) -> np.ndarray:
+    """int64 [resized]: the source pixel under each pixel's centre; the later one where it falls on a border.
+
+    PIL's nearest, but for the borders, where PIL follows its rounding errors.
+    """
+    return (2 * np.arange(resized) + 1) * source // (2 * resized)
 
 
 def _recolored(image: Image.Image, params: AugmentParams, row: int) -> Image.Image:
@@ -187,8 +194,10 @@ def _recolored(image: Image.Image, params: AugmentParams, row: int) -> Image.Ima
 
 
 def _shift_hue(image: Image.Image, turns: float) -> Image.Image:
-    hue, saturation, value = image.convert("HSV").split()
     shift = np.uint8(int(turns * 255) % 256)
+    if shift == 0:
+        return image  # the way to HSV and back alone costs up to nine grey levels
+    hue, saturation, value = image.convert("HSV").split()
     hue = Image.fromarray(np.asarray(hue) + shift)  # wraps around, like the circle
     return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
 
@@ -220,7 +229,9 @@ def _pooled(
         pool.shutdown(cancel_futures=True)
 
 
-def _batch(rows: list[Decoded], indices: np.ndarray, device: torch.device | str, *, step: int = 0, epoch: int = 0) -> Batch:
+def _batch(
+    rows: list[Decoded], indices: np.ndarray, device: torch.device | str, *, step: int = 0, epoch: int = 0
+) -> Batch:
     images, masks = zip(*rows, strict=True)
     labels = None if masks[0] is None else torch.from_numpy(np.stack(masks)).to(device)
     images_NHWC = torch.from_numpy(np.stack(images)).to(device)

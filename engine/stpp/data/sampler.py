@@ -36,7 +36,9 @@ def epoch_order(n: int, *, seed: int, stage: int, epoch: int) -> np.ndarray:
     """The order of one epoch: an int64 [n] permutation of 0..n-1."""
     if n < 1:
         raise ValueError(f"n is {n}, expected at least one sample")
-    return np.random.Generator(philox(ORDER_STREAM, seed=seed, stage=stage, epoch=epoch)).permutation(n)
+    # Sorting raw bits, because what NumPy's own `permutation` makes of them may change between its versions.
+    bits = philox(ORDER_STREAM, seed=seed, stage=stage, epoch=epoch)
+    return np.argsort(bits.random_raw(n), kind="stable").astype(np.int64)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,9 +116,7 @@ class StepSampler:
                 )
 
 
-def equal_size_batches(
-    samples: Sequence[Sample], max_batch: int, *, rank: int = 0, world: int = 1
-) -> list[list[int]]:
+def equal_size_batches(samples: Sequence[Sample], max_batch: int, *, rank: int = 0, world: int = 1) -> list[list[int]]:
     """Batches of images of one size, each sample in exactly one batch of one rank, for evaluation and labelling.
 
     The batches themselves do not depend on rank and world, only their distribution does: largest batch first, each to
@@ -130,7 +130,7 @@ def equal_size_batches(
         ValueError: max_batch or world below 1, or rank outside 0..world-1.
     """
     if max_batch < 1 or world < 1 or not 0 <= rank < world:
-        raise ValueError(f"max_batch {max_batch}, rank {rank}, world {world}: expected max_batch >= 1, 0 <= rank < world")
+        raise ValueError(f"max_batch {max_batch}, rank {rank}, world {world}: expected max_batch >= 1, rank < world")
     groups: dict[tuple[int, int], list[int]] = {}
     for index, sample in enumerate(samples):
         groups.setdefault((sample.height, sample.width), []).append(index)

@@ -21,7 +21,16 @@ from stpp.data.masks import IGNORE
 from stpp.errors import UserError
 
 CLASSES = ("background", "disc", "box", "triangle", "star", "ring")
-_TEXTURES = ("plain", "stripes", "checks", "speckle", "shaded")
+_LOOKS = {
+    "disc": (0.05, "light", "plain"),
+    "box": (0.55, "light", "stripes"),
+    "triangle": (0.05, "dark", "plain"),
+    "star": (0.55, "dark", "checks"),
+    "ring": (0.30, "light", "dots"),
+}
+"""Typical hue in turns, brightness and texture of a class. The strong augmentation shifts hues by up to a quarter turn,
+so brightness against the ground, which it keeps, tells apart what hue may not."""
+_TEXTURES = ("plain", "stripes", "checks", "speckle", "dots")
 _BACKGROUNDS = ("gradient", "clouds", "stripes", "blobs")
 _SUPERSAMPLING = 4
 
@@ -31,33 +40,39 @@ class Difficulty:
     """What makes the task hard. Pairs are ranges of uniform draws."""
 
     side_px: tuple[int, int] = (96, 160)
-    shapes: tuple[int, int] = (2, 6)
+    shapes: tuple[int, int] = (2, 5)
     """Shapes in a picture, ends included."""
-    radius: tuple[float, float] = (0.10, 0.30)
+    radius: tuple[float, float] = (0.18, 0.38)
     """Of a shape, as a part of the picture's shorter side; small ones are more frequent."""
     stretch: float = 1.5
     """Largest ratio of a shape's two axes."""
-    hue_spread: float = 0.07
-    """Standard deviation of a shape's hue round that of its class, in turns; neighbouring classes are 0.2 apart."""
-    any_hue: float = 0.15
-    """Part of the shapes that take any hue."""
-    typical_texture: float = 0.6
+    hue_spread: float = 0.05
+    """Standard deviation of a shape's hue round that of its class, in turns."""
+    any_colour: float = 0.08
+    """Part of the shapes that take any hue and saturation."""
+    typical_texture: float = 0.7
     """Part of the shapes that take the texture of their class; the others take any."""
-    saturation: tuple[float, float] = (0.35, 0.95)
-    value: tuple[float, float] = (0.4, 0.95)
-    background_saturation: tuple[float, float] = (0.0, 0.6)
-    background_contrast: tuple[float, float] = (0.1, 0.5)
+    texture_period_px: tuple[float, float] = (6, 10)
+    texture_strength: tuple[float, float] = (0.2, 0.4)
+    """How much darker a texture's dark parts are."""
+    saturation: tuple[float, float] = (0.6, 0.95)
+    light_value: tuple[float, float] = (0.75, 1.0)
+    dark_value: tuple[float, float] = (0.2, 0.45)
+    background_value: tuple[float, float] = (0.35, 0.75)
+    background_saturation: tuple[float, float] = (0.0, 0.3)
+    background_contrast: tuple[float, float] = (0.05, 0.3)
     """How far a background's colours lie apart."""
-    distractors: tuple[int, int] = (0, 5)
+    distractors: tuple[int, int] = (0, 3)
     """Strokes in the colours of the shapes that belong to the background, ends included."""
-    light: float = 0.45
+    light: float = 0.3
     """Largest fall of light across a picture."""
-    shadow: float = 0.5
+    shadow: float = 0.35
     """Probability of a soft-edged shadow."""
-    cast: float = 0.10
+    cast: float = 0.06
     """Standard deviation of the gain of each colour channel."""
+    exposure: tuple[float, float] = (0.8, 1.2)
     blur_px: tuple[float, float] = (0.0, 1.0)
-    noise: tuple[float, float] = (0.0, 0.06)
+    noise: tuple[float, float] = (0.0, 0.05)
     """Standard deviation of the sensor noise."""
     jpeg_quality: tuple[int, int] = (45, 95)
 
@@ -118,15 +133,13 @@ def draw_picture(rng: np.random.Generator, difficulty: Difficulty) -> tuple[np.n
     mask = np.zeros((height, width), dtype=np.uint8)
     for _ in range(rng.integers(d.distractors[0], d.distractors[1] + 1)):
         coverage = _stroke(rng, height, width)
-        hue = rng.random()
-        canvas += coverage[..., None] * (_fill(rng, height, width, hue, str(rng.choice(_TEXTURES)), d) - canvas)
+        colour = _colour(rng.random(), rng.uniform(*d.saturation), rng.uniform(d.dark_value[0], d.light_value[1]))
+        fill = _fill(rng, height, width, colour, str(rng.choice(_TEXTURES)), d)
+        canvas += coverage[..., None] * (fill - canvas)
     for _ in range(rng.integers(d.shapes[0], d.shapes[1] + 1)):
         label = int(rng.integers(1, len(CLASSES)))
         coverage = _shape(rng, height, width, label, d)
-        typical_hue = (label - 1) / (len(CLASSES) - 1) + rng.normal(0, d.hue_spread)
-        hue = rng.random() if rng.random() < d.any_hue else typical_hue
-        texture = _TEXTURES[label - 1] if rng.random() < d.typical_texture else str(rng.choice(_TEXTURES))
-        canvas += coverage[..., None] * (_fill(rng, height, width, hue, texture, d) - canvas)
+        canvas += coverage[..., None] * (_look(rng, height, width, CLASSES[label], d) - canvas)
         mask[coverage >= 0.5] = label
     return _photograph(rng, canvas, d), mask
 
@@ -163,7 +176,7 @@ def _background(rng: np.random.Generator, height: int, width: int, d: Difficulty
         field = 0.5 + 0.5 * np.sin((u + bend) * 2 * np.pi / rng.uniform(6, 40))
     else:
         field = 1 / (1 + np.exp(-20 * (_smooth(rng, height, width, rng.uniform(4, 12)) - 0.5)))
-    hue, value = rng.random(), rng.uniform(0.25, 0.9)
+    hue, value = rng.random(), rng.uniform(*d.background_value)
     contrast = rng.uniform(*d.background_contrast) * rng.choice((-1, 1))
     first = _colour(hue, rng.uniform(*d.background_saturation), value)
     second = _colour(
@@ -173,22 +186,36 @@ def _background(rng: np.random.Generator, height: int, width: int, d: Difficulty
     return first + (second - first) * field[..., None].astype(np.float32) + grain[..., None].astype(np.float32)
 
 
-def _fill(rng: np.random.Generator, height: int, width: int, hue: float, texture: str, d: Difficulty) -> np.ndarray:
-    """What a shape is made of, float32 [H, W, 3]."""
-    colour = _colour(hue, rng.uniform(*d.saturation), rng.uniform(*d.value))
-    strength, period = rng.uniform(0.25, 0.6), rng.uniform(4, 10)
+def _look(rng: np.random.Generator, height: int, width: int, name: str, d: Difficulty) -> np.ndarray:
+    """A fill that is typical of a class, more or less."""
+    hue, brightness, texture = _LOOKS[name]
+    hue += rng.normal(0, d.hue_spread)
+    if rng.random() < d.any_colour:
+        hue, brightness = rng.random(), str(rng.choice(("light", "dark")))
+    if rng.random() >= d.typical_texture:
+        texture = str(rng.choice(_TEXTURES))
+    value = rng.uniform(*(d.light_value if brightness == "light" else d.dark_value))
+    return _fill(rng, height, width, _colour(hue, rng.uniform(*d.saturation), value), texture, d)
+
+
+def _fill(
+    rng: np.random.Generator, height: int, width: int, colour: np.ndarray, texture: str, d: Difficulty
+) -> np.ndarray:
+    """A colour with a texture, float32 [H, W, 3]."""
+    strength, period = rng.uniform(*d.texture_strength), rng.uniform(*d.texture_period_px)
     u, v = _grid(rng, height, width)
+    waves = 2 * np.pi / period
     if texture == "stripes":
-        field = (np.sin(u * 2 * np.pi / period) > 0).astype(np.float32)
+        field = np.sin(u * waves) > 0
     elif texture == "checks":
-        field = (np.sin(u * np.pi / period) * np.sin(v * np.pi / period) > 0).astype(np.float32)
+        field = np.sin(u * waves) * np.sin(v * waves) > 0
+    elif texture == "dots":
+        field = np.cos(u * waves) + np.cos(v * waves) > 0.9
     elif texture == "speckle":
-        field = (_smooth(rng, height, width, max(height, width) / 3) > 0.6).astype(np.float32)
-    elif texture == "shaded":
-        field = 0.5 + 0.5 * np.sin(u * 2 * np.pi / rng.uniform(60, 120) + rng.uniform(0, 6.3))
+        field = _smooth(rng, height, width, 2 * max(height, width) / period) > 0.6
     else:
-        field = np.zeros((height, width), dtype=np.float32)
-    return colour * (1 - strength * field[..., None]).astype(np.float32)
+        field = np.zeros((height, width), dtype=bool)
+    return colour * np.where(field, np.float32(1 - strength), np.float32(1))[..., None]
 
 
 def _shape(rng: np.random.Generator, height: int, width: int, label: int, d: Difficulty) -> np.ndarray:
@@ -248,7 +275,7 @@ def _photograph(rng: np.random.Generator, canvas: np.ndarray, d: Difficulty) -> 
     if rng.random() < d.shadow:
         edge = (_smooth(rng, height, width, rng.uniform(1.5, 4)) - rng.uniform(0.4, 0.6)) * rng.uniform(8, 40)
         light = light * (1 - rng.uniform(0.2, 0.5) / (1 + np.exp(-edge)))
-    gain = np.exp(rng.normal(0, d.cast, size=3)) * rng.uniform(0.8, 1.2)
+    gain = np.exp(rng.normal(0, d.cast, size=3)) * rng.uniform(*d.exposure)
     lit = (canvas * (light[..., None] * gain)).clip(0, 1)
     blurred = Image.fromarray((lit * 255 + 0.5).astype(np.uint8)).filter(
         ImageFilter.GaussianBlur(rng.uniform(*d.blur_px))

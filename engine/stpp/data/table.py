@@ -1,6 +1,11 @@
-"""index.parquet: the rows of an index on disk, and a mapping over them in memory. The one module of the data part that
-uses pyarrow."""
+"""An index on disk: index.json, and the rows of index.parquet as a mapping in memory.
 
+The one module of the data part that uses pyarrow.
+"""
+
+import contextlib
+import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +15,7 @@ from typing import IO
 from stpp.data.check import Checked
 from stpp.errors import UserError
 
+FORMAT, VERSION = "stpp-index", 1
 _OUTSIDE = re.compile(r"(^|/)\.\.(/|$)|^/|\x00|\n")
 
 
@@ -177,3 +183,41 @@ def _wrong(pa: ModuleType, table, classes: int) -> str | None:
     ):
         return "class_pixels without a mask, or a mask without them"
     return None
+
+
+def read_json(out: Path) -> dict | None:
+    """The content of out/index.json, its form checked; None if it does not exist.
+
+    Raises:
+        UserError: unreadable, foreign or damaged.
+    """
+    path = out / "index.json"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as an index ({error})") from error
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(text)
+        if isinstance(value, dict) and value.get("format") == FORMAT and isinstance(value.get("version"), int):
+            if value["version"] != VERSION or _well_formed(value):
+                return value
+    raise UserError(f"{path}: is not an index of this program, or is damaged; remove it, or choose another folder")
+
+
+def _well_formed(value: dict) -> bool:
+    """Whether index.json holds what this version writes."""
+    texts = all(isinstance(value.get(name), str) for name in ("root", "layout", "fingerprint"))
+    names, counts, settings = value.get("classes"), value.get("counts"), value.get("settings")
+    return (
+        texts
+        and os.path.isabs(value["root"])
+        and isinstance(names, list)
+        and 2 <= len(names) <= 255
+        and all(isinstance(name, str) for name in names)
+        and isinstance(counts, dict)
+        and all(type(counts.get(name)) is int for name in ("images", "masks", "converted"))
+        and isinstance(settings, dict)
+        and isinstance(settings.get("exif"), bool)
+    )

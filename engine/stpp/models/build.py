@@ -12,9 +12,10 @@ MODELS = {"deeplabv3plus": DeepLabV3Plus, "pspnet": PSPNet, "deeplabv2": DeepLab
 def build_model(name: str, backbone: str, num_classes: int, output_stride: int) -> nn.Module:
     """Makes a network with fresh weights, in fp32 on the CPU.
 
-    `model(images_NCHW)` gives low-resolution logits [N, num_classes, h, w]: a quarter of the input's size for DeepLabV3+, 1 /
-    output_stride for the others, rounded up. `model.backbone` is the ResNet; `model.head_lr_multiplier` is the learning rate of
-    the other parameters over the backbone's. In training mode every rank needs at least two images (global pooling).
+    `model(images_NCHW)` gives low-resolution logits [N, num_classes, h, w]: a quarter of the input's size for
+    DeepLabV3+, 1 / output_stride for the others, rounded up. `model.backbone` is the ResNet; `model.head_lr_multiplier`
+    is the learning rate of the other parameters over the backbone's. In training mode every rank needs at least two
+    images where there is global pooling (DeepLabV3+ and PSPNet).
 
     Args:
         name: "deeplabv3plus", "pspnet" or "deeplabv2".

@@ -1,7 +1,8 @@
 """DeepLabV2: four dilated classifiers on c4, summed. Logits have c4's size.
 
-Source: Chen et al., "DeepLab: Semantic Image Segmentation with Deep Convolutional Nets, Atrous Convolution, and Fully Connected
-CRFs", arXiv 1606.00915. It is meant to start from weights trained on COCO, whose head is loaded too: hence its learning rate.
+Source: Chen et al., "DeepLab: Semantic Image Segmentation with Deep Convolutional Nets, Atrous Convolution, and Fully
+Connected CRFs", arXiv 1606.00915. It is meant to start from weights trained on COCO, whose head is loaded too:
+hence the head's learning rate is the backbone's.
 """
 
 from torch import Tensor, nn
@@ -28,8 +29,9 @@ class DeepLabV2(nn.Module):
         super().__init__()
         self.backbone = ResNet(backbone, output_stride)
         channels = self.backbone.channels[3]
-        self.classifier = nn.ModuleList(DilatedConv3x3(channels, num_classes, dilation, bias=True)
-                                        for dilation in DILATIONS)
+        self.classifier = nn.ModuleList(
+            DilatedConv3x3(channels, num_classes, dilation, bias=True) for dilation in DILATIONS
+        )
         for convolution in self.classifier:
             nn.init.normal_(convolution.weight, 0.0, 0.01)
 

@@ -1,7 +1,7 @@
 """DeepLabV3+: atrous spatial pyramid pooling on c4, refined with c1. Logits have c1's size, a quarter of the input's.
 
-Source: Chen et al., "Encoder-Decoder with Atrous Separable Convolution for Semantic Image Segmentation", arXiv 1802.02611,
-with the plain convolutions and the channel counts of the public ST++ networks.
+Source: Chen et al., "Encoder-Decoder with Atrous Separable Convolution for Semantic Image Segmentation", arXiv
+1802.02611, with the plain convolutions and the channel counts of the public ST++ networks.
 """
 
 import torch
@@ -73,8 +73,9 @@ class DeepLabV3Plus(nn.Module):
         c1_channels, _, _, c4_channels = self.backbone.channels
         self.head = ASPP(c4_channels, ASPP_RATES[output_stride])
         self.reduce = nn.Sequential(*conv1x1_bn_relu(c1_channels, 48))
-        self.fuse = nn.Sequential(*conv3x3_bn_relu(48 + c4_channels // 8, 256), *conv3x3_bn_relu(256, 256),
-                                  nn.Dropout(0.1))
+        self.fuse = nn.Sequential(
+            *conv3x3_bn_relu(48 + c4_channels // 8, 256), *conv3x3_bn_relu(256, 256), nn.Dropout(0.1)
+        )
         self.classifier = nn.Conv2d(256, num_classes, 1)
 
     def decode(self, c1_NCHW: Tensor, c4_NCHW: Tensor) -> Tensor:
@@ -89,5 +90,6 @@ class DeepLabV3Plus(nn.Module):
 
 
 def _dilated_branch(in_channels: int, out_channels: int, rate: int) -> nn.Sequential:
-    return nn.Sequential(DilatedConv3x3(in_channels, out_channels, rate), nn.BatchNorm2d(out_channels),
-                         nn.ReLU(inplace=True))
+    return nn.Sequential(
+        DilatedConv3x3(in_channels, out_channels, rate), nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)
+    )

@@ -5,8 +5,9 @@ Shapes: N images, C channels, H and W rows and columns of a feature map.
 
 import torch
 import torch.nn.functional as F
-from stpp_kernels import dilated_conv3x3
 from torch import Tensor, nn
+
+from stpp_kernels import dilated_conv3x3
 
 
 class DilatedConv3x3(nn.Conv2d):
@@ -57,8 +58,8 @@ def global_average(x_NCHW: Tensor) -> Tensor:
     half = x_NCHW.dtype in (torch.bfloat16, torch.float16)
     if torch.compiler.is_compiling() or not half or x_NCHW.device.type != "cpu":
         return x_NCHW.mean(dim=(2, 3), keepdim=True)
-    # On a CPU, PyTorch's mean of channels_last maps in half precision takes ten times as long as this product. The factor
-    # is a power of two, hence exact, and keeps sums in float16's range.
+    # On a CPU, PyTorch's mean of channels_last maps in bfloat16 takes ten times as long as this product. The factor is
+    # a power of two, hence exact, and keeps sums in float16's range.
     width = x_NCHW.shape[3]
     factor = 2.0 ** -width.bit_length()
     x_NH1C = torch.full((1, width), factor, dtype=x_NCHW.dtype) @ x_NCHW.permute(0, 2, 3, 1)

@@ -28,7 +28,7 @@ def pooling_matrix(size: int, bins: int, device: torch.device) -> Tensor:
 def average_pool(x_NCHW: Tensor, bins: int) -> Tensor:
     """Adaptive average pooling to `bins` x `bins` regions: [N, C, H, W] to [N, C, bins, bins], kept in channels_last.
 
-    Two matrix products, columns first, so that only W is ever joined with another axis and split again as a plain number:
+    Two matrix products, columns first, so that W is a plain number when it is joined with another axis and split again:
     export follows that with any H and W. Unlike the backward of adaptive pooling, theirs is deterministic on CUDA.
     """
     height, width = x_NCHW.shape[2:]
@@ -48,7 +48,8 @@ class PyramidPooling(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.conv1, self.conv2, self.conv3, self.conv4 = (
-            nn.Sequential(*conv1x1_bn_relu(channels, channels // 4)) for _ in BINS)
+            nn.Sequential(*conv1x1_bn_relu(channels, channels // 4)) for _ in BINS
+        )
 
     def forward(self, c4_NCHW: Tensor) -> Tensor:
         size = c4_NCHW.shape[2:]
@@ -63,8 +64,12 @@ class PSPHead(nn.Module):
 
     def __init__(self, channels: int, num_classes: int):
         super().__init__()
-        self.conv5 = nn.Sequential(PyramidPooling(channels), *conv3x3_bn_relu(2 * channels, channels // 4),
-                                   nn.Dropout(0.1), nn.Conv2d(channels // 4, num_classes, 1))
+        self.conv5 = nn.Sequential(
+            PyramidPooling(channels),
+            *conv3x3_bn_relu(2 * channels, channels // 4),
+            nn.Dropout(0.1),
+            nn.Conv2d(channels // 4, num_classes, 1),
+        )
 
     def forward(self, c4_NCHW: Tensor) -> Tensor:
         return self.conv5(c4_NCHW)

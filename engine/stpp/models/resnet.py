@@ -2,12 +2,13 @@
 
 The stride of a bottleneck is in its 3x3 convolution ("v1.5"). There is no classifier: four feature maps come out.
 
-Dilation. An `output_stride` of 16 or 8 takes the stride away from layer 4, or from layers 3 and 4. A 3x3 convolution is then
-dilated by the product of the strides taken away *before* it; the one that lost its stride is not itself affected. For
-bottlenecks this is torchvision's rule: the first block of a dilated stage keeps the previous dilation. Basic blocks, which
-torchvision cannot dilate, have two 3x3 convolutions: in the first block of a dilated stage the first keeps the previous
-dilation and the second already has the new one. So defined, a dilated network equals the strided one wherever the latter
-has a value: `c4 at stride 8`[::4, ::4] is `c4 at stride 32`, and ImageNet weights keep their meaning.
+Dilation. An `output_stride` of 16 or 8 takes the stride away from layer 4, or from layers 3 and 4. A 3x3 convolution is
+then dilated by the product of the strides taken away *before* it; the one that lost its stride is not itself affected.
+For bottlenecks this is torchvision's rule: the first block of a dilated stage keeps the previous dilation. Basic
+blocks, which torchvision cannot dilate, have two 3x3 convolutions: in the first block of a dilated stage the first
+keeps the previous dilation and the second already has the new one. So defined, a dilated network equals the strided one
+wherever the latter has a value (c4 at stride 8, every fourth row and column, is c4 at stride 32), and ImageNet weights
+keep their meaning.
 """
 
 from torch import Tensor, nn
@@ -28,8 +29,15 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, in_channels: int, width: int, stride: int, dilation_before: int, dilation: int,
-                 downsample: nn.Module | None):
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        stride: int,
+        dilation_before: int,
+        dilation: int,
+        downsample: nn.Module | None,
+    ):
         super().__init__()
         self.conv1 = _conv3x3(in_channels, width, stride, dilation_before)
         self.bn1 = nn.BatchNorm2d(width)
@@ -59,8 +67,15 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_channels: int, width: int, stride: int, dilation_before: int, dilation: int,
-                 downsample: nn.Module | None):
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        stride: int,
+        dilation_before: int,
+        dilation: int,
+        downsample: nn.Module | None,
+    ):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -118,10 +133,24 @@ class ResNet(nn.Module):
         taken4 = output_stride in (8, 16)
         self.layer1 = _stage(block, depths[0], 64, 64, stride=1, dilation_before=1, dilation=1)
         self.layer2 = _stage(block, depths[1], self.channels[0], 128, stride=2, dilation_before=1, dilation=1)
-        self.layer3 = _stage(block, depths[2], self.channels[1], 256, stride=1 if taken3 else 2,
-                             dilation_before=1, dilation=2 if taken3 else 1)
-        self.layer4 = _stage(block, depths[3], self.channels[2], 512, stride=1 if taken4 else 2,
-                             dilation_before=2 if taken3 else 1, dilation=32 // output_stride)
+        self.layer3 = _stage(
+            block,
+            depths[2],
+            self.channels[1],
+            256,
+            stride=1 if taken3 else 2,
+            dilation_before=1,
+            dilation=2 if taken3 else 1,
+        )
+        self.layer4 = _stage(
+            block,
+            depths[3],
+            self.channels[2],
+            512,
+            stride=1 if taken4 else 2,
+            dilation_before=2 if taken3 else 1,
+            dilation=32 // output_stride,
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -145,14 +174,16 @@ def _conv3x3(in_channels: int, out_channels: int, stride: int, dilation: int) ->
     return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=dilation, dilation=dilation, bias=False)
 
 
-def _stage(block: type, depth: int, in_channels: int, width: int, stride: int, dilation_before: int,
-           dilation: int) -> nn.Sequential:
+def _stage(
+    block: type, depth: int, in_channels: int, width: int, stride: int, dilation_before: int, dilation: int
+) -> nn.Sequential:
     """`depth` blocks; the first has the stride, the projection where shapes change, and the previous dilation."""
     out_channels = width * block.expansion
     downsample = None
     if stride != 1 or in_channels != out_channels:
-        downsample = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False),
-                                   nn.BatchNorm2d(out_channels))
+        downsample = nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
+        )
     blocks = [block(in_channels, width, stride, dilation_before, dilation, downsample)]
     blocks += [block(out_channels, width, 1, dilation, dilation, None) for _ in range(depth - 1)]
     return nn.Sequential(*blocks)

@@ -3,6 +3,7 @@
 Files come from strangers, so nothing but tensors and plain containers is ever unpickled.
 """
 
+import dataclasses
 import os
 import re
 import warnings
@@ -38,8 +39,8 @@ class LoadReport:
     def summary(self) -> str:
         """One line: how much was loaded, and what did not fit."""
         parts = [f"{self.loaded} of {self.wanted} tensors loaded from {Path(self.path).name}"]
-        named = (("missing in the file", self.missing), ("of another shape", self.mismatched), ("left out", self.left_out))
-        return "; ".join(parts + [f"{what}: {_some(keys)}" for what, keys in named if keys])
+        misfits = {"missing in the file": self.missing, "of another shape": self.mismatched, "left out": self.left_out}
+        return "; ".join(parts + [f"{what}: {_some(keys)}" for what, keys in misfits.items() if keys])
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:
@@ -61,12 +62,14 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
             warnings.simplefilter("ignore")  # they advise to load without the protection
             content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UserError(f"checkpoint {path} cannot be read ({error.strerror}); check the file and its permissions") from error
+        raise UserError(f"checkpoint {path} cannot be read ({error.strerror}); check its permissions") from error
     except Exception as error:  # a damaged or hostile file makes the reader fail in any way there is
         raise UserError(f"checkpoint {path} {_reason(error)}") from error
     if not isinstance(content, dict):
-        raise UserError(f"checkpoint {path} holds a {type(content).__name__} where a dict of tensors was expected; "
-                        "save model.state_dict()")
+        raise UserError(
+            f"checkpoint {path} holds a {type(content).__name__} where a dict of tensors was expected; "
+            "save model.state_dict()"
+        )
     if not any(isinstance(value, Tensor) for value in _unwrapped(content).values()):
         raise UserError(f"checkpoint {path} holds no tensors; save model.state_dict()")
     return content
@@ -75,8 +78,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
 def state_dict_of(checkpoint: dict) -> dict[str, object]:
     """The state dict in what `read_checkpoint` gave, free of its wrapper and of "module." before every key."""
     state = {str(key): value for key, value in _unwrapped(checkpoint).items()}
-    while prefix := next((prefix for prefix in PREFIXES if state and all(key.startswith(prefix) for key in state)), None):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    while state and (common := [prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in state)]):
+        state = {key.removeprefix(common[0]): value for key, value in state.items()}
     return state
 
 
@@ -86,8 +89,8 @@ def load_backbone(model: nn.Module, path: str | os.PathLike) -> LoadReport:
     The file's classifier (`fc.*`), or whatever of a network is not backbone, is left out and reported.
 
     Raises:
-        UserError: the file is unfit (see `read_checkpoint`), lacks a tensor of the backbone, has one in another shape, or
-            has tensors of another backbone.
+        UserError: the file is unfit (see `read_checkpoint`), lacks a tensor of the backbone, has one in another shape,
+            or has tensors of another backbone.
     """
     state = state_dict_of(read_checkpoint(path))
     prefix = "backbone." if any(key.startswith("backbone.") for key in state) else ""
@@ -101,23 +104,26 @@ def load_backbone(model: nn.Module, path: str | os.PathLike) -> LoadReport:
 
 
 def load_model(model: nn.Module, path: str | os.PathLike, strict: bool = True) -> LoadReport:
-    """Loads a whole network: a state dict, plain or under "model" or "state_dict", with "module." before its keys or not.
+    """Loads a whole network: a state dict, plain or under "model" or "state_dict", "module." before its keys or not.
 
     Args:
         model: a network from `build_model`.
         path: the file.
-        strict: refuse a file that does not fit in every key and shape. Otherwise what does not fit keeps its values and
-            stands in the report; so a network for other classes can start from a published one.
+        strict: refuse a file that does not fit in every key and shape. Otherwise only the backbone has to fit; what
+            else does not keeps its values and stands in the report, so a network for other classes can start from a
+            published one.
 
     Raises:
-        UserError: the file is unfit (see `read_checkpoint`); if strict, also where it does not fit, naming the numbers of
-            classes if these differ, else up to five of the missing and superfluous keys and differing shapes.
+        UserError: the file is unfit (see `read_checkpoint`), or does not fit: the numbers of classes are named if these
+            differ (and strict), else up to five of the missing and superfluous keys and differing shapes.
     """
     state = state_dict_of(read_checkpoint(path))
     fitting, report = _compare(model, state, path)
     if strict:
         _refuse_other_classes(model, state, path)
         _refuse_unfit(report, "the network")
+    else:
+        _refuse_unfit(_backbone_part(report), "the backbone")
     _copy(model, fitting, path)
     return report
 
@@ -133,14 +139,18 @@ def _reason(error: Exception) -> str:
     """Why a file was refused. PyTorch's own text is long and advises to switch the protection off."""
     text = str(error)
     if found := re.search(r"GLOBAL ([\w.]+)", text):
-        return (f"holds a Python object ({found[1]}) and not only tensors; such objects can run code and are never loaded; "
-                "save its state dict alone")
+        return (
+            f"holds a Python object ({found[1]}) and not only tensors; such objects can run code and are never loaded; "
+            "save its state dict alone"
+        )
     if "TorchScript" in text:
         return "is a TorchScript program; save its state dict instead"
     return "is truncated, damaged, or not a PyTorch file; fetch or save it again"
 
 
-def _compare(module: nn.Module, state: dict[str, object], path: str | os.PathLike) -> tuple[dict[str, Tensor], LoadReport]:
+def _compare(
+    module: nn.Module, state: dict[str, object], path: str | os.PathLike
+) -> tuple[dict[str, Tensor], LoadReport]:
     """The tensors of `state` that fit `module`, and the report as it will be once they are copied.
 
     Files older than batch norm's `num_batches_tracked` lack it; nothing here uses it, so it does not count as missing.
@@ -156,8 +166,14 @@ def _compare(module: nn.Module, state: dict[str, object], path: str | os.PathLik
             mismatched.append(f"{key} ({shape} in the file, {tuple(own[key].shape)} wanted)")
     missing = [key for key in own if key not in state and not key.endswith(".num_batches_tracked")]
     left_out = [key for key in state if key not in own]
-    report = LoadReport(path=str(path), wanted=len(own), loaded=len(fitting), left_out=tuple(left_out),
-                        missing=tuple(missing), mismatched=tuple(sorted(mismatched)))
+    report = LoadReport(
+        path=str(path),
+        wanted=len(own),
+        loaded=len(fitting),
+        left_out=tuple(left_out),
+        missing=tuple(missing),
+        mismatched=tuple(sorted(mismatched)),
+    )
     return fitting, report
 
 
@@ -166,15 +182,26 @@ def _copy(module: nn.Module, fitting: dict[str, Tensor], path: str | os.PathLike
         module.load_state_dict(fitting, strict=False)
     except RuntimeError as error:  # sparse, quantised or complex tensors of the right shape
         line = " ".join(str(error).split())[:200]
-        raise UserError(f"checkpoint {path} holds tensors of a kind that cannot be copied ({line}); save it as plain float "
-                        "tensors") from error
+        raise UserError(
+            f"checkpoint {path} holds tensors of a kind that cannot be copied ({line}); save it as plain float tensors"
+        ) from error
+
+
+def _backbone_part(report: LoadReport) -> LoadReport:
+    parts = {
+        field: tuple(key for key in getattr(report, field) if key.startswith("backbone."))
+        for field in ("left_out", "missing", "mismatched")
+    }
+    return dataclasses.replace(report, **parts)
 
 
 def _refuse_unfit(report: LoadReport, what: str) -> None:
     if report.missing or report.mismatched or report.left_out:
-        named = (("missing", report.missing), ("superfluous", report.left_out), ("other shapes", report.mismatched))
-        found = "; ".join(f"{kind}: {_some(keys)}" for kind, keys in named if keys)
-        raise UserError(f"checkpoint {report.path} does not fit {what} ({found}); check the model and backbone of the recipe")
+        misfits = {"missing": report.missing, "superfluous": report.left_out, "other shapes": report.mismatched}
+        found = "; ".join(f"{kind}: {_some(keys)}" for kind, keys in misfits.items() if keys)
+        raise UserError(
+            f"checkpoint {report.path} does not fit {what} ({found}); check the model and backbone of the recipe"
+        )
 
 
 def _refuse_other_classes(model: nn.Module, state: dict[str, object], path: str | os.PathLike) -> None:
@@ -183,11 +210,13 @@ def _refuse_other_classes(model: nn.Module, state: dict[str, object], path: str 
         if not key.startswith(model.classifier_name + ".") or not isinstance(value, Tensor) or value.dim() != own.dim():
             continue
         if value.shape[1:] == own.shape[1:] and len(value) != len(own):
-            raise UserError(f"checkpoint {path} has {len(value)} classes, but the recipe has {len(own)}; "
-                            "name as many classes as the checkpoint knows, or take another checkpoint")
+            raise UserError(
+                f"checkpoint {path} has {len(value)} classes, but the recipe has {len(own)}; "
+                "name as many classes as the checkpoint knows, or take another checkpoint"
+            )
 
 
 def _some(keys: tuple[str, ...]) -> str:
-    """Up to five keys on one line. Keys are the file's: whatever could upset a terminal is escaped, and none is endless."""
+    """Up to five keys on one line. Keys are the file's: what could upset a terminal is escaped, and none is endless."""
     shown = ", ".join((key if key.isprintable() else ascii(key))[:150] for key in keys[:SHOWN])
     return shown + (f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")

@@ -9,6 +9,7 @@ from torch import nn
 from stpp import checkpoint
 from stpp.errors import UserError
 from stpp.models.build import build_model
+from stpp.teacher import fold
 
 
 class Teacher(Protocol):
@@ -17,21 +18,20 @@ class Teacher(Protocol):
     num_classes: int
 
     def logits(self, images_NCHW: torch.Tensor) -> torch.Tensor:
-        """Low-resolution logits [N, C, h, w] of normalised float32 channels_last images, any size."""
+        """Low-resolution float32 logits [N, C, h, w] of normalised float32 channels_last images, any size."""
         ...
 
 
 class EagerTeacher:
-    """A network as PyTorch runs it, under autocast."""
+    """A copy of a network as PyTorch runs it."""
 
     def __init__(self, network: nn.Module, *, num_classes: int, device: torch.device, dtype: torch.dtype):
-        self.network = network.to(device, memory_format=torch.channels_last).eval()
-        self.num_classes, self._device, self._dtype = num_classes, device, dtype
+        self._network = fold.ready(network, device=device, dtype=dtype)
+        self.num_classes, self._dtype = num_classes, dtype
 
     def logits(self, images_NCHW: torch.Tensor) -> torch.Tensor:
         """See `Teacher`."""
-        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
-            return self.network(images_NCHW)
+        return self._network(images_NCHW.to(self._dtype))
 
 
 def load_network(path: str | Path) -> tuple[nn.Module, list[str]]:

@@ -1,4 +1,4 @@
-// Shared by the C++ operators: 16-lane vectors, exp and log, the interpolation grid, typed loads and stores, task loop.
+// Shared by the C++ operators: 16-lane vectors, exp and log, the interpolation grid in blocks of 16 outputs, the task loop.
 //
 // Vectors use the GCC/Clang extension, so one source serves AVX-512, AVX2 and NEON; only the lane permutation has a
 // special form. Shape suffixes as in reference.py: C classes, h w low-resolution size, H W full size.
@@ -23,6 +23,9 @@ constexpr int kLanes = 16;
 typedef float vfloat __attribute__((vector_size(64)));
 typedef float vfloat_unaligned __attribute__((vector_size(64), aligned(4)));
 typedef int32_t vint __attribute__((vector_size(64)));
+#ifdef __AVX512F__
+constexpr __mmask16 kAll = 0xffff;  // GCC warns of its own header in the unmasked forms of some intrinsics
+#endif
 
 inline vfloat splat(float value) { return value - vfloat{}; }
 inline vint splat_int(int32_t value) { return value - vint{}; }
@@ -31,22 +34,25 @@ inline void store(float* target, vfloat value) { *reinterpret_cast<vfloat_unalig
 
 inline vfloat vmax(vfloat a, vfloat b) {
 #ifdef __AVX512F__
-  return (vfloat)_mm512_max_ps((__m512)a, (__m512)b);
+  return (vfloat)_mm512_maskz_max_ps(kAll, (__m512)a, (__m512)b);
 #else
   return a > b ? a : b;
 #endif
 }
 
-inline float sum_lanes(vfloat value) {
-  float total = 0.f;
-  for (int lane = 0; lane < kLanes; ++lane) total += value[lane];
+inline vfloat select(vint mask, vfloat yes, vfloat no) { return (vfloat)(((vint)yes & mask) | ((vint)no & ~mask)); }
+
+template <typename Vector>
+auto sum_lanes(Vector value) {
+  auto total = value[0];
+  for (int lane = 1; lane < kLanes; ++lane) total += value[lane];
   return total;
 }
 
 // table[index[lane]] for every lane; indices in 0..15.
 inline vfloat permute(vfloat table, vint index) {
 #ifdef __AVX512F__
-  return (vfloat)_mm512_permutexvar_ps((__m512i)index, (__m512)table);
+  return (vfloat)_mm512_maskz_permutexvar_ps(kAll, (__m512i)index, (__m512)table);
 #else
   vfloat out;
   for (int lane = 0; lane < kLanes; ++lane) out[lane] = table[index[lane]];
@@ -70,6 +76,20 @@ inline vfloat exp_nonpositive(vfloat x) {
   p = p * r + 1.f;
   const vint exponent = ((vint)shifted) << 23;  // the magic number's own bits leave at the top
   return (vfloat)((vint)p + exponent);
+}
+
+// log(x) for positive normal x, error below 1e-7 + 1e-7 |log x|. x = 2^n m with m in [sqrt 1/2, sqrt 2); log m from the series
+// of atanh: log m = 2 (s + s^3/3 + s^5/5 + ...), s = (m - 1) / (m + 1), |s| < 0.172, whose next term is below 1e-9.
+inline vfloat log_positive(vfloat x) {
+  const vint bits = (vint)x - splat_int(0x3f3504f3);  // bits of sqrt(1/2)
+  const vint exponent = bits >> 23;
+  const vfloat m = (vfloat)((vint)x - (exponent << 23));
+  const vfloat s = (m - 1.f) / (m + 1.f), t = s * s;
+  vfloat p = splat(2.f / 9.f);
+  p = p * t + 2.f / 7.f;
+  p = p * t + 2.f / 5.f;
+  p = p * t + 2.f / 3.f;
+  return __builtin_convertvector(exponent, vfloat) * 0.69314718f + (p * t * s + 2.f * s);
 }
 
 // Interpolation along one axis with align_corners: output i reads inputs low[i] and low[i] + 1 with weights 1 - frac, frac.
@@ -100,6 +120,7 @@ struct Block {
   int32_t base;    // first input read
   int32_t lanes;   // outputs that exist; the others repeat the last one
   bool narrow;     // all inputs read lie within base .. base + 15, so that one load and two permutations serve
+  vfloat weights[kLanes];  // if narrow: weights[output][input - base], the two of an output among zeros
 
   Block(const Axis& axis, int64_t first) {
     const int64_t out = static_cast<int64_t>(axis.low.size());
@@ -112,9 +133,14 @@ struct Block {
     }
     rest = 1.f - frac;
     narrow = index[kLanes - 1] + 1 < kLanes;
+    for (int lane = 0; narrow && lane < kLanes; ++lane) {
+      weights[lane] = vfloat{};
+      weights[lane][index[lane]] = rest[lane];
+      weights[lane][index[lane] + 1] = frac[lane];
+    }
   }
 
-  // Interpolates one row of inputs at the sixteen outputs. The row must be readable up to base + 15.
+  // Interpolates one row of inputs at the sixteen outputs. The row must be readable kLanes past its end.
   vfloat interpolate(const float* row) const {
     if (narrow) {
       const vfloat window = load(row + base);
@@ -127,6 +153,25 @@ struct Block {
     }
     return out;
   }
+
+  // Adjoint of interpolate: adds the gradients of the sixteen outputs to the inputs they read.
+  void spread(vfloat outputs, float* row) const {
+    const float* output = reinterpret_cast<const float*>(&outputs);
+    float* at = row + base;
+    if (narrow) {
+      vfloat even = load(at), odd{};
+      for (int i = 0; i < kLanes; i += 2) {
+        even += weights[i] * output[i];
+        odd += weights[i + 1] * output[i + 1];
+      }
+      store(at, even + odd);
+      return;
+    }
+    for (int lane = 0; lane < kLanes; ++lane) {
+      at[index[lane]] += rest[lane] * output[lane];
+      at[index[lane] + 1] += frac[lane] * output[lane];
+    }
+  }
 };
 
 inline std::vector<Block> blocks_of(const Axis& axis) {
@@ -135,44 +180,15 @@ inline std::vector<Block> blocks_of(const Axis& axis) {
   return blocks;
 }
 
-// Length of a scratch row of `width` inputs: interpolate() may read kLanes past any of them.
-inline int64_t padded(int64_t width) { return width + kLanes; }
-
-// Copies [C, width] of one image row, any strides and dtype, to float rows of padded(width); the padding becomes 0.
-template <typename T>
-void load_row(const T* source, int64_t channels, int64_t width, int64_t stride_c, int64_t stride_x, float* target) {
-  const int64_t pitch = padded(width);
-  if (stride_c == 1 && stride_x != 1) {
-    for (int64_t x = 0; x < width; ++x)
-      for (int64_t c = 0; c < channels; ++c) target[c * pitch + x] = static_cast<float>(source[x * stride_x + c]);
-  } else {
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t x = 0; x < width; ++x)
-        target[c * pitch + x] = static_cast<float>(source[c * stride_c + x * stride_x]);
-  }
-  for (int64_t c = 0; c < channels; ++c) std::memset(target + c * pitch + width, 0, kLanes * sizeof(float));
-}
-
-// load_row of row y of image n of a [N, C, h, w] tensor of float32, bfloat16 or float16.
-inline void load_row(const at::Tensor& maps, int64_t n, int64_t y, float* target) {
-  const int64_t offset = n * maps.stride(0) + y * maps.stride(2);
-  const int64_t channels = maps.size(1), width = maps.size(3), sc = maps.stride(1), sx = maps.stride(3);
-  switch (maps.scalar_type()) {
-    case at::kFloat: return load_row(maps.const_data_ptr<float>() + offset, channels, width, sc, sx, target);
-    case at::kBFloat16: return load_row(maps.const_data_ptr<at::BFloat16>() + offset, channels, width, sc, sx, target);
-    case at::kHalf: return load_row(maps.const_data_ptr<at::Half>() + offset, channels, width, sc, sx, target);
-    default: TORCH_CHECK_TYPE(false, "expected float32, bfloat16 or float16, got ", maps.scalar_type());
-  }
-}
-
-// Runs task(0) .. task(count - 1), each once, on all threads; a thread takes the next as it becomes free.
-template <typename Task>
-void run_tasks(int64_t count, const Task& task) {
+// Runs task(0, scratch) .. task(count - 1, scratch), each once, on all threads; a thread takes the next as it becomes free, and
+// has one Scratch(problem) for all of its tasks.
+template <typename Scratch, typename Problem, typename Task>
+void run_tasks(int64_t count, const Problem& problem, const Task& task) {
   std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), count), 1, [&](int64_t begin, int64_t end) {
+    Scratch scratch(problem);
     for (int64_t thread = begin; thread < end; ++thread)
-      for (int64_t i = next++; i < count; i = next++) task(i);
+      for (int64_t i = next++; i < count; i = next++) task(i, scratch);
   });
 }
 

@@ -1,9 +1,10 @@
 // confusion on the CPU: int64 counts of (truth, prediction) pairs, in total or per image.
 //
-// A block of pixels is first turned into cell numbers truth * C + prediction, a loop without branches that vectorises; the
-// pixels that do not count get the cell number C * C. The histogram then looks at 16 cells at a time: in masks they are mostly
-// one run, counted by one addition. Otherwise four tables take turns, so that equal neighbours do not wait for one another.
-// Sums of integers do not depend on their order, so the result is the same for any number of threads.
+// A block of pixels is first turned into cell numbers truth * C + prediction, a loop without branches that vectorises;
+// the pixels that do not count get the cell number C * C. The histogram then looks at 16 cells at a time: in masks
+// they are mostly one run, counted by one addition. Otherwise four tables take turns, so that equal neighbours do not
+// wait for one another. Sums of integers do not depend on their order, so the result is the same for any number of
+// threads.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>

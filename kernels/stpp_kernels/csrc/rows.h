@@ -62,21 +62,19 @@ inline vfloat splat(float value) { return vfloat{} + value; }
 inline vfloat maximum(vfloat a, vfloat b) { return a > b ? a : b; }
 
 // exp(x) for x <= 0, relative error below 1e-6 down to exp(-10). Below -86 the result stays at exp(-86): it is zero to
-// any sum that contains exp(0), and never a slow denormal. 2^x with x split into the nearest integer and a remainder.
+// any sum that contains exp(0), and never a slow denormal. 2^n exp(r) with n = round(x / ln 2), |r| <= ln(2) / 2, and
+// the polynomial of degree 5 that is closest to exp(r) there in relative error, its constant rounded to 1.
 inline vfloat exp_nonpositive(vfloat x) {
   x = maximum(x, splat(-86.0f));
   const vfloat magic = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves round(x) in the low bits of the mantissa
   const vfloat shifted = x * 1.44269504088896341f + magic;
-  const vfloat whole = shifted - magic;
-  vfloat r = x - whole * 0.693359375f;
-  r = r + whole * 2.12194440e-4f;  // ln 2 in two parts, the first exact when multiplied
-  vfloat p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  const vfloat r = x - (shifted - magic) * 0.693147180559945f;
+  vfloat p = splat(0.008297647966f);
+  p = p * r + 0.04191543143f;
+  p = p * r + 0.1666757509f;
+  p = p * r + 0.4999889441f;
+  p = p * r + 0.9999996918f;
+  p = p * r + 1.0f;
   return (vfloat)((vint)p + ((vint)shifted << 23));
 }
 
@@ -153,7 +151,8 @@ class Columns {
   int64_t out() const { return out_; }
   bool copies() const { return copy_; }
 
-  // Values of output pixels [chunk * kLanes, (chunk + 1) * kLanes) of one plane; src is readable 2 * kLanes past its end.
+  // Values of output pixels [chunk * kLanes, (chunk + 1) * kLanes) of one plane; src is readable 2 * kLanes past its
+  // end.
   vfloat get(const float* src, int64_t chunk) const {
     const float* window = src + base_[chunk];
     const vint ia = load(&a_[chunk * kLanes]), ib = load(&b_[chunk * kLanes]);
@@ -220,7 +219,8 @@ struct Map {
         for (int64_t x = 0; x < width; ++x) dst[c * stride + x] = static_cast<float>(row[c * stride_c + x]);
     } else {
       for (int64_t x = 0; x < width; ++x)
-        for (int64_t c = 0; c < channels; ++c) dst[c * stride + x] = static_cast<float>(row[x * stride_w + c * stride_c]);
+        for (int64_t c = 0; c < channels; ++c)
+          dst[c * stride + x] = static_cast<float>(row[x * stride_w + c * stride_c]);
     }
   }
 };

@@ -1,13 +1,18 @@
 // softmax_accumulate and finalize on the CPU: one view of test-time augmentation added to the sum of all, row by row.
 //
-// The eager form softmaxes a map of the scaled size [N, C, hs, ws] and resizes it to [N, C, H, W], both stored. Here two
-// streams of rows are nested: an output row needs two rows of probabilities at the scaled size, each of which needs two
-// rows of logits. Each stream keeps its last two rows, so every row is computed once per thread, and no memory beyond those
-// rows is used. Mirroring back is free: it only reverses the column numbers from which the last resize reads.
+// The eager form softmaxes a map of the scaled size [N, C, hs, ws] and resizes it to [N, C, H, W], both stored. Here
+// two streams of rows are nested: an output row needs two rows of probabilities at the scaled size, each of which
+// needs two rows of logits. Each stream keeps its last two rows, so every row is computed once per thread, and no
+// memory beyond those rows is used. Mirroring back is free: it only reverses the column numbers from which the last
+// resize reads.
 //
-// Threads share output rows, each of which one thread sums in a fixed order: the result does not depend on their number.
+// Threads share output rows, each of which one thread sums in a fixed order: the result does not depend on their
+// number.
 #include <ATen/Parallel.h>
 #include <torch/library.h>
+
+#include <limits>
+#include <mutex>
 
 #include "rows.h"
 
@@ -16,26 +21,38 @@ namespace {
 
 using namespace rows;
 
-// out = softmax over channels of wa * a + wb * b, for `width` pixels.
+// out = softmax over channels of wa * a + wb * b, for `Vectors` vectors of pixels.
+template <int Vectors>
+inline void softmax_vectors(const float* a, const float* b, float wa, float wb, int64_t channels, int64_t stride,
+                            float* out) {
+  vfloat largest[Vectors], sum[Vectors];
+  for (int v = 0; v < Vectors; ++v) largest[v] = splat(-std::numeric_limits<float>::infinity()), sum[v] = vfloat{};
+  for (int64_t c = 0, at = 0; c < channels; ++c, at += stride) {
+    for (int v = 0; v < Vectors; ++v) {
+      const vfloat value = load(a + at + v * kLanes) * wa + load(b + at + v * kLanes) * wb;
+      store(out + at + v * kLanes, value);
+      largest[v] = maximum(value, largest[v]);
+    }
+  }
+  for (int64_t c = 0, at = 0; c < channels; ++c, at += stride) {
+    for (int v = 0; v < Vectors; ++v) {
+      const vfloat power = exp_nonpositive(load(out + at + v * kLanes) - largest[v]);
+      store(out + at + v * kLanes, power);
+      sum[v] += power;
+    }
+  }
+  for (int v = 0; v < Vectors; ++v) sum[v] = 1.0f / sum[v];
+  for (int64_t c = 0, at = 0; c < channels; ++c, at += stride)
+    for (int v = 0; v < Vectors; ++v) store(out + at + v * kLanes, load(out + at + v * kLanes) * sum[v]);
+}
+
+// Two vectors at a time, so that one's arithmetic fills the other's waits; the last one alone where their number is
+// odd.
 void softmax_row(const float* a, const float* b, float wa, float wb, int64_t channels, int64_t stride, int64_t width,
                  float* out) {
-  for (int64_t x = 0; x < width; x += kLanes) {
-    vfloat largest = splat(-std::numeric_limits<float>::infinity());
-    for (int64_t c = 0; c < channels; ++c) {
-      const int64_t at = c * stride + x;
-      const vfloat value = load(a + at) * wa + load(b + at) * wb;
-      store(out + at, value);
-      largest = maximum(value, largest);
-    }
-    vfloat sum = {};
-    for (int64_t c = 0; c < channels; ++c) {
-      const vfloat power = exp_nonpositive(load(out + c * stride + x) - largest);
-      store(out + c * stride + x, power);
-      sum += power;
-    }
-    const vfloat scale = 1.0f / sum;
-    for (int64_t c = 0; c < channels; ++c) store(out + c * stride + x, load(out + c * stride + x) * scale);
-  }
+  int64_t x = 0;
+  for (; x + kLanes < width; x += 2 * kLanes) softmax_vectors<2>(a + x, b + x, wa, wb, channels, stride, out + x);
+  for (; x < width; x += kLanes) softmax_vectors<1>(a + x, b + x, wa, wb, channels, stride, out + x);
 }
 
 // The last two rows of probabilities at the scaled size; resized to the output width where `columns` is given.
@@ -81,6 +98,7 @@ struct AccumulatorRow {
     const int64_t n = std::min(kLanes, width - x);
     float* p = data + c * stride_c + x * stride_w;
     if (stride_w == 1 && n == kLanes) {
+      __builtin_prefetch(p + stride_c, 1);  // the sums are the only large thing here: the next plane's part of this row
       store(p, load(p) + value);
     } else {
       for (int64_t i = 0; i < n; ++i) p[i * stride_w] += value[i];
@@ -110,7 +128,8 @@ void softmax_accumulate(at::Tensor& acc, const at::Tensor& logits, at::IntArrayR
       const AccumulatorRow out{sums + n * stride_n + y * stride_h, stride_c, stride_w, width};
       for (int64_t c = 0; c < channels; ++c, a += rows.stride(), b += rows.stride()) {
         if (late) {
-          for (int64_t x = 0; x < scaled[1]; x += kLanes) store(blended.data() + x, load(a + x) * wa + load(b + x) * wb);
+          for (int64_t x = 0; x < scaled[1]; x += kLanes)
+            store(blended.data() + x, load(a + x) * wa + load(b + x) * wb);
           for (int64_t x = 0; x < width; x += kLanes) out.add(c, x, columns.get(blended.data(), x / kLanes));
         } else {
           for (int64_t x = 0; x < width; x += kLanes) out.add(c, x, load(a + x) * wa + load(b + x) * wb);
@@ -120,8 +139,10 @@ void softmax_accumulate(at::Tensor& acc, const at::Tensor& logits, at::IntArrayR
   });
 }
 
-// Mask of one row, number of pixels per class, and the sum over the row of the chosen class's share.
-double finalize_row(const float* planes, int64_t channels, int64_t stride, int64_t width, uint8_t* mask) {
+// Writes the mask of one row, adds its pixels per class to four counters each, and returns the sum over the row of the
+// chosen class's share. The four counters take turns, so that equal neighbours do not wait for one another.
+double finalize_row(const float* planes, int64_t channels, int64_t stride, int64_t width, uint8_t* mask,
+                    int64_t* counters) {
   double total = 0.0;
   for (int64_t x = 0; x < width; x += kLanes) {
     const int64_t n = std::min(kLanes, width - x);
@@ -136,7 +157,11 @@ double finalize_row(const float* planes, int64_t channels, int64_t stride, int64
     }
     const vfloat share = best / sum;
     float row = 0.0f;
-    for (int64_t i = 0; i < n; ++i) mask[x + i] = static_cast<uint8_t>(arg[i]), row += share[i];
+    for (int64_t i = 0; i < n; ++i) {
+      mask[x + i] = static_cast<uint8_t>(arg[i]);
+      ++counters[4 * arg[i] + (i & 3)];
+      row += share[i];
+    }
     total += row;
   }
   return total;
@@ -150,20 +175,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> finalize(const at::Tensor& acc) {
   at::Tensor row_sums = at::empty({batch, height}, acc.options().dtype(at::kDouble), at::MemoryFormat::Contiguous);
   uint8_t* masks = mask.data_ptr<uint8_t>();
   double* sums = row_sums.data_ptr<double>();
+  int64_t* count = counts.data_ptr<int64_t>();
+  std::mutex merging;
   at::parallel_for(0, batch * height, 8, [&](int64_t begin, int64_t end) {
     const bool direct = map.stride_w == 1;
     const int64_t stride = direct ? map.stride_c : plane_stride(width);
     Scratch copy(direct ? 0 : channels * stride);
+    std::vector<int64_t> counters(4 * batch * channels, 0);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / height, y = i % height;
       const float* planes = static_cast<const float*>(map.data) + n * map.stride_n + y * map.stride_h;
       if (!direct) map.read(n, y, copy.data(), stride);
-      sums[i] = finalize_row(direct ? planes : copy.data(), channels, stride, width, masks + i * width);
+      sums[i] = finalize_row(direct ? planes : copy.data(), channels, stride, width, masks + i * width,
+                             counters.data() + 4 * n * channels);
     }
-  });
-  at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-    int64_t* count = counts.data_ptr<int64_t>();
-    for (int64_t i = begin * height * width; i < end * height * width; ++i) ++count[i / (height * width) * channels + masks[i]];
+    const std::lock_guard<std::mutex> lock(merging);
+    for (size_t k = 0; k < counters.size(); ++k) count[k / 4] += counters[k];
   });
   return {mask, row_sums.sum(1).div_(static_cast<double>(height * width)).to(at::kFloat), counts};
 }

@@ -1,0 +1,166 @@
+"""`softmax_accumulate` and `finalize` on CUDA.
+
+Accumulating takes two kernels. The first computes, for every pixel at the scaled size, the maximum over the classes
+and the inverse of the sum of exponentials below it: 2 / C of what the eager form stores. The second makes pieces of
+output rows: an output pixel blends four pixels of the scaled size, whose probability of a class is exp(logit -
+maximum) times that inverse, with the logit blended from low resolution on the fly. It recomputes up to four
+exponentials per element, which cost less than the memory traffic they save; where `size` equals the scaled size one
+is left.
+
+No atomics on floating-point numbers: the result is the same, bit for bit, in every run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stpp_kernels.triton.resize import block_width, source, step
+
+
+@triton.jit
+def _logit(row_top, row_bottom, low, left, right, near, inside):
+    a = tl.load(row_top + left, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(row_top + right, mask=inside, other=0.0).to(tl.float32)
+    d = tl.load(row_bottom + left, mask=inside, other=0.0).to(tl.float32)
+    e = tl.load(row_bottom + right, mask=inside, other=0.0).to(tl.float32)
+    return (a * (1.0 - near) + b * near) * (1.0 - low) + (d * (1.0 - near) + e * near) * low
+
+
+@triton.jit
+def _logsumexp_kernel(
+    logits, plane, stride_n, stride_c, stride_h, stride_w,
+    in_height, in_width, height, width, step_y, step_x, classes, BLOCK: tl.constexpr,
+):  # fmt: skip
+    n, y = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    x = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    inside = x < width
+    top, bottom, low = source(y, step_y, in_height)
+    left, right, near = source(x, step_x, in_width)
+    row_top = logits + n * stride_n + top * stride_h
+    row_bottom = logits + n * stride_n + bottom * stride_h
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for c in range(0, classes):
+        at = c * stride_c
+        value = _logit(row_top + at, row_bottom + at, low, left * stride_w, right * stride_w, near, inside)
+        most = tl.maximum(best, value)
+        total = total * tl.exp(best - most) + tl.exp(value - most)
+        best = most
+    # The two apart, not as one log-sum-exp: beside a logit of 1e4 the logarithm of the total would be rounded away.
+    out = (n * height + y) * width + x
+    tl.store(plane + 2 * out, best, mask=inside)
+    tl.store(plane + 2 * out + 1, 1.0 / total, mask=inside)
+
+
+@triton.jit
+def _accumulate_kernel(
+    acc, logits, plane,
+    acc_n, acc_c, acc_h, acc_w, stride_n, stride_c, stride_h, stride_w,
+    in_height, in_width, scaled_height, scaled_width, width,
+    logit_step_y, logit_step_x, step_y, step_x, classes,
+    FLIP: tl.constexpr, SAME: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    n, y = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    x = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    inside = x < width
+    y0, y1, low = source(y, step_y, scaled_height)
+    x0, x1, near = source(x, step_x, scaled_width)
+    if FLIP:
+        x0, x1 = scaled_width - 1 - x0, scaled_width - 1 - x1
+    top0, bottom0, low0 = source(y0, logit_step_y, in_height)
+    top1, bottom1, low1 = source(y1, logit_step_y, in_height)
+    left0, right0, near0 = source(x0, logit_step_x, in_width)
+    left1, right1, near1 = source(x1, logit_step_x, in_width)
+    left0, right0, left1, right1 = left0 * stride_w, right0 * stride_w, left1 * stride_w, right1 * stride_w
+    image = logits + n * stride_n
+    row0 = plane + 2 * (n * scaled_height + y0) * scaled_width
+    row1 = plane + 2 * (n * scaled_height + y1) * scaled_width
+    most00 = tl.load(row0 + 2 * x0, mask=inside, other=0.0)
+    scale00 = tl.load(row0 + 2 * x0 + 1, mask=inside, other=0.0)
+    if not SAME:
+        most01 = tl.load(row0 + 2 * x1, mask=inside, other=0.0)
+        most10 = tl.load(row1 + 2 * x0, mask=inside, other=0.0)
+        most11 = tl.load(row1 + 2 * x1, mask=inside, other=0.0)
+        scale01 = tl.load(row0 + 2 * x1 + 1, mask=inside, other=0.0) * near * (1.0 - low)
+        scale10 = tl.load(row1 + 2 * x0 + 1, mask=inside, other=0.0) * (1.0 - near) * low
+        scale11 = tl.load(row1 + 2 * x1 + 1, mask=inside, other=0.0) * near * low
+        scale00 = scale00 * (1.0 - near) * (1.0 - low)
+    out = acc + n * acc_n + y * acc_h + x * acc_w
+    for c in range(0, classes):
+        map_c = image + c * stride_c
+        a, b = map_c + top0 * stride_h, map_c + bottom0 * stride_h
+        sum_c = tl.load(out + c * acc_c, mask=inside, other=0.0)
+        sum_c += tl.exp(_logit(a, b, low0, left0, right0, near0, inside) - most00) * scale00
+        if not SAME:
+            d, e = map_c + top1 * stride_h, map_c + bottom1 * stride_h
+            sum_c += tl.exp(_logit(a, b, low0, left1, right1, near1, inside) - most01) * scale01
+            sum_c += tl.exp(_logit(d, e, low1, left0, right0, near0, inside) - most10) * scale10
+            sum_c += tl.exp(_logit(d, e, low1, left1, right1, near1, inside) - most11) * scale11
+        tl.store(out + c * acc_c, sum_c, mask=inside)
+
+
+def softmax_accumulate(acc: Tensor, logits: Tensor, scaled_size: list[int], size: list[int], flip: bool) -> None:
+    """Arguments as those of the operator; see `stpp_kernels.softmax_accumulate`."""
+    batch, classes, in_height, in_width = logits.shape
+    (scaled_height, scaled_width), (height, width) = scaled_size, size
+    if batch == 0:
+        return
+    plane = torch.empty((batch, scaled_height, scaled_width, 2), dtype=torch.float32, device=logits.device)
+    logit_step_y, logit_step_x = step(in_height, scaled_height), step(in_width, scaled_width)
+    with torch.cuda.device_of(logits):
+        block = block_width(scaled_width)
+        _logsumexp_kernel[(batch, scaled_height, triton.cdiv(scaled_width, block))](
+            logits, plane, *logits.stride(), in_height, in_width, scaled_height, scaled_width,
+            logit_step_y, logit_step_x, classes, BLOCK=block, num_warps=max(1, block // 128),
+        )  # fmt: skip
+        block = min(256, block_width(width))
+        _accumulate_kernel[(batch, height, triton.cdiv(width, block))](
+            acc, logits, plane, *acc.stride(), *logits.stride(),
+            in_height, in_width, scaled_height, scaled_width, width,
+            logit_step_y, logit_step_x, step(scaled_height, height), step(scaled_width, width), classes,
+            FLIP=flip, SAME=list(scaled_size) == list(size), BLOCK=block, num_warps=max(1, block // 64),
+        )  # fmt: skip
+
+
+@triton.jit
+def _finalize_kernel(
+    acc, mask, shares, counts, acc_n, acc_c, acc_h, acc_w, pixels, width, blocks, classes,
+    BINS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    n, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    pixel = block * BLOCK + tl.arange(0, BLOCK)
+    inside = pixel < pixels
+    at = acc + n * acc_n + (pixel // width) * acc_h + (pixel % width) * acc_w
+    best = tl.load(at, mask=inside, other=1.0)
+    total = best
+    arg = tl.zeros([BLOCK], tl.int32)
+    for c in range(1, classes):
+        value = tl.load(at + c * acc_c, mask=inside, other=0.0)
+        larger = value > best
+        best = tl.where(larger, value, best)
+        arg = tl.where(larger, c, arg)
+        total += value
+    tl.store(mask + n * pixels + pixel, arg.to(tl.uint8), mask=inside)
+    tl.store(shares + n * blocks + block, tl.sum(tl.where(inside, best / total, 0.0)))
+    # Pixels past the end fall into the bin behind the last class. Atomic sums of integers do not depend on their order.
+    found = tl.histogram(tl.where(inside, arg, classes), BINS).to(tl.int64)
+    bins = tl.arange(0, BINS)
+    tl.atomic_add(counts + n * classes + bins, found, mask=(bins < classes) & (found > 0), sem="relaxed")
+
+
+def finalize(acc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments and results as those of the operator; see `stpp_kernels.softmax_accumulate`."""
+    batch, classes, height, width = acc.shape
+    block = 1024
+    blocks = triton.cdiv(height * width, block)
+    mask = torch.empty((batch, height, width), dtype=torch.uint8, device=acc.device)
+    shares = torch.zeros((batch, blocks), dtype=torch.float32, device=acc.device)
+    counts = torch.zeros((batch, classes), dtype=torch.int64, device=acc.device)
+    if batch > 0:
+        with torch.cuda.device_of(acc):
+            _finalize_kernel[(batch, blocks)](
+                acc, mask, shares, counts, *acc.stride(), height * width, width, blocks, classes,
+                BINS=triton.next_power_of_2(classes + 1), BLOCK=block, num_warps=8,
+            )  # fmt: skip
+    return mask, (shares.sum(1, dtype=torch.float64) / (height * width)).float(), counts

@@ -1,0 +1,213 @@
+"""Who may import whom, read from the sources; and what an import loads, seen in a process of its own."""
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = {"stpp": ROOT / "engine", "stpp_kernels": ROOT / "kernels"}
+
+LEAVES = {"errors", "files"}
+COMMON = {"config", "log", "distributed", "checkpoint", "metrics"}
+PARTS = {"data", "models", "teacher"}
+WORK = {"train", "evaluate", "label", "report"}
+TOPS = {"selftrain", "demo", "doctor"}
+# What the first name below `stpp` may import besides itself. A new module needs a place here.
+MAY_IMPORT = (
+    dict.fromkeys(LEAVES, set())
+    | dict.fromkeys(COMMON, LEAVES)
+    | dict.fromkeys(PARTS, LEAVES | COMMON | {"stpp_kernels"})
+    | dict.fromkeys(WORK, LEAVES | COMMON | PARTS | {"stpp_kernels"})
+    | dict.fromkeys(TOPS, LEAVES | COMMON | PARTS | WORK | {"stpp_kernels"})
+    | {"cli": LEAVES | COMMON | PARTS | WORK | TOPS | {"stpp_kernels"}, "__main__": {"cli"}, "stpp": set()}
+)
+# Heavy packages, and the modules that wrap them. True: the wrapper is itself imported lazily.
+WRAPPERS = {
+    "nvidia": {"stpp.data.dali": True, "stpp.data.dali_graph": True},
+    "pyarrow": {"stpp.data.table": False, "stpp.label.rows": False},
+    "tensorrt": {"stpp.teacher.tensorrt": False},
+    "tensorrt_rtx": {"stpp.teacher.tensorrt": False},
+    "torch_tensorrt": {"stpp.teacher.torch_tensorrt": False},
+    "apex": {"stpp.train": False},
+}
+LIGHT = ("stpp", "stpp.config", "stpp.cli", "stpp.errors", "stpp.files")
+
+
+@dataclass(frozen=True)
+class Import:
+    module: str
+    """The importing module."""
+    target: str
+    """What is imported, as far as it can be a module: `from a.b import c` gives "a.b.c"."""
+    eager: bool
+    """Runs when the module is imported."""
+    line: int
+
+    def __str__(self):
+        return f"{self.module}:{self.line} imports {self.target}"
+
+
+def module_name(path, source):
+    parts = path.relative_to(source).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(text, module, is_package=False):
+    """All imports of a source: plain, from, relative, and `import_module("...")`."""
+    found = []
+
+    def visit(node, eager):
+        if isinstance(node, ast.Import):
+            found.extend(Import(module, alias.name, eager, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".")
+                kept = len(parents) - node.level + is_package
+                base = ".".join(parents[:kept] + ([base] if base else []))
+            found.extend(Import(module, f"{base}.{alias.name}", eager, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                found.append(Import(module, node.args[0].value, eager, node.lineno))
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for child in node.body:
+                visit(child, False)
+            for child in node.orelse:
+                visit(child, eager)
+            return
+        inside = eager and not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for child in ast.iter_child_nodes(node):
+            visit(child, inside)
+
+    visit(ast.parse(text), True)
+    return found
+
+
+def all_imports(package):
+    source = SOURCES[package]
+    files = sorted((source / package).rglob("*.py"))
+    assert files, f"no sources of {package} under {source}"
+    found = []
+    for path in files:
+        found += imports_of(path.read_text(encoding="utf-8"), module_name(path, source), path.stem == "__init__")
+    return found
+
+
+def unit(name):
+    """The part of `stpp` that a dotted name lies in: "data" for "stpp.data.dali", "stpp" for "stpp.__version__"."""
+    first = name.split(".")[1] if "." in name else ""
+    return first if first in MAY_IMPORT or _is_module(first) else "stpp"
+
+
+def _is_module(name):
+    folder = SOURCES["stpp"] / "stpp"
+    return bool(name) and ((folder / name).is_dir() or (folder / f"{name}.py").is_file())
+
+
+def package(name):
+    return name.split(".")[0]
+
+
+def test_the_reader_of_imports_sees_every_kind():
+    text = (
+        "import a.b, c\nfrom d import e\nfrom . import f\nfrom ..g import h\n"
+        "def late():\n    import i\n    import_module('j')\n"
+        "if TYPE_CHECKING:\n    import k\nelse:\n    import l\ntry:\n    import m\nexcept ImportError:\n    pass\n"
+        "importlib.import_module('n.o')\nclass C:\n    import p\n"
+    )
+    found = {(one.target, one.eager) for one in imports_of(text, "x.y.z")}
+    assert found == {
+        ("a.b", True), ("c", True), ("d.e", True), ("x.y.f", True), ("x.g.h", True), ("i", False), ("j", False),
+        ("k", False), ("l", True), ("m", True), ("n.o", True), ("p", True),
+    }  # fmt: skip
+    found = imports_of("from . import f\nfrom .g import h", "x.y", is_package=True)
+    assert [one.target for one in found] == ["x.y.f", "x.y.g.h"]
+
+
+def test_every_module_of_stpp_has_a_place():
+    folder = SOURCES["stpp"] / "stpp"
+    names = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
+    unplaced = names - {"__init__"} - MAY_IMPORT.keys()
+    assert unplaced == set(), f"say in MAY_IMPORT what {unplaced} may import"
+
+
+def test_stpp_imports_along_the_layers():
+    wrong = []
+    for found in all_imports("stpp"):
+        if package(found.target) not in SOURCES:
+            continue
+        source = unit(found.module)
+        target = unit(found.target) if package(found.target) == "stpp" else "stpp_kernels"
+        # "stpp" as a target is the package itself, for its version.
+        if target not in MAY_IMPORT.get(source, set()) | {source, "stpp"}:
+            wrong.append(str(found))
+    assert wrong == []
+
+
+def test_the_operators_know_only_torch():
+    wrong = []
+    for found in all_imports("stpp_kernels"):
+        name = package(found.target)
+        allowed = name in {"torch", "stpp_kernels"} or name in sys.stdlib_module_names
+        if name == "triton":
+            allowed = found.module.startswith("stpp_kernels.triton.")
+        if not allowed:
+            wrong.append(str(found))
+    assert wrong == []
+
+
+def test_triton_kernels_are_imported_lazily():
+    folder = "stpp_kernels.triton"
+    outside = [found for found in all_imports("stpp_kernels") if not found.module.startswith(folder)]
+    assert [str(found) for found in outside if found.eager and found.target.startswith(folder + ".")] == []
+
+
+@pytest.mark.parametrize("heavy", list(WRAPPERS))
+def test_heavy_packages_are_imported_by_their_wrappers_only_and_lazily(heavy):
+    wrappers = WRAPPERS[heavy]
+    lazy_wrappers = {name for name, lazy in wrappers.items() if lazy}
+    wrong = []
+    for found in all_imports("stpp"):
+        if package(found.target) == heavy:
+            if found.module not in wrappers or (found.eager and found.module not in lazy_wrappers):
+                wrong.append(str(found))
+        wraps = any(f"{found.target}.".startswith(f"{name}.") for name in lazy_wrappers)
+        if wraps and found.eager and found.module not in lazy_wrappers:
+            wrong.append(f"{found}, which loads {heavy}")
+    assert wrong == []
+
+
+def loaded_after(code):
+    """Names in sys.modules, and "CUDA context" if there is one, after `code` in a new process."""
+    show = "import sys\nprint(*sys.modules)\ntorch = sys.modules.get('torch')\n"
+    show += "print('CUDA-context' if torch and torch.cuda.is_initialized() else '')"
+    done = subprocess.run([sys.executable, "-c", f"{code}\n{show}"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_modules_load_neither_torch_nor_numpy(module):
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"{module} does not exist")
+    assert loaded_after(f"import {module}") & {"torch", "numpy", "stpp_kernels", "PIL", *WRAPPERS} == set()
+
+
+def test_importing_everything_loads_no_heavy_package_and_no_cuda_context():
+    lazy = {name for wrappers in WRAPPERS.values() for name, is_lazy in wrappers.items() if is_lazy}
+    modules = []
+    for name, source in SOURCES.items():
+        for path in sorted((source / name).rglob("*.py")):
+            module = module_name(path, source)
+            if module not in lazy and not module.startswith("stpp_kernels.triton.") and path.stem != "__main__":
+                modules.append(module)
+    loaded = loaded_after("\n".join(f"import {module}" for module in modules))
+    assert {"stpp.models.build", "stpp_kernels"} <= loaded
+    # The namespace `nvidia` alone is no sign: torch's CUDA libraries live there too.
+    assert loaded & ((WRAPPERS.keys() - {"nvidia"}) | {"nvidia.dali", "CUDA-context"}) == set()
