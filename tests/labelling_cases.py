@@ -1,43 +1,35 @@
-"""Cases and forms shared by the tests of the operators that label: argmax, softmax_accumulate, confusion.
+"""Cases shared by the tests of the operators that label: argmax, softmax_accumulate, confusion.
 
-A "form" is one way to run an operator: `cpu` is the public function on this machine (C++, or plain PyTorch where nothing
-was built), `triton` the Triton kernels interpreted on the CPU, `cuda` the public function on a GPU. A test is parametrized
-with `FORMS` and goes through the same code for all three.
+A "form" (`kernels_cases.FORMS`) is one way to run an operator: `cpu` is the public function on this machine (C++, or
+plain PyTorch where nothing was built), `reference` the plain PyTorch form, `triton` the Triton kernels interpreted on
+the CPU, `cuda` the public function on a GPU. A test is parametrized with them and goes through the same code for all.
 """
 
-import os
 from dataclasses import dataclass
 
-import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before its module is imported
-
 import stpp_kernels
-from stpp_kernels.dispatch import triton_available
+from kernels_cases import DTYPES, LAYOUTS, LOGIT_ULP, laid_out
+from stpp_kernels import reference
 
-INTERPRETED = triton_available() and not torch.cuda.is_available()
-FORMS = [
-    "cpu",
-    pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="needs triton, and no GPU to compile for")),
-    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]),
-]
-EPS = torch.finfo(torch.float32).eps
-TOLERANCE = {"probability": 2e-6, "blend_ulp": 6.0}
-"""`probability`: absolute, of arithmetic in fp32. `blend_ulp`: rounding of a blended logit, in ulp of the largest logit."""
+# No shrinking: an interpreted kernel would spend minutes on it, and the printed case is small anyway.
+QUICK = settings(deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+PROBABILITY_TOLERANCE = 2e-6
+"""Absolute, of a softmax and two blends in float32, over at most 256 classes."""
 
 
 def logit_tolerance(logits: torch.Tensor) -> float:
     """By how much two fp32 evaluations of one blended logit may differ."""
-    return TOLERANCE["blend_ulp"] * EPS * max(1.0, logits.float().abs().max().item())
+    return LOGIT_ULP * torch.finfo(torch.float32).eps * max(1.0, logits.float().abs().max().item())
 
 
 def probability_tolerance(logits: torch.Tensor) -> float:
     """The same for a softmax probability of blended logits, whose slope in the logits is at most 1/2."""
-    return TOLERANCE["probability"] + logit_tolerance(logits)
+    return PROBABILITY_TOLERANCE + logit_tolerance(logits)
 
 
 @dataclass(frozen=True)
@@ -61,19 +53,6 @@ class Case:
         return laid_out(values, self.layout).to(device)
 
 
-def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
-    """The same values as `contiguous`, `channels_last`, or a `sliced` view whose last dimension has stride 2."""
-    if layout == "channels_last":
-        return tensor.contiguous(memory_format=torch.channels_last)
-    if layout == "sliced":
-        n, c, h, w = tensor.shape
-        big = torch.full((n, c + 1, h + 2, 2 * w + 1), 777.0, dtype=tensor.dtype)
-        view = big[:, 1:, 1:-1, 1::2]
-        view.copy_(tensor)
-        return view
-    return tensor.contiguous()
-
-
 def cases(form: str) -> st.SearchStrategy[Case]:
     """Draws cases; small ones where the Triton interpreter must walk them."""
     small = form == "triton"
@@ -87,15 +66,11 @@ def cases(form: str) -> st.SearchStrategy[Case]:
         source=side,
         size=side,
         scaled=side,
-        dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
-        layout=st.sampled_from(["contiguous", "channels_last", "sliced"]),
+        dtype=st.sampled_from(DTYPES),
+        layout=st.sampled_from(LAYOUTS),
         magnitude=st.sampled_from([0.1, 3.0, 100.0, 1e4]),
         seed=st.integers(0, 2**32 - 1),
     )
-
-
-def device_of(form: str) -> str:
-    return "cuda" if form == "cuda" else "cpu"
 
 
 def argmax(form: str, logits, size, confidence=True):
@@ -104,6 +79,8 @@ def argmax(form: str, logits, size, confidence=True):
         from stpp_kernels.triton.argmax import upsample_argmax
 
         return upsample_argmax(logits, list(size), confidence)
+    if form == "reference":
+        return reference.upsample_argmax(logits, size)
     return stpp_kernels.upsample_argmax(logits, size, confidence=confidence)
 
 
@@ -112,6 +89,8 @@ def accumulate(form: str, acc, logits, scaled_size, size, flip) -> None:
         from stpp_kernels.triton.softmax_accumulate import softmax_accumulate
 
         return softmax_accumulate(acc, logits, list(scaled_size), list(size), flip)
+    if form == "reference":
+        return reference.softmax_accumulate(acc, logits, scaled_size, size, flip)
     return stpp_kernels.softmax_accumulate(acc, logits, scaled_size, size, flip)
 
 
@@ -120,7 +99,7 @@ def finalize(form: str, acc):
         from stpp_kernels.triton.softmax_accumulate import finalize as interpreted
 
         return interpreted(acc)
-    return stpp_kernels.finalize(acc)
+    return reference.finalize(acc) if form == "reference" else stpp_kernels.finalize(acc)
 
 
 def confusion(form: str, pred, target, num_classes, ignore_index=255, per_image=False, ignore_both=False):
@@ -128,6 +107,10 @@ def confusion(form: str, pred, target, num_classes, ignore_index=255, per_image=
         from stpp_kernels.triton.confusion import confusion as interpreted
 
         return interpreted(pred, target, num_classes, ignore_index, per_image, ignore_both)
+    if form == "reference":
+        from stpp_kernels.confusion import _reference
+
+        return _reference(pred, target, num_classes, ignore_index, per_image, ignore_both)
     if ignore_both:  # the operator's own argument: public only through pairwise_iou
         return torch.ops.stpp_kernels.confusion(pred, target, num_classes, ignore_index, per_image, True)
     return stpp_kernels.confusion(pred, target, num_classes, ignore_index=ignore_index, per_image=per_image)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = {"stpp": ROOT / "engine", "stpp_kernels": ROOT / "kernels"}
 
 LEAVES = {"errors", "files"}
-COMMON = {"config", "log", "distributed", "checkpoint", "metrics"}
+COMMON = {"config", "log", "distributed", "checkpoint", "metrics", "optimizer", "precision"}
 PARTS = {"data", "models", "teacher"}
 WORK = {"train", "evaluate", "label", "report"}
 TOPS = {"selftrain", "demo", "doctor"}
@@ -21,6 +21,7 @@ TOPS = {"selftrain", "demo", "doctor"}
 MAY_IMPORT = (
     dict.fromkeys(LEAVES, set())
     | dict.fromkeys(COMMON, LEAVES)
+    | {"optimizer": LEAVES | {"config"}}
     | dict.fromkeys(PARTS, LEAVES | COMMON | {"stpp_kernels"})
     | dict.fromkeys(WORK, LEAVES | COMMON | PARTS | {"stpp_kernels"})
     | dict.fromkeys(TOPS, LEAVES | COMMON | PARTS | WORK | {"stpp_kernels"})
@@ -33,7 +34,7 @@ WRAPPERS = {
     "tensorrt": {"stpp.teacher.tensorrt": False},
     "tensorrt_rtx": {"stpp.teacher.tensorrt": False},
     "torch_tensorrt": {"stpp.teacher.torch_tensorrt": False},
-    "apex": {"stpp.train": False},
+    "apex": {"stpp.optimizer": False},
 }
 LIGHT = ("stpp", "stpp.config", "stpp.cli", "stpp.errors", "stpp.files")
 

@@ -6,24 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import stpp_kernels
-from labelling_cases import (
-    FORMS,
-    argmax,
-    cases,
-    device_of,
-    laid_out,
-    logit_tolerance,
-    probability_tolerance,
-    resized,
-    worst,
-)
+from kernels_cases import FORMS, device_of, laid_out
+from labelling_cases import QUICK, argmax, cases, logit_tolerance, probability_tolerance, resized, worst
 
 OP = torch.ops.stpp_kernels.upsample_argmax.default
 
 
 @pytest.mark.parametrize("form", FORMS)
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(QUICK, max_examples=25)
 def test_mask_and_confidence_are_those_of_resized_logits(form, data):
     case = data.draw(cases(form))
     logits = case.logits(device_of(form))
@@ -59,9 +50,10 @@ def test_fp32_masks_are_equal_to_eager_where_classes_are_apart(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_lowest_class_wins_a_tie(form):
     torch.manual_seed(2)
-    logits = torch.randn(1, 4, 5, 6, device=device_of(form))
-    mask, _ = argmax(form, torch.cat([logits, logits, logits], 1), (13, 17))
-    assert torch.equal(mask, argmax(form, logits, (13, 17))[0])
+    if form != "reference":  # F.interpolate does not round every channel alike, so that equal classes come out unequal
+        logits = torch.randn(1, 4, 5, 6, device=device_of(form))
+        mask, _ = argmax(form, torch.cat([logits, logits, logits], 1), (13, 17))
+        assert torch.equal(mask, argmax(form, logits, (13, 17))[0])
     assert argmax(form, torch.zeros(1, 7, 3, 3, device=device_of(form)), (5, 20))[0].max() == 0
 
 
@@ -80,8 +72,10 @@ def test_equal_size_is_plain_argmax(form, layout):
 def test_confidence_of_one_class_is_one_and_of_equal_classes_a_share(form):
     device = device_of(form)
     assert torch.equal(argmax(form, torch.randn(1, 1, 2, 3, device=device), (4, 5))[1].cpu(), torch.ones(1, 4, 5))
-    shares = argmax(form, torch.full((1, 8, 2, 3), -1e4, device=device), (4, 5))[1]
-    torch.testing.assert_close(shares, torch.full_like(shares, 1 / 8), atol=1e-6, rtol=0)
+    logits = torch.full((1, 8, 2, 3), -1e4, device=device)
+    shares = argmax(form, logits, (4, 5))[1]
+    allowed = probability_tolerance(logits) if form == "reference" else 1e-6  # its log-sum-exp rounds like a logit
+    torch.testing.assert_close(shares, torch.full_like(shares, 1 / 8), atol=allowed, rtol=0)
 
 
 def test_without_confidence_only_the_mask_comes_back():

@@ -84,8 +84,8 @@ def test_strong_distributions(drawn):
 
 
 def test_the_draws_are_independent(drawn):
-    columns = np.stack([drawn.resize_w, drawn.flip, drawn.jitter, drawn.gray, drawn.blur_sigma > 0, drawn.cutout[:, 2] > 0,
-                        drawn.noise_offset[:, 0], drawn.noise_offset[:, 1]]).astype(float)  # fmt: skip
+    flags = [drawn.flip, drawn.jitter, drawn.gray, drawn.blur_sigma > 0, drawn.cutout[:, 2] > 0]
+    columns = np.stack([drawn.resize_w, *flags, *drawn.noise_offset.T]).astype(float)
     correlation = np.corrcoef(columns) - np.eye(len(columns))
     assert np.abs(correlation).max() < 4.5 / np.sqrt(N)
     jittered = np.stack([drawn.brightness, drawn.contrast, drawn.saturation, drawn.hue])[:, drawn.jitter]

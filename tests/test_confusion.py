@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import stpp_kernels
-from labelling_cases import FORMS, confusion, device_of
+from kernels_cases import FORMS, device_of
+from labelling_cases import QUICK, confusion
 
 OP = torch.ops.stpp_kernels.confusion.default
 DTYPES = [torch.uint8, torch.int64]
@@ -53,7 +54,7 @@ def masks(seed, shape, num_classes, ignored, run=1):
     run=st.sampled_from([1, 5, 40]),
     dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
 )
-@settings(max_examples=30, deadline=None)
+@settings(QUICK, max_examples=30)
 def test_counts_pairs(form, seed, shape, num_classes, ignored, run, dtypes):
     pred, target = masks(seed, shape, num_classes, ignored, run)
     expected = torch.stack([by_hand(p, t, num_classes, 255) for p, t in zip(pred, target, strict=True)])
@@ -147,7 +148,7 @@ def test_triton_form_asserts_on_values_outside():
     ignored=st.sampled_from([0.0, 0.3, 1.0]),
     dtype=st.sampled_from(DTYPES),
 )
-@settings(max_examples=30, deadline=None)
+@settings(QUICK, max_examples=30)
 def test_pairwise_iou(seed, shape, num_classes, ignored, dtype):
     _, a = masks(seed, shape, num_classes, ignored)
     _, b = masks(seed + 1, shape, num_classes, ignored / 2)

@@ -1,5 +1,7 @@
 """The networks as a whole: keys, sizes, modes, formats, precisions, tracing. Their arithmetic: test_model_blocks.py."""
 
+import copy
+import functools
 import json
 import math
 import random
@@ -17,9 +19,15 @@ STATE_DICTS = sorted((Path(__file__).parent / "data" / "state_dicts").glob("*.js
 ALL_MODELS = pytest.mark.parametrize("name", list(MODELS))
 
 
-def small(name, output_stride=8, num_classes=5):
+@functools.cache
+def _built(name, output_stride):
     torch.manual_seed(0)
-    return build_model(name, "resnet18", num_classes, output_stride)
+    return build_model(name, "resnet18", 5, output_stride)
+
+
+def small(name, output_stride=8):
+    """A fresh network; copying is much faster than drawing the weights again."""
+    return copy.deepcopy(_built(name, output_stride))
 
 
 def plain_convolutions(model):

@@ -41,7 +41,10 @@ def test_steps_take_the_epochs_order():
         assert micro.indices.tolist() == order[micro.positions].tolist()
 
 
-@pytest.mark.parametrize(("samples", "batch", "positions", "steps"), [(3, 8, 9, 1), (1, 5, 5, 1), (8, 8, 8, 1), (5, 8, 10, 1), (17, 8, 17, 2)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("samples", "batch", "positions", "steps"),
+    [(3, 8, 9, 1), (1, 5, 5, 1), (8, 8, 8, 1), (5, 8, 10, 1), (17, 8, 17, 2)],
+)
 def test_a_short_list_is_repeated_until_it_fills_a_batch(samples, batch, positions, steps):
     sampler = StepSampler(samples, batch, seed=0, stage=1)
     assert (sampler.n_positions, sampler.steps_per_epoch) == (positions, steps)

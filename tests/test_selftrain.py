@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import torchrun
 from PIL import Image
 
+from conftest import torchrun
 from stpp.data.masks import read_index_mask
 from stpp.label import reliability, rows
 

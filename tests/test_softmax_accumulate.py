@@ -6,17 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import stpp_kernels
-from labelling_cases import (
-    FORMS,
-    accumulate,
-    cases,
-    device_of,
-    finalize,
-    laid_out,
-    probability_tolerance,
-    resized,
-    worst,
-)
+from kernels_cases import FORMS, device_of, laid_out
+from labelling_cases import QUICK, accumulate, cases, finalize, probability_tolerance, resized, worst
 
 ACCUMULATE = torch.ops.stpp_kernels.softmax_accumulate.default
 FINALIZE = torch.ops.stpp_kernels.finalize.default
@@ -30,13 +21,13 @@ def eager(logits, scaled, size, flip):
 
 @pytest.mark.parametrize("form", FORMS)
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(QUICK, max_examples=25)
 def test_adds_what_the_eager_form_adds(form, data):
     case, flip = data.draw(cases(form)), data.draw(st.booleans())
     layout = data.draw(st.sampled_from(["contiguous", "channels_last", "sliced"]))
     logits = case.logits(device_of(form))
     before = torch.rand(case.n, case.c, *case.size)
-    acc = laid_out(before, layout).to(device_of(form))
+    acc = laid_out(before.clone(), layout).to(device_of(form))
     before = before.to(acc.device)
     accumulate(form, acc, logits, case.scaled, case.size, flip)
     truth = before + eager(logits.float(), case.scaled, case.size, flip)
@@ -75,7 +66,7 @@ def test_mirrored_logits_give_the_mirrored_view(form):
 
 @pytest.mark.parametrize("form", FORMS)
 @given(data=st.data())
-@settings(max_examples=20, deadline=None)
+@settings(QUICK, max_examples=20)
 def test_finalize_counts_and_averages(form, data):
     case = data.draw(cases(form))
     acc = laid_out(torch.rand(case.n, case.c, *case.size) + 1e-3, case.layout).to(device_of(form))

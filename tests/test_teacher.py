@@ -14,8 +14,9 @@ from stpp.errors import UserError
 from stpp.evaluate import evaluate, report
 from stpp.label import labeller, reliability
 from stpp.models.build import build_model
+from stpp.models.trained import load_network
 from stpp.teacher import tta
-from stpp.teacher.engine import EagerTeacher, load_network
+from stpp.teacher.engine import EagerTeacher
 from stpp.teacher.fold import fold_batch_norm
 
 CPU = torch.device("cpu")

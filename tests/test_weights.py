@@ -1,6 +1,8 @@
 """Loading weights: what fits goes in, what does not is named, and nothing in a file is ever run."""
 
 import collections
+import copy
+import functools
 import io
 import os
 import pickle
@@ -20,9 +22,15 @@ from stpp.models.build import MODELS, build_model
 CLASSES = 5
 
 
-def network(name="deeplabv2", backbone="resnet18", num_classes=CLASSES, seed=0):
+@functools.cache
+def _built(name, backbone, num_classes, seed):
     torch.manual_seed(seed)
     return build_model(name, backbone, num_classes, 16)
+
+
+def network(name="deeplabv2", backbone="resnet18", num_classes=CLASSES, seed=0):
+    """A fresh network; copying is much faster than drawing the weights again."""
+    return copy.deepcopy(_built(name, backbone, num_classes, seed))
 
 
 def save(content, folder, name="weights.pth", **options):

@@ -122,8 +122,9 @@ def _evaluate(args: list[str]) -> None:
     from stpp import distributed, log
     from stpp.data import index, splits
     from stpp.evaluate import evaluate, report
-    from stpp.teacher.engine import EagerTeacher, load_network
-    from stpp.train import autocast_dtype
+    from stpp.models.trained import load_network
+    from stpp.precision import autocast_dtype
+    from stpp.teacher.engine import EagerTeacher
 
     run = next((folder for folder in options.checkpoint.resolve().parents if (folder / "config.json").exists()), None)
     folder = options.data.index or (run and run / "index")

@@ -28,9 +28,11 @@ from stpp.errors import UserError
 from stpp.evaluate import evaluate
 from stpp.label import labeller, reliability
 from stpp.metrics import mean_iou
+from stpp.models.trained import load_network
+from stpp.precision import autocast_dtype
 from stpp.report.examples import write_examples
-from stpp.teacher.engine import EagerTeacher, load_network
-from stpp.train import Schedule, Trainer, autocast_dtype, images_per_pass
+from stpp.teacher.engine import EagerTeacher
+from stpp.train import Schedule, Trainer, images_per_pass
 from stpp_kernels import implementations
 
 FEW_LABELS = 200

@@ -5,6 +5,7 @@ Shapes: N images of a backward pass, C classes, H W crop size, h w size of the l
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -13,7 +14,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
 from stpp import checkpoint, distributed, log
 from stpp.config import Config, TrainConfig
@@ -24,11 +24,12 @@ from stpp.distributed import World
 from stpp.errors import UserError
 from stpp.models.build import build_model, parameter_groups
 from stpp.models.weights import load_backbone, load_model, read_checkpoint, state_dict_of
+from stpp.optimizer import make_optimizer
+from stpp.precision import autocast_dtype
 from stpp_kernels import upsample_cross_entropy
 
 IGNORE = 255
 POLY_POWER = 0.9
-REFERENCE_BATCH = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,13 +84,20 @@ class Trainer:
             log.say(f"  each rank normalises over {per_pass} images"
                     + ("; --train.sync-bn normalises over all" if here.device.type == "cuda" else ""))
         self.network.to(here.device, memory_format=torch.channels_last)
-        self.optimizer = make_optimizer(self.network, train)
+        backbone, head = parameter_groups(self.network)
+        self.optimizer = make_optimizer(backbone, head, train, default_multiplier=self.network.head_lr_multiplier)
         self.autocast_dtype = autocast_dtype(train.precision, here.device)
         self.scaler = torch.amp.GradScaler(here.device.type, enabled=self.autocast_dtype == torch.float16)
-        self.model = self.network if here.size == 1 else DistributedDataParallel(
-            self.network, device_ids=[here.device] if here.device.type == "cuda" else None,
-            broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=train.accumulate == 1)
+        self.model = self.network if here.size == 1 else self._distributed()
         self.step, self.best_step, self.best_miou, self.seconds = 0, 0, -1.0, 0.0
+
+    def _distributed(self) -> nn.Module:
+        with warnings.catch_warnings():
+            # Newer PyTorch renames the flag; older PyTorch does not know the new name.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+            return DistributedDataParallel(
+                self.network, device_ids=[self.here.device] if self.here.device.type == "cuda" else None,
+                broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=self.config.train.accumulate == 1)
 
     def train_step(self, micro_batches: Sequence[Batch]) -> torch.Tensor:
         """One optimiser step on the rank's share of the global batch.
@@ -269,42 +277,6 @@ def images_per_pass(train: TrainConfig, here: World) -> int:
         raise UserError(f"--train.batch-global {train.batch_global} leaves one image per rank and pass, and batch norm "
                         f"after global pooling needs two; choose at least {2 * parts}")
     return train.batch_global // parts
-
-
-def make_optimizer(network: nn.Module, train: TrainConfig) -> Optimizer:
-    """Fused SGD over the backbone and the head, which learns faster.
-
-    Raises:
-        UserError: apex asked for, and missing or not NVIDIA's.
-    """
-    backbone, head = parameter_groups(network)
-    base_lr = train.lr * train.batch_global / REFERENCE_BATCH
-    multiplier = network.head_lr_multiplier if train.head_lr_multiplier is None else train.head_lr_multiplier
-    groups = [{"params": backbone, "base_lr": base_lr}, {"params": head, "base_lr": base_lr * multiplier}]
-    settings = {"lr": base_lr, "momentum": train.momentum, "weight_decay": train.weight_decay}
-    if train.optimizer == "sgd":
-        return torch.optim.SGD(groups, fused=True, **settings)
-    try:
-        from apex.optimizers import FusedSGD
-    except ImportError:
-        raise UserError("--train.optimizer apex: NVIDIA apex is not installed (build it from its repository; the PyPI "
-                        "package named apex is unrelated), or use --train.optimizer sgd") from None
-    return FusedSGD(groups, **settings)
-
-
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The type that `--train.precision` means on this device.
-
-    Raises:
-        UserError: fp16 on a CPU.
-    """
-    if precision == "auto":
-        if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-    if precision == "fp16" and device.type == "cpu":
-        raise UserError("--train.precision fp16 needs CUDA; use bf16 or fp32 on a CPU")
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
 
 
 def stream_seed(*key: int) -> int:

@@ -150,8 +150,8 @@ def train_rows(samples: Sequence[Sample], params: AugmentParams, side: int, nois
     resized = np.stack([params.resize_h, params.resize_w], axis=1)
     start = np.stack([params.crop_y, params.crop_x], axis=1)
     shown = np.minimum(resized - start, side)
-    # Where a mask's pixel falls on the border of two, the later one is taken. DALI computes in float32, which might fall
-    # short of the border: a thousandth of a pixel (of 1000 pixels) decides it, and is nothing to the image.
+    # Where a mask's pixel falls on the border of two, the later one is taken. DALI computes in float32, which may fall
+    # short of the border: a millionth of the size decides it, and is nothing to the image.
     nudge = source * 2.0**-20
     roi_start = start * source / resized + nudge
     roi_end = (start + shown) * source / resized + nudge
@@ -194,8 +194,8 @@ _SPREADS = np.sqrt((_KERNELS * np.arange(-12, 13) ** 2).sum(axis=1) / _KERNELS.s
 def _sampled_sigma(sigma: np.ndarray) -> np.ndarray:
     """float32 [N]: the sigma to give to DALI for a blur whose spread is really `sigma` pixels; 0 stays 0.
 
-    A Gaussian narrower than a pixel loses its flanks when it is sampled at whole pixels: sigma 0.3 blurs like 0.09. PIL's
-    repeated box keeps the spread that it is told.
+    A Gaussian narrower than a pixel loses its flanks when it is sampled at whole pixels: sigma 0.3 blurs like 0.09.
+    PIL's repeated box keeps the spread that it is told.
     """
     return np.where(sigma > 0, np.interp(sigma, _SPREADS, _SIGMAS), 0).astype(np.float32)
 

@@ -5,14 +5,12 @@ Files come from strangers, so nothing but tensors and plain containers is ever u
 
 import dataclasses
 import os
-import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
+from stpp import checkpoint
 from stpp.errors import UserError
 
 WRAPPERS = ("model", "state_dict")
@@ -53,18 +51,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         UserError: the file is missing, unreadable or damaged, holds objects other than tensors and plain containers, or
             holds no dict with tensors.
     """
-    path = Path(path)
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"checkpoint {path} {found}; give the path of a .pth or .pt file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they advise to load without the protection
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"checkpoint {path} cannot be read ({error.strerror}); check its permissions") from error
-    except Exception as error:  # a damaged or hostile file makes the reader fail in any way there is
-        raise UserError(f"checkpoint {path} {_reason(error)}") from error
+    content = checkpoint.read(path)
     if not isinstance(content, dict):
         raise UserError(
             f"checkpoint {path} holds a {type(content).__name__} where a dict of tensors was expected; "
@@ -75,9 +62,9 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     return content
 
 
-def state_dict_of(checkpoint: dict) -> dict[str, object]:
+def state_dict_of(content: dict) -> dict[str, object]:
     """The state dict in what `read_checkpoint` gave, free of its wrapper and of "module." before every key."""
-    state = {str(key): value for key, value in _unwrapped(checkpoint).items()}
+    state = {str(key): value for key, value in _unwrapped(content).items()}
     while state and (common := [prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in state)]):
         state = {key.removeprefix(common[0]): value for key, value in state.items()}
     return state
@@ -133,19 +120,6 @@ def _unwrapped(content: dict) -> dict:
         if isinstance(content.get(key), dict):
             return content[key]
     return content
-
-
-def _reason(error: Exception) -> str:
-    """Why a file was refused. PyTorch's own text is long and advises to switch the protection off."""
-    text = str(error)
-    if found := re.search(r"GLOBAL ([\w.]+)", text):
-        return (
-            f"holds a Python object ({found[1]}) and not only tensors; such objects can run code and are never loaded; "
-            "save its state dict alone"
-        )
-    if "TorchScript" in text:
-        return "is a TorchScript program; save its state dict instead"
-    return "is truncated, damaged, or not a PyTorch file; fetch or save it again"
 
 
 def _compare(

@@ -1,0 +1,179 @@
+"""Times variants of one computation against one another and writes what was found.
+
+Variants take turns (A B A B ...) in one process after a warm-up, so a slow phase of the machine meets all of them. Time: wall clock
+on a CPU, events on a GPU. Memory: in a run of its own, the highest use above what was held before (inputs and earlier
+results), as the kernel counts this process's pages on a CPU and as the caching allocator counts on a GPU.
+
+A row of the JSONL file: name, variant, shape, dtype, median, p20, p80, unit, peak_mib, device, threads, versions, git, date. A summary
+row: {"name": ..., "value": ...} and the last five.
+"""
+
+import argparse
+import ctypes
+import datetime
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+MIB = 1024 * 1024
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """Parser with the options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, help="JSONL file to write (replaced)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")
+    parser.add_argument("--rounds", type=int, default=7, help="timed runs of each variant")
+    return parser
+
+
+class Report:
+    """Rows of one run of a benchmark: printed as they come, written at the end."""
+
+    def __init__(self, options: argparse.Namespace):
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        self.device, self.rounds, self.out = torch.device(options.device), options.rounds, options.out
+        self.rows: list[dict] = []
+        self._common = {
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _cpu_name(),
+            "threads": torch.get_num_threads(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "git": _git_hash(),
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        }
+
+    def compare(self, name: str, shape: str, dtype: str, variants: dict[str, Callable[[], object]]) -> dict[str, dict]:
+        """Measures every variant and returns its row, by name."""
+        for variant in variants.values():
+            _run(variant, self.device)
+        peaks = {label: self._peak_mib(variant) for label, variant in variants.items()}
+        times: dict[str, list[float]] = {label: [] for label in variants}
+        for _ in range(self.rounds):
+            for label, variant in variants.items():
+                times[label].append(_run(variant, self.device))
+        rows = {}
+        for label, found in times.items():
+            rows[label] = {
+                "name": name, "variant": label, "shape": shape, "dtype": dtype,
+                "median": statistics.median(found), "p20": _quantile(found, 0.2), "p80": _quantile(found, 0.8),
+                "unit": "ms", "peak_mib": peaks[label],
+            }  # fmt: skip
+            self._add(rows[label])
+        return rows
+
+    def summary(self, name: str, value: float) -> None:
+        """Adds one number that stands for the run."""
+        self._add({"name": name, "value": value})
+
+    def finish(self) -> None:
+        """Prints the table and writes the file."""
+        print(f"\n{self._common['device']}, {self._common['threads']} threads, torch {torch.__version__}")
+        print(f"{'name':<34} {'variant':<18} {'shape':<26} {'dtype':<9} {'median':>10} {'p20':>10} {'p80':>10} {'peak':>10}")
+        for row in self.rows:
+            if "value" in row:
+                print(f"{row['name']:<54} {row['value']:.3g}")
+            else:
+                peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:7.1f} MiB"
+                print(
+                    f"{row['name']:<34} {row['variant']:<18} {row['shape']:<26} {row['dtype']:<9} "
+                    f"{row['median']:7.2f} ms {row['p20']:7.2f} ms {row['p80']:7.2f} ms {peak:>10}"
+                )
+        if self.out:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.out.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def _add(self, row: dict) -> None:
+        row = {**row, **self._common}
+        self.rows.append(row)
+        shown = f"{row['value']:.4g}" if "value" in row else f"{row['variant']}: {row['median']:.2f} ms"
+        print(f"{row['name']} {row.get('shape', '')} {shown}", flush=True)
+
+    def _peak_mib(self, variant: Callable[[], object]) -> float | None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            _run(variant, self.device)
+            return (torch.cuda.max_memory_allocated() - before) / MIB
+        return _peak_resident_mib(variant)
+
+
+def minimum_ratio(pairs: list[tuple[dict, dict]], key: str = "median") -> float:
+    """Smallest of baseline / fused over (fused, baseline) pairs of rows."""
+    return min(baseline[key] / fused[key] for fused, baseline in pairs)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second, read and written, of a large copy: the limit against which memory traffic is judged."""
+    source = torch.ones(64 * MIB, device=device)
+    target = torch.empty_like(source)
+    best_ms = min(_run(lambda: target.copy_(source), device) for _ in range(5))
+    return 2 * source.numel() * source.element_size() / (best_ms / 1000)
+
+
+def _run(variant: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of one call."""
+    if device.type == "cuda":
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        variant()
+        stop.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(stop)
+    begin = time.perf_counter()
+    variant()
+    return (time.perf_counter() - begin) * 1000
+
+
+def _peak_resident_mib(variant: Callable[[], object]) -> float | None:
+    """Peak resident memory during one call above that before it; None where /proc cannot tell."""
+    try:
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # or freed memory of earlier calls would be used unseen
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        before = _status_kib("VmRSS")
+        variant()
+        return max(_status_kib("VmHWM") - before, 0) / 1024
+    except OSError:
+        return None
+
+
+def _status_kib(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {key}")
+
+
+def _quantile(values: list[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _git_hash() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,245 @@
+"""upsample_cross_entropy against eager: values, gradients, labels that are wrong, layouts, determinism, tracing, training."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels_cases import (
+    DTYPES,
+    FORMS,
+    LAYOUTS,
+    LOGIT_ULP,
+    LossCase,
+    assert_three_way,
+    device_of,
+    eager_loss,
+    fused_loss,
+    laid_out,
+    loss_cases,
+)
+from stpp_kernels import reference, upsample_cross_entropy
+
+OP = torch.ops.stpp_kernels.upsample_cross_entropy.default
+EPS = torch.finfo(torch.float32).eps
+
+
+def check(form: str, case: LossCase) -> None:
+    logits, labels, weights = case.tensors(device_of(form))
+    loss, counted, gradient = fused_loss(form, logits, labels, **weights)
+    truth, true_gradient = eager_loss(logits, labels, **weights, compute=torch.float64)
+    eager, eager_gradient = eager_loss(logits, labels, **weights)
+    assert loss.dtype == torch.float32 and counted.dtype == torch.int64 and gradient.dtype == logits.dtype
+    assert counted.item() == (labels != 255).sum().item()
+    assert_three_way("loss", loss, eager, truth, slack=2 * LOGIT_ULP * EPS * case.magnitude * labels.numel())
+    assert_three_way("gradient", gradient, eager_gradient, true_gradient, slack=case.slack())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(data=st.data())
+@settings(max_examples=50, deadline=None)
+def test_loss_and_gradient_follow_the_three_way_rule(form, data):
+    check(form, data.draw(loss_cases(form)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("size", [(1, 1), (33, 1), (1, 40), (33, 41), (30, 35), (9, 11), (4, 3)])
+def test_factors_up_down_and_degenerate(form, size):
+    check(form, LossCase(2, 19, (9, 11), size, torch.float32, torch.uint8, "contiguous", 3.0, 0.2, True, 0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_published_shapes(dtype, layout):
+    check("cpu", LossCase(2, 21, (81, 81), (321, 321), dtype, torch.uint8, layout, 3.0, 0.1, False, 1))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_all_ignored_is_zero_without_nan(form):
+    logits = torch.full((2, 5, 3, 4), 1e4, device=device_of(form))
+    logits[:, 1] = -1e4
+    labels = torch.full((2, 9, 10), 255, dtype=torch.uint8, device=device_of(form))
+    loss, counted, gradient = fused_loss(form, logits, labels)
+    assert loss.item() == 0 and counted.item() == 0
+    assert torch.equal(gradient, torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize("form", ["cpu", "reference", FORMS[2]])
+@pytest.mark.parametrize(("wrong", "dtype"), [(21, torch.uint8), (254, torch.uint8), (-1, torch.int64), (2**40, torch.int64)])
+def test_a_label_out_of_range_is_an_error(form, wrong, dtype):
+    logits, labels = torch.randn(1, 21, 3, 3), torch.zeros(1, 7, 18, dtype=dtype)
+    labels[0, 6, 17] = wrong
+    with pytest.raises(RuntimeError if form == "triton" else ValueError, match="outside"):
+        fused_loss(form, logits, labels)
+    with pytest.raises(RuntimeError if form == "triton" else ValueError, match="outside"):
+        fused_loss(form, logits, labels, class_weight=torch.ones(21))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("ignore_index", [-100, 0, 3, 2**40])
+def test_any_ignore_index(form, ignore_index):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(1, 5, 4, 4, device=device_of(form)), torch.randint(5, (1, 9, 9), device=device_of(form))
+    labels[0, :3] = ignore_index
+    loss, counted, gradient = fused_loss(form, logits, labels, ignore_index=ignore_index)
+    eager, eager_gradient = eager_loss(logits, labels, ignore_index=ignore_index)
+    assert counted.item() == (labels != ignore_index).sum().item()
+    torch.testing.assert_close(loss, eager)
+    torch.testing.assert_close(gradient, eager_gradient)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_weight_of_zero_counts_but_costs_nothing(form):
+    torch.manual_seed(0)
+    logits = torch.randn(1, 3, 4, 4, device=device_of(form))
+    labels = torch.zeros(1, 8, 8, dtype=torch.uint8, device=device_of(form))
+    loss, counted, gradient = fused_loss(form, logits, labels, pixel_weight=torch.zeros(1, 8, 8, device=device_of(form)))
+    assert loss.item() == 0 and counted.item() == 64 and not gradient.any()
+
+
+def test_gradient_of_the_mean_and_of_a_repeated_backward():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 4, 5, 6, requires_grad=True), torch.randint(4, (2, 17, 19))
+    loss, counted = upsample_cross_entropy(logits, labels)
+    mean = loss / counted
+    full = F.interpolate(logits, (17, 19), mode="bilinear", align_corners=True)
+    (expected,) = torch.autograd.grad(F.cross_entropy(full, labels), logits)
+    for _ in range(2):
+        torch.testing.assert_close(torch.autograd.grad(mean, logits, retain_graph=True)[0], expected)
+    with torch.no_grad():
+        assert not upsample_cross_entropy(logits, labels)[0].requires_grad
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_float16_gradient_survives_sums_beyond_its_range(form):
+    logits = torch.zeros(1, 2, 1, 1, dtype=torch.float16, device=device_of(form))
+    side = 40 if form == "triton" else 600  # 360000 pixels meet in one logit
+    labels = torch.zeros(1, side, side, dtype=torch.uint8, device=device_of(form))
+    if form in ("cpu", "cuda"):
+        logits.requires_grad_()
+        loss, counted = upsample_cross_entropy(logits, labels)
+        (gradient,) = torch.autograd.grad(loss / counted * 1024, logits)
+        assert gradient.flatten().tolist() == [-512.0, 512.0]
+    else:
+        raw = {"reference": reference.upsample_cross_entropy}.get(form)
+        if raw is None:
+            from stpp_kernels.triton.cross_entropy import upsample_cross_entropy as raw
+        assert raw(logits, labels, None, None, 255, True)[2].flatten().tolist() == [-side * side / 2, side * side / 2]
+
+
+def test_gradient_keeps_the_layout_of_the_logits():
+    for layout in ("contiguous", "channels_last"):
+        logits = laid_out(torch.randn(2, 5, 6, 7), layout).bfloat16()
+        assert fused_loss("cpu", logits, torch.zeros(2, 20, 20, dtype=torch.uint8))[2].stride() == logits.stride()
+
+
+def test_same_bits_for_any_number_of_threads_and_every_run():
+    case = LossCase(3, 21, (41, 41), (161, 163), torch.float32, torch.uint8, "channels_last", 3.0, 0.2, True, 5)
+    logits, labels, weights = case.tensors()
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            results.append(fused_loss("cpu", logits, labels, **weights))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_images_do_not_influence_one_another():
+    logits, labels, _ = LossCase(3, 4, (9, 9), (33, 33), torch.float32, torch.int64, "contiguous", 3.0, 0.2, False, 6).tensors()
+    alone = fused_loss("cpu", logits[1:2], labels[1:2])[2]
+    torch.testing.assert_close(fused_loss("cpu", logits, labels)[2][1:2], alone, rtol=0, atol=1e-6)
+
+
+def test_under_autocast_the_logits_come_as_they_are():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(1, 5, 6, 6, requires_grad=True), torch.randint(5, (1, 21, 21))
+    plain = upsample_cross_entropy(logits, labels)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(upsample_cross_entropy(logits, labels)[0], plain)
+        double = upsample_cross_entropy(logits.double(), labels)[0]  # served by the plain form
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(double.float(), plain)
+
+
+@pytest.mark.parametrize("with_gradient", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(with_gradient, dtype):
+    case = LossCase(2, 5, (4, 6), (9, 20), dtype, torch.uint8, "channels_last", 3.0, 0.2, True, 2)
+    logits, labels, weights = case.tensors()
+    logits = logits.requires_grad_(with_gradient)
+    torch.library.opcheck(OP, (logits, labels, weights["class_weight"], weights["pixel_weight"], 255, with_gradient))
+
+
+def test_gradcheck_in_float64():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 3, 3, 4, dtype=torch.float64, requires_grad=True), torch.randint(3, (2, 7, 5))
+    labels[0, 0] = 255
+    weight = torch.rand(2, 7, 5)
+    torch.autograd.gradcheck(lambda z: upsample_cross_entropy(z, labels, pixel_weight=weight)[0], (logits,))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"logits": torch.zeros(1, 3, 4)}, "logits must be"),
+        ({"logits": torch.zeros(1, 300, 4, 4)}, "256 classes"),
+        ({"labels": torch.zeros(2, 8, 8, dtype=torch.uint8)}, "labels must be"),
+        ({"labels": torch.zeros(1, 8, 8, dtype=torch.int32)}, "labels must be"),
+        ({"class_weight": torch.ones(4)}, "class_weight must be"),
+        ({"pixel_weight": torch.ones(1, 4, 4)}, "pixel_weight must be"),
+    ],
+)
+def test_wrong_arguments_are_named(change, match):
+    arguments = {"logits": torch.zeros(1, 3, 4, 4), "labels": torch.zeros(1, 8, 8, dtype=torch.uint8)} | change
+    with pytest.raises(ValueError, match=match):
+        upsample_cross_entropy(arguments.pop("logits"), arguments.pop("labels"), **arguments)
+
+
+def _trained(loss_of, steps: int = 20) -> list[float]:
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3, stride=4, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 5, 1)
+    ).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+    images, labels = torch.randn(4, 3, 33, 33), torch.randint(5, (4, 33, 33))
+    labels[:, :4] = 255
+    losses = []
+    for _ in range(steps):
+        loss = loss_of(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_training_follows_eager_for_twenty_steps():
+    def fused(logits, labels):
+        loss, counted = upsample_cross_entropy(logits, labels)
+        return loss / counted
+
+    def eager(logits, labels):
+        full = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=True)
+        return F.cross_entropy(full, labels, ignore_index=255)
+
+    mine, theirs = _trained(fused), _trained(eager)
+    assert mine[-1] < mine[0]
+    torch.testing.assert_close(torch.tensor(mine), torch.tensor(theirs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiles_without_a_graph_break():
+    @torch.compile(fullgraph=True, dynamic=True)
+    def step(logits, labels):
+        loss, counted = upsample_cross_entropy(logits * 2, labels)
+        return loss / counted
+
+    for size in (9, 13):
+        logits, labels = torch.randn(1, 3, 4, 4, requires_grad=True), torch.randint(3, (1, size, size))
+        (gradient,) = torch.autograd.grad(step(logits, labels), logits)
+        loss, expected = eager_loss(logits.detach() * 2, labels)
+        torch.testing.assert_close(gradient, 2 * expected / labels.numel())
