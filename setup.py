@@ -29,7 +29,7 @@ def cpp_operators() -> dict:
                 print(f"stpp: C++ operators not built ({error}); the plain PyTorch forms will be used", file=sys.stderr)
 
     sources = sorted(str(path) for path in CSRC.glob("*.cpp"))
-    flags = ["-O3", "-std=c++17", "-fopenmp", "-march=native", "-ffp-contract=fast", "-fno-math-errno"]
+    flags = ["-O3", "-fopenmp", "-march=native", "-ffp-contract=fast", "-fno-math-errno"]
     extension = CppExtension("stpp_kernels._C", sources, extra_compile_args=flags, extra_link_args=["-fopenmp"])
     return {"ext_modules": [extension] if sources else [], "cmdclass": {"build_ext": OptionalBuild}}
 

@@ -6,6 +6,8 @@ Peer: `F.cross_entropy(F.interpolate(logits, size, mode="bilinear", align_corner
 and the same under torch.compile. Labels are random (worst for branch prediction and caches) and a tenth is ignored.
 """
 
+import argparse
+
 import torch
 import torch.nn.functional as F
 
@@ -26,10 +28,11 @@ def fused(logits, labels):
     return loss / counted
 
 
-def measure(report: Report, shape: tuple[int, ...], size: int, dtype: torch.dtype, compiled: bool) -> dict[str, dict]:
+def measure(report: Report, shape: tuple[int, ...], size: int, options: argparse.Namespace) -> dict[str, dict]:
     """Rows of one shape, by variant; checks that the variants agree first."""
     torch.manual_seed(0)
-    logits = torch.randn(shape, device=report.device).to(dtype, memory_format=torch.channels_last).requires_grad_()
+    layout = torch.channels_last if options.channels_last else torch.contiguous_format
+    logits = torch.randn(shape, device=report.device).to(DTYPES[options.dtype]).to(memory_format=layout).requires_grad_()
     labels = torch.randint(shape[1], (shape[0], size, size), device=report.device)
     labels[torch.rand(labels.shape, device=report.device) < 0.1] = 255
     small_labels = labels.to(torch.uint8)
@@ -44,19 +47,20 @@ def measure(report: Report, shape: tuple[int, ...], size: int, dtype: torch.dtyp
         return run
 
     variants = {"fused": training(fused, small_labels), "eager": training(eager, labels)}
-    if compiled:
+    if not options.no_compile:
         torch._dynamo.reset()
         variants["compiled eager"] = training(torch.compile(eager), labels)
     values = [variant() for variant in variants.values()]
     for value in values[1:]:
         torch.testing.assert_close(value, values[0], rtol=1e-3, atol=1e-3)
     name = f"{','.join(map(str, shape))} to {size}"
-    return report.compare("loss.forward_backward", name, str(dtype).removeprefix("torch."), variants)
+    return report.compare("loss.forward_backward", name, options.dtype, variants)
 
 
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--channels-last", action="store_true", help="logits as the engine's models give them")
     parser.add_argument("--no-compile", action="store_true", help="leave out compiled eager (it takes minutes on a CPU)")
     options = parser.parse_args()
     report = Report(options)
@@ -64,7 +68,7 @@ def main() -> None:
     pairs, compiled_pairs, shares = [], [], []
     bandwidth = copy_bandwidth(report.device)
     for shape, size in SHAPES:
-        rows = measure(report, shape, size, DTYPES[options.dtype], not options.no_compile)
+        rows = measure(report, shape, size, options)
         pairs.append((rows["fused"], rows["eager"]))
         if "compiled eager" in rows:
             compiled_pairs.append((rows["fused"], rows["compiled eager"]))

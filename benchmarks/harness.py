@@ -4,8 +4,8 @@ Variants take turns (A B A B ...) in one process after a warm-up, so a slow phas
 on a CPU, events on a GPU. Memory: in a run of its own, the highest use above what was held before (inputs and earlier
 results), as the kernel counts this process's pages on a CPU and as the caching allocator counts on a GPU.
 
-A row of the JSONL file: name, variant, shape, dtype, median, p20, p80, unit, peak_mib, device, threads, versions, git, date. A summary
-row: {"name": ..., "value": ...} and the last five.
+A row of the JSONL file: name, variant, shape, dtype, median, p20, p80, unit, peak_mib, device, threads, versions, git, date.
+A summary row: {"name": ..., "value": ...} and the last five.
 """
 
 import argparse

@@ -19,12 +19,13 @@ import stpp_kernels
 from stpp_kernels import reference
 from stpp_kernels.dispatch import triton_available
 
+TRITON = pytest.param(
+    "triton", marks=pytest.mark.skipif(not triton_available() or torch.cuda.is_available(), reason="interpreter only")
+)
 FORMS = [
     "cpu",
     "reference",
-    pytest.param(
-        "triton", marks=pytest.mark.skipif(not triton_available() or torch.cuda.is_available(), reason="interpreter only")
-    ),
+    TRITON,
     pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -11,6 +11,7 @@ from kernels_cases import (
     FORMS,
     LAYOUTS,
     LOGIT_ULP,
+    TRITON,
     LossCase,
     assert_three_way,
     device_of,
@@ -36,17 +37,24 @@ def check(form: str, case: LossCase) -> None:
     assert_three_way("gradient", gradient, eager_gradient, true_gradient, slack=case.slack())
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [form for form in FORMS if form is not TRITON])
 @given(data=st.data())
 @settings(max_examples=50, deadline=None)
 def test_loss_and_gradient_follow_the_three_way_rule(form, data):
     check(form, data.draw(loss_cases(form)))
 
 
+@pytest.mark.parametrize("form", [TRITON])
+@given(data=st.data())
+@settings(max_examples=8, deadline=None)
+def test_three_way_rule_interpreted(form, data):
+    check(form, data.draw(loss_cases(form)))
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("size", [(1, 1), (33, 1), (1, 40), (33, 41), (30, 35), (9, 11), (4, 3)])
 def test_factors_up_down_and_degenerate(form, size):
-    check(form, LossCase(2, 19, (9, 11), size, torch.float32, torch.uint8, "contiguous", 3.0, 0.2, True, 0))
+    check(form, LossCase(1, 19, (9, 11), size, torch.float32, torch.uint8, "contiguous", 3.0, 0.2, True, 0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -65,7 +73,7 @@ def test_all_ignored_is_zero_without_nan(form):
     assert torch.equal(gradient, torch.zeros_like(logits))
 
 
-@pytest.mark.parametrize("form", ["cpu", "reference", FORMS[2]])
+@pytest.mark.parametrize("form", ["cpu", "reference", TRITON])
 @pytest.mark.parametrize(("wrong", "dtype"), [(21, torch.uint8), (254, torch.uint8), (-1, torch.int64), (2**40, torch.int64)])
 def test_a_label_out_of_range_is_an_error(form, wrong, dtype):
     logits, labels = torch.randn(1, 21, 3, 3), torch.zeros(1, 7, 18, dtype=dtype)
@@ -114,7 +122,7 @@ def test_gradient_of_the_mean_and_of_a_repeated_backward():
 @pytest.mark.parametrize("form", FORMS)
 def test_float16_gradient_survives_sums_beyond_its_range(form):
     logits = torch.zeros(1, 2, 1, 1, dtype=torch.float16, device=device_of(form))
-    side = 40 if form == "triton" else 600  # 360000 pixels meet in one logit
+    side = 8 if form == "triton" else 600  # 360000 pixels meet in one logit
     labels = torch.zeros(1, side, side, dtype=torch.uint8, device=device_of(form))
     if form in ("cpu", "cuda"):
         logits.requires_grad_()
@@ -146,6 +154,32 @@ def test_same_bits_for_any_number_of_threads_and_every_run():
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_nothing_of_full_size_is_allocated():
+    logits = torch.randn(4, 21, 41, 41, requires_grad=True)
+    labels = torch.randint(21, (4, 161, 161)).to(torch.uint8)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        upsample_cross_entropy(logits, labels)[0].backward()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    allocated = [event.nbytes() for event in events if event.nbytes() > 0]
+    full = 4 * 4 * 21 * 161 * 161  # bytes of the logits at full size, of which eager holds three at once
+    assert allocated and sum(allocated) < 3 * full / 8, (allocated, full)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_cuda_the_bits_repeat_and_nothing_waits():
+    case = LossCase(4, 21, (41, 41), (161, 163), torch.bfloat16, torch.uint8, "channels_last", 3.0, 0.2, True, 5)
+    logits, labels, weights = case.tensors("cuda")
+    first = fused_loss("cuda", logits, labels, **weights)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = [fused_loss("cuda", logits, labels, **weights) for _ in range(5)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for other in again:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 def test_images_do_not_influence_one_another():
@@ -201,9 +235,9 @@ def test_wrong_arguments_are_named(change, match):
 
 def _trained(loss_of, steps: int = 20) -> list[float]:
     torch.manual_seed(3)
-    model = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 8, 3, stride=4, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 5, 1)
-    ).to(memory_format=torch.channels_last)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=4, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 5, 1)).to(
+        memory_format=torch.channels_last
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
     images, labels = torch.randn(4, 3, 33, 33), torch.randint(5, (4, 33, 33))
     labels[:, :4] = 255

@@ -90,9 +90,7 @@ def test_zero_images_and_one_sided_gradients():
 
 def test_valid_share_counts_what_meets_the_map():
     for height, width, dilation in [(41, 41, 36), (5, 9, 2), (3, 3, 3), (1, 7, 4), (6, 6, 1)]:
-        inside = F.conv2d(
-            torch.ones(1, 1, height, width), torch.ones(1, 1, 3, 3), padding=dilation, dilation=dilation
-        ).sum()
+        inside = F.conv2d(torch.ones(1, 1, height, width), torch.ones(1, 1, 3, 3), padding=dilation, dilation=dilation).sum()
         expected = inside.item() / (9 * height * width)
         assert dilated_conv.valid_share(height, width, dilation) == pytest.approx(expected)
 
@@ -174,6 +172,4 @@ def test_compiles_without_a_graph_break():
     net = _Net()
     compiled = torch.compile(net, fullgraph=True)
     x = torch.randn(2, 3, 13, 17, requires_grad=True)
-    torch.testing.assert_close(
-        torch.autograd.grad(compiled(x).square().sum(), x), torch.autograd.grad(net(x).square().sum(), x)
-    )
+    torch.testing.assert_close(torch.autograd.grad(compiled(x).square().sum(), x), torch.autograd.grad(net(x).square().sum(), x))

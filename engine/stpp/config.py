@@ -130,11 +130,13 @@ class TrainConfig:
     """Batch-norm statistics over all ranks instead of one rank's images."""
     validate_every: int = 1
     """Epochs between two validations."""
+    validate_min_steps: int = 1
+    """Steps between two validations, at least: an epoch of few labels is short."""
     select: Literal["best", "last"] = "best"
     """Which epoch becomes the teacher: that of the strictly best validation mIoU, or the last."""
 
     def __post_init__(self):
-        for name in ("epochs", "batch_global", "accumulate", "validate_every"):
+        for name in ("epochs", "batch_global", "accumulate", "validate_every", "validate_min_steps"):
             _check(getattr(self, name) >= 1, f"train.{name.replace('_', '-')}", getattr(self, name), "at least 1")
         _check(self.supervised_epochs is None or self.supervised_epochs >= 1, "train.supervised-epochs",
                self.supervised_epochs, "at least 1")

@@ -141,7 +141,8 @@ class Run:
         epochs, train = epochs or self.config.train.epochs, self.config.train
         per_epoch = StepSampler(len(samples), train.batch_global, seed=self.config.seed, stage=number).steps_per_epoch
         thirds = tuple(max(1, epoch) * per_epoch for epoch in (epochs // 3, 2 * epochs // 3, epochs))
-        schedule = Schedule(steps=epochs * per_epoch, validate_steps=train.validate_every * per_epoch,
+        validate_epochs = max(train.validate_every, math.ceil(train.validate_min_steps / per_epoch))
+        schedule = Schedule(steps=epochs * per_epoch, validate_steps=validate_epochs * per_epoch,
                             keep_steps=thirds if keep_thirds else ())
         what = f"train on {len(samples)} entries, {epochs} epochs of {per_epoch} steps"
         self.stages.append(self._once(name, what, lambda: self._fit(number, name, samples, schedule)))

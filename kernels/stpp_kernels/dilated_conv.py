@@ -48,9 +48,10 @@ def valid_share(height: int, width: int, dilation: int) -> float:
 def form(product: str, x_NIHW: Tensor, dilation: int) -> str:
     """Which form computes a product: "taps" or "conv" (`F.conv2d`, in the dtype of `_compute_dtype`).
 
-    Measured on a CPU with AVX-512 at 41 x 41 and 63 x 63, 2048 to 256 channels: oneDNN's float32 convolution leaves out padding in
-    the forward pass and in the input gradient (and is 1.1 to 2 times faster than these taps there), but not in the weight
-    gradient. On CUDA the taps work but have not been measured against cuDNN: only STPP_DILATED_CONV=taps turns them on.
+    Measured on a CPU with AVX-512 but without bfloat16 arithmetic, 2048 to 256 channels, rates 12, 24, 36: oneDNN's float32
+    convolution leaves out padding by itself in the forward pass and in the input gradient (1.0 to 1.4 times as fast as the taps
+    at 41 x 41, equal at 63 x 63), but not in the weight gradient (1.2 to 3.9 times as slow). On CUDA the taps work but
+    have not been measured against cuDNN: only STPP_DILATED_CONV=taps turns them on.
 
     Args:
         product: "forward", "input gradient" or "weight gradient".
@@ -264,15 +265,11 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad):
     x, weight = ctx.saved_tensors
     need_x, need_weight = ctx.needs_input_grad[:2]
-    grad_x, grad_weight = torch.ops.stpp_kernels.dilated_conv3x3_backward(
-        grad, x, weight, ctx.dilation, need_x, need_weight
-    )
+    grad_x, grad_weight = torch.ops.stpp_kernels.dilated_conv3x3_backward(grad, x, weight, ctx.dilation, need_x, need_weight)
     return grad_x if need_x else None, grad_weight if need_weight else None, None
 
 
-torch.library.register_autograd(
-    "stpp_kernels::dilated_conv3x3", _backward, setup_context=_setup_context, lib=dispatch.LIB
-)
+torch.library.register_autograd("stpp_kernels::dilated_conv3x3", _backward, setup_context=_setup_context, lib=dispatch.LIB)
 for _name in ("dilated_conv3x3", "dilated_conv3x3_backward"):
     dispatch.note(_name, "cpu", "valid taps")
     dispatch.note(_name, "cuda", "conv2d")

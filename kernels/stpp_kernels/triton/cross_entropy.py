@@ -1,8 +1,9 @@
 """upsample_cross_entropy for CUDA: loss, count and gradient of the low-resolution logits. Derivation: ../cross_entropy.py.
 
-A program owns a block of neighbouring cells along x and walks down a band of cell rows. Its tiles are [cells, classes] in registers:
-four corners' logits, four corners' gradients. For every pixel position inside a cell, one pixel of each cell is computed at
-once. The lower corners of one cell row are the upper ones of the next, so a corner row is read and written once a band.
+A program owns a block of neighbouring cells along x and walks down a band of cell rows. Its tiles are [cells, classes] in
+registers: four corners' logits, four corners' gradients. For every pixel position inside a cell, one pixel of each cell is
+computed at once. The lower corners of one cell row are the upper ones of the next, so a corner row is read and written once
+a band.
 
 No atomics, hence the same bits every run, whether or not deterministic algorithms were asked for: a cell's sums for its left and
 its right corners go to separate planes of a float32 workspace (2 times the logits), rows shared by two bands to a second one, and a
