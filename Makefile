@@ -4,6 +4,8 @@ DALI ?= nvidia-dali-cuda120
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := 2.13.0
+# Two workers with one thread each, whole files to one of them: module fixtures are made once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 SOURCES := $(wildcard kernels/stpp_kernels/csrc/*)
 
 .DEFAULT_GOAL := help
@@ -18,10 +20,10 @@ demo: setup  ## draw a synthetic data set and run ST++ on it (runs/demo)
 	$(BIN)/stpp demo --out runs/demo --seed 0
 
 test: setup  ## the quick tests
-	$(BIN)/python -m pytest -m "not slow and not gpu" -q
+	$(PYTEST) -m "not slow and not gpu"
 
 test-slow: setup  ## the slow tests
-	$(BIN)/python -m pytest -m "slow and not gpu" -q
+	$(PYTEST) -m "slow and not gpu"
 
 test-gpu: setup  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu -q

@@ -3,6 +3,7 @@
 Metadata stands in pyproject.toml. A failed C++ build is a warning: the operators then run in plain PyTorch.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def cpp_operators() -> dict:
                 print(f"stpp: C++ operators not built ({error}); the plain PyTorch forms will be used", file=sys.stderr)
 
     sources = sorted(str(path) for path in CSRC.glob("*.cpp"))
-    flags = ["-O3", "-fopenmp", "-march=native", "-ffp-contract=fast", "-fno-math-errno"]
+    # STPP_MARCH names an older processor where one build serves several machines, for example x86-64-v3.
+    flags = ["-O3", "-fopenmp", f"-march={os.environ.get('STPP_MARCH', 'native')}", "-ffp-contract=fast", "-fno-math-errno"]
     extension = CppExtension("stpp_kernels._C", sources, extra_compile_args=flags, extra_link_args=["-fopenmp"])
     return {"ext_modules": [extension] if sources else [], "cmdclass": {"build_ext": OptionalBuild}}
 

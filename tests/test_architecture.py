@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = {"stpp": ROOT / "engine", "stpp_kernels": ROOT / "kernels"}
 
 LEAVES = {"errors", "files"}
-COMMON = {"config", "log", "distributed", "checkpoint", "metrics", "optimizer", "precision"}
+COMMON = {"config", "log", "distributed", "checkpoint", "metrics", "optimizer", "precision", "rundir"}
 PARTS = {"data", "models", "teacher"}
 WORK = {"train", "evaluate", "label", "report"}
 TOPS = {"selftrain", "demo", "doctor"}
@@ -21,7 +21,7 @@ TOPS = {"selftrain", "demo", "doctor"}
 MAY_IMPORT = (
     dict.fromkeys(LEAVES, set())
     | dict.fromkeys(COMMON, LEAVES)
-    | {"optimizer": LEAVES | {"config"}}
+    | dict.fromkeys(("optimizer", "rundir"), LEAVES | {"config"})
     | dict.fromkeys(PARTS, LEAVES | COMMON | {"stpp_kernels"})
     | dict.fromkeys(WORK, LEAVES | COMMON | PARTS | {"stpp_kernels"})
     | dict.fromkeys(TOPS, LEAVES | COMMON | PARTS | WORK | {"stpp_kernels"})

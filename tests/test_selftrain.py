@@ -112,6 +112,18 @@ def test_another_config_is_refused_with_the_keys(run, recipe, synthetic):
     assert len(refused.stderr.strip().splitlines()) == 1
 
 
+def test_other_data_than_the_run_began_with_is_refused(run, recipe, synthetic, tmp_path):
+    out, root = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(synthetic, root)
+    shutil.copytree(run, out, ignore=shutil.ignore_patterns("*.pt"))
+    next((root / "SegmentationClass").iterdir()).touch()
+    args = ["train", "--recipe", recipe, "--data.root", root, "--data.index", tmp_path / "index", "--out", out]
+    config = json.loads((out / "config.json").read_text())
+    config["data"]["root"] = str(root)
+    (out / "config.json").write_text(json.dumps(config))
+    assert "changed since this run began" in stpp(*args, expect=2).stderr
+
+
 @pytest.mark.dist
 def test_evaluate_counts_every_image_once_on_two_ranks(run, synthetic, tmp_path):
     args = ["evaluate", "--checkpoint", str(run / "stages" / "6-retrain" / "best.pt"), "--data.index",

@@ -6,25 +6,21 @@ Source: ST++ (arXiv 2106.05095). A stage that has its DONE.json is not done agai
 import dataclasses
 import json
 import math
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from stpp import distributed, files, log
-from stpp.config import Config, differing_keys, to_dict
+from stpp import distributed, files, log, rundir
+from stpp.config import Config
 from stpp.data import index as indices
 from stpp.data import splits
 from stpp.data.index import Index
 from stpp.data.sample import Sample
 from stpp.data.sampler import StepSampler
 from stpp.distributed import World
-from stpp.errors import UserError
 from stpp.evaluate import evaluate
 from stpp.label import labeller, reliability
 from stpp.metrics import mean_iou
@@ -56,8 +52,11 @@ def selftrain(config: Config, here: World) -> dict:
     if config.deterministic:
         torch.use_deterministic_algorithms(True)
     images_per_pass(config.train, here)
-    distributed.on_main(here, lambda: _claim(config))
-    run = Run(config, here, _prepared_index(config, here))
+    distributed.on_main(here, lambda: rundir.claim(config))
+    index = _prepared_index(config, here)
+    distributed.on_main(here, lambda: rundir.record_provenance(
+        config.out, index.fingerprint, index.classes))
+    run = Run(config, here, index)
     log.say(f"{config.method} in {config.out}: {here.size} x {here.device.type}, "
             f"{str(autocast_dtype(config.train.precision, here.device)).removeprefix('torch.')}, "
             f"{len(run.labelled)} labelled, {len(run.unlabelled)} unlabelled, {len(run.val)} validation images")
@@ -249,36 +248,6 @@ def _outcome(record: dict) -> str:
     if "mean_reliability" in record:
         parts.append(f"mean reliability {record['mean_reliability']:.3f}")
     return ", ".join([*parts, f"{record['seconds']:.0f} s"])
-
-
-def _claim(config: Config) -> None:
-    """Takes the run directory for this config, or refuses one that holds another."""
-    path, ours = config.out / "config.json", to_dict(config)
-    if path.exists():
-        try:
-            differing = differing_keys(ours, json.loads(path.read_text(encoding="utf-8")))
-        except ValueError:
-            raise UserError(f"{path} is damaged; choose another --out") from None
-        if differing:
-            raise UserError(f"--out {config.out} holds a run of another config ({'; '.join(differing)}); choose another "
-                            "--out, or the old settings")
-    elif config.out.exists() and any(config.out.glob("stages/*")):
-        raise UserError(f"--out {config.out} holds stages of a run without config.json; choose another --out")
-    files.write_json(path, ours)
-    files.write_json(config.out / "provenance.json", _provenance())
-
-
-def _provenance() -> dict:
-    versions = {}
-    for name in ("stpp", "torch", "numpy", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "tensorrt", "pillow"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True,
-                         check=False)
-    return {"versions": versions, "python": platform.python_version(), "platform": platform.platform(),
-            "git": git.stdout.strip() or None}
 
 
 def _prepared_index(config: Config, here: World) -> Index:

@@ -98,7 +98,7 @@ def load_extension() -> bool:
             torch.ops.load_library(str(library))
             return True
         except OSError as error:  # built against another torch or for another machine
-            LOG.warning("cannot load %s: %s; rebuild it with `make build`", library.name, error)
+            LOG.warning("cannot load %s: %s; rebuild it with `make clean setup`", library.name, error)
     return False
 
 

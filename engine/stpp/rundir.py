@@ -1,0 +1,61 @@
+"""The run directory: whose it is, and what its run is made of."""
+
+import json
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from stpp import files
+from stpp.config import Config, differing_keys, to_dict
+from stpp.errors import UserError
+
+
+def claim(config: Config) -> None:
+    """Takes the run directory for this config.
+
+    Raises:
+        UserError: it holds a run of another config; the keys that differ are named.
+    """
+    path, ours = config.out / "config.json", to_dict(config)
+    if path.exists():
+        try:
+            differing = differing_keys(ours, json.loads(path.read_text(encoding="utf-8")))
+        except ValueError:
+            raise UserError(f"{path} is damaged; choose another --out") from None
+        if differing:
+            raise UserError(f"--out {config.out} holds a run of another config ({'; '.join(differing)}); choose another "
+                            "--out, or the old settings")
+    elif config.out.exists() and any(config.out.glob("stages/*")):
+        raise UserError(f"--out {config.out} holds stages of a run without config.json; choose another --out")
+    files.write_json(path, ours)
+
+
+def record_provenance(out: Path, fingerprint: str, classes: Sequence[str]) -> None:
+    """Writes what the run is made of beside its config.
+
+    Args:
+        fingerprint: of the data set's index.
+
+    Raises:
+        UserError: the run began with other data.
+    """
+    path = out / "provenance.json"
+    began = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if began.get("data", fingerprint) != fingerprint:
+        raise UserError(f"--out {out}: the data set changed since this run began; choose another --out")
+    files.write_json(path, {"data": fingerprint, "classes": list(classes), **_provenance()})
+
+
+def _provenance() -> dict:
+    versions = {}
+    for name in ("stpp", "torch", "numpy", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "tensorrt", "pillow"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True,
+                         check=False)
+    return {"versions": versions, "python": platform.python_version(), "platform": platform.platform(),
+            "git": git.stdout.strip() or None}
