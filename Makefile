@@ -38,9 +38,11 @@ clean:  ## remove what was built, not the runs
 	rm -rf $(VENV) build *.egg-info engine/*.egg-info kernels/stpp_kernels/*.so
 
 # torch comes first and alone: the C++ operators are compiled against it, and an unpinned torch would bring its own CUDA.
-$(VENV)/.torch-$(TORCH)-$(DALI): Makefile
+$(VENV)/.torch-$(TORCH)-$(DALI): Makefile requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
+	$(BIN)/python -m pip uninstall --quiet --yes nvidia-dali-cuda120 nvidia-dali-cuda130 2>/dev/null
+	rm -f $(VENV)/.torch-*
 	$(BIN)/python -m pip install --quiet torch==$(TORCH) -r requirements.txt $(DALI)==2.4.0
 	@touch $@
 

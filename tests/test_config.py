@@ -30,7 +30,8 @@ def parse(*args: str, default: Config | None = None) -> Config:
     (["--model.output-stride", "4"], ["--model.output-stride", "4", "8"]),
     (["--train.lr", "nan"], ["--train.lr is nan"]),
     (["--data.val", "1.5"], ["--data.val is 1.5", "between 0 and 1"]),
-    (["--data.layout", "globs"], ["--data.images"]),
+    (["--seed", str(2**64)], ["--seed", "2^64"]),
+    (["--train.lr", "inf"], ["--train.lr is inf"]),
     (["--seed"], ["--seed"]),
 ])
 def test_impossible_flags_are_named_in_one_line(args, names):
@@ -113,6 +114,7 @@ def test_help_of_every_command():
 
 @pytest.mark.parametrize("args", [[], ["fly"], ["train"], ["train", "--out", "x"], ["train", "--recipe", "absent.toml"],
                                   ["train", "--recipe"], ["train", "--out", "x", "--data.root", "absent"],
+                                  ["train", "--out", "x", "--data.root", ".", "--data.layout", "globs"],
                                   ["evaluate", "--checkpoint", "absent.pt"], ["prepare"]])
 def test_mistakes_exit_with_2_and_one_line(args, tmp_path):
     ran = subprocess.run([sys.executable, "-m", "stpp", *args], capture_output=True, text=True, timeout=60, cwd=tmp_path)

@@ -277,3 +277,20 @@ def test_compiles_without_a_graph_break():
         (gradient,) = torch.autograd.grad(step(logits, labels), logits)
         loss, expected = eager_loss(logits.detach() * 2, labels)
         torch.testing.assert_close(gradient, 2 * expected / labels.numel())
+
+
+@pytest.mark.parametrize("form", ["cpu", "reference"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_broken_network_is_not_hidden(form, bad):
+    logits, labels = torch.randn(1, 5, 4, 4), torch.randint(5, (1, 9, 9))
+    logits[0, 2] = bad
+    loss, _, gradient = fused_loss(form, logits, labels)
+    assert not loss.isfinite() and not gradient.isfinite().all()
+
+
+def test_there_is_no_second_derivative():
+    logits, labels = torch.randn(1, 5, 4, 4, requires_grad=True), torch.randint(5, (1, 9, 9))
+    loss, _ = upsample_cross_entropy(logits, labels)
+    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        (loss + gradient.square().sum()).backward()

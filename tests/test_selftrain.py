@@ -126,7 +126,7 @@ def test_other_data_than_the_run_began_with_is_refused(run, recipe, synthetic, t
 
 @pytest.mark.dist
 def test_evaluate_counts_every_image_once_on_two_ranks(run, synthetic, tmp_path):
-    args = ["evaluate", "--checkpoint", str(run / "stages" / "6-retrain" / "best.pt"), "--data.index",
+    args = ["evaluate", "--checkpoint", str(run / "stages" / "6-retrain" / "best.pt"), "--index",
             json.loads((run / "config.json").read_text())["data"]["index"], "--precision", "fp32"]
     stpp(*args, "--out", tmp_path / "one.json")
     ran = torchrun(2, "-m", "stpp", *args, "--out", str(tmp_path / "two.json"))
@@ -159,11 +159,29 @@ def test_without_validation_the_last_checkpoint_is_the_teacher(recipe, synthetic
     assert "no val.txt" in ran.stderr
     record = json.loads((tmp_path / "run" / "results.json").read_text())["stages"][0]
     assert (record["miou"], record["best_step"], record["steps"]) == (None, 12, 12)
+    val = tmp_path / "val.txt"
+    val.write_text("".join(f"JPEGImages/{n}.jpg SegmentationClass/{n}.png\n" for n in names[:2]))
+    scored = stpp("evaluate", "--checkpoint", tmp_path / "run" / "stages" / "1-supervised" / "best.pt", "--list", val)
+    assert "2 images" in scored.stdout  # the index is the run's
 
 
 def test_bad_lists_are_refused_in_one_line(recipe, synthetic, synthetic_index, tmp_path):
     good = "JPEGImages/{0}.jpg SegmentationClass/{0}.png\n".format(
         (synthetic / "ImageSets" / "Segmentation" / "train.txt").read_text().split()[0])
+    lone = tmp_path / "lone"
+    lone.mkdir()
+    (lone / "labeled.txt").write_text(good)
+    (lone / "unlabeled.txt").write_text(good)
+    args = ["train", "--recipe", recipe, "--data.root", synthetic, "--data.index", synthetic_index]
+    refused = stpp(*args, "--data.split", lone, "--out", tmp_path / "run", expect=2)
+    assert "ST++ halves the list" in refused.stderr
+    again = stpp(*args, "--data.split", tmp_path / "absent", "--out", tmp_path / "run", expect=2)
+    assert "absent" in again.stderr  # a refused command has not taken the folder
+    taken = tmp_path / "file"
+    taken.touch()
+    assert "--out" in stpp(*args, "--out", taken, expect=2).stderr
+    alone = stpp(*args, "--train.batch-global", "1", "--out", tmp_path / "run", expect=2)
+    assert "one image per rank" in alone.stderr
     cases = {"": "labeled.txt", "JPEGImages/absent.jpg SegmentationClass/absent.png\n": "absent.jpg",
              "../outside.jpg x.png\n": "outside.jpg"}
     for number, (text, named) in enumerate(cases.items()):
@@ -182,7 +200,7 @@ def test_classes_of_checkpoint_and_index_must_agree(run, synthetic, tmp_path):
     shutil.copytree(synthetic, root)
     (root / "classes.json").write_text(json.dumps(["background", "disc", "box", "triangle", "star", "ring", "extra"]))
     stpp("prepare", "--data.root", root, "--out", tmp_path / "index")
-    refused = stpp("evaluate", "--checkpoint", run / "stages" / "1-supervised" / "best.pt", "--data.index",
+    refused = stpp("evaluate", "--checkpoint", run / "stages" / "1-supervised" / "best.pt", "--index",
                    tmp_path / "index", expect=2)
     assert "6 classes" in refused.stderr and "extra" in refused.stderr
 

@@ -167,3 +167,10 @@ def test_compiles_without_graph_break():
         torch.testing.assert_close(acc, truth, atol=4e-6, rtol=0)
         assert torch.equal(mask, stpp_kernels.finalize(acc)[0]) and counts.sum() == mask.numel()
         torch.testing.assert_close(mean, (truth.amax(1) / 2).mean((1, 2)), atol=1e-5, rtol=0)
+
+
+def test_a_broken_teacher_is_not_hidden():
+    acc, logits = torch.zeros(1, 3, 8, 8), torch.randn(1, 3, 4, 4)
+    logits[0, 1] = float("nan")
+    stpp_kernels.softmax_accumulate(acc, logits, (8, 8), (8, 8), False)
+    assert acc.isnan().all()

@@ -77,6 +77,15 @@ def test_folding_keeps_the_function_and_the_network(name):
     assert all(torch.equal(net.state_dict()[key], value) for key, value in before.items())
 
 
+def test_synchronised_batch_norms_are_folded_too():
+    net = network(1)
+    with_sync = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network(1))
+    images = torch.randn(1, 3, 65, 81)
+    ours, theirs = (EagerTeacher(n, num_classes=6, device=CPU, dtype=torch.float32) for n in (with_sync, net))
+    with torch.no_grad():
+        torch.testing.assert_close(ours.logits(images), theirs.logits(images))
+
+
 def test_half_precision_keeps_the_logits_in_fp32():
     ready = EagerTeacher(network(2), num_classes=6, device=CPU, dtype=torch.bfloat16)
     images = torch.randn(2, 3, 65, 81)

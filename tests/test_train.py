@@ -17,6 +17,7 @@ from stpp.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainCon
 from stpp.data import index, loader
 from stpp.data.sampler import StepSampler
 from stpp.errors import UserError
+from stpp.models.build import build_model
 from stpp.optimizer import make_optimizer
 from stpp.precision import autocast_dtype
 
@@ -126,6 +127,16 @@ def test_a_run_broken_off_goes_on_to_the_same_weights(synthetic_index, tmp_path)
     assert [row for row in rows if '"loss"' in row] and len({row for row in rows}) == len(rows)
 
 
+def test_thirds_that_fall_on_one_step_are_all_kept(synthetic_index, tmp_path):
+    known = index.load(synthetic_index)
+    samples = [known.sample(image) for image in sorted(known.entries)]
+    ours = trainer(tiny(), samples, tmp_path, None, steps=2)
+    ours.schedule = dataclasses.replace(ours.schedule, keep_steps=(1, 1, 2))
+    ours.run()
+    first, second, last = (weights_of(tmp_path / f"third-{i}.pt")["classifier.weight"] for i in (1, 2, 3))
+    assert torch.equal(first, second) and not torch.equal(second, last)
+
+
 def test_only_a_strictly_better_epoch_is_the_teacher(synthetic_index, tmp_path):
     known = index.load(synthetic_index)
     samples = [known.sample(image) for image in sorted(known.entries)]
@@ -156,6 +167,17 @@ def test_loss_falls(synthetic_index, tmp_path):
     losses = [ours.train_step(micro_batches).item() for micro_batches, _ in ours._batches()]
     assert all(math.isfinite(loss) for loss in losses)
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_a_checkpoint_of_other_classes_is_no_start(synthetic_index, tmp_path):
+    known = index.load(synthetic_index)
+    samples = [known.sample(image) for image in sorted(known.entries)]
+    trainer(tiny(), samples, tmp_path, None, steps=1).run()
+    network = build_model("deeplabv3plus", "resnet18", 6, 16)
+    train.start_from(network, str(tmp_path / "best.pt"), list("abcdef"))
+    assert torch.equal(network.state_dict()["classifier.weight"], weights_of(tmp_path / "best.pt")["classifier.weight"])
+    with pytest.raises(UserError, match="best.pt has 6 classes"):
+        train.start_from(network, str(tmp_path / "best.pt"), list("abcdeg"))
 
 
 @pytest.mark.parametrize(("batch", "ranks", "accumulate"), [(8, 8, 1), (8, 3, 1), (8, 2, 4), (6, 2, 2)])

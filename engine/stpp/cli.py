@@ -3,7 +3,6 @@
 Nothing heavy is imported before a command runs, so that `--help` is instant.
 """
 
-import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from stpp import config
-from stpp.config import Config, DataConfig
+from stpp.config import Config, DataConfig, SourceConfig
 from stpp.errors import UserError
 
 
@@ -21,7 +20,9 @@ class Prepare:
 
     out: Path
     """Folder for index.parquet, index.json and re-encoded masks."""
-    data: DataConfig = field(default_factory=DataConfig)
+    data: SourceConfig = field(default_factory=SourceConfig)
+    workers: int | None = None
+    """Processes that read files; unset: all cores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +47,16 @@ class Evaluate:
 
     checkpoint: Path
     """A best.pt or third-*.pt of a run."""
-    data: DataConfig = field(default_factory=DataConfig)
+    index: Path | None = None
+    """Folder of a prepared index; by default that of the run that the checkpoint lies in."""
     list: Path | None = None
     """Lines `image mask`; by default val.txt of the run that the checkpoint lies in."""
     tta: Literal["none", "flip", "stpp"] = "none"
     """Test-time augmentation."""
+    loader: Literal["auto", "dali", "reference"] = "auto"
+    """Who decodes: DALI, or PIL and NumPy worker threads."""
+    threads: int = 0
+    """Threads that decode, per rank; 0: the machine's cores divided among its ranks."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to compute."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -78,7 +84,7 @@ def _prepare(args: list[str]) -> None:
     data = options.data
     _need_root(data)
     made = index.prepare(data.root, options.out, layout=data.layout, images=data.images, masks=data.masks,
-                         classes=data.classes, exif=data.exif, workers=data.threads or None)
+                         classes=data.classes, exif=data.exif, workers=options.workers)
     with_mask = sum(entry.mask is not None for entry in made.entries.values())
     print(f"{options.out}: {len(made.entries)} images, {with_mask} with a mask, {len(made.classes)} classes")
 
@@ -126,17 +132,11 @@ def _evaluate(args: list[str]) -> None:
     from stpp.precision import autocast_dtype
     from stpp.teacher.engine import EagerTeacher
 
-    run = next((folder for folder in options.checkpoint.resolve().parents if (folder / "config.json").exists()), None)
-    folder = options.data.index or (run and run / "index")
-    if folder is None:
-        raise UserError(f"{options.checkpoint} lies in no run; name its prepared index with --data.index")
-    listed = options.list or (run and run / "split" / "val.txt")
-    if listed is None:
-        raise UserError("--list is missing: name a file with lines `image mask`")
+    folder, listed = _of_run(options)
     with distributed.world(options.device) as here:
         log.set_speaker(here.is_main)
         known = index.load(folder)
-        data = dataclasses.replace(options.data, exif=known.exif)
+        data = DataConfig(exif=known.exif, loader=options.loader, threads=options.threads)
         samples = splits.read_split(listed, known, labelled=True)
         network, classes = load_network(options.checkpoint)
         if tuple(classes) != tuple(known.classes):
@@ -147,6 +147,18 @@ def _evaluate(args: list[str]) -> None:
         matrix = evaluate(teacher, samples, here, data, mode=options.tta)
         if here.is_main:
             print(report(matrix, classes, images=len(samples), out=options.out))
+
+
+def _of_run(options: Evaluate) -> tuple[Path, Path]:
+    """Index folder and list to score: as given, else those of the run that the checkpoint lies in."""
+    run = next((folder for folder in options.checkpoint.resolve().parents if (folder / "config.json").exists()), None)
+    data = config.load_recipe(Config, run / "config.json").data if run else None
+    folder = options.index or (data and (data.index or run / "index"))
+    listed = options.list or (data and (data.split or run / "split") / "val.txt")
+    if folder is None or listed is None:
+        raise UserError(f"--checkpoint {options.checkpoint} lies in no run; name a prepared index with --index and a file "
+                        "with lines `image mask` with --list")
+    return folder, listed
 
 
 def _demo(args: list[str]) -> None:
@@ -201,7 +213,10 @@ def _take(args: list[str], flag: str) -> tuple[str | None, list[str]]:
     return None, args
 
 
-def _need_root(data: DataConfig) -> None:
+def _need_root(data: SourceConfig) -> None:
+    if (data.layout == "globs") != (data.images is not None):
+        raise UserError(f"--data.layout {data.layout} with --data.images {data.images}: patterns go with layout globs, "
+                        "and globs needs them")
     if data.root is None:
         raise UserError("--data.root is missing: name the folder of the data set")
     if not data.root.is_dir():

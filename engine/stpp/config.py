@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -36,8 +37,8 @@ def _check(condition: bool, flag: str, value: Any, allowed: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where the images are, and which of them are labelled."""
+class SourceConfig:
+    """Where the images and masks are, and how to read them."""
 
     root: Path | None = None
     """Folder of the data set."""
@@ -51,6 +52,12 @@ class DataConfig:
     """Class names in the order of their ids; empty: from `classes.json` in the root, or the layout's own."""
     exif: bool = True
     """Turn images upright by their EXIF orientation (masks are expected upright); off: read both as stored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(SourceConfig):
+    """Where the images are, which of them are labelled, and who loads them."""
+
     index: Path | None = None
     """Folder of the prepared index; by default `index` in the run's folder."""
     split: Path | None = None
@@ -69,8 +76,7 @@ class DataConfig:
     def __post_init__(self):
         _check(self.val is None or 0 < self.val < 1, "data.val", self.val, "between 0 and 1")
         _check(self.threads >= 0, "data.threads", self.threads, "0 or more")
-        _check((self.layout == "globs") == (self.images is not None), "data.images", self.images,
-               "given exactly when --data.layout is globs")
+        _check(0 <= self.split_seed < 2**64, "data.split-seed", self.split_seed, "from 0 to 2^64 - 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,9 +146,11 @@ class TrainConfig:
             _check(getattr(self, name) >= 1, f"train.{name.replace('_', '-')}", getattr(self, name), "at least 1")
         _check(self.supervised_epochs is None or self.supervised_epochs >= 1, "train.supervised-epochs",
                self.supervised_epochs, "at least 1")
-        _check(self.lr > 0, "train.lr", self.lr, "above 0")
+        _check(0 < self.lr < math.inf, "train.lr", self.lr, "above 0")
         _check(0 <= self.momentum < 1, "train.momentum", self.momentum, "in [0, 1)")
-        _check(self.weight_decay >= 0, "train.weight-decay", self.weight_decay, "0 or more")
+        _check(0 <= self.weight_decay < math.inf, "train.weight-decay", self.weight_decay, "0 or more")
+        _check(self.head_lr_multiplier is None or 0 <= self.head_lr_multiplier < math.inf, "train.head-lr-multiplier",
+               self.head_lr_multiplier, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +189,7 @@ class Config:
     label: LabelConfig = field(default_factory=LabelConfig)
 
     def __post_init__(self):
-        _check(self.seed >= 0, "seed", self.seed, "0 or more")
+        _check(0 <= self.seed < 2**64, "seed", self.seed, "from 0 to 2^64 - 1")
 
 
 def to_dict(config: Any) -> dict:

@@ -1,40 +1,47 @@
 """The demonstration: a synthetic data set, and ST++ on it under torchrun."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from stpp import files
-from stpp.config import AugmentConfig, Config, DataConfig, LabelConfig, ModelConfig, TrainConfig, to_dict
+from stpp.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig, load_recipe, to_dict
+from stpp.data import synthetic
+from stpp.errors import UserError
 
 RANKS = 2
 DEMO = Config(
     method="stpp",
-    data=DataConfig(layout="voc", fraction="1/8"),
-    model=ModelConfig(backbone="resnet18", output_stride=16),
-    augment=AugmentConfig(crop_px=97, long_side=(96, 192)),
-    train=TrainConfig(epochs=6, supervised_epochs=30, batch_global=16, lr=0.02, head_lr_multiplier=1.0,
-                      validate_every=2),
-    label=LabelConfig(batch_per_rank=8),
+    data=DataConfig(layout="voc", fraction="10"),
+    model=ModelConfig(backbone="resnet18", output_stride=32),
+    augment=AugmentConfig(crop_px=65, long_side=(48, 136)),
+    train=TrainConfig(epochs=15, supervised_epochs=100, batch_global=16, lr=0.05, head_lr_multiplier=1.0,
+                      validate_every=5, validate_min_steps=50),
 )
+"""Few labels, many steps of a small network: what two cores can do in five minutes."""
 
 
 def demo(out: Path, *, seed: int, control: bool) -> None:
     """Generates the data below `out/data` and trains in `out/run`.
 
     Raises:
+        UserError: `out` holds another demo.
         SystemExit: with torchrun's exit code, when the training failed.
     """
-    from stpp.data import synthetic
-
-    root = out / "data"
-    if not (root / "classes.json").exists():
-        print(f"demo: drawing a data set in {root}", file=sys.stderr)
-        synthetic.generate(root, seed=seed)
+    root, recipe_path = out / "data", out / "recipe.json"
     recipe = dataclasses.replace(DEMO, seed=seed, data=dataclasses.replace(DEMO.data, split_seed=seed))
-    files.write_json(out / "recipe.json", to_dict(recipe))
-    train = ["-m", "stpp", "train", "--recipe", str(out / "recipe.json"), "--data.root", str(root), "--out",
+    if recipe_path.exists() and load_recipe(Config, recipe_path) != recipe:
+        raise UserError(f"--out {out} holds a demo of another seed or version; choose another --out")
+    files.write_json(recipe_path, to_dict(recipe))
+    if not root.exists():
+        print(f"demo: drawing a data set in {root}", file=sys.stderr)
+        partial = out / "data.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        synthetic.generate(partial, seed=seed)
+        partial.rename(root)
+    train = ["-m", "stpp", "train", "--recipe", str(recipe_path), "--data.root", str(root), "--out",
              str(out / "run")] + ["--control"] * control
     ranks = _ranks()
     print(f"demo: torchrun --nproc-per-node {ranks} {' '.join(train)}", file=sys.stderr)

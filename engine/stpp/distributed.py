@@ -57,19 +57,23 @@ def world(device: str = "auto") -> Iterator[World]:
     if use_cuda:
         torch.cuda.set_device(here)
     else:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        torch.set_num_threads(max(1, cores() // local_size))
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if use_cuda else "gloo", timeout=TIMEOUT, device_id=here if use_cuda else None)
-    try:
-        yield World(rank=rank, size=size, local_size=local_size, device=here)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    yield World(rank=rank, size=size, local_size=local_size, device=here)
+    # Not after an exception: NCCL would wait for the other ranks, and torchrun would not see this one end.
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads_per_rank(here: World) -> int:
     """Cores of this machine divided among its ranks, at least 1."""
-    return max(1, len(os.sched_getaffinity(0)) // here.local_size)
+    return max(1, cores() // here.local_size)
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,17 +19,18 @@ def claim(config: Config) -> None:
         UserError: it holds a run of another config; the keys that differ are named.
     """
     path, ours = config.out / "config.json", to_dict(config)
-    if path.exists():
-        try:
-            differing = differing_keys(ours, json.loads(path.read_text(encoding="utf-8")))
-        except ValueError:
-            raise UserError(f"{path} is damaged; choose another --out") from None
+    began = any(config.out.glob("stages/*/*"))
+    if began and not path.exists():
+        raise UserError(f"--out {config.out} holds stages of a run without config.json; choose another --out")
+    if began:
+        differing = differing_keys(ours, _table(path))
         if differing:
             raise UserError(f"--out {config.out} holds a run of another config ({'; '.join(differing)}); choose another "
                             "--out, or the old settings")
-    elif config.out.exists() and any(config.out.glob("stages/*")):
-        raise UserError(f"--out {config.out} holds stages of a run without config.json; choose another --out")
-    files.write_json(path, ours)
+    try:
+        files.write_json(path, ours)
+    except OSError as error:
+        raise UserError(f"--out {config.out}: {error.strerror}; choose a folder that can be written") from None
 
 
 def record_provenance(out: Path, fingerprint: str, classes: Sequence[str]) -> None:
@@ -42,10 +43,20 @@ def record_provenance(out: Path, fingerprint: str, classes: Sequence[str]) -> No
         UserError: the run began with other data.
     """
     path = out / "provenance.json"
-    began = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if began.get("data", fingerprint) != fingerprint:
+    began = any(out.glob("stages/*/*")) and path.exists()
+    if began and _table(path).get("data") != fingerprint:
         raise UserError(f"--out {out}: the data set changed since this run began; choose another --out")
     files.write_json(path, {"data": fingerprint, "classes": list(classes), **_provenance()})
+
+
+def _table(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged; choose another --out")
+    return value
 
 
 def _provenance() -> dict:

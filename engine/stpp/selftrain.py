@@ -6,6 +6,7 @@ Source: ST++ (arXiv 2106.05095). A stage that has its DONE.json is not done agai
 import dataclasses
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from stpp.data.index import Index
 from stpp.data.sample import Sample
 from stpp.data.sampler import StepSampler
 from stpp.distributed import World
+from stpp.errors import UserError
 from stpp.evaluate import evaluate
 from stpp.label import labeller, reliability
 from stpp.metrics import mean_iou
@@ -50,6 +52,7 @@ def selftrain(config: Config, here: World) -> dict:
         UserError: the data, the recipe or the run directory do not allow the run.
     """
     if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without
         torch.use_deterministic_algorithms(True)
     images_per_pass(config.train, here)
     distributed.on_main(here, lambda: rundir.claim(config))
@@ -62,7 +65,7 @@ def selftrain(config: Config, here: World) -> dict:
             f"{len(run.labelled)} labelled, {len(run.unlabelled)} unlabelled, {len(run.val)} validation images")
     log.say("operators: " + ", ".join(f"{name} {kind}" for name, kind in implementations().items()))
     METHODS[config.method](run)
-    if config.control:
+    if config.control or (config.out / "stages" / "control" / "DONE.json").exists():
         run.control()
     results = {"method": config.method, "stages": run.stages} | ({"control": run.controlled} if run.controlled else {})
     distributed.on_main(here, lambda: run.finish(results))
@@ -116,9 +119,19 @@ class Run:
             self.val = splits.read_split(folder / "val.txt", self.index, labelled=True)
         else:
             log.say(f"{folder} has no val.txt: no mIoU is known, and the last checkpoint of a stage is the teacher")
+        self._check_lists(folder)
         self.supervised_epochs = config.train.supervised_epochs or config.train.epochs
         self.stages: list[dict] = []
         self.controlled: dict | None = None
+
+    def _check_lists(self, folder: Path) -> None:
+        """Refuses what would fail only after hours of training."""
+        if self.config.method == "stpp" and len(self.unlabelled) < 2:
+            raise UserError(f"{folder / 'unlabeled.txt'}: one image; ST++ halves the list, use --method st")
+        pixels = {entry.key: sum(entry.class_pixels or ()) for entry in self.index.entries.values()}
+        for name, samples in (("labeled.txt", self.labelled), ("val.txt", self.val)):
+            if samples and not any(pixels[sample.key] for sample in samples):
+                raise UserError(f"{folder / name}: every pixel of its masks is 255 (ignore); nothing can be learned or scored")
 
     def supervised_list(self) -> list[Sample]:
         """The labelled samples, twice if they are few."""
@@ -183,14 +196,14 @@ class Run:
         self.stages.append(self._once(name, what, do))
 
     def finish(self, results: dict) -> None:
-        """Writes `examples.png` (what the first and the last network make of a few images) and `results.json`."""
+        """Writes `results.json` and `examples.png` (what the first and the last network make of a few images)."""
+        files.write_json(self.config.out / "results.json", results)
         if self.val:
             trained = [stage["name"] for stage in self.stages if stage["steps"]]
             teachers = {name: self._teacher(self._folder(name) / "best.pt") for name in (trained[0], trained[-1])}
             spread = self.val[:: math.ceil(len(self.val) / EXAMPLES)]
             write_examples(self.config.out / "examples.png", spread, teachers, self.here.device,
                            exif=self.config.data.exif)
-        files.write_json(self.config.out / "results.json", results)
 
     def _fit(self, number: int, name: str, samples: list[Sample], schedule: Schedule) -> dict:
         trainer = Trainer(self.config, self.here, samples, stage=number, title=name, classes=self.index.classes,

@@ -75,7 +75,7 @@ class Trainer:
         per_pass = images_per_pass(train, here)
         torch.manual_seed(stream_seed(config.seed, stage))
         self.network = build_model(config.model.name, config.model.backbone, len(classes), config.model.output_stride)
-        start_from(self.network, config.model.pretrained)
+        start_from(self.network, config.model.pretrained, classes)
         if train.sync_bn:
             if here.device.type == "cpu":
                 raise UserError("--train.sync-bn needs CUDA: PyTorch has no synchronised batch norm on a CPU")
@@ -153,8 +153,9 @@ class Trainer:
                                   data_wait_pct=data_wait_pct)
                     bar.advance(0, loss=f"{loss:.3f}", data_wait=f"{data_wait_pct:.0f}%")
                 bar.advance(self.sampler.batch_global)
-                if self.step in self.schedule.keep_steps:
-                    self._keep(f"third-{self.schedule.keep_steps.index(self.step) + 1}.pt")
+                for i, step in enumerate(self.schedule.keep_steps, 1):
+                    if step == self.step:
+                        self._keep(f"third-{i}.pt")
                 if at_stop:
                     self._validate(metrics)
                     self.seconds = time.monotonic() - started
@@ -250,15 +251,20 @@ class _Window:
         return result
 
 
-def start_from(network: nn.Module, pretrained: str) -> None:
+def start_from(network: nn.Module, pretrained: str, classes: Sequence[str]) -> None:
     """Loads `--model.pretrained` into a new network: a whole network if the file holds one, else its backbone.
 
     Raises:
-        UserError: the file is unfit.
+        UserError: the file is unfit, or a run of this project wrote it for other classes.
     """
     if pretrained == "none":
         return
-    whole = any(key.startswith("backbone.") for key in state_dict_of(read_checkpoint(pretrained)))
+    content = read_checkpoint(pretrained)
+    theirs = content.get("classes")
+    if isinstance(theirs, list) and theirs != list(classes):
+        raise UserError(f"--model.pretrained {pretrained} has {len(theirs)} classes ({', '.join(map(str, theirs))}), this "
+                        f"data set {len(classes)} ({', '.join(classes)}); give a checkpoint of the same classes, or a ResNet")
+    whole = any(key.startswith("backbone.") for key in state_dict_of(content))
     report = load_model(network, pretrained, strict=False) if whole else load_backbone(network, pretrained)
     log.say(f"  {report.summary()}")
 

@@ -52,7 +52,9 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(output[2])
 
 
-def _backward(ctx, grad_loss, _grad_counted, _grad_gradient):
+def _backward(ctx, grad_loss, _grad_counted, grad_gradient):
+    if grad_gradient is not None:
+        raise RuntimeError("upsample_cross_entropy has first derivatives only")
     if grad_loss is None:
         return None, None, None, None, None, None
     if not ctx.has_gradient:

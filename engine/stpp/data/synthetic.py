@@ -39,30 +39,30 @@ _SUPERSAMPLING = 4
 class Difficulty:
     """What makes the task hard. Pairs are ranges of uniform draws."""
 
-    side_px: tuple[int, int] = (96, 160)
+    side_px: tuple[int, int] = (64, 96)
     shapes: tuple[int, int] = (2, 5)
     """Shapes in a picture, ends included."""
     radius: tuple[float, float] = (0.18, 0.38)
     """Of a shape, as a part of the picture's shorter side; small ones are more frequent."""
     stretch: float = 1.5
     """Largest ratio of a shape's two axes."""
-    hue_spread: float = 0.05
+    hue_spread: float = 0.04
     """Standard deviation of a shape's hue round that of its class, in turns."""
-    any_colour: float = 0.08
+    any_colour: float = 0.0
     """Part of the shapes that take any hue and saturation."""
-    typical_texture: float = 0.7
+    typical_texture: float = 1.0
     """Part of the shapes that take the texture of their class; the others take any."""
     texture_period_px: tuple[float, float] = (6, 10)
-    texture_strength: tuple[float, float] = (0.2, 0.4)
+    texture_strength: tuple[float, float] = (0.35, 0.6)
     """How much darker a texture's dark parts are."""
     saturation: tuple[float, float] = (0.6, 0.95)
     light_value: tuple[float, float] = (0.75, 1.0)
     dark_value: tuple[float, float] = (0.2, 0.45)
-    background_value: tuple[float, float] = (0.35, 0.75)
-    background_saturation: tuple[float, float] = (0.0, 0.3)
-    background_contrast: tuple[float, float] = (0.05, 0.3)
+    background_value: tuple[float, float] = (0.25, 0.85)
+    background_saturation: tuple[float, float] = (0.0, 0.6)
+    background_contrast: tuple[float, float] = (0.1, 0.6)
     """How far a background's colours lie apart."""
-    distractors: tuple[int, int] = (0, 3)
+    distractors: tuple[int, int] = (0, 4)
     """Strokes in the colours of the shapes that belong to the background, ends included."""
     light: float = 0.3
     """Largest fall of light across a picture."""
@@ -78,7 +78,7 @@ class Difficulty:
 
 
 def generate(
-    out: str | os.PathLike, *, seed: int = 0, train: int = 240, val: int = 60, difficulty: Difficulty | None = None
+    out: str | os.PathLike, *, seed: int = 0, train: int = 168, val: int = 80, difficulty: Difficulty | None = None
 ) -> None:
     """Writes the data set: JPEGImages/, SegmentationClass/ (palette PNGs), ImageSets/Segmentation/, classes.json.
 

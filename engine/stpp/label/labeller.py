@@ -3,6 +3,7 @@
 N images, C classes, H W size of the image.
 """
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -64,6 +65,8 @@ def label(teacher: Teacher, samples: Sequence[Sample], here: World, *, config: L
             bar.advance(len(batch.indices))
         for write in writes:
             write.result()
+    if hasattr(os, "sync"):
+        os.sync()  # the masks were plain writes; what follows says that they are there
     everyone = sorted((row for part in distributed.gather(found) for row in part), key=lambda row: row.pop("position"))
     distributed.on_main(here, lambda: rows.write(out / "labels.parquet", everyone))
     miou = mean_iou(distributed.sum_over_ranks(matrix).cpu()) if judged else None

@@ -34,7 +34,7 @@ def write_examples(path: Path, samples: Sequence[Sample], teachers: dict[str, Te
         sample = samples[batch.indices[0]]
         num_classes = next(iter(teachers.values())).num_classes
         columns["image"].append(_shown(batch.images_NCHW[0]))
-        columns["truth"].append(colourise(read_index_mask(sample.mask), num_classes))
+        columns["truth"].append(colourise(read_index_mask(sample.mask, exif=exif), num_classes))
         for title, teacher in teachers.items():
             mask_NHW = upsample_argmax(teacher.logits(batch.images_NCHW), batch.images_NCHW.shape[-2:])
             columns[title].append(colourise(mask_NHW[0].cpu().numpy(), num_classes))

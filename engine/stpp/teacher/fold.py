@@ -33,7 +33,7 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
         names = [name for name, _ in module.named_children()]
         for i, name in enumerate(names):
             norm = getattr(module, name)
-            if not isinstance(norm, nn.BatchNorm2d):
+            if not isinstance(norm, nn.modules.batchnorm._BatchNorm):  # synchronised ones too
                 continue
             before = names[i - 1] if isinstance(module, nn.Sequential) and i else name.replace("bn", "conv")
             convolution = getattr(module, before, None)

@@ -64,7 +64,7 @@ inline vfloat permute(vfloat table, vint index) {
 // exp(x) = 2^n 2^r with n = round(x log2 e) and r in [-1/2, 1/2]; 2^r by the Taylor polynomial of degree 6 (error 1.2e-8 there).
 inline vfloat exp_nonpositive(vfloat x) {
   const vfloat magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low mantissa bits
-  x = vmax(x, splat(-87.f));
+  x = vmax(splat(-87.f), x);  // in this order NaN stays NaN
   const vfloat shifted = x * 1.44269504f + magic;
   const vfloat r = x * 1.44269504f - (shifted - magic);
   vfloat p = splat(1.5403530e-4f);

@@ -65,7 +65,7 @@ inline vfloat maximum(vfloat a, vfloat b) { return a > b ? a : b; }
 // any sum that contains exp(0), and never a slow denormal. 2^n exp(r) with n = round(x / ln 2), |r| <= ln(2) / 2, and
 // the polynomial of degree 5 that is closest to exp(r) there in relative error, its constant rounded to 1.
 inline vfloat exp_nonpositive(vfloat x) {
-  x = maximum(x, splat(-86.0f));
+  x = maximum(splat(-86.0f), x);  // in this order NaN stays NaN
   const vfloat magic = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves round(x) in the low bits of the mantissa
   const vfloat shifted = x * 1.44269504088896341f + magic;
   const vfloat r = x - (shifted - magic) * 0.693147180559945f;

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-HISTOGRAM_CLASSES = 64
+HISTOGRAM_CLASSES = 45
 BLOCK = 4096
 
 

@@ -86,18 +86,18 @@ def _accumulate_kernel(
         scale10 = tl.load(row1 + 2 * x0 + 1, mask=inside, other=0.0) * (1.0 - near) * low
         scale11 = tl.load(row1 + 2 * x1 + 1, mask=inside, other=0.0) * near * low
         scale00 = scale00 * (1.0 - near) * (1.0 - low)
-    out = acc + n * acc_n + y * acc_h + x * acc_w
+    out = acc + n * acc_n + y.to(tl.int64) * acc_h + x * acc_w
     for c in range(0, classes):
         map_c = image + c * stride_c
         a, b = map_c + top0 * stride_h, map_c + bottom0 * stride_h
-        sum_c = tl.load(out + c * acc_c, mask=inside, other=0.0)
+        sum_c = tl.load(out + tl.cast(c, tl.int64) * acc_c, mask=inside, other=0.0)
         sum_c += tl.exp(_logit(a, b, low0, left0, right0, near0, inside) - most00) * scale00
         if not SAME:
             d, e = map_c + top1 * stride_h, map_c + bottom1 * stride_h
             sum_c += tl.exp(_logit(a, b, low0, left1, right1, near1, inside) - most01) * scale01
             sum_c += tl.exp(_logit(d, e, low1, left0, right0, near0, inside) - most10) * scale10
             sum_c += tl.exp(_logit(d, e, low1, left1, right1, near1, inside) - most11) * scale11
-        tl.store(out + c * acc_c, sum_c, mask=inside)
+        tl.store(out + tl.cast(c, tl.int64) * acc_c, sum_c, mask=inside)
 
 
 def softmax_accumulate(acc: Tensor, logits: Tensor, scaled_size: list[int], size: list[int], flip: bool) -> None:
@@ -131,12 +131,12 @@ def _finalize_kernel(
     n, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     pixel = block * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < pixels
-    at = acc + n * acc_n + (pixel // width) * acc_h + (pixel % width) * acc_w
+    at = acc + n * acc_n + (pixel // width).to(tl.int64) * acc_h + (pixel % width) * acc_w
     best = tl.load(at, mask=inside, other=1.0)
     total = best
     arg = tl.zeros([BLOCK], tl.int32)
     for c in range(1, classes):
-        value = tl.load(at + c * acc_c, mask=inside, other=0.0)
+        value = tl.load(at + tl.cast(c, tl.int64) * acc_c, mask=inside, other=0.0)
         larger = value > best
         best = tl.where(larger, value, best)
         arg = tl.where(larger, c, arg)
