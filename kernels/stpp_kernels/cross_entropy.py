@@ -52,8 +52,8 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(output[2])
 
 
-def _backward(ctx, grad_loss, _grad_counted, grad_gradient):
-    if grad_gradient is not None:
+def _backward(ctx, grad_loss, _grad_counted, _grad_gradient):
+    if torch.is_grad_enabled():  # create_graph=True: the gradient is a result of the forward pass, not a function of the logits
         raise RuntimeError("upsample_cross_entropy has first derivatives only")
     if grad_loss is None:
         return None, None, None, None, None, None
