@@ -293,3 +293,12 @@ def test_there_is_no_second_derivative():
     loss, _ = upsample_cross_entropy(logits, labels)
     with pytest.raises(RuntimeError, match="first derivatives only"):
         torch.autograd.grad(loss, logits, create_graph=True)
+
+
+@pytest.mark.parametrize("form", ["cpu", "reference"])
+def test_weights_of_any_float_type_are_constants(form):
+    logits, labels = torch.randn(1, 5, 4, 4), torch.randint(5, (1, 9, 9))
+    weight = torch.rand(1, 9, 9, dtype=torch.float64)
+    expected = fused_loss(form, logits, labels, pixel_weight=weight.float())[0]
+    torch.testing.assert_close(fused_loss(form, logits, labels, pixel_weight=weight)[0], expected)
+    assert not upsample_cross_entropy(logits, labels, pixel_weight=weight.float().requires_grad_())[0].requires_grad

@@ -173,3 +173,9 @@ def test_compiles_without_a_graph_break():
     compiled = torch.compile(net, fullgraph=True)
     x = torch.randn(2, 3, 13, 17, requires_grad=True)
     torch.testing.assert_close(torch.autograd.grad(compiled(x).square().sum(), x), torch.autograd.grad(net(x).square().sum(), x))
+
+
+def test_there_is_no_second_derivative():
+    x, weight = torch.randn(1, 2, 9, 9, requires_grad=True), torch.randn(3, 2, 3, 3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(dilated_conv3x3(x, weight, 4).sum(), x, create_graph=True)

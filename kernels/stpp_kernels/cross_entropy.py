@@ -102,6 +102,7 @@ def upsample_cross_entropy(
     """
     _check(logits_NChw, labels_NHW, class_weight, pixel_weight)
     with_gradient = torch.is_grad_enabled() and logits_NChw.requires_grad
+    class_weight, pixel_weight = (None if weight is None else weight.detach() for weight in (class_weight, pixel_weight))
     loss, counted, _ = torch.ops.stpp_kernels.upsample_cross_entropy(
         logits_NChw, labels_NHW, class_weight, pixel_weight, ignore_index, with_gradient
     )

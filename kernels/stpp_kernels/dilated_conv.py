@@ -263,6 +263,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
+    if torch.is_grad_enabled():
+        raise RuntimeError("dilated_conv3x3 has first derivatives only")
     x, weight = ctx.saved_tensors
     need_x, need_weight = ctx.needs_input_grad[:2]
     grad_x, grad_weight = torch.ops.stpp_kernels.dilated_conv3x3_backward(grad, x, weight, ctx.dilation, need_x, need_weight)
@@ -307,4 +309,6 @@ def dilated_conv3x3(x_NIHW: Tensor, weight_OI33: Tensor, dilation: int) -> Tenso
         )
     if dilation < 1:
         raise ValueError(f"dilation must be at least 1, got {dilation}")
+    if x_NIHW.is_cuda and form("forward", x_NIHW, dilation) == "conv" and not torch.compiler.is_exporting():
+        return reference.dilated_conv3x3(x_NIHW, weight_OI33, dilation)  # cuDNN, without the operator's copies
     return torch.ops.stpp_kernels.dilated_conv3x3(x_NIHW, weight_OI33, dilation)

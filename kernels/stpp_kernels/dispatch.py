@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,6 +65,8 @@ def define(
     _chosen[name] = {"cpu": "cpp" if has_cpp else "reference", "cuda": "triton" if has_triton else "reference"}
     if cpp and not has_cpp and not forced:
         _say_fallback("the C++ operators are not built, or failed to load; on a CPU the plain PyTorch forms run instead")
+    if triton and not has_triton and not forced and torch.cuda.is_available():
+        _say_fallback("Triton or a C compiler is missing; on CUDA the plain PyTorch forms run instead")
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
@@ -78,8 +81,9 @@ def implementations(device: str | None = None) -> dict[str, str]:
 
 
 def triton_available() -> bool:
-    """Whether the `triton` package (not this package's `triton` folder) is installed."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether the `triton` package (not this package's `triton` folder) is installed, and a C compiler for its launchers."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return importlib.util.find_spec("triton") is not None and bool(compiler)
 
 
 def note(name: str, device: str, implementation: str) -> None:

@@ -34,7 +34,7 @@ def upsample_cross_entropy(
     if class_weight is not None:
         weight_NHW = weight_NHW * class_weight.to(weight_NHW.dtype)[labels]
     if pixel_weight is not None:
-        weight_NHW = torch.where(counted_NHW, weight_NHW * pixel_weight, 0.0)
+        weight_NHW = torch.where(counted_NHW, weight_NHW * pixel_weight.to(weight_NHW.dtype), 0.0)
     loss = weight_NHW.new_zeros(())
     gradient = logits_NChw.new_empty(0, dtype=gradient_dtype(logits_NChw.dtype))
     if with_gradient:
