@@ -14,10 +14,10 @@ from stpp.errors import UserError
 RANKS = 2
 DEMO = Config(
     method="stpp",
-    data=DataConfig(layout="voc", fraction="10"),
+    data=DataConfig(layout="voc", fraction="12"),
     model=ModelConfig(backbone="resnet18", output_stride=32),
     augment=AugmentConfig(crop_px=65, long_side=(48, 136)),
-    train=TrainConfig(epochs=15, supervised_epochs=100, batch_global=16, lr=0.05, head_lr_multiplier=1.0,
+    train=TrainConfig(epochs=12, supervised_epochs=120, batch_global=16, lr=0.05, head_lr_multiplier=1.0,
                       validate_every=5, validate_min_steps=50),
 )
 """Few labels, many steps of a small network: what two cores can do in five minutes."""

@@ -46,7 +46,7 @@ class Difficulty:
     """Of a shape, as a part of the picture's shorter side; small ones are more frequent."""
     stretch: float = 1.5
     """Largest ratio of a shape's two axes."""
-    hue_spread: float = 0.04
+    hue_spread: float = 0.08
     """Standard deviation of a shape's hue round that of its class, in turns."""
     any_colour: float = 0.0
     """Part of the shapes that take any hue and saturation."""
@@ -58,20 +58,20 @@ class Difficulty:
     saturation: tuple[float, float] = (0.6, 0.95)
     light_value: tuple[float, float] = (0.75, 1.0)
     dark_value: tuple[float, float] = (0.2, 0.45)
-    background_value: tuple[float, float] = (0.25, 0.85)
-    background_saturation: tuple[float, float] = (0.0, 0.6)
-    background_contrast: tuple[float, float] = (0.1, 0.6)
+    background_value: tuple[float, float] = (0.35, 0.75)
+    background_saturation: tuple[float, float] = (0.0, 0.3)
+    background_contrast: tuple[float, float] = (0.05, 0.3)
     """How far a background's colours lie apart."""
-    distractors: tuple[int, int] = (0, 4)
+    distractors: tuple[int, int] = (0, 3)
     """Strokes in the colours of the shapes that belong to the background, ends included."""
     light: float = 0.3
     """Largest fall of light across a picture."""
     shadow: float = 0.35
     """Probability of a soft-edged shadow."""
-    cast: float = 0.06
+    cast: float = 0.12
     """Standard deviation of the gain of each colour channel."""
-    exposure: tuple[float, float] = (0.8, 1.2)
-    blur_px: tuple[float, float] = (0.0, 1.0)
+    exposure: tuple[float, float] = (0.6, 1.4)
+    blur_px: tuple[float, float] = (0.0, 1.5)
     noise: tuple[float, float] = (0.0, 0.05)
     """Standard deviation of the sensor noise."""
     jpeg_quality: tuple[int, int] = (45, 95)
