@@ -132,8 +132,12 @@ def test_confusion_counts_every_labelled_pixel_once(samples):
     masks = [read_index_mask(sample.mask) for sample in samples]
     truth = sum(np.bincount(mask[mask != 255], minlength=6) for mask in masks)
     assert matrix.sum(1).tolist() == truth.tolist()
-    with_views = evaluate(teacher(), samples, HERE, DataConfig(threads=1), mode="flip")
-    assert with_views.sum(1).tolist() == truth.tolist() and not torch.equal(with_views, matrix)
+    differing = 0
+    for seed in range(3):  # a random network may see one class everywhere, with views and without
+        alone, with_views = (evaluate(teacher(seed), samples, HERE, DataConfig(threads=1), mode=mode) for mode in ("none", "flip"))
+        assert with_views.sum(1).tolist() == truth.tolist()
+        differing += not torch.equal(with_views, alone)
+    assert differing > 0
 
 
 def test_reliability_is_the_agreement_with_the_last_checkpoint(samples):
