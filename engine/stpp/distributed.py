@@ -71,9 +71,9 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def threads_per_rank(here: World) -> int:
-    """Cores of this machine divided among its ranks, at least 1."""
-    return max(1, cores() // here.local_size)
+def threads_per_rank(here: World, asked: int = 0) -> int:
+    """`asked` threads; where that is 0, the cores of this machine divided among its ranks, at least 1."""
+    return asked or max(1, cores() // here.local_size)
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:

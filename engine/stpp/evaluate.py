@@ -13,14 +13,11 @@ from stpp import distributed, files, log
 from stpp.config import DataConfig
 from stpp.data import loader
 from stpp.data.sample import Sample
-from stpp.data.sampler import equal_size_batches
 from stpp.distributed import World
 from stpp.metrics import iou_per_class, mean_iou
 from stpp.teacher import tta
 from stpp.teacher.engine import Teacher
 from stpp_kernels import confusion, finalize, upsample_argmax
-
-MAX_BATCH = 8
 
 
 @torch.inference_mode()
@@ -36,10 +33,7 @@ def evaluate(teacher: Teacher, samples: Sequence[Sample], here: World, data: Dat
         int64 [C, C] on the CPU, rows truth, columns prediction, in pixels; the same on every rank.
     """
     matrix = torch.zeros(teacher.num_classes, teacher.num_classes, dtype=torch.int64, device=here.device)
-    batches = equal_size_batches(samples, MAX_BATCH, rank=here.rank, world=here.size)
-    threads = data.threads or distributed.threads_per_rank(here)
-    for batch in loader.pick(data.loader).eval_batches(samples, batches, device=here.device, threads=threads,
-                                                       exif=data.exif):
+    for batch in loader.native_batches(samples, here, data)[1]:
         if mode == "none":
             masks_NHW = upsample_argmax(teacher.logits(batch.images_NCHW), batch.labels_NHW.shape[-2:])
         else:

@@ -172,7 +172,7 @@ class Trainer:
                                            accumulate=train.accumulate)
         batches = loader.pick(data.loader).train_batches(
             self.samples, draws, augment=self.config.augment, seed=self.config.seed, stage=self.stage,
-            device=self.here.device, threads=data.threads or distributed.threads_per_rank(self.here), exif=data.exif)
+            device=self.here.device, threads=distributed.threads_per_rank(self.here, data.threads), exif=data.exif)
         while True:
             asked = time.monotonic()
             micro_batches = list(islice(batches, train.accumulate))

@@ -2,8 +2,13 @@
 
 import importlib.util
 import sys
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
+from stpp.config import DataConfig
+from stpp.data.sample import Batch, Sample
+from stpp.data.sampler import equal_size_batches
+from stpp.distributed import World, threads_per_rank
 from stpp.errors import UserError
 
 _noticed = False
@@ -36,6 +41,21 @@ def pick(name: str = "auto") -> ModuleType:
     from stpp.data import reference
 
     return reference
+
+
+def native_batches(
+    samples: Sequence[Sample], here: World, data: DataConfig, *, max_batch: int = 8
+) -> tuple[int, Iterator[Batch]]:
+    """This rank's share of `samples` at native size, without augmentation, in batches of images of equal size.
+
+    Returns:
+        The number of images in the share, and its batches; every sample is in one batch of one rank.
+    """
+    batches = equal_size_batches(samples, max_batch, rank=here.rank, world=here.size)
+    stream = pick(data.loader).eval_batches(
+        samples, batches, device=here.device, threads=threads_per_rank(here, data.threads), exif=data.exif
+    )
+    return sum(map(len, batches)), stream
 
 
 def _has_dali() -> bool:

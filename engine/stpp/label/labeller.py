@@ -16,7 +16,6 @@ from stpp.config import DataConfig, LabelConfig
 from stpp.data import loader
 from stpp.data.masks import write_index_png
 from stpp.data.sample import Sample
-from stpp.data.sampler import equal_size_batches
 from stpp.distributed import World
 from stpp.label import rows
 from stpp.metrics import mean_iou
@@ -45,12 +44,10 @@ def label(teacher: Teacher, samples: Sequence[Sample], here: World, *, config: L
     found, writes = [], []
     matrix = torch.zeros(teacher.num_classes, teacher.num_classes, dtype=torch.int64, device=here.device)
     judged = all(sample.mask is not None for sample in samples)
-    batches = equal_size_batches(samples, config.batch_per_rank, rank=here.rank, world=here.size)
-    threads = data.threads or distributed.threads_per_rank(here)
-    total = sum(len(batch) for batch in batches)
+    total, batches = loader.native_batches(samples, here, data, max_batch=config.batch_per_rank)
+    threads = distributed.threads_per_rank(here, data.threads)
     with ThreadPoolExecutor(threads) as pool, log.Progress(title, total) as bar:
-        for batch in loader.pick(data.loader).eval_batches(samples, batches, device=here.device, threads=threads,
-                                                           exif=data.exif):
+        for batch in batches:
             sums_NCHW = tta.accumulate(teacher.logits, batch.images_NCHW, config.tta, teacher.num_classes)
             masks_NHW, confidence_N, pixels_NC = finalize(sums_NCHW)
             if judged:

@@ -12,13 +12,10 @@ from stpp import distributed, files, log
 from stpp.config import DataConfig
 from stpp.data import loader
 from stpp.data.sample import Sample
-from stpp.data.sampler import equal_size_batches
 from stpp.distributed import World
 from stpp.label import rows
 from stpp.teacher.engine import Teacher
 from stpp_kernels import pairwise_iou, upsample_argmax
-
-MAX_BATCH = 8
 
 
 @torch.inference_mode()
@@ -31,12 +28,10 @@ def reliability(teachers: Sequence[Teacher], samples: Sequence[Sample], here: Wo
     Source: ST++ (arXiv 2106.05095), section 3.3.
     """
     *earlier, last = teachers
-    batches = equal_size_batches(samples, MAX_BATCH, rank=here.rank, world=here.size)
-    threads = data.threads or distributed.threads_per_rank(here)
+    total, batches = loader.native_batches(samples, here, data)
     scores: dict[int, float] = {}
-    with log.Progress("select", sum(len(batch) for batch in batches)) as bar:
-        for batch in loader.pick(data.loader).eval_batches(samples, batches, device=here.device, threads=threads,
-                                                           exif=data.exif):
+    with log.Progress("select", total) as bar:
+        for batch in batches:
             size = batch.images_NCHW.shape[-2:]
             reference_NHW = upsample_argmax(last.logits(batch.images_NCHW), size)
             total_N = torch.zeros(len(batch.indices), dtype=torch.float64, device=here.device)
