@@ -26,6 +26,7 @@ float32 on a CPU that would only emulate them (many times slower).
 
 import functools
 import os
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -75,12 +76,8 @@ def valid_taps(x_NIHW: Tensor, weight_OI33: Tensor, dilation: int) -> Tensor:
     total_NHWO = x_NIHW.new_empty((num_images, height, width, channels), dtype=_sum_dtype(compute))
     for kx in (1, 0, 2):  # the middle column first: it covers the whole map
         into_x, from_x = _valid(width, kx, dilation)
-        sources = _matrices(x_NIHW, from_x, compute)
-        if kx == 1:
-            parts = list(total_NHWO.unbind())
-        else:
-            parts = [total_NHWO.new_empty((*source.shape[:2], channels)) for source in sources]
-        for source, part in zip(sources, parts, strict=True):
+        for image, source in enumerate(_matrices(x_NIHW, from_x, compute)):
+            part = total_NHWO[image] if kx == 1 else total_NHWO.new_empty((*source.shape[:2], channels))
             _add_rows(part, source, taps_33OI[:, kx], dilation)
             if kx != 1:
                 into_HNWO = total_NHWO.transpose(0, 1)[:, :, into_x]
@@ -155,13 +152,18 @@ def _weight_gradient(grad_NOHW: Tensor, x_NIHW: Tensor, dilation: int, compute: 
     into_33OI.copy_(total_33OI)
 
 
-def _matrices(maps_NCHW: Tensor, columns: slice, dtype: torch.dtype) -> list[Tensor]:
-    """`columns` of the maps as contiguous [H, M, C]: one a map where that may be a view, else one of all maps; none if empty."""
+def _matrices(maps_NCHW: Tensor, columns: slice, dtype: torch.dtype) -> Iterator[Tensor]:
+    """`columns` of the maps as contiguous [H, M, C], each valid until the next: map by map if whole, else once for all maps."""
     if columns.start == 0 and columns.stop == maps_NCHW.shape[3]:
-        return list(maps_NCHW.permute(0, 2, 3, 1).to(dtype).contiguous().unbind())
-    if columns.start >= columns.stop:
-        return []
-    return [maps_NCHW.permute(2, 0, 3, 1)[:, :, columns].to(dtype).contiguous().flatten(1, 2)]
+        buffer = None
+        for map_HWC in maps_NCHW.permute(0, 2, 3, 1):
+            if map_HWC.dtype == dtype and map_HWC.is_contiguous():
+                yield map_HWC
+            else:  # one buffer for all: fresh memory for each would cost more in page faults than the cast
+                buffer = map_HWC.new_empty(map_HWC.shape, dtype=dtype) if buffer is None else buffer
+                yield buffer.copy_(map_HWC)
+    elif columns.start < columns.stop:
+        yield maps_NCHW.permute(2, 0, 3, 1)[:, :, columns].to(dtype).contiguous().flatten(1, 2)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -39,16 +39,23 @@ def upsample_cross_entropy(
     gradient = logits_NChw.new_empty(0, dtype=gradient_dtype(logits_NChw.dtype))
     if with_gradient:
         gradient = torch.empty_like(logits_NChw, dtype=gradient.dtype)
+        # The adjoint of upsampling as matrix products: PyTorch's own has no deterministic form on CUDA.
+        rows_hH, columns_wW = (_weights(logits_NChw, axis, size) for axis, size in ((2, height), (3, width)))
     for n in range(logits_NChw.shape[0]):
         log_prob = upsample(logits_NChw[n : n + 1], (height, width)).log_softmax(1)
         label, weight = labels[n][None, None], weight_NHW[n][None, None]
         loss -= (log_prob.gather(1, label) * weight).sum()
         if with_gradient:
             residual = log_prob.exp_().scatter_add_(1, label, -torch.ones_like(weight)).mul_(weight)
-            gradient[n : n + 1] = torch.ops.aten.upsample_bilinear2d_backward(
-                residual, [height, width], [1, *logits_NChw.shape[1:]], True
-            )
+            gradient[n : n + 1] = rows_hH @ residual @ columns_wW.t()
     return loss, counted_NHW.sum(), gradient
+
+
+def _weights(logits: Tensor, axis: int, size: int) -> Tensor:
+    """[low-resolution size, `size`] along an axis: column p holds the weights of the inputs of full-size pixel p."""
+    small = logits.shape[axis]
+    identity = _compute_type(torch.eye(small, dtype=logits.dtype, device=logits.device))
+    return upsample(identity.view(1, small, small, 1), (size, 1))[0, :, :, 0]
 
 
 def upsample_argmax(logits_NChw: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,6 @@
 // Per output pixel and class the kernel blends two rows that are already resized along their width (rows.h) and keeps
 // the running maximum and its class in registers, so nothing of size [N, C, H, W] exists. The confidence, the largest
 // softmax probability, is 1 / sum_c exp(v_c - max v): a second walk over the classes.
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include "rows.h"
@@ -27,8 +26,8 @@ void argmax_row(const Blend& rows, int64_t channels, int64_t stride, int64_t wid
     for (int64_t c = 1; c < channels; ++c) {
       const vfloat value = rows.at(c * stride + x);
       const vint larger = value > best;  // strictly: the lowest class keeps a tie
-      best = larger ? value : best;
-      arg = larger ? vint{} + static_cast<int32_t>(c) : arg;
+      best = select(larger, value, best);
+      arg = (splat_int(static_cast<int32_t>(c)) & larger) | (arg & ~larger);
     }
     const vbyte bytes = __builtin_convertvector(arg, vbyte);
     const int64_t n = std::min(kLanes, width - x);

@@ -19,7 +19,7 @@
 
 namespace stpp {
 
-constexpr int kLanes = 16;
+constexpr int64_t kLanes = 16;
 typedef float vfloat __attribute__((vector_size(64)));
 typedef float vfloat_unaligned __attribute__((vector_size(64), aligned(4)));
 typedef int32_t vint __attribute__((vector_size(64)));
@@ -30,6 +30,11 @@ constexpr __mmask16 kAll = 0xffff;  // GCC warns of its own header in the unmask
 inline vfloat splat(float value) { return value - vfloat{}; }
 inline vint splat_int(int32_t value) { return value - vint{}; }
 inline vfloat load(const float* source) { return *reinterpret_cast<const vfloat_unaligned*>(source); }
+inline vint load(const int32_t* source) {
+  vint value;
+  std::memcpy(&value, source, sizeof(value));
+  return value;
+}
 inline void store(float* target, vfloat value) { *reinterpret_cast<vfloat_unaligned*>(target) = value; }
 
 inline vfloat vmax(vfloat a, vfloat b) {
@@ -53,6 +58,28 @@ auto sum_lanes(Vector value) {
 inline vfloat permute(vfloat table, vint index) {
 #ifdef __AVX512F__
   return (vfloat)_mm512_maskz_permutexvar_ps(kAll, (__m512i)index, (__m512)table);
+#else
+  vfloat out;
+  for (int lane = 0; lane < kLanes; ++lane) out[lane] = table[index[lane]];
+  return out;
+#endif
+}
+
+// The same of a table of two vectors; indices in 0..31.
+inline vfloat permute(vfloat low, vfloat high, vint index) {
+#ifdef __AVX512F__
+  return (vfloat)_mm512_maskz_permutex2var_ps(kAll, (__m512)low, (__m512i)index, (__m512)high);
+#else
+  vfloat out;
+  for (int lane = 0; lane < kLanes; ++lane) out[lane] = index[lane] < kLanes ? low[index[lane]] : high[index[lane] - kLanes];
+  return out;
+#endif
+}
+
+// table[index[lane]] for every lane, from memory.
+inline vfloat gather(const float* table, vint index) {
+#ifdef __AVX512F__
+  return (vfloat)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), kAll, (__m512i)index, table, 4);
 #else
   vfloat out;
   for (int lane = 0; lane < kLanes; ++lane) out[lane] = table[index[lane]];

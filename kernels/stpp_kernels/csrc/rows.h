@@ -8,46 +8,15 @@
 // arithmetic are those of PyTorch's CPU interpolate, so both pick the same source pixels.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
-#include <cstdint>
-#include <cstring>
 #include <limits>
-#include <vector>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "common.h"
 
 namespace stpp {
 namespace rows {
-
-#if defined(__AVX512F__)
-constexpr int64_t kLanes = 16;
-#elif defined(__AVX__)
-constexpr int64_t kLanes = 8;
-#else
-constexpr int64_t kLanes = 4;
-#endif
-
-typedef float vfloat __attribute__((vector_size(kLanes * 4)));
-typedef int32_t vint __attribute__((vector_size(kLanes * 4)));
-
-inline vfloat load(const float* p) {
-  vfloat v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
-}
-
-inline vint load(const int32_t* p) {
-  vint v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
-}
-
-inline void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof(v)); }
 
 // The first n (1..kLanes) values of p; the other lanes are zero.
 inline vfloat load_part(const float* p, int64_t n) {
@@ -55,27 +24,6 @@ inline vfloat load_part(const float* p, int64_t n) {
   vfloat v = {};
   for (int64_t i = 0; i < n; ++i) v[i] = p[i];
   return v;
-}
-
-inline vfloat splat(float value) { return vfloat{} + value; }
-
-inline vfloat maximum(vfloat a, vfloat b) { return a > b ? a : b; }
-
-// exp(x) for x <= 0, relative error below 1e-6 down to exp(-10). Below -86 the result stays at exp(-86): it is zero to
-// any sum that contains exp(0), and never a slow denormal. 2^n exp(r) with n = round(x / ln 2), |r| <= ln(2) / 2, and
-// the polynomial of degree 5 that is closest to exp(r) there in relative error, its constant rounded to 1.
-inline vfloat exp_nonpositive(vfloat x) {
-  x = maximum(splat(-86.0f), x);  // in this order NaN stays NaN
-  const vfloat magic = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves round(x) in the low bits of the mantissa
-  const vfloat shifted = x * 1.44269504088896341f + magic;
-  const vfloat r = x - (shifted - magic) * 0.693147180559945f;
-  vfloat p = splat(0.008297647966f);
-  p = p * r + 0.04191543143f;
-  p = p * r + 0.1666757509f;
-  p = p * r + 0.4999889441f;
-  p = p * r + 0.9999996918f;
-  p = p * r + 1.0f;
-  return (vfloat)((vint)p + ((vint)shifted << 23));
 }
 
 // fp32 scratch memory, aligned to a cache line, with slack for whole vectors read past the end.
@@ -157,23 +105,12 @@ class Columns {
     const float* window = src + base_[chunk];
     const vint ia = load(&a_[chunk * kLanes]), ib = load(&b_[chunk * kLanes]);
     const vfloat wa = load(&left_[chunk * kLanes]), wb = load(&right_[chunk * kLanes]);
-#if defined(__AVX512F__)
     // Neighbouring outputs read neighbouring inputs: two loads and two permutations stand for 32 gathered values.
     if (near_[chunk]) {
       const vfloat low = load(window), high = load(window + kLanes);
-      return wa * __builtin_shuffle(low, high, ia) + wb * __builtin_shuffle(low, high, ib);
+      return wa * permute(low, high, ia) + wb * permute(low, high, ib);
     }
-    const __m512 zero = _mm512_setzero_ps();
-    return wa * (vfloat)_mm512_mask_i32gather_ps(zero, 0xffff, (__m512i)ia, window, 4) +
-           wb * (vfloat)_mm512_mask_i32gather_ps(zero, 0xffff, (__m512i)ib, window, 4);
-#elif defined(__AVX2__)
-    return wa * (vfloat)_mm256_i32gather_ps(window, (__m256i)ia, 4) +
-           wb * (vfloat)_mm256_i32gather_ps(window, (__m256i)ib, 4);
-#else
-    vfloat a = {}, b = {};
-    for (int64_t i = 0; i < kLanes; ++i) a[i] = window[ia[i]], b[i] = window[ib[i]];
-    return wa * a + wb * b;
-#endif
+    return wa * gather(window, ia) + wb * gather(window, ib);
   }
 
   // dst[0, out) = resized src; dst is writable to a whole number of vectors.

@@ -8,7 +8,6 @@
 //
 // Threads share output rows, each of which one thread sums in a fixed order: the result does not depend on their
 // number.
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <limits>
@@ -31,7 +30,7 @@ inline void softmax_vectors(const float* a, const float* b, float wa, float wb, 
     for (int v = 0; v < Vectors; ++v) {
       const vfloat value = load(a + at + v * kLanes) * wa + load(b + at + v * kLanes) * wb;
       store(out + at + v * kLanes, value);
-      largest[v] = maximum(value, largest[v]);
+      largest[v] = vmax(value, largest[v]);
     }
   }
   for (int64_t c = 0, at = 0; c < channels; ++c, at += stride) {
@@ -151,8 +150,8 @@ double finalize_row(const float* planes, int64_t channels, int64_t stride, int64
     for (int64_t c = 1; c < channels; ++c) {
       const vfloat value = load_part(planes + c * stride + x, n);
       const vint larger = value > best;
-      best = larger ? value : best;
-      arg = larger ? vint{} + static_cast<int32_t>(c) : arg;
+      best = select(larger, value, best);
+      arg = (splat_int(static_cast<int32_t>(c)) & larger) | (arg & ~larger);
       sum += value;
     }
     const vfloat share = best / sum;

@@ -21,8 +21,8 @@ def _confusion_kernel(
     pred, target, matrix, wrong, pixels, ignore, classes,
     IGNORE_BOTH: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64)
-    pixel = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    n = tl.program_id(1).to(tl.int64)
+    pixel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < pixels
     p = tl.load(pred + n * pixels + pixel, mask=inside, other=0).to(tl.int64)
     t = tl.load(target + n * pixels + pixel, mask=inside, other=0).to(tl.int64)
@@ -55,7 +55,7 @@ def confusion(
         wrong = torch.zeros(1, dtype=torch.int32, device=target.device)
         bins = triton.next_power_of_2(num_classes * num_classes + 1) if num_classes <= HISTOGRAM_CLASSES else 0
         with torch.cuda.device_of(target):
-            _confusion_kernel[(images, triton.cdiv(pixels, BLOCK))](
+            _confusion_kernel[(triton.cdiv(pixels, BLOCK), images)](
                 pred, target, matrix, wrong, pixels, ignore_index, num_classes,
                 IGNORE_BOTH=ignore_both, BINS=bins, BLOCK=BLOCK, num_warps=8,
             )  # fmt: skip

@@ -128,10 +128,10 @@ def _finalize_kernel(
     acc, mask, shares, counts, acc_n, acc_c, acc_h, acc_w, pixels, width, blocks, classes,
     BINS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    n, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    pixel = block * BLOCK + tl.arange(0, BLOCK)
+    n, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    pixel = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < pixels
-    at = acc + n * acc_n + (pixel // width).to(tl.int64) * acc_h + (pixel % width) * acc_w
+    at = acc + n * acc_n + (pixel // width) * acc_h + (pixel % width) * acc_w
     best = tl.load(at, mask=inside, other=1.0)
     total = best
     arg = tl.zeros([BLOCK], tl.int32)
@@ -159,7 +159,7 @@ def finalize(acc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     counts = torch.zeros((batch, classes), dtype=torch.int64, device=acc.device)
     if batch > 0:
         with torch.cuda.device_of(acc):
-            _finalize_kernel[(batch, blocks)](
+            _finalize_kernel[(blocks, batch)](
                 acc, mask, shares, counts, *acc.stride(), height * width, width, blocks, classes,
                 BINS=triton.next_power_of_2(classes + 1), BLOCK=block, num_warps=8,
             )  # fmt: skip
