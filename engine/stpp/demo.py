@@ -16,9 +16,9 @@ DEMO = Config(
     method="stpp",
     data=DataConfig(layout="voc", fraction="12"),
     model=ModelConfig(backbone="resnet18", output_stride=32),
-    augment=AugmentConfig(crop_px=65, long_side=(48, 136)),
-    train=TrainConfig(epochs=12, supervised_epochs=120, batch_global=16, lr=0.05, head_lr_multiplier=1.0,
-                      validate_every=5, validate_min_steps=50),
+    augment=AugmentConfig(crop_px=49, long_side=(36, 104)),
+    train=TrainConfig(epochs=16, supervised_epochs=160, batch_global=16, lr=0.05, head_lr_multiplier=1.0,
+                      validate_every=5, validate_min_steps=80),
 )
 """Few labels, many steps of a small network: what two cores can do in five minutes."""
 

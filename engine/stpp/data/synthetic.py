@@ -1,8 +1,8 @@
 """A made-up data set for demonstration and tests: pictures of five kinds of shapes, in the VOC layout.
 
-A class differs from the others by its shape for certain, and by colour and texture only typically: both distributions
-overlap, and light, shadow, colour cast, noise and compression vary from picture to picture. So a few labelled pictures
-teach the task but not the breadth of appearances, which the unlabelled ones show.
+A class has its shape, and a typical colour and texture. Light, shadow, noise and compression vary from picture to picture, and
+one picture in three is a poor photograph: black and white, faded, dim, out of focus or under coloured light. A few labelled
+pictures teach the task but not this breadth of appearances, which the unlabelled ones show.
 
 Every number of a picture is drawn by a generator keyed by (seed, number of the picture). H, W: pixels; colours are
 float32 in 0..1.
@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from stpp import files
+from stpp.data.augment import LUMA
 from stpp.data.masks import IGNORE
 from stpp.errors import UserError
 
@@ -31,6 +32,7 @@ _LOOKS = {
 """Typical hue in turns, brightness and texture of a class. The strong augmentation shifts hues by up to a quarter turn,
 so brightness against the ground, which it keeps, tells apart what hue may not."""
 _TEXTURES = ("plain", "stripes", "checks", "speckle", "dots")
+_FAULTS = ("gray", "faded", "dim", "blurred", "tinted")
 _BACKGROUNDS = ("gradient", "clouds", "stripes", "blobs")
 _SUPERSAMPLING = 4
 
@@ -39,10 +41,10 @@ _SUPERSAMPLING = 4
 class Difficulty:
     """What makes the task hard. Pairs are ranges of uniform draws."""
 
-    side_px: tuple[int, int] = (64, 96)
+    side_px: tuple[int, int] = (48, 72)
     shapes: tuple[int, int] = (2, 5)
     """Shapes in a picture, ends included."""
-    radius: tuple[float, float] = (0.18, 0.38)
+    radius: tuple[float, float] = (0.24, 0.42)
     """Of a shape, as a part of the picture's shorter side; small ones are more frequent."""
     stretch: float = 1.5
     """Largest ratio of a shape's two axes."""
@@ -52,7 +54,7 @@ class Difficulty:
     """Part of the shapes that take any hue and saturation."""
     typical_texture: float = 1.0
     """Part of the shapes that take the texture of their class; the others take any."""
-    texture_period_px: tuple[float, float] = (6, 10)
+    texture_period_px: tuple[float, float] = (4.5, 8)
     texture_strength: tuple[float, float] = (0.35, 0.6)
     """How much darker a texture's dark parts are."""
     saturation: tuple[float, float] = (0.6, 0.95)
@@ -68,17 +70,19 @@ class Difficulty:
     """Largest fall of light across a picture."""
     shadow: float = 0.35
     """Probability of a soft-edged shadow."""
-    cast: float = 0.12
+    cast: float = 0.05
     """Standard deviation of the gain of each colour channel."""
-    exposure: tuple[float, float] = (0.6, 1.4)
-    blur_px: tuple[float, float] = (0.0, 1.5)
-    noise: tuple[float, float] = (0.0, 0.05)
+    exposure: tuple[float, float] = (0.85, 1.15)
+    blur_px: tuple[float, float] = (0.0, 0.6)
+    poor: float = 0.35
+    """Part of the pictures that are poor photographs: black and white, faded, dim, out of focus or under coloured light."""
+    noise: tuple[float, float] = (0.0, 0.03)
     """Standard deviation of the sensor noise."""
     jpeg_quality: tuple[int, int] = (45, 95)
 
 
 def generate(
-    out: str | os.PathLike, *, seed: int = 0, train: int = 168, val: int = 80, difficulty: Difficulty | None = None
+    out: str | os.PathLike, *, seed: int = 0, train: int = 168, val: int = 100, difficulty: Difficulty | None = None
 ) -> None:
     """Writes the data set: JPEGImages/, SegmentationClass/ (palette PNGs), ImageSets/Segmentation/, classes.json.
 
@@ -275,10 +279,20 @@ def _photograph(rng: np.random.Generator, canvas: np.ndarray, d: Difficulty) -> 
     if rng.random() < d.shadow:
         edge = (_smooth(rng, height, width, rng.uniform(1.5, 4)) - rng.uniform(0.4, 0.6)) * rng.uniform(8, 40)
         light = light * (1 - rng.uniform(0.2, 0.5) / (1 + np.exp(-edge)))
-    gain = np.exp(rng.normal(0, d.cast, size=3)) * rng.uniform(*d.exposure)
+    cast, exposure, blur_px = d.cast, rng.uniform(*d.exposure), rng.uniform(*d.blur_px)
+    faults = rng.choice(_FAULTS, size=rng.integers(1, 3), replace=False) if rng.random() < d.poor else ()
+    if "gray" in faults:
+        canvas = np.repeat((canvas @ LUMA)[..., None], 3, axis=2)
+    if "faded" in faults:
+        canvas = rng.uniform(0.4, 0.7) + (canvas - 0.5) * rng.uniform(0.35, 0.6)
+    if "dim" in faults:
+        exposure = rng.uniform(0.4, 0.65)
+    if "blurred" in faults:
+        blur_px = rng.uniform(1.0, 1.7)
+    if "tinted" in faults:
+        cast = 0.35
+    gain = np.exp(rng.normal(0, cast, size=3)) * exposure
     lit = (canvas * (light[..., None] * gain)).clip(0, 1)
-    blurred = Image.fromarray((lit * 255 + 0.5).astype(np.uint8)).filter(
-        ImageFilter.GaussianBlur(rng.uniform(*d.blur_px))
-    )
+    blurred = Image.fromarray((lit * 255 + 0.5).astype(np.uint8)).filter(ImageFilter.GaussianBlur(blur_px))
     grain = rng.standard_normal((height, width, 3), dtype=np.float32) * (255 * rng.uniform(*d.noise))
     return (np.asarray(blurred, dtype=np.float32) + grain + 0.5).clip(0, 255).astype(np.uint8)
