@@ -51,13 +51,16 @@ def dilated_conv(report: Report, options: argparse.Namespace) -> None:
 
             return run
 
+        variants = {"fused": fused, "eager": eager}
+        if not options.no_compile:
+            variants["compiled"] = torch.compile(eager, dynamic=False)
         with torch.no_grad():
             for mine, theirs in zip(fused(), eager(), strict=True):
                 torch.testing.assert_close(mine.float(), theirs.float(), rtol=0.02, atol=0.02)
         for name, wrap in (("forward", forward), ("forward_backward", training)):
             rows = report.compare(
                 f"dilated_conv.{name}", f"4,2048,{height},{width}", options.conv_dtype,
-                {"fused": wrap(fused), "eager": wrap(eager)},
+                {label: wrap(function) for label, function in variants.items()},
             )  # fmt: skip
             ratio = minimum_ratio([(rows["fused"], rows["eager"])])
             report.summary(f"dilated_conv.{name}_ratio_{height}x{width}", ratio)
@@ -76,7 +79,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--conv-dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--maps", nargs="+", help="of the dilated convolution, as 41x41; default all")
+    parser.add_argument("--no-compile", action="store_true", help="leave out the compiled peers")
     options = parser.parse_args()
+    torch._dynamo.config.cache_size_limit = 64  # a view of test-time augmentation is a shape, and each is compiled
     report = Report(options)
     print("implementations:", implementations(report.device.type))
     for name in options.only:

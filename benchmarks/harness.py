@@ -23,6 +23,8 @@ from pathlib import Path
 import torch
 
 MIB = 1024 * 1024
+GPU_MEASUREMENT_MS = 20
+"""A timed run on a GPU repeats a call until it lasts about as long."""
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -36,13 +38,16 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 
 class Report:
-    """Rows of one run of a benchmark: printed as they come, written at the end."""
+    """Rows of one run of a benchmark: printed and written as they come, so that a run cut short leaves what it measured."""
 
     def __init__(self, options: argparse.Namespace):
         if options.threads:
             torch.set_num_threads(options.threads)
         self.device, self.rounds, self.out = torch.device(options.device), options.rounds, options.out
         self.rows: list[dict] = []
+        if self.out:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.out.write_text("")
         self._common = {
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _cpu_name(),
             "threads": torch.get_num_threads(),
@@ -53,13 +58,12 @@ class Report:
 
     def compare(self, name: str, shape: str, dtype: str, variants: dict[str, Callable[[], object]]) -> dict[str, dict]:
         """Measures every variant and returns its row, by name."""
-        for variant in variants.values():
-            _run(variant, self.device)
+        calls = {label: self._calls(variant) for label, variant in variants.items()}
         peaks = {label: self._peak_mib(variant) for label, variant in variants.items()}
         times: dict[str, list[float]] = {label: [] for label in variants}
         for _ in range(self.rounds):
             for label, variant in variants.items():
-                times[label].append(_run(variant, self.device))
+                times[label].append(_run(variant, self.device, calls[label]))
         rows = {}
         for label, found in times.items():
             rows[label] = {
@@ -70,12 +74,19 @@ class Report:
             self._add(rows[label])
         return rows
 
+    def _calls(self, variant: Callable[[], object]) -> int:
+        """Calls of one measurement, after a warm-up: on a GPU enough to hide the first launch and the steps of the clock."""
+        _run(variant, self.device)
+        if self.device.type != "cuda":
+            return 1
+        return max(1, min(1000, round(GPU_MEASUREMENT_MS / max(_run(variant, self.device), 1e-3))))
+
     def summary(self, name: str, value: float) -> None:
         """Adds one number that stands for the run."""
         self._add({"name": name, "value": value})
 
     def finish(self) -> None:
-        """Prints the table and writes the file."""
+        """Prints the table."""
         print(f"\n{self._common['device']}, {self._common['threads']} threads, torch {torch.__version__}")
         print(f"{'name':<34} {'variant':<18} {'shape':<26} {'dtype':<9} {'median':>10} {'p20':>10} {'p80':>10} {'peak':>10}")
         for row in self.rows:
@@ -87,13 +98,13 @@ class Report:
                     f"{row['name']:<34} {row['variant']:<18} {row['shape']:<26} {row['dtype']:<9} "
                     f"{row['median']:7.2f} ms {row['p20']:7.2f} ms {row['p80']:7.2f} ms {peak:>10}"
                 )
-        if self.out:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.out.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def _add(self, row: dict) -> None:
         row = {**row, **self._common}
         self.rows.append(row)
+        if self.out:
+            with self.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
         shown = f"{row['value']:.4g}" if "value" in row else f"{row['variant']}: {row['median']:.2f} ms"
         print(f"{row['name']} {row.get('shape', '')} {shown}", flush=True)
 
@@ -120,19 +131,21 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.numel() * source.element_size() / (best_ms / 1000)
 
 
-def _run(variant: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of one call."""
+def _run(variant: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+    """Milliseconds of one call, the mean of `calls` in a row."""
     if device.type == "cuda":
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
         start.record()
-        variant()
+        for _ in range(calls):
+            variant()
         stop.record()
         torch.cuda.synchronize()
-        return start.elapsed_time(stop)
+        return start.elapsed_time(stop) / calls
     begin = time.perf_counter()
-    variant()
-    return (time.perf_counter() - begin) * 1000
+    for _ in range(calls):
+        variant()
+    return (time.perf_counter() - begin) * 1000 / calls
 
 
 def _peak_resident_mib(variant: Callable[[], object]) -> float | None:

@@ -5,6 +5,7 @@ size that they are resized to, as DeepLabV3+ leaves them.
 """
 
 import argparse
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -30,18 +31,20 @@ def argmax(report: Report, options: argparse.Namespace) -> None:
             confidence, mask = _resize(x, SIZE).softmax(1).max(1)
             return mask.byte(), confidence
 
-        compiled = torch.compile(eager, dynamic=False)
         agreement = (upsample_argmax(logits, SIZE) == eager()).float().mean().item()
         assert agreement > 0.9999, agreement
         shape = _shape(logits)
         rows = report.compare(
             "upsample_argmax", shape, "float32",
-            {"fused": lambda x=logits: upsample_argmax(x, SIZE), "eager": eager, "compiled": compiled},
+            {"fused": lambda x=logits: upsample_argmax(x, SIZE), "eager": eager, **_compiled(options, eager)},
         )  # fmt: skip
         pairs += [(rows["fused"], rows["eager"])]
         rows = report.compare(
             "upsample_argmax.confidence", shape, "float32",
-            {"fused": lambda x=logits: upsample_argmax(x, SIZE, confidence=True), "eager": eager_confidence},
+            {
+                "fused": lambda x=logits: upsample_argmax(x, SIZE, confidence=True),
+                "eager": eager_confidence, **_compiled(options, eager_confidence),
+            },
         )  # fmt: skip
         pairs += [(rows["fused"], rows["eager"])]
     report.summary("upsample_argmax.fused_vs_eager_ratio", minimum_ratio(pairs))
@@ -66,26 +69,32 @@ def augmentation(report: Report, options: argparse.Namespace) -> None:
                 softmax_accumulate(acc, logits, scaled, SIZE, flip)
             return finalize(acc)
 
-        def eager(views=views, classes=classes, add=add):
+        def all_views(add, views=views, classes=classes):
             acc = torch.zeros((1, classes, *SIZE), device=report.device)
             for logits, scaled, flip in views:
                 add(acc, logits, scaled, flip)
             value, mask = acc.max(1)
             return mask.byte(), (value / acc.sum(1)).mean((1, 2)), torch.bincount(mask.flatten(), minlength=classes)
 
-        agreement = (fused()[0] == eager()[0]).float().mean().item()
+        agreement = (fused()[0] == all_views(add)[0]).float().mean().item()
         assert agreement > 0.9999, agreement
-        acc, compiled = torch.zeros((1, classes, *SIZE), device=report.device), torch.compile(add, dynamic=False)
+        acc, compiled = torch.zeros((1, classes, *SIZE), device=report.device), _compiled(options, add)
         rows = report.compare(
             "softmax_accumulate", _shape(views[-1][0]), "float32",
             {
                 "fused": lambda a=acc, v=views[-1]: softmax_accumulate(a, v[0], v[1], SIZE, v[2]),
                 "eager": lambda a=acc, v=views[-1], add=add: add(a, *v),
-                "compiled": lambda a=acc, v=views[-1], compiled=compiled: compiled(a, *v),
+                **{label: lambda a=acc, v=views[-1], add=add: add(a, *v) for label, add in compiled.items()},
             },
         )  # fmt: skip
         pairs += [(rows["fused"], rows["eager"])]
-        rows = report.compare("ten_views", f"1,{classes},{SIZE[0]},{SIZE[1]}", "float32", {"fused": fused, "eager": eager})
+        rows = report.compare(
+            "ten_views", f"1,{classes},{SIZE[0]},{SIZE[1]}", "float32",
+            {
+                "fused": fused, "eager": lambda add=add, all_views=all_views: all_views(add),
+                **{label: lambda add=add, all_views=all_views: all_views(add) for label, add in compiled.items()},
+            },
+        )  # fmt: skip
         pairs += [(rows["fused"], rows["eager"])]
     report.summary("softmax_accumulate.fused_vs_eager_ratio", minimum_ratio(pairs))
 
@@ -119,15 +128,20 @@ def masks(report: Report, options: argparse.Namespace) -> None:
         shape = ",".join(map(str, pred.shape))
         rows = report.compare(
             f"confusion.{kind}", shape, "uint8",
-            {"fused": lambda p=pred, t=target: confusion(p, t, 21), "eager": eager},
+            {"fused": lambda p=pred, t=target: confusion(p, t, 21), "eager": eager, **_compiled(options, eager)},
         )  # fmt: skip
         pairs += [(rows["fused"], rows["eager"])]
         rows = report.compare(
             f"pairwise_iou.{kind}", shape, "uint8",
-            {"fused": lambda p=pred, t=target: pairwise_iou(p, t, 21), "eager": eager_iou},
+            {"fused": lambda p=pred, t=target: pairwise_iou(p, t, 21), "eager": eager_iou, **_compiled(options, eager_iou)},
         )  # fmt: skip
         pairs += [(rows["fused"], rows["eager"])]
     report.summary("confusion.fused_vs_eager_ratio", minimum_ratio(pairs))
+
+
+def _compiled(options: argparse.Namespace, function: Callable) -> dict[str, Callable]:
+    """The compiled form of `function` as a further variant, unless --no-compile."""
+    return {} if options.no_compile else {"compiled": torch.compile(function, dynamic=False)}
 
 
 def _logits(batch: int, classes: int, size: tuple[int, int], device: torch.device) -> torch.Tensor:

@@ -19,6 +19,10 @@ DEVICES = [
 ]
 
 
+if torch.cuda.is_available():  # float32 is to mean float32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
 @contextlib.contextmanager
 def forced(form: str):
     os.environ[dilated_conv.FORM_VARIABLE] = form
@@ -93,6 +97,15 @@ def test_valid_share_counts_what_meets_the_map():
         inside = F.conv2d(torch.ones(1, 1, height, width), torch.ones(1, 1, 3, 3), padding=dilation, dilation=dilation).sum()
         expected = inside.item() / (9 * height * width)
         assert dilated_conv.valid_share(height, width, dilation) == pytest.approx(expected)
+
+
+def test_the_plain_forms_are_forced_here_too(monkeypatch):
+    x = torch.empty(1, 1, 9, 9)
+    assert dilated_conv.form("weight gradient", x, 8) == "taps"
+    monkeypatch.setenv("STPP_KERNELS", "reference")
+    assert dilated_conv.form("weight gradient", x, 8) == "conv"
+    with forced("taps"):
+        assert dilated_conv.form("weight gradient", x, 8) == "taps"
 
 
 def test_form_saves_work_on_a_cpu_only():

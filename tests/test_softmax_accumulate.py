@@ -134,6 +134,7 @@ def test_no_images_and_float64_logits():
         (torch.zeros(1, 3, 5, 6), torch.zeros(1, 3, 2, 2), (4, 4), (6, 5), ValueError, "the sum has shape"),
         (torch.zeros(1, 4, 5, 6), torch.zeros(1, 3, 2, 2), (4, 4), (5, 6), ValueError, "the sum has shape"),
         (torch.zeros(1, 3, 5, 6), torch.zeros(1, 3, 2, 2), (0, 4), (5, 6), ValueError, "scaled_size is"),
+        (torch.zeros(1, 3, 5, 1).expand(1, 3, 5, 6), torch.zeros(1, 3, 2, 2), (4, 4), (5, 6), ValueError, "shares memory"),
         (torch.zeros(1, 3, 5, 6).half(), torch.zeros(1, 3, 2, 2), (4, 4), (5, 6), TypeError, "sum is torch.float16"),
     ],
 )

@@ -12,7 +12,7 @@ from stpp.errors import UserError
 PLAIN = synthetic.Difficulty(
     hue_spread=0.0, any_colour=0.0, typical_texture=1.0, saturation=(0.9, 0.9), texture_strength=(0.0, 0.0),
     background_saturation=(0.0, 0.0), distractors=(0, 0), light=0.0, shadow=0.0, exposure=(1.0, 1.0), cast=0.0,
-    blur_px=(0.0, 0.0), noise=(0.0, 0.0),
+    blur_px=(0.0, 0.0), poor=0.0, noise=(0.0, 0.0),
 )  # fmt: skip
 
 

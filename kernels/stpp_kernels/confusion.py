@@ -64,6 +64,8 @@ def _checked(pred: Tensor, target: Tensor, num_classes: int, ignore: int, per_im
             raise TypeError(f"{name} is {mask.dtype}; expected torch.uint8 or torch.int64")
     if pred.shape != target.shape:
         raise ValueError(f"pred has shape {tuple(pred.shape)} and target {tuple(target.shape)}; expected the same")
+    if pred.device != target.device:
+        raise ValueError(f"pred is on {pred.device} and target on {target.device}; expected one device")
     if not 1 <= num_classes <= 256:
         raise ValueError(f"num_classes is {num_classes}; expected 1 to 256")
     if per_image and pred.dim() < 1:

@@ -59,12 +59,20 @@ def form(product: str, x_NIHW: Tensor, dilation: int) -> str:
         x_NIHW: the input.
         dilation: at least 1.
     """
-    forced = os.environ.get(FORM_VARIABLE, "")
-    if forced in ("taps", "conv"):
+    forced = _forced_form()
+    if forced:
         return forced
     if x_NIHW.device.type != "cpu" or valid_share(*x_NIHW.shape[2:], dilation) > MAX_VALID_SHARE:
         return "conv"
     return "taps" if _compute_dtype(x_NIHW) != torch.float32 or product == "weight gradient" else "conv"
+
+
+def _forced_form() -> str:
+    """The form that the environment asks for, or ""."""
+    asked = os.environ.get(FORM_VARIABLE, "")
+    if asked in ("taps", "conv"):
+        return asked
+    return "conv" if dispatch.reference_forced() else ""
 
 
 def valid_taps(x_NIHW: Tensor, weight_OI33: Tensor, dilation: int) -> Tensor:
@@ -275,8 +283,9 @@ def _backward(ctx, grad):
 
 torch.library.register_autograd("stpp_kernels::dilated_conv3x3", _backward, setup_context=_setup_context, lib=dispatch.LIB)
 for _name in ("dilated_conv3x3", "dilated_conv3x3_backward"):
-    dispatch.note(_name, "cpu", "valid taps")
-    dispatch.note(_name, "cuda", "conv2d")
+    _named = {"taps": "valid taps", "conv": "conv2d"}
+    dispatch.note(_name, "cpu", _named.get(_forced_form(), "valid taps or conv2d"))
+    dispatch.note(_name, "cuda", _named.get(_forced_form(), "conv2d"))
 
 
 def dilated_conv3x3(x_NIHW: Tensor, weight_OI33: Tensor, dilation: int) -> Tensor:

@@ -55,7 +55,7 @@ def define(
         CPP_LIB.define(f"{name}{signature}")
     qualified = f"{NAMESPACE}::{name}"
     torch.library.register_fake(qualified, fake, lib=LIB)
-    forced = os.environ.get("STPP_KERNELS", "") == "reference"
+    forced = reference_forced()
     cpp_op = getattr(getattr(torch.ops, CPP_NAMESPACE), name).default if cpp else None
     has_cpp = cpp and not forced and _has_cpp_kernel(name)
     has_triton = triton is not None and not forced and triton_available()
@@ -80,6 +80,11 @@ def implementations(device: str | None = None) -> dict[str, str]:
     return {name: chosen[device] for name, chosen in _chosen.items()}
 
 
+def reference_forced() -> bool:
+    """Whether the environment asks for the plain PyTorch forms."""
+    return os.environ.get("STPP_KERNELS", "") == "reference"
+
+
 def triton_available() -> bool:
     """Whether the `triton` package (not this package's `triton` folder) is installed, and a C compiler for its launchers."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
@@ -94,7 +99,7 @@ def note(name: str, device: str, implementation: str) -> None:
 @functools.cache
 def load_extension() -> bool:
     """Loads the C++ kernels; False, said once, where there are none or they do not load."""
-    if os.environ.get("STPP_KERNELS", "") == "reference":
+    if reference_forced():
         return False
     libraries = sorted(Path(__file__).parent.glob("_C*.so")) + sorted(Path(__file__).parent.glob("_C*.pyd"))
     for library in libraries:

@@ -28,7 +28,7 @@ def softmax_accumulate(
         flip: whether the view was mirrored left to right; its probabilities are mirrored back.
 
     Raises:
-        ValueError: shapes that disagree, more than 256 classes, or an empty size.
+        ValueError: shapes or devices that disagree, more than 256 classes, an empty size, or a sum that overlaps itself.
         TypeError: sums that are not float32, or logits that are not floating point.
     """
     check_logits(logits_NChw)
@@ -39,6 +39,10 @@ def softmax_accumulate(
     expected = (logits_NChw.shape[0], logits_NChw.shape[1], height, width)
     if tuple(acc_NCHW.shape) != expected:
         raise ValueError(f"the sum has shape {tuple(acc_NCHW.shape)}; these logits and size need {expected}")
+    if any(stride == 0 and size > 1 for stride, size in zip(acc_NCHW.stride(), acc_NCHW.shape, strict=True)):
+        raise ValueError("the sum shares memory between its elements (an expanded tensor); make it with torch.zeros")
+    if acc_NCHW.device != logits_NChw.device:
+        raise ValueError(f"the sum is on {acc_NCHW.device} and the logits on {logits_NChw.device}; expected one device")
     _accumulate_op(acc_NCHW, logits_NChw.detach(), [scaled_height, scaled_width], [height, width], flip)
 
 

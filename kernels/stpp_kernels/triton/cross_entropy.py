@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stpp_kernels import reference
+from stpp_kernels.triton.resize import step
 
 TILE = 512  # elements of a [cells, classes] tile: with 4 warps about 150 registers a thread (1024 would take all 255)
 BAND = 4  # cell rows of a band, at least
@@ -213,7 +214,7 @@ def upsample_cross_entropy(
         work_strides = (work.permute(0, 1, 4, 2, 3) if channels_last else work).stride()
         shared = torch.empty((num_images, bands, 2, num_classes, w), device=device)
 
-    scale_y, scale_x = (_scale(small, large) for small, large in ((h, height), (w, width)))
+    scale_y, scale_x = step(h, height), step(w, width)
     with torch.cuda.device_of(logits):
         _forward[(programs,)](
             logits, labels.contiguous(), _weights(class_weight, logits), _weights(pixel_weight, logits), work, shared, *partials,
@@ -232,11 +233,6 @@ def upsample_cross_entropy(
         )  # fmt: skip
     torch._assert_async(valid, f"a label lies outside [0, {num_classes}) and is not the ignore index {ignore_index}")
     return loss, counted, gradient
-
-
-def _scale(small: int, large: int) -> float:
-    """Step of one output in inputs, rounded to float32 as the kernels use it."""
-    return float(torch.tensor((small - 1) / (large - 1), dtype=torch.float32)) if large > 1 else 0.0
 
 
 def _weights(weight: Tensor | None, logits: Tensor) -> Tensor:

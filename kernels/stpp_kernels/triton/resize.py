@@ -19,7 +19,7 @@ def step(length: int, out_length: int) -> float:
     """Source pixels from one output pixel to the next, rounded to fp32 as PyTorch does."""
     if out_length < 2:
         return 0.0
-    return (torch.tensor(length - 1, dtype=torch.float32) / (out_length - 1)).item()
+    return (torch.tensor(length - 1, dtype=torch.float32, device="cpu") / (out_length - 1)).item()
 
 
 def block_width(width: int) -> int:
