@@ -1,0 +1,178 @@
+"""One training step: the engine against the public recipe and against tuned PyTorch, on batches in memory.
+
+    python benchmarks/bench_step.py --out benchmarks/results/last.jsonl
+    python benchmarks/bench_step.py --backbone resnet18 --crop 161 --output-stride 16 --batch 8 --rounds 3
+
+Peers, as their users run them: *public*: float32, NCHW, dilated convolutions as PyTorch gives them, cross-entropy of full-size
+logits, plain SGD. *tuned*: the same with autocast in the engine's precision, channels_last and fused SGD; *compiled*: tuned
+under torch.compile. The engine's step is the Trainer's own. All start from equal weights and take the same images and labels;
+before the clock starts, their first losses are compared.
+
+Rows: milliseconds a step. Summaries: the parts of the engine's step, `step.engine_vs_public_ratio`, `step.engine_vs_tuned_ratio`
+(against the faster of tuned and compiled), images a second, and the share of the measured rate of a large matrix product that
+the step's nominal operations reach.
+"""
+
+import argparse
+import copy
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from harness import Report, arguments
+from stpp.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
+from stpp.data.sample import Batch, Sample
+from stpp.distributed import World
+from stpp.models.build import build_model
+from stpp.models.layers import DilatedConv3x3
+from stpp.precision import autocast_dtype
+from stpp.train import Schedule, Trainer
+from stpp_kernels import upsample_cross_entropy
+
+CLASSES = 21
+IGNORED = 0.1
+
+
+def engine(options: argparse.Namespace, device: torch.device, folder: Path) -> Trainer:
+    """The Trainer of a run that is never started: only its step is used."""
+    config = Config(
+        data=DataConfig(root=folder), out=folder,
+        model=ModelConfig(name=options.model, backbone=options.backbone, output_stride=options.output_stride, pretrained="none"),
+        augment=AugmentConfig(crop_px=options.crop), train=TrainConfig(batch_global=options.batch, precision=options.precision))
+    sample = Sample(key="none", image="none", mask="none", width=options.crop, height=options.crop)
+    return Trainer(config, World(device=device), [sample] * options.batch, stage=1, title="bench",
+                   classes=tuple(map(str, range(CLASSES))), folder=folder, schedule=Schedule(steps=1 << 30, validate_steps=1 << 30),
+                   validate=None)
+
+
+def peer(network: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, dtype: torch.dtype, channels_last: bool,
+         compiled: bool, lr: float) -> Callable[[], torch.Tensor]:
+    """A step as PyTorch's users write it: `network` with plain convolutions, the loss of full-size logits."""
+    for module in network.modules():
+        if isinstance(module, DilatedConv3x3):
+            module.valid_taps = False
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    network.to(memory_format=layout)
+    images, targets = images.contiguous(memory_format=layout), labels.long()
+    optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4, fused=True if channels_last else None)
+    model = torch.compile(network) if compiled else network
+
+    def step() -> torch.Tensor:
+        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+            full = F.interpolate(model(images), targets.shape[1:], mode="bilinear", align_corners=True)
+            loss = F.cross_entropy(full, targets, ignore_index=255)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def parts(trainer: Trainer, batch: Batch, device: torch.device, rounds: int) -> dict[str, float]:
+    """Milliseconds of the forward pass, the loss, the backward pass and the optimiser, each waited for: medians."""
+    found: dict[str, list[float]] = {"forward": [], "loss": [], "backward": [], "optimizer": []}
+    for _ in range(rounds):
+        marks = [_now(device)]
+        with torch.autocast(device.type, trainer.autocast_dtype, enabled=trainer.autocast_dtype != torch.float32):
+            logits = trainer.model(batch.images_NCHW)
+        marks.append(_now(device))
+        total, counted = upsample_cross_entropy(logits, batch.labels_NHW)
+        marks.append(_now(device))
+        (total / counted).backward()
+        marks.append(_now(device))
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad(set_to_none=True)
+        marks.append(_now(device))
+        for name, begin, end in zip(found, marks[:-1], marks[1:], strict=True):
+            found[name].append((end - begin) * 1000)
+    return {name: sorted(times)[len(times) // 2] for name, times in found.items()}
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a large square matrix product: the rate that a step is measured against."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        begin = _now(device)
+        a @ b
+        best = min(best, _now(device) - begin)
+    return 2 * side**3 / best
+
+
+def flop_of(network: nn.Module, images: torch.Tensor) -> int:
+    """Nominal operations of a forward and backward pass: those of plain convolutions, padding counted."""
+    shell = copy.deepcopy(network).to("meta")
+    for module in shell.modules():
+        if isinstance(module, DilatedConv3x3):
+            module.valid_taps = False
+    with FlopCounterMode(display=False) as counter:
+        shell(torch.empty_like(images, device="meta")).sum().backward()
+    return counter.get_total_flops()
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def main() -> None:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--model", default="deeplabv3plus", choices=["deeplabv3plus", "pspnet", "deeplabv2"])
+    parser.add_argument("--backbone", default="resnet50", choices=["resnet18", "resnet50", "resnet101"])
+    parser.add_argument("--output-stride", type=int, default=8, choices=[8, 16, 32])
+    parser.add_argument("--crop", type=int, default=321, help="pixels")
+    parser.add_argument("--batch", type=int, default=0, help="images; 0: 16 on a GPU, 2 on a CPU")
+    parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"])
+    parser.add_argument("--no-compile", action="store_true", help="leave out the compiled peer")
+    options = parser.parse_args()
+    report = Report(options)
+    device = report.device
+    options.batch = options.batch or (16 if device.type == "cuda" else 2)
+    dtype = autocast_dtype(options.precision, device)
+    torch.manual_seed(0)
+    network = build_model(options.model, options.backbone, CLASSES, options.output_stride).to(device)
+    images = torch.randn(options.batch, 3, options.crop, options.crop, device=device)
+    labels = torch.randint(CLASSES, (options.batch, options.crop, options.crop), dtype=torch.uint8, device=device)
+    labels[torch.rand(labels.shape, device=device) < IGNORED] = 255
+    batch = Batch(images_NCHW=images.contiguous(memory_format=torch.channels_last), labels_NHW=labels, indices=None)
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = engine(options, device, Path(folder))
+        trainer.network.load_state_dict(network.state_dict())
+        lr = trainer.optimizer.param_groups[0]["base_lr"]
+        variants = {"engine": lambda: trainer.train_step([batch])}
+        settings = {"public": (torch.float32, False, False), "tuned": (dtype, True, False)}
+        if not options.no_compile:
+            settings["compiled"] = (dtype, True, True)
+        for label, (kind, channels_last, compiled) in settings.items():
+            variants[label] = peer(copy.deepcopy(network).train(), images, labels, dtype=kind, channels_last=channels_last,
+                                   compiled=compiled, lr=lr)
+        losses = {label: variant().item() for label, variant in variants.items()}
+        print("first losses:", {label: round(loss, 4) for label, loss in losses.items()})
+        assert max(losses.values()) - min(losses.values()) < 0.05 * losses["public"], losses  # dropout draws differ
+        shape = f"{options.batch},3,{options.crop},{options.crop}"
+        name = f"step.{options.model}_{options.backbone}_os{options.output_stride}"
+        rows = report.compare(name, shape, str(dtype).removeprefix("torch."), variants)
+        for part, value in parts(trainer, batch, device, options.rounds).items():
+            report.summary(f"step.engine_{part}_ms", value)
+    step_ms = rows["engine"]["median"]
+    report.summary("step.engine_images_per_s", 1000 * options.batch / step_ms)
+    report.summary("step.public_images_per_s", 1000 * options.batch / rows["public"]["median"])
+    report.summary("step.engine_share_of_matmul_rate", flop_of(network, images) / (step_ms / 1000) / matmul_rate(device, dtype))
+    report.summary("step.engine_vs_public_ratio", rows["public"]["median"] / step_ms)
+    tuned = min(rows[label]["median"] for label in ("tuned", "compiled") if label in rows)
+    report.summary("step.engine_vs_tuned_ratio", tuned / step_ms)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()
