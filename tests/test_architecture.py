@@ -29,12 +29,13 @@ MAY_IMPORT = (
 )
 # Heavy packages, and the modules that wrap them. True: the wrapper is itself imported lazily.
 WRAPPERS = {
-    "nvidia": {"stpp.data.dali": True, "stpp.data.dali_graph": True},
+    "nvidia": {"stpp.data.dali": True, "stpp.data.dali_graph": True, "stpp.label.decode_dali": True},
     "pyarrow": {"stpp.data.table": False, "stpp.label.rows": False},
     "tensorrt": {"stpp.teacher.tensorrt": False},
     "tensorrt_rtx": {"stpp.teacher.tensorrt": False},
     "torch_tensorrt": {"stpp.teacher.torch_tensorrt": False},
     "apex": {"stpp.optimizer": False},
+    "fsspec": {"stpp.label.storage": False},
 }
 LIGHT = ("stpp", "stpp.config", "stpp.cli", "stpp.errors", "stpp.files")
 

@@ -12,7 +12,8 @@ from stpp.data import index
 from stpp.data.masks import read_index_mask
 from stpp.errors import UserError
 from stpp.evaluate import evaluate, report
-from stpp.label import labeller, reliability
+from stpp.label import labeller, reliability, rows
+from stpp.label.teachers import ready
 from stpp.models.build import build_model
 from stpp.models.trained import load_network
 from stpp.teacher import tta
@@ -113,8 +114,8 @@ def test_views_add_up_as_described(mode, size):
 
 
 def test_pseudo_labels_equal_the_plain_form(samples, tmp_path):
-    result = labeller.label(teacher(), samples, HERE, config=LabelConfig(batch_per_rank=3), data=DataConfig(threads=1),
-                            out=tmp_path, title="label")
+    result = labeller.label(ready(teacher(), identity="one"), samples, HERE, config=LabelConfig(batch_per_rank=3),
+                            data=DataConfig(threads=1), out=tmp_path, title="label")
     same = pixels = 0
     net = network(0)
     for sample in samples:
@@ -140,9 +141,17 @@ def test_confusion_counts_every_labelled_pixel_once(samples):
     assert differing > 0
 
 
-def test_reliability_is_the_agreement_with_the_last_checkpoint(samples):
+def scores_of(teachers, samples, out) -> list[float]:
+    lines = [sample.key for sample in samples]
+    reliability.select(ready(*teachers, identity="three"), samples, lines, HERE, config=LabelConfig(), data=DataConfig(threads=1),
+                       out=out)
+    found = {row["key"]: row["reliability"] for row in rows.read(out / "reliability.parquet")}
+    return [found[key] for key in lines]
+
+
+def test_reliability_is_the_agreement_with_the_last_checkpoint(samples, tmp_path):
     teachers = [teacher(seed) for seed in (1, 2, 3)]
-    scores = reliability.reliability(teachers, samples, HERE, DataConfig(threads=1))
+    scores = scores_of(teachers, samples, tmp_path / "three")
     for sample, score in zip(samples, scores, strict=True):
         size = (sample.height, sample.width)
         with torch.no_grad():
@@ -155,7 +164,7 @@ def test_reliability_is_the_agreement_with_the_last_checkpoint(samples):
                          for c in range(6) if ((earlier == c) | (third == c)).any()]
             ious.append(np.mean(per_class))
         assert score == pytest.approx(np.mean(ious), abs=0.02)
-    assert reliability.reliability([teachers[0]] * 3, samples, HERE, DataConfig(threads=1)) == pytest.approx([1.0] * 7)
+    assert scores_of([teachers[0]] * 3, samples, tmp_path / "same") == pytest.approx([1.0] * 7)
 
 
 def test_miou_averages_the_classes_that_occur():

@@ -67,6 +67,27 @@ class Evaluate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Compile:
+    """Compile a checkpoint into an engine that labels faster: see docs/engines.md."""
+
+    checkpoint: Path
+    """A best.pt or third-*.pt of a run."""
+    out: Path
+    """Folder of the engine; an engine that is there is replaced."""
+    backend: Literal["auto", "tensorrt", "torch-tensorrt", "inductor", "eager"] = "auto"
+    """Compiler; auto: the fastest that is installed."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Type of weights and feature maps."""
+    shapes: tuple[str, ...] = ()
+    """Smallest, typical and largest input as NxHxW, for example 1x32x32 4x360x480 16x1024x2048; views for test-time
+    augmentation are up to twice as large as the images. By default any (inductor), or these."""
+    sample: Path | None = None
+    """Folder of images on which the engine must agree with eager; unset: the first images that it labels."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where the engine will run."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Demo:
     """Make a small synthetic data set and run ST++ on it with two processes."""
 
@@ -162,11 +183,60 @@ def _of_run(options: Evaluate) -> tuple[Path, Path]:
     return folder, listed
 
 
+def _compile(args: list[str]) -> None:
+    options = config.parse(Compile, args, prog="stpp compile")
+    if not options.checkpoint.is_file():
+        raise UserError(f"--checkpoint {options.checkpoint}: no such file")
+    from stpp import distributed
+    from stpp.models.trained import load_network
+    from stpp.teacher.engine import Shapes, compile_teacher
+
+    shapes = Shapes.parse(options.shapes) if options.shapes else None
+    with distributed.world(options.device) as here:
+        if here.size > 1:
+            raise UserError("stpp compile runs in one process; start it without torchrun")
+        sample = options.sample and _images(options.sample, here.device)
+        compile_teacher(options.checkpoint, options.out, load=load_network, device=here.device, backend=options.backend,
+                        precision=options.precision, shapes=shapes, sample=sample)
+    print(options.out)
+
+
+def _images(folder: Path, device):
+    """Iterator over the normalised images [1, 3, H, W] of a folder and its sub-folders."""
+    import numpy as np
+    import torch
+
+    from stpp.data import exif, layouts, reference
+
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in layouts.IMAGE_EXTENSIONS)
+    if not paths:
+        raise UserError(f"--sample {folder}: no images found")
+
+    def one(path: Path) -> torch.Tensor:
+        with exif.opened(path) as file:
+            pixels = exif.upright(np.asarray(file.convert("RGB")), exif.orientation(file))
+        return torch.from_numpy(reference.normalised(pixels)).to(device).permute(2, 0, 1)[None]
+
+    return map(one, paths)
+
+
 def _demo(args: list[str]) -> None:
     options = config.parse(Demo, args, prog="stpp demo")
     from stpp.demo import demo
 
     demo(options.out, seed=options.seed, control=options.control)
+
+
+def _label(args: list[str]) -> None:
+    from stpp.label import command
+
+    command.label(config.parse(command.Label, args, prog="stpp label"))
+
+
+def _select(args: list[str]) -> None:
+    from stpp.label import command
+
+    command.select(config.parse(command.Select, args, prog="stpp select"))
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
@@ -175,6 +245,9 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "split": (_split, "draw which images keep their labels"),
     "train": (_train, "run supervised training, ST or ST++"),
     "evaluate": (_evaluate, "score a checkpoint at native size"),
+    "compile": (_compile, "compile a checkpoint into an engine that labels faster"),
+    "label": (_label, "write pseudo labels of any number of images"),
+    "select": (_select, "rank images by the agreement of several checkpoints"),
 }
 
 

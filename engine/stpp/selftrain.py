@@ -24,7 +24,7 @@ from stpp.data.sampler import StepSampler
 from stpp.distributed import World
 from stpp.errors import UserError
 from stpp.evaluate import evaluate
-from stpp.label import labeller, reliability
+from stpp.label import labeller, reliability, teachers
 from stpp.metrics import mean_iou
 from stpp.models.trained import load_network
 from stpp.precision import autocast_dtype
@@ -172,12 +172,12 @@ class Run:
         folder = self._folder(name)
 
         def do() -> dict:
-            teachers = [self._teacher(self._folder(trained) / f"third-{i}.pt") for i in (1, 2, 3)]
-            scores = reliability.reliability(teachers, samples, self.here, self.config.data)
             entries = {entry.key: entry for entry in self.index.entries.values()}
             lines = [splits.line(entries[sample.key]) for sample in samples]
-            distributed.on_main(self.here, lambda: reliability.write_selection(folder, samples, lines, scores))
-            return {"mean_reliability": sum(scores) / len(scores)}
+            paths = [self._folder(trained) / f"third-{i}.pt" for i in (1, 2, 3)]
+            mean = reliability.select(self._opening(paths, samples, "none"), samples, lines, self.here, out=folder, title=name,
+                                      config=self.config.label, data=self.config.data)
+            return {"mean_reliability": mean}
 
         self.stages.append(self._once(name, f"rank {len(samples)} images by the agreement of three checkpoints", do))
         return tuple(splits.read_split(folder / file, self.index, labelled=False)
@@ -188,8 +188,9 @@ class Run:
         config = self.config
 
         def do() -> dict:
-            labelled = labeller.label(self._teacher(self._folder(trained) / "best.pt"), samples, self.here,
-                                      config=config.label, data=config.data, out=self._folder(name), title=name)
+            teacher = self._opening([self._folder(trained) / "best.pt"], samples, config.label.tta)
+            labelled = labeller.label(teacher, samples, self.here, config=config.label, data=config.data,
+                                      out=self._folder(name), title=name)
             return {"images": labelled.images, "pseudo_label_miou": labelled.miou}
 
         what = f"label {len(samples)} images with the teacher of {trained}, {config.label.tta} views"
@@ -214,6 +215,14 @@ class Run:
 
     def _validate(self, network: torch.nn.Module) -> float:
         return mean_iou(evaluate(self._eager(network), self.val, self.here, self.config.data))
+
+    def _opening(self, paths: list[Path], samples: list[Sample], mode: str) -> teachers.Open:
+        backend = self.config.label.backend
+        if backend == "auto" and self.config.deterministic:
+            backend = "eager"  # the choice depends on the threads, and so on the number of ranks
+        pixels = sum(sample.width * sample.height for sample in samples) // len(samples)
+        return teachers.from_paths(paths, self.here.device, mode=mode, backend=backend,
+                                   precision=self.config.train.precision, image_px=pixels)
 
     def _teacher(self, path: Path) -> EagerTeacher:
         return self._eager(load_network(path)[0])

@@ -1,80 +1,118 @@
-"""Pseudo labels of a list of images: one mask a file, one row a mask.
+"""Pseudo labels: of a corpus, and of the samples of a self-training stage."""
 
-N images, C classes, H W size of the image.
-"""
-
-import os
+import dataclasses
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from stpp import distributed, log
 from stpp.config import DataConfig, LabelConfig
-from stpp.data import loader
-from stpp.data.masks import write_index_png
+from stpp.data.masks import read_index_mask
 from stpp.data.sample import Sample
 from stpp.distributed import World
+from stpp.errors import UserError
 from stpp.label import rows
+from stpp.label.corpus import SampleSource, Source
+from stpp.label.jobs import Labels
+from stpp.label.plan import Cut
+from stpp.label.run import Summary, Task, execute
+from stpp.label.shards import WHOLE, Part
+from stpp.label.teachers import Open, Opened
 from stpp.metrics import mean_iou
-from stpp.teacher import tta
-from stpp.teacher.engine import Teacher
-from stpp_kernels import confusion, finalize
+from stpp_kernels import confusion
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Labelled:
-    """What labelling a list ended with."""
+    """What labelling the samples of a stage ended with."""
 
     images: int
     miou: float | None
     """Agreement with the masks of the images, percent, where all of them have one: reported, never trained on."""
 
 
-@torch.inference_mode()
-def label(teacher: Teacher, samples: Sequence[Sample], here: World, *, config: LabelConfig, data: DataConfig,
-          out: Path, title: str) -> Labelled:
-    """Writes `out/masks/<key>.png` (8-bit class indices) for every sample and `out/labels.parquet`, a row each.
+def label_corpus(open_teacher: Open, source: Source, here: World, *, config: LabelConfig, data: DataConfig, out: Path,
+                 output: str = "png", part: Part = WHOLE, verify: bool = False, list_only: bool = False,
+                 title: str = "label") -> Summary:
+    """Writes a mask (8-bit class indices, 255 below the confidence floor) of every image, and the rows that describe it.
 
-    Rows: key, mask (path below `out`), width, height, mean_confidence, class_pixels. The Parquet file is written
-    last: it exists when every mask does.
+    Below `out`: `masks/<key>.png` or `masks/shard-*.tar`, `labels/part-*.parquet` (columns: `rows.LABELS`), at the end
+    `failed.parquet` and `summary.json`; `run.json`, `plan/` and `shards/` are the run's own. The same call continues what
+    was interrupted, on any number of ranks, and ends with the same bytes.
+
+    Args:
+        open_teacher: opens one teacher.
+        data: who decodes, with how many threads, and whether EXIF counts; the rest is not looked at.
+        output: "png" or "tar".
+
+    Raises:
+        UserError: the source, or an output that another run began.
+        OSError: the output cannot be written.
     """
-    found, writes = [], []
-    matrix = torch.zeros(teacher.num_classes, teacher.num_classes, dtype=torch.int64, device=here.device)
-    judged = all(sample.mask is not None for sample in samples)
-    total, batches = loader.native_batches(samples, here, data, max_batch=config.batch_per_rank)
-    threads = distributed.threads_per_rank(here, data.threads)
-    with ThreadPoolExecutor(threads) as pool, log.Progress(title, total) as bar:
-        for batch in batches:
-            sums_NCHW = tta.accumulate(teacher.logits, batch.images_NCHW, config.tta, teacher.num_classes)
-            masks_NHW, confidence_N, pixels_NC = finalize(sums_NCHW)
-            if judged:
-                matrix += confusion(masks_NHW, batch.labels_NHW, teacher.num_classes)
-            confidence, pixels = confidence_N.tolist(), pixels_NC.tolist()  # sync: the results leave the device here
-            for i, mask_HW, mean, counts in zip(batch.indices.tolist(), masks_NHW.cpu().numpy(), confidence, pixels,
-                                                strict=True):
-                name = mask_name(samples[i])
-                writes.append(pool.submit(_write, out / name, mask_HW))
-                found.append({"position": i, "key": samples[i].key, "mask": name, "width": samples[i].width,
-                              "height": samples[i].height, "mean_confidence": mean, "class_pixels": counts})
-            bar.advance(len(batch.indices))
-        for write in writes:
-            write.result()
-    if hasattr(os, "sync"):
-        os.sync()  # the masks were plain writes; what follows says that they are there
-    everyone = sorted((row for part in distributed.gather(found) for row in part), key=lambda row: row.pop("position"))
-    distributed.on_main(here, lambda: rows.write(out / "labels.parquet", everyone))
-    miou = mean_iou(distributed.sum_over_ranks(matrix).cpu()) if judged else None
-    return Labelled(images=len(everyone), miou=miou)
+    if config.pad_to > 1:
+        log.say(f"  --pad-to {config.pad_to}: images are padded at the right and below up to multiples of {config.pad_to} "
+                "pixels; more of them fit one batch, but views are scaled with their padding, and masks change near borders")
+
+    def job(images: int) -> Labels:
+        (opened,) = open_teacher(images)
+        return Labels(network=opened.network, teacher=opened.identity, mode=config.tta, output=output,
+                      min_confidence=config.min_confidence)
+
+    return execute(Task(source=source, open_job=job, cut=cut(config, data), shard_size=config.shard_size, out=out, title=title,
+                        loader=data.loader, threads=data.threads, part=part, verify=verify, list_only=list_only),
+                   here)
+
+
+def label(open_teacher: Open, samples: Sequence[Sample], here: World, *, config: LabelConfig, data: DataConfig, out: Path,
+          title: str) -> Labelled:
+    """Labels the samples of a stage with `label_corpus`.
+
+    Raises:
+        UserError: an image cannot be labelled; training would miss its mask.
+    """
+    classes = []
+
+    def opened(images: int) -> list[Opened]:
+        found = open_teacher(images)
+        classes.append(found[0].network.num_classes)
+        return found
+
+    summary = label_corpus(opened, SampleSource(samples), here, config=config, data=data, out=out, title=title)
+    require_none_bad(summary, out)
+    return Labelled(images=summary.images, miou=agreement(samples, out, here, classes[0]))
+
+
+def cut(config: LabelConfig, data: DataConfig) -> Cut:
+    """How the settings cut shards into batches."""
+    return Cut(max_batch=config.batch_per_rank, batch_pixels=config.batch_pixels, max_pixels=config.max_pixels,
+               pad_to=config.pad_to, exif=data.exif)
+
+
+def require_none_bad(summary: Summary, out: Path) -> None:
+    """Refuses to go on with a list of which some images could not be used.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    if summary.bad:
+        first = rows.read(out / "failed.parquet")[0]
+        raise UserError(f"{summary.bad} images cannot be labelled, the first: {first['source']}: {first['error']}; replace "
+                        f"them or take them off the list, and remove {out} (all are in its failed.parquet)")
+
+
+def agreement(samples: Sequence[Sample], out: Path, here: World, num_classes: int) -> float | None:
+    """Mean IoU, percent, of the pseudo labels in `out` with the samples' own masks; None unless all have one."""
+    if any(sample.mask is None for sample in samples):
+        return None
+    matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    for sample in samples[here.rank :: here.size]:
+        found, truth = (torch.from_numpy(read_index_mask(path).copy())[None] for path in (out / mask_name(sample), sample.mask))
+        counted = torch.where(found == 255, 255, truth)
+        matrix += confusion(found.clamp(max=num_classes - 1), counted, num_classes)
+    return mean_iou(distributed.sum_over_ranks(matrix.to(here.device)).cpu())
 
 
 def mask_name(sample: Sample) -> str:
     """Path of a sample's pseudo label below the folder of its labelling."""
     return f"masks/{sample.key}.png"
-
-
-def _write(path: Path, mask_HW) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_index_png(path, mask_HW)

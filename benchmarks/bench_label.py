@@ -1,0 +1,194 @@
+"""Labelling from files to files: the engine against the public recipe, in one run, on the same images and views.
+
+The public recipe: batch 1, fp32, eager, NCHW, logits and probabilities of every view at full size, PIL in a DataLoader, a
+palette PNG each. Weights are random: they cost the same, and the masks of both are compared before anything is timed.
+
+Rows: `label.end_to_end.<views>`, milliseconds an image (variants engine and public), `label.time.<views>.<part>` (seconds of
+the engine's run, added over threads), `label.agreement.<views>` (share of equal pixels), `label.ratio.<views>`. The summary row
+`label.engine_vs_public_ratio` is the ratio of ST++'s ten views.
+"""
+
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from harness import Report, arguments
+from stpp import checkpoint, distributed
+from stpp.config import DataConfig, LabelConfig
+from stpp.data.masks import read_index_mask
+from stpp.label.corpus import EXTENSIONS, open_source
+from stpp.label.labeller import label_corpus
+from stpp.label.teachers import from_paths
+from stpp.models.build import build_model
+from stpp.models.layers import DilatedConv3x3
+from stpp.models.trained import load_network
+from stpp.teacher.tta import VIEWS
+
+CLASSES = 11
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Pictures(Dataset):
+    """Normalised images, one at a time, as the public loader gives them."""
+
+    def __init__(self, paths: list[Path]):
+        self._paths = paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, str]:
+        with Image.open(self._paths[i]) as image:
+            values = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float().div(255)
+        mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (MEAN, STD))
+        return (values - mean) / std, self._paths[i].stem
+
+
+@torch.no_grad()
+def public(network: torch.nn.Module, paths: list[Path], out: Path, mode: str, device: torch.device, workers: int) -> None:
+    """Labels as the public code does."""
+    scales, mirrored = VIEWS[mode]
+    palette = [value for i in range(256) for value in (i * 37 % 256, i * 73 % 256, i * 109 % 256)]
+    out.mkdir(parents=True)
+    for images, (name,) in DataLoader(Pictures(paths), batch_size=1, num_workers=workers):
+        images = images.to(device)
+        height, width = images.shape[-2:]
+        total = 0
+        for scale in scales:
+            size = (int(height * scale), int(width * scale))
+            view = F.interpolate(images, size, mode="bilinear", align_corners=True)
+            for flip in (False, True)[: 1 + mirrored]:
+                low = network(view.flip(3) if flip else view)
+                probability = F.interpolate(low, size, mode="bilinear", align_corners=True).softmax(1)
+                probability = probability.flip(3) if flip else probability
+                total = total + F.interpolate(probability, (height, width), mode="bilinear", align_corners=True)
+        mask = Image.fromarray(total.argmax(1)[0].cpu().numpy().astype(np.uint8)).convert("P")
+        mask.putpalette(palette)
+        mask.save(out / f"{name}.png")
+
+
+def plain(path: Path, device: torch.device) -> torch.nn.Module:
+    """The network as the public code has it."""
+    network = load_network(path)[0].eval().to(device)
+    for module in network.modules():
+        if isinstance(module, DilatedConv3x3):
+            module.valid_taps = False
+    return network
+
+
+@torch.no_grad()
+def settled(network: torch.nn.Module, pictures: Pictures) -> torch.nn.Module:
+    """Gives random weights batch-norm statistics, and a classifier that prefers no class: or all pixels would be of one."""
+    images = torch.stack([pictures[i % len(pictures)][0][:, :129, :129] for i in range(4)])
+    network.train()
+    for _ in range(3):
+        network(images)
+    network.eval()
+    logits = network(images)
+    classifier = network.get_submodule(network.classifier_name)
+    (layer,) = (module for module in classifier.modules() if isinstance(module, torch.nn.Conv2d))
+    scale = 3 / logits.std((0, 2, 3))
+    layer.weight *= scale.view(-1, 1, 1, 1)
+    layer.bias.copy_((layer.bias - logits.mean((0, 2, 3))) * scale)
+    return network
+
+
+def agreement(ours: Path, theirs: Path) -> float:
+    """Share of pixels with the same class."""
+    same = total = 0
+    for path in sorted(theirs.glob("*.png")):
+        a, b = read_index_mask(path), read_index_mask(ours / path.name)
+        same, total = same + int((a == b).sum()), total + a.size
+    return same / total
+
+
+def compare(report: Report, options, mode: str, paths: list[Path], source: Path, trained: Path, folder: Path) -> float:
+    """Measures both in turn; returns public over engine."""
+    here = distributed.World(device=report.device)
+    opening = from_paths([trained], report.device, mode=mode, backend=options.backend, precision=options.precision)
+    (opened,) = opening(len(paths))
+    network = plain(trained, report.device)
+    times: dict[str, list[float]] = {"engine": [], "public": []}
+    seconds: dict[str, float] = {}
+
+    def engine(out: Path, corpus: Path) -> None:
+        summary = label_corpus(lambda _: [opened], open_source(str(corpus)), here, out=out,
+                               config=LabelConfig(tta=mode, batch_per_rank=options.batch), data=DataConfig())
+        seconds.update(summary.seconds)
+
+    few = folder / "few"
+    few.mkdir(exist_ok=True)
+    shutil.copy(paths[0], few)
+    engine(folder / f"warm-{mode}", few)
+    public(network, paths[:1], folder / f"warm-public-{mode}", mode, report.device, options.workers)
+    for number in range(report.rounds):
+        for label, run in (("engine", lambda out: engine(out, source)),
+                           ("public", lambda out: public(network, paths, out, mode, report.device, options.workers))):
+            start = time.perf_counter()
+            run(folder / f"{label}-{mode}-{number}")
+            times[label].append((time.perf_counter() - start) * 1000 / len(paths))
+    equal = agreement(folder / f"engine-{mode}-0" / "masks", folder / f"public-{mode}-0")
+    assert equal > (0.98 if opened.identity.endswith("fp32") else 0.9), f"{mode}: only {equal:.4f} of the pixels agree"
+    with Image.open(paths[0]) as image:
+        shape = f"{len(paths)} x {image.height}x{image.width}"
+    for label, found in times.items():
+        report.add({"name": f"label.end_to_end.{mode}", "variant": label, "shape": shape,
+                    "dtype": opened.identity.partition("-")[2] if label == "engine" else "fp32", "median": statistics.median(found),
+                    "p20": min(found), "p80": max(found), "unit": "ms", "peak_mib": None, "backbone": options.backbone})
+    for part, value in seconds.items():
+        report.summary(f"label.time.{mode}.{part}", value)
+    report.summary(f"label.agreement.{mode}", equal)
+    ratio = statistics.median(times["public"]) / statistics.median(times["engine"])
+    report.summary(f"label.ratio.{mode}", ratio)
+    return ratio
+
+
+class LabelReport(Report):
+    """A report whose rows are measured here."""
+
+    def add(self, row: dict) -> None:
+        """Adds a row of all columns."""
+        self._add(row)
+
+
+def main() -> None:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--source", type=Path, required=True, help="folder of images")
+    parser.add_argument("--images", type=int, default=24, help="how many of them; all where there are fewer")
+    parser.add_argument("--backbone", default="resnet50")
+    parser.add_argument("--tta", nargs="+", default=["none", "flip", "stpp"], choices=list(VIEWS))
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--backend", default="auto", help="of the engine; compiling is not timed")
+    parser.add_argument("--batch", type=int, default=8, help="images that the engine labels at once")
+    parser.add_argument("--workers", type=int, default=2, help="of the public recipe's DataLoader")
+    parser.set_defaults(rounds=1)
+    options = parser.parse_args()
+    report = LabelReport(options)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        found = sorted(path for path in options.source.rglob("*") if path.suffix.lower() in EXTENSIONS)[: options.images]
+        source = folder / "source"
+        source.mkdir()
+        paths = [Path(shutil.copy(path, source)) for path in found]
+        torch.manual_seed(0)
+        trained = folder / "best.pt"
+        network = settled(build_model("deeplabv3plus", options.backbone, CLASSES, 8), Pictures(paths))
+        checkpoint.save(trained, model=network.state_dict(), classes=[f"class {i}" for i in range(CLASSES)],
+                        architecture={"name": "deeplabv3plus", "backbone": options.backbone, "output_stride": 8})
+        for mode in options.tta:
+            ratio = compare(report, options, mode, paths, source, trained, folder)
+            if mode == "stpp":
+                report.summary("label.engine_vs_public_ratio", ratio)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Teachers of every backend that is present against eager: time by batch and size, compile time, agreement.
+
+    python benchmarks/bench_teacher.py --out benchmarks/results/last.jsonl
+    python benchmarks/bench_teacher.py --model deeplabv3plus --backbone resnet18 --output-stride 16 --precision fp32 --batches 1 8
+
+Peer: `eager`, the folded network in the same precision, as the engine's teachers are without a compiler. The network has random
+weights: time does not depend on them. Its agreement with eager in float32 is measured on smooth random images.
+
+Rows: milliseconds of one forward pass. Summaries: seconds to compile, and to take another teacher's weights, agreement, the
+least ratio to eager over all shapes, and after how many images of the first size (one view) compiling has paid for itself.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from harness import Report, arguments, minimum_ratio
+from stpp.models.build import build_model
+from stpp.precision import autocast_dtype
+from stpp.teacher import build, gate
+from stpp.teacher.build import BACKENDS, PRECISIONS, Plan
+from stpp.teacher.record import ANY_SIZE, Shapes, weights_sha256
+
+CLASSES = 21
+
+
+def plan_of(options: argparse.Namespace, device: torch.device, seed: int = 0) -> Plan:
+    """A network with random weights whose batch norms have seen data and whose classifier tells classes apart."""
+    torch.manual_seed(seed)
+    network = build_model(options.model, options.backbone, CLASSES, options.output_stride).train()
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = None  # statistics of what it saw, not of a tenth of it
+        seen_NCHW = smooth(4, 129, 129, torch.device("cpu"))
+        network(seen_NCHW)
+        spread = network.eval()(seen_NCHW).std()
+        for name, value in network.named_parameters():
+            if name.startswith(network.classifier_name):
+                value.mul_(4 / spread)
+    names = {dtype: name for name, dtype in PRECISIONS.items()}
+    return Plan(network=network, architecture={"name": options.model, "backbone": options.backbone,
+                                                      "output_stride": options.output_stride},
+                classes=tuple(map(str, range(CLASSES))), weights=weights_sha256(network.state_dict()), backend="eager",
+                frozen=True, precision=names[autocast_dtype(options.precision, device)], device=device, shapes=ANY_SIZE)
+
+
+def smooth(count: int, height: int, width: int, device: torch.device) -> torch.Tensor:
+    """Pictures without noise, in the teachers' input format."""
+    coarse = torch.randn(count, 3, 7, 9, device=device)
+    images_NCHW = F.interpolate(coarse, (height, width), mode="bilinear", align_corners=True)
+    return images_NCHW.contiguous(memory_format=torch.channels_last)
+
+
+def compiled(report: Report, plan: Plan, options: argparse.Namespace) -> dict:
+    """Teachers by the name of their variant; each is compiled here, in a folder that is deleted."""
+    sizes = [tuple(map(int, size.split("x"))) for size in options.sizes]
+    largest = (max(options.batches), *(max(size[i] for size in sizes) for i in (0, 1)))
+    shapes = Shapes(smallest=(1, 33, 33), typical=(options.batches[len(options.batches) // 2], *sizes[0]), largest=largest)
+    variants = {}
+    for backend in options.backends or build.present(report.device):
+        for frozen in (False, True) if backend == "inductor" else (True,):
+            label = f"{backend} unfrozen" if not frozen else backend
+            chosen = Plan(**{**vars(plan), "backend": backend, "frozen": frozen, "shapes": shapes})
+            with tempfile.TemporaryDirectory() as folder:
+                teacher = build.build(chosen, Path(folder) / "engine")
+                if not frozen:
+                    other = plan_of(options, report.device, seed=1)
+                    next_one = Plan(**{**vars(chosen), "network": other.network, "weights": other.weights})
+                    began = time.perf_counter()
+                    build.load(Path(folder) / "engine", teacher.record, next_one)
+                    report.summary(f"teacher.swap_s.{label}", time.perf_counter() - began)
+            report.summary(f"teacher.compile_s.{label}", teacher.record.compile_s)
+            images = [smooth(1, *sizes[0], report.device) for _ in range(4)]
+            found = gate.compare(teacher.logits, plan.eager("fp32").logits, images)
+            report.summary(f"teacher.agreement_raw.{label}", found.raw)
+            report.summary(f"teacher.agreement_outside_near_ties.{label}", found.outside)
+            report.summary(f"teacher.decided.{label}", found.decided)
+            variants[label] = teacher
+    return variants
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--model", default="deeplabv3plus")
+    parser.add_argument("--backbone", default="resnet50")
+    parser.add_argument("--output-stride", type=int, default=8)
+    parser.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto")
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="default: all that are present")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--sizes", nargs="+", default=["360x480", "720x960"], help="HxW")
+    options = parser.parse_args()
+    report = Report(options)
+    plan = plan_of(options, report.device)
+    with torch.inference_mode(False):
+        variants = {"eager": plan.eager(), **compiled(report, plan, options)}
+    rows: dict[str, list[dict]] = {label: [] for label in variants}
+    for size in options.sizes:
+        for count in options.batches:
+            images_NCHW = smooth(count, *map(int, size.split("x")), report.device)
+            found = report.compare("teacher.forward", f"{count},3,{size.replace('x', ',')}", plan.precision, {
+                label: lambda teacher=teacher, x=images_NCHW: teacher.logits(x) for label, teacher in variants.items()})
+            for label, row in found.items():
+                rows[label].append(row | {"images": count})
+    for label, teacher in list(variants.items())[1:]:
+        report.summary(f"teacher.ratio.{label}", minimum_ratio(list(zip(rows[label], rows["eager"], strict=True))))
+        ours, eager = (min(row["median"] / row["images"] for row in rows[name][: len(options.batches)])
+                       for name in (label, "eager"))
+        if ours < eager:
+            report.summary(f"teacher.images_that_repay.{label}", 1000 * teacher.record.compile_s / (eager - ours))
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()

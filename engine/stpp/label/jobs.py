@@ -1,0 +1,175 @@
+"""What is computed of a batch and kept of an image: a pseudo label, or a score of reliability.
+
+Legend: N images, C classes, H W size of the batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from stpp.data.masks import IGNORE
+from stpp.label import rows
+from stpp.label.clock import Clock
+from stpp.label.decode import Batch
+from stpp.label.plan import Planned
+from stpp.label.sinks import Sink, Stored, open_sink
+from stpp.teacher import tta
+from stpp.teacher.engine import Teacher
+from stpp_kernels import finalize, pairwise_iou, upsample_argmax
+
+NOT_FINITE = "the network's answer is not finite"
+
+
+class Job(Protocol):
+    """Work on every image of a corpus."""
+
+    folder: str
+    """Where the parts of its table lie below the output."""
+    columns: dict[str, str]
+    """Of that table."""
+    teacher: str
+    """Identity of the network or networks."""
+    settings: dict
+    """What decides the result, for the fingerprint: JSON values."""
+
+    def compute(self, batch: Batch) -> list[Any]:
+        """What becomes of each image of a batch that is no blank (None for a blank), on the CPU."""
+        ...
+
+    def sink(self, out: Path, shard: int, clock: Clock) -> Sink | None:
+        """Where the masks of a shard go, if there are masks."""
+        ...
+
+    def row(self, one: Planned, result: Any, stored: Stored | None) -> dict:
+        """The row of a good image."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """The pseudo label of an image."""
+
+    mask_HW: np.ndarray
+    """uint8 class indices; 255 where the confidence is below the floor."""
+    mean_confidence: float
+    """Of all pixels, those below the floor too."""
+    class_pixels: list[int]
+    """Pixels of each class in the mask."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """Pseudo labels of one teacher."""
+
+    network: Teacher
+    teacher: str
+    mode: str
+    """Views: key of `tta.VIEWS`."""
+    min_confidence: float
+    """Pixels whose class has a smaller share of the summed probabilities become 255."""
+    output: str
+    """ "png" or "tar"."""
+    folder = "labels"
+    columns = rows.LABELS
+
+    @property
+    def settings(self) -> dict:
+        """See `Job`."""
+        return {"job": "label", "teacher": self.teacher, "tta": self.mode, "min_confidence": self.min_confidence,
+                "output": self.output}
+
+    def compute(self, batch: Batch) -> list[Labelled | str | None]:
+        """See `Job`; a text is why an image has no label although it could be read."""
+        sums_NCHW = tta.accumulate(self.network.logits, batch.images_NCHW, self.mode, self.network.num_classes)
+        sizes = [one.size for one in batch.planned]
+        whole = all(size == tuple(sums_NCHW.shape[-2:]) for size in sizes)
+        if whole:
+            return self._of_sums(sums_NCHW, batch.errors, 0)
+        found = []
+        for i, (height, width) in enumerate(sizes):
+            found += self._of_sums(sums_NCHW[i : i + 1, :, :height, :width].contiguous(), batch.errors, i)
+        return found
+
+    def _of_sums(self, sums_NCHW: torch.Tensor, errors: dict[int, str], first: int) -> list[Labelled | str | None]:
+        masks_NHW, confidence_N, pixels_NC = finalize(sums_NCHW)
+        if self.min_confidence > 0:
+            unsure_NHW = sums_NCHW.amax(1) < self.min_confidence * sums_NCHW.sum(1)
+            masks_NHW = masks_NHW.masked_fill(unsure_NHW, IGNORE)
+            classes = torch.arange(self.network.num_classes, device=masks_NHW.device)
+            pixels_NC = torch.stack([(masks_NHW == c).flatten(1).sum(1) for c in classes], dim=1)
+        confidence, pixels = confidence_N.tolist(), pixels_NC.tolist()  # sync: the results leave the device here
+        found: list[Labelled | str | None] = []
+        for i, mask_HW in enumerate(masks_NHW.cpu().numpy()):
+            if first + i in errors:
+                found.append(None)
+            elif not np.isfinite(confidence[i]):
+                found.append(NOT_FINITE)
+            else:
+                found.append(Labelled(mask_HW, confidence[i], pixels[i]))
+        return found
+
+    def sink(self, out: Path, shard: int, clock: Clock) -> Sink:
+        return open_sink(self.output, out, shard, clock)
+
+    def row(self, one: Planned, result: Labelled, stored: Stored) -> dict:
+        height, width = one.size
+        return _row(one, self.teacher) | {
+            "mean_confidence": result.mean_confidence, "ignored_fraction": 1 - sum(result.class_pixels) / (height * width),
+            "class_pixels": result.class_pixels, "size": stored.size, "crc": stored.crc}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Agreement of the last of several teachers with each earlier one.
+
+    Source: ST++ (arXiv 2106.05095), section 3.3.
+    """
+
+    networks: Sequence[Teacher]
+    teacher: str
+    folder = "scores"
+    columns = rows.SCORES
+
+    @property
+    def settings(self) -> dict:
+        """See `Job`."""
+        return {"job": "select", "teacher": self.teacher}
+
+    def compute(self, batch: Batch) -> list[float | None]:
+        """See `Job`: the mean over the earlier teachers of their mask's mean IoU with the last one's."""
+        *earlier, last = self.networks
+        size = batch.images_NCHW.shape[-2:]
+        reference_NHW = self._masks(last, batch, size)
+        total_N = torch.zeros(len(batch.planned), dtype=torch.float64, device=reference_NHW.device)
+        for network in earlier:
+            total_N += pairwise_iou(self._masks(network, batch, size), reference_NHW, last.num_classes)
+        scores = (total_N / len(earlier)).tolist()
+        return [None if i in batch.errors else score for i, score in enumerate(scores)]
+
+    def _masks(self, network: Teacher, batch: Batch, size: torch.Size) -> torch.Tensor:
+        """uint8 [N, H, W]; 255, which no IoU counts, where an image was padded."""
+        masks_NHW = upsample_argmax(network.logits(batch.images_NCHW), size)
+        for i, one in enumerate(batch.planned):
+            masks_NHW[i, one.size[0]:] = IGNORE
+            masks_NHW[i, :, one.size[1]:] = IGNORE
+        return masks_NHW
+
+    def sink(self, out: Path, shard: int, clock: Clock) -> None:
+        return None
+
+    def row(self, one: Planned, result: float, stored: None) -> dict:
+        return _row(one, self.teacher) | {"reliability": result}
+
+
+def bad_row(one: Planned, error: str, columns: dict[str, str], teacher: str) -> dict:
+    """The row of an image that could not be labelled."""
+    return dict.fromkeys(columns) | _row(one, teacher) | {"status": "bad", "error": error}
+
+
+def _row(one: Planned, teacher: str) -> dict:
+    return {"key": one.item.key, "source": one.item.source, "status": "ok", "error": None,
+            "width": one.header and one.header.width, "height": one.header and one.header.height, "teacher": teacher}

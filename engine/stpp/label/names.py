@@ -1,0 +1,116 @@
+"""Names of images as names of masks: what may become a path below the output, and whether two would meet there."""
+
+import hashlib
+import re
+import tempfile
+import urllib.parse
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+_DRIVE = re.compile(r"^[A-Za-z]:")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\x80-\x9f\u2028\u2029]")
+_COMPONENT_BYTES, _KEY_BYTES = 255, 2000
+"""Longest file name and longest path below the output, bytes of UTF-8."""
+_BUCKETS, _DIGEST_BYTES = 256, 16
+
+
+def mask_key(name: str) -> str:
+    """The key of an image: its name below the source without the extension; its mask is `<key>.png`.
+
+    Args:
+        name: with forward slashes, as a folder, a list or an archive holds it: nothing about it is trusted.
+
+    Raises:
+        ValueError: the name cannot be a path below a folder on every system; the reason alone, without the name.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ValueError("its name is not UTF-8") from None
+    if _CONTROL.search(name):
+        raise ValueError("its name holds a control character")
+    if "\\" in name:
+        raise ValueError("its name holds a backslash")
+    if name.startswith("/") or _DRIVE.match(name):
+        raise ValueError("its name is an absolute path")
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if ".." in parts:
+        raise ValueError("its name leads outside the output ('..')")
+    if not parts:
+        raise ValueError("it has no name")
+    stem, dot, _ = parts[-1].rpartition(".")
+    parts[-1] = stem if dot and stem else parts[-1]
+    if any(part.lower().endswith(".png") for part in parts[:-1]):
+        raise ValueError("a folder in its name ends in .png, as masks do")
+    if max(len(part.encode()) for part in [*parts[:-1], parts[-1] + ".png"]) > _COMPONENT_BYTES:
+        raise ValueError(f"a part of its name is longer than {_COMPONENT_BYTES} bytes")
+    key = "/".join(parts)
+    if len(key.encode()) > _KEY_BYTES:
+        raise ValueError(f"its name is longer than {_KEY_BYTES} bytes")
+    return key
+
+
+def quoted(name: str) -> str:
+    """Any name as one harmless word, to be told from others by: what the table of failures calls such an image."""
+    return urllib.parse.quote(name.encode("utf-8", "surrogateescape"), safe=" ")[:_KEY_BYTES]
+
+
+def printable(name: str) -> str:
+    """Any name as text that a table and a terminal can hold: escapes for what is no plain character."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+class Collisions:
+    """Finds equal keys among any number, in memory that does not grow with them.
+
+    Digests of the keys go to 256 files by their first byte; equal keys lie in the same file, and each is small.
+    """
+
+    def __init__(self, folder: Path):
+        self._stack = ExitStack()
+        # Files without a name: nothing of them stays when the process dies.
+        self._files = [self._stack.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in range(_BUCKETS)]
+
+    def add(self, key: str) -> None:
+        """Counts a key."""
+        digest = _digest(key)
+        self._files[digest[0] % len(self._files)].write(digest)
+
+    def repeated(self) -> set[bytes]:
+        """Digests of keys that were added more than once."""
+        found = set()
+        for file in self._files:
+            file.seek(0)
+            digests = np.sort(np.fromfile(file, dtype=f"S{_DIGEST_BYTES}"))
+            found.update(_full(digest) for digest in digests[1:][digests[1:] == digests[:-1]].tolist())
+        return found
+
+    def __enter__(self) -> "Collisions":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+
+def first_pair(repeated: set[bytes], named: Iterable[tuple[str, str]]) -> tuple[str, str, str]:
+    """(key, source, source) of the first two of the given (key, source) whose key's digest is in `repeated`."""
+    seen: dict[str, str] = {}
+    for key, source in named:
+        if _digest(key) in repeated:
+            if key in seen:
+                return key, seen[key], source
+            seen[key] = source
+    raise AssertionError("a repeated key is not in the listing")
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.blake2b(key.encode(), digest_size=_DIGEST_BYTES).digest()
+
+
+def _full(digest: bytes) -> bytes:
+    """NumPy drops zero bytes at the end of bytes."""
+    return digest.ljust(_DIGEST_BYTES, b"\0")

@@ -1,0 +1,209 @@
+"""The plan of a labelling: which images make a shard, and which of them go through the network together.
+
+The listing of a shard is written when the run begins, in the order of the source; its part of the plan (sizes, batches)
+by whoever labels it first. Both are kept, so a shard is always computed in the same batches.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+
+from stpp.errors import UserError
+from stpp.label import rows, storage
+from stpp.label.corpus import Item, Source
+from stpp.label.names import Collisions, first_pair
+from stpp.label.pixels import BadImage, Header, header
+
+HEAD_BYTES = 1 << 14
+"""What is read of a file to learn its size; where that is too little, all of it is read."""
+SMALLEST_SHARD, LARGEST_SHARD, SHARDS_OF_FEW = 16, 1000, 32
+"""A shard of unknown size holds a 32nd of the corpus, from 16 (fewer, to be equal) to 1000 images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """How shards are cut into batches."""
+
+    max_batch: int
+    """Images of a batch, at most."""
+    batch_pixels: int
+    """Pixels of a batch, at most; one image may have more."""
+    max_pixels: int
+    """An image of more pixels is not labelled."""
+    pad_to: int
+    """Sides are padded up to a multiple of this many pixels; 0 or 1: not at all."""
+    exif: bool
+    """Turn images upright by their EXIF orientation."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Planned:
+    """An image of a shard."""
+
+    item: Item
+    position: int
+    """Place in the listing of its shard."""
+    header: Header | None
+    """None where it could not be read."""
+    batch: int
+    """Number of its batch in the shard; -1: it is in none."""
+    error: str | None
+    """Why it is in none."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the mask."""
+        return self.header.height, self.header.width
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The shards of a run."""
+
+    folder: Path
+    items: int
+    shards: int
+    cut: Cut
+
+    def listed(self, shard: int) -> list[Item]:
+        """The items of a shard in the order of the source."""
+        return [Item(**row) for row in rows.read(_listing(self.folder, shard))]
+
+    def planned(self, shard: int, pool: Executor) -> list[Planned]:
+        """The items of a shard in the order that they are labelled; batches are neighbours. Read, or made and kept."""
+        path = self.folder / f"part-{shard:06d}.parquet"
+        if not path.exists():
+            planned = cut_batches(list(pool.map(lambda item: examine(item, self.cut), self.listed(shard))), self.cut)
+            rows.write(path, map(_row, planned), rows.PLAN)
+            return planned
+        try:
+            return [_planned(row) for row in rows.read(path)]
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path}: not a part of a plan ({error}); remove it, it is made again") from None
+
+
+def make(source: Source, folder: Path, *, shard_size: int) -> dict:
+    """Lists a corpus into `folder`, a Parquet file a shard.
+
+    Args:
+        shard_size: images of a shard; 0: chosen by their number.
+
+    Returns:
+        `{"items", "shards", "shard_size"}`.
+
+    Raises:
+        UserError: the corpus is empty, or two images would have the same mask.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    items, shards, waiting = 0, 0, []
+    chosen = shard_size or LARGEST_SHARD
+    enough = chosen if shard_size else LARGEST_SHARD * SHARDS_OF_FEW
+    with Collisions(folder) as keys:
+        def flush(leave: int) -> None:
+            nonlocal shards, waiting
+            while len(waiting) > leave:
+                listed, waiting = waiting[:chosen], waiting[chosen:]
+                rows.write(_listing(folder, shards), map(_listing_row, listed), rows.LISTING)
+                shards += 1
+
+        for item in source.items():
+            items += 1
+            keys.add(item.key)
+            waiting.append(item)
+            if len(waiting) == enough:
+                flush(enough - chosen)
+        if not shard_size and not shards:
+            chosen = min(max(-(-items // SHARDS_OF_FEW), SMALLEST_SHARD), LARGEST_SHARD)
+            chosen = max(1, -(-items // -(-items // chosen))) if items else 1  # of equal size
+        flush(0)
+        if repeated := keys.repeated():
+            listing = (row for shard in range(shards) for row in rows.read(_listing(folder, shard)))
+            key, one, other = first_pair(repeated, ((row["key"], row["source"]) for row in listing))
+            raise UserError(f"--source: {one} and {other} would both be labelled as {key}.png ({len(repeated)} such names); "
+                            "rename one, or label them into two --out (for archives: --tar-folders)")
+    if not items:
+        raise UserError("--source: there is no image in it")
+    return {"items": items, "shards": shards, "shard_size": chosen}
+
+
+def examine(item: Item, cut: Cut) -> Planned:
+    """Reads the header of an image; it has no batch yet (0), or never will (-1)."""
+    found, error = None, item.error
+    if error is None:
+        try:
+            head = item.read(HEAD_BYTES)
+            try:
+                found = header(head, exif=cut.exif)
+            except BadImage:
+                if len(head) < HEAD_BYTES:
+                    raise
+                found = header(item.read(), exif=cut.exif)
+            if found.width * found.height > cut.max_pixels:
+                error = f"{found.width}x{found.height} pixels are more than --max-pixels {cut.max_pixels}"
+        except BadImage as bad:
+            error = str(bad)
+        except OSError as failed:
+            error = storage.why(failed)
+    return Planned(item=item, position=-1, header=found, batch=-1 if error else 0, error=error)
+
+
+def cut_batches(examined: Sequence[Planned], cut: Cut) -> list[Planned]:
+    """Numbers the images of a shard and their batches: largest images first, those of one size evenly spread."""
+    groups: dict[tuple[int, int], list[tuple[int, Planned]]] = {}
+    bad = []
+    for position, one in enumerate(examined):
+        if one.error is None:
+            groups.setdefault(padded(one.size, cut.pad_to), []).append((position, one))
+        else:
+            bad.append(_numbered(one, position, -1))
+    planned, batch = [], 0
+    for (height, width), members in sorted(groups.items(), key=lambda group: (-group[0][0] * group[0][1], group[0])):
+        most = min(cut.max_batch, max(1, cut.batch_pixels // (height * width)))
+        count = -(-len(members) // most)
+        for number in range(count):
+            start, stop = (len(members) * i // count for i in (number, number + 1))
+            planned += [_numbered(one, position, batch) for position, one in members[start:stop]]
+            batch += 1
+    return planned + bad
+
+
+def batches(planned: Sequence[Planned]) -> Iterator[list[Planned]]:
+    """The batches of a planned shard, in their order."""
+    batch: list[Planned] = []
+    for one in planned:
+        if batch and one.batch != batch[0].batch:
+            yield batch
+            batch = []
+        if one.batch >= 0:
+            batch.append(one)
+    if batch:
+        yield batch
+
+
+def padded(size: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """Both sides rounded up to a multiple of `multiple`; as they are where it is 0."""
+    return tuple(-(-side // multiple) * multiple for side in size) if multiple > 1 else size
+
+
+def _numbered(one: Planned, position: int, batch: int) -> Planned:
+    return Planned(item=one.item, position=position, header=one.header, batch=batch, error=one.error)
+
+
+def _listing(folder: Path, shard: int) -> Path:
+    return folder / f"listing-{shard:06d}.parquet"
+
+
+def _listing_row(item: Item) -> dict:
+    return {name: getattr(item, name) for name in rows.LISTING}
+
+
+def _row(one: Planned) -> dict:
+    found = one.header._asdict() if one.header else dict.fromkeys(Header._fields)
+    return {"position": one.position, **_listing_row(one.item), **found, "batch": one.batch, "error": one.error}
+
+
+def _planned(row: dict) -> Planned:
+    found = None if row["width"] is None else Header(*(row[name] for name in Header._fields))
+    item = Item(**{name: row[name] for name in rows.LISTING if name != "error"})
+    return Planned(item=item, position=row["position"], header=found, batch=row["batch"], error=row["error"])

@@ -1,0 +1,264 @@
+"""A whole run over a corpus: plan, work of all ranks, and the tables at the end."""
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from stpp import files, log
+from stpp.distributed import World
+from stpp.errors import UserError
+from stpp.label import decode, fingerprint, rows
+from stpp.label.clock import PARTS
+from stpp.label.corpus import Source
+from stpp.label.jobs import Job
+from stpp.label.plan import Cut, Plan, make
+from stpp.label.shards import PATIENCE_S, WHOLE, Board, Ledger, Markers, Part
+from stpp.label.sinks import sweep
+from stpp.label.worker import Work, Worker
+
+_LAST_WORDS_S = 3.0
+"""How long rank 0 waits for the other ranks' times, which are only shown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is to be done."""
+
+    source: Source
+    open_job: Callable[[int], Job]
+    """Makes the networks ready for so many images; every rank calls it once."""
+    cut: Cut
+    shard_size: int
+    """Images of a shard; 0: chosen by their number."""
+    out: Path
+    title: str
+    loader: str = "auto"
+    """ "auto", "dali" or "reference"."""
+    threads: int = 0
+    """That load and store, per rank; 0: the machine's cores divided among its ranks."""
+    part: Part = WHOLE
+    verify: bool = False
+    list_only: bool = False
+    """Only list the source: that is work of one process, and needs no GPU."""
+    conclude: Callable[[Path], None] | None = None
+    """Called once with `out` when every shard is done, to write what is made of all of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a run ended with."""
+
+    images: int
+    """Of the shards that are done."""
+    bad: int
+    class_pixels: list[int]
+    pixels: int
+    """Of the good images."""
+    mean: float | None
+    """Mean over the good images of their mean confidence, or of their reliability."""
+    shards_left: int
+    """Shards that are not done: of other parts, or all where the source was only listed."""
+    listed: int = 0
+    """Images of the corpus."""
+    labelled: int = 0
+    """Images that this call labelled, over all ranks."""
+    wall_s: float = 0.0
+    """Of this call."""
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Time by part (`clock.PARTS`), added over ranks and threads."""
+    redone: tuple[str, ...] = ()
+    """What was found damaged and done again."""
+
+
+def execute(task: Task, here: World) -> Summary:
+    """Does the task, or what is left of it, on all ranks that call this; returns when every shard of the part is done.
+
+    Raises:
+        UserError: the source, the settings or the output do not allow it.
+        OSError: the output cannot be written.
+    """
+    started, board = time.monotonic(), Board.of_this_call(here)
+    _on_first(here, board, "listed", lambda: _list(task))
+    listing = _listing(task.out)
+    if listing is None:
+        raise UserError(f"{task.out}/plan is not there; is --out on a file system that every machine sees?")
+    plan = Plan(folder=task.out / "plan", items=listing["items"], shards=listing["shards"], cut=task.cut)
+    markers = Markers(task.out)
+    if task.list_only:
+        return dataclasses.replace(_total(plan, markers), wall_s=time.monotonic() - started)
+    threads = _agreed_threads(task.out, here, board)
+    with _threads(threads):
+        job = task.open_job(plan.items)
+        kind = fingerprint.device_kind(here.device)
+        _on_first(here, board, "claimed", lambda: _claim(task, job, listing, kind, threads))
+        _require_kind(task.out, here, kind)
+        ledger = Ledger(here, board, shards=plan.shards, part=task.part, done=markers.done)
+        worker = Worker(Work(job=job, plan=plan, out=task.out, here=here, decoder=decode.pick(task.loader),
+                             threads=task.threads, verify=task.verify, title=task.title), ledger)
+        worker.run()
+    labelled, seconds, redone = _gathered(here, board, worker)
+    for text in redone:
+        log.say(f"  damaged, labelled again: {text}")
+    if all(map(markers.done, range(plan.shards))):
+        _once(board, lambda: _conclude(task, job, plan, markers))
+        total = Summary(**json.loads((task.out / "summary.json").read_text(encoding="utf-8")), shards_left=0, listed=plan.items)
+    else:
+        total = _total(plan, markers)
+    return dataclasses.replace(total, labelled=labelled, wall_s=time.monotonic() - started, seconds=seconds,
+                               redone=redone)
+
+
+def _list(task: Task) -> None:
+    """Lists the source into the plan, or checks that the listing that is there is of this source."""
+    stamp, listing = task.source.stamp(), _listing(task.out)
+    sweep(task.out)
+    if listing is not None:
+        fingerprint.require_same(task.out, {"source": listing["source"], "shard_size": listing["asked"]},
+                                 {"source": stamp, "shard_size": task.shard_size})
+        return
+    log.say(f"  {task.title}: listing the images")
+    try:
+        (task.out / "plan").mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"--out {task.out}: is or lies in a file; choose a folder") from None
+    made = make(task.source, task.out / "plan", shard_size=task.shard_size)
+    files.write_json(task.out / "plan" / "listing.json", made | {"asked": task.shard_size, "source": stamp})
+
+
+def _listing(out: Path) -> dict | None:
+    path = out / "plan" / "listing.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); choose another --out") from None
+
+
+def _agreed_threads(out: Path, here: World, board: Board | None) -> int:
+    """Threads that compute: those that the run was begun with, because another number of ranks must not change the result."""
+    found = []
+
+    def decide() -> None:
+        existing = fingerprint.read(out)
+        found.append(existing["fingerprint"]["threads"] if existing else torch.get_num_threads())
+        if board is not None:
+            board.set("threads", str(found[0]))
+
+    _on_first(here, board, "agreed", decide)
+    return found[0] if found else int(board.get("threads"))
+
+
+def _claim(task: Task, job: Job, listing: dict, kind: str, threads: int) -> None:
+    """Takes the output for this run, or checks that it is this run's."""
+    existing = fingerprint.read(task.out)
+    ours = {"source": listing["source"], **job.settings, "cut": dataclasses.asdict(task.cut),
+            "shard_size": listing["shard_size"], "decoder": decode.pick(task.loader), "device_kind": kind,
+            "threads": threads}
+    ours = json.loads(json.dumps(ours))
+    if existing:
+        fingerprint.require_same(task.out, existing["fingerprint"], ours)
+    else:
+        fingerprint.write(task.out, ours, {"items": listing["items"], "shards": listing["shards"]})
+
+
+def _require_kind(out: Path, here: World, kind: str) -> None:
+    """Refuses a rank on another kind of device than that of the run."""
+    found = fingerprint.read(out)["fingerprint"]["device_kind"]
+    if found != kind:
+        raise UserError(f"--out {out}: the run began on {found}, but rank {here.rank} has {kind}; label on devices of one kind")
+
+
+def _conclude(task: Task, job: Job, plan: Plan, markers: Markers) -> None:
+    """Writes the tables that speak of the whole corpus; their bytes depend on the shards alone."""
+    def failed() -> Iterator[dict]:
+        for shard in range(plan.shards):
+            marker = markers.read(shard)
+            if marker["bad"]:
+                table = rows.read(task.out / job.folder / marker["rows"]["path"])
+                yield from (row for row in table if row["status"] != "ok")
+
+    rows.write(task.out / "failed.parquet", failed(), job.columns)
+    if task.conclude is not None:
+        task.conclude(task.out)
+    total = dataclasses.asdict(_total(plan, markers))
+    files.write_json(task.out / "summary.json",
+                     {name: total[name] for name in ("images", "bad", "class_pixels", "pixels", "mean")})
+
+
+def _total(plan: Plan, markers: Markers) -> Summary:
+    images = bad = pixels = left = 0
+    classes, confidence = [], 0.0
+    for shard in range(plan.shards):
+        if not markers.done(shard):
+            left += 1
+            continue
+        marker = markers.read(shard)
+        images, bad, pixels = images + marker["images"], bad + marker["bad"], pixels + marker["pixels"]
+        confidence += marker["confidence"]
+        counts = marker["class_pixels"]
+        classes = [a + b for a, b in zip(classes, counts, strict=True)] if classes and counts else classes or counts
+    return Summary(images=images, bad=bad, class_pixels=classes, pixels=pixels, shards_left=left, listed=plan.items,
+                   mean=confidence / (images - bad) if images > bad else None)
+
+
+def _on_first(here: World, board: Board | None, name: str, action: Callable[[], None]) -> None:
+    """Rank 0 acts while the others wait, for as long as it takes; if it fails, only it says why.
+
+    Raises:
+        SystemExit: with code 2, on the other ranks, when rank 0 failed.
+    """
+    if board is None:
+        action()
+    elif here.is_main:
+        try:
+            action()
+        except BaseException:
+            board.set(name, "failed")
+            raise
+        board.set(name, "done")
+    elif board.wait(name) == "failed":
+        raise SystemExit(2)
+
+
+def _once(board: Board | None, action: Callable[[], None]) -> None:
+    """One rank acts, the others wait for it; not for long, because it may be stopped, and acting twice does no harm."""
+    if board is None or board.add("conclude", 1) == 1:
+        action()
+        if board is not None:
+            board.set("concluded", "done")
+    elif board.wait("concluded", PATIENCE_S) is None:
+        action()
+
+
+def _gathered(here: World, board: Board | None, worker: Worker) -> tuple[int, dict[str, float], tuple[str, ...]]:
+    """Images labelled, time by part and damage found by all ranks; on ranks but the first, and of a stopped one, what is known."""
+    if board is None:
+        return worker.images, worker.clock.seconds, tuple(worker.redone)
+    board.set(f"last/{here.rank}", json.dumps([worker.images, worker.clock.seconds, worker.redone]))
+    end = time.monotonic() + (_LAST_WORDS_S if here.is_main else 0)
+    images, seconds, redone = 0, dict.fromkeys(PARTS, 0.0), []
+    for rank in range(here.size):
+        text = board.wait(f"last/{rank}", max(end - time.monotonic(), 0))
+        if text is not None:
+            more, parts, damaged = json.loads(text)
+            images, redone = images + more, redone + damaged
+            seconds = {name: seconds[name] + parts[name] for name in PARTS}
+    return images, seconds, tuple(redone)
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Computes with so many threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

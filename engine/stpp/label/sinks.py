@@ -1,0 +1,160 @@
+"""Where masks go: a PNG file each, or one tar archive a shard.
+
+Writing is plain: nothing is synced here, and what no marker covers does not count. But every file appears whole, by
+renaming, so that a process that was held up and wakes late can only put the same bytes in the place of the same bytes.
+"""
+
+import io
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, NamedTuple, Protocol
+
+import numpy as np
+
+from stpp.data.masks import write_index_png
+from stpp.label import tars
+from stpp.label.clock import Clock
+from stpp.label.rows import checksum
+
+STALE_S = 24 * 3600
+"""A temporary file that nobody wrote to for so long is taken for left behind."""
+
+
+class Stored(NamedTuple):
+    """A mask on its way to the disk, or there."""
+
+    size: int
+    """Bytes of the PNG."""
+    crc: int
+    data: bytes | None
+    """The PNG, where it is still to be put into an archive."""
+
+
+class Sink(Protocol):
+    """Takes the masks of one shard."""
+
+    def store(self, key: str, mask_HW: np.ndarray) -> Stored:
+        """Encodes a mask (and writes it, if files stand alone). Called from many threads."""
+        ...
+
+    def take(self, key: str, stored: Stored) -> None:
+        """Called once a mask in a fixed order, from one thread."""
+        ...
+
+    def close(self) -> list[dict]:
+        """Ends the shard. Returns the files that hold more than one mask: `{"path", "bytes", "crc"}`."""
+        ...
+
+    def abandon(self) -> None:
+        """Removes what was begun."""
+        ...
+
+
+def open_sink(kind: str, out: Path, shard: int, clock: Clock) -> Sink:
+    """The sink of `--output` "png" or "tar" for one shard."""
+    (out / "tmp").mkdir(parents=True, exist_ok=True)
+    (out / "masks").mkdir(exist_ok=True)
+    return TarSink(out, f"shard-{shard:06d}.tar", clock) if kind == "tar" else PngSink(out, clock)
+
+
+class PngSink:
+    """`masks/<key>.png`."""
+
+    def __init__(self, out: Path, clock: Clock):
+        self._out, self._folder, self._clock = out, out / "masks", clock
+        self._made: set[str] = set()
+
+    def store(self, key: str, mask_HW: np.ndarray) -> Stored:
+        with self._clock("encode"):
+            data = encode(mask_HW)
+        with self._clock("write"):
+            path = f"{self._folder}/{key}.png"
+            parent = os.path.dirname(path)
+            if parent not in self._made:
+                os.makedirs(parent, exist_ok=True)
+                self._made.add(parent)
+            with renamed(path, self._out) as file:
+                file.write(data)
+        return Stored(len(data), checksum(data), None)
+
+    def take(self, key: str, stored: Stored) -> None:
+        pass
+
+    def close(self) -> list[dict]:
+        return []
+
+    def abandon(self) -> None:
+        pass
+
+
+class TarSink:
+    """`masks/shard-<number>.tar` with the members `<key>.png`."""
+
+    def __init__(self, out: Path, name: str, clock: Clock):
+        self._path, self._clock = out / "masks" / name, clock
+        self._temporary = _temporary(out)
+        self._file = open(self._temporary, "wb")
+        self._bytes = self._crc = 0
+
+    def store(self, key: str, mask_HW: np.ndarray) -> Stored:
+        with self._clock("encode"):
+            data = encode(mask_HW)
+        return Stored(len(data), checksum(data), data)
+
+    def take(self, key: str, stored: Stored) -> None:
+        with self._clock("write"):
+            self._append(tars.entry(f"{key}.png", stored.data))
+
+    def close(self) -> list[dict]:
+        self._append(tars.END)
+        self._file.close()
+        os.replace(self._temporary, self._path)
+        return [{"path": f"masks/{self._path.name}", "bytes": self._bytes, "crc": self._crc}]
+
+    def abandon(self) -> None:
+        with suppress(OSError):  # what it still holds may not fit on the disk
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _append(self, data: bytes) -> None:
+        self._file.write(data)
+        self._bytes += len(data)
+        self._crc = checksum(data, self._crc)
+
+
+def encode(mask_HW: np.ndarray) -> bytes:
+    """A uint8 [H, W] mask as an 8-bit grayscale PNG."""
+    file = io.BytesIO()
+    write_index_png(file, mask_HW)
+    return file.getvalue()
+
+
+@contextmanager
+def renamed(path: str, out: Path) -> Iterator[IO[bytes]]:
+    """Opens a temporary file that takes the name `path` when the block ends well; not synced."""
+    temporary = _temporary(out)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+
+
+def sweep(out: Path) -> None:
+    """Removes what killed processes left half written; not what a process may be writing."""
+    for path in (out / "tmp").glob("*.tmp"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > STALE_S:
+                path.unlink()
+
+
+def _temporary(out: Path) -> Path:
+    """A path that no other process takes, on this machine or another; beside the masks, so that renaming moves nothing."""
+    return out / "tmp" / f"{os.getpid()}.{secrets.token_hex(8)}.tmp"

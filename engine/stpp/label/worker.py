@@ -1,0 +1,243 @@
+"""What one rank does: shard by shard, with loading, computing and storing at the same time.
+
+A shard counts when its marker is written: after its masks, its rows, and a sync.
+"""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stpp import log
+from stpp.distributed import World, threads_per_rank
+from stpp.errors import UserError
+from stpp.label import decode, plan, rows
+from stpp.label.ahead import ahead
+from stpp.label.clock import Clock
+from stpp.label.jobs import Job, bad_row
+from stpp.label.plan import Plan, Planned
+from stpp.label.shards import Ledger, Markers
+from stpp.label.sinks import Sink
+from stpp.label.verify import damage
+
+QUEUE = 64
+"""Masks of a shard that wait to be stored, at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A labelling as one rank does it."""
+
+    job: Job
+    plan: Plan
+    out: Path
+    here: World
+    decoder: str
+    """ "dali" or "pil"."""
+    threads: int
+    """That load and that store; 0: the machine's cores divided among its ranks."""
+    verify: bool
+    """Look at what finished shards left, and do damaged ones again."""
+    title: str
+
+
+class Worker:
+    """Labels the shards that the ledger gives out."""
+
+    def __init__(self, work: Work, ledger: Ledger):
+        self._work, self._ledger, self.clock = work, ledger, Clock()
+        self._markers = Markers(work.out)
+        self._threads = threads_per_rank(work.here, work.threads)
+        self._counting = threading.Lock()
+        self.images = self.bad = 0
+        """Labelled by this rank in this run; and bad ones, those of shards done before too."""
+        self.redone: list[str] = []
+        """What was found damaged."""
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """Labels until every shard of this rank's share is done, by it or by others.
+
+        Raises:
+            OSError: the output cannot be written; what is done stays done.
+            UserError: the device has too little memory.
+        """
+        with ThreadPoolExecutor(self._threads, "stpp-plan") as planners, log.Progress(
+                self._work.title, self._work.plan.items) as bar:
+            self._bar, self._shown = bar, 0
+            self._label(self._ledger.claims(), planners)
+            # One by one: the next is asked for only when the last one's marker is there.
+            for shard in self._ledger.left_over():
+                self._label(iter([shard]), planners)
+
+    def _label(self, shards: Iterator[int], planners: ThreadPoolExecutor) -> None:
+        """Labels the given shards; their markers are written when it returns."""
+        work, planned_of = self._work, {}
+
+        def planned_shards() -> Iterator[tuple[int, list[Planned]]]:
+            for shard in shards:
+                if self._is_done(shard):
+                    continue
+                with self.clock("plan"):
+                    planned = work.plan.planned(shard, planners)
+                yield shard, planned
+
+        def tasks() -> Iterator[tuple[int, list[Planned]]]:
+            for shard, planned in ahead(planned_shards()):
+                planned_of[shard] = planned
+                cut = list(plan.batches(planned))
+                yield from ((shard, batch) for batch in cut or [[]])
+
+        stream = decode.batches(tasks(), device=work.here.device, kind=work.decoder, threads=self._threads,
+                                most=work.plan.cut.max_batch, pad_to=work.plan.cut.pad_to, clock=self.clock)
+        current, ending = None, None
+        with ThreadPoolExecutor(self._threads, "stpp-store") as pool, ThreadPoolExecutor(1, "stpp-close") as closer, \
+                closing(stream):
+            try:
+                for shard, batch in stream:
+                    if current is None or current.shard != shard:
+                        ending = self._close(current, ending, closer)
+                        current = _Shard(shard, planned_of.pop(shard), work, pool, self.clock)
+                    if batch is not None:
+                        self._compute(current, batch)
+                ending = self._close(current, ending, closer)
+                if ending is not None:
+                    ending.result()
+            except BaseException:
+                if current is not None:
+                    current.abandon()
+                raise
+
+    def _compute(self, current: "_Shard", batch: decode.Batch) -> None:
+        try:
+            with self.clock("compute"):
+                results = self._work.job.compute(batch)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
+                raise
+            count, _, height, width = batch.images_NCHW.shape
+            raise UserError(f"{count} images of {width}x{height} pixels need more memory than there is (the first: "
+                            f"{batch.planned[0].item.source}); lower --batch-pixels, --batch-per-rank or --max-pixels, with "
+                            "another --out") from error
+        with self.clock("wait"):
+            current.add(batch, results)
+        self._count(len(batch.planned), current.take_bad())
+
+    def _close(self, shard: "_Shard | None", before: Future | None, closer: ThreadPoolExecutor) -> Future | None:
+        """Ends a shard in a thread of its own, after the one before has ended."""
+        with self.clock("wait"):
+            if before is not None:
+                before.result()
+        if shard is None:
+            return None
+        self._count(shard.unplanned, shard.unplanned)
+        return closer.submit(shard.close, self._markers)
+
+    def _is_done(self, shard: int) -> bool:
+        if not self._markers.done(shard):
+            return False
+        found = damage(self._work.out, self._work.job, self._markers, shard) if self._work.verify else None
+        if found is None:
+            marker = self._markers.read(shard)
+            self._count(marker["images"], marker["bad"], new=False)
+            return True
+        self.redone.append(f"shard {shard}: {found}")
+        self._markers.remove(shard)
+        return False
+
+    def _count(self, images: int, bad: int, *, new: bool = True) -> None:
+        """Counts images that are done, for the bar and as a sign of life."""
+        with self._counting:
+            self.images, self.bad = self.images + images * new, self.bad + bad
+            total, all_bad = self._ledger.progress(images, bad)
+            self._bar.advance(max(total - self._shown, 0), bad=str(all_bad))
+            self._shown = total
+
+
+class _Shard:
+    """One shard being labelled."""
+
+    def __init__(self, shard: int, planned: list[Planned], work: Work, pool: ThreadPoolExecutor, clock: Clock):
+        self.shard, self._work, self._pool, self._clock = shard, work, pool, clock
+        self._sink: Sink | None = work.job.sink(work.out, shard, clock)
+        self._rows: dict[int, dict] = {}
+        self._waiting: deque[tuple[Planned, Any, Future | None]] = deque()
+        self._fresh_bad, self._closed = 0, False
+        never = [one for one in planned if one.batch < 0]
+        for one in never:
+            self._bad(one, one.error)
+        self.unplanned = len(never)
+        self._fresh_bad = 0
+
+    def add(self, batch: decode.Batch, results: list) -> None:
+        """Takes what a batch ended with; waits while too many masks wait to be stored."""
+        for i, (one, result) in enumerate(zip(batch.planned, results, strict=True)):
+            error = batch.errors.get(i, result if isinstance(result, str) else None)
+            if error is not None:
+                self._bad(one, error)
+                continue
+            stored = self._pool.submit(self._sink.store, one.item.key, result.mask_HW) if self._sink else None
+            self._waiting.append((one, result, stored))
+        self._drain(QUEUE)
+
+    def take_bad(self) -> int:
+        """Bad images since it was last asked."""
+        fresh, self._fresh_bad = self._fresh_bad, 0
+        return fresh
+
+    def close(self, markers: Markers) -> None:
+        """Writes the rows, makes everything last, then writes the marker."""
+        try:
+            self._drain(0)
+            self._commit(markers)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _commit(self, markers: Markers) -> None:
+        work = self._work
+        with self._clock("write"):
+            files = self._sink.close() if self._sink else []
+            self._closed = True
+            table = [self._rows[position] for position in sorted(self._rows)]
+            part = work.out / work.job.folder / f"part-{self.shard:06d}.parquet"
+            data = rows.encoded(table, work.job.columns)
+            rows.put(part, data)
+            if self._sink and hasattr(os, "sync"):
+                os.sync()  # the masks were plain writes; the marker says that they are there
+            markers.write(self.shard, _marker(table, part.name, data, files))
+
+    def abandon(self) -> None:
+        """Removes what a shard that is not closed leaves behind; nothing after `close`."""
+        if self._sink and not self._closed:
+            self._sink.abandon()
+
+    def _bad(self, one: Planned, error: str) -> None:
+        self._rows[one.position] = bad_row(one, error, self._work.job.columns, self._work.job.teacher)
+        self._fresh_bad += 1
+
+    def _drain(self, leave: int) -> None:
+        while len(self._waiting) > leave:
+            one, result, future = self._waiting.popleft()
+            stored = future.result() if future is not None else None
+            if stored is not None:
+                self._sink.take(one.item.key, stored)
+            self._rows[one.position] = self._work.job.row(one, result, stored)
+
+
+def _marker(table: list[dict], name: str, data: bytes, files: list[dict]) -> dict:
+    """What a marker holds: the files of the shard, and what the summary adds up."""
+    good = [row for row in table if row["status"] == "ok"]
+    pixels = [row["class_pixels"] for row in good if row.get("class_pixels") is not None]
+    return {"images": len(table), "bad": len(table) - len(good), "rows": {"path": name, "bytes": len(data),
+            "crc": rows.checksum(data)}, "files": files,
+            "class_pixels": [sum(counts) for counts in zip(*pixels, strict=True)],
+            "pixels": sum(row["width"] * row["height"] for row in good),
+            "confidence": sum(row.get("mean_confidence") or row.get("reliability") or 0.0 for row in good)}

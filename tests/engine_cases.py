@@ -1,0 +1,82 @@
+"""Cases shared by the tests of teacher engines: a tiny network with its checkpoints, and the real models at their smallest."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from stpp import checkpoint
+from stpp.models.build import build_model
+from stpp.models.layers import DilatedConv3x3, spread
+
+CPU = torch.device("cpu")
+CLASSES = ["road", "car", "sky"]
+MODELS = ("deeplabv3plus", "pspnet", "deeplabv2")
+
+
+class Tiny(nn.Module):
+    """The parts that engines stumble over: batch norms, a dilated convolution, a pooled branch, a small classifier."""
+
+    classifier_name = "classifier"
+
+    def __init__(self, classes: int = len(CLASSES)):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.branch = nn.Sequential(DilatedConv3x3(8, 8, 6), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.classifier = nn.Conv2d(16, classes, 1)
+
+    def forward(self, images_NCHW):
+        x_NCHW = self.bn1(self.conv1(images_NCHW)).relu()
+        pooled = spread(x_NCHW.mean((2, 3), keepdim=True), x_NCHW.shape[2:])
+        return self.classifier(torch.cat([self.branch(x_NCHW), pooled], 1))
+
+
+def warmed(network: nn.Module, size: tuple[int, int] = (49, 65)) -> nn.Module:
+    """Batch norms that have seen data, so that folding has something to get wrong; a classifier that tells classes apart."""
+    with torch.no_grad():
+        for _ in range(2):
+            network.train()(torch.randn(4, 3, *size) * 2 + 1)
+        for module in network.get_submodule(network.classifier_name).modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.mul_(4)
+                module.bias.uniform_(-3, 3)
+    return network.eval()
+
+
+def model(name: str, seed: int = 0, classes: int = 6) -> nn.Module:
+    """One of the real models, ResNet-18 at stride 16."""
+    torch.manual_seed(seed)
+    return warmed(build_model(name, "resnet18", classes, 16))
+
+
+def tiny(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return warmed(Tiny())
+
+
+def save(path: Path, seed: int) -> Path:
+    """A checkpoint of a `tiny` network."""
+    checkpoint.save(path, model=tiny(seed).state_dict(), classes=CLASSES, architecture={"name": "tiny"})
+    return path
+
+
+def load(path: Path) -> tuple[nn.Module, list[str]]:
+    """What `stpp.models.trained.load_network` is for the real models."""
+    saved = checkpoint.load(path)
+    network = Tiny(len(saved["classes"]))
+    network.load_state_dict(saved["model"])
+    return network.eval(), list(saved["classes"])
+
+
+def images(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Smooth pictures [N, 3, H, W], channels_last: noise alone would make every pixel a near-tie."""
+    count, height, width = shape
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(count, 3, 5, 7, generator=generator) * 2
+    smooth = nn.functional.interpolate(coarse, (height, width), mode="bilinear", align_corners=True)
+    return smooth.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def relative_error(ours: torch.Tensor, truth: torch.Tensor) -> float:
+    """Largest difference over the largest value."""
+    return float((ours.float() - truth.float()).abs().max() / truth.float().abs().max())

@@ -1,0 +1,90 @@
+"""Kills a labelling before each of its commits in turn, lets another process finish, and compares with an undisturbed run.
+
+Arguments: source, folder to work in, png or tar, report (JSON). Every run is a fork of this process, which computes nothing
+itself. Commits are the calls that make something count: renaming, and syncing of files, folders and everything.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import pyarrow.parquet  # noqa: E402, F401  (once, not in every fork)
+from PIL import Image  # noqa: E402
+
+import label_cases as cases  # noqa: E402
+from stpp.label import names, rows  # noqa: E402
+
+Image.init()
+names._BUCKETS = 4  # so that little of the time goes into opening files
+COMMITS = ("replace", "fsync", "sync")
+
+
+def forked(action) -> tuple[int, str]:
+    """Runs `action` in a fork: (0 or the signal that ended it, its text)."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.write(writer, action().encode())
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    os.close(writer)
+    with os.fdopen(reader) as file:
+        text = file.read()
+    status = os.waitpid(child, 0)[1]
+    assert not os.WIFEXITED(status) or os.WEXITSTATUS(status) == 0, "the labelling failed"
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0, text
+
+
+def label(source: str, out: Path, output: str, kill_before: int = -1) -> str:
+    """Labels; with every commit written down, and death before one of them."""
+    seen = []
+
+    def traced(name: str):
+        real = getattr(os, name)
+
+        def call(*args, **kwargs):
+            if len(seen) == kill_before:
+                os.kill(os.getpid(), signal.SIGKILL)
+            target = args[-1] if name == "replace" else ""
+            seen.append(f"{name} {Path(target).name if target else ''}".strip())
+            # A killed process loses nothing that the system has: syncing would only take time here.
+            return real(*args, **kwargs) if name == "replace" else None
+
+        return call
+
+    for name in COMMITS:
+        setattr(os, name, traced(name))
+    teacher = cases.Tiny()
+    cases.run(source, out, teacher=teacher, output=output, shard_size=4, tta="none")
+    return json.dumps({"commits": seen, "seen": teacher.seen})
+
+
+def main(source: str, folder: str, output: str, report: str) -> None:
+    expected_out = Path(folder) / "whole"
+    _, text = forked(lambda: label(source, expected_out, output))
+    expected, commits = cases.contents(expected_out), json.loads(text)["commits"]
+    found = []
+    for number, commit in enumerate(commits):
+        out = Path(folder) / "killed"
+        shutil.rmtree(out, ignore_errors=True)
+        ended, _ = forked(lambda out=out, number=number: label(source, out, output, number))
+        assert ended == signal.SIGKILL, f"not killed before {commit}"
+        _, text = forked(lambda out=out: label(source, out, output))
+        found.append({"before": commit, "same": cases.contents(out) == expected, "recomputed": json.loads(text)["seen"],
+                      "keys": sorted(row["key"] for row in rows.read_parts(out / "labels"))})
+    Path(report).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

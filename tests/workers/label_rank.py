@@ -1,0 +1,68 @@
+"""One rank of `stpp label` or `stpp select` with a teacher that needs no network, which may end or stop at a commit.
+
+Arguments: what happens (`none`, `kill` or `stop`), before which commit, the how manieth of a rank, file for the number of the
+process, whose rank gets there first and which alone it happens to; then those of `stpp`. A commit is a pattern of
+"<function> <file>", as `replace */part-*.parquet`.
+"""
+
+import os
+import signal
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import label_cases as cases  # noqa: E402
+from stpp import cli  # noqa: E402
+from stpp.label import shards, teachers  # noqa: E402
+
+
+def from_paths(paths, device, **_):
+    return lambda images: [teachers.Opened(network=cases.Tiny(), identity="tiny", classes=tuple("abcd")) for _ in paths]
+
+
+def first(number_file: str) -> bool:
+    """Whether no other process was here before; writes this one's number."""
+    try:
+        with open(number_file, "x") as file:
+            file.write(str(os.getpid()))
+    except FileExistsError:
+        return False
+    return True
+
+
+def trap(what: str, commit: str, count: int, number_file: str) -> None:
+    """Makes the count-th call that fits `commit` the last one."""
+    seen = [0]
+
+    def traced(name: str):
+        real = getattr(os, name)
+
+        def call(*args, **kwargs):
+            target = Path(args[-1]) if name == "replace" else None
+            # What is synced has no name of its own here: the folder that it lies in tells what it is.
+            if name == "fsync":
+                target = Path(os.readlink(f"/proc/self/fd/{args[0]}"))
+            if fnmatch(f"{name} {target}" if target else name, commit):
+                seen[0] += 1
+                if seen[0] == count and first(number_file):
+                    os.kill(os.getpid(), signal.SIGKILL if what == "kill" else signal.SIGSTOP)
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in ("replace", "fsync", "sync"):
+        setattr(os, name, traced(name))
+
+
+def main(what: str, commit: str, count: str, number_file: str, *args: str) -> None:
+    teachers.from_paths = from_paths
+    shards.PATIENCE_S = 3.0
+    if what != "none":
+        trap(what, commit, int(count), number_file)
+    cli.main(list(args))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
