@@ -23,17 +23,17 @@ from torch.utils.data import DataLoader, Dataset
 from harness import Report, arguments
 from stpp import checkpoint, distributed
 from stpp.config import DataConfig, LabelConfig
+from stpp.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from stpp.data.masks import read_index_mask
 from stpp.label.corpus import EXTENSIONS, open_source
 from stpp.label.labeller import label_corpus
 from stpp.label.teachers import from_paths
 from stpp.models.build import build_model
-from stpp.models.layers import DilatedConv3x3
 from stpp.models.trained import load_network
+from stpp.teacher import export
 from stpp.teacher.tta import VIEWS
 
 CLASSES = 11
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Pictures(Dataset):
@@ -48,7 +48,7 @@ class Pictures(Dataset):
     def __getitem__(self, i: int) -> tuple[torch.Tensor, str]:
         with Image.open(self._paths[i]) as image:
             values = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float().div(255)
-        mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (MEAN, STD))
+        mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (IMAGENET_MEAN, IMAGENET_STD))
         return (values - mean) / std, self._paths[i].stem
 
 
@@ -77,11 +77,7 @@ def public(network: torch.nn.Module, paths: list[Path], out: Path, mode: str, de
 
 def plain(path: Path, device: torch.device) -> torch.nn.Module:
     """The network as the public code has it."""
-    network = load_network(path)[0].eval().to(device)
-    for module in network.modules():
-        if isinstance(module, DilatedConv3x3):
-            module.valid_taps = False
-    return network
+    return export.plain_copy(load_network(path)[0]).eval().to(device)
 
 
 @torch.no_grad()

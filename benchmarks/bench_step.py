@@ -30,8 +30,8 @@ from stpp.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainCon
 from stpp.data.sample import Batch, Sample
 from stpp.distributed import World
 from stpp.models.build import build_model
-from stpp.models.layers import DilatedConv3x3
 from stpp.precision import autocast_dtype
+from stpp.teacher import export
 from stpp.train import Schedule, Trainer
 from stpp_kernels import upsample_cross_entropy
 
@@ -54,9 +54,7 @@ def engine(options: argparse.Namespace, device: torch.device, folder: Path) -> T
 def peer(network: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, dtype: torch.dtype, channels_last: bool,
          compiled: bool, lr: float) -> Callable[[], torch.Tensor]:
     """A step as PyTorch's users write it: `network` with plain convolutions, the loss of full-size logits."""
-    for module in network.modules():
-        if isinstance(module, DilatedConv3x3):
-            module.valid_taps = False
+    network = export.plain_copy(network)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     network.to(memory_format=layout)
     images, targets = images.contiguous(memory_format=layout), labels.long()
@@ -109,10 +107,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def flop_of(network: nn.Module, images: torch.Tensor) -> int:
     """Nominal operations of a forward and backward pass: those of plain convolutions, padding counted."""
-    shell = copy.deepcopy(network).to("meta")
-    for module in shell.modules():
-        if isinstance(module, DilatedConv3x3):
-            module.valid_taps = False
+    shell = export.plain_copy(network).to("meta")
     with FlopCounterMode(display=False) as counter:
         shell(torch.empty_like(images, device="meta")).sum().backward()
     return counter.get_total_flops()

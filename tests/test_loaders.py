@@ -406,7 +406,7 @@ def test_loaders_are_picked(monkeypatch, capsys):
     if dali is not None:
         assert loader.pick() is loader.pick("dali") is dali
         assert capsys.readouterr().err == ""
-    monkeypatch.setattr(loader, "_has_dali", lambda: False)
+    monkeypatch.setattr(loader, "has_dali", lambda: False)
     monkeypatch.setattr(loader, "_noticed", False)
     with pytest.raises(UserError, match=r"pip install stpp\[cuda12\]"):
         loader.pick("dali")
@@ -417,7 +417,7 @@ def test_loaders_are_picked(monkeypatch, capsys):
 def test_has_dali_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia", None)
     monkeypatch.delitem(sys.modules, "nvidia.dali", raising=False)
-    assert loader._has_dali() is False
+    assert loader.has_dali() is False
 
 
 @pytest.mark.gpu

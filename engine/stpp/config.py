@@ -11,7 +11,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -222,10 +222,10 @@ def flatten(values: dict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def differing_keys(ours: dict, theirs: dict) -> list[str]:
-    """Lines `key: theirs -> ours` for the keys that matter to the result and differ."""
+def differing_keys(ours: dict, theirs: dict, *, may_change: Collection[str] = MAY_CHANGE) -> list[str]:
+    """Lines `key: theirs -> ours` for the keys that matter to the result (all but `may_change`) and differ."""
     ours, theirs = flatten(ours), flatten(theirs)
-    keys = [key for key in sorted(ours.keys() | theirs.keys()) if key not in MAY_CHANGE]
+    keys = [key for key in sorted(ours.keys() | theirs.keys()) if key not in may_change]
     return [f"{key}: {theirs.get(key)} -> {ours.get(key)}" for key in keys if ours.get(key) != theirs.get(key)]
 
 

@@ -33,7 +33,7 @@ def evaluate(teacher: Teacher, samples: Sequence[Sample], here: World, data: Dat
         int64 [C, C] on the CPU, rows truth, columns prediction, in pixels; the same on every rank.
     """
     matrix = torch.zeros(teacher.num_classes, teacher.num_classes, dtype=torch.int64, device=here.device)
-    for batch in loader.native_batches(samples, here, data)[1]:
+    for batch in loader.native_batches(samples, here, data):
         if mode == "none":
             masks_NHW = upsample_argmax(teacher.logits(batch.images_NCHW), batch.labels_NHW.shape[-2:])
         else:

@@ -11,6 +11,8 @@ from stpp.data.sampler import equal_size_batches
 from stpp.distributed import World, threads_per_rank
 from stpp.errors import UserError
 
+MAX_BATCH = 8
+"""Images of one batch at native size, at most."""
 _noticed = False
 
 
@@ -28,7 +30,7 @@ def pick(name: str = "auto") -> ModuleType:
     if name not in ("auto", "dali", "reference"):
         raise ValueError(f"name is {name!r}, expected 'auto', 'dali' or 'reference'")
     if name != "reference":
-        if _has_dali():
+        if has_dali():
             from stpp.data import dali
 
             return dali
@@ -43,22 +45,19 @@ def pick(name: str = "auto") -> ModuleType:
     return reference
 
 
-def native_batches(
-    samples: Sequence[Sample], here: World, data: DataConfig, *, max_batch: int = 8
-) -> tuple[int, Iterator[Batch]]:
+def native_batches(samples: Sequence[Sample], here: World, data: DataConfig) -> Iterator[Batch]:
     """This rank's share of `samples` at native size, without augmentation, in batches of images of equal size.
 
-    Returns:
-        The number of images in the share, and its batches; every sample is in one batch of one rank.
+    Every sample is in one batch of one rank.
     """
-    batches = equal_size_batches(samples, max_batch, rank=here.rank, world=here.size)
-    stream = pick(data.loader).eval_batches(
+    batches = equal_size_batches(samples, MAX_BATCH, rank=here.rank, world=here.size)
+    return pick(data.loader).eval_batches(
         samples, batches, device=here.device, threads=threads_per_rank(here, data.threads), exif=data.exif
     )
-    return sum(map(len, batches)), stream
 
 
-def _has_dali() -> bool:
+def has_dali() -> bool:
+    """Whether DALI is installed."""
     try:
         return importlib.util.find_spec("nvidia.dali") is not None
     except ModuleNotFoundError:

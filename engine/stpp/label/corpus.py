@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
+from stpp.data.layouts import IMAGE_EXTENSIONS
 from stpp.data.sample import Sample
 from stpp.errors import UserError
 from stpp.label import storage, tars
 from stpp.label.names import mask_key, printable, quoted
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+EXTENSIONS = (*IMAGE_EXTENSIONS, ".pgm")
 """What counts as an image in folders and archives, in any case of letters. A list says itself what its images are."""
 _RUN = 50_000
 """Names of one folder that are sorted in memory; more are sorted in runs on disk."""

@@ -4,7 +4,6 @@ A bad image leaves a hole: a blank in its place, so that the others are computed
 Legend: N images, H W size of the batch.
 """
 
-import importlib.util
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -14,6 +13,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from stpp.data import loader
 from stpp.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from stpp.data.exif import upright
 from stpp.label import storage
@@ -115,11 +115,7 @@ def pick(name: str) -> str:
     """ "dali" or "pil" for `--loader` "auto", "dali" or "reference"."""
     if name == "reference":
         return "pil"
-    try:
-        present = importlib.util.find_spec("nvidia.dali") is not None
-    except ModuleNotFoundError:
-        present = False
-    return "dali" if present or name == "dali" else "pil"
+    return "dali" if name == "dali" or loader.has_dali() else "pil"
 
 
 def normalised(pixels_NHWC: torch.Tensor, planned: list[Planned], errors: dict[int, str], pad_to: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from stpp import files
-from stpp.config import flatten
+from stpp.config import differing_keys
 from stpp.errors import UserError
 
 FORMAT = "stpp-label-1"
@@ -45,9 +45,7 @@ def require_same(out: Path, theirs: dict, ours: dict) -> None:
     Raises:
         UserError: names what differs, and both values.
     """
-    old, new = flatten(theirs), flatten(ours)
-    differing = [f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted(old.keys() | new.keys())
-                 if old.get(key) != new.get(key)]
+    differing = differing_keys(ours, theirs, may_change=())
     if differing:
         raise UserError(f"--out {out} holds masks of another run ({'; '.join(differing)}); choose another --out, or what it "
                         "was begun with")

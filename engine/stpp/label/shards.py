@@ -82,7 +82,7 @@ class Markers:
     def remove(self, shard: int) -> None:
         """Makes the shard undone, on the disk too."""
         self._path(shard).unlink(missing_ok=True)
-        sync_folder(self._folder)
+        files.sync_folder(self._folder)
 
     def _path(self, shard: int) -> Path:
         return self._folder / f"{shard:06d}.done.json"
@@ -212,16 +212,6 @@ class Board:
                 return None
             time.sleep(POLL_S)
         return text
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder last."""
-    if os.name != "nt":  # Windows cannot open a folder
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def measured(path: Path) -> dict:

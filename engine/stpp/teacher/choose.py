@@ -4,7 +4,6 @@ The choice must be the same on every rank and again when a run goes on, or the l
 it follows from the network's arithmetic, the amount of work, the kind of device and the number of cores.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,8 +58,7 @@ EAGER_FLOPS = {"cpu": {"fp32": 1.2e11, "bf16": 5e11}, "cuda": {"fp32": 3e13, "bf
 
 def flop_per_px(network: nn.Module, side: int = 321) -> float:
     """Operations of the convolutions (two for a multiplication and addition) per input pixel; nothing is computed."""
-    shell = copy.deepcopy(network).to("meta").eval()
-    shell = export.plain_copy(shell)
+    shell = export.plain_copy(network).to("meta").eval()
     flop = 0
 
     def count(convolution: nn.Conv2d, _, out_NCHW: torch.Tensor) -> None:
