@@ -144,7 +144,7 @@ def main() -> None:
         trainer = engine(options, device, Path(folder))
         trainer.network.load_state_dict(network.state_dict())
         lr = trainer.optimizer.param_groups[0]["base_lr"]
-        variants = {"engine": lambda: trainer.train_step([batch])}
+        variants = {"engine": lambda: trainer.train_step([batch])[0]}
         settings = {"public": (torch.float32, False, False), "tuned": (dtype, True, False)}
         if not options.no_compile:
             settings["compiled"] = (dtype, True, True)

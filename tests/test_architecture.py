@@ -12,10 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = {"stpp": ROOT / "engine", "stpp_kernels": ROOT / "kernels"}
 
-LEAVES = {"errors", "files"}
-COMMON = {"config", "log", "distributed", "checkpoint", "metrics", "optimizer", "precision", "rundir"}
+LEAVES = {"errors", "files", "signals"}
+COMMON = {"config", "log", "distributed", "checkpoint", "metrics", "optimizer", "precision", "rundir", "lease"}
 PARTS = {"data", "models", "teacher"}
-WORK = {"train", "evaluate", "label", "report"}
+WORK = {"train", "evaluate", "label", "report", "preflight"}
 TOPS = {"selftrain", "demo", "doctor"}
 # What the first name below `stpp` may import besides itself. A new module needs a place here.
 MAY_IMPORT = (
@@ -37,7 +37,7 @@ WRAPPERS = {
     "apex": {"stpp.optimizer": False},
     "fsspec": {"stpp.label.storage": False},
 }
-LIGHT = ("stpp", "stpp.config", "stpp.cli", "stpp.errors", "stpp.files")
+LIGHT = ("stpp", "stpp.config", "stpp.cli", "stpp.errors", "stpp.files", "stpp.signals")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,10 @@
 """The training step against a plain loop, over ranks and accumulation, and a run that is broken off."""
 
 import dataclasses
+import json
 import math
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from conftest import torchrun
-from stpp import distributed, train
+from stpp import checkpoint, distributed, train
 from stpp.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
 from stpp.data import index, loader
 from stpp.data.sampler import StepSampler
@@ -127,6 +130,123 @@ def test_a_run_broken_off_goes_on_to_the_same_weights(synthetic_index, tmp_path)
     assert [row for row in rows if '"loss"' in row] and len({row for row in rows}) == len(rows)
 
 
+class Spoiled(nn.Module):
+    """A network whose output is not finite in some of its calls."""
+
+    def __init__(self, network: nn.Module, calls: set[int]):
+        super().__init__()
+        self.network, self.calls, self.count = network, calls, 0
+
+    def forward(self, images_NCHW):
+        logits_NChw = self.network(images_NCHW)
+        self.count += 1
+        return logits_NChw * float("nan") if self.count - 1 in self.calls else logits_NChw
+
+
+def spoiled(policy: str, synthetic_index, folder: Path, calls: set[int]) -> train.Trainer:
+    known = index.load(synthetic_index)
+    samples = [known.sample(image) for image in sorted(known.entries)]
+    ours = trainer(tiny(on_nonfinite=policy), samples, folder, None)
+    ours.model = Spoiled(ours.network, calls)
+    return ours
+
+
+@pytest.mark.parametrize("calls", [{0}, {2, 3}])
+def test_a_step_that_is_not_finite_is_passed_over(synthetic_index, tmp_path, calls):
+    ours = spoiled("skip", synthetic_index, tmp_path, calls)
+    for number, (micro_batches, _) in enumerate(ours._batches()):
+        weights = {name: value.detach().clone() for name, value in ours.network.named_parameters()}
+        _, nonfinite = ours.train_step(micro_batches)
+        same = all(torch.equal(weights[name], value) for name, value in ours.network.named_parameters())
+        assert (bool(nonfinite), same) == (number in calls, number in calls)
+        assert all(value.isfinite().all() for value in ours.network.parameters())
+    assert all(state["momentum_buffer"].isfinite().all() for state in ours.optimizer.state.values())
+
+
+def test_images_of_a_step_that_is_not_finite_are_named(synthetic_index, tmp_path):
+    ours = spoiled("skip", synthetic_index, tmp_path / "skip", {3})
+    ours.run()
+    (row,) = [json.loads(line) for line in (tmp_path / "skip" / "nonfinite.jsonl").read_text().splitlines()]
+    drawn = next(ours.sampler.micro_batches(3, 4))
+    assert row == {"step": 3, "keys": [ours.samples[i].key for i in drawn.indices]}
+    stopped = spoiled("stop", synthetic_index, tmp_path / "stop", {3})
+    with pytest.raises(UserError, match=r"not finite at step 3 .*nonfinite.jsonl.*--train.on-nonfinite skip"):
+        stopped.run()
+    assert checkpoint.load(tmp_path / "stop" / "last.pt")["step"] == 2  # the one before
+    assert all(value.isfinite().all() for value in weights_of(tmp_path / "stop" / "last.pt").values())
+
+
+def test_a_run_that_is_told_to_stop_saves_first(synthetic_index, tmp_path):
+    known = index.load(synthetic_index)
+    samples = [known.sample(image) for image in sorted(known.entries)]
+    ours = trainer(tiny(), samples, tmp_path, None, period=6)
+    ours.model = Calling(ours.network, {3: lambda: signal.raise_signal(signal.SIGTERM)})
+    with pytest.raises(SystemExit) as ended:
+        ours.run()
+    assert ended.value.code == 143
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 4
+
+
+class Calling(nn.Module):
+    """A network that does something before some of its calls."""
+
+    def __init__(self, network: nn.Module, before: dict):
+        super().__init__()
+        self.network, self.before, self.count = network, before, 0
+
+    def forward(self, images_NCHW):
+        self.before.get(self.count, lambda: None)()
+        self.count += 1
+        return self.network(images_NCHW)
+
+
+def test_checkpoints_come_by_steps_and_by_minutes(synthetic_index, tmp_path):
+    known = index.load(synthetic_index)
+    samples = [known.sample(image) for image in sorted(known.entries)]
+    saved = []
+
+    def run(folder: str, **changes) -> list[int]:
+        saved.clear()
+        ours = trainer(tiny(**changes), samples, tmp_path / folder, None, steps=24, period=24)
+        ours.schedule = dataclasses.replace(ours.schedule, keep_steps=())
+        kept, ours._save = ours._save, lambda: (saved.append(ours.step), kept())
+        ours.run()
+        return list(saved)
+
+    assert run("steps", checkpoint_steps=7) == [7, 14, 21, 24]
+    assert run("minutes", checkpoint_minutes=1e-9) == [10, 20, 24]
+    assert run("neither") == [24]
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_and_the_old_one_kept(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, step=1)
+
+    def full(*_):
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(RuntimeError, match="PytorchStreamWriter"):
+        checkpoint.save(path, step=2)  # there is room: something else is wrong
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30, 2**20))
+    with checkpoint.Writer() as writer:
+        writer.save(path, step=2, weights=torch.zeros(2**20))
+        with pytest.raises(UserError, match=r"last.pt needs 4 MiB and the disk has 1 left; what was saved before is intact"):
+            writer.wait()
+    assert checkpoint.load(path)["step"] == 1
+
+
+def test_a_checkpoint_holds_what_was_when_it_was_asked_for(tmp_path):
+    weights = torch.zeros(3)
+    with checkpoint.Writer() as writer:
+        writer.save(tmp_path / "a.pt", weights=weights, more={"list": [weights]})
+        weights += 1
+        writer.save(tmp_path / "b.pt", weights=weights)
+    first = checkpoint.load(tmp_path / "a.pt")
+    assert not first["weights"].any() and not first["more"]["list"][0].any()
+    assert checkpoint.load(tmp_path / "b.pt")["weights"].all()
+
+
 def test_thirds_that_fall_on_one_step_are_all_kept(synthetic_index, tmp_path):
     known = index.load(synthetic_index)
     samples = [known.sample(image) for image in sorted(known.entries)]
@@ -156,7 +276,7 @@ def test_all_ignored_pixels_give_no_nan(synthetic_index, tmp_path):
     ours = trainer(tiny(), samples, tmp_path, None)
     micro_batches, _ = next(ours._batches())
     blank = [dataclasses.replace(batch, labels_NHW=torch.full_like(batch.labels_NHW, 255)) for batch in micro_batches]
-    assert ours.train_step(blank).item() == 0
+    assert ours.train_step(blank)[0].item() == 0
     assert all(torch.isfinite(value).all() for value in ours.network.state_dict().values())
 
 
@@ -164,7 +284,7 @@ def test_loss_falls(synthetic_index, tmp_path):
     known = index.load(synthetic_index)
     samples = [known.sample(image) for image in sorted(known.entries)][:4]
     ours = trainer(tiny(), samples, tmp_path, None, steps=30, period=30)
-    losses = [ours.train_step(micro_batches).item() for micro_batches, _ in ours._batches()]
+    losses = [ours.train_step(micro_batches)[0].item() for micro_batches, _ in ours._batches()]
     assert all(math.isfinite(loss) for loss in losses)
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 

@@ -1,7 +1,12 @@
 """Checkpoints: written whole, read without executing anything they hold."""
 
+import os
 import re
+import shutil
 import warnings
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +19,67 @@ FORMAT = 1
 
 
 def save(path: str | Path, **content: Any) -> None:
-    """Writes `content` (tensors, numbers, strings, containers of them) atomically."""
-    with files.atomic(path) as file:
-        torch.save({"format": FORMAT, **content}, file)
+    """Writes `content` (tensors, numbers, strings, containers of them) atomically.
+
+    Raises:
+        UserError: no room on the disk. What `path` held before is intact.
+    """
+    try:
+        with files.atomic(path) as file:
+            torch.save({"format": FORMAT, **content}, file)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer tells little of what the system said
+        needed, free = size_bytes(content), shutil.disk_usage(Path(path).parent).free
+        if needed < free:
+            raise
+        raise UserError(f"checkpoint {path} needs {needed / 2**20:.0f} MiB and the disk has {free / 2**20:.0f} left; what was "
+                        "saved before is intact: make room and give the same command again") from error
+
+
+class Writer:
+    """Saves checkpoints in a thread, one after the other: the caller waits for a copy off the device, not for the disk."""
+
+    def __init__(self):
+        self._pool, self._pending = ThreadPoolExecutor(1, "stpp-checkpoint"), deque()
+
+    def save(self, path: str | os.PathLike, **content: Any) -> None:
+        """As the function `save`, of `content` as it is now; what it raises is raised by a later call or by `wait`."""
+        self.wait(leave=1)
+        self._pending.append(self._pool.submit(save, path, **copied(content)))
+
+    def wait(self, leave: int = 0) -> None:
+        """Returns when everything, but for the `leave` latest, is on the disk."""
+        while self._pending and (len(self._pending) > leave or self._pending[0].done()):
+            self._pending.popleft().result()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self._pool.shutdown()
+
+
+def copied(value: Any) -> Any:
+    """The same containers with every tensor copied to the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: copied(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(copied(one) for one in value)
+    return value
+
+
+def size_bytes(value: Any) -> int:
+    """Bytes of the tensors in containers."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    if isinstance(value, Mapping):
+        return sum(map(size_bytes, value.values()))
+    return sum(map(size_bytes, value)) if isinstance(value, (list, tuple)) else 0
 
 
 def load(path: str | Path) -> dict:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from stpp import config
+from stpp import config, signals
 from stpp.config import Config, DataConfig, SourceConfig
 from stpp.errors import UserError
 
@@ -138,7 +138,7 @@ def _train(args: list[str]) -> None:
     from stpp import distributed, log
     from stpp.selftrain import selftrain
 
-    with distributed.world(resolved.device) as here:
+    with distributed.world(resolved.device, timeout_minutes=resolved.timeout_minutes) as here:
         log.set_speaker(here.is_main)
         selftrain(resolved, here)
 
@@ -252,7 +252,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs one command. Exits with 0 when it is done, 1 when it failed, 2 for the user's mistake, 130 on Ctrl-C."""
+    """Runs one command. Exits with 0 when it is done, 1 when it failed, 2 for the user's mistake, 130 and 143 when stopped."""
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help"):
         names = "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
@@ -264,6 +264,7 @@ def main(argv: list[str] | None = None) -> None:
 
         print(f"stpp {__version__}")
         return
+    signals.end_on_term()
     try:
         if args[0] not in COMMANDS:
             raise UserError(f"no command {args[0]!r}; choose one of {', '.join(COMMANDS)}")

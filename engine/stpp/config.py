@@ -27,7 +27,8 @@ else:
 
 T = TypeVar("T")
 Method = Literal["supervised", "st", "stpp"]
-MAY_CHANGE = ("out", "control", "device", "data.threads", "data.index")
+MAY_CHANGE = ("out", "control", "device", "timeout_minutes", "data.threads", "data.index", "train.checkpoint_steps",
+              "train.checkpoint_minutes", "train.on_nonfinite")
 """Keys that a run may be continued with although they differ: they do not change what is computed."""
 
 
@@ -140,12 +141,20 @@ class TrainConfig:
     """Steps between two validations, at least: an epoch of few labels is short."""
     select: Literal["best", "last"] = "best"
     """Which epoch becomes the teacher: that of the strictly best validation mIoU, or the last."""
+    checkpoint_steps: int = 500
+    """Steps between two checkpoints to go on from, at most; one is also written with every validation."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between two checkpoints, at most."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """After a step whose gradient is not finite: end the run, or go on without that step. Either way the weights are
+    spared, and nonfinite.jsonl in the stage's folder names the images."""
 
     def __post_init__(self):
-        for name in ("epochs", "batch_global", "accumulate", "validate_every", "validate_min_steps"):
+        for name in ("epochs", "batch_global", "accumulate", "validate_every", "validate_min_steps", "checkpoint_steps"):
             _check(getattr(self, name) >= 1, f"train.{name.replace('_', '-')}", getattr(self, name), "at least 1")
         _check(self.supervised_epochs is None or self.supervised_epochs >= 1, "train.supervised-epochs",
                self.supervised_epochs, "at least 1")
+        _check(self.checkpoint_minutes > 0, "train.checkpoint-minutes", self.checkpoint_minutes, "above 0")
         _check(0 < self.lr < math.inf, "train.lr", self.lr, "above 0")
         _check(0 <= self.momentum < 1, "train.momentum", self.momentum, "in [0, 1)")
         _check(0 <= self.weight_decay < math.inf, "train.weight-decay", self.weight_decay, "0 or more")
@@ -199,6 +208,8 @@ class Config:
     """Where to compute."""
     deterministic: bool = False
     """The same bits in every run on the same machine, at some cost in speed."""
+    timeout_minutes: float = 30.0
+    """A rank that waits so long for another in training ends, and torchrun with it (or starts all again)."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -207,6 +218,7 @@ class Config:
 
     def __post_init__(self):
         _check(0 <= self.seed < 2**64, "seed", self.seed, "from 0 to 2^64 - 1")
+        _check(0 < self.timeout_minutes < math.inf, "timeout-minutes", self.timeout_minutes, "above 0")
 
 
 def to_dict(config: Any) -> dict:
@@ -243,10 +255,10 @@ def parse(cls: type[T], args: Sequence[str], *, prog: str, default: T | None = N
             return tyro.cli(cls, args=list(args), prog=prog, default=default,
                             config=(tyro.conf.FlagConversionOff,) if recipe else ())
     except SystemExit as exit_:
-        if not exit_.code:
+        if not exit_.code and not recipe:
             raise
         where = f"--recipe {recipe}: " if recipe else ""
-        raise UserError(where + _sentence(output.getvalue())) from None
+        raise UserError(where + (_sentence(output.getvalue()) or "holds a key that is no setting (help?)")) from None
 
 
 def load_recipe(cls: type[T], path: Path) -> T:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from stpp.errors import UserError
 
-TIMEOUT = datetime.timedelta(minutes=30)
+TIMEOUT_MINUTES = 30.0
 """A rank that waits longer than this for the others fails, and torchrun ends the job."""
 
 
@@ -36,11 +36,12 @@ class World:
 
 
 @contextlib.contextmanager
-def world(device: str = "auto") -> Iterator[World]:
+def world(device: str = "auto", *, timeout_minutes: float = TIMEOUT_MINUTES) -> Iterator[World]:
     """Joins the process group that torchrun describes, if it does, and leaves it at the end.
 
     Args:
         device: "auto" (CUDA if there is one), "cuda" or "cpu".
+        timeout_minutes: how long a rank waits for the others in a collective.
 
     Raises:
         UserError: CUDA asked for and absent, or fewer GPUs than ranks on this machine.
@@ -58,8 +59,9 @@ def world(device: str = "auto") -> Iterator[World]:
         torch.cuda.set_device(here)
     else:
         torch.set_num_threads(max(1, cores() // local_size))
+    timeout = datetime.timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=TIMEOUT, device_id=here if use_cuda else None)
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timeout, device_id=here if use_cuda else None)
     yield World(rank=rank, size=size, local_size=local_size, device=here)
     # Not after an exception: NCCL would wait for the other ranks, and torchrun would not see this one end.
     if dist.is_initialized():

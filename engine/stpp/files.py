@@ -1,4 +1,9 @@
-"""Files that count as soon as they exist: written whole or not at all."""
+"""The one place where files are opened for writing. There are two kinds.
+
+A file that counts as soon as it exists (checkpoint, index, DONE.json, marker) is written whole or not at all: `atomic`.
+A file that a marker covers (mask, archive) is written plainly, because the marker comes later and holds its size and
+checksum: `plain`, `renamed`. A reader never takes half a file for a whole.
+"""
 
 import contextlib
 import json
@@ -21,8 +26,7 @@ def atomic(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Processes of two machines may have the same number.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary = _beside(path)
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
@@ -33,6 +37,58 @@ def atomic(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def create_once(path: Path, data: bytes) -> None:
+    """Writes `path` whole, readable by its owner alone, unless another process was faster: its file then stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)  # unlike a rename it replaces nothing
+    finally:
+        os.unlink(temporary)
+
+
+def plain(path: str | os.PathLike) -> IO[bytes]:
+    """Opens a file that counts only by what is written later: a marker, or a renaming."""
+    return open(path, "wb")
+
+
+@contextlib.contextmanager
+def renamed(path: str | os.PathLike, temporary: str | os.PathLike) -> Iterator[IO[bytes]]:
+    """Opens `temporary`, which takes the name `path` when the block ends well; not synced."""
+    try:
+        with plain(temporary) as file:
+            yield file
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def append(path: str | os.PathLike, row: dict) -> None:
+    """Adds a JSON line; a crash may cut the last line short, so readers pass over a line without an end."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Waits until no other process of this machine (or file server, where it has locks) holds the lock file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        with contextlib.suppress(ImportError):  # Windows has no such locks
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def sync_folder(folder: Path) -> None:
@@ -54,3 +110,8 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes `value` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _beside(path: Path) -> Path:
+    """A name for a temporary file; processes of two machines may have the same number."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")

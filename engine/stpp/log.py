@@ -8,6 +8,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from stpp import files
+
 _speaks = True
 
 
@@ -26,8 +28,7 @@ def say(message: str) -> None:
 def note(path: str | Path, row: dict) -> None:
     """Appends one JSON line to `path` on rank 0."""
     if _speaks:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        files.append(path, row)
 
 
 class Progress:
@@ -76,7 +77,7 @@ class Metrics:
         if not _speaks:
             return
         kept = [line for line in _lines(self._path) if json.loads(line)["step"] <= first_step]
-        self._path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        files.write_text(self._path, "".join(line + "\n" for line in kept))
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)

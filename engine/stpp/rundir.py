@@ -27,10 +27,7 @@ def claim(config: Config) -> None:
         if differing:
             raise UserError(f"--out {config.out} holds a run of another config ({'; '.join(differing)}); choose another "
                             "--out, or the old settings")
-    try:
-        files.write_json(path, ours)
-    except OSError as error:
-        raise UserError(f"--out {config.out}: {error.strerror}; choose a folder that can be written") from None
+    files.write_json(path, ours)
 
 
 def record_provenance(out: Path, fingerprint: str, classes: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 Source: ST++ (arXiv 2106.05095). A stage that has its DONE.json is not done again.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from stpp import distributed, files, log, rundir
+from stpp import checkpoint, distributed, files, lease, log, preflight, rundir
 from stpp.config import Config
 from stpp.data import index as indices
 from stpp.data import splits
@@ -26,11 +27,12 @@ from stpp.errors import UserError
 from stpp.evaluate import evaluate
 from stpp.label import labeller, reliability, teachers
 from stpp.metrics import mean_iou
+from stpp.models.build import build_model
 from stpp.models.trained import load_network
 from stpp.precision import autocast_dtype
 from stpp.report.examples import write_examples
 from stpp.teacher.engine import EagerTeacher
-from stpp.train import Schedule, Trainer, images_per_pass
+from stpp.train import Schedule, Trainer, images_per_pass, start_from
 from stpp_kernels import implementations
 
 FEW_LABELS = 200
@@ -55,6 +57,12 @@ def selftrain(config: Config, here: World) -> dict:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without
         torch.use_deterministic_algorithms(True)
     images_per_pass(config.train, here)
+    with contextlib.ExitStack() as stack:
+        distributed.on_main(here, lambda: stack.enter_context(lease.held(config.out)))
+        return _run(config, here)
+
+
+def _run(config: Config, here: World) -> dict:
     distributed.on_main(here, lambda: rundir.claim(config))
     index = _prepared_index(config, here)
     distributed.on_main(here, lambda: rundir.record_provenance(
@@ -64,6 +72,7 @@ def selftrain(config: Config, here: World) -> dict:
             f"{str(autocast_dtype(config.train.precision, here.device)).removeprefix('torch.')}, "
             f"{len(run.labelled)} labelled, {len(run.unlabelled)} unlabelled, {len(run.val)} validation images")
     log.say("operators: " + ", ".join(f"{name} {kind}" for name, kind in implementations().items()))
+    distributed.on_main(here, run.preflight)
     METHODS[config.method](run)
     if config.control or (config.out / "stages" / "control" / "DONE.json").exists():
         run.control()
@@ -119,13 +128,22 @@ class Run:
             self.val = splits.read_split(folder / "val.txt", self.index, labelled=True)
         else:
             log.say(f"{folder} has no val.txt: no mIoU is known, and the last checkpoint of a stage is the teacher")
-        self._check_lists(folder)
+        self.split = folder
         self.supervised_epochs = config.train.supervised_epochs or config.train.epochs
         self.stages: list[dict] = []
         self.controlled: dict | None = None
 
-    def _check_lists(self, folder: Path) -> None:
+    def preflight(self) -> None:
         """Refuses what would fail only after hours of training."""
+        model = self.config.model
+        network = build_model(model.name, model.backbone, len(self.index.classes), model.output_stride)
+        preflight.preflight(
+            self.config, lists={"labeled.txt": self.labelled, "unlabeled.txt": self.unlabelled, "val.txt": self.val},
+            weights=checkpoint.size_bytes(network.state_dict()),
+            checks=[self._check_lists, lambda: start_from(network, model.pretrained, self.index.classes)])
+
+    def _check_lists(self) -> None:
+        folder = self.split
         if self.config.method == "stpp" and len(self.unlabelled) < 2:
             raise UserError(f"{folder / 'unlabeled.txt'}: one image; ST++ halves the list, use --method st")
         pixels = {entry.key: sum(entry.class_pixels or ()) for entry in self.index.entries.values()}
@@ -243,7 +261,13 @@ class Run:
             return record
         log.say(f"[{name}] {what}")
         started = time.monotonic()
-        record = {"name": name, "miou": None, "steps": 0, "seconds": 0.0} | do()
+        try:
+            record = {"name": name, "miou": None, "steps": 0, "seconds": 0.0} | do()
+        except torch.OutOfMemoryError as error:
+            what = str(error).splitlines()[0][:120]
+            raise UserError(f"[{name}] out of memory on the device ({what}); --train.accumulate "
+                            f"{2 * self.config.train.accumulate} halves the images of a training pass, a lower "
+                            "--label.batch-pixels those of a labelling pass; begin again with another --out") from error
         record["seconds"] = record["seconds"] or round(time.monotonic() - started, 1)
         distributed.on_main(self.here, lambda: files.write_json(done, record))
         log.say(f"[{name}] {_outcome(record)}")

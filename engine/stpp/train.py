@@ -4,6 +4,7 @@ Shapes: N images of a backward pass, C classes, H W crop size, h w size of the l
 """
 
 import dataclasses
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from stpp import checkpoint, distributed, log
+from stpp import checkpoint, distributed, log, signals
 from stpp.config import Config, TrainConfig
 from stpp.data import loader
 from stpp.data.sample import Batch, Sample
@@ -24,12 +25,14 @@ from stpp.distributed import World
 from stpp.errors import UserError
 from stpp.models.build import build_model, parameter_groups
 from stpp.models.weights import load_backbone, load_model, read_checkpoint, state_dict_of
-from stpp.optimizer import make_optimizer
+from stpp.optimizer import make_optimizer, step_unless
 from stpp.precision import autocast_dtype
 from stpp_kernels import upsample_cross_entropy
 
 IGNORE = 255
 POLY_POWER = 0.9
+LOOK_STEPS = 10
+"""Steps between two looks at the device: for the log, for what was not finite, and for whether to stop."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,6 +93,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(here.device.type, enabled=self.autocast_dtype == torch.float16)
         self.model = self.network if here.size == 1 else self._distributed()
         self.step, self.best_step, self.best_miou, self.seconds = 0, 0, -1.0, 0.0
+        self.saved_step, self.saved_at = 0, time.monotonic()
 
     def _distributed(self) -> nn.Module:
         with warnings.catch_warnings():
@@ -99,15 +103,16 @@ class Trainer:
                 self.network, device_ids=[self.here.device] if self.here.device.type == "cuda" else None,
                 broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=self.config.train.accumulate == 1)
 
-    def train_step(self, micro_batches: Sequence[Batch]) -> torch.Tensor:
+    def train_step(self, micro_batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimiser step on the rank's share of the global batch.
 
         Args:
             micro_batches: `accumulate` batches, one for each backward pass.
 
         Returns:
-            float32 scalar on the device: this rank's part of the mean loss over the counted pixels of the global batch;
-            the parts of all ranks add up to it.
+            On the device: float32 scalar, this rank's part of the mean loss over the counted pixels of the global batch (the
+            parts of all ranks add up to it); bool scalar, whether loss or gradient were not finite. Such a gradient
+            changes no weight.
         """
         torch.manual_seed(stream_seed(self.config.seed, self.stage, self.step, self.here.rank))  # dropout
         for group in self.optimizer.param_groups:
@@ -128,39 +133,55 @@ class Trainer:
                 self.scaler.scale(share * self.here.size).backward()
             loss += share.detach()
 
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        nonfinite = ~loss.isfinite()
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)  # looks itself: fp16 overflows now and then, until the scale fits
+            self.scaler.update()
+        else:
+            gradients = [weight.grad for weight in self.network.parameters() if weight.grad is not None]
+            overflowed = ~nn.utils.get_total_norm(gradients).isfinite()
+            step_unless(overflowed, self.optimizer)
+            nonfinite |= overflowed
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return loss
+        return loss, nonfinite
 
     def run(self) -> Result:
-        """Trains from wherever `folder` left off to the last step."""
+        """Trains from wherever `folder` left off to the last step.
+
+        Raises:
+            UserError: a file cannot be read or written, or the training diverges.
+            SystemExit: told to stop by a signal, after saving.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._resume()
         metrics = log.Metrics(self.folder, first_step=self.step)
         started, total = time.monotonic() - self.seconds, self.schedule.steps
         window = _Window(self.here)
-        with log.Progress(self.title, total * self.sampler.batch_global,
-                          done=self.step * self.sampler.batch_global) as bar:
+        with (log.Progress(self.title, total * self.sampler.batch_global, done=self.step * self.sampler.batch_global) as bar,
+              checkpoint.Writer() as self.writer, signals.deferred() as stop):
             for micro_batches, wait_s in self._batches():
-                window.add(self.train_step(micro_batches), wait_s)
-                at_stop = self.step == total or self.step % self.schedule.validate_steps == 0
-                if at_stop or window.steps == 10:
-                    loss, data_wait_pct, step_s = window.close()
-                    rate = self.sampler.batch_global / step_s
-                    metrics.write(self.step, loss=loss, lr=self.optimizer.param_groups[0]["lr"], images_per_s=rate,
-                                  data_wait_pct=data_wait_pct)
-                    bar.advance(0, loss=f"{loss:.3f}", data_wait=f"{data_wait_pct:.0f}%")
+                window.add(*self.train_step(micro_batches), wait_s)
+                to_validate = self.step == total or self.step % self.schedule.validate_steps == 0
+                told_to_stop = self._told_to_stop(stop)
+                to_save = to_validate or told_to_stop or self.step - self.saved_step >= self.config.train.checkpoint_steps
+                if to_save or window.steps == LOOK_STEPS:
+                    self._look(window, metrics, bar)
+                    to_save |= time.monotonic() - self.saved_at >= 60 * self.config.train.checkpoint_minutes
                 bar.advance(self.sampler.batch_global)
                 for i, step in enumerate(self.schedule.keep_steps, 1):
                     if step == self.step:
                         self._keep(f"third-{i}.pt")
-                if at_stop:
+                if to_validate:
                     self._validate(metrics)
+                    window = _Window(self.here)
+                if to_save:
                     self.seconds = time.monotonic() - started
                     self._save()
-                    window = _Window(self.here)
+                if told_to_stop:
+                    self.writer.wait()
+                    log.say(f"  {self.title}: stopped at step {self.step}, saved; the same command goes on")
+                    stop.leave()
         metrics.close()
         return Result(miou=self.best_miou if self.validate else None, step=self.best_step, steps=total,
                       seconds=time.monotonic() - started)
@@ -179,6 +200,33 @@ class Trainer:
             if not micro_batches:
                 return
             yield micro_batches, time.monotonic() - asked
+
+    def _told_to_stop(self, stop: signals.Stop) -> bool:
+        """Whether a rank was told to stop; asked of a GPU only when it is looked at anyway."""
+        if self.here.device.type == "cuda" and self.step % LOOK_STEPS:
+            return False
+        return distributed.sum_over_ranks(torch.tensor(float(stop.signal is not None), device=self.here.device)).item() > 0
+
+    def _look(self, window: "_Window", metrics: log.Metrics, bar: log.Progress) -> None:
+        """Writes down what the last steps were like.
+
+        Raises:
+            UserError: one was not finite, and `--train.on-nonfinite` is stop.
+        """
+        look = window.close(self.step)
+        lr = self.optimizer.param_groups[0]["lr"]
+        metrics.write(self.step, loss=look.loss, lr=lr, images_per_s=self.sampler.batch_global / look.step_s,
+                      data_wait_pct=look.data_wait_pct)
+        bar.advance(0, loss=f"{look.loss:.3f}", data_wait=f"{look.data_wait_pct:.0f}%")
+        path = self.folder / "nonfinite.jsonl"
+        for step in look.nonfinite:
+            (whole,) = self.sampler.micro_batches(step, step + 1)
+            log.note(path, {"step": step, "keys": [self.samples[i].key for i in whole.indices]})
+        if look.nonfinite and self.config.train.on_nonfinite == "stop":
+            raise UserError(f"{self.title}: loss or gradient is not finite at step {look.nonfinite[0]} ({path} names its images); "
+                            f"lower --train.lr, look at the images, or pass over such steps with --train.on-nonfinite skip")
+        if look.nonfinite:
+            log.say(f"  {self.title}: step {look.nonfinite[0]} was not finite and is passed over, see {path}")
 
     def _gradient_sync(self, last: bool):
         skip = not last and isinstance(self.model, DistributedDataParallel)
@@ -204,16 +252,16 @@ class Trainer:
         """Writes the weights, with what is needed to use them, as `name`."""
         distributed.broadcast_buffers(self.network)
         if self.here.is_main:
-            checkpoint.save(self.folder / name, model=self.network.state_dict(), classes=list(self.classes),
+            self.writer.save(self.folder / name, model=self.network.state_dict(), classes=list(self.classes),
                             architecture=dataclasses.asdict(self.config.model), step=self.step, miou=self.best_miou)
 
     def _save(self) -> None:
         """Writes everything that the next step depends on."""
+        self.saved_step, self.saved_at = self.step, time.monotonic()
         if self.here.is_main:
-            checkpoint.save(self.folder / "last.pt", model=self.network.state_dict(),
-                            optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), step=self.step,
-                            best_step=self.best_step, best_miou=self.best_miou, seconds=self.seconds)
-        distributed.barrier()
+            self.writer.save(self.folder / "last.pt", model=self.network.state_dict(),
+                             optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), step=self.step,
+                             best_step=self.best_step, best_miou=self.best_miou, seconds=self.seconds)
 
     def _resume(self) -> None:
         path = self.folder / "last.pt"
@@ -225,29 +273,54 @@ class Trainer:
         self.scaler.load_state_dict(saved["scaler"])
         for name in ("step", "best_step", "best_miou", "seconds"):
             setattr(self, name, saved[name])
+        self.saved_step = self.step
+        best = self.folder / "best.pt"
+        if best.exists():  # written later than `last.pt`, if the run died between the two
+            kept = checkpoint.load(best)
+            self.best_step, self.best_miou = kept["step"], kept["miou"]
         log.say(f"  {self.title}: going on from step {self.step}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Look:
+    """What the last few steps were like, over all ranks."""
+
+    loss: float
+    """Mean over the steps that were finite."""
+    data_wait_pct: float
+    """Share of the time spent waiting for data."""
+    step_s: float
+    nonfinite: list[int]
+    """Steps, counted from 0, whose loss or gradient was not finite."""
 
 
 class _Window:
     """Loss and time of the last few steps, read from the device once for all of them."""
 
     def __init__(self, here: World):
-        self._here, self.steps, self._wait_s = here, 0, 0.0
-        self._loss, self._since = torch.zeros((), device=here.device), time.monotonic()
+        self._here, self._wait_s, self._since = here, 0.0, time.monotonic()
+        self._losses: list[torch.Tensor] = []
+        self._nonfinite: list[torch.Tensor] = []
 
-    def add(self, loss: torch.Tensor, wait_s: float) -> None:
-        self._loss += loss
+    @property
+    def steps(self) -> int:
+        return len(self._losses)
+
+    def add(self, loss: torch.Tensor, nonfinite: torch.Tensor, wait_s: float) -> None:
+        self._losses.append(loss)
+        self._nonfinite.append(nonfinite)
         self._wait_s += wait_s
-        self.steps += 1
 
-    def close(self) -> tuple[float, float, float]:
-        """Mean loss over all ranks, share of the time spent waiting for data (percent), seconds per step."""
-        loss = distributed.sum_over_ranks(self._loss.clone()).item() / self.steps  # sync: once in ten steps, for the log
-        now = time.monotonic()
-        spent = now - self._since
-        result = loss, 100 * self._wait_s / spent, spent / self.steps
-        self._loss.zero_()
-        self.steps, self._wait_s, self._since = 0, 0.0, now
+    def close(self, step: int) -> _Look:
+        """What the window's steps, of which `step` would be the next, were like; the window then begins anew."""
+        both = torch.stack([torch.stack(self._losses), torch.stack(self._nonfinite).float()])
+        losses, flags = distributed.sum_over_ranks(both).tolist()  # the one wait for the device
+        finite = [loss for loss, flag in zip(losses, flags, strict=True) if not flag]
+        spent = time.monotonic() - self._since
+        result = _Look(loss=sum(finite) / len(finite) if finite else math.nan, data_wait_pct=100 * self._wait_s / spent,
+                       step_s=spent / self.steps,
+                       nonfinite=[step - self.steps + i for i, flag in enumerate(flags) if flag])
+        self.__init__(self._here)
         return result
 
 

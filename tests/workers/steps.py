@@ -46,7 +46,7 @@ def main(root: str, folder: str, out: str, accumulate: str, steps: str) -> None:
                                 schedule=train.Schedule(steps=int(steps), validate_steps=int(steps)))
         losses = []
         for micro_batches, _ in trainer._batches():
-            losses.append(distributed.sum_over_ranks(trainer.train_step(micro_batches)).item())
+            losses.append(distributed.sum_over_ranks(trainer.train_step(micro_batches)[0]).item())
         if here.is_main:
             torch.save({"weights": trainer.network.state_dict(), "losses": losses}, out)
 

@@ -8,13 +8,13 @@ import io
 import os
 import secrets
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from stpp import files
 from stpp.data.masks import write_index_png
 from stpp.label import tars
 from stpp.label.clock import Clock
@@ -77,7 +77,7 @@ class PngSink:
             if parent not in self._made:
                 os.makedirs(parent, exist_ok=True)
                 self._made.add(parent)
-            with renamed(path, self._out) as file:
+            with files.renamed(path, _temporary(self._out)) as file:
                 file.write(data)
         return Stored(len(data), checksum(data), None)
 
@@ -97,7 +97,7 @@ class TarSink:
     def __init__(self, out: Path, name: str, clock: Clock):
         self._path, self._clock = out / "masks" / name, clock
         self._temporary = _temporary(out)
-        self._file = open(self._temporary, "wb")
+        self._file = files.plain(self._temporary)
         self._bytes = self._crc = 0
 
     def store(self, key: str, mask_HW: np.ndarray) -> Stored:
@@ -131,20 +131,6 @@ def encode(mask_HW: np.ndarray) -> bytes:
     file = io.BytesIO()
     write_index_png(file, mask_HW)
     return file.getvalue()
-
-
-@contextmanager
-def renamed(path: str, out: Path) -> Iterator[IO[bytes]]:
-    """Opens a temporary file that takes the name `path` when the block ends well; not synced."""
-    temporary = _temporary(out)
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
 
 
 def sweep(out: Path) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from stpp import checkpoint as checkpoints
-from stpp import log
+from stpp import files, log
 from stpp.errors import UserError
 from stpp.teacher import fold, gate, inductor, tensorrt, torch_tensorrt, trust
 from stpp.teacher import record as records
@@ -149,7 +149,7 @@ def _write_folder(plan: Plan, record: EngineRecord, folder: Path) -> None:
 def cached(plan: Plan, cache: Path) -> CompiledTeacher:
     """The engine of `plan` in the folder `cache`: loaded if it is there and ours, else compiled by the process that comes first."""
     folder = cache / plan.key()
-    with _alone(cache / f".{plan.key()}.lock"):
+    with _alone(cache, f".{plan.key()}.lock"):
         for left in (*cache.glob(f".{plan.key()}.*.tmp"), *cache.glob(f".{plan.key()}.*.old")):  # of a process that was killed
             shutil.rmtree(left, ignore_errors=True)
         if (folder / records.NAME).exists():
@@ -231,16 +231,11 @@ def _replace(made: Path, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Waits until no other process of this machine (or file server, where it has locks) holds the lock file."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")
-    except OSError as error:
-        raise UserError(f"folder of engines {path.parent}: {error.strerror}; set XDG_CACHE_HOME, or use --backend eager") from None
-    with file:
-        with contextlib.suppress(ImportError):  # Windows: the later of two processes replaces the engine of the first
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
+def _alone(cache: Path, name: str) -> Iterator[None]:
+    """Waits until no other process builds the same engine; without locks the later of two replaces the engine of the first."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(files.locked(cache / name))
+        except OSError as error:
+            raise UserError(f"folder of engines {cache}: {error.strerror}; set XDG_CACHE_HOME, or use --backend eager") from None
         yield

@@ -109,7 +109,8 @@ def compile_onnx(graph: Path, plan: Path, *, shapes: Shapes, device: torch.devic
     if made is None:
         raise UserError(f"--backend tensorrt: {name} {trt.__version__} could not build the engine ({logger.last}); use --backend "
                         "inductor or eager")
-    plan.write_bytes(made)
+    with files.plain(plan) as file:
+        file.write(made)
     if cache is not None:
         with files.atomic(cache) as file:
             file.write(bytes(config.get_timing_cache().serialize()))

@@ -12,6 +12,7 @@ import os
 import secrets
 from pathlib import Path
 
+from stpp import files
 from stpp.errors import UserError
 from stpp.teacher import record as records
 from stpp.teacher.record import EngineRecord
@@ -51,7 +52,7 @@ def _key(*, create: bool) -> bytes:
     if not path.exists() and not create:
         return b""
     if not path.exists():
-        _make_key(path)
+        files.create_once(path, secrets.token_bytes(KEY_BYTES))
     stat = path.stat()
     if hasattr(os, "getuid") and (stat.st_uid != os.getuid() or stat.st_mode & 0o077):
         raise UserError(f"{path} is not yours alone (owner {stat.st_uid}, mode {stat.st_mode & 0o777:o}); delete it: "
@@ -60,21 +61,3 @@ def _key(*, create: bool) -> bytes:
     if len(key) != KEY_BYTES:
         raise UserError(f"{path} is damaged ({len(key)} bytes, expected {KEY_BYTES}); delete it: engines are then compiled again")
     return key
-
-
-def _make_key(path: Path) -> None:
-    """Writes a new key, once, whoever comes first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(secrets.token_bytes(KEY_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(temporary, path)  # unlike a rename it never replaces the key of a process that was faster
-        except FileExistsError:
-            pass
-    finally:
-        os.unlink(temporary)

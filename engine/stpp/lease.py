@@ -1,0 +1,115 @@
+"""One run directory, one run: a lease that the running process renews, so that a dead one does not hold it for ever.
+
+`lease.json` names the holder, and its time of change is the heartbeat. A holder on this machine that is not running any
+more is replaced at once, one elsewhere when its heart has not beaten for `EXPIRY_S`.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from stpp import files
+from stpp.errors import UserError
+
+BEAT_S = 15.0
+EXPIRY_S = 120.0
+NAME = "lease.json"
+
+
+@contextlib.contextmanager
+def held(folder: Path, *, beat_s: float = BEAT_S, expiry_s: float = EXPIRY_S) -> Iterator[None]:
+    """Holds the lease of `folder`, which is made if missing, during the block.
+
+    Raises:
+        UserError: another process holds it (its host and number are named), or the folder cannot be written.
+    """
+    path, mine = folder / NAME, {**_me(), "token": secrets.token_hex(8)}
+    try:
+        with files.locked(folder / ".lease.lock"):
+            _refuse_living(path, expiry_s)
+            files.write_json(path, mine)
+    except OSError as error:
+        raise UserError(f"--out {folder}: {error.strerror}; choose a folder that can be written") from None
+    ended = threading.Event()
+    heart = threading.Thread(target=_beat, args=(path, mine, ended, beat_s), name="stpp-lease", daemon=True)
+    heart.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        heart.join()
+        with contextlib.suppress(OSError):
+            if _read(path) == mine:
+                path.unlink()
+
+
+def _refuse_living(path: Path, expiry_s: float) -> None:
+    if not path.exists():
+        return
+    age_s, holder = _age_s(path), _read(path)
+    if holder is None:
+        return  # damaged: a lease is written whole
+    if age_s > expiry_s or (holder.get("machine") == _me()["machine"] and not _running(holder.get("pid"))):
+        return
+    raise UserError(f"--out {path.parent} is in use by process {holder.get('pid')} on {holder.get('host')} (seen {age_s:.0f} s "
+                    f"ago); stop it, choose another --out, or wait: a lease not renewed for {expiry_s:.0f} s is void")
+
+
+def _beat(path: Path, mine: dict, ended: threading.Event, beat_s: float) -> None:
+    while not ended.wait(beat_s):
+        try:
+            if _read(path) != mine:
+                print(f"stpp: {path.parent} was taken over by another process ({_read(path)}), after this one had been held "
+                      "up for too long; it ends here and loses nothing", file=sys.stderr, flush=True)
+                os._exit(1)  # nothing more may be written
+            os.utime(path)
+        except OSError:
+            continue  # a file server that is away for a moment
+
+
+def _age_s(path: Path) -> float:
+    """Seconds since the heart beat, by the clock of the file system."""
+    probe = path.with_name(f".{path.name}.{secrets.token_hex(4)}.now")
+    files.plain(probe).close()
+    try:
+        return probe.stat().st_mtime - path.stat().st_mtime
+    finally:
+        probe.unlink()
+
+
+def _read(path: Path) -> dict | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _me() -> dict:
+    """This process, and a name of what its number is unique in: a boot of a machine and, for containers, a name space."""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return {"host": socket.gethostname(), "pid": os.getpid(), "machine": f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"}
+    return {"host": socket.gethostname(), "pid": os.getpid(), "machine": socket.gethostname()}
+
+
+def _running(pid: object) -> bool:
+    """Whether a process of this machine lives; one that has ended and whose parent has not looked does not."""
+    if not isinstance(pid, int) or pid < 1:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return True

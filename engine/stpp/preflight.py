@@ -1,0 +1,66 @@
+"""What would stop a run hours from now, found before its first step: every problem, not only the first."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from stpp.config import Config
+from stpp.data.sample import Sample
+from stpp.errors import UserError
+
+SAMPLED = 16
+"""Images and masks of a list that are decoded."""
+MASK_BITS = 1.0
+"""Bits a pixel of a pseudo label on the disk, more than masks of photographs take."""
+COPIES = {"supervised": 5, "st": 10, "stpp": 18}
+"""Networks on the disk at the end: a stage that trains keeps its best one and, to go on from, its last one with momentum (two),
+and writes one more before an old one goes; the first stage of ST++ keeps three others."""
+
+
+def preflight(config: Config, *, lists: dict[str, Sequence[Sample]], weights: int, checks: Sequence[Callable[[], None]]) -> None:
+    """Looks at everything once.
+
+    Args:
+        lists: samples by the name of their list.
+        weights: bytes of one network.
+        checks: further ones, each raising UserError.
+
+    Raises:
+        UserError: names every problem found.
+    """
+    problems = []
+    unlabelled = lists.get("unlabeled.txt", ())
+    for check in (*checks, lambda: _room(config, weights, unlabelled), *(
+            lambda name=name, samples=samples: _readable(name, samples) for name, samples in lists.items())):
+        try:
+            check()
+        except UserError as error:
+            problems.append(str(error))
+    if len(problems) == 1:
+        raise UserError(problems[0])
+    if problems:
+        raise UserError(f"{len(problems)} problems: " + "; ".join(f"({i}) {text}" for i, text in enumerate(problems, 1)))
+
+
+def _room(config: Config, weights: int, unlabelled: Sequence[Sample]) -> None:
+    """Disk for checkpoints and pseudo labels; a run that goes on already has a part of it."""
+    masks = sum(sample.width * sample.height for sample in unlabelled) * MASK_BITS / 8
+    copies = COPIES[config.method] + 5 * config.control
+    there = sum(path.stat().st_size for path in config.out.glob("stages/**/*") if path.is_file())
+    needed, free = copies * weights + masks - there, shutil.disk_usage(config.out).free
+    if needed > free:
+        raise UserError(f"--out {config.out}: about {needed / 2**20:.0f} MiB are needed for checkpoints and pseudo labels, and the "
+                        f"disk has {free / 2**20:.0f}; make room or choose another --out")
+
+
+def _readable(name: str, samples: Sequence[Sample]) -> None:
+    """Decodes some files of a list, spread over it."""
+    for sample in samples[:: -(-len(samples) // SAMPLED) or 1]:
+        for path in filter(None, (sample.image, sample.mask)):
+            try:
+                with Image.open(Path(path)) as image:
+                    image.load()
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                raise UserError(f"{name}: {path} cannot be read ({error}); mend or remove it and prepare the index again") from None
