@@ -64,15 +64,15 @@ class Report:
         for _ in range(self.rounds):
             for label, variant in variants.items():
                 times[label].append(_run(variant, self.device, calls[label]))
-        rows = {}
-        for label, found in times.items():
-            rows[label] = {
-                "name": name, "variant": label, "shape": shape, "dtype": dtype,
-                "median": statistics.median(found), "p20": _quantile(found, 0.2), "p80": _quantile(found, 0.8),
-                "unit": "ms", "peak_mib": peaks[label],
-            }  # fmt: skip
-            self._add(rows[label])
-        return rows
+        return {label: self.measured(name, label, shape, dtype, found, peaks[label]) for label, found in times.items()}
+
+    def measured(self, name: str, variant: str, shape: str, dtype: str, times_ms: list[float],
+                 peak_mib: float | None = None) -> dict:
+        """Adds the row of a variant that was timed, and returns it."""
+        row = {"name": name, "variant": variant, "shape": shape, "dtype": dtype, "median": statistics.median(times_ms),
+               "p20": _quantile(times_ms, 0.2), "p80": _quantile(times_ms, 0.8), "unit": "ms", "peak_mib": peak_mib}
+        self._add(row)
+        return row
 
     def _calls(self, variant: Callable[[], object]) -> int:
         """Calls of one measurement, after a warm-up: on a GPU enough to hide the first launch and the steps of the clock."""
