@@ -42,7 +42,7 @@ class SourceConfig:
 
     root: Path | None = None
     """Folder of the data set."""
-    layout: Literal["auto", "voc", "camvid", "globs"] = "auto"
+    layout: Literal["auto", "voc", "cityscapes", "camvid", "globs"] = "auto"
     """How images and masks are arranged below the root."""
     images: str | None = None
     """With layout globs: pattern of the images below the root, for example `photos/**/*.jpg`."""
@@ -50,6 +50,8 @@ class SourceConfig:
     """With layout globs: pattern of the masks below the root, for example `labels/**/*.png`."""
     classes: tuple[str, ...] = ()
     """Class names in the order of their ids; empty: from `classes.json` in the root, or the layout's own."""
+    mask_map: tuple[str, ...] = ()
+    """What masks hold where that is not class ids, as STORED=CLASS: ids (7=0, 1-150=0-149, 0=ignore) or colours (#804080=road)."""
     exif: bool = True
     """Turn images upright by their EXIF orientation (masks are expected upright); off: read both as stored."""
 

@@ -115,8 +115,11 @@ class Run:
         if config.method != "supervised":
             self.unlabelled = splits.read_split(folder / "unlabeled.txt", self.index, labelled=False)
         self.val: list[Sample] = []
-        if (folder / "val.txt").exists():
-            self.val = splits.read_split(folder / "val.txt", self.index, labelled=True)
+        listed = splits.find_val(folder) if config.data.split else folder / splits.VAL
+        if listed.exists():
+            if listed.parent != folder:
+                log.say(f"validation list: {listed}")
+            self.val = splits.read_split(listed, self.index, labelled=True)
         else:
             log.say(f"{folder} has no val.txt: no mIoU is known, and the last checkpoint of a stage is the teacher")
         self._check_lists(folder)
@@ -277,7 +280,7 @@ def _prepared_index(config: Config, here: World) -> Index:
     data = config.data
     folder = data.index or config.out / "index"
     settings = {"layout": data.layout, "images": data.images, "masks": data.masks, "classes": data.classes,
-                "exif": data.exif}
+                "mask_map": data.mask_map, "exif": data.exif}
 
     def renew() -> None:
         if indices.is_stale(folder, data.root, **settings):
