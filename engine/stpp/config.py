@@ -193,6 +193,10 @@ class Config:
     """Folder of the run; the same command on it goes on where it stopped."""
     method: Method = "stpp"
     """supervised: labels only; st: one round of pseudo labels; stpp: reliable images first."""
+    pseudo_labels: Path | None = None
+    """Instead of the method: one stage on the labels and the masks in this folder, of `stpp label` or a run's labelling stage."""
+    exclude: Path | None = None
+    """With pseudo_labels: a list of images whose masks are not used, lines as in a split."""
     control: bool = False
     """Also train on the labels alone for as many steps as the last stage has."""
     seed: int = 0
@@ -209,6 +213,7 @@ class Config:
 
     def __post_init__(self):
         _check(0 <= self.seed < 2**64, "seed", self.seed, "from 0 to 2^64 - 1")
+        _check(self.exclude is None or self.pseudo_labels is not None, "exclude", self.exclude, "given with --pseudo-labels")
 
 
 def to_dict(config: Any) -> dict:
