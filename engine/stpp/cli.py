@@ -106,7 +106,7 @@ def _prepare(args: list[str]) -> None:
     data = options.data
     _need_root(data)
     made = index.prepare(data.root, options.out, layout=data.layout, images=data.images, masks=data.masks,
-                         classes=data.classes, exif=data.exif, workers=options.workers)
+                         classes=data.classes, mask_map=data.mask_map, exif=data.exif, workers=options.workers)
     with_mask = sum(entry.mask is not None for entry in made.entries.values())
     print(f"{options.out}: {len(made.entries)} images, {with_mask} with a mask, {len(made.classes)} classes")
 
@@ -173,10 +173,12 @@ def _evaluate(args: list[str]) -> None:
 
 def _of_run(options: Evaluate) -> tuple[Path, Path]:
     """Index folder and list to score: as given, else those of the run that the checkpoint lies in."""
+    from stpp.data import splits
+
     run = next((folder for folder in options.checkpoint.resolve().parents if (folder / "config.json").exists()), None)
     data = config.load_recipe(Config, run / "config.json").data if run else None
     folder = options.index or (data and (data.index or run / "index"))
-    listed = options.list or (data and (data.split or run / "split") / "val.txt")
+    listed = options.list or (data and (splits.find_val(data.split) if data.split else run / "split" / splits.VAL))
     if folder is None or listed is None:
         raise UserError(f"--checkpoint {options.checkpoint} lies in no run; name a prepared index with --index and a file "
                         "with lines `image mask` with --list")
@@ -227,6 +229,18 @@ def _demo(args: list[str]) -> None:
     demo(options.out, seed=options.seed, control=options.control)
 
 
+def _predict(args: list[str]) -> None:
+    from stpp import predict
+
+    predict.predict(config.parse(predict.Predict, args, prog="stpp predict"))
+
+
+def _export(args: list[str]) -> None:
+    from stpp import export
+
+    export.export(config.parse(export.Export, args, prog="stpp export"))
+
+
 def _label(args: list[str]) -> None:
     from stpp.label import command
 
@@ -245,6 +259,8 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "split": (_split, "draw which images keep their labels"),
     "train": (_train, "run supervised training, ST or ST++"),
     "evaluate": (_evaluate, "score a checkpoint at native size"),
+    "predict": (_predict, "write masks of a few images, and pictures of them"),
+    "export": (_export, "write a checkpoint as ONNX"),
     "compile": (_compile, "compile a checkpoint into an engine that labels faster"),
     "label": (_label, "write pseudo labels of any number of images"),
     "select": (_select, "rank images by the agreement of several checkpoints"),

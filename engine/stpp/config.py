@@ -43,7 +43,7 @@ class SourceConfig:
 
     root: Path | None = None
     """Folder of the data set."""
-    layout: Literal["auto", "voc", "camvid", "globs"] = "auto"
+    layout: Literal["auto", "voc", "cityscapes", "camvid", "globs"] = "auto"
     """How images and masks are arranged below the root."""
     images: str | None = None
     """With layout globs: pattern of the images below the root, for example `photos/**/*.jpg`."""
@@ -51,6 +51,8 @@ class SourceConfig:
     """With layout globs: pattern of the masks below the root, for example `labels/**/*.png`."""
     classes: tuple[str, ...] = ()
     """Class names in the order of their ids; empty: from `classes.json` in the root, or the layout's own."""
+    mask_map: tuple[str, ...] = ()
+    """What masks hold where that is not class ids, as STORED=CLASS: ids (7=0, 1-150=0-149, 0=ignore) or colours (#804080=road)."""
     exif: bool = True
     """Turn images upright by their EXIF orientation (masks are expected upright); off: read both as stored."""
 
@@ -200,6 +202,10 @@ class Config:
     """Folder of the run; the same command on it goes on where it stopped."""
     method: Method = "stpp"
     """supervised: labels only; st: one round of pseudo labels; stpp: reliable images first."""
+    pseudo_labels: Path | None = None
+    """Instead of the method: one stage on the labels and the masks in this folder, of `stpp label` or a run's labelling stage."""
+    exclude: Path | None = None
+    """With pseudo_labels: a list of images whose masks are not used, lines as in a split."""
     control: bool = False
     """Also train on the labels alone for as many steps as the last stage has."""
     seed: int = 0
@@ -219,6 +225,7 @@ class Config:
     def __post_init__(self):
         _check(0 <= self.seed < 2**64, "seed", self.seed, "from 0 to 2^64 - 1")
         _check(0 < self.timeout_minutes < math.inf, "timeout-minutes", self.timeout_minutes, "above 0")
+        _check(self.exclude is None or self.pseudo_labels is not None, "exclude", self.exclude, "given with --pseudo-labels")
 
 
 def to_dict(config: Any) -> dict:

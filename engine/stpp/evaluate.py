@@ -17,7 +17,7 @@ from stpp.distributed import World
 from stpp.metrics import iou_per_class, mean_iou
 from stpp.teacher import tta
 from stpp.teacher.engine import Teacher
-from stpp_kernels import confusion, finalize, upsample_argmax
+from stpp_kernels import confusion
 
 
 @torch.inference_mode()
@@ -27,18 +27,14 @@ def evaluate(teacher: Teacher, samples: Sequence[Sample], here: World, data: Dat
 
     Args:
         samples: every one has a mask.
-        mode: test-time augmentation; "none" is one view, and then no probabilities are computed.
+        mode: test-time augmentation, key of `tta.VIEWS`.
 
     Returns:
         int64 [C, C] on the CPU, rows truth, columns prediction, in pixels; the same on every rank.
     """
     matrix = torch.zeros(teacher.num_classes, teacher.num_classes, dtype=torch.int64, device=here.device)
     for batch in loader.native_batches(samples, here, data):
-        if mode == "none":
-            masks_NHW = upsample_argmax(teacher.logits(batch.images_NCHW), batch.labels_NHW.shape[-2:])
-        else:
-            sums_NCHW = tta.accumulate(teacher.logits, batch.images_NCHW, mode, teacher.num_classes)
-            masks_NHW = finalize(sums_NCHW)[0]
+        masks_NHW = tta.masks(teacher.logits, batch.images_NCHW, mode, teacher.num_classes)
         matrix += confusion(masks_NHW, batch.labels_NHW, teacher.num_classes)
     return distributed.sum_over_ranks(matrix).cpu()
 

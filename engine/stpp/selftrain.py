@@ -17,8 +17,8 @@ import torch
 
 from stpp import checkpoint, distributed, files, lease, log, preflight, rundir
 from stpp.config import Config
+from stpp.data import given, splits
 from stpp.data import index as indices
-from stpp.data import splits
 from stpp.data.index import Index
 from stpp.data.sample import Sample
 from stpp.data.sampler import StepSampler
@@ -68,15 +68,16 @@ def _run(config: Config, here: World) -> dict:
     distributed.on_main(here, lambda: rundir.record_provenance(
         config.out, index.fingerprint, index.classes))
     run = Run(config, here, index)
-    log.say(f"{config.method} in {config.out}: {here.size} x {here.device.type}, "
+    method = "retrain" if config.pseudo_labels else config.method
+    log.say(f"{method} in {config.out}: {here.size} x {here.device.type}, "
             f"{str(autocast_dtype(config.train.precision, here.device)).removeprefix('torch.')}, "
             f"{len(run.labelled)} labelled, {len(run.unlabelled)} unlabelled, {len(run.val)} validation images")
     log.say("operators: " + ", ".join(f"{name} {kind}" for name, kind in implementations().items()))
     distributed.on_main(here, run.preflight)
-    METHODS[config.method](run)
+    METHODS[method](run)
     if config.control or (config.out / "stages" / "control" / "DONE.json").exists():
         run.control()
-    results = {"method": config.method, "stages": run.stages} | ({"control": run.controlled} if run.controlled else {})
+    results = {"method": method, "stages": run.stages} | ({"control": run.controlled} if run.controlled else {})
     distributed.on_main(here, lambda: run.finish(results))
     log.say(summary(results))
     return results
@@ -102,7 +103,11 @@ def _stpp(run: "Run") -> None:
     run.train(6, "6-retrain", run.joint_list(pseudo + run.pseudo("5-label", unreliable)))
 
 
-METHODS: dict[str, Callable[["Run"], None]] = {"supervised": _supervised, "st": _st, "stpp": _stpp}
+def _retrain(run: "Run") -> None:
+    run.train(6, "1-retrain", run.joint_list(run.given()))
+
+
+METHODS: dict[str, Callable[["Run"], None]] = {"supervised": _supervised, "st": _st, "stpp": _stpp, "retrain": _retrain}
 
 
 @dataclass
@@ -121,11 +126,14 @@ class Run:
                 self.index, folder, fraction=config.data.fraction, seed=config.data.split_seed, val=config.data.val))
         self.labelled = splits.read_split(folder / "labeled.txt", self.index, labelled=True)
         self.unlabelled: list[Sample] = []
-        if config.method != "supervised":
+        if config.method != "supervised" or config.pseudo_labels:
             self.unlabelled = splits.read_split(folder / "unlabeled.txt", self.index, labelled=False)
         self.val: list[Sample] = []
-        if (folder / "val.txt").exists():
-            self.val = splits.read_split(folder / "val.txt", self.index, labelled=True)
+        listed = splits.find_val(folder) if config.data.split else folder / splits.VAL
+        if listed.exists():
+            if listed.parent != folder:
+                log.say(f"validation list: {listed}")
+            self.val = splits.read_split(listed, self.index, labelled=True)
         else:
             log.say(f"{folder} has no val.txt: no mIoU is known, and the last checkpoint of a stage is the teacher")
         self.split = folder
@@ -144,7 +152,7 @@ class Run:
 
     def _check_lists(self) -> None:
         folder = self.split
-        if self.config.method == "stpp" and len(self.unlabelled) < 2:
+        if self.config.method == "stpp" and not self.config.pseudo_labels and len(self.unlabelled) < 2:
             raise UserError(f"{folder / 'unlabeled.txt'}: one image; ST++ halves the list, use --method st")
         pixels = {entry.key: sum(entry.class_pixels or ()) for entry in self.index.entries.values()}
         for name, samples in (("labeled.txt", self.labelled), ("val.txt", self.val)):
@@ -164,6 +172,14 @@ class Run:
         folder = self._folder(stage)
         return [dataclasses.replace(sample, mask=str(folder / labeller.mask_name(sample)), strong=True)
                 for sample in samples]
+
+    def given(self) -> list[Sample]:
+        """The unlabelled samples that have a mask in `--pseudo-labels`, with it."""
+        config, out = self.config, self.config.out / "given"
+        began = any(self._folder("1-retrain").glob("*"))
+        distributed.on_main(self.here, lambda: given.check(self.unlabelled, config.pseudo_labels, self.index, out,
+                                                           exclude=config.exclude, began=began))
+        return given.attach(self.unlabelled, out)
 
     def train(self, number: int, name: str, samples: list[Sample], *, epochs: int | None = None,
               keep_thirds: bool = False) -> None:
@@ -301,7 +317,7 @@ def _prepared_index(config: Config, here: World) -> Index:
     data = config.data
     folder = data.index or config.out / "index"
     settings = {"layout": data.layout, "images": data.images, "masks": data.masks, "classes": data.classes,
-                "exif": data.exif}
+                "mask_map": data.mask_map, "exif": data.exif}
 
     def renew() -> None:
         if indices.is_stale(folder, data.root, **settings):

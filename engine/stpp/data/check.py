@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from stpp.data.exif import opened, orientation, upright_size
+from stpp.data.mask_map import MaskMap
 from stpp.data.masks import IGNORE, count_indices, read_mask, write_index_png
 from stpp.errors import UserError
 
@@ -76,12 +77,12 @@ def check_all(tasks: list[Task], arguments: tuple, workers: int | None = None) -
                 future.cancel()
 
 
-def check_many(tasks: list[Task], root: str, out: str, classes: int, exif: bool) -> list[Checked]:
+def check_many(tasks: list[Task], *arguments) -> list[Checked]:
     """`check` for each task, in order."""
-    return [check(task, root, out, classes, exif) for task in tasks]
+    return [check(task, *arguments) for task in tasks]
 
 
-def check(task: Task, root: str, out: str, classes: int, exif: bool) -> Checked:
+def check(task: Task, root: str, out: str, classes: int, exif: bool, mask_map: MaskMap | None = None) -> Checked:
     """Decodes an image and its mask, compares them, and writes the mask anew below `out` where it is not plain.
 
     Args:
@@ -90,6 +91,7 @@ def check(task: Task, root: str, out: str, classes: int, exif: bool) -> Checked:
         out: the index's folder.
         classes: number of classes; a mask may hold 0 .. classes - 1 and 255.
         exif: the EXIF rule, see stpp.data.exif.
+        mask_map: what the numbers or colours of masks mean; None: they are class ids.
     """
     stored, turn, mask, mask_turn, problems = None, 1, None, 1, []
     try:
@@ -98,7 +100,7 @@ def check(task: Task, root: str, out: str, classes: int, exif: bool) -> Checked:
         problems.append(_relative(error, root))
     if task.mask is not None:
         try:
-            mask, plain, mask_turn = read_mask(os.path.join(root, task.mask), exif=exif)
+            mask, plain, mask_turn = read_mask(os.path.join(root, task.mask), exif=exif, mask_map=mask_map)
         except UserError as error:
             problems.append(_relative(error, root))
     counts = None
@@ -107,7 +109,8 @@ def check(task: Task, root: str, out: str, classes: int, exif: bool) -> Checked:
         wrong = [i for i in counts.nonzero()[0].tolist() if classes <= i != IGNORE]
         if wrong:
             ids = ", ".join(f"id {i} in {counts[i]} pixels" for i in wrong[:5]) + (", ..." if len(wrong) > 5 else "")
-            problems.append(f"{task.mask}: class {ids}; the class list has ids 0 to {classes - 1} (255 is ignore)")
+            problems.append(f"{task.mask}: class {ids}; the class list has ids 0 to {classes - 1} (255 is ignore); "
+                            "--data.mask-map turns other ids into these")
     if stored is None:
         return Checked(task, problems=tuple(problems))
     width, height = upright_size(*stored, turn) if exif else stored

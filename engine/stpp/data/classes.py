@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from stpp.data import cityscapes
 from stpp.errors import UserError
 
 VOC_CLASSES = tuple(
@@ -14,10 +15,11 @@ VOC_CLASSES = tuple(
     ).split()
 )
 """Of VOC 2012."""
+_OF_LAYOUT = {"voc": VOC_CLASSES, "cityscapes": cityscapes.CLASSES}
 
 
 def class_list(root: str | os.PathLike, layout: str, given: Sequence[str] = ()) -> list[str]:
-    """Finds the class names: `given`; else those of `classes.json` in the root; else VOC's in the VOC layout.
+    """Finds the class names: `given`; else those of `classes.json` in the root; else VOC's and Cityscapes' in their layouts.
 
     `classes.json` is a list of names, or an object with such a list under "classes".
 
@@ -37,8 +39,8 @@ def class_list(root: str | os.PathLike, layout: str, given: Sequence[str] = ()) 
                 f"{path}: is not JSON ({' '.join(str(error).split())}); expected a list of class names"
             ) from error
         names = names.get("classes") if isinstance(names, dict) else names
-    elif layout == "voc":
-        return list(VOC_CLASSES)
+    elif layout in _OF_LAYOUT:
+        return list(_OF_LAYOUT[layout])
     else:
         raise UserError(
             f"--data.classes: the class names are not known; give them in the order of their ids, or write {path}: "

@@ -19,6 +19,7 @@ from types import EllipsisType
 
 from stpp import files, log
 from stpp.data import layouts, table
+from stpp.data import mask_map as mapping
 from stpp.data.check import Task, check_all
 from stpp.data.classes import class_list
 from stpp.data.sample import Sample
@@ -110,6 +111,7 @@ def prepare(
     images: str | None = None,
     masks: str | None = None,
     classes: Sequence[str] = (),
+    mask_map: Sequence[str] = (),
     exif: bool = True,
     workers: int | None = None,
     progress: bool = True,
@@ -123,8 +125,9 @@ def prepare(
         root: the data root; nothing is written there.
         out: the index's folder.
         layout, images, masks: see stpp.data.layouts.
-        classes: names in the order of their ids; else those of `classes.json` in the root; else VOC's in the VOC
-            layout.
+        classes: names in the order of their ids; else those of `classes.json` in the root; else VOC's and Cityscapes' in
+            their layouts.
+        mask_map: what masks hold that is not class ids, see stpp.data.mask_map.
         exif: see stpp.data.exif.
         workers: processes; None: one a core.
         progress: show a bar on stderr.
@@ -133,11 +136,11 @@ def prepare(
         UserError: see stpp.data.layouts.find; or files have problems, all of which are listed in `out/problems.txt` and
             the first ones printed: class ids outside the class list, sizes that differ, unreadable files.
     """
-    settings = _settings(root, layout, images, masks, classes, exif)
+    settings = _settings(root, layout, images, masks, classes, mask_map, exif)
     root, out = layouts.checked_root(root), Path(out).expanduser().absolute()
     _refuse_inside(root, out.resolve(), settings)
     table.read_json(out)
-    found = layouts.find(root, settings["layout"], images, masks, exclude=out)
+    found = layouts.find(root, settings["layout"], images, settings["masks"], exclude=out)
     tasks, digest = _tasks(root, found, settings)
     try:
         _claim(out)
@@ -197,6 +200,7 @@ def is_stale(
     images: str | None = None,
     masks: str | None = None,
     classes: Sequence[str] = (),
+    mask_map: Sequence[str] = (),
     exif: bool = True,
 ) -> bool:
     """Whether `prepare` with these settings would find other files (path, size, time) or settings than the index in
@@ -208,27 +212,25 @@ def is_stale(
         UserError: as `prepare` before it looks into files; or `out` holds something that is no index.
     """
     out = Path(out).expanduser().absolute()
-    settings = _settings(root, layout, images, masks, classes, exif)
+    settings = _settings(root, layout, images, masks, classes, mask_map, exif)
     stored = table.read_json(out)
     if stored is None or stored["version"] != table.VERSION or not (out / "index.parquet").is_file():
         return True
     root = layouts.checked_root(root)
-    found = layouts.find(root, settings["layout"], images, masks, exclude=out)
+    found = layouts.find(root, settings["layout"], images, settings["masks"], exclude=out)
     return _tasks(root, found, settings)[1] != stored["fingerprint"]
 
 
-def _settings(root, layout, images, masks, classes, exif) -> dict:
-    """What an index depends on besides the files, JSON-able, with "auto" and the class list resolved."""
+def _settings(root, layout, images, masks, classes, mask_map, exif) -> dict:
+    """What an index depends on besides the files, JSON-able, with what the layout stands for resolved."""
     if not isinstance(exif, bool):
         raise TypeError(f"exif: expected a bool, got {exif!r}")
     layout = layouts.resolve(root, layout, images, masks)
-    return {
-        "layout": layout,
-        "images": images,
-        "masks": masks,
-        "classes": class_list(root, layout, classes),
-        "exif": exif,
-    }
+    masks = masks or layouts.own_masks(root, layout)
+    mask_map = list(mask_map or layouts.own_mask_map(layout, masks))
+    classes = class_list(root, layout, classes)
+    mapping.parse(mask_map, classes)
+    return {"layout": layout, "images": images, "masks": masks, "classes": classes, "mask_map": mask_map, "exif": exif}
 
 
 def _refuse_inside(root: Path, out: Path, settings: dict) -> None:
@@ -271,7 +273,8 @@ def _run(
     problems: list[str] = []
     counts = {"images": 0, "masks": 0, "converted": 0}
     pixels = [0] * len(settings["classes"])
-    arguments = (str(root), str(out), len(pixels), settings["exif"])
+    mask_map = mapping.parse(settings["mask_map"], settings["classes"])
+    arguments = (str(root), str(out), len(pixels), settings["exif"], mask_map)
     with files.atomic(out / "index.parquet") as file, table.Writer(file) as writer:
         with tqdm(total=len(tasks), desc="prepare", unit="image", disable=not progress, dynamic_ncols=True) as bar:
             for chunk in check_all(tasks, arguments, workers):

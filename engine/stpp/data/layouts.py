@@ -1,7 +1,8 @@
 """Which image belongs to which mask: the folder layouts that data sets come in.
 
-`voc`: `JPEGImages/**` and `SegmentationClass/**.png` (another folder, such as SegmentationClassAug, through the masks
-glob).
+`voc`: `JPEGImages/**` and `SegmentationClassAug/**.png`, or, where there is no such folder, `SegmentationClass/**.png`.
+`cityscapes`: `leftImg8bit/**/*_leftImg8bit.png` and `gtFine/**/*_gtFine_labelTrainIds.png`; or, where the original masks
+are more, `*_gtFine_labelIds.png`, whose ids are then mapped.
 `camvid`: `images/{train,val,...}/**` and `masks/<the same relative path>.png`.
 `globs`: two patterns, such as `photos/**/*.jpg` and `labels/**/*_mask.png`. An image and a mask belong together when
 what is left of their paths is equal, once the pattern's fixed folders and its fixed ending (`.jpg`, `_mask.png`) are
@@ -19,12 +20,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from stpp.data import cityscapes
 from stpp.errors import UserError
 
-LAYOUTS = ("auto", "voc", "camvid", "globs")
+LAYOUTS = ("auto", "voc", "cityscapes", "camvid", "globs")
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
 
 _VOC = ("JPEGImages", "SegmentationClass")
+_VOC_AUGMENTED = "SegmentationClassAug"
 _CAMVID = ("images", "masks")
 _UNLISTABLE = {"Cc", "Cs", "Zl", "Zp"}
 """Unicode categories of line breaks, control characters and undecodable bytes: no split file can hold such a name."""
@@ -75,19 +78,39 @@ def resolve(root: str | os.PathLike, layout: str, images: str | None = None, mas
     path = checked_root(root)
     if layout == "globs" and not images:
         raise UserError("--data.layout globs: needs --data.images, a pattern such as 'photos/**/*.jpg'")
-    if images and layout in ("voc", "camvid"):
+    if images and layout in ("voc", "cityscapes", "camvid"):
         raise UserError(f"--data.images {images}: goes with --data.layout globs, not {layout}")
     if layout != "auto":
         return layout
     if images:
         return "globs"
-    for name, (folder, _) in (("voc", _VOC), ("camvid", _CAMVID)):
+    for name, folder in (("voc", "JPEGImages"), ("cityscapes", "leftImg8bit"), ("camvid", "images")):
         if (path / folder).is_dir():
             return name
     raise UserError(
-        f"--data.root {path}: no known layout: neither JPEGImages/ (voc) nor images/ (camvid) is there; "
+        f"--data.root {path}: no known layout: neither JPEGImages/ (voc), leftImg8bit/ (cityscapes) nor images/ (camvid) is there; "
         "give --data.images and --data.masks, patterns such as 'photos/**/*.jpg' and 'labels/**/*.png'"
     )
+
+
+def own_masks(root: str | os.PathLike, layout: str) -> str | None:
+    """The pattern of the masks that a resolved layout finds in this root; None: the first that the layout is known for."""
+    root = checked_root(root)
+    if layout == "voc" and (root / _VOC_AUGMENTED).is_dir():
+        return f"{_VOC_AUGMENTED}/**/*.png"
+    if layout == "cityscapes":
+        names = list(_walk(root, "gtFine", None))
+        train_ids, label_ids = (
+            sum(name.endswith(ending) for name in names)
+            for ending in (cityscapes.TRAIN_IDS_ENDING, cityscapes.LABEL_IDS_ENDING)
+        )
+        return cityscapes.LABEL_IDS if label_ids > train_ids else None
+    return None
+
+
+def own_mask_map(layout: str, masks: str | None) -> tuple[str, ...]:
+    """What the ids in the masks of a resolved layout mean, if they are not class ids: see stpp.data.mask_map."""
+    return cityscapes.LABEL_IDS_MAP if layout == "cityscapes" and (masks or "").endswith("_labelIds.png") else ()
 
 
 def folders(layout: str, images: str | None = None, masks: str | None = None) -> list[str]:
@@ -107,9 +130,9 @@ def find(
 
     Args:
         root: the data root.
-        layout: "auto", "voc", "camvid" or "globs".
+        layout: one of `LAYOUTS`.
         images: pattern of images for "globs".
-        masks: pattern of masks; for "voc" and "camvid" it replaces the layout's own.
+        masks: pattern of masks; for the other layouts it replaces their own.
         exclude: a folder not to enter.
 
     Raises:
@@ -118,6 +141,7 @@ def find(
     """
     path = checked_root(root)
     layout = resolve(path, layout, images, masks)
+    images, masks = cityscapes.IMAGES if layout == "cityscapes" else images, masks or own_masks(path, layout)
     image_side, mask_side = _sides(layout, images, masks)
     skip = Path(exclude).resolve() if exclude is not None else None
 
@@ -144,7 +168,9 @@ def find(
 
 
 def _sides(layout: str, images: str | None, masks: str | None) -> tuple[_Side, _Side | None]:
-    if layout == "globs":
+    if layout == "cityscapes":
+        images, masks = cityscapes.IMAGES, masks or cityscapes.TRAIN_IDS
+    if images:
         return _parsed(images, "images"), _parsed(masks, "masks") if masks else None
     image_folder, mask_folder = _VOC if layout == "voc" else _CAMVID
     if masks:

@@ -5,13 +5,16 @@ every mask passes through here once, and what is not plain is written anew.
 """
 
 import os
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from stpp.data.exif import opened, orientation, upright
 from stpp.errors import UserError
+
+if TYPE_CHECKING:
+    from stpp.data.mask_map import MaskMap
 
 IGNORE = 255
 """The label of pixels that count nowhere."""
@@ -40,36 +43,42 @@ def read_index_mask(path: str | os.PathLike, *, exif: bool = True) -> np.ndarray
     return read_mask(path, exif=exif)[0]
 
 
-def read_mask(path: str | os.PathLike, *, exif: bool = True) -> tuple[np.ndarray, bool, int]:
+def read_mask(
+    path: str | os.PathLike, *, exif: bool = True, mask_map: "MaskMap | None" = None
+) -> tuple[np.ndarray, bool, int]:
     """As `read_index_mask`, and what the preparation needs besides.
+
+    Args:
+        mask_map: what the stored ids or colours mean. A map of colours takes those that are seen: a palette gives its
+            colours, alpha is dropped.
 
     Returns:
         the mask, uint8 [H, W]; whether the file is plain (8-bit grayscale, nothing to turn), so that any decoder reads
         the same from it; its EXIF orientation, 1 to 8.
+
+    Raises:
+        UserError: as `read_index_mask`; or the map does not name what the mask holds.
     """
     bits, kind, whole = _png_header(path)
+    in_colour = mask_map is not None and mask_map.in_colour
     with opened(path, ("PNG",)) as image:
-        if bits == 16 and kind != _GRAY:
+        if bits == 16 and (in_colour or kind != _GRAY):
             raise UserError(
                 f"{path}: a mask with 16 bits a channel and colour or alpha is not read; save 8-bit class indices"
             )
         extras = set(image.info) - _EXACT_EXTRAS
         turn = orientation(image)
-        values = np.asarray(image)
+        values = np.asarray(image.convert("RGBA"))[..., :3] if in_colour else np.asarray(image)
         # Only read after the pixels: eXIf may follow them.
         turn = orientation(image) if turn == 1 else turn
-    if kind in (_RGB, _RGB_ALPHA, _GRAY_ALPHA):
-        values = _one_channel(values, path)
-    if kind == _GRAY and bits == 1:
-        values = values.astype(np.uint8)
-    elif kind == _GRAY and bits in (2, 4):
-        # Pillow stretches these to 0..255: by 85 for 2 bits, by 17 for 4.
-        values = values // np.uint8(255 // ((1 << bits) - 1))
-    if values.dtype != np.uint8:
-        values = _narrow(values, path)
+    if in_colour:
+        values = mask_map(values, path)
+    else:
+        values = _indices(values, bits, kind, path)
+        values = _narrow(values, path) if mask_map is None else mask_map(values, path)
     if exif and turn != 1:
         values = upright(values, turn)
-    plain = whole and kind == _GRAY and bits == 8 and not extras and (turn == 1 or not exif)
+    plain = mask_map is None and whole and kind == _GRAY and bits == 8 and not extras and (turn == 1 or not exif)
     return np.ascontiguousarray(values), plain, turn
 
 
@@ -115,6 +124,18 @@ def _png_header(path: str | os.PathLike) -> tuple[int, int, bool]:
     return head[24], head[25], tail == _PNG_END
 
 
+def _indices(values: np.ndarray, bits: int, kind: int, path: str | os.PathLike) -> np.ndarray:
+    """The stored numbers, integer [H, W], from what Pillow made of them."""
+    if kind in (_RGB, _RGB_ALPHA, _GRAY_ALPHA):
+        values = _one_channel(values, path)
+    if kind == _GRAY and bits == 1:
+        return values.astype(np.uint8)
+    if kind == _GRAY and bits in (2, 4):
+        # Pillow stretches these to 0..255: by 85 for 2 bits, by 17 for 4.
+        return values // np.uint8(255 // ((1 << bits) - 1))
+    return values
+
+
 def _one_channel(values: np.ndarray, path: str | os.PathLike) -> np.ndarray:
     """The gray channel of [H, W, 2 | 3 | 4] if colour channels agree."""
     if values.ndim != 3:
@@ -126,17 +147,20 @@ def _one_channel(values: np.ndarray, path: str | os.PathLike) -> np.ndarray:
         y, x = np.unravel_index(int(coloured.argmax()), coloured.shape)
         colour = tuple(int(v) for v in values[y, x, :3])
         raise UserError(
-            f"{path}: the mask holds colours (first {colour} at x {x}, y {y}), not class indices; "
-            "save it as a palette or grayscale PNG of class indices"
+            f"{path}: the mask holds colours (first {colour} at x {x}, y {y}), not class indices; say what each colour means "
+            "with --data.mask-map, or save it as a palette or grayscale PNG of class indices"
         )
     return values[..., 0]
 
 
 def _narrow(values: np.ndarray, path: str | os.PathLike) -> np.ndarray:
-    """16-bit indices to uint8."""
+    """Indices to uint8; 16-bit ones are refused above 255."""
+    if values.dtype == np.uint8:
+        return values
     above = values > 255
     if above.any():
         ids, counts = np.unique(values[above], return_counts=True)
         listed = ", ".join(f"{i} ({n} pixels)" for i, n in zip(ids[:5].tolist(), counts[:5].tolist(), strict=True))
-        raise UserError(f"{path}: class ids above 255: {listed}; class indices must be 0 to 254, and 255 is ignore")
+        raise UserError(f"{path}: class ids above 255: {listed}; class indices must be 0 to 254, and 255 is ignore; "
+                        "--data.mask-map turns other ids into these")
     return values.astype(np.uint8)

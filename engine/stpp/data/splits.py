@@ -5,9 +5,11 @@ One sample a line, `image [mask]`, paths relative to the data root; public files
 a line is tried as an image as a whole, then cut at every blank in turn, against the index.
 
 A labelled line needs a mask: the one it names, or, where it names none, the index's own. A mask that it names must be
-the one that the index has for that image, because only that one has been checked. An unlabelled line needs no mask; one
-that it names and that does not exist is passed over with a warning, and a mask that the index knows serves only to
-report the quality of pseudo labels.
+the one that the index has for that image, because only that one has been checked; the names that the masks of one image
+have in the public lists and in the original data sets (`SegmentationClass/` and `SegmentationClassAug/`,
+`_labelTrainIds.png` and `_labelIds.png`) count as one. An unlabelled line needs no mask; one that it names and that does
+not exist is passed over with a warning, and a mask that the index knows serves only to report the quality of pseudo
+labels.
 """
 
 import math
@@ -24,6 +26,7 @@ from stpp.data.sample import Sample
 from stpp.errors import UserError
 
 LABELED, UNLABELED, VAL = "labeled.txt", "unlabeled.txt", "val.txt"
+_SAME = (("SegmentationClass/", "SegmentationClassAug/"), ("_gtFine_labelTrainIds.png", "_gtFine_labelIds.png"))
 
 _DRAW_LABELED, _DRAW_VAL = 1, 2
 """Second words of the generator's key: each draw has numbers of its own."""
@@ -133,7 +136,18 @@ def _tidy(path: str) -> str:
 
 
 def _same_path(named: str, known: str | None) -> bool:
-    return known is not None and unicodedata.normalize("NFC", named.strip()) == unicodedata.normalize("NFC", known)
+    """Whether a list's mask is the index's."""
+    if known is None:
+        return False
+    named, known = (unicodedata.normalize("NFC", path) for path in (named.strip(), known))
+    return named == known or any(named.replace(public, own) == known for public, own in _SAME)
+
+
+def find_val(folder: str | os.PathLike) -> Path:
+    """Where the validation list of a user's split lies, if it has one: in its folder, or, as of public lists, one or two above."""
+    folder = Path(folder)
+    above = (folder, *folder.absolute().parents[:2])
+    return next((path / VAL for path in above if (path / VAL).is_file()), folder / VAL)
 
 
 def make_split(

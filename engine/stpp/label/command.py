@@ -126,7 +126,7 @@ def _run(options: CorpusOptions, paths: Sequence[Path], mode: str, work: Callabl
         try:
             source = open_source(options.source, root=options.root, tar_folders=options.tar_folders)
             part = Part.parse(options.part)
-            _refuse_inside(options.out, options.source)
+            refuse_inside(options.out, options.source)
         except UserError:
             if here.is_main:
                 raise
@@ -168,10 +168,15 @@ def _end(options: CorpusOptions, summary: "Summary", mean: str, classes: list[st
         sys.exit(1)
 
 
-def _refuse_inside(out: Path, source: str) -> None:
+def refuse_inside(out: Path, source: str, called: str = "--source") -> None:
+    """Refuses an output below the source: its masks would be taken for images.
+
+    Raises:
+        UserError: it is there.
+    """
     folder = Path(source).expanduser()
     if "://" not in source and folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"--out {out} lies in --source {source}: its masks would be taken for images; choose another --out")
+        raise UserError(f"--out {out} lies in {called} {source}: its masks would be taken for images; choose another --out")
 
 
 def report(summary: "Summary", out: Path, mean: str, classes: list[str]) -> str:

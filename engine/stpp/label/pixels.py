@@ -57,13 +57,23 @@ def decode(data: bytes) -> np.ndarray:
     """
     try:
         with _opened(data) as image:
-            if image.mode in _DEEP:
-                return _from_deep(np.asarray(image))
-            if image.mode == "F":
-                raise BadImage("its pixels are floating-point numbers")
-            return np.asarray(image.convert("RGB"))
+            return colours(image)
     except DECODE_ERRORS as error:
         raise BadImage(_reason(error, data)) from None
+
+
+def colours(image: Image.Image) -> np.ndarray:
+    """See `decode`; of an image that Pillow has opened.
+
+    Raises:
+        BadImage: of a kind that has no colours.
+        Exception: one of `DECODE_ERRORS`, where it cannot be decoded.
+    """
+    if image.mode in _DEEP:
+        return _from_deep(np.asarray(image))
+    if image.mode == "F":
+        raise BadImage("its pixels are floating-point numbers")
+    return np.asarray(image.convert("RGB"))
 
 
 def looks_whole(data: bytes) -> bool:

@@ -21,3 +21,8 @@ def palette(num_classes: int) -> np.ndarray:
 def colourise(mask_HW: np.ndarray, num_classes: int) -> np.ndarray:
     """uint8 [H, W] class ids to uint8 [H, W, 3]."""
     return palette(num_classes)[mask_HW]
+
+
+def overlaid(colours_HWC: np.ndarray, mask_HW: np.ndarray, num_classes: int) -> np.ndarray:
+    """An image, uint8 [H, W, 3], with the colours of its mask over it, half of each."""
+    return ((colours_HWC.astype(np.uint16) + colourise(mask_HW, num_classes)) // 2).astype(np.uint8)

@@ -58,7 +58,7 @@ def onnx(ready: nn.Module, path: Path, *, shapes: Shapes, dtype: torch.dtype) ->
     """
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"--backend tensorrt: {' and '.join(missing)} not installed; pip install stpp[tensorrt]")
+        raise UserError(f"ONNX needs {' and '.join(missing)}, which is not installed; pip install stpp[tensorrt]")
     exported, shapes = program(ready, shapes=shapes, device=next(ready.parameters()).device, dtype=dtype, plain=True)
     with quiet(), torch.no_grad():
         made = torch.onnx.export(exported, dynamo=True, verbose=False, input_names=[INPUT], output_names=[OUTPUT])

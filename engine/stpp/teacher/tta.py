@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from stpp_kernels import softmax_accumulate
+from stpp_kernels import finalize, softmax_accumulate, upsample_argmax
 
 VIEWS: dict[str, tuple[tuple[float, ...], bool]] = {
     "stpp": ((0.5, 0.75, 1.0, 1.5, 2.0), True),
@@ -48,3 +48,14 @@ def accumulate(logits: Callable[[torch.Tensor], torch.Tensor], images_NCHW: torc
         if mirrored:
             softmax_accumulate(sums_NCHW, low[count:], size, (height, width), True)
     return sums_NCHW
+
+
+def masks(logits: Callable[[torch.Tensor], torch.Tensor], images_NCHW: torch.Tensor, mode: str,
+          num_classes: int) -> torch.Tensor:
+    """The most likely class of every pixel over all views: uint8 [N, H, W].
+
+    Where there is one view no probabilities are computed. Arguments as of `accumulate`.
+    """
+    if mode == "none":
+        return upsample_argmax(logits(images_NCHW), images_NCHW.shape[-2:])
+    return finalize(accumulate(logits, images_NCHW, mode, num_classes))[0]

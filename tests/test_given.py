@@ -1,0 +1,125 @@
+"""Pseudo labels from a folder: which are found, what is checked, and what is refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stpp import config
+from stpp.config import Config
+from stpp.data import given, index, splits
+from stpp.data.masks import read_index_mask
+from stpp.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory) -> index.Index:
+    """Two labelled images and four unlabelled ones, of 6x4 pixels, three classes."""
+    root = tmp_path_factory.mktemp("given") / "data"
+    for i in range(6):
+        image = root / "photos" / f"town {i % 2}" / f"{i}.jpg"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (6, 4)).save(image)
+        if i < 2:
+            mask = root / "labels" / f"town {i % 2}" / f"{i}.png"
+            mask.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (6, 4), 1).save(mask)
+    return index.prepare(root, root.parent / "index", images="photos/**/*.jpg", masks="labels/**/*.png", classes=("a", "b", "c"),
+                         progress=False)
+
+
+@pytest.fixture
+def unlabelled(known):
+    return [known.sample(image) for image in known.entries if known.entries[image].mask is None]
+
+
+def written(folder: Path, *keys: str, value: int = 2, size: tuple[int, int] = (6, 4), mode: str = "L") -> Path:
+    for key in keys:
+        path = folder / f"{key}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new(mode, size, value).save(path)
+    return folder
+
+
+@pytest.mark.parametrize(("below", "prefix"), [("masks", "photos/"), (".", "photos/"), ("masks", ""), (".", "")])
+def test_masks_are_found_where_label_and_runs_put_them(known, unlabelled, tmp_path, below, prefix):
+    folder, out = tmp_path / "labelled", tmp_path / "out"
+    written(folder / below, f"{prefix}town 0/2", f"{prefix}town 1/5")
+    given.check(unlabelled, folder, known, out)
+    found = given.attach(unlabelled, out)
+    assert [(sample.key, sample.strong) for sample in found] == [("photos/town 0/2", True), ("photos/town 1/5", True)]
+    assert all(read_index_mask(sample.mask)[0, 0] == 2 for sample in found)
+
+
+def test_mended_masks_may_have_a_palette(known, unlabelled, tmp_path):
+    written(tmp_path / "in", "town 0/2", mode="P")
+    given.check(unlabelled, tmp_path / "in", known, tmp_path / "out")
+    (sample,) = given.attach(unlabelled, tmp_path / "out")
+    assert sample.mask == str(tmp_path / "out" / "masks" / "photos" / "town 0" / "2.png")
+    with Image.open(sample.mask) as file:
+        assert file.mode == "L" and np.asarray(file).tolist() == [[2] * 6] * 4
+
+
+def test_excluded_images_are_left_out(known, unlabelled, tmp_path):
+    written(tmp_path / "in", "town 0/2", "town 0/4")
+    exclude = tmp_path / "exclude.txt"
+    exclude.write_text("photos/town 0/4.jpg\n")
+    given.check(unlabelled, tmp_path / "in", known, tmp_path / "out", exclude=exclude)
+    assert [sample.key for sample in given.attach(unlabelled, tmp_path / "out")] == ["photos/town 0/2"]
+    exclude.write_text("photos/gone.jpg\n")
+    with pytest.raises(UserError, match=r"exclude\.txt, line 1: photos/gone\.jpg"):
+        given.check(unlabelled, tmp_path / "in", known, tmp_path / "out", exclude=exclude)
+    with pytest.raises(ValueError, match="--exclude is"):
+        Config(exclude=exclude)
+    with pytest.raises(UserError, match="--exclude is"):
+        config.parse(Config, ["--exclude", str(exclude)], prog="stpp train")
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({"value": 7}, "2.png: class id 7 in 24 pixels"),
+    ({"size": (5, 4)}, "2.png: the mask has 5x4 pixels, but its image .* 6x4"),
+    ({"value": (1, 2, 3), "mode": "RGB"}, "2.png: the mask holds colours"),
+])
+def test_bad_masks_are_named(known, unlabelled, tmp_path, options, said):
+    written(tmp_path / "in", "town 0/2", "town 1/3", **options)
+    with pytest.raises(UserError, match=said) as refused:
+        given.check(unlabelled, tmp_path / "in", known, tmp_path / "out")
+    assert str(tmp_path / "in") in str(refused.value) and "1 more such mask" in str(refused.value)
+    assert "\n" not in str(refused.value) and not (tmp_path / "out" / given.NAME).exists()
+
+
+def test_folders_without_masks_are_named(known, unlabelled, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name, said in (("absent", "absent: there is no such folder"), ("in", "in: no mask of an unlabelled image")):
+        with pytest.raises(UserError, match=said):
+            given.check(unlabelled, tmp_path / name, known, tmp_path / "out")
+
+
+def test_masks_that_two_images_would_share_are_refused(tmp_path):
+    root = tmp_path / "data"
+    for folder in ("one", "two"):
+        (root / folder).mkdir(parents=True)
+        Image.new("RGB", (6, 4)).save(root / folder / "a.jpg")
+    made = index.prepare(root, tmp_path / "index", images="**/*.jpg", classes=("a", "b"), progress=False)
+    samples = [made.sample(image) for image in made.entries]
+    with pytest.raises(UserError, match="share a mask"):
+        given.check(samples, written(tmp_path / "in", "a", value=1), made, tmp_path / "out")
+
+
+def test_masks_may_not_change_under_a_run(known, unlabelled, tmp_path):
+    folder, out = written(tmp_path / "in", "town 0/2"), tmp_path / "out"
+    given.check(unlabelled, folder, known, out)
+    given.check(unlabelled, folder, known, out, began=True)
+    written(folder, "town 1/3")
+    with pytest.raises(UserError, match="changed since this run began"):
+        given.check(unlabelled, folder, known, out, began=True)
+    (out / given.NAME).write_text("{")
+    with pytest.raises(UserError, match=r"given\.json: cannot be read"):
+        given.attach(unlabelled, out)
+
+
+def test_lists_of_all_unlabelled_images_serve(known, unlabelled, tmp_path):
+    """What `--exclude` reads is what a split writes."""
+    splits.make_split(known, tmp_path / "split", fraction="1/1")
+    assert len(splits.read_split(tmp_path / "split" / "unlabeled.txt", known, labelled=False)) == len(unlabelled) == 4

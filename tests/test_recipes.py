@@ -1,0 +1,76 @@
+"""The recipes of published settings: their values are the method's, and what their headers say is right."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from stpp import cli, config
+from stpp.config import Config
+from stpp.data import splits
+from stpp.data.classes import class_list
+from stpp.data.sampler import StepSampler
+
+RECIPES = Path(__file__).parents[1] / "launch" / "recipes"
+# Classes, learning rate of the backbone at a batch of 16, epochs, crop, long side; from the paper and its public code.
+PUBLISHED = {"pascal": (21, 0.001, 80, 321, (200, 800)), "cityscapes": (19, 0.004, 240, 721, (1024, 4096))}
+TRAINING_IMAGES = {"pascal": 10582, "cityscapes": 2975}
+MIOU = {
+    "pascal": ["1/16 72.6", "1/8 74.4", "1/4 75.4", "1/16 74.5", "1/8 76.3", "1/4 76.6", "92 65.2", "183 71.0", "366 74.6",
+               "732 77.3", "1464 79.1"],
+    "cityscapes": ["1/30 61.4", "1/8 72.7", "1/4 73.8"],
+}
+
+
+def recipe(name: str) -> Config:
+    return config.load_recipe(Config, RECIPES / f"{name}.toml")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_values_are_the_published_ones(name, tmp_path):
+    classes, lr, epochs, crop_px, long_side = PUBLISHED[name]
+    found = recipe(name)
+    assert (found.train.lr, found.train.epochs, found.augment.crop_px, found.augment.long_side) == (lr, epochs, crop_px, long_side)
+    assert len(class_list(tmp_path, found.data.layout)) == classes
+    assert (found.train.batch_global, found.train.momentum, found.train.weight_decay) == (16, 0.9, 1e-4)
+    assert found.train.head_lr_multiplier is None and found.train.select == "best" and found.train.supervised_epochs is None
+    assert (found.model.name, found.model.backbone, found.model.output_stride) == ("deeplabv3plus", "resnet50", 8)
+    assert (found.method, found.label.tta, found.label.min_confidence) == ("stpp", "stpp", 0)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_header_counts_steps_as_the_run_does(name):
+    text = (RECIPES / f"{name}.toml").read_text()
+    rows = re.findall(r"^# +(\d+) +(\d+) +(\d+) +(\d+) +(\d+)(?: +(1/\d+))?$", text, re.MULTILINE)
+    assert len(rows) == {"pascal": 8, "cityscapes": 3}[name]
+    train, total = recipe(name).train, TRAINING_IMAGES[name]
+
+    def steps(entries: int) -> int:
+        return StepSampler(entries, train.batch_global, seed=0, stage=1).steps_per_epoch * train.epochs
+
+    for *numbers, fraction in rows:
+        labels, unlabelled, *stages = map(int, numbers)
+        assert labels + unlabelled == total
+        assert not fraction or splits._count(fraction, total) == labels
+        joint = [labels * math.ceil(count / labels) + count for count in (unlabelled // 2, unlabelled)]
+        assert stages == [steps(labels * (2 if labels < 200 else 1)), *map(steps, joint)]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_header_names_the_published_results_and_marks_estimates(name):
+    text = (RECIPES / f"{name}.toml").read_text()
+    assert [figure for figure in MIOU[name] if figure not in text] == []
+    assert "ESTIMATE" in text and "not yet reproduced" in text
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_launch_line_and_its_variants_resolve(name):
+    text = (RECIPES / f"{name}.toml").read_text()
+    line = re.search(r"-m stpp train (.*?)\n#\n", text, re.DOTALL)[1].replace("\\\n#", " ").split()
+    path, flags = cli._take(line, "--recipe")
+    assert RECIPES / Path(path).name == RECIPES / f"{name}.toml"
+    for more in ([], ["--model.backbone", "resnet101"], ["--method", "supervised"], ["--method", "st"], ["--train.accumulate", "2"],
+                 ["--data.fraction", "1/4"]):
+        resolved = config.parse(Config, [*flags, *more], prog="stpp train", default=recipe(name))
+        assert resolved.data.layout == {"pascal": "voc"}.get(name, name) and resolved.data.split is not None
