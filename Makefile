@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 SOURCES := $(wildcard kernels/stpp_kernels/csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu fmt check clean
+.PHONY: help setup demo test test-slow test-gpu bench fmt check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +27,10 @@ test-slow: setup  ## the slow tests
 
 test-gpu: setup  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu -q
+
+bench: setup  ## measure loss and operators on this machine
+	$(BIN)/python benchmarks/bench_loss.py
+	$(BIN)/python benchmarks/bench_ops.py
 
 fmt: setup  ## format and sort imports
 	$(BIN)/ruff check --fix --quiet .
