@@ -106,6 +106,9 @@ def test_the_manifest_trains_elastically(monkeypatch):
     assert container["name"] == "pytorch"  # the operator looks for this name
     assert int(job["spec"]["nprocPerNode"]) == container["resources"]["limits"]["nvidia.com/gpu"]
     assert pod["terminationGracePeriodSeconds"] > 30  # torchrun kills its workers after 30 s
+    batch, processes = int(flag(container["args"], "--train.batch-global")), int(job["spec"]["nprocPerNode"])
+    for nodes in range(elastic["minReplicas"], elastic["maxReplicas"] + 1):
+        assert batch % (nodes * processes) == 0 and batch // (nodes * processes) >= 2  # batch norm needs two images
     assert_taken(container["command"] + container["args"], monkeypatch)
 
 
