@@ -16,7 +16,7 @@ LEAVES = {"errors", "files", "signals"}
 COMMON = {"config", "log", "distributed", "checkpoint", "metrics", "optimizer", "precision", "rundir", "lease"}
 PARTS = {"data", "models", "teacher"}
 WORK = {"train", "evaluate", "label", "report", "preflight"}
-TOPS = {"selftrain", "demo", "doctor", "predict", "export"}
+TOPS = {"selftrain", "demo", "doctor", "predict", "export", "selftest"}
 # What the first name below `stpp` may import besides itself. A new module needs a place here.
 MAY_IMPORT = (
     dict.fromkeys(LEAVES, set())
@@ -25,6 +25,9 @@ MAY_IMPORT = (
     | dict.fromkeys(PARTS, LEAVES | COMMON | {"stpp_kernels"})
     | dict.fromkeys(WORK, LEAVES | COMMON | PARTS | {"stpp_kernels"})
     | dict.fromkeys(TOPS, LEAVES | COMMON | PARTS | WORK | {"stpp_kernels"})
+    # The report reads what labelling writes; the doctor tries what it finds.
+    | {"report": LEAVES | COMMON | PARTS | {"label", "stpp_kernels"}}
+    | {"doctor": LEAVES | COMMON | PARTS | {"selftest", "stpp_kernels"}}
     | {"cli": LEAVES | COMMON | PARTS | WORK | TOPS | {"stpp_kernels"}, "__main__": {"cli"}, "stpp": {"label"}}
 )
 # Heavy packages, and the modules that wrap them. True: the wrapper is itself imported lazily.

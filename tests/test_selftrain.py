@@ -96,6 +96,9 @@ def test_results_name_every_stage(run):
     # 8 labels twice in batches of 4 are 4 steps an epoch; the whole list of stage 6 is 2 x 8 labels and 16 images.
     assert [stage["steps"] for stage in trained] == [12, 4, 8, 8]
     assert results["control"]["name"] == "control"
+    page = (run / "report" / "index.html").read_text(encoding="utf-8")
+    assert "5-label" in page and "6-retrain" in page and "IoU of every class" in page and "Not compared" not in page
+    assert len(json.loads((run / "stages" / "6-retrain" / "scores.json").read_text())["iou"]) == 6
 
 
 def test_a_finished_run_is_not_done_again(run, recipe, synthetic, synthetic_index):

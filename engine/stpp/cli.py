@@ -253,6 +253,18 @@ def _select(args: list[str]) -> None:
     command.select(config.parse(command.Select, args, prog="stpp select"))
 
 
+def _report(args: list[str]) -> None:
+    from stpp.report import command
+
+    command.report(config.parse(command.Report, args, prog="stpp report"))
+
+
+def _doctor(args: list[str]) -> None:
+    from stpp import doctor
+
+    doctor.doctor(config.parse(doctor.Doctor, args, prog="stpp doctor"))
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "demo": (_demo, "make a small synthetic data set and run ST++ on it"),
     "prepare": (_prepare, "check a data set and write its index"),
@@ -264,6 +276,8 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "compile": (_compile, "compile a checkpoint into an engine that labels faster"),
     "label": (_label, "write pseudo labels of any number of images"),
     "select": (_select, "rank images by the agreement of several checkpoints"),
+    "report": (_report, "write a page about a run or about pseudo labels"),
+    "doctor": (_doctor, "say what this machine has, whether it works, and what to do"),
 }
 
 

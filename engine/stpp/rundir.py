@@ -46,6 +46,14 @@ def record_provenance(out: Path, fingerprint: str, classes: Sequence[str]) -> No
     files.write_json(path, {"data": fingerprint, "classes": list(classes), **_provenance()})
 
 
+def version_of(name: str) -> str | None:
+    """Version of an installed distribution; None where there is none of that name."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def _table(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -57,12 +65,8 @@ def _table(path: Path) -> dict:
 
 
 def _provenance() -> dict:
-    versions = {}
-    for name in ("stpp", "torch", "numpy", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "tensorrt", "pillow"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    names = ("stpp", "torch", "numpy", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "tensorrt", "pillow")
+    versions = {name: version for name in names if (version := version_of(name))}
     git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True,
                          check=False)
     return {"versions": versions, "python": platform.python_version(), "platform": platform.platform(),

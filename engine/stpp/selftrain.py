@@ -24,13 +24,15 @@ from stpp.data.sample import Sample
 from stpp.data.sampler import StepSampler
 from stpp.distributed import World
 from stpp.errors import UserError
-from stpp.evaluate import evaluate
+from stpp.evaluate import evaluate, report
 from stpp.label import labeller, reliability, teachers
 from stpp.metrics import mean_iou
 from stpp.models.build import build_model
 from stpp.models.trained import load_network
 from stpp.precision import autocast_dtype
+from stpp.report.build import write_report
 from stpp.report.examples import write_examples
+from stpp.report.run import SCORES
 from stpp.teacher.engine import EagerTeacher
 from stpp.train import Schedule, Trainer, images_per_pass, start_from
 from stpp_kernels import implementations
@@ -39,6 +41,8 @@ FEW_LABELS = 200
 """A labelled list shorter than this is repeated twice in stage 1."""
 EXAMPLES = 6
 """Validation images in `examples.png`, at most."""
+PICTURES = 120
+"""Images that the report at the end of a run draws; `stpp report` draws more."""
 CONTROL = 7
 """Key of the control's random numbers; the stages use their own numbers, 1 to 6."""
 
@@ -231,7 +235,7 @@ class Run:
         self.stages.append(self._once(name, what, do))
 
     def finish(self, results: dict) -> None:
-        """Writes `results.json` and `examples.png` (what the first and the last network make of a few images)."""
+        """Writes `results.json`, `examples.png` (what the first and the last network make of a few images) and the report."""
         files.write_json(self.config.out / "results.json", results)
         if self.val:
             trained = [stage["name"] for stage in self.stages if stage["steps"]]
@@ -239,16 +243,31 @@ class Run:
             spread = self.val[:: math.ceil(len(self.val) / EXAMPLES)]
             write_examples(self.config.out / "examples.png", spread, teachers, self.here.device,
                            exif=self.config.data.exif)
+        out = self.config.out
+        try:
+            write_report(out, out / "report", most_pictures=PICTURES)
+        except Exception as error:  # a page about the run is no reason to lose the run
+            log.say(f"no report was written ({' '.join(str(error).split())[:300] or type(error).__name__}); `stpp report {out}` "
+                    "tries again")
+        else:
+            log.say(f"report: {out / 'report' / 'index.html'}")
 
     def _fit(self, number: int, name: str, samples: list[Sample], schedule: Schedule) -> dict:
+        matrices: dict[float, torch.Tensor] = {}
+
+        def validate(network: torch.nn.Module) -> float:
+            matrix = evaluate(self._eager(network), self.val, self.here, self.config.data)
+            miou = mean_iou(matrix)
+            matrices[miou] = matrix
+            return miou
+
         trainer = Trainer(self.config, self.here, samples, stage=number, title=name, classes=self.index.classes,
-                          folder=self._folder(name), schedule=schedule, validate=self._validate if self.val else None)
+                          folder=self._folder(name), schedule=schedule, validate=validate if self.val else None)
         result = trainer.run()
+        if self.here.is_main and result.miou in matrices:  # not where the best is from before an interruption
+            report(matrices[result.miou], self.index.classes, images=len(self.val), out=self._folder(name) / SCORES)
         return {"miou": result.miou, "best_step": result.step, "steps": result.steps,
                 "validate_steps": schedule.validate_steps, "seconds": round(result.seconds, 1)}
-
-    def _validate(self, network: torch.nn.Module) -> float:
-        return mean_iou(evaluate(self._eager(network), self.val, self.here, self.config.data))
 
     def _opening(self, paths: list[Path], samples: list[Sample], mode: str) -> teachers.Open:
         backend = self.config.label.backend

@@ -2,7 +2,6 @@
 
 import json
 import platform
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from stpp import files
 from stpp.config import differing_keys
 from stpp.errors import UserError
+from stpp.rundir import version_of
 
 FORMAT = "stpp-label-1"
 
@@ -34,7 +34,7 @@ def read(out: Path) -> dict | None:
 
 def write(out: Path, fingerprint: dict, plan: dict) -> None:
     """Writes `run.json`: from here on the plan counts."""
-    versions = {name: _version(name) for name in ("stpp", "torch", "pillow", "nvidia-dali-cuda120", "nvidia-dali-cuda130")}
+    versions = {name: version_of(name) for name in ("stpp", "torch", "pillow", "nvidia-dali-cuda120", "nvidia-dali-cuda130")}
     files.write_json(out / "run.json", {"format": FORMAT, "fingerprint": fingerprint, "plan": plan,
                                         "versions": {"python": platform.python_version()} | versions})
 
@@ -56,10 +56,3 @@ def device_kind(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

@@ -1,20 +1,27 @@
-"""Colours of class masks."""
+"""Colours of class masks, to be told apart by people of every colour vision.
+
+Source: the eight colours of Okabe and Ito, Color Universal Design (2008), and paler and darker forms of them for classes
+beyond the eighth.
+"""
 
 import colorsys
 
 import numpy as np
 
 VOID = (255, 255, 255)
+BASE = ((0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
+TINTS = ((0.0, (0, 0, 0)), (0.55, (255, 255, 255)), (0.5, (0, 0, 0)))
+"""(share, colour) mixed into the base colours, eight classes after eight."""
+STRIPE_PX = 3
+"""Width of the stripes of ignored pixels, and of the pattern of classes beyond the eighth."""
 
 
 def palette(num_classes: int) -> np.ndarray:
-    """Colours of class ids: uint8 [256, 3]; class 0 is dark, neighbouring ids differ in hue, 255 (ignore) is white."""
+    """Colours of class ids: uint8 [256, 3]; 255 (ignore) is white."""
     colours = np.zeros((256, 3), dtype=np.uint8)
     colours[255] = VOID
     for i in range(min(num_classes, 255)):
-        # Multiples of the golden ratio spread hues evenly for any number of classes.
-        hue, value = i * 0.618034 % 1, (0.25, 0.95, 0.7)[min(i, 1 + i % 2)]
-        colours[i] = [round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.2 if i == 0 else 0.75, value)]
+        colours[i] = _colour(i)
     return colours
 
 
@@ -26,3 +33,32 @@ def colourise(mask_HW: np.ndarray, num_classes: int) -> np.ndarray:
 def overlaid(colours_HWC: np.ndarray, mask_HW: np.ndarray, num_classes: int) -> np.ndarray:
     """An image, uint8 [H, W, 3], with the colours of its mask over it, half of each."""
     return ((colours_HWC.astype(np.uint16) + colourise(mask_HW, num_classes)) // 2).astype(np.uint8)
+
+
+def overlay(mask_HW: np.ndarray, num_classes: int) -> np.ndarray:
+    """Classes to be laid over an image: uint8 [H, W, 4], without colour where ignored.
+
+    Classes beyond the eighth carry a pattern besides: stripes to one side for the next eight, to the other after that.
+    """
+    rgba = np.dstack([colourise(mask_HW, num_classes), np.where(mask_HW == 255, 0, 255).astype(np.uint8)])
+    rows, columns = np.indices(mask_HW.shape)
+    group = mask_HW // len(BASE)
+    for number, slope in ((1, rows + columns), (2, rows - columns)):
+        rgba[(group == number) & (slope // STRIPE_PX % 3 == 0), 3] = 90
+    return rgba
+
+
+def ignored_overlay(mask_HW: np.ndarray) -> np.ndarray:
+    """Ignored pixels to be laid over an image: uint8 [H, W, 4], black and white stripes, nothing elsewhere."""
+    rows, columns = np.indices(mask_HW.shape)
+    light = ((rows + columns) // STRIPE_PX % 2).astype(np.uint8) * 255
+    return np.dstack([light, light, light, np.where(mask_HW == 255, 230, 0).astype(np.uint8)])
+
+
+def _colour(i: int) -> tuple[int, int, int]:
+    """The colour of class `i`; beyond what mixing gives, hues spread by multiples of the golden ratio."""
+    if i >= len(BASE) * len(TINTS):
+        return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.75, (0.95, 0.7)[i % 2]))
+    share, other = TINTS[i // len(BASE)]
+    base = (60, 60, 60) if i == 0 else BASE[i % len(BASE)]
+    return tuple(round((1 - share) * a + share * b) for a, b in zip(base, other, strict=True))

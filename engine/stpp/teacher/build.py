@@ -118,7 +118,7 @@ def build(plan: Plan, folder: Path, sample: Iterable[torch.Tensor] | None = None
         if sample is not None:
             record = dataclasses.replace(record, agreement=_judged(teacher, plan, sample))
         _write_folder(plan, record, temporary)
-        _replace(temporary, folder)
+        files.replace_folder(temporary, folder)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"engine {folder}: {error.strerror} ({error.filename}); choose another folder") from error
@@ -136,7 +136,7 @@ def eager_folder(plan: Plan, folder: Path) -> None:
         classes=plan.classes, shapes=plan.shapes, device=Device.of(plan.device), versions=plan.versions(), compile_s=0.0, files={})
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     _write_folder(plan, record, temporary)
-    _replace(temporary, folder)
+    files.replace_folder(temporary, folder)
 
 
 def _write_folder(plan: Plan, record: EngineRecord, folder: Path) -> None:
@@ -218,16 +218,6 @@ def _judged(teacher: CompiledTeacher, plan: Plan, sample: Iterable[torch.Tensor]
         found = gate.compare(teacher.logits, eager.logits, sample)
     gate.accept(found, teacher.record.describe())
     return found
-
-
-def _replace(made: Path, folder: Path) -> None:
-    """Puts a folder in the place of another."""
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(made, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ is not trusted either: a graph that was converted in part is an error, and the e
 """
 
 import importlib
-import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from stpp.errors import UserError
+from stpp.rundir import version_of
 from stpp.teacher import export
 from stpp.teacher.record import DEFAULT_SHAPES, Shapes
 
@@ -36,13 +36,7 @@ def unavailable(device: torch.device) -> str | None:
 
 def versions() -> dict[str, str]:
     """Versions, beside PyTorch's, that the engine depends on."""
-    found = {}
-    for name in ("torch-tensorrt", "tensorrt"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return {name: version for name in ("torch-tensorrt", "tensorrt") if (version := version_of(name))}
 
 
 def build(ready: nn.Module, folder: Path, *, shapes: Shapes, device: torch.device, dtype: torch.dtype,

@@ -1,0 +1,64 @@
+"""Curves and histograms as the numbers of plain SVG, which the page's template draws."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+WIDTH, HEIGHT = 240, 84
+MOST_POINTS = 300
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One value over the steps of a stage."""
+
+    title: str
+    points: str
+    """`x,y` of every point, in units of `WIDTH` and `HEIGHT`."""
+    low: float
+    high: float
+    last: float
+    steps: tuple[int, int]
+    """First and last."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """Images by a value from 0 to 1."""
+
+    title: str
+    bars: list[tuple[float, float, float, str]]
+    """(x, y, height, what it counts)."""
+    bar_width: float
+    most: int
+    threshold: float | None
+    """The value that a line is drawn at."""
+    threshold_x: float | None
+
+
+def curve(title: str, pairs: Sequence[tuple[int, float]]) -> Curve | None:
+    """A curve of (step, value) pairs; None where there is nothing finite to draw."""
+    pairs = [(step, value) for step, value in pairs if math.isfinite(value)]
+    if not pairs:
+        return None
+    stride = math.ceil(len(pairs) / MOST_POINTS)
+    kept = pairs[::stride] + ([pairs[-1]] if (len(pairs) - 1) % stride else [])
+    low, high = min(value for _, value in pairs), max(value for _, value in pairs)
+    first, last = pairs[0][0], pairs[-1][0]
+    points = " ".join(f"{WIDTH * (step - first) / max(last - first, 1):.1f},{HEIGHT * (high - value) / ((high - low) or 1):.1f}"
+                      for step, value in kept)
+    return Curve(title=title, points=points, low=low, high=high, last=pairs[-1][1], steps=(first, last))
+
+
+def histogram(title: str, counts: Sequence[int], *, threshold: float | None = None) -> Histogram | None:
+    """A histogram of counts in bars of equal width; None where nothing was counted."""
+    most = max(counts, default=0)
+    if not most:
+        return None
+    bars = []
+    for i, count in enumerate(counts):
+        height = HEIGHT * count / most
+        label = f"{i / len(counts):.2f} to {(i + 1) / len(counts):.2f}: {count} images"
+        bars.append((WIDTH * i / len(counts), HEIGHT - height, height, label))
+    return Histogram(title=title, bars=bars, bar_width=WIDTH / len(counts) - 1, most=most, threshold=threshold,
+                     threshold_x=None if threshold is None else WIDTH * threshold)

@@ -1,0 +1,104 @@
+"""Small pictures of labelled images: the image, its classes, its ignored pixels."""
+
+import base64
+import contextlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image as Pillow
+
+from stpp.data.exif import DECODE_ERRORS, upright
+from stpp.errors import UserError
+from stpp.label import pixels, rows, storage, tars
+from stpp.label.corpus import Item
+from stpp.report.labelling import Image, Labelling
+from stpp.report.palette import ignored_overlay, overlay
+
+SIDE_PX = 256
+"""Longer side of a picture, at most."""
+SWATCH_HW = (16, 28)
+
+
+def draw(labelling: Labelling, images: Sequence[Image], folder: Path, *, first: int, num_classes: int) -> dict[str, int]:
+    """Writes `<number>.jpg`, `<number>-classes.png` and, where pixels are ignored, `<number>-ignored.png`.
+
+    Args:
+        first: number of the first picture. Names of images, which may be hostile, become no file names.
+
+    Returns:
+        Number of the picture by the image's key, without the images that are gone, or whose mask is.
+    """
+    found: dict[str, int] = {}
+    by_part: dict[str, list[Image]] = {}
+    for image in images:
+        by_part.setdefault(image.part, []).append(image)
+    for part, members in by_part.items():
+        planned = _planned(labelling.folder, part)
+        masks = _Masks(labelling, part)
+        for image in members:
+            try:
+                row = planned[image.key]
+                stored = Item(**{name: row[name] for name in ("key", "source", "file", "offset", "bytes")}).read()
+                seen_HWC = upright(pixels.decode(stored), row["orientation"] or 1)
+                mask_HW = masks.read(image.key)
+            except (KeyError, UserError, pixels.BadImage, *DECODE_ERRORS):
+                continue
+            number = first + len(found)
+            _write(folder, number, seen_HWC, mask_HW, num_classes)
+            found[image.key] = number
+    return found
+
+
+def swatch(class_id: int, num_classes: int) -> str:
+    """A sample of a class's colour and pattern, or of ignored pixels (255), as a data URL."""
+    mask_HW = np.full(SWATCH_HW, class_id, dtype=np.uint8)
+    rgba = ignored_overlay(mask_HW) if class_id == 255 else overlay(mask_HW, num_classes)
+    file = io.BytesIO()
+    Pillow.fromarray(rgba).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _planned(folder: Path, part: str) -> dict[str, dict]:
+    """Rows of a part of the plan by key; empty where it is gone."""
+    try:
+        return {row["key"]: row for row in rows.read(folder / "plan" / f"{part}.parquet")}
+    except UserError:
+        return {}
+
+
+class _Masks:
+    """The masks of a shard, wherever `stpp label --output` put them."""
+
+    def __init__(self, labelling: Labelling, part: str):
+        self._folder = labelling.folder / "masks"
+        archive = self._folder / f"shard-{part.rpartition('-')[2]}.tar"
+        self._archive = archive if archive.exists() else None
+        self._members: dict[str, tuple[int, int]] = {}
+        if self._archive is not None:
+            with contextlib.suppress(UserError):  # a damaged archive: its images have no pictures
+                self._members = {one.name: (one.offset, one.bytes) for one in tars.members(str(archive)) if one.is_file}
+
+    def read(self, key: str) -> np.ndarray:
+        """uint8 [H, W]."""
+        if self._archive is not None:
+            data = storage.read(str(self._archive), *self._members[f"{key}.png"])
+        else:
+            path = self._folder / f"{key}.png"
+            if not path.resolve().is_relative_to(self._folder.resolve()):
+                raise KeyError(key)
+            data = path.read_bytes()
+        with Pillow.open(io.BytesIO(data), formats=("PNG",)) as image:
+            return np.asarray(image.convert("L") if image.mode != "L" else image)
+
+
+def _write(folder: Path, number: int, seen_HWC: np.ndarray, mask_HW: np.ndarray, num_classes: int) -> None:
+    height, width = mask_HW.shape
+    scale = min(1.0, SIDE_PX / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    Pillow.fromarray(np.ascontiguousarray(seen_HWC)).resize(size, Pillow.Resampling.BOX).save(folder / f"{number}.jpg", quality=82)
+    small_HW = np.asarray(Pillow.fromarray(mask_HW).resize(size, Pillow.Resampling.NEAREST))
+    Pillow.fromarray(overlay(small_HW, num_classes)).save(folder / f"{number}-classes.png")
+    if (small_HW == 255).any():
+        Pillow.fromarray(ignored_overlay(small_HW)).save(folder / f"{number}-ignored.png")

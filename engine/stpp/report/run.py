@@ -1,0 +1,99 @@
+"""What a run left on the disk besides its labels: stages, their curves, and the set it learned from."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from stpp.config import flatten
+from stpp.data import index, splits
+from stpp.errors import UserError
+from stpp.report.charts import Curve, curve
+from stpp.report.labelling import added, json_of
+
+METRICS = {"miou_pct": "validation mIoU, %", "loss": "loss", "lr": "learning rate", "images_per_s": "images/s",
+           "data_wait_pct": "time waiting for data, %"}
+"""Keys of `metrics.jsonl` by what they are called in the report; others are shown by their own name."""
+SCORES = "scores.json"
+"""In a stage's folder: what `stpp evaluate --out` writes, of its best checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stage of a run, done or not."""
+
+    name: str
+    record: dict
+    """Content of DONE.json; empty where the stage is not done."""
+    curves: list[Curve]
+    iou: dict[str, float | None]
+    """Percent by class on the validation list; empty where it is not recorded."""
+
+
+def stages(run: Path) -> list[Stage]:
+    """The stages in their order, with the control at the end."""
+    found = []
+    for folder in sorted(path for path in (run / "stages").iterdir() if path.is_dir()):
+        iou = json_of(folder / SCORES).get("iou")
+        found.append(Stage(name=folder.name, record=json_of(folder / "DONE.json"), curves=_curves(folder / "metrics.jsonl"),
+                           iou=iou if isinstance(iou, dict) else {}))
+    return found
+
+
+def of_labels(labels: Path) -> Path | None:
+    """The run that a folder of labels lies in; None where it lies in none."""
+    return next((folder for folder in labels.resolve().parents if (folder / "stages").is_dir() and
+                 (folder / "config.json").is_file()), None)
+
+
+def classes(run: Path) -> list[str]:
+    """Names by class id; empty where they are not recorded."""
+    return [str(name) for name in json_of(run / "provenance.json").get("classes", [])]
+
+
+def labelled_pixels(run: Path) -> tuple[list[int], str | None]:
+    """Pixels of each class in the masks that the run learned from, and why they are not known."""
+    data = json_of(run / "config.json").get("data", {})
+    try:
+        known = index.load(Path(data.get("index") or run / "index"))
+        samples = splits.read_split(Path(data.get("split") or run / "split") / "labeled.txt", known, labelled=True)
+    except UserError as error:
+        return [], str(error)
+    counts = {entry.key: entry.class_pixels for entry in known.entries.values()}
+    total: list[int] = []
+    for sample in samples:
+        total = added(total, counts[sample.key] or [])
+    return total, None
+
+
+def provenance(run: Path) -> dict[str, dict[str, str]]:
+    """Tables of what the run was made of, by title."""
+    made_of = flatten(json_of(run / "provenance.json"))
+    made_of.pop("classes", None)
+    return {"Versions and data": _texts(made_of), "Settings": _texts(flatten(json_of(run / "config.json")))}
+
+
+def made_by(labels_json: dict) -> dict[str, str]:
+    """The content of a labelling's `run.json` as one table."""
+    return _texts(flatten(labels_json))
+
+
+def _texts(values: dict) -> dict[str, str]:
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+
+
+def _curves(path: Path) -> list[Curve]:
+    values: dict[str, list[tuple[int, float]]] = {key: [] for key in METRICS}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        try:
+            row = json.loads(line)
+            step = int(row.pop("step"))
+        except (ValueError, KeyError, TypeError, AttributeError):  # a line cut short by a crash
+            continue
+        for key, value in row.items():
+            if isinstance(value, (int, float)):
+                values.setdefault(key, []).append((step, value))
+    return [drawn for key, pairs in values.items() if (drawn := curve(METRICS.get(key, key), pairs))]
