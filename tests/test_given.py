@@ -38,7 +38,10 @@ def written(folder: Path, *keys: str, value: int = 2, size: tuple[int, int] = (6
     for key in keys:
         path = folder / f"{key}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new(mode, size, value).save(path)
+        image = Image.new(mode, size, value)
+        if mode == "P":
+            image.putpalette(list(range(256)) * 3)  # without one Pillow stores a single bit
+        image.save(path)
     return folder
 
 

@@ -112,7 +112,7 @@ def _write(out: Path, folder: Path, run: Path | None, is_run: bool, labellings: 
     here = Path(__file__).parent
     page = jinja2.Environment(loader=jinja2.FileSystemLoader(here), autoescape=True, undefined=jinja2.StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True).get_template("page.html")
-    (out / "index.html").write_text(page.render(values), encoding="utf-8")
+    files.write_text(out / "index.html", page.render(values))
     for name in ("report.js", "report.css"):
         shutil.copyfile(here / name, out / name)
     files.write_json(out / "report.json", {"format": FORMAT, "stpp": __version__, "of": str(folder.resolve()), "classes": names,
@@ -141,7 +141,7 @@ def _write_rows(folder: Path, labellings: Sequence[Labelling], drawn: Sequence[d
     for number, start in enumerate(chunks):
         # ASCII JSON is JavaScript, whatever the names hold.
         text = json.dumps(rows[start : start + CHUNK], separators=(",", ":"), allow_nan=False)
-        (folder / f"rows-{number}.js").write_text(f"report.add({text});\n", encoding="ascii")
+        files.write_text(folder / f"rows-{number}.js", f"report.add({text});\n")
     return len(chunks)
 
 
