@@ -42,11 +42,11 @@ def test_outside_training_sigterm_closes_what_is_open():
     text = """
 import signal
 from stpp import signals
-signals.end_on_term()
-try:
-    signal.raise_signal(signal.SIGTERM)
-finally:
-    print("closed")
+with signals.ending_on_term():
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        print("closed")
 """
     ran = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=60)
     assert (ran.returncode, ran.stdout) == (143, "closed\n")

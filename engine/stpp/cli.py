@@ -294,11 +294,11 @@ def main(argv: list[str] | None = None) -> None:
 
         print(f"stpp {__version__}")
         return
-    signals.end_on_term()
     try:
         if args[0] not in COMMANDS:
             raise UserError(f"no command {args[0]!r}; choose one of {', '.join(COMMANDS)}")
-        COMMANDS[args[0]][0](args[1:])
+        with signals.ending_on_term():
+            COMMANDS[args[0]][0](args[1:])
     except UserError as error:
         print(f"stpp: {error}", file=sys.stderr)
         sys.exit(2)

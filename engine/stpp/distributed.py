@@ -6,6 +6,8 @@ Under torchrun every rank calls `init`; without it a run is a world of one and t
 import contextlib
 import datetime
 import os
+import secrets
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -61,11 +63,46 @@ def world(device: str = "auto", *, timeout_minutes: float = TIMEOUT_MINUTES) -> 
         torch.set_num_threads(max(1, cores() // local_size))
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timeout, device_id=here if use_cuda else None)
+        restartable = size > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timeout, device_id=here if use_cuda else None,
+                                **({"store": _fresh_store(rank, size, timeout), "rank": rank, "world_size": size}
+                                   if restartable else {}))
     yield World(rank=rank, size=size, local_size=local_size, device=here)
     # Not after an exception: NCCL would wait for the other ranks, and torchrun would not see this one end.
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _fresh_store(rank: int, size: int, timeout: datetime.timedelta) -> dist.Store:
+    """A part of the agents' store that no earlier start of these ranks has written to.
+
+    torchrun may keep its store when it restarts ranks, and they would meet the addresses of the dead. So rank 0 draws a name and
+    tells it to every rank that says hello with a number that it has just drawn itself.
+    """
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_master=False, timeout=timeout)
+    mine, deadline = secrets.token_hex(8), time.monotonic() + timeout.total_seconds()
+    others = range(1, size)
+
+    def read(key: str) -> str:
+        return store.get(key).decode() if store.check([key]) else ""
+
+    def met() -> str | None:
+        if rank == 0:
+            for other in others:
+                store.set(f"stpp/welcome/{other}", f"{read(f'stpp/hello/{other}')} {mine}")
+            return mine if all(read(f"stpp/thanks/{other}") == mine for other in others) else None
+        number, _, name = read(f"stpp/welcome/{rank}").partition(" ")
+        if number != mine:
+            return None
+        store.set(f"stpp/thanks/{rank}", name)
+        return name
+
+    store.set(f"stpp/hello/{rank}", mine)
+    while (name := met()) is None:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"rank {rank} waited {timeout} for the other ranks to start")
+        time.sleep(0.05)
+    return dist.PrefixStore(f"stpp/{name}", store)
 
 
 def cores() -> int:

@@ -24,10 +24,17 @@ class Stop:
         sys.exit(128 + (self.signal or signal.SIGTERM))
 
 
-def end_on_term() -> None:
-    """From here on SIGTERM ends the process with 143, and what is open is closed on the way out."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+@contextlib.contextmanager
+def ending_on_term() -> Iterator[None]:
+    """Within the block SIGTERM ends the process with 143, and what is open is closed on the way out."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
