@@ -149,7 +149,10 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def machines(folder: Path, *args: str):
-    """A function that starts a machine: a torchrun agent of two that meet on loopback. All are killed at the end."""
+    """A function that starts a machine: a torchrun agent of two that meet on loopback. All are killed at the end.
+
+    Both have the address where they meet, so the first is waited for until it holds the port: the other must not be the host.
+    """
     variables = os.environ | {"HOST": "127.0.0.1", "PORT": str(free_port()), "NNODES": "2", "NPROC": "1", "PYTHON": sys.executable,
                               "JOB": folder.name, "OMP_NUM_THREADS": "1", "PET_LOCAL_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
     started: list[subprocess.Popen] = []
@@ -158,6 +161,10 @@ def machines(folder: Path, *args: str):
         with open(folder / f"machine-{len(started)}.log", "w") as log:
             started.append(subprocess.Popen(["bash", str(LAUNCH / "multinode.sh"), *args], env=variables, stdout=log,
                                             stderr=subprocess.STDOUT, start_new_session=True))
+        end = time.monotonic() + 60
+        while len(started) == 1 and not listens(int(variables["PORT"])):
+            assert time.monotonic() < end and started[0].poll() is None, logs(folder)
+            time.sleep(0.1)
         return started[-1]
 
     try:
@@ -165,6 +172,12 @@ def machines(folder: Path, *args: str):
     finally:
         for agent in started:
             kill(agent)
+
+
+def listens(port: int) -> bool:
+    """Whether a process of this machine takes connections on a port."""
+    with contextlib.closing(socket.socket()) as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def kill(agent: subprocess.Popen) -> None:
@@ -215,7 +228,7 @@ def test_two_machines_label(teacher, tmp_path):
 def test_two_machines_train_and_one_that_dies_comes_back(synthetic, synthetic_index, tmp_path):
     recipe, out = tmp_path / "tiny.toml", tmp_path / "run"
     recipe.write_text(TINY)
-    with machines(tmp_path, "train", "--recipe", str(recipe), "--method", "supervised", "--train.supervised-epochs", "40",
+    with machines(tmp_path, "train", "--recipe", str(recipe), "--method", "supervised", "--train.supervised-epochs", "10",
                   "--device", "cpu", "--data.root", str(synthetic), "--data.index", str(synthetic_index),
                   "--out", str(out)) as start:
         first, second = start(), start()
@@ -228,5 +241,5 @@ def test_two_machines_train_and_one_that_dies_comes_back(synthetic, synthetic_in
         time.sleep(2)
         second = start()
         assert [agent.wait(timeout=240) for agent in (first, second)] == [0, 0], logs(tmp_path)
-    assert json.loads((out / "results.json").read_text())["stages"][0]["steps"] == 160
+    assert json.loads((out / "results.json").read_text())["stages"][0]["steps"] == 40
     assert "going on from step" in logs(tmp_path)
