@@ -63,10 +63,10 @@ def world(device: str = "auto", *, timeout_minutes: float = TIMEOUT_MINUTES) -> 
         torch.set_num_threads(max(1, cores() // local_size))
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ:
-        restartable = size > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timeout, device_id=here if use_cuda else None,
-                                **({"store": _fresh_store(rank, size, timeout), "rank": rank, "world_size": size}
-                                   if restartable else {}))
+        meeting = {}  # as the environment says
+        if size > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            meeting = {"store": _fresh_store(rank, size, timeout), "rank": rank, "world_size": size}
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timeout, device_id=here if use_cuda else None, **meeting)
     yield World(rank=rank, size=size, local_size=local_size, device=here)
     # Not after an exception: NCCL would wait for the other ranks, and torchrun would not see this one end.
     if dist.is_initialized():
@@ -120,12 +120,6 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
-
-
-def barrier() -> None:
-    """Waits for all ranks."""
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def gather(value: Any) -> list[Any]:

@@ -2,11 +2,9 @@
 
 import shutil
 from collections.abc import Callable, Sequence
-from pathlib import Path
-
-from PIL import Image
 
 from stpp.config import Config
+from stpp.data.exif import opened
 from stpp.data.sample import Sample
 from stpp.errors import UserError
 
@@ -48,8 +46,9 @@ def _room(config: Config, weights: int, unlabelled: Sequence[Sample]) -> None:
     """Disk for checkpoints and pseudo labels; a run that goes on already has a part of it."""
     masks = sum(sample.width * sample.height for sample in unlabelled) * MASK_BITS / 8
     copies = COPIES[config.method] + 5 * config.control
-    there = sum(path.stat().st_size for path in config.out.glob("stages/**/*") if path.is_file())
-    needed, free = copies * weights + masks - there, shutil.disk_usage(config.out).free
+    needed, free = copies * weights + masks, shutil.disk_usage(config.out).free
+    if needed > free:  # only then is it worth looking through what may be millions of masks
+        needed -= sum(path.stat().st_size for path in config.out.glob("stages/**/*") if path.is_file())
     if needed > free:
         raise UserError(f"--out {config.out}: about {needed / 2**20:.0f} MiB are needed for checkpoints and pseudo labels, and the "
                         f"disk has {free / 2**20:.0f}; make room or choose another --out")
@@ -60,7 +59,7 @@ def _readable(name: str, samples: Sequence[Sample]) -> None:
     for sample in samples[:: -(-len(samples) // SAMPLED) or 1]:
         for path in filter(None, (sample.image, sample.mask)):
             try:
-                with Image.open(Path(path)) as image:
+                with opened(path) as image:
                     image.load()
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                raise UserError(f"{name}: {path} cannot be read ({error}); mend or remove it and prepare the index again") from None
+            except UserError as error:
+                raise UserError(f"{name}: {error}, and prepare the index again") from None

@@ -157,7 +157,7 @@ class Trainer:
         self._resume()
         metrics = log.Metrics(self.folder, first_step=self.step)
         started, total = time.monotonic() - self.seconds, self.schedule.steps
-        window = _Window(self.here)
+        window = _Window()
         with (log.Progress(self.title, total * self.sampler.batch_global, done=self.step * self.sampler.batch_global) as bar,
               checkpoint.Writer() as self.writer, signals.deferred() as stop):
             for micro_batches, wait_s in self._batches():
@@ -167,6 +167,7 @@ class Trainer:
                 to_save = to_validate or told_to_stop or self.step - self.saved_step >= self.config.train.checkpoint_steps
                 if to_save or window.steps == LOOK_STEPS:
                     self._look(window, metrics, bar)
+                    window = _Window()
                     to_save |= time.monotonic() - self.saved_at >= 60 * self.config.train.checkpoint_minutes
                 bar.advance(self.sampler.batch_global)
                 for i, step in enumerate(self.schedule.keep_steps, 1):
@@ -174,7 +175,7 @@ class Trainer:
                         self._keep(f"third-{i}.pt")
                 if to_validate:
                     self._validate(metrics)
-                    window = _Window(self.here)
+                    window = _Window()  # its time does not count
                 if to_save:
                     self.seconds = time.monotonic() - started
                     self._save()
@@ -202,7 +203,7 @@ class Trainer:
             yield micro_batches, time.monotonic() - asked
 
     def _told_to_stop(self, stop: signals.Stop) -> bool:
-        """Whether a rank was told to stop; asked of a GPU only when it is looked at anyway."""
+        """Whether a rank was told to stop; asking waits for the device, so on a GPU it is done once in a while."""
         if self.here.device.type == "cuda" and self.step % LOOK_STEPS:
             return False
         return distributed.sum_over_ranks(torch.tensor(float(stop.signal is not None), device=self.here.device)).item() > 0
@@ -297,8 +298,8 @@ class _Look:
 class _Window:
     """Loss and time of the last few steps, read from the device once for all of them."""
 
-    def __init__(self, here: World):
-        self._here, self._wait_s, self._since = here, 0.0, time.monotonic()
+    def __init__(self):
+        self._wait_s, self._since = 0.0, time.monotonic()
         self._losses: list[torch.Tensor] = []
         self._nonfinite: list[torch.Tensor] = []
 
@@ -312,16 +313,13 @@ class _Window:
         self._wait_s += wait_s
 
     def close(self, step: int) -> _Look:
-        """What the window's steps, of which `step` would be the next, were like; the window then begins anew."""
+        """What the window's steps, of which `step` would be the next, were like."""
         both = torch.stack([torch.stack(self._losses), torch.stack(self._nonfinite).float()])
         losses, flags = distributed.sum_over_ranks(both).tolist()  # the one wait for the device
         finite = [loss for loss, flag in zip(losses, flags, strict=True) if not flag]
         spent = time.monotonic() - self._since
-        result = _Look(loss=sum(finite) / len(finite) if finite else math.nan, data_wait_pct=100 * self._wait_s / spent,
-                       step_s=spent / self.steps,
-                       nonfinite=[step - self.steps + i for i, flag in enumerate(flags) if flag])
-        self.__init__(self._here)
-        return result
+        return _Look(loss=sum(finite) / len(finite) if finite else math.nan, data_wait_pct=100 * self._wait_s / spent,
+                     step_s=spent / self.steps, nonfinite=[step - self.steps + i for i, flag in enumerate(flags) if flag])
 
 
 def start_from(network: nn.Module, pretrained: str, classes: Sequence[str]) -> None:

@@ -45,9 +45,11 @@ def check(samples: Sequence[Sample], folder: Path, index: Index, out: Path, *, e
     for key, path in found.items():
         status = os.stat(path)
         stamps[key] = [path, status.st_size, status.st_mtime_ns]
-    if began and _read(out)["stamps"] != stamps:
-        raise UserError(f"--pseudo-labels {folder}: masks, or the excluded images, changed since this run began; choose another "
-                        "--out")
+    if began:  # they were checked then
+        if _read(out)["stamps"] != stamps:
+            raise UserError(f"--pseudo-labels {folder}: masks, or the excluded images, changed since this run began; choose "
+                            "another --out")
+        return
     image_of = {sample.key: sample.image for sample in samples}
     tasks = [Task(key, image_of[key], path, 0, 0) for key, path in found.items()]
     masks, problems = {}, []
