@@ -278,6 +278,29 @@ def test_dilated_convolution_is_a_convolution(bias):
     torch.testing.assert_close(module(x), want, **EXACT)
 
 
+@given(num_images=st.integers(1, 3), height=st.integers(1, 9), width=st.integers(1, 9), stride=st.integers(1, 2),
+       dilation=st.integers(1, 3), channels_last=st.booleans())
+def test_a_convolution_of_a_small_map_is_a_convolution(num_images, height, width, stride, dilation, channels_last):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    ours = layers.Conv3x3(2, 24, stride, dilation).double().to(memory_format=layout)
+    x = images(num_images, 2, height, width).contiguous(memory_format=layout).requires_grad_()
+    results = []
+    for training in (True, False):
+        out = ours.train(training)(x)
+        grad = images(*out.shape, seed=2)
+        results.append((out, *torch.autograd.grad(out, (x, ours.weight), grad)))
+    for small, plain in zip(*results, strict=True):
+        torch.testing.assert_close(small, plain, **EXACT)
+
+
+def test_a_small_map_is_multiplied_without_a_convolution(monkeypatch):
+    ours = layers.Conv3x3(8, 32, stride=2)
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda *_: pytest.fail("a convolution"))
+    assert ours(torch.ones(8, 8, 4, 3)).shape == (8, 32, 2, 2)
+    with pytest.raises(pytest.fail.Exception):
+        ours(torch.ones(9, 8, 4, 3))  # 36 cells
+
+
 def test_a_single_image_in_training_is_refused_by_global_pooling():
     for part in (PooledContext(16, 2), ASPP(16, (1, 2, 3))):
         with pytest.raises(ValueError, match="more than 1 value per channel"):

@@ -21,7 +21,6 @@ from stpp.data import index, loader
 from stpp.data.sampler import StepSampler
 from stpp.errors import UserError
 from stpp.models.build import build_model
-from stpp.optimizer import make_optimizer
 from stpp.precision import autocast_dtype
 
 WORKER = str(Path(__file__).parent / "workers" / "steps.py")
@@ -312,21 +311,3 @@ def test_precision_is_refused_where_the_device_lacks_it():
     with pytest.raises(UserError, match="--train.precision fp16"):
         autocast_dtype("fp16", torch.device("cpu"))
     assert autocast_dtype("fp32", torch.device("cpu")) == torch.float32
-
-
-def test_the_unrelated_apex_is_not_taken_for_nvidias(monkeypatch):
-    monkeypatch.setitem(sys.modules, "apex", type(sys)("apex"))
-    with pytest.raises(UserError, match="--train.optimizer apex"):
-        optimizer_of(TrainConfig(optimizer="apex"))
-
-
-def optimizer_of(config: TrainConfig) -> torch.optim.Optimizer:
-    return make_optimizer(list(nn.Linear(2, 2).parameters()), list(nn.Linear(2, 2).parameters()), config,
-                          default_multiplier=10.0)
-
-
-def test_the_head_learns_faster():
-    backbone, head = optimizer_of(TrainConfig(lr=0.001, batch_global=32)).param_groups
-    assert (backbone["base_lr"], head["base_lr"]) == pytest.approx((0.002, 0.02))
-    backbone, head = optimizer_of(TrainConfig(lr=0.001, head_lr_multiplier=1.0)).param_groups
-    assert backbone["base_lr"] == head["base_lr"] == pytest.approx(0.001)

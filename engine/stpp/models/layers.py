@@ -10,6 +10,38 @@ from torch import Tensor, nn
 from stpp_kernels import dilated_conv3x3
 
 
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution without bias, `padding == dilation`, that is one matrix product where the map is smaller than its weights.
+
+    It is an `nn.Conv2d` (same parameters, same function, same state-dict keys). On a CPU, a convolution lays its weights out anew
+    in every call. For 512 to 512 channels on eight maps of 2x2 that takes nine tenths of 29 ms, forward and backward; gathering
+    what each output reads and multiplying takes 5 (benchmarks/NOTES.md).
+
+    Args:
+        in_channels, out_channels: channels of the input and of the output.
+        stride: of both axes.
+        dilation: distance between taps in cells, at least 1.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, dilation: int = 1):
+        super().__init__(in_channels, out_channels, 3, stride=stride, padding=dilation, dilation=dilation, bias=False)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """[N, in_channels, H, W] to [N, out_channels, H / stride, W / stride], rounded up."""
+        num_images, _, height, width = x_NCHW.shape
+        rows, columns = -(-height // self.stride[0]), -(-width // self.stride[0])
+        small = self.training and x_NCHW.device.type == "cpu" and not torch.compiler.is_compiling()
+        if not small or num_images * rows * columns > self.out_channels:
+            return super().forward(x_NCHW)
+        dilation, stride = self.dilation[0], self.stride[0]
+        padded_NHWI = F.pad(x_NCHW.permute(0, 2, 3, 1), (0, 0, dilation, dilation, dilation, dilation))
+        shifts = [(ky * dilation, kx * dilation) for ky in range(3) for kx in range(3)]
+        taps = [padded_NHWI[:, y : y + rows * stride : stride, x : x + columns * stride : stride] for y, x in shifts]
+        read_NHWK = torch.cat([tap[:, :rows, :columns] for tap in taps], dim=3)
+        weight_OK = self.weight.permute(0, 2, 3, 1).flatten(1)  # a view of a channels_last weight
+        return F.linear(read_NHWK, weight_OK).permute(0, 3, 1, 2)
+
+
 class DilatedConv3x3(nn.Conv2d):
     """A 3x3 convolution, stride 1, `padding == dilation`, that skips the taps lying in the padding.
 
@@ -49,8 +81,7 @@ def conv1x1_bn_relu(in_channels: int, out_channels: int) -> list[nn.Module]:
 
 def conv3x3_bn_relu(in_channels: int, out_channels: int) -> list[nn.Module]:
     """A 3x3 convolution without bias (size kept), batch norm and ReLU, as a list to put into `nn.Sequential`."""
-    convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
-    return [convolution, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
+    return [Conv3x3(in_channels, out_channels), nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
 
 
 def global_average(x_NCHW: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ keep their meaning.
 
 from torch import Tensor, nn
 
+from stpp.models.layers import Conv3x3
+
 OUTPUT_STRIDES = (8, 16, 32)
 
 
@@ -39,9 +41,9 @@ class BasicBlock(nn.Module):
         downsample: nn.Module | None,
     ):
         super().__init__()
-        self.conv1 = _conv3x3(in_channels, width, stride, dilation_before)
+        self.conv1 = Conv3x3(in_channels, width, stride, dilation_before)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = _conv3x3(width, width, 1, dilation)
+        self.conv2 = Conv3x3(width, width, 1, dilation)
         self.bn2 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
@@ -79,7 +81,7 @@ class Bottleneck(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = _conv3x3(width, width, stride, dilation_before)
+        self.conv2 = Conv3x3(width, width, stride, dilation_before)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, width * self.expansion, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(width * self.expansion)
@@ -168,10 +170,6 @@ class ResNet(nn.Module):
         c2 = self.layer2(c1)
         c3 = self.layer3(c2)
         return c1, c2, c3, self.layer4(c3)
-
-
-def _conv3x3(in_channels: int, out_channels: int, stride: int, dilation: int) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=dilation, dilation=dilation, bias=False)
 
 
 def _stage(
