@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable, Sequence
 
+from stpp import log
 from stpp.config import Config
 from stpp.data.exif import opened
 from stpp.data.sample import Sample
@@ -28,6 +29,7 @@ def preflight(config: Config, *, lists: dict[str, Sequence[Sample]], weights: in
     Raises:
         UserError: names every problem found.
     """
+    _warn_of_overlaps(lists)
     problems = []
     unlabelled = lists.get("unlabeled.txt", ())
     for check in (*checks, lambda: _room(config, weights, unlabelled), *(
@@ -40,6 +42,19 @@ def preflight(config: Config, *, lists: dict[str, Sequence[Sample]], weights: in
         raise UserError(problems[0])
     if problems:
         raise UserError(f"{len(problems)} problems: " + "; ".join(f"({i}) {text}" for i, text in enumerate(problems, 1)))
+
+
+OVERLAPS = (("labeled.txt", "val.txt", "their mIoU is that of images trained on"),
+            ("unlabeled.txt", "val.txt", "their mIoU is that of images whose pseudo labels were trained on"),
+            ("labeled.txt", "unlabeled.txt", "they are trained on twice, with their masks and with pseudo labels"))
+
+
+def _warn_of_overlaps(lists: dict[str, Sequence[Sample]]) -> None:
+    for first, second, what in OVERLAPS:
+        known = {sample.key for sample in lists.get(first, ())}
+        both = [sample.image for sample in lists.get(second, ()) if sample.key in known]
+        if both:
+            log.say(f"warning: {len(both)} images of {second} stand in {first} too, {both[0]} the first; {what}")
 
 
 def _room(config: Config, weights: int, unlabelled: Sequence[Sample]) -> None:

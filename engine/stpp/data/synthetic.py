@@ -82,7 +82,7 @@ class Difficulty:
 
 
 def generate(
-    out: str | os.PathLike, *, seed: int = 0, train: int = 168, val: int = 100, difficulty: Difficulty | None = None
+    out: str | os.PathLike, *, seed: int = 0, train: int = 400, val: int = 100, difficulty: Difficulty | None = None
 ) -> None:
     """Writes the data set: JPEGImages/, SegmentationClass/ (palette PNGs), ImageSets/Segmentation/, classes.json.
 

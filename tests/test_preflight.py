@@ -1,0 +1,26 @@
+"""What is said before the first step."""
+
+import pytest
+
+from stpp import preflight
+from stpp.config import Config
+from stpp.data.sample import Sample
+
+
+def samples(*keys: str) -> list[Sample]:
+    return [Sample(key=key, image=f"/data/{key}.jpg", width=8, height=8) for key in keys]
+
+
+@pytest.mark.parametrize("labelled, unlabelled, val, said", [
+    ("ab", "cd", "ef", []),
+    ("ab", "cd", "", []),
+    ("ab", "cd", "xb", ["1 images of val.txt stand in labeled.txt too, /data/b.jpg the first", "mIoU"]),
+    ("ab", "cde", "ced", ["3 images of val.txt stand in unlabeled.txt too, /data/c.jpg the first", "mIoU"]),
+    ("ab", "ba", "c", ["2 images of unlabeled.txt stand in labeled.txt too", "twice"]),
+])
+def test_lists_that_share_images_are_named(labelled, unlabelled, val, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(preflight, "_readable", lambda *_: None)
+    preflight.preflight(Config(out=tmp_path), lists={"labeled.txt": samples(*labelled), "unlabeled.txt": samples(*unlabelled),
+                                                     "val.txt": samples(*val)}, weights=1, checks=[])
+    err = capsys.readouterr().err
+    assert all(text in err for text in said) and ("warning" in err) == bool(said)
