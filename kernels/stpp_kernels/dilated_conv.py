@@ -18,10 +18,10 @@ W - d), so each region is one product whose inner dimension runs over taps and o
 
 Which of the three products are computed so, and where an ordinary convolution is faster, is `form`'s to say.
 
-Layout: a range of rows must be one contiguous matrix. Of the middle column (kx = 0) it is, image by image, in channels_last;
-the narrower rectangles of the other columns are copied as [H, N, width, channels], all images at once. Partial sums
-are float32 (float64 for float64). bfloat16 and float16 are multiplied as they are where the hardware does that, and in
-float32 on a CPU that would only emulate them (many times slower).
+Layout: a range of rows must be one contiguous matrix. Of the middle column (kx = 0) it is, image by image, in channels_last; the
+narrower rectangles of the other columns are copied, image by image into one buffer: fresh memory for all images at once would
+cost more in page faults than the copy. Partial sums are float32 (float64 for float64). bfloat16 and float16 are multiplied as they
+are where the hardware does that, and in float32 on a CPU that would only emulate them (many times slower).
 """
 
 import functools
@@ -84,12 +84,13 @@ def valid_taps(x_NIHW: Tensor, weight_OI33: Tensor, dilation: int) -> Tensor:
     total_NHWO = x_NIHW.new_empty((num_images, height, width, channels), dtype=_sum_dtype(compute))
     for kx in (1, 0, 2):  # the middle column first: it covers the whole map
         into_x, from_x = _valid(width, kx, dilation)
-        for image, source in enumerate(_matrices(x_NIHW, from_x, compute)):
-            part = total_NHWO[image] if kx == 1 else total_NHWO.new_empty((*source.shape[:2], channels))
-            _add_rows(part, source, taps_33OI[:, kx], dilation)
-            if kx != 1:
-                into_HNWO = total_NHWO.transpose(0, 1)[:, :, into_x]
-                into_HNWO += part.view(into_HNWO.shape)
+        part_HWO = total_NHWO.new_empty((height, from_x.stop - from_x.start, channels)) if kx != 1 else None
+        for total_HWO, source in zip(total_NHWO, _matrices(x_NIHW, from_x, compute), strict=False):
+            if kx == 1:
+                _add_rows(total_HWO, source, taps_33OI[:, kx], dilation)
+            else:
+                _add_rows(part_HWO, source, taps_33OI[:, kx], dilation)
+                total_HWO[:, into_x] += part_HWO
     out = _empty_like_output(x_NIHW, weight_OI33)
     out.permute(0, 2, 3, 1).copy_(total_NHWO)
     return out
@@ -123,11 +124,11 @@ def convolution_backward(
     return into
 
 
-def _add_rows(part_HMO: Tensor, source_HMI: Tensor, taps_3OI: Tensor, dilation: int) -> None:
+def _add_rows(part_HWO: Tensor, source_HWI: Tensor, taps_3OI: Tensor, dilation: int) -> None:
     """Fills `part` with the sum of the three taps of one column."""
     for ky in (1, 0, 2):  # the middle tap first: it covers all rows
-        into_y, from_y = _valid(part_HMO.shape[0], ky, dilation)
-        target, source, tap_IO = part_HMO[into_y].flatten(0, 1), source_HMI[from_y].flatten(0, 1), taps_3OI[ky].t()
+        into_y, from_y = _valid(part_HWO.shape[0], ky, dilation)
+        target, source, tap_IO = part_HWO[into_y].flatten(0, 1), source_HWI[from_y].flatten(0, 1), taps_3OI[ky].t()
         if ky == 1 and target.dtype == source.dtype:
             torch.mm(source, tap_IO, out=target)
         elif ky == 1:
@@ -161,17 +162,14 @@ def _weight_gradient(grad_NOHW: Tensor, x_NIHW: Tensor, dilation: int, compute: 
 
 
 def _matrices(maps_NCHW: Tensor, columns: slice, dtype: torch.dtype) -> Iterator[Tensor]:
-    """`columns` of the maps as contiguous [H, M, C], each valid until the next: map by map if whole, else once for all maps."""
-    if columns.start == 0 and columns.stop == maps_NCHW.shape[3]:
-        buffer = None
-        for map_HWC in maps_NCHW.permute(0, 2, 3, 1):
-            if map_HWC.dtype == dtype and map_HWC.is_contiguous():
-                yield map_HWC
-            else:  # one buffer for all: fresh memory for each would cost more in page faults than the cast
-                buffer = map_HWC.new_empty(map_HWC.shape, dtype=dtype) if buffer is None else buffer
-                yield buffer.copy_(map_HWC)
-    elif columns.start < columns.stop:
-        yield maps_NCHW.permute(2, 0, 3, 1)[:, :, columns].to(dtype).contiguous().flatten(1, 2)
+    """`columns` of every map as contiguous [H, width, C], each valid until the next; none if there are no columns."""
+    buffer = None
+    for map_HWC in maps_NCHW.permute(0, 2, 3, 1)[:, :, columns] if columns.start < columns.stop else ():
+        if map_HWC.dtype == dtype and map_HWC.is_contiguous():
+            yield map_HWC
+        else:
+            buffer = map_HWC.new_empty(map_HWC.shape, dtype=dtype) if buffer is None else buffer
+            yield buffer.copy_(map_HWC)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
