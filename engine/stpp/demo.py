@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from stpp import files
-from stpp.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig, load_recipe, to_dict
+from stpp.config import AugmentConfig, Config, DataConfig, LabelConfig, ModelConfig, TrainConfig, load_recipe, to_dict
 from stpp.data import synthetic
 from stpp.errors import UserError
 
@@ -17,7 +17,8 @@ DEMO = Config(
     data=DataConfig(layout="voc", fraction="12"),
     model=ModelConfig(backbone="resnet18", output_stride=32),
     augment=AugmentConfig(crop_px=49, long_side=(36, 104)),
-    train=TrainConfig(epochs=16, supervised_epochs=160, batch_global=16, lr=0.05, head_lr_multiplier=1.0,
+    label=LabelConfig(tta="flip"),
+    train=TrainConfig(epochs=11, supervised_epochs=220, batch_global=16, lr=0.05, head_lr_multiplier=1.0,
                       validate_every=5, validate_min_steps=80),
 )
 """Few labels, many steps of a small network: what two cores can do in five minutes."""
