@@ -53,7 +53,10 @@ class Evaluate:
     list: Path | None = None
     """Lines `image mask`; by default val.txt of the run that the checkpoint lies in."""
     tta: Literal["none", "flip", "stpp"] = "none"
-    """Test-time augmentation."""
+    """Test-time augmentation; with --sliding-window, of every crop."""
+    sliding_window: int | None = None
+    """Side in pixels of the crops that the network sees instead of the whole image, as is usual for Cityscapes. One begins at
+    every two thirds of the side; probabilities are averaged where they overlap."""
     loader: Literal["auto", "dali", "reference"] = "auto"
     """Who decodes: DALI, or PIL and NumPy worker threads."""
     threads: int = 0
@@ -64,6 +67,10 @@ class Evaluate:
     """Autocast type."""
     out: Path | None = None
     """Also write the scores to this JSON file."""
+
+    def __post_init__(self):
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"--sliding-window is {self.sliding_window}: it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +173,7 @@ def _evaluate(args: list[str]) -> None:
                             f"{folder} has {len(known.classes)} ({', '.join(known.classes)}); use the matching index")
         teacher = EagerTeacher(network, num_classes=len(classes), device=here.device,
                                dtype=autocast_dtype(options.precision, here.device))
-        matrix = evaluate(teacher, samples, here, data, mode=options.tta)
+        matrix = evaluate(teacher, samples, here, data, mode=options.tta, crop_px=options.sliding_window)
         if here.is_main:
             print(report(matrix, classes, images=len(samples), out=options.out))
 
