@@ -176,3 +176,46 @@ def test_ranks_share_the_crops_of_all_images(best, synthetic_index, listed, tmp_
 def test_an_impossible_crop_is_named(best, synthetic_index, listed, capsys, value):
     code, _, errors = command(capsys, best, synthetic_index, listed, "--sliding-window", value)
     assert code == 2 and "--sliding-window" in errors and len(errors.strip().splitlines()) == 1
+
+
+# --- checkpoints that do not say what they are
+
+
+def bare(folder: Path, state: dict, name: str = "published.pth") -> Path:
+    torch.save(state, folder / name)
+    return folder / name
+
+
+@pytest.mark.parametrize("prefix, wrapper", [("", None), ("module.", None), ("module.", "model")])
+def test_a_published_state_dict_scores_as_the_same_network_of_a_run(network, best, synthetic_index, listed, tmp_path, capsys,
+                                                                    prefix, wrapper):
+    state = {prefix + key: value for key, value in network.state_dict().items()}
+    path = bare(tmp_path, {wrapper: state, "epoch": 3} if wrapper else state)
+    code, said, errors = command(capsys, path, synthetic_index, listed, "--output-stride", STRIDE)
+    assert code == 0 and said == command(capsys, best, synthetic_index, listed)[1]
+    assert f"{path}: deeplabv3plus on resnet18, 6 classes" in errors and f"output stride {STRIDE}" in errors
+    if prefix:
+        return
+    code, at_eight, errors = command(capsys, path, synthetic_index, listed)
+    assert code == 0 and "output stride 8" in errors and at_eight != said
+
+
+def test_another_number_of_classes_than_the_data_is_named(synthetic_index, listed, tmp_path, capsys):
+    path = bare(tmp_path, cases.model("deeplabv2", classes=21).state_dict())
+    code, _, errors = command(capsys, path, synthetic_index, listed)
+    last = errors.strip().splitlines()[-1]
+    assert code == 2 and "was trained on 21 classes" in last and "has 6" in last and "use the matching index" in last
+
+
+def test_a_state_dict_needs_an_index_and_a_list(network, tmp_path, capsys):
+    path = bare(tmp_path, network.state_dict())
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["evaluate", "--checkpoint", str(path)])
+    errors = capsys.readouterr().err
+    assert ended.value.code == 2 and "--index" in errors and "--list" in errors and len(errors.strip().splitlines()) == 1
+
+
+def test_a_stride_that_contradicts_the_checkpoint_is_refused(best, synthetic_index, listed, capsys):
+    assert command(capsys, best, synthetic_index, listed, "--output-stride", STRIDE)[0] == 0
+    code, _, errors = command(capsys, best, synthetic_index, listed, "--output-stride", "8")
+    assert code == 2 and "--output-stride 8" in errors and "trained at 16" in errors and len(errors.strip().splitlines()) == 1

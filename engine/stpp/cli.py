@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -47,11 +48,13 @@ class Evaluate:
     """Score a checkpoint: mIoU and IoU of every class at native size."""
 
     checkpoint: Path
-    """A best.pt or third-*.pt of a run."""
+    """A best.pt or third-*.pt of a run, or a published state dict."""
     index: Path | None = None
     """Folder of a prepared index; by default that of the run that the checkpoint lies in."""
     list: Path | None = None
     """Lines `image mask`; by default val.txt of the run that the checkpoint lies in."""
+    output_stride: Literal[8, 16, 32] | None = None
+    """Of a checkpoint that does not tell it, such as a published one; unset: 8."""
     tta: Literal["none", "flip", "stpp"] = "none"
     """Test-time augmentation; with --sliding-window, of every crop."""
     sliding_window: int | None = None
@@ -78,9 +81,11 @@ class Compile:
     """Compile a checkpoint into an engine that labels faster: see docs/engines.md."""
 
     checkpoint: Path
-    """A best.pt or third-*.pt of a run."""
+    """A best.pt or third-*.pt of a run, or a published state dict."""
     out: Path
     """Folder of the engine; an engine that is there is replaced."""
+    output_stride: Literal[8, 16, 32] | None = None
+    """Of a checkpoint that does not tell it, such as a published one; unset: 8."""
     backend: Literal["auto", "tensorrt", "torch-tensorrt", "inductor", "eager"] = "auto"
     """Compiler; auto: the fastest that is installed."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -167,7 +172,7 @@ def _evaluate(args: list[str]) -> None:
         known = index.load(folder)
         data = DataConfig(exif=known.exif, loader=options.loader, threads=options.threads)
         samples = splits.read_split(listed, known, labelled=True)
-        network, classes = load_network(options.checkpoint)
+        network, classes, _ = load_network(options.checkpoint, output_stride=options.output_stride, class_names=known.classes)
         if tuple(classes) != tuple(known.classes):
             raise UserError(f"{options.checkpoint} was trained on {len(classes)} classes ({', '.join(classes)}) but "
                             f"{folder} has {len(known.classes)} ({', '.join(known.classes)}); use the matching index")
@@ -205,8 +210,8 @@ def _compile(args: list[str]) -> None:
         if here.size > 1:
             raise UserError("stpp compile runs in one process; start it without torchrun")
         sample = options.sample and _images(options.sample, here.device)
-        compile_teacher(options.checkpoint, options.out, load=load_network, device=here.device, backend=options.backend,
-                        precision=options.precision, shapes=shapes, sample=sample)
+        compile_teacher(options.checkpoint, options.out, load=partial(load_network, output_stride=options.output_stride),
+                        device=here.device, backend=options.backend, precision=options.precision, shapes=shapes, sample=sample)
     print(options.out)
 
 
