@@ -60,12 +60,12 @@ def save(path: Path, seed: int) -> Path:
     return path
 
 
-def load(path: Path) -> tuple[nn.Module, list[str]]:
+def load(path: Path) -> tuple[nn.Module, list[str], dict]:
     """What `stpp.models.trained.load_network` is for the real models."""
     saved = checkpoint.load(path)
     network = Tiny(len(saved["classes"]))
     network.load_state_dict(saved["model"])
-    return network.eval(), list(saved["classes"])
+    return network.eval(), list(saved["classes"]), saved["architecture"]
 
 
 def images(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:

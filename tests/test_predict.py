@@ -136,6 +136,21 @@ def test_what_is_no_network_is_refused(best, tmp_path):
         stpp.load(best, tta="many")
 
 
+def test_a_published_state_dict_makes_the_same_masks(network, predictor, tmp_path, capsys):
+    path, image, out = tmp_path / "published.pth", tmp_path / "a.png", tmp_path / "out"
+    torch.save({f"module.{key}": value for key, value in network.state_dict().items()}, path)
+    picture(9).save(image)
+    expected = predictor.predict(image)
+    found = stpp.load(path, device="cpu", precision="fp32", output_stride=16)
+    np.testing.assert_array_equal(found.predict(image), expected)
+    assert found.classes == ("0", "1", "2", "3", "4", "5")
+    with pytest.raises(ValueError, match="output_stride 7"):
+        stpp.load(path, device="cpu", output_stride=7)
+    code, _, errors = command(capsys, image, "--checkpoint", path, "--output-stride", "16", "--out", out)
+    assert code == 0, errors
+    np.testing.assert_array_equal(read_index_mask(out / "masks" / "a.png"), expected)
+
+
 # --- from the command line
 
 

@@ -178,13 +178,13 @@ def test_miou_averages_the_classes_that_occur():
 
 def test_checkpoints_of_others_are_refused(tmp_path):
     net = network(0)
-    torch.save(net.state_dict(), tmp_path / "plain.pt")
+    torch.save(net.backbone.state_dict(), tmp_path / "backbone.pt")
     checkpoint.save(tmp_path / "short.pt", model=net.state_dict(), classes=list("abc"),
                     architecture={"name": "deeplabv3plus", "backbone": "resnet18", "output_stride": 16})
     checkpoint.save(tmp_path / "empty.pt", step=3)
     (tmp_path / "cut.pt").write_bytes((tmp_path / "short.pt").read_bytes()[:5000])
     (tmp_path / "text.pt").write_text("hello")
-    for name in ("plain.pt", "short.pt", "empty.pt", "cut.pt", "text.pt", "absent.pt"):
+    for name in ("backbone.pt", "short.pt", "empty.pt", "cut.pt", "text.pt", "absent.pt"):
         with pytest.raises(UserError, match=name) as refused:
             load_network(tmp_path / name)
         assert "\n" not in str(refused.value)

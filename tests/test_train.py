@@ -293,10 +293,11 @@ def test_a_checkpoint_of_other_classes_is_no_start(synthetic_index, tmp_path):
     samples = [known.sample(image) for image in sorted(known.entries)]
     trainer(tiny(), samples, tmp_path, None, steps=1).run()
     network = build_model("deeplabv3plus", "resnet18", 6, 16)
-    train.start_from(network, str(tmp_path / "best.pt"), list("abcdef"))
+    begun = ModelConfig(backbone="resnet18", pretrained=str(tmp_path / "best.pt"))
+    train.start_from(network, begun, list("abcdef"))
     assert torch.equal(network.state_dict()["classifier.weight"], weights_of(tmp_path / "best.pt")["classifier.weight"])
     with pytest.raises(UserError, match="best.pt has 6 classes"):
-        train.start_from(network, str(tmp_path / "best.pt"), list("abcdeg"))
+        train.start_from(network, begun, list("abcdeg"))
 
 
 @pytest.mark.parametrize(("batch", "ranks", "accumulate"), [(8, 8, 1), (8, 3, 1), (8, 2, 4), (6, 2, 2)])

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stpp.errors import UserError
-from stpp.models import weights
+from stpp.models import trained, weights
 from stpp.models.build import MODELS, build_model
 
 CLASSES = 5
@@ -230,6 +230,52 @@ def test_code_in_a_file_never_runs(tmp_path, protocol, place):
 def test_a_refused_object_is_named(tmp_path):
     path = save({"w": torch.ones(1), "config": Path("x")}, tmp_path)
     assert re.search(r"holds a Python object \(pathlib[\w.]*\.PosixPath\)", refusal(weights.read_checkpoint, path))
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "resnet101"])
+def test_a_state_dict_tells_what_it_is_of(tmp_path, name, backbone):
+    with torch.device("meta"):
+        shapes = {key: value.shape for key, value in build_model(name, backbone, 7, 8).state_dict().items()}
+    state = {key: torch.full((), 0.5).expand(shape) for key, shape in shapes.items() if "num_batches" not in key}
+    path = save(state, tmp_path)
+    assert path.stat().st_size < 1e6, "the file should be small, whatever its tensors claim"
+    found = trained.load_network(path, output_stride=16, class_names=list("abcdefg"))
+    assert found.architecture == {"name": name, "backbone": backbone, "output_stride": 16} and found.classes == list("abcdefg")
+    assert {key: value.shape for key, value in found.network.state_dict().items()} == shapes
+    assert all(bool((value == 0.5).all()) for value in found.network.parameters())
+
+
+def test_a_state_dict_has_the_public_stride_and_numbers_for_names(tmp_path):
+    found = trained.load_network(save(network().state_dict(), tmp_path), class_names=["too", "few"])
+    assert found.classes == ["0", "1", "2", "3", "4"] and found.architecture["output_stride"] == 8
+    assert found.network.backbone.layer4[1].conv2.dilation[0] == 4
+
+
+def test_state_dicts_of_other_networks_are_refused(tmp_path):
+    whole = network("deeplabv3plus").state_dict()
+    deep_stem = {key: value for key, value in whole.items() if key != "backbone.conv1.weight"}
+    deep_stem |= {f"backbone.conv1.{i}.weight": torch.ones(1) for i in (0, 3, 6)}
+    message = refusal(trained.load_network, save(deep_stem, tmp_path))
+    assert "weights.pth: holds no network that is known here; nearest is deeplabv3plus on resnet18" in message
+    assert "missing: backbone.conv1.weight" in message and "superfluous: backbone.conv1.0.weight, backbone.conv1.3" in message
+    many = {"classifier.bias": torch.zeros(1 << 20), "classifier.weight": torch.zeros(1).expand(1 << 20, 256, 1, 1)}
+    vast = {"backbone.layer1.0.conv1.weight": torch.zeros(1).expand(1 << 20, 1 << 20, 3, 3)}
+    for change, words in (
+        (many, "1048576 classes"),
+        (vast, "(1048576, 1048576, 3, 3)"),
+        ({"a\nb\x1b[31m": torch.ones(1)}, r"superfluous: 'a\nb\x1b"),
+        ({"classifier.bias": 5}, "0 classes"),
+        ({"classifier.bias": torch.zeros(1)}, "1 classes"),
+        ({"classifier.weight": torch.ones(6, 64, 1, 1)}, "(6, 64, 1, 1)"),
+        ({"classifier.bias": torch.empty(5, device="meta")}, "cannot be copied"),
+    ):
+        message = refusal(trained.load_network, save(whole | change, tmp_path))
+        assert words in message and "weights.pth" in message and len(message) < 1500, message
+    for content in (network().backbone.state_dict(), {"a": torch.ones(1)}):
+        assert "holds no network" in refusal(trained.load_network, save(content, tmp_path))
+    last = {"format": 1, "model": whole, "step": 3}
+    assert "give a best.pt" in refusal(trained.load_network, save(last, tmp_path))
 
 
 def _file(zipped):

@@ -9,24 +9,25 @@ __version__ = "0.1.0"
 
 
 def load(path, *, tta: str = "none", device: str = "auto", precision: str = "auto", max_pixels: int = 1 << 24,
-         trust_engine: bool = False) -> "Predictor":
+         trust_engine: bool = False, output_stride: int | None = None) -> "Predictor":
     """Opens a trained network, to make masks of single images: `stpp.load("best.pt").predict("photo.jpg")`.
 
     Args:
-        path: a best.pt or third-*.pt of a run, or the folder of an engine that `stpp compile` made.
+        path: a best.pt or third-*.pt of a run, a published state dict, or the folder of an engine that `stpp compile` made.
         tta: views whose probabilities are summed: "none" (1), "flip" (2) or "stpp" (10).
         device: "auto" (CUDA if there is one), or a name of PyTorch's, such as "cpu" or "cuda:1".
         precision: "auto" (bf16 where the device has it), "bf16", "fp16" or "fp32".
         max_pixels: images of more pixels are refused: they need much memory.
         trust_engine: run an engine that you did not build on this machine: it is a program.
+        output_stride: 8, 16 or 32, of a checkpoint that does not tell it, such as a published one; None: 8.
 
     Returns:
         An object with `predict(image) -> uint8 [H, W]`, where `image` is a path, a PIL image or a uint8 array [H, W, 3],
-        and `classes`, the names of the ids.
+        and `classes`, the names of the ids (numbers where the checkpoint has none).
 
     Raises:
         UserError: there is no such network, or it does not run here.
-        ValueError: an unknown `tta`.
+        ValueError: an unknown `tta` or `output_stride`.
     """
     import torch
 
@@ -35,4 +36,4 @@ def load(path, *, tta: str = "none", device: str = "auto", precision: str = "aut
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return open_predictor(path, mode=tta, device=torch.device(device), precision=precision, max_pixels=max_pixels,
-                          trust=trust_engine)
+                          trust=trust_engine, output_stride=output_stride)

@@ -88,7 +88,15 @@ def load(path: str | Path) -> dict:
     Raises:
         UserError: see `read`; or the file was not written by `save`, or by a newer version.
     """
-    content = read(path)
+    return ours(read(path), path)
+
+
+def ours(content: Any, path: str | Path) -> dict:
+    """What `read` found in the file `path`, if `save` wrote it.
+
+    Raises:
+        UserError: it was not written by `save`, or by a newer version.
+    """
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint written by this version of stpp")
     return content

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -47,13 +48,18 @@ class Evaluate:
     """Score a checkpoint: mIoU and IoU of every class at native size."""
 
     checkpoint: Path
-    """A best.pt or third-*.pt of a run."""
+    """A best.pt or third-*.pt of a run, or a published state dict."""
     index: Path | None = None
     """Folder of a prepared index; by default that of the run that the checkpoint lies in."""
     list: Path | None = None
     """Lines `image mask`; by default val.txt of the run that the checkpoint lies in."""
+    output_stride: Literal[8, 16, 32] | None = None
+    """Of a checkpoint that does not tell it, such as a published one; unset: 8."""
     tta: Literal["none", "flip", "stpp"] = "none"
-    """Test-time augmentation."""
+    """Test-time augmentation; with --sliding-window, of every crop."""
+    sliding_window: int | None = None
+    """Side in pixels of the crops that the network sees instead of the whole image, as is usual for Cityscapes. One begins at
+    every two thirds of the side; probabilities are averaged where they overlap."""
     loader: Literal["auto", "dali", "reference"] = "auto"
     """Who decodes: DALI, or PIL and NumPy worker threads."""
     threads: int = 0
@@ -65,15 +71,21 @@ class Evaluate:
     out: Path | None = None
     """Also write the scores to this JSON file."""
 
+    def __post_init__(self):
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"--sliding-window is {self.sliding_window}: it must be at least 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Compile:
     """Compile a checkpoint into an engine that labels faster: see docs/engines.md."""
 
     checkpoint: Path
-    """A best.pt or third-*.pt of a run."""
+    """A best.pt or third-*.pt of a run, or a published state dict."""
     out: Path
     """Folder of the engine; an engine that is there is replaced."""
+    output_stride: Literal[8, 16, 32] | None = None
+    """Of a checkpoint that does not tell it, such as a published one; unset: 8."""
     backend: Literal["auto", "tensorrt", "torch-tensorrt", "inductor", "eager"] = "auto"
     """Compiler; auto: the fastest that is installed."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -160,13 +172,13 @@ def _evaluate(args: list[str]) -> None:
         known = index.load(folder)
         data = DataConfig(exif=known.exif, loader=options.loader, threads=options.threads)
         samples = splits.read_split(listed, known, labelled=True)
-        network, classes = load_network(options.checkpoint)
+        network, classes, _ = load_network(options.checkpoint, output_stride=options.output_stride, class_names=known.classes)
         if tuple(classes) != tuple(known.classes):
             raise UserError(f"{options.checkpoint} was trained on {len(classes)} classes ({', '.join(classes)}) but "
                             f"{folder} has {len(known.classes)} ({', '.join(known.classes)}); use the matching index")
         teacher = EagerTeacher(network, num_classes=len(classes), device=here.device,
                                dtype=autocast_dtype(options.precision, here.device))
-        matrix = evaluate(teacher, samples, here, data, mode=options.tta)
+        matrix = evaluate(teacher, samples, here, data, mode=options.tta, crop_px=options.sliding_window)
         if here.is_main:
             print(report(matrix, classes, images=len(samples), out=options.out))
 
@@ -198,8 +210,8 @@ def _compile(args: list[str]) -> None:
         if here.size > 1:
             raise UserError("stpp compile runs in one process; start it without torchrun")
         sample = options.sample and _images(options.sample, here.device)
-        compile_teacher(options.checkpoint, options.out, load=load_network, device=here.device, backend=options.backend,
-                        precision=options.precision, shapes=shapes, sample=sample)
+        compile_teacher(options.checkpoint, options.out, load=partial(load_network, output_stride=options.output_stride),
+                        device=here.device, backend=options.backend, precision=options.precision, shapes=shapes, sample=sample)
     print(options.out)
 
 

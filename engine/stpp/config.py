@@ -93,7 +93,8 @@ class ModelConfig:
     output_stride: Literal[8, 16, 32] = 8
     """Input pixels per pixel of the backbone's last map."""
     pretrained: str = "none"
-    """Path of a torchvision ResNet file or of a checkpoint to start from; `none` trains from scratch."""
+    """Path of a torchvision ResNet file or of a checkpoint to start from; `imagenet`: torchvision's ResNet, downloaded once;
+    `none`: from scratch."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,19 +22,20 @@ from stpp_kernels import confusion
 
 @torch.inference_mode()
 def evaluate(teacher: Teacher, samples: Sequence[Sample], here: World, data: DataConfig, *,
-             mode: str = "none") -> torch.Tensor:
+             mode: str = "none", crop_px: int | None = None) -> torch.Tensor:
     """Confusion matrix of the teacher's predictions, every image counted once over all ranks.
 
     Args:
         samples: every one has a mask.
         mode: test-time augmentation, key of `tta.VIEWS`.
+        crop_px: side of the overlapping crops in which the network sees an image, pixels; None: it sees it whole.
 
     Returns:
         int64 [C, C] on the CPU, rows truth, columns prediction, in pixels; the same on every rank.
     """
     matrix = torch.zeros(teacher.num_classes, teacher.num_classes, dtype=torch.int64, device=here.device)
     for batch in loader.native_batches(samples, here, data):
-        masks_NHW = tta.masks(teacher.logits, batch.images_NCHW, mode, teacher.num_classes)
+        masks_NHW = tta.masks(teacher.logits, batch.images_NCHW, mode, teacher.num_classes, crop_px=crop_px)
         matrix += confusion(masks_NHW, batch.labels_NHW, teacher.num_classes)
     return distributed.sum_over_ranks(matrix).cpu()
 

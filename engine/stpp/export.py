@@ -14,9 +14,11 @@ class Export:
     """Write a checkpoint as ONNX, batch norm folded, for images of any number and size."""
 
     checkpoint: Path
-    """A best.pt or third-*.pt of a run."""
+    """A best.pt or third-*.pt of a run, or a published state dict."""
     out: Path
     """The .onnx file; one that is there is replaced."""
+    output_stride: Literal[8, 16, 32] | None = None
+    """Of a checkpoint that does not tell it, such as a published one; unset: 8."""
     precision: Literal["fp32", "fp16"] = "fp32"
     """Type of weights, images and feature maps; the logits are fp32."""
 
@@ -42,7 +44,7 @@ def export(options: Export) -> None:
     from stpp.teacher.build import PRECISIONS
     from stpp.teacher.record import DEFAULT_SHAPES
 
-    network, classes = load_network(options.checkpoint)
+    network, classes, _ = load_network(options.checkpoint, output_stride=options.output_stride)
     dtype = PRECISIONS[options.precision]
     ready = fold.ready(network, device=torch.device("cpu"), dtype=dtype)
     unfinished = options.out.with_name(f".{options.out.name}.{os.getpid()}.tmp")

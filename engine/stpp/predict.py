@@ -23,9 +23,11 @@ class Predict:
     out: Path
     """Folder for masks/, overlays/ and classes.json; what is there of the same name is replaced."""
     checkpoint: Path | None = None
-    """A best.pt or third-*.pt of a run."""
+    """A best.pt or third-*.pt of a run, or a published state dict."""
     engine: Path | None = None
     """Instead of a checkpoint: the folder of an engine that `stpp compile` made."""
+    output_stride: Literal[8, 16, 32] | None = None
+    """Of a checkpoint that does not tell it, such as a published one; unset: 8."""
     tta: Literal["none", "flip", "stpp"] = "none"
     """Views whose probabilities are summed: 1; 1 with its mirror image; five scales, each with its mirror image."""
     max_pixels: int = 1 << 24
@@ -59,7 +61,8 @@ def predict(options: Predict) -> None:
         if here.size > 1:
             raise UserError("stpp predict runs in one process; start it without torchrun, or use stpp label")
         predictor = open_predictor(network, mode=options.tta, device=here.device, precision=options.precision,
-                                   max_pixels=options.max_pixels, trust=options.trust_engine)
+                                   max_pixels=options.max_pixels, trust=options.trust_engine,
+                                   output_stride=options.output_stride)
         try:
             bad = _write_all(predictor, items, options.out)
         except OSError as error:

@@ -152,7 +152,7 @@ class Run:
         preflight.preflight(
             self.config, lists={"labeled.txt": self.labelled, "unlabeled.txt": self.unlabelled, "val.txt": self.val},
             weights=checkpoint.size_bytes(network.state_dict()),
-            checks=[self._check_lists, lambda: start_from(network, model.pretrained, self.index.classes)])
+            checks=[self._check_lists, lambda: start_from(network, model, self.index.classes)])
 
     def _check_lists(self) -> None:
         folder = self.split

@@ -17,12 +17,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from stpp import checkpoint, distributed, log, signals
-from stpp.config import Config, TrainConfig
+from stpp.config import Config, ModelConfig, TrainConfig
 from stpp.data import loader
 from stpp.data.sample import Batch, Sample
 from stpp.data.sampler import StepSampler
 from stpp.distributed import World
 from stpp.errors import UserError
+from stpp.models import imagenet
 from stpp.models.build import build_model, parameter_groups
 from stpp.models.weights import load_backbone, load_model, read_checkpoint, state_dict_of
 from stpp.optimizer import make_optimizer, step_unless
@@ -78,7 +79,7 @@ class Trainer:
         per_pass = images_per_pass(train, here)
         torch.manual_seed(stream_seed(config.seed, stage))
         self.network = build_model(config.model.name, config.model.backbone, len(classes), config.model.output_stride)
-        start_from(self.network, config.model.pretrained, classes)
+        start_from(self.network, config.model, classes)
         if train.sync_bn:
             if here.device.type == "cpu":
                 raise UserError("--train.sync-bn needs CUDA: PyTorch has no synchronised batch norm on a CPU")
@@ -322,21 +323,22 @@ class _Window:
                      step_s=spent / self.steps, nonfinite=[step - self.steps + i for i, flag in enumerate(flags) if flag])
 
 
-def start_from(network: nn.Module, pretrained: str, classes: Sequence[str]) -> None:
+def start_from(network: nn.Module, model: ModelConfig, classes: Sequence[str]) -> None:
     """Loads `--model.pretrained` into a new network: a whole network if the file holds one, else its backbone.
 
     Raises:
-        UserError: the file is unfit, or a run of this project wrote it for other classes.
+        UserError: the file is unfit or cannot be downloaded, or a run of this project wrote it for other classes.
     """
-    if pretrained == "none":
+    if model.pretrained == "none":
         return
-    content = read_checkpoint(pretrained)
+    path = imagenet.weights_file(model.backbone) if model.pretrained == "imagenet" else model.pretrained
+    content = read_checkpoint(path)
     theirs = content.get("classes")
     if isinstance(theirs, list) and theirs != list(classes):
-        raise UserError(f"--model.pretrained {pretrained} has {len(theirs)} classes ({', '.join(map(str, theirs))}), this "
+        raise UserError(f"--model.pretrained {path} has {len(theirs)} classes ({', '.join(map(str, theirs))}), this "
                         f"data set {len(classes)} ({', '.join(classes)}); give a checkpoint of the same classes, or a ResNet")
     whole = any(key.startswith("backbone.") for key in state_dict_of(content))
-    report = load_model(network, pretrained, strict=False) if whole else load_backbone(network, pretrained)
+    report = load_model(network, path, strict=False) if whole else load_backbone(network, path)
     log.say(f"  {report.summary()}")
 
 

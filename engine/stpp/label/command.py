@@ -66,7 +66,9 @@ class Label(CorpusOptions):
     """Write pseudo labels of any number of images with a trained network."""
 
     teacher: Path
-    """A best.pt or third-*.pt of a run, or the folder of an engine that `stpp compile` made."""
+    """A best.pt or third-*.pt of a run, a published state dict, or the folder of an engine that `stpp compile` made."""
+    output_stride: Literal[8, 16, 32] | None = None
+    """Of a checkpoint that does not tell it, such as a published one; unset: 8."""
     output: Literal["png", "tar"] = "png"
     """A PNG file for every mask, or one tar archive for every shard."""
 
@@ -86,7 +88,7 @@ def label(options: Label) -> None:
 
         return label_corpus(open_teachers, here=here, output=options.output, **shared)
 
-    _run(options, [options.teacher], options.tta, work, "mean confidence")
+    _run(options, [options.teacher], options.tta, work, "mean confidence", output_stride=options.output_stride)
 
 
 def select(options: Select) -> None:
@@ -102,7 +104,8 @@ def select(options: Select) -> None:
     _run(options, options.checkpoints, "none", work, "mean reliability")
 
 
-def _run(options: CorpusOptions, paths: Sequence[Path], mode: str, work: Callable[..., "Summary"], mean: str) -> None:
+def _run(options: CorpusOptions, paths: Sequence[Path], mode: str, work: Callable[..., "Summary"], mean: str, *,
+         output_stride: int | None = None) -> None:
     """Runs a command on this rank and says how it ended.
 
     Raises:
@@ -132,7 +135,7 @@ def _run(options: CorpusOptions, paths: Sequence[Path], mode: str, work: Callabl
                 raise
             sys.exit(2)  # every rank finds the same; one says it
         open_all = teachers.from_paths(paths, here.device, mode=mode, backend=options.backend, precision=options.precision,
-                                       trust=options.trust_engine)
+                                       trust=options.trust_engine, output_stride=output_stride)
 
         def opened(images: int) -> list:
             found = open_all(images)

@@ -6,6 +6,7 @@ H W: pixels.
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -98,20 +99,22 @@ class Predictor:
 
 
 def open_predictor(path: str | os.PathLike, *, mode: str, device: torch.device, precision: str, max_pixels: int,
-                   trust: bool) -> Predictor:
+                   trust: bool, output_stride: int | None = None) -> Predictor:
     """A predictor with the network of a checkpoint, as PyTorch runs it, or with an engine.
 
     Args:
-        path: a best.pt or third-*.pt of a run, or the folder of an engine.
+        path: a best.pt or third-*.pt of a run, a published state dict, or the folder of an engine.
         trust: run an engine that this user did not build.
+        output_stride: see `load_network`.
 
     Raises:
         UserError: there is no such network, or it does not run here.
-        ValueError: an unknown mode.
+        ValueError: an unknown mode or output stride.
     """
     if mode not in tta.VIEWS:
         raise ValueError(f"tta is {mode!r}; expected one of {', '.join(tta.VIEWS)}")
     path = Path(path)
-    network = open_teacher(path, load=load_network, device=device, backend="auto" if path.is_dir() else "eager",
+    load = partial(load_network, output_stride=output_stride)
+    network = open_teacher(path, load=load, device=device, backend="auto" if path.is_dir() else "eager",
                            precision=precision, trust=trust)
     return Predictor(network, network.identity.classes, device, mode=mode, max_pixels=max_pixels)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ Open = Callable[[int], list[Opened]]
 
 
 def from_paths(paths: Sequence[Path], device: torch.device, *, mode: str, backend: str = "auto", precision: str = "auto",
-               image_px: int | None = None, trust: bool = False) -> Open:
+               image_px: int | None = None, trust: bool = False, output_stride: int | None = None) -> Open:
     """Opens checkpoints or engine folders.
 
     Args:
@@ -36,12 +37,14 @@ def from_paths(paths: Sequence[Path], device: torch.device, *, mode: str, backen
         backend: "auto" chooses by the amount of work.
         image_px: pixels of an image, about; None: unknown.
         trust: run engines that this user did not build.
+        output_stride: see `load_network`.
 
     Returns:
         What opens them. It raises a UserError for what is no teacher, does not agree with eager, or has other classes than
         the first.
     """
     scales, mirrored = tta.VIEWS[mode]
+    load = partial(load_network, output_stride=output_stride)
     views = sum(scale * scale for scale in scales) * (1 + mirrored)
 
     def open_all(images: int) -> list[Opened]:
@@ -49,7 +52,7 @@ def from_paths(paths: Sequence[Path], device: torch.device, *, mode: str, backen
         work = Work(images=images, views=views, teachers=len(paths), **size)
         found: list[Opened] = []
         for path in paths:
-            network = open_teacher(path, load=load_network, device=device, backend=backend, precision=precision, work=work,
+            network = open_teacher(path, load=load, device=device, backend=backend, precision=precision, work=work,
                                    trust=trust)
             classes = tuple(network.identity.classes)
             if found and classes != found[0].classes:

@@ -5,6 +5,7 @@ Files come from strangers, so nothing but tensors and plain containers is ever u
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +39,7 @@ class LoadReport:
         """One line: how much was loaded, and what did not fit."""
         parts = [f"{self.loaded} of {self.wanted} tensors loaded from {Path(self.path).name}"]
         misfits = {"missing in the file": self.missing, "of another shape": self.mismatched, "left out": self.left_out}
-        return "; ".join(parts + [f"{what}: {_some(keys)}" for what, keys in misfits.items() if keys])
+        return "; ".join(parts + [f"{what}: {some_keys(keys)}" for what, keys in misfits.items() if keys])
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:
@@ -104,7 +105,11 @@ def load_model(model: nn.Module, path: str | os.PathLike, strict: bool = True) -
         UserError: the file is unfit (see `read_checkpoint`), or does not fit: the numbers of classes are named if these
             differ (and strict), else up to five of the missing and superfluous keys and differing shapes.
     """
-    state = state_dict_of(read_checkpoint(path))
+    return load_state(model, state_dict_of(read_checkpoint(path)), path, strict)
+
+
+def load_state(model: nn.Module, state: dict[str, object], path: str | os.PathLike, strict: bool = True) -> LoadReport:
+    """As `load_model`, with what `state_dict_of` found in the file `path`."""
     fitting, report = _compare(model, state, path)
     if strict:
         _refuse_other_classes(model, state, path)
@@ -172,7 +177,7 @@ def _backbone_part(report: LoadReport) -> LoadReport:
 def _refuse_unfit(report: LoadReport, what: str) -> None:
     if report.missing or report.mismatched or report.left_out:
         misfits = {"missing": report.missing, "superfluous": report.left_out, "other shapes": report.mismatched}
-        found = "; ".join(f"{kind}: {_some(keys)}" for kind, keys in misfits.items() if keys)
+        found = "; ".join(f"{kind}: {some_keys(keys)}" for kind, keys in misfits.items() if keys)
         raise UserError(
             f"checkpoint {report.path} does not fit {what} ({found}); check the model and backbone of the recipe"
         )
@@ -190,7 +195,7 @@ def _refuse_other_classes(model: nn.Module, state: dict[str, object], path: str 
             )
 
 
-def _some(keys: tuple[str, ...]) -> str:
+def some_keys(keys: Sequence[str]) -> str:
     """Up to five keys on one line. Keys are the file's: what could upset a terminal is escaped, and none is endless."""
     shown = ", ".join((key if key.isprintable() else ascii(key))[:150] for key in keys[:SHOWN])
     return shown + (f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")

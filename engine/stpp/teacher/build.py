@@ -74,7 +74,8 @@ class Plan:
     def identity(self) -> Identity:
         """Of the teacher that comes of it."""
         fixed = "-frozen" if self.frozen and self.backend != "eager" else ""
-        return Identity(weights_sha256=self.weights, classes=self.classes, backend=self.backend + fixed, precision=self.precision)
+        return Identity(weights_sha256=self.weights, classes=self.classes, backend=self.backend + fixed, precision=self.precision,
+                        output_stride=self.architecture.get("output_stride"))
 
     def ready(self) -> nn.Module:
         """The network folded, on the device, in the engine's precision."""

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from stpp import checkpoint as checkpoints
 from stpp import log
 from stpp.errors import UserError
 from stpp.precision import autocast_dtype
@@ -24,8 +23,8 @@ from stpp.teacher.record import Shapes
 
 __all__ = ["CompiledTeacher", "EagerTeacher", "Identity", "Load", "Shapes", "Teacher", "Work", "compile_teacher", "open_teacher"]
 
-Load = Callable[[Path], tuple[nn.Module, list[str]]]
-"""A checkpoint's network and class names."""
+Load = Callable[[Path], tuple[nn.Module, list[str], dict]]
+"""A checkpoint's network, class names and architecture."""
 
 
 def compile_teacher(checkpoint: Path, out: Path, *, load: Load, device: torch.device, backend: str = "auto",
@@ -34,7 +33,7 @@ def compile_teacher(checkpoint: Path, out: Path, *, load: Load, device: torch.de
     """Makes an engine folder of a checkpoint.
 
     Args:
-        checkpoint: best.pt or third-*.pt of a run.
+        checkpoint: what `load` reads.
         out: the folder; an engine that is there is replaced.
         load: see the top of this file.
         device: where the engine will run.
@@ -151,8 +150,8 @@ def _plan(path: Path, load: Load, device: torch.device, *, backend: str, precisi
     if precision == "fp16" and device.type == "cpu":
         raise UserError("--precision fp16 needs CUDA; use bf16 or fp32 on a CPU")
     names = {dtype: name for name, dtype in PRECISIONS.items()}
-    network, classes = load(path)
-    return Plan(network=network, architecture=checkpoints.load(path)["architecture"], classes=tuple(classes),
+    network, classes, architecture = load(path)
+    return Plan(network=network, architecture=architecture, classes=tuple(classes),
                 weights=records.weights_sha256(network.state_dict()), backend=backend, frozen=True,
                 precision=names[autocast_dtype(precision, device)], device=device, shapes=shapes or _range_of(backend))
 

@@ -23,9 +23,12 @@ class Identity:
     """"eager", "inductor", "tensorrt" or "torch-tensorrt"; with "-frozen" where the weights are part of the code."""
     precision: str
     """bf16, fp16 or fp32."""
+    output_stride: int | None = None
+    """Of the backbone, where there is one: equal weights compute something else at another."""
 
     def __str__(self):
-        return f"{self.weights_sha256[:16]}-{self.backend}-{self.precision}"
+        stride = f"-os{self.output_stride}" if self.output_stride else ""
+        return f"{self.weights_sha256[:16]}{stride}-{self.backend}-{self.precision}"
 
 
 class Teacher(Protocol):

@@ -1,4 +1,4 @@
-"""Test-time augmentation: the views of an image, and the sum of their class probabilities.
+"""Test-time augmentation: the views of an image, whole or in crops, and the sum of their class probabilities.
 
 N images, C classes, H W size of the image; a view has the size (int(H * scale), int(W * scale)).
 """
@@ -50,12 +50,40 @@ def accumulate(logits: Callable[[torch.Tensor], torch.Tensor], images_NCHW: torc
     return sums_NCHW
 
 
+def accumulate_crops(logits: Callable[[torch.Tensor], torch.Tensor], images_NCHW: torch.Tensor, mode: str,
+                     num_classes: int, crop_px: int) -> torch.Tensor:
+    """As `accumulate`, but the network sees overlapping crops, and each has its views.
+
+    A crop begins at every two thirds of its side. The last ones of a row or column end with the image, so they may be small,
+    and an image smaller than a crop is one crop.
+
+    Args:
+        crop_px: side of the square crops, pixels.
+
+    Returns:
+        float32 [N, C, H, W]: the sum over crops and views. How many hold a pixel differs, but a pixel's classes share that
+        number: the largest sum is the largest mean.
+
+    Source: sliding-window evaluation of Cityscapes in the public code of UniMatch (arXiv 2208.09910).
+    """
+    count, _, height, width = images_NCHW.shape
+    sums_NCHW = images_NCHW.new_zeros(count, num_classes, height, width)
+    step = max(1, 2 * crop_px // 3)
+    for top in range(0, height, step):
+        for left in range(0, width, step):
+            crop = (..., slice(top, top + crop_px), slice(left, left + crop_px))
+            sums_NCHW[crop] += accumulate(logits, images_NCHW[crop], mode, num_classes)
+    return sums_NCHW
+
+
 def masks(logits: Callable[[torch.Tensor], torch.Tensor], images_NCHW: torch.Tensor, mode: str,
-          num_classes: int) -> torch.Tensor:
+          num_classes: int, *, crop_px: int | None = None) -> torch.Tensor:
     """The most likely class of every pixel over all views: uint8 [N, H, W].
 
-    Where there is one view no probabilities are computed. Arguments as of `accumulate`.
+    Where there is one view no probabilities are computed. Arguments as of `accumulate` and, with `crop_px`, `accumulate_crops`.
     """
+    if crop_px is not None:
+        return finalize(accumulate_crops(logits, images_NCHW, mode, num_classes, crop_px))[0]
     if mode == "none":
         return upsample_argmax(logits(images_NCHW), images_NCHW.shape[-2:])
     return finalize(accumulate(logits, images_NCHW, mode, num_classes))[0]

@@ -1,0 +1,221 @@
+"""`stpp evaluate`: crops that overlap against a plain form written here, and checkpoints that do not say what they are."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import engine_cases as cases
+from conftest import torchrun
+from stpp import checkpoint, cli, distributed
+from stpp.config import DataConfig
+from stpp.data import index
+from stpp.data.masks import read_index_mask
+from stpp.data.reference import normalised
+from stpp.evaluate import evaluate
+from stpp.teacher import tta
+from stpp.teacher.engine import EagerTeacher
+
+CPU = torch.device("cpu")
+HERE = distributed.World(device=CPU)
+STRIDE = 16
+
+
+@pytest.fixture(scope="module")
+def network() -> torch.nn.Module:
+    """Made to see every class: else a network with random weights sees one class everywhere, in crops and without."""
+    made = cases.model("deeplabv3plus", seed=1)
+    with torch.no_grad():
+        logits = made(cases.images(4, 70, 90))
+        made.classifier.bias -= logits.mean((0, 2, 3))
+        for value in (made.classifier.weight, made.classifier.bias):
+            value *= 3 / logits.std((0, 2, 3)).reshape(-1, *[1] * (value.dim() - 1))
+    return made
+
+
+@pytest.fixture(scope="module")
+def best(network, tmp_path_factory, synthetic_index) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "best.pt"
+    checkpoint.save(path, model=network.state_dict(), classes=list(index.load(synthetic_index).classes),
+                    architecture={"name": "deeplabv3plus", "backbone": "resnet18", "output_stride": STRIDE})
+    return path
+
+
+@pytest.fixture(scope="module")
+def listed(synthetic, tmp_path_factory) -> Path:
+    """A list of three images."""
+    names = (synthetic / "ImageSets" / "Segmentation" / "val.txt").read_text().split()[:3]
+    path = tmp_path_factory.mktemp("list") / "val.txt"
+    path.write_text("".join(f"JPEGImages/{name}.jpg SegmentationClass/{name}.png\n" for name in names))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """Commands set the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def flags(best: Path, index_folder: Path, listed: Path, *more: object) -> list[str]:
+    return ["evaluate", "--checkpoint", *map(str, (best, "--index", index_folder, "--list", listed, *more)), "--device", "cpu",
+            "--precision", "fp32", "--loader", "reference"]
+
+
+def command(capsys, *args) -> tuple[int, str, str]:
+    """Exit code, standard output, standard error of `stpp evaluate`."""
+    try:
+        cli.main(flags(*args))
+        code = 0
+    except SystemExit as ended:
+        code = ended.code
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    return code, said.out, said.err
+
+
+# --- crops
+
+
+def sliding(network: torch.nn.Module, image_1CHW: torch.Tensor, side: int, mirrored: bool = False) -> torch.Tensor:
+    """Mean probabilities [1, C, H, W] of crops, one pixel column and row of their grid after the other, in plain PyTorch."""
+    height, width = image_1CHW.shape[-2:]
+    total, crops = torch.zeros(1, 6, height, width), torch.zeros(height, width)
+    top = 0
+    while top < height:
+        left = 0
+        while left < width:
+            bottom, right = min(height, top + side), min(width, left + side)
+            crop = image_1CHW[:, :, top:bottom, left:right].contiguous()
+            for flip in (False, True)[: 1 + mirrored]:
+                low = network(crop.flip(3) if flip else crop)
+                prob = F.interpolate(low, crop.shape[-2:], mode="bilinear", align_corners=True).softmax(1)
+                total[:, :, top:bottom, left:right] += prob.flip(3) if flip else prob
+                crops[top:bottom, left:right] += 1
+            left += int(side * 2 / 3)
+        top += int(side * 2 / 3)
+    assert crops.min() >= 1
+    return total / crops
+
+
+@pytest.mark.parametrize("mode", ["none", "flip"])
+@pytest.mark.parametrize("size, side", [((70, 110), 48), ((48, 48), 48), ((33, 90), 48), ((20, 31), 48), ((65, 33), 32),
+                                        ((8, 9), 3)])
+def test_crops_add_up_as_in_the_plain_form(network, mode, size, side):
+    images = cases.images(2, *size)
+    with torch.no_grad():
+        sums = tta.accumulate_crops(network, images, mode, 6, side)
+        masks = tta.masks(network, images, mode, 6, crop_px=side)
+        truth = torch.cat([sliding(network, image[None], side, mode == "flip") for image in images])
+    torch.testing.assert_close(sums / sums.sum(1, keepdim=True), truth, rtol=1e-3, atol=1e-4)
+    decided = truth.topk(2, 1).values.diff(dim=1)[:, 0].abs() > 1e-3
+    assert decided.float().mean() > 0.9 and torch.equal(masks[decided], truth.argmax(1).byte()[decided])
+
+
+def test_an_image_within_one_crop_is_seen_whole(network):
+    images = cases.images(1, 40, 45)
+    with torch.no_grad():
+        whole, cropped = (tta.masks(network, images, "none", 6, crop_px=side) for side in (None, 68))
+        cut = tta.masks(network, images, "none", 6, crop_px=24)
+    assert (whole == cropped).float().mean() > 0.999
+    assert not torch.equal(whole, cut), "crops change nothing, so these tests show nothing"
+
+
+def plain_miou(network: torch.nn.Module, known: index.Index, listed: Path, side: int) -> float:
+    """Percent: mean over the classes that occur."""
+    both, either = np.zeros(6), np.zeros(6)
+    for line in listed.read_text().splitlines():
+        sample = known.sample(line.split()[0])
+        image = torch.from_numpy(normalised(np.asarray(Image.open(sample.image).convert("RGB")))).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            found = sliding(network, image, side).argmax(1)[0].numpy()
+        truth = read_index_mask(sample.mask)
+        counted = truth != 255
+        for c in range(6):
+            both[c] += (counted & (truth == c) & (found == c)).sum()
+            either[c] += (counted & ((truth == c) | (found == c))).sum()
+    return 100 * np.mean([both[c] / either[c] for c in range(6) if either[c]])
+
+
+def test_the_score_is_that_of_the_plain_form(network, best, synthetic_index, listed, tmp_path, capsys):
+    out = tmp_path / "scores.json"
+    code, said, _ = command(capsys, best, synthetic_index, listed, "--sliding-window", "45", "--out", out)
+    assert code == 0 and "3 images" in said
+    scores = json.loads(out.read_text())
+    assert scores["miou"] == pytest.approx(plain_miou(network, index.load(synthetic_index), listed, 45), abs=0.05)
+    command(capsys, best, synthetic_index, listed, "--out", tmp_path / "whole.json")
+    assert not math.isclose(json.loads((tmp_path / "whole.json").read_text())["miou"], scores["miou"], abs_tol=0.05)
+
+
+def test_every_pixel_counts_once_whatever_the_crop(network, synthetic_index):
+    known = index.load(synthetic_index)
+    samples = [known.sample(image) for image in sorted(known.entries)[:4]]
+    teacher = EagerTeacher(network, num_classes=6, device=CPU, dtype=torch.float32)
+    rows = {tuple(evaluate(teacher, samples, HERE, DataConfig(threads=1, loader="reference"), mode=mode, crop_px=side)
+                  .sum(1).tolist()) for mode, side in (("none", None), ("none", 1000), ("none", 50), ("flip", 50))}
+    assert len(rows) == 1
+
+
+@pytest.mark.dist
+def test_ranks_share_the_crops_of_all_images(best, synthetic_index, listed, tmp_path, capsys):
+    args = (best, synthetic_index, listed, "--sliding-window", "45", "--out")
+    command(capsys, *args, tmp_path / "one.json")
+    ran = torchrun(2, "-m", "stpp", *flags(*args, tmp_path / "two.json"))
+    assert ran.returncode == 0, ran.stderr
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert one["images"] == two["images"] == 3 and two["miou"] == pytest.approx(one["miou"], abs=0.05)
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "wide"])
+def test_an_impossible_crop_is_named(best, synthetic_index, listed, capsys, value):
+    code, _, errors = command(capsys, best, synthetic_index, listed, "--sliding-window", value)
+    assert code == 2 and "--sliding-window" in errors and len(errors.strip().splitlines()) == 1
+
+
+# --- checkpoints that do not say what they are
+
+
+def bare(folder: Path, state: dict, name: str = "published.pth") -> Path:
+    torch.save(state, folder / name)
+    return folder / name
+
+
+@pytest.mark.parametrize("prefix, wrapper", [("", None), ("module.", None), ("module.", "model")])
+def test_a_published_state_dict_scores_as_the_same_network_of_a_run(network, best, synthetic_index, listed, tmp_path, capsys,
+                                                                    prefix, wrapper):
+    state = {prefix + key: value for key, value in network.state_dict().items()}
+    path = bare(tmp_path, {wrapper: state, "epoch": 3} if wrapper else state)
+    code, said, errors = command(capsys, path, synthetic_index, listed, "--output-stride", STRIDE)
+    assert code == 0 and said == command(capsys, best, synthetic_index, listed)[1]
+    assert f"{path}: deeplabv3plus on resnet18, 6 classes" in errors and f"output stride {STRIDE}" in errors
+    if prefix:
+        return
+    code, at_eight, errors = command(capsys, path, synthetic_index, listed)
+    assert code == 0 and "output stride 8" in errors and at_eight != said
+
+
+def test_another_number_of_classes_than_the_data_is_named(synthetic_index, listed, tmp_path, capsys):
+    path = bare(tmp_path, cases.model("deeplabv2", classes=21).state_dict())
+    code, _, errors = command(capsys, path, synthetic_index, listed)
+    last = errors.strip().splitlines()[-1]
+    assert code == 2 and "was trained on 21 classes" in last and "has 6" in last and "use the matching index" in last
+
+
+def test_a_state_dict_needs_an_index_and_a_list(network, tmp_path, capsys):
+    path = bare(tmp_path, network.state_dict())
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["evaluate", "--checkpoint", str(path)])
+    errors = capsys.readouterr().err
+    assert ended.value.code == 2 and "--index" in errors and "--list" in errors and len(errors.strip().splitlines()) == 1
+
+
+def test_a_stride_that_contradicts_the_checkpoint_is_refused(best, synthetic_index, listed, capsys):
+    assert command(capsys, best, synthetic_index, listed, "--output-stride", STRIDE)[0] == 0
+    code, _, errors = command(capsys, best, synthetic_index, listed, "--output-stride", "8")
+    assert code == 2 and "--output-stride 8" in errors and "trained at 16" in errors and len(errors.strip().splitlines()) == 1
