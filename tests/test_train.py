@@ -98,7 +98,7 @@ def trainer(config: Config, samples, folder: Path, validate, steps=6, period=2) 
     here = distributed.World(device=torch.device("cpu"))
     return train.Trainer(config, here, samples, stage=1, title="t", classes=tuple("abcdef"), folder=folder,
                          schedule=train.Schedule(steps=steps, validate_steps=period, keep_steps=(2, 4, 6)),
-                         validate=validate)
+                         validate=validate and (lambda network: train.Scores(miou=validate(network))))
 
 
 def weights_of(path: Path) -> dict:
