@@ -134,6 +134,7 @@ class Run:
         self.unlabelled: list[Sample] = []
         if config.method != "supervised" or config.pseudo_labels:
             self.unlabelled = splits.read_split(folder / "unlabeled.txt", self.index, labelled=False)
+            self._name_unused(folder)
         self.val: list[Sample] = []
         listed = splits.find_val(folder) if config.data.split else folder / splits.VAL
         if listed.exists():
@@ -146,6 +147,13 @@ class Run:
         self.supervised_epochs = config.train.supervised_epochs or config.train.epochs
         self.stages: list[dict] = []
         self.controlled: dict | None = None
+
+    def _name_unused(self, folder: Path) -> None:
+        """Says which folders of unlabelled images a list of the user's passes over."""
+        used = {sample.key.partition("/")[0] for sample in self.unlabelled}
+        for name in sorted(self.index.unlabelled.keys() - used):
+            log.say(f"warning: {folder / 'unlabeled.txt'} names no image of --data.unlabelled {self.index.place(name) / name}, so "
+                    f"none is used; they are named {name}/...")
 
     def preflight(self) -> None:
         """Refuses what would fail only after hours of training."""
@@ -346,7 +354,7 @@ def _prepared_index(config: Config, here: World) -> Index:
     data = config.data
     folder = data.index or config.out / "index"
     settings = {"layout": data.layout, "images": data.images, "masks": data.masks, "classes": data.classes,
-                "mask_map": data.mask_map, "exif": data.exif}
+                "mask_map": data.mask_map, "exif": data.exif, "unlabelled": data.unlabelled}
 
     def renew() -> None:
         if indices.is_stale(folder, data.root, **settings):
