@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from stpp import log
 from stpp.data import cityscapes
 from stpp.errors import UserError
 
@@ -130,7 +131,7 @@ def find(
     exclude: str | os.PathLike | None = None,
     flag: str = "--data.root",
 ) -> list[Found]:
-    """Lists the images of a data set, sorted by path, each with its mask if it has one.
+    """Lists the images of a data set, sorted by path, each with its mask if it has one; says if masks are left over.
 
     Args:
         root: the data root.
@@ -158,7 +159,7 @@ def find(
         key = os.path.splitext(image)[0]
         if keys.setdefault(key, image) != image:
             raise UserError(f"{path}: duplicate key {key}: {keys[key]} and {image}; rename or remove one")
-        mask = mask_of.get(name)
+        mask = mask_of.pop(name, None)
         matched += mask is not None
         found.append(Found(key, image, mask))
     if not found:
@@ -169,8 +170,10 @@ def find(
         raise UserError(
             f"{path}: no mask belongs to an image: for example {mask}, while images are named as {found[0].image}"
         )
-    if masks and not mask_of:
+    if masks and not mask_of and not matched:
         raise UserError(f"--data.masks {masks}: no file matches it under {path}")
+    if mask_of:
+        log.say(f"warning: {path}: masks that belong to no image: {len(mask_of)}, for example {next(iter(mask_of.values()))}")
     return sorted(found, key=lambda one: one.image)
 
 
