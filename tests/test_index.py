@@ -341,6 +341,15 @@ def test_masks_that_fit_no_image_are_refused(tmp_path):
         layouts.find(root, "globs", "JPEGImages/*.jpg", "nothing/*.png")
 
 
+def test_masks_that_are_left_over_are_told(tmp_path, capsys):
+    root = voc(tmp_path)
+    assert len(layouts.find(root)) == 3 and capsys.readouterr().err == ""
+    labels(root / "SegmentationClass" / "other.png")
+    (root / "JPEGImages" / "1.jpg").unlink()
+    assert [one.mask for one in layouts.find(root)] == ["SegmentationClass/0.png", "SegmentationClass/2.png"]
+    assert "masks that belong to no image: 2, for example SegmentationClass/1.png" in capsys.readouterr().err
+
+
 def test_duplicate_keys_name_both_files(tmp_path):
     root = voc(tmp_path)
     picture(root / "JPEGImages" / "1.png")

@@ -124,6 +124,15 @@ def test_odd_sizes_run_and_are_finite(name, height, width):
 
 
 @ALL_MODELS
+@pytest.mark.parametrize("output_stride", [8, 16])
+def test_resnet101_runs(name, output_stride):
+    with torch.no_grad():
+        logits = build_model(name, "resnet101", 5, output_stride).eval()(torch.randn(1, 3, 49, 65))
+    assert logits.shape == (1, 5, expected_size(name, output_stride, 49), expected_size(name, output_stride, 65))
+    assert logits.isfinite().all() and logits.std() > 0
+
+
+@ALL_MODELS
 def test_evaluation_is_deterministic_and_does_not_depend_on_the_batch(name):
     model = small(name).eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}

@@ -1,5 +1,7 @@
-"""The recipes of published settings: their values are the method's, and what their headers say is right."""
+"""The recipes: all resolve. Those of published settings: their values are the method's, and what their headers say is right."""
 
+import dataclasses
+import json
 import math
 import re
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from stpp import cli, config
-from stpp.config import Config
+from stpp.config import Config, tomllib
 from stpp.data import splits
 from stpp.data.classes import class_list
 from stpp.data.sampler import StepSampler
@@ -21,6 +23,25 @@ MIOU = {
                "732 77.3", "1464 79.1"],
     "cityscapes": ["1/30 61.4", "1/8 72.7", "1/4 73.8"],
 }
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_resolves_and_a_flag_comes_after_it(path, tmp_path, capsys):
+    def printed(*flags: str) -> dict:
+        cli.main(["train", "--recipe", str(path), *flags, "--print-config"])
+        return json.loads(capsys.readouterr().out)
+
+    told = tomllib.loads(path.read_text(encoding="utf-8"))
+    resolved = printed()
+    assert {key: config.flatten(resolved)[key] for key in config.flatten(told)} == config.flatten(told)
+    assert resolved.keys() == {field.name for field in dataclasses.fields(Config)}
+    changed = printed("--train.epochs", "3")
+    assert changed["train"].pop("epochs") == 3
+    del resolved["train"]["epochs"]
+    assert changed == resolved
+    whole = tmp_path / "config.json"  # what is printed is itself a recipe
+    whole.write_text(json.dumps(printed()))
+    assert config.to_dict(config.load_recipe(Config, whole)) == printed()
 
 
 def recipe(name: str) -> Config:

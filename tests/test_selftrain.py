@@ -1,5 +1,6 @@
 """The stages of a run, from files to results.json, on a tiny data set."""
 
+import io
 import json
 import os
 import shutil
@@ -14,6 +15,8 @@ from PIL import Image
 from conftest import torchrun
 from stpp.data.masks import read_index_mask
 from stpp.label import reliability, rows
+from stpp.report.examples import PICTURE_PX
+from stpp.report.palette import colourise
 
 TINY = """
 method = "stpp"
@@ -99,6 +102,36 @@ def test_results_name_every_stage(run):
     page = (run / "report" / "index.html").read_text(encoding="utf-8")
     assert "5-label" in page and "6-retrain" in page and "IoU of every class" in page and "Not compared" not in page
     assert len(json.loads((run / "stages" / "6-retrain" / "scores.json").read_text())["iou"]) == 6
+
+
+def test_tensorboard_shows_curves_and_the_same_few_images_at_each_validation(run, synthetic):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = run / "stages" / "1-supervised"
+    board = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "images": 0}).Reload()
+    classes = json.loads((run / "provenance.json").read_text())["classes"]
+    assert {"loss", "lr", "images_per_s", "data_wait_pct", "miou_pct"} <= set(board.Tags()["scalars"])
+    miou = {event.step: event.value for event in board.Scalars("miou_pct")}
+    assert list(miou) == [4, 8, 12]
+    for step, mean in miou.items():
+        iou = [event.value for name in classes if f"iou_pct/{name}" in board.Tags()["scalars"]
+               for event in board.Scalars(f"iou_pct/{name}") if event.step == step]
+        assert sum(iou) / len(iou) == pytest.approx(mean, abs=1e-3)
+    assert len(board.Tags()["images"]) == 3  # every other one of six
+    for tag in board.Tags()["images"]:
+        assert [event.step for event in board.Images(tag)] == list(miou)
+        picture = np.asarray(Image.open(io.BytesIO(board.Images(tag)[-1].encoded_image_string)))
+        name = tag.removeprefix("validation/JPEGImages/")
+        mask = Image.open(synthetic / "SegmentationClass" / f"{name}.png")
+        scale = min(1, PICTURE_PX / max(mask.size))
+        width, height = (round(side * scale) for side in mask.size)
+        assert picture.shape == (height, 3 * width + 8, 3)
+        truth = Image.fromarray(colourise(np.asarray(mask), len(classes))).resize((width, height), Image.Resampling.NEAREST)
+        np.testing.assert_array_equal(picture[:, width + 4 : 2 * width + 4], np.asarray(truth))
+        image = np.asarray(Image.open(synthetic / "JPEGImages" / f"{name}.jpg").resize((width, height), Image.Resampling.BOX))
+        assert abs(picture[:, :width].astype(int) - image).mean() < 3
+        colours = {tuple(colour) for colour in picture[:, 2 * width + 8 :].reshape(-1, 3).tolist()}
+        assert colours <= set(map(tuple, colourise(np.arange(len(classes)), len(classes)).tolist()))
 
 
 def test_a_finished_run_is_not_done_again(run, recipe, synthetic, synthetic_index):

@@ -135,13 +135,13 @@ def test_no_text_gives_another_exception(tmp_path, odd, text, labelled):
 class Known(dict):
     """An index that knows images and masks by name alone."""
 
-    root, classes = Path("/root"), ("a", "b")
+    root, classes, unlabelled = Path("/root"), ("a", "b"), {}
     entries = property(lambda self: self)
 
     def find(self, image):
         return self.get(image)
 
-    sample = index.Index.sample
+    sample, place = index.Index.sample, index.Index.place
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -20,7 +20,7 @@ from stpp.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainCon
 from stpp.data import index, loader
 from stpp.data.sampler import StepSampler
 from stpp.errors import UserError
-from stpp.models.build import build_model
+from stpp.models.build import MODELS, build_model
 from stpp.precision import autocast_dtype
 
 WORKER = str(Path(__file__).parent / "workers" / "steps.py")
@@ -98,7 +98,7 @@ def trainer(config: Config, samples, folder: Path, validate, steps=6, period=2) 
     here = distributed.World(device=torch.device("cpu"))
     return train.Trainer(config, here, samples, stage=1, title="t", classes=tuple("abcdef"), folder=folder,
                          schedule=train.Schedule(steps=steps, validate_steps=period, keep_steps=(2, 4, 6)),
-                         validate=validate)
+                         validate=validate and (lambda network: train.Scores(miou=validate(network))))
 
 
 def weights_of(path: Path) -> dict:
@@ -286,6 +286,21 @@ def test_loss_falls(synthetic_index, tmp_path):
     losses = [ours.train_step(micro_batches)[0].item() for micro_batches, _ in ours._batches()]
     assert all(math.isfinite(loss) for loss in losses)
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("output_stride", [8, 16])
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("name", list(MODELS))
+def test_every_network_trains_a_step(synthetic_index, tmp_path, name, backbone, output_stride):
+    known = index.load(synthetic_index)
+    samples = [known.sample(image) for image in sorted(known.entries)]
+    config = dataclasses.replace(tiny(), model=ModelConfig(name=name, backbone=backbone, output_stride=output_stride))
+    ours = trainer(config, samples, tmp_path, None)
+    before = {key: value.detach().clone() for key, value in ours.network.named_parameters()}
+    loss, nonfinite = ours.train_step(next(ours._batches())[0])
+    assert loss.isfinite() and loss > 0 and not nonfinite
+    for key, value in ours.network.named_parameters():
+        assert value.isfinite().all() and not torch.equal(value, before[key]), key
 
 
 def test_a_checkpoint_of_other_classes_is_no_start(synthetic_index, tmp_path):

@@ -118,7 +118,8 @@ def _prepare(args: list[str]) -> None:
     data = options.data
     _need_root(data)
     made = index.prepare(data.root, options.out, layout=data.layout, images=data.images, masks=data.masks,
-                         classes=data.classes, mask_map=data.mask_map, exif=data.exif, workers=options.workers)
+                         classes=data.classes, mask_map=data.mask_map, exif=data.exif, unlabelled=data.unlabelled,
+                         workers=options.workers)
     with_mask = sum(entry.mask is not None for entry in made.entries.values())
     print(f"{options.out}: {len(made.entries)} images, {with_mask} with a mask, {len(made.classes)} classes")
 

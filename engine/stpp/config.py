@@ -53,6 +53,8 @@ class SourceConfig:
     """Class names in the order of their ids; empty: from `classes.json` in the root, or the layout's own."""
     mask_map: tuple[str, ...] = ()
     """What masks hold where that is not class ids, as STORED=CLASS: ids (7=0, 1-150=0-149, 0=ignore) or colours (#804080=road)."""
+    unlabelled: tuple[Path, ...] = ()
+    """Further folders, anywhere: every image below one is an unlabelled image, named FOLDER/PATH by the folder's own name."""
     exif: bool = True
     """Turn images upright by their EXIF orientation (masks are expected upright); off: read both as stored."""
 

@@ -4,7 +4,7 @@ N images, C classes, H W size of the image.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from stpp import distributed, files, log
 from stpp.config import DataConfig
 from stpp.data import loader
-from stpp.data.sample import Sample
+from stpp.data.sample import Batch, Sample
 from stpp.distributed import World
 from stpp.metrics import iou_per_class, mean_iou
 from stpp.teacher import tta
@@ -22,13 +22,15 @@ from stpp_kernels import confusion
 
 @torch.inference_mode()
 def evaluate(teacher: Teacher, samples: Sequence[Sample], here: World, data: DataConfig, *,
-             mode: str = "none", crop_px: int | None = None) -> torch.Tensor:
+             mode: str = "none", crop_px: int | None = None,
+             seen: Callable[[Batch, torch.Tensor], None] | None = None) -> torch.Tensor:
     """Confusion matrix of the teacher's predictions, every image counted once over all ranks.
 
     Args:
         samples: every one has a mask.
         mode: test-time augmentation, key of `tta.VIEWS`.
         crop_px: side of the overlapping crops in which the network sees an image, pixels; None: it sees it whole.
+        seen: is shown every batch of this rank, and its masks, uint8 [N, H, W].
 
     Returns:
         int64 [C, C] on the CPU, rows truth, columns prediction, in pixels; the same on every rank.
@@ -37,6 +39,8 @@ def evaluate(teacher: Teacher, samples: Sequence[Sample], here: World, data: Dat
     for batch in loader.native_batches(samples, here, data):
         masks_NHW = tta.masks(teacher.logits, batch.images_NCHW, mode, teacher.num_classes, crop_px=crop_px)
         matrix += confusion(masks_NHW, batch.labels_NHW, teacher.num_classes)
+        if seen is not None:
+            seen(batch, masks_NHW)
     return distributed.sum_over_ranks(matrix).cpu()
 
 

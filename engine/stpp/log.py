@@ -1,14 +1,19 @@
 """What a run says: lines and a progress bar on rank 0, metrics in JSONL and TensorBoard."""
 
 import json
+import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from stpp import files
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _speaks = True
 
@@ -90,10 +95,27 @@ class Metrics:
         for key, value in values.items():
             self._board.add_scalar(key, value, step)
 
-    def close(self) -> None:
-        """Flushes the TensorBoard events."""
+    def show(self, step: int, *, values: Mapping[str, float], pictures: "Mapping[str, np.ndarray]") -> None:
+        """Adds to TensorBoard alone what would be too much for a row.
+
+        Args:
+            values: by name; what is not a number is left out.
+            pictures: uint8 [H, W, 3] by name.
+        """
+        if self._board is None:
+            return
+        for name, value in values.items():
+            if math.isfinite(value):
+                self._board.add_scalar(name, value, step)
+        for name, picture_HWC in pictures.items():
+            self._board.add_image(name, picture_HWC, step, dataformats="HWC")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         if self._board is not None:
-            self._board.close()
+            self._board.close()  # or the events of the last two minutes are lost
 
 
 def _lines(path: Path) -> list[str]:

@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 from stpp import files
-from stpp.config import Config, differing_keys, to_dict
+from stpp.config import Config, differing_keys, flatten, to_dict
 from stpp.errors import UserError
 
 
@@ -23,7 +23,9 @@ def claim(config: Config) -> None:
     if began and not path.exists():
         raise UserError(f"--out {config.out} holds stages of a run without config.json; choose another --out")
     if began:
-        differing = differing_keys(ours, _table(path))
+        # What the version that began the run did not know has its default.
+        theirs = flatten(to_dict(Config())) | flatten(_table(path))
+        differing = differing_keys(ours, theirs)
         if differing:
             raise UserError(f"--out {config.out} holds a run of another config ({'; '.join(differing)}); choose another "
                             "--out, or the old settings")

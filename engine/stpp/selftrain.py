@@ -17,7 +17,7 @@ import torch
 
 from stpp import checkpoint, distributed, files, lease, log, preflight, rundir
 from stpp.config import Config
-from stpp.data import given, splits
+from stpp.data import given, loader, splits
 from stpp.data import index as indices
 from stpp.data.index import Index
 from stpp.data.sample import Sample
@@ -26,21 +26,23 @@ from stpp.distributed import World
 from stpp.errors import UserError
 from stpp.evaluate import evaluate, report
 from stpp.label import labeller, reliability, teachers
-from stpp.metrics import mean_iou
+from stpp.metrics import iou_per_class, mean_iou
 from stpp.models.build import build_model
 from stpp.models.trained import load_network
 from stpp.precision import autocast_dtype
 from stpp.report.build import write_report
-from stpp.report.examples import write_examples
+from stpp.report.examples import Watch, write_examples
 from stpp.report.run import SCORES
 from stpp.teacher.engine import EagerTeacher
-from stpp.train import Schedule, Trainer, images_per_pass, start_from
+from stpp.train import Schedule, Scores, Trainer, images_per_pass, start_from
 from stpp_kernels import implementations
 
 FEW_LABELS = 200
 """A labelled list shorter than this is repeated twice in stage 1."""
 EXAMPLES = 6
 """Validation images in `examples.png`, at most."""
+WATCHED = 4
+"""Validation images that TensorBoard shows, at most; they are the same in every validation."""
 PICTURES = 120
 """Images that the report at the end of a run draws; `stpp report` draws more."""
 CONTROL = 7
@@ -132,6 +134,7 @@ class Run:
         self.unlabelled: list[Sample] = []
         if config.method != "supervised" or config.pseudo_labels:
             self.unlabelled = splits.read_split(folder / "unlabeled.txt", self.index, labelled=False)
+            self._name_unused(folder)
         self.val: list[Sample] = []
         listed = splits.find_val(folder) if config.data.split else folder / splits.VAL
         if listed.exists():
@@ -144,6 +147,13 @@ class Run:
         self.supervised_epochs = config.train.supervised_epochs or config.train.epochs
         self.stages: list[dict] = []
         self.controlled: dict | None = None
+
+    def _name_unused(self, folder: Path) -> None:
+        """Says which folders of unlabelled images a list of the user's passes over."""
+        used = {sample.key.partition("/")[0] for sample in self.unlabelled}
+        for name in sorted(self.index.unlabelled.keys() - used):
+            log.say(f"warning: {folder / 'unlabeled.txt'} names no image of --data.unlabelled {self.index.place(name) / name}, so "
+                    f"none is used; they are named {name}/...")
 
     def preflight(self) -> None:
         """Refuses what would fail only after hours of training."""
@@ -255,11 +265,14 @@ class Run:
     def _fit(self, number: int, name: str, samples: list[Sample], schedule: Schedule) -> dict:
         matrices: dict[float, torch.Tensor] = {}
 
-        def validate(network: torch.nn.Module) -> float:
-            matrix = evaluate(self._eager(network), self.val, self.here, self.config.data)
+        def validate(network: torch.nn.Module) -> Scores:
+            watch = Watch(self.val, self._watched(), len(self.index.classes))
+            matrix = evaluate(self._eager(network), self.val, self.here, self.config.data,
+                              seen=watch.see if self.here.is_main else None)
             miou = mean_iou(matrix)
             matrices[miou] = matrix
-            return miou
+            iou = dict(zip(self.index.classes, (100 * iou_per_class(matrix)).tolist(), strict=True))
+            return Scores(miou=miou, iou=iou, pictures=watch.pictures)
 
         trainer = Trainer(self.config, self.here, samples, stage=number, title=name, classes=self.index.classes,
                           folder=self._folder(name), schedule=schedule, validate=validate if self.val else None)
@@ -268,6 +281,11 @@ class Run:
             report(matrices[result.miou], self.index.classes, images=len(self.val), out=self._folder(name) / SCORES)
         return {"miou": result.miou, "best_step": result.step, "steps": result.steps,
                 "validate_steps": schedule.validate_steps, "seconds": round(result.seconds, 1)}
+
+    def _watched(self) -> list[int]:
+        """Positions of a few validation images, spread over those that this rank evaluates anyway."""
+        mine = sorted(position for batch in loader.native_share(self.val, self.here) for position in batch)
+        return mine[:: math.ceil(len(mine) / WATCHED) or 1]
 
     def _opening(self, paths: list[Path], samples: list[Sample], mode: str) -> teachers.Open:
         backend = self.config.label.backend
@@ -336,7 +354,7 @@ def _prepared_index(config: Config, here: World) -> Index:
     data = config.data
     folder = data.index or config.out / "index"
     settings = {"layout": data.layout, "images": data.images, "masks": data.masks, "classes": data.classes,
-                "mask_map": data.mask_map, "exif": data.exif}
+                "mask_map": data.mask_map, "exif": data.exif, "unlabelled": data.unlabelled}
 
     def renew() -> None:
         if indices.is_stale(folder, data.root, **settings):

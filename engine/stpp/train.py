@@ -7,7 +7,7 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -60,17 +60,29 @@ class Result:
     seconds: float
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What a validation found."""
+
+    miou: float
+    """Percent, the same on every rank."""
+    iou: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Percent, by class."""
+    pictures: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    """What the network makes of a few images, uint8 [H, W, 3] by their names; on rank 0."""
+
+
 class Trainer:
     """Trains one stage in `folder` and leaves its teacher there as `best.pt`."""
 
     def __init__(self, config: Config, here: World, samples: Sequence[Sample], *, stage: int, title: str,
                  classes: Sequence[str], folder: Path, schedule: Schedule,
-                 validate: Callable[[nn.Module], float] | None):
+                 validate: Callable[[nn.Module], Scores] | None):
         """
         Args:
             samples: the list of one epoch; every sample has a mask.
             stage: number that keys the random numbers, so that no two stages share them.
-            validate: network in evaluation mode -> mIoU in percent, the same on every rank; None: no validation list.
+            validate: network in evaluation mode -> its scores; None: no validation list.
         """
         self.config, self.here, self.samples, self.stage, self.title = config, here, samples, stage, title
         self.classes, self.folder, self.schedule, self.validate = classes, folder, schedule, validate
@@ -156,10 +168,10 @@ class Trainer:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._resume()
-        metrics = log.Metrics(self.folder, first_step=self.step)
         started, total = time.monotonic() - self.seconds, self.schedule.steps
         window = _Window()
-        with (log.Progress(self.title, total * self.sampler.batch_global, done=self.step * self.sampler.batch_global) as bar,
+        with (log.Metrics(self.folder, first_step=self.step) as metrics,
+              log.Progress(self.title, total * self.sampler.batch_global, done=self.step * self.sampler.batch_global) as bar,
               checkpoint.Writer() as self.writer, signals.deferred() as stop):
             for micro_batches, wait_s in self._batches():
                 window.add(*self.train_step(micro_batches), wait_s)
@@ -184,7 +196,6 @@ class Trainer:
                     self.writer.wait()
                     log.say(f"  {self.title}: stopped at step {self.step}, saved; the same command goes on")
                     stop.leave()
-        metrics.close()
         return Result(miou=self.best_miou if self.validate else None, step=self.best_step, steps=total,
                       seconds=time.monotonic() - started)
 
@@ -240,9 +251,12 @@ class Trainer:
         miou = None
         if self.validate is not None:
             self.network.eval()
-            miou = self.validate(self.network)
+            scores = self.validate(self.network)
             self.network.train()
+            miou = scores.miou
             metrics.write(self.step, miou_pct=miou)
+            metrics.show(self.step, values={f"iou_pct/{name}": iou for name, iou in scores.iou.items()},
+                         pictures={f"validation/{name}": picture for name, picture in scores.pictures.items()})
             epoch = self.step / self.sampler.steps_per_epoch
             log.say(f"  {self.title}: step {self.step}/{self.schedule.steps}, epoch {epoch:.0f}, mIoU {miou:.2f}")
         at_end = self.step == self.schedule.steps

@@ -13,12 +13,12 @@ import json
 import os
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import EllipsisType
 
 from stpp import files, log
-from stpp.data import layouts, table
+from stpp.data import layouts, table, unlabelled_folders
 from stpp.data import mask_map as mapping
 from stpp.data.check import Task, check_all
 from stpp.data.classes import class_list
@@ -30,7 +30,7 @@ SHOWN_PROBLEMS = 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """One image of an index; paths relative to the data root."""
+    """One image of an index; paths relative to the data root, or to what Index.place says."""
 
     key: str
     image: str
@@ -63,7 +63,13 @@ class Index:
     counts: dict[str, int]
     """images, masks, converted."""
     entries: Mapping[str, Entry]
-    """By the image's path relative to the root, sorted."""
+    """By the image's path relative to the root, sorted; behind them those of further folders."""
+    unlabelled: Mapping[str, Path] = field(default_factory=dict)
+    """Where images lie that are not below the root, by the first part of their paths."""
+
+    def place(self, image: str) -> Path:
+        """The folder that an image's path is relative to."""
+        return self.unlabelled.get(image.partition("/")[0], self.root)
 
     def find(self, image: str) -> Entry | None:
         """The entry of an image, its accents written in any form; None if there is none."""
@@ -95,7 +101,7 @@ class Index:
             mask = os.path.abspath(mask)
         return Sample(
             key=entry.key,
-            image=str(self.root / entry.image),
+            image=str(self.place(entry.image) / entry.image),
             mask=mask,
             width=entry.width,
             height=entry.height,
@@ -113,6 +119,7 @@ def prepare(
     classes: Sequence[str] = (),
     mask_map: Sequence[str] = (),
     exif: bool = True,
+    unlabelled: Sequence[str | os.PathLike] = (),
     workers: int | None = None,
     progress: bool = True,
 ) -> Index:
@@ -129,6 +136,7 @@ def prepare(
             their layouts.
         mask_map: what masks hold that is not class ids, see stpp.data.mask_map.
         exif: see stpp.data.exif.
+        unlabelled: further folders of images, see stpp.data.unlabelled_folders.
         workers: processes; None: one a core.
         progress: show a bar on stderr.
 
@@ -136,17 +144,16 @@ def prepare(
         UserError: see stpp.data.layouts.find; or files have problems, all of which are listed in `out/problems.txt` and
             the first ones printed: class ids outside the class list, sizes that differ, unreadable files.
     """
-    settings = _settings(root, layout, images, masks, classes, mask_map, exif)
+    settings = _settings(root, layout, images, masks, classes, mask_map, exif, unlabelled)
     root, out = layouts.checked_root(root), Path(out).expanduser().absolute()
     _refuse_inside(root, out.resolve(), settings)
     table.read_json(out)
-    found = layouts.find(root, settings["layout"], images, settings["masks"], exclude=out)
-    tasks, digest = _tasks(root, found, settings)
+    tasks, digest = _tasks(root, settings, out)
     try:
         _claim(out)
         for name in ("index.json", "problems.txt"):
             (out / name).unlink(missing_ok=True)
-        counts = _run(tasks, root, out, settings, workers, progress)
+        counts = _run(tasks, out, settings, workers, progress)
         files.write_json(
             out / "index.json",
             {
@@ -189,6 +196,7 @@ def load(out: str | os.PathLike) -> Index:
         fingerprint=stored["fingerprint"],
         counts=stored["counts"],
         entries=entries,
+        unlabelled=unlabelled_folders.places(stored["settings"].get("unlabelled", ())),
     )
 
 
@@ -202,6 +210,7 @@ def is_stale(
     classes: Sequence[str] = (),
     mask_map: Sequence[str] = (),
     exif: bool = True,
+    unlabelled: Sequence[str | os.PathLike] = (),
 ) -> bool:
     """Whether `prepare` with these settings would find other files (path, size, time) or settings than the index in
     `out`.
@@ -212,16 +221,14 @@ def is_stale(
         UserError: as `prepare` before it looks into files; or `out` holds something that is no index.
     """
     out = Path(out).expanduser().absolute()
-    settings = _settings(root, layout, images, masks, classes, mask_map, exif)
+    settings = _settings(root, layout, images, masks, classes, mask_map, exif, unlabelled)
     stored = table.read_json(out)
     if stored is None or stored["version"] != table.VERSION or not (out / "index.parquet").is_file():
         return True
-    root = layouts.checked_root(root)
-    found = layouts.find(root, settings["layout"], images, settings["masks"], exclude=out)
-    return _tasks(root, found, settings)[1] != stored["fingerprint"]
+    return _tasks(layouts.checked_root(root), settings, out)[1] != stored["fingerprint"]
 
 
-def _settings(root, layout, images, masks, classes, mask_map, exif) -> dict:
+def _settings(root, layout, images, masks, classes, mask_map, exif, unlabelled) -> dict:
     """What an index depends on besides the files, JSON-able, with what the layout stands for resolved."""
     if not isinstance(exif, bool):
         raise TypeError(f"exif: expected a bool, got {exif!r}")
@@ -230,12 +237,15 @@ def _settings(root, layout, images, masks, classes, mask_map, exif) -> dict:
     mask_map = list(mask_map or layouts.own_mask_map(layout, masks))
     classes = class_list(root, layout, classes)
     mapping.parse(mask_map, classes)
-    return {"layout": layout, "images": images, "masks": masks, "classes": classes, "mask_map": mask_map, "exif": exif}
+    settings = {"layout": layout, "images": images, "masks": masks, "classes": classes, "mask_map": mask_map, "exif": exif}
+    # Left out where there are none: the fingerprint is then the one that the root alone has.
+    return settings | ({"unlabelled": unlabelled_folders.checked(unlabelled)} if unlabelled else {})
 
 
 def _refuse_inside(root: Path, out: Path, settings: dict) -> None:
     """The index may lie below the root, but not in the root itself or in a folder of images or masks."""
     taken = [root / prefix for prefix in layouts.folders(settings["layout"], settings["images"], settings["masks"])]
+    taken += [Path(folder).resolve() for folder in settings.get("unlabelled", ())]
     if out == root or any(out == folder or (folder != root and folder in out.parents) for folder in taken):
         raise UserError(f"{out}: the index may not lie among the user's images or masks; choose another folder")
 
@@ -249,24 +259,26 @@ def _claim(out: Path) -> None:
     mark.touch()
 
 
-def _tasks(root: Path, found: list[layouts.Found], settings: dict) -> tuple[list[Task], str]:
-    """What is to be looked at, and the fingerprint of files and settings."""
+def _tasks(root: Path, settings: dict, out: Path) -> tuple[list[tuple[Path, list[Task]]], str]:
+    """What is to be looked at, with the folder that its paths are relative to, and the fingerprint of files and settings."""
+    found = layouts.find(root, settings["layout"], settings["images"], settings["masks"], exclude=out)
+    further = unlabelled_folders.find(settings.get("unlabelled", ()), root, found, exclude=out)
     digest = hashlib.sha256(json.dumps([table.VERSION, str(root), settings], sort_keys=True).encode())
-    listing = layouts.listing(root, found)
     tasks = []
-    for one in found:
-        path, size, mtime_ns = next(listing)
-        digest.update(f"{path}\n{size} {mtime_ns}\n".encode())
-        tasks.append(Task(one.key, one.image, one.mask, size, mtime_ns))
-        if one.mask is not None:
+    for place, members in [(root, found), *further]:
+        listing = layouts.listing(place, members)
+        tasks.append((place, []))
+        for one in members:
             path, size, mtime_ns = next(listing)
             digest.update(f"{path}\n{size} {mtime_ns}\n".encode())
+            tasks[-1][1].append(Task(one.key, one.image, one.mask, size, mtime_ns))
+            if one.mask is not None:
+                path, size, mtime_ns = next(listing)
+                digest.update(f"{path}\n{size} {mtime_ns}\n".encode())
     return tasks, digest.hexdigest()
 
 
-def _run(
-    tasks: list[Task], root: Path, out: Path, settings: dict, workers: int | None, progress: bool
-) -> dict[str, int]:
+def _run(tasks: list[tuple[Path, list[Task]]], out: Path, settings: dict, workers: int | None, progress: bool) -> dict[str, int]:
     """Checks all tasks and writes index.parquet; refuses if there are problems."""
     from tqdm import tqdm
 
@@ -274,10 +286,12 @@ def _run(
     counts = {"images": 0, "masks": 0, "converted": 0}
     pixels = [0] * len(settings["classes"])
     mask_map = mapping.parse(settings["mask_map"], settings["classes"])
-    arguments = (str(root), str(out), len(pixels), settings["exif"], mask_map)
+    arguments = (str(out), len(pixels), settings["exif"], mask_map)
+    checked = (chunk for place, members in tasks for chunk in check_all(members, (str(place), *arguments), workers))
+    root, total = tasks[0][0], sum(len(members) for _, members in tasks)
     with files.atomic(out / "index.parquet") as file, table.Writer(file) as writer:
-        with tqdm(total=len(tasks), desc="prepare", unit="image", disable=not progress, dynamic_ncols=True) as bar:
-            for chunk in check_all(tasks, arguments, workers):
+        with tqdm(total=total, desc="prepare", unit="image", disable=not progress, dynamic_ncols=True) as bar:
+            for chunk in checked:
                 bar.update(len(chunk))
                 for one in chunk:
                     problems.extend(one.problems)

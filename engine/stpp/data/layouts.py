@@ -6,7 +6,8 @@ are more, `*_gtFine_labelIds.png`, whose ids are then mapped.
 `camvid`: `images/{train,val,...}/**` and `masks/<the same relative path>.png`.
 `globs`: two patterns, such as `photos/**/*.jpg` and `labels/**/*_mask.png`. An image and a mask belong together when
 what is left of their paths is equal, once the pattern's fixed folders and its fixed ending (`.jpg`, `_mask.png`) are
-taken away.
+taken away. Between wildcards too, if both patterns have fixed folders there: `*/photos/**/*` and `*/labels/**/*.png` pair
+`a/photos/1.jpg` with `a/labels/1.png`.
 
 All paths here are relative to the root, with forward slashes. Hidden files are passed over; extensions match in any
 case.
@@ -18,8 +19,10 @@ import stat
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
+from stpp import log
 from stpp.data import cityscapes
 from stpp.errors import UserError
 
@@ -50,12 +53,13 @@ class _Side:
     prefix: str
     """Folder below the root; "" is the root itself."""
     pattern: re.Pattern | None
-    """What a path below the prefix must match, its group 1 being the name; None: anything."""
+    """What a path below the prefix must match, its group 1 being the name, and the further ones the name without the fixed
+    folders between wildcards; None: anything."""
     extensions: tuple[str, ...] = IMAGE_EXTENSIONS
 
 
-def checked_root(root: str | os.PathLike) -> Path:
-    """The data root, absolute and without links.
+def checked_root(root: str | os.PathLike, flag: str = "--data.root") -> Path:
+    """The data root, or what another flag gives, absolute and without links.
 
     Raises:
         UserError: it does not exist or is not a folder.
@@ -63,7 +67,7 @@ def checked_root(root: str | os.PathLike) -> Path:
     path = Path(root).expanduser()
     if not path.is_dir():
         what = "is not a folder" if path.exists() else "does not exist"
-        raise UserError(f"--data.root {path}: {what}; give the folder that holds the images")
+        raise UserError(f"{flag} {path}: {what}; give the folder that holds the images")
     return path.resolve()
 
 
@@ -125,8 +129,9 @@ def find(
     masks: str | None = None,
     *,
     exclude: str | os.PathLike | None = None,
+    flag: str = "--data.root",
 ) -> list[Found]:
-    """Lists the images of a data set, sorted by path, each with its mask if it has one.
+    """Lists the images of a data set, sorted by path, each with its mask if it has one; says if masks are left over.
 
     Args:
         root: the data root.
@@ -134,6 +139,7 @@ def find(
         images: pattern of images for "globs".
         masks: pattern of masks; for the other layouts it replaces their own.
         exclude: a folder not to enter.
+        flag: what gave the root.
 
     Raises:
         UserError: missing root, no layout fits, no image found, two images or two masks of one name, masks of which
@@ -145,25 +151,29 @@ def find(
     image_side, mask_side = _sides(layout, images, masks)
     skip = Path(exclude).resolve() if exclude is not None else None
 
-    mask_of = dict(_named(path, mask_side, skip, "masks")) if mask_side else {}
+    patterns = [side.pattern for side in (image_side, mask_side) if side and side.pattern]
+    alike = len(patterns) == 2 and patterns[0].groups == patterns[1].groups
+    mask_of = dict(_named(path, mask_side, skip, "masks", alike)) if mask_side else {}
     found, keys, matched = [], {}, 0
-    for name, image in _named(path, image_side, skip, "images"):
+    for name, image in _named(path, image_side, skip, "images", alike):
         key = os.path.splitext(image)[0]
         if keys.setdefault(key, image) != image:
             raise UserError(f"{path}: duplicate key {key}: {keys[key]} and {image}; rename or remove one")
-        mask = mask_of.get(name)
+        mask = mask_of.pop(name, None)
         matched += mask is not None
         found.append(Found(key, image, mask))
     if not found:
         looked = images or f"{image_side.prefix}/** ({' '.join(IMAGE_EXTENSIONS)})"
-        raise UserError(f"--data.root {path}: no image found; looked for {looked}")
+        raise UserError(f"{flag} {path}: no image found; looked for {looked}")
     if mask_of and not matched:
         mask = next(iter(mask_of.values()))
         raise UserError(
             f"{path}: no mask belongs to an image: for example {mask}, while images are named as {found[0].image}"
         )
-    if masks and not mask_of:
+    if masks and not mask_of and not matched:
         raise UserError(f"--data.masks {masks}: no file matches it under {path}")
+    if mask_of:
+        log.say(f"warning: {path}: masks that belong to no image: {len(mask_of)}, for example {next(iter(mask_of.values()))}")
     return sorted(found, key=lambda one: one.image)
 
 
@@ -196,7 +206,10 @@ def _parsed(pattern: str, flag: str) -> _Side:
     # A pattern that ends in a wildcard, such as photos/*, pairs by the name without extension.
     tail = re.escape(ending) if ending else r"(?:\.[^./]*)?"
     lazy = "?" if not ending and rest.endswith("*") else ""
-    expression = re.compile(f"({_expression(rest[: wild + 1])}{lazy}){tail}", re.IGNORECASE | re.DOTALL)
+    runs = groupby(rest[: wild + 1].split("/"), key=lambda part: bool(set(part) & set("*?[")))
+    *before, (_, last) = [(is_wild, "/".join(run)) for is_wild, run in runs]
+    folders = "".join(f"({_expression(run + '/')})" if is_wild else re.escape(run + "/") for is_wild, run in before)
+    expression = re.compile(f"({folders}({_expression(last)}{lazy})){tail}", re.IGNORECASE | re.DOTALL)
     extensions = ("",) if ending else IMAGE_EXTENSIONS if flag == "images" else (".png",)
     return _Side("/".join(parts[:fixed]), expression, extensions)
 
@@ -227,8 +240,12 @@ def _expression(glob: str) -> str:
     return "".join(out)
 
 
-def _named(root: Path, side: _Side, skip: Path | None, what: str) -> Iterator[tuple[str, str]]:
-    """(pairing name, path) of the files of a side, refusing masks of equal name."""
+def _named(root: Path, side: _Side, skip: Path | None, what: str, alike: bool) -> Iterator[tuple[str, str]]:
+    """(pairing name, path) of the files of a side, refusing masks of equal name.
+
+    Args:
+        alike: both patterns have as many fixed folders between wildcards, which are then no part of the name.
+    """
     seen: dict[str, str] = {}
     for path in _walk(root, side.prefix, skip):
         below = path[len(side.prefix) + 1 :] if side.prefix else path
@@ -240,7 +257,7 @@ def _named(root: Path, side: _Side, skip: Path | None, what: str) -> Iterator[tu
             match = side.pattern.fullmatch(below)
             if not match:
                 continue
-            stem = match[1]
+            stem = "/".join(match.groups()[1:]) if alike else match[1]
         # Accents may be one code point or two: systems differ, so that an image and its mask can differ too.
         name = unicodedata.normalize("NFC", stem)
         if name in seen:
@@ -288,7 +305,7 @@ def _inside(root: Path, path: Path) -> None:
     target = path.resolve()
     if target != root and root not in target.parents:
         raise UserError(
-            f"{path}: is a link to {target}, outside --data.root {root}; put the files inside, or give that root"
+            f"{path}: is a link to {target}, outside {root}, the folder that was given; put the files inside, or give that folder"
         )
 
 

@@ -50,10 +50,14 @@ def native_batches(samples: Sequence[Sample], here: World, data: DataConfig) -> 
 
     Every sample is in one batch of one rank.
     """
-    batches = equal_size_batches(samples, MAX_BATCH, rank=here.rank, world=here.size)
     return pick(data.loader).eval_batches(
-        samples, batches, device=here.device, threads=threads_per_rank(here, data.threads), exif=data.exif
+        samples, native_share(samples, here), device=here.device, threads=threads_per_rank(here, data.threads), exif=data.exif
     )
+
+
+def native_share(samples: Sequence[Sample], here: World) -> list[list[int]]:
+    """This rank's batches of `native_batches`, as positions in `samples`."""
+    return equal_size_batches(samples, MAX_BATCH, rank=here.rank, world=here.size)
 
 
 def has_dali() -> bool:

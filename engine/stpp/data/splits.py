@@ -1,7 +1,8 @@
 """Split files: which images are labelled, unlabelled, and for validation, in the format that ST++ and its successors
 share.
 
-One sample a line, `image [mask]`, paths relative to the data root; public files load unchanged. Names may hold spaces:
+One sample a line, `image [mask]`, paths relative to the data root (see stpp.data.unlabelled_folders for images that lie
+elsewhere); public files load unchanged. Names may hold spaces:
 a line is tried as an image as a whole, then cut at every blank in turn, against the index.
 
 A labelled line needs a mask: the one it names, or, where it names none, the index's own. A mask that it names must be
@@ -118,11 +119,11 @@ def _unknown(text: str, index: Index, where: str) -> UserError:
     """The error for a line of which no beginning is an image of the index."""
     _refuse_leaving(text, where)
     for word in dict.fromkeys((text, text.rsplit(None, 1)[0], text.split()[0])):
-        if (index.root / word).is_file():
+        if (index.place(word) / word).is_file():
             return UserError(
                 f"{where}: {word} exists but is not an image of the index; see the images pattern and --data.layout"
             )
-    return UserError(f"{where}: {text}: there is no such image under {index.root}; paths are relative to the data root")
+    return UserError(f"{where}: {text}: there is no such image under {index.place(text)}; paths are relative to the data root")
 
 
 def _refuse_leaving(text: str, where: str) -> None:
@@ -215,16 +216,21 @@ def official_val(index: Index) -> set[str]:
     lists = index.root / "ImageSets" / "Segmentation"
     if index.layout == "voc" and (lists / "train.txt").is_file() and (lists / "val.txt").is_file():
         return _voc_list(index, lists / "val.txt")
-    val = {image for image in index.entries if "val" in image.split("/")[:-1]}
-    train = any("train" in image.split("/")[:-1] for image in index.entries)
-    return val if train else set()
+    val = _in_folder(index, "val")
+    return val if _in_folder(index, "train") else set()
 
 
 def _test(index: Index) -> set[str]:
     listed = index.root / "ImageSets" / "Segmentation" / "test.txt"
     if index.layout == "voc":
         return _voc_list(index, listed) if listed.is_file() else set()
-    return {image for image in index.entries if "test" in image.split("/")[:-1]}
+    return _in_folder(index, "test")
+
+
+def _in_folder(index: Index, name: str) -> set[str]:
+    """The data root's images in a folder of this name; those of further folders were given as unlabelled, wherever they lie."""
+    paths = {image: image.split("/") for image in index.entries}
+    return {image for image, path in paths.items() if name in path[:-1] and path[0] not in index.unlabelled}
 
 
 def _voc_list(index: Index, path: Path) -> set[str]:

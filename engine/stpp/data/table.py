@@ -220,4 +220,6 @@ def _well_formed(value: dict) -> bool:
         and all(type(counts.get(name)) is int for name in ("images", "masks", "converted"))
         and isinstance(settings, dict)
         and isinstance(settings.get("exif"), bool)
+        and isinstance(folders := settings.get("unlabelled", []), list)
+        and all(isinstance(folder, str) and os.path.isabs(folder) for folder in folders)
     )

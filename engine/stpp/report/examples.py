@@ -1,6 +1,6 @@
-"""A sheet of examples: image, truth, and what each stage's network makes of it."""
+"""Examples: image, truth, and what a network makes of it, on a sheet at the end of a run and as pictures on its way."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from stpp import files
 from stpp.data import loader
 from stpp.data.masks import read_index_mask
-from stpp.data.sample import Sample
+from stpp.data.sample import Batch, Sample
 from stpp.report.palette import colourise
 from stpp.teacher.engine import Teacher
 from stpp_kernels import upsample_argmax
@@ -18,6 +18,8 @@ from stpp_kernels import upsample_argmax
 CELL_PX = 160
 TITLE_PX = 18
 GAP_PX = 4
+PICTURE_PX = 192
+"""Longer side of each third of a picture, at most."""
 
 
 @torch.inference_mode()
@@ -41,6 +43,34 @@ def write_examples(path: Path, samples: Sequence[Sample], teachers: dict[str, Te
     sheet = _sheet(columns)
     with files.atomic(path) as file:
         sheet.save(file, format="PNG", optimize=True)
+
+
+class Watch:
+    """Takes pictures of a few samples while a list of them is evaluated."""
+
+    def __init__(self, samples: Sequence[Sample], watched: Collection[int], num_classes: int):
+        self._samples, self._watched, self._num_classes = samples, frozenset(watched), num_classes
+        self.pictures: dict[str, np.ndarray] = {}
+        """By the sample's key: image, truth and prediction side by side, uint8 [H, W, 3]."""
+
+    def see(self, batch: Batch, masks_NHW: torch.Tensor) -> None:
+        """Takes the pictures of a batch with its truth, if it holds watched samples."""
+        for row, position in enumerate(batch.indices.tolist()):
+            if position in self._watched:
+                masks = (colourise(mask_HW.cpu().numpy(), self._num_classes) for mask_HW in (batch.labels_NHW[row], masks_NHW[row]))
+                self.pictures[self._samples[position].key] = _side_by_side(_shown(batch.images_NCHW[row]), *masks)
+
+
+def _side_by_side(image_HWC: np.ndarray, *masks_HWC: np.ndarray) -> np.ndarray:
+    """Reduced to `PICTURE_PX`, in one row."""
+    height, width = image_HWC.shape[:2]
+    scale = min(1.0, PICTURE_PX / max(height, width))
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    row = Image.new("RGB", ((size[0] + GAP_PX) * (1 + len(masks_HWC)) - GAP_PX, size[1]), "white")
+    for i, cell in enumerate((image_HWC, *masks_HWC)):
+        resample = Image.Resampling.NEAREST if i else Image.Resampling.BOX
+        row.paste(Image.fromarray(cell).resize(size, resample), (i * (size[0] + GAP_PX), 0))
+    return np.asarray(row)
 
 
 def _shown(image_CHW: torch.Tensor) -> np.ndarray:
