@@ -1,36 +1,59 @@
-"""Writes the README's table of measurements from the committed rows.
+"""Writes the README's tables of measurements from the committed rows.
 
     python benchmarks/table.py
 
-A line of the table is a summary row of one file in `benchmarks/results/`. A test fails where README and rows differ.
+A figure is a summary row of one file in `benchmarks/results/`. A test fails where README and rows differ.
 """
 
 import json
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- rows: written by benchmarks/table.py -->", "<!-- end of rows -->"
-LINES = (
+RATIOS = (
     ("upsampling cross-entropy, forward and backward, smallest of three shapes", "eager", "loss-cpu", "loss.fused_vs_eager_ratio"),
     ("the same", "`torch.compile`d eager", "loss-cpu", "loss.fused_vs_compiled_ratio"),
     ("ten views of softmax, summed", "eager", "ops-labelling-cpu", "softmax_accumulate.fused_vs_eager_ratio"),
     ("confusion matrix", "eager", "ops-labelling-cpu", "confusion.fused_vs_eager_ratio"),
 )
 """What, against what, file of rows, name of the summary row."""
+RUNS = (
+    ("demo, seed 0", "demo-cpu", "demo-seed0"),
+    ("demo, seed 1", "demo-cpu", "demo-seed1"),
+    ("demo, seed 2", "demo-cpu", "demo-seed2"),
+)
+"""What, file of rows, name of the run in them."""
 
 
-def table() -> str:
-    """The lines between the two marks.
+def ratios() -> str:
+    """Lines of ratios.
 
     Raises:
         KeyError: a line has no row.
     """
     lines = ["| what | against | ratio | rows |", "|---|---|---|---|"]
-    for what, against, file, name in LINES:
+    for what, against, file, name in RATIOS:
         value = values(file)[name]
         shown = f"{value:.0f}" if value >= 10 else f"{value:.1f}"
         lines.append(f"| {what} | {against} | {shown} | `{file}.jsonl`: `{name}` |")
     return "\n".join(lines)
+
+
+def scores() -> str:
+    """Lines of mIoU, percent; a run without a control has none there.
+
+    Raises:
+        KeyError: a run has no row of a stage.
+    """
+    lines = ["| run | labels alone | control, as many steps | ST++, stage 4 | ST++, stage 6 | minutes | rows |", "|---|---|---|---|---|---|---|"]
+    for what, file, run in RUNS:
+        of = values(file)
+        miou = [f"{of[f'{run}.{stage}.miou_pct']:.1f}" for stage in ("1-supervised", "control", "4-retrain", "6-retrain")]
+        lines.append(f"| {what} | {' | '.join(miou)} | {of[f'{run}.minutes']:.1f} | `{file}.jsonl`: `{run}` |")
+    return "\n".join(lines)
+
+
+TABLES = {"ratios": ratios, "scores": scores}
+"""By the word in the two marks that a table stands between."""
 
 
 def values(file: str) -> dict[str, float]:
@@ -40,9 +63,12 @@ def values(file: str) -> dict[str, float]:
 
 
 def filled(text: str) -> str:
-    """A README with its table renewed."""
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
+    """A README with its tables renewed."""
+    for name, table in TABLES.items():
+        begin, end = f"<!-- {name}: written by benchmarks/table.py -->", f"<!-- end of {name} -->"
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{table()}\n{end}{rest.split(end)[1]}"
+    return text
 
 
 if __name__ == "__main__":

@@ -14,15 +14,18 @@ import table  # noqa: E402
 RESULTS = sorted((ROOT / "benchmarks" / "results").rglob("*.jsonl"))
 
 
-def test_the_table_of_the_readme_is_made_of_rows():
+def test_the_tables_of_the_readme_are_made_of_rows():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert table.filled(text) == text, "run `python benchmarks/table.py`"
 
 
 def test_a_figure_without_a_row_is_noticed(monkeypatch):
-    monkeypatch.setattr(table, "LINES", (("x", "y", "loss-cpu", "loss.no_such_ratio"),))
+    monkeypatch.setattr(table, "RATIOS", (("x", "y", "loss-cpu", "loss.no_such_ratio"),))
     with pytest.raises(KeyError, match="no_such_ratio"):
-        table.table()
+        table.ratios()
+    monkeypatch.setattr(table, "RUNS", (("x", "loss-cpu", "no-such-run"),))
+    with pytest.raises(KeyError, match="no-such-run"):
+        table.scores()
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
