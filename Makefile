@@ -49,7 +49,7 @@ $(VENV)/.torch-$(TORCH)-$(DALI): Makefile requirements.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
 	$(BIN)/python -m pip uninstall --quiet --yes nvidia-dali-cuda120 nvidia-dali-cuda130 2>/dev/null
 	rm -f $(VENV)/.torch-*
-	$(BIN)/python -m pip install --quiet torch==$(TORCH) -r requirements.txt $(DALI)==2.4.0
+	$(BIN)/python -m pip install --quiet torch==$(TORCH) -r requirements.txt $(if $(DALI),$(DALI)==2.4.0)
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch-$(TORCH)-$(DALI) pyproject.toml setup.py $(SOURCES)

@@ -20,6 +20,7 @@ RUNS = (
     ("demo, seed 0", "demo-cpu", "demo-seed0"),
     ("demo, seed 1", "demo-cpu", "demo-seed1"),
     ("demo, seed 2", "demo-cpu", "demo-seed2"),
+    ("CamVid, 1/8 of the labels, ResNet-18, one core", "camvid-cpu", "camvid"),
 )
 """What, file of rows, name of the run in them."""
 
@@ -39,15 +40,19 @@ def ratios() -> str:
 
 
 def scores() -> str:
-    """Lines of mIoU, percent; a run without a control has none there.
+    """Lines of mIoU, percent; of ST where there is such a run, its name ending in -st.
 
     Raises:
         KeyError: a run has no row of a stage.
     """
-    lines = ["| run | labels alone | control, as many steps | ST++, stage 4 | ST++, stage 6 | minutes | rows |", "|---|---|---|---|---|---|---|"]
+    heads = ("run", "labels alone", "control", "ST", "ST++, stage 4", "ST++, stage 6", "minutes", "rows")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for what, file, run in RUNS:
         of = values(file)
-        miou = [f"{of[f'{run}.{stage}.miou_pct']:.1f}" for stage in ("1-supervised", "control", "4-retrain", "6-retrain")]
+        st = of.get(f"{run}-st.3-retrain.miou_pct")
+        labels, control, fourth, sixth = (
+            f"{of[f'{run}.{stage}.miou_pct']:.1f}" for stage in ("1-supervised", "control", "4-retrain", "6-retrain"))
+        miou = (labels, control, f"{st:.1f}" if st else "", fourth, sixth)
         lines.append(f"| {what} | {' | '.join(miou)} | {of[f'{run}.minutes']:.1f} | `{file}.jsonl`: `{run}` |")
     return "\n".join(lines)
 

@@ -1,5 +1,6 @@
 """The stages of a run, from files to results.json, on a tiny data set."""
 
+import dataclasses
 import io
 import json
 import os
@@ -10,13 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from conftest import torchrun
+from stpp import distributed
+from stpp.config import Config, load_recipe
 from stpp.data.masks import read_index_mask
+from stpp.errors import UserError
 from stpp.label import reliability, rows
 from stpp.report.examples import PICTURE_PX
 from stpp.report.palette import colourise
+from stpp.selftrain import selftrain
+from stpp.train import Trainer
 
 TINY = """
 method = "stpp"
@@ -247,3 +254,18 @@ def test_the_first_half_is_reliable_and_ties_keep_their_order(scores, reliable):
     first, rest = reliability.split_by_reliability(scores)
     assert first == reliable
     assert sorted(first + rest) == list(range(len(scores)))
+
+
+def test_out_of_memory_says_in_one_line_what_to_change(recipe, synthetic, synthetic_index, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand a page of advice")
+
+    monkeypatch.setattr(Trainer, "train_step", full)
+    config = load_recipe(Config, recipe)
+    config = dataclasses.replace(config, out=tmp_path, deterministic=False,
+                                 data=dataclasses.replace(config.data, root=synthetic, index=synthetic_index))
+    with distributed.world("cpu") as here, pytest.raises(UserError) as raised:
+        selftrain(config, here)
+    said = str(raised.value)
+    assert "\n" not in said
+    assert all(text in said for text in ("1-supervised", "2.00 GiB", "--train.accumulate 2", "--label.batch-pixels"))
