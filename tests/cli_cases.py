@@ -1,4 +1,4 @@
-"""Whether the command line takes a command, without running it."""
+"""Commands in this process: what they end with, and whether the command line takes them at all."""
 
 import pytest
 
@@ -23,3 +23,23 @@ def assert_accepted(name: str, args: list[str], monkeypatch) -> None:
     with pytest.raises(_Read):
         cli.COMMANDS[name][0](args)
     monkeypatch.setattr(config, "parse", real)
+
+
+def ended(capsys, *args: object) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of `stpp ARGS`."""
+    capsys.readouterr()
+    try:
+        cli.main([*map(str, args)])
+        code = 0
+    except SystemExit as exit:
+        code = exit.code
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    return code, said.out, said.err
+
+
+def refused(capsys, *args: object) -> str:
+    """Standard error of `stpp ARGS`, which ends with code 2."""
+    code, _, errors = ended(capsys, *args)
+    assert code == 2
+    return errors

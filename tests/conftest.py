@@ -42,6 +42,16 @@ def synthetic_index(synthetic, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _threads():
+    """Puts the number of threads back, which commands set."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 def torchrun(ranks: int, *args: str, timeout: float = 240) -> subprocess.CompletedProcess:
     """Runs a script or `-m module` on `ranks` processes of this machine, each with one thread."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *args]

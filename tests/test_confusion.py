@@ -71,13 +71,9 @@ def test_large_masks_are_shared_out_among_threads(threads):
     counted = target != 255
     image = torch.arange(3).view(3, 1, 1).expand_as(target)[counted]
     expected = torch.bincount((image * 21 + target[counted]) * 21 + pred[counted], minlength=3 * 441).view(3, 21, 21)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        found = stpp_kernels.confusion(pred.byte(), target, 21, per_image=True)
-        total = stpp_kernels.confusion(pred, target.byte(), 21)
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    found = stpp_kernels.confusion(pred.byte(), target, 21, per_image=True)
+    total = stpp_kernels.confusion(pred, target.byte(), 21)
     assert torch.equal(found, expected) and torch.equal(total, expected.sum(0))
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import engine_cases as cases
+from cli_cases import ended
 from conftest import torchrun
 from stpp import checkpoint, cli, distributed
 from stpp.config import DataConfig
@@ -55,14 +56,6 @@ def listed(synthetic, tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    """Commands set the number of threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def flags(best: Path, index_folder: Path, listed: Path, *more: object) -> list[str]:
     return ["evaluate", "--checkpoint", *map(str, (best, "--index", index_folder, "--list", listed, *more)), "--device", "cpu",
             "--precision", "fp32", "--loader", "reference"]
@@ -70,14 +63,7 @@ def flags(best: Path, index_folder: Path, listed: Path, *more: object) -> list[s
 
 def command(capsys, *args) -> tuple[int, str, str]:
     """Exit code, standard output, standard error of `stpp evaluate`."""
-    try:
-        cli.main(flags(*args))
-        code = 0
-    except SystemExit as ended:
-        code = ended.code
-    said = capsys.readouterr()
-    assert "Traceback" not in said.err
-    return code, said.out, said.err
+    return ended(capsys, *flags(*args))
 
 
 # --- crops

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import engine_cases as cases
+from cli_cases import refused
 from stpp import checkpoint, cli
 from stpp.data.augment import IMAGENET_MEAN
 
@@ -19,20 +20,12 @@ def best(tmp_path_factory) -> Path:
     return path
 
 
-def refused(capsys, *args) -> str:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["export", *map(str, args)])
-    errors = capsys.readouterr().err
-    assert ended.value.code == 2 and "Traceback" not in errors
-    return errors
-
-
 def test_mistakes_are_named(best, tmp_path, capsys, monkeypatch):
-    assert "is a folder" in refused(capsys, "--checkpoint", best, "--out", tmp_path)
-    assert "absent.pt" in refused(capsys, "--checkpoint", tmp_path / "absent.pt", "--out", tmp_path / "a.onnx")
+    assert "is a folder" in refused(capsys, "export", "--checkpoint", best, "--out", tmp_path)
+    assert "absent.pt" in refused(capsys, "export", "--checkpoint", tmp_path / "absent.pt", "--out", tmp_path / "a.onnx")
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "onnxscript" else found(name, *rest))
-    errors = refused(capsys, "--checkpoint", best, "--out", tmp_path / "a.onnx")
+    errors = refused(capsys, "export", "--checkpoint", best, "--out", tmp_path / "a.onnx")
     assert "onnxscript" in errors and "stpp[tensorrt]" in errors
     assert list(tmp_path.iterdir()) == []
 

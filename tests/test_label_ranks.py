@@ -130,26 +130,22 @@ def test_torchrun_starts_killed_ranks_again(source, undisturbed, tmp_path, monke
 
 def test_bad_images_and_mistakes_have_their_exit_codes(source, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(teachers, "from_paths", lambda paths, device, **_: teachers.ready(cases.Tiny(), identity="tiny"))
-    threads = torch.get_num_threads()
 
     def code_of(*more: str) -> tuple[int, str]:
         with pytest.raises(SystemExit) as ended:
             cli.main(arguments(source, tmp_path / "out", *more))
         return ended.value.code, capsys.readouterr().err
 
-    try:
-        code, errors = code_of("--max-bad-fraction", "0.01")
-        assert code == 1 and "1 of 24 images are bad" in errors and "failed.parquet" in errors
-        assert (tmp_path / "out" / "summary.json").exists()
-        for more, words in ((["--min-confidence", "1.5"], "--min-confidence is 1.5"), (["--part", "3/2"], "--part 3/2"),
-                            (["--tta", "flip"], "tta: none -> flip"), (["--source", str(tmp_path / "no")], "no such folder"),
-                            (["--out", str(source / "masks")], "lies in --source"), (["--teacher", "no.pt"], "no.pt"),
-                            (["--max-bad-fraction", "2"], "--max-bad-fraction"), (["--out", RANK], "choose another --out")):
-            code, errors = code_of(*more)
-            assert code == 2 and words in errors, (more, errors)
-            assert len([line for line in errors.splitlines() if line.startswith("stpp: ")]) == 1
-    finally:
-        torch.set_num_threads(threads)
+    code, errors = code_of("--max-bad-fraction", "0.01")
+    assert code == 1 and "1 of 24 images are bad" in errors and "failed.parquet" in errors
+    assert (tmp_path / "out" / "summary.json").exists()
+    for more, words in ((["--min-confidence", "1.5"], "--min-confidence is 1.5"), (["--part", "3/2"], "--part 3/2"),
+                        (["--tta", "flip"], "tta: none -> flip"), (["--source", str(tmp_path / "no")], "no such folder"),
+                        (["--out", str(source / "masks")], "lies in --source"), (["--teacher", "no.pt"], "no.pt"),
+                        (["--max-bad-fraction", "2"], "--max-bad-fraction"), (["--out", RANK], "choose another --out")):
+        code, errors = code_of(*more)
+        assert code == 2 and words in errors, (more, errors)
+        assert len([line for line in errors.splitlines() if line.startswith("stpp: ")]) == 1
 
 
 def test_a_source_can_be_listed_first(source, undisturbed, tmp_path, monkeypatch, capsys):
@@ -157,14 +153,10 @@ def test_a_source_can_be_listed_first(source, undisturbed, tmp_path, monkeypatch
         raise AssertionError("no network is needed to list")
 
     monkeypatch.setattr(teachers, "from_paths", lambda paths, device, **_: opened)
-    threads = torch.get_num_threads()
-    try:
-        cli.main(arguments(source, tmp_path / "out", "--list-only"))
-        assert f"{IMAGES} images listed, 6 shards to do" in capsys.readouterr().out
-        monkeypatch.setattr(teachers, "from_paths", lambda paths, device, **_: teachers.ready(cases.Tiny(), identity="tiny"))
-        cli.main(arguments(source, tmp_path / "out"))
-    finally:
-        torch.set_num_threads(threads)
+    cli.main(arguments(source, tmp_path / "out", "--list-only"))
+    assert f"{IMAGES} images listed, 6 shards to do" in capsys.readouterr().out
+    monkeypatch.setattr(teachers, "from_paths", lambda paths, device, **_: teachers.ready(cases.Tiny(), identity="tiny"))
+    cli.main(arguments(source, tmp_path / "out"))
     assert cases.contents(tmp_path / "out") == undisturbed
 
 

@@ -12,7 +12,8 @@ from PIL import Image, ImageOps
 
 import engine_cases as cases
 import stpp
-from stpp import checkpoint, cli
+from cli_cases import ended
+from stpp import checkpoint
 from stpp.data.masks import read_index_mask
 from stpp.data.reference import normalised
 from stpp.errors import UserError
@@ -62,13 +63,7 @@ def plain_mask(network: torch.nn.Module, colours_HWC: np.ndarray) -> np.ndarray:
 
 def command(capsys, *args) -> tuple[int, str, str]:
     """Exit code, standard output, standard error of `stpp predict`."""
-    try:
-        cli.main(["predict", *map(str, args), "--device", "cpu", "--precision", "fp32"])
-        code = 0
-    except SystemExit as ended:
-        code = ended.code
-    said = capsys.readouterr()
-    return code, said.out, said.err
+    return ended(capsys, "predict", *args, "--device", "cpu", "--precision", "fp32")
 
 
 # --- from Python

@@ -9,6 +9,7 @@ import torch
 
 import engine_cases as cases
 import stpp
+from cli_cases import refused
 from stpp import checkpoint, cli
 from stpp.data.masks import read_index_mask
 from stpp.label.teachers import from_paths
@@ -26,22 +27,6 @@ def published(network, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("published") / "published.pth"
     torch.save(network.state_dict(), path)
     return path
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    """Commands set the number of threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def refused(capsys, *args) -> str:
-    with pytest.raises(SystemExit) as ended:
-        cli.main([*map(str, args)])
-    errors = capsys.readouterr().err
-    assert ended.value.code == 2 and "Traceback" not in errors
-    return errors.strip().splitlines()[-1]
 
 
 def test_labels_know_the_stride_of_their_teacher(network, published, synthetic, tmp_path, capsys):

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from stpp import cli
@@ -72,11 +71,7 @@ def folder(root: Path, camvid: Path) -> Path:
 
 def stpp(text: str, *more: str) -> None:
     """Runs a command of the page."""
-    threads = torch.get_num_threads()
-    try:
-        cli.main([*shlex.split(text, comments=True), *more])
-    finally:
-        torch.set_num_threads(threads)
+    cli.main([*shlex.split(text, comments=True), *more])
 
 
 @pytest.mark.slow

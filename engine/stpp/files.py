@@ -6,6 +6,7 @@ checksum: `plain`, `renamed`. A reader never takes half a file for a whole.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -78,6 +79,15 @@ def append(path: str | os.PathLike, row: dict) -> None:
     """Adds a JSON line; a crash may cut the last line short, so readers pass over a line without an end."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """Hash of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

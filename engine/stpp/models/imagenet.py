@@ -1,7 +1,6 @@
 """torchvision's ResNets trained on ImageNet, in the cache that every program with PyTorch shares."""
 
 import contextlib
-import hashlib
 import http.client
 import socket
 import sys
@@ -47,13 +46,7 @@ def weights_file(backbone: str) -> Path:
 
 def _is_whole(path: Path) -> bool:
     """Whether the file is there and is what its name says."""
-    if not path.is_file():
-        return False
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest().startswith(_hash_of(path))
+    return path.is_file() and files.sha256(path).startswith(_hash_of(path))
 
 
 def _hash_of(path: Path) -> str:

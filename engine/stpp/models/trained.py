@@ -12,7 +12,7 @@ from stpp import checkpoint, log
 from stpp.errors import UserError
 from stpp.models.build import MODELS, build_model
 from stpp.models.resnet import LAYOUTS
-from stpp.models.weights import load_state, read_checkpoint, some_keys, state_dict_of
+from stpp.models.weights import load_state, named_keys, read_checkpoint, state_dict_of
 
 PUBLIC_STRIDE = 8
 """Output stride of the published ST++ networks. No weight depends on it, so no state dict tells it."""
@@ -68,8 +68,7 @@ def _published(state: dict[str, object], path: str | Path, output_stride: int, c
     (name, backbone), keys = min(_known_keys().items(), key=lambda known: len(known[1] ^ found))
     if keys != found:
         misfits = {"missing": sorted(keys - found), "superfluous": sorted(found - keys)}
-        raise UserError(f"{path}: holds no network that is known here; nearest is {name} on {backbone} ("
-                        + "; ".join(f"{what}: {some_keys(some)}" for what, some in misfits.items() if some) + ")")
+        raise UserError(f"{path}: holds no network that is known here; nearest is {name} on {backbone} ({named_keys(misfits)})")
     classifier = MODELS[name].classifier_name
     biases = [state[key] for key in sorted(keys) if key.startswith(classifier) and key.endswith(".bias")]
     count = biases[0].numel() if isinstance(biases[0], Tensor) else 0

@@ -5,7 +5,7 @@ Files come from strangers, so nothing but tensors and plain containers is ever u
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,9 +37,9 @@ class LoadReport:
 
     def summary(self) -> str:
         """One line: how much was loaded, and what did not fit."""
-        parts = [f"{self.loaded} of {self.wanted} tensors loaded from {Path(self.path).name}"]
+        loaded = f"{self.loaded} of {self.wanted} tensors loaded from {Path(self.path).name}"
         misfits = {"missing in the file": self.missing, "of another shape": self.mismatched, "left out": self.left_out}
-        return "; ".join(parts + [f"{what}: {some_keys(keys)}" for what, keys in misfits.items() if keys])
+        return "; ".join(filter(None, (loaded, named_keys(misfits))))
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:
@@ -177,10 +177,8 @@ def _backbone_part(report: LoadReport) -> LoadReport:
 def _refuse_unfit(report: LoadReport, what: str) -> None:
     if report.missing or report.mismatched or report.left_out:
         misfits = {"missing": report.missing, "superfluous": report.left_out, "other shapes": report.mismatched}
-        found = "; ".join(f"{kind}: {some_keys(keys)}" for kind, keys in misfits.items() if keys)
-        raise UserError(
-            f"checkpoint {report.path} does not fit {what} ({found}); check the model and backbone of the recipe"
-        )
+        raise UserError(f"checkpoint {report.path} does not fit {what} ({named_keys(misfits)}); check the model and backbone of "
+                        "the recipe")
 
 
 def _refuse_other_classes(model: nn.Module, state: dict[str, object], path: str | os.PathLike) -> None:
@@ -195,7 +193,14 @@ def _refuse_other_classes(model: nn.Module, state: dict[str, object], path: str 
             )
 
 
-def some_keys(keys: Sequence[str]) -> str:
-    """Up to five keys on one line. Keys are the file's: what could upset a terminal is escaped, and none is endless."""
+def named_keys(kinds: Mapping[str, Sequence[str]]) -> str:
+    """The kinds that have keys, each with up to five, on one line.
+
+    Keys are the file's: what could upset a terminal is escaped, and none is endless.
+    """
+    return "; ".join(f"{kind}: {_some(keys)}" for kind, keys in kinds.items() if keys)
+
+
+def _some(keys: Sequence[str]) -> str:
     shown = ", ".join((key if key.isprintable() else ascii(key))[:150] for key in keys[:SHOWN])
     return shown + (f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")

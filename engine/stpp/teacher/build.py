@@ -113,7 +113,7 @@ def build(plan: Plan, folder: Path, sample: Iterable[torch.Tensor] | None = None
             backend=plan.backend, precision=plan.precision, frozen=plan.frozen, weights_sha256=plan.weights,
             architecture=plan.architecture, classes=plan.classes, shapes=shapes, device=Device.of(plan.device),
             versions=plan.versions(), compile_s=round(compile_s, 1),
-            files={path.name: records.file_sha256(path) for path in sorted(temporary.iterdir())})
+            files={path.name: files.sha256(path) for path in sorted(temporary.iterdir())})
         verify(run, ready, record, plan.device)
         teacher = CompiledTeacher(run, record, identity=plan.identity(), dtype=PRECISIONS[plan.precision], eager=plan.eager)
         if sample is not None:

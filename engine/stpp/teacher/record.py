@@ -156,15 +156,6 @@ def weights_sha256(state: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def file_sha256(path: Path) -> str:
-    """Hash of a file's bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def write(folder: Path, record: EngineRecord, signature: str) -> None:
     """Writes `engine.json`, with who vouches for it (`stpp.teacher.trust`)."""
     files.write_json(folder / NAME, {**dataclasses.asdict(record), "signature": signature})

@@ -41,7 +41,7 @@ def altered_file(folder: Path, record: EngineRecord) -> str | None:
     """Name of a file that is missing or differs from what the record says; None where all are as they were built."""
     for name, digest in record.files.items():
         path = folder / name
-        if "/" in name or "\\" in name or not path.is_file() or records.file_sha256(path) != digest:
+        if "/" in name or "\\" in name or not path.is_file() or files.sha256(path) != digest:
             return name
     return None
 
