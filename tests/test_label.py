@@ -20,7 +20,7 @@ from stpp import distributed
 from stpp.config import DataConfig, LabelConfig
 from stpp.data.masks import read_index_mask
 from stpp.errors import UserError
-from stpp.label import decode, reliability, rows
+from stpp.label import confidence_map, decode, reliability, rows
 from stpp.label.corpus import open_source
 from stpp.label.shards import Part
 from stpp.label.teachers import ready
@@ -73,6 +73,8 @@ def test_rows_describe_the_files(corpus, whole):
         assert row["class_pixels"] == np.bincount(mask.ravel(), minlength=4).tolist()
         assert row["status"] == "ok" and row["error"] is None and row["teacher"] == "tiny" and row["ignored_fraction"] == 0
         assert 0.25 < row["mean_confidence"] <= 1
+        sure = confidence_map.read(row["confidence_map"], *mask.shape) / 255  # every pixel, or every second, of such small images
+        assert abs(sure.mean() - row["mean_confidence"]) < 0.05
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["images"] == 12 and summary["bad"] == 0
     assert summary["class_pixels"] == np.sum([row["class_pixels"] for row in table], axis=0).tolist()

@@ -90,6 +90,24 @@ def test_pictures_are_of_the_image_the_mask_and_what_is_ignored(labels, report):
         assert overlay.shape == (*mask.shape, 4) and seen.size == mask.shape[::-1]
         assert np.array_equal(overlay[..., 3] == 0, mask == 255)
         assert (report / "pictures" / f"{picture}-ignored.png").exists() == bool(ignored)
+        with Image.open(report / "pictures" / f"{picture}-confidence.jpg") as sure:
+            assert sure.size == seen.size
+
+
+def test_labels_without_a_map_of_confidence_lack_only_its_picture(tmp_path):
+    folder = cases.labels(tmp_path, shard_size=4)
+    parts = sorted((folder / "labels").glob("part-*.parquet"))
+    older = {name: kind for name, kind in rows.LABELS.items() if name != "confidence_map"}
+    rows.write(parts[0], [{name: row[name] for name in older} for row in rows.read(parts[0])], older)
+    cut = rows.read(parts[1])
+    rows.write(parts[1], [row | {"confidence_map": (row["confidence_map"] or b"")[:-1]} for row in cut], rows.LABELS)
+    build.write_report(folder, tmp_path / "report")
+    pictures = tmp_path / "report" / "pictures"
+    unmapped = {row["key"] for part in parts[:2] for row in rows.read(part, ["key"])}
+    assert 4 < len(unmapped) < cases.GOOD + len(cases.HOSTILE)
+    for key, *_, picture, _ in listed(tmp_path / "report"):
+        assert (pictures / f"{picture}.jpg").exists() and (pictures / f"{picture}-classes.png").exists()
+        assert (pictures / f"{picture}-confidence.jpg").exists() == (key not in unmapped)
 
 
 def test_the_page_asks_no_network_and_names_are_never_markup(report):
@@ -110,7 +128,6 @@ def test_the_page_asks_no_network_and_names_are_never_markup(report):
 def test_failed_images_stand_there_with_their_reasons(report):
     page = Page(report / "index.html")
     assert "<b>bad</b>.jpg" in page.text and "none of the formats" in page.text
-    assert "Confidence maps are not stored" in page.text
 
 
 def test_archives_of_masks_are_drawn_alike(labels, report, tmp_path):

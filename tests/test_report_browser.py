@@ -175,6 +175,9 @@ def test_dark_and_light_differ_and_layers_can_be_hidden(page, tmp_path):
         colours.append(page.execute_script("return getComputedStyle(document.body).backgroundColor"))
         page.save_screenshot(str(tmp_path / f"{scheme}.png"))
     assert colours == ["rgb(255, 255, 255)", "rgb(22, 22, 22)"]
-    put(page, "show-ignored", False)
-    seen = page.execute_script("return [...document.querySelectorAll('.ignored')].map((it) => getComputedStyle(it).display)")
-    assert seen and set(seen) == {"none"}
+    for layer in ("ignored", "confidence"):
+        shown = f"return [...document.querySelectorAll('.{layer}')].map((it) => getComputedStyle(it).display)"
+        assert "none" not in page.execute_script(shown)
+        put(page, f"show-{layer}", False)
+        seen = page.execute_script(shown)
+        assert seen and set(seen) == {"none"}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from stpp.data.masks import IGNORE
-from stpp.label import rows
+from stpp.label import confidence_map, rows
 from stpp.label.clock import Clock
 from stpp.label.decode import Batch
 from stpp.label.plan import Planned
@@ -59,6 +59,8 @@ class Labelled:
     """Of all pixels, those below the floor too."""
     class_pixels: list[int]
     """Pixels of each class in the mask."""
+    confidence_map: bytes
+    """See stpp.label.confidence_map."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,7 @@ class Labels:
             classes = torch.arange(self.network.num_classes, device=masks_NHW.device)
             pixels_NC = torch.stack([(masks_NHW == c).flatten(1).sum(1) for c in classes], dim=1)
         confidence, pixels = confidence_N.tolist(), pixels_NC.tolist()  # sync: the results leave the device here
+        maps_Nrc = confidence_map.sampled(sums_NCHW).cpu().numpy()
         found: list[Labelled | str | None] = []
         for i, mask_HW in enumerate(masks_NHW.cpu().numpy()):
             if first + i in errors:
@@ -109,7 +112,7 @@ class Labels:
             elif not np.isfinite(confidence[i]):
                 found.append(NOT_FINITE)
             else:
-                found.append(Labelled(mask_HW, confidence[i], pixels[i]))
+                found.append(Labelled(mask_HW, confidence[i], pixels[i], maps_Nrc[i].tobytes()))
         return found
 
     def sink(self, out: Path, shard: int, clock: Clock) -> Sink:
@@ -119,7 +122,7 @@ class Labels:
         height, width = one.size
         return _row(one, self.teacher) | {
             "mean_confidence": result.mean_confidence, "ignored_fraction": 1 - sum(result.class_pixels) / (height * width),
-            "class_pixels": result.class_pixels, "size": stored.size, "crc": stored.crc}
+            "class_pixels": result.class_pixels, "confidence_map": result.confidence_map, "size": stored.size, "crc": stored.crc}
 
 
 @dataclass(frozen=True, kw_only=True)

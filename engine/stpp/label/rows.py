@@ -14,8 +14,8 @@ PLAN = {"position": "int64", **LISTING, "width": "int32", "height": "int32", "or
         "batch": "int32"}
 """Columns of `plan/part-*.parquet`: the items of a shard in the order that they are labelled."""
 LABELS = {"key": "string", "source": "string", "status": "string", "error": "string", "width": "int32", "height": "int32",
-          "mean_confidence": "float64", "ignored_fraction": "float64", "class_pixels": "list<int64>", "size": "int64",
-          "crc": "int64", "teacher": "string"}
+          "mean_confidence": "float64", "ignored_fraction": "float64", "class_pixels": "list<int64>", "confidence_map": "binary",
+          "size": "int64", "crc": "int64", "teacher": "string"}
 """Columns of `labels/part-*.parquet` and `failed.parquet`."""
 SCORES = {"key": "string", "source": "string", "status": "string", "error": "string", "width": "int32", "height": "int32",
           "reliability": "float64", "teacher": "string"}
@@ -46,8 +46,11 @@ def put(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def read(path: Path) -> list[dict]:
+def read(path: Path, columns: Iterable[str] | None = None) -> list[dict]:
     """The rows of a Parquet file.
+
+    Args:
+        columns: of those that are there, the ones to read; None: all.
 
     Raises:
         UserError: missing or damaged.
@@ -56,7 +59,8 @@ def read(path: Path) -> list[dict]:
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(path).read().to_pylist()
+        file = pq.ParquetFile(path)
+        return file.read(None if columns is None else [name for name in file.schema_arrow.names if name in columns]).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
 

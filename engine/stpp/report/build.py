@@ -100,7 +100,8 @@ def _write(out: Path, folder: Path, run: Path | None, is_run: bool, labellings: 
         "iou": _iou_table(stages), "labellings": labellings, "drift": _drift(names, truth, labellings), "drift_unknown": unknown,
         "drift_factor": DRIFT, "classes": [{"name": name, "swatch": pictures.swatch(i, num_classes)}
                                            for i, name in enumerate(names[:num_classes])],
-        "ignored_swatch": pictures.swatch(255, num_classes), "chunks": chunks, "drawn": sum(map(len, drawn)),
+        "ignored_swatch": pictures.swatch(255, num_classes), "confidence_scale": pictures.confidence_scale(),
+        "chunks": chunks, "drawn": sum(map(len, drawn)),
         "reliability": charts.histogram("reliability", bins, threshold=threshold), "threshold": threshold,
         "confidence": [(one.name, charts.histogram("mean confidence", one.totals.confidences)) for one in labellings],
         "provenance": (runs.provenance(run) if run else {})

@@ -127,7 +127,7 @@ def read(folder: Path, name: str, reliability: dict[str, float]) -> Labelling:
     kept = [Lowest(MOST_LISTED, lambda image: image.lot), Lowest(MOST_WORST, lambda image: image.confidence),
             Lowest(MOST_WORST, lambda image: -image.ignored), Lowest(MOST_WORST, rank)]
     for part in parts:
-        for row in rows.read(part):
+        for row in rows.read(part, rows.LABELS.keys() - {"confidence_map"}):
             totals.add(row)
             if row["status"] != "ok":
                 if len(failed) < MOST_FAILED:

@@ -12,6 +12,8 @@ VOID = (255, 255, 255)
 BASE = ((0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
 TINTS = ((0.0, (0, 0, 0)), (0.55, (255, 255, 255)), (0.5, (0, 0, 0)))
 """(share, colour) mixed into the base colours, eight classes after eight."""
+CONFIDENCE = ((0, (0, 32, 77)), (128, (124, 123, 120)), (255, (255, 234, 70)))
+"""(value, colour); others lie between. After cividis, Nuñez, Anderton and Renslow, PLOS ONE (2018)."""
 STRIPE_PX = 3
 """Width of the stripes of ignored pixels, and of the pattern of classes beyond the eighth."""
 
@@ -53,6 +55,13 @@ def ignored_overlay(mask_HW: np.ndarray) -> np.ndarray:
     rows, columns = np.indices(mask_HW.shape)
     light = ((rows + columns) // STRIPE_PX % 2).astype(np.uint8) * 255
     return np.dstack([light, light, light, np.where(mask_HW == 255, 230, 0).astype(np.uint8)])
+
+
+def confidence_colours(confidence_HW: np.ndarray) -> np.ndarray:
+    """Confidence, uint8 [H, W], to uint8 [H, W, 3]: dark blue (0) by grey to yellow (255), lightness growing evenly."""
+    at, colours = zip(*CONFIDENCE, strict=True)
+    channels = [np.interp(np.arange(256), at, channel).round().astype(np.uint8) for channel in zip(*colours, strict=True)]
+    return np.stack(channels, axis=-1)[confidence_HW]
 
 
 def _colour(i: int) -> tuple[int, int, int]:

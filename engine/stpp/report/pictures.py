@@ -1,4 +1,4 @@
-"""Small pictures of labelled images: the image, its classes, its ignored pixels."""
+"""Small pictures of labelled images: the image, its classes, its ignored pixels, how sure the labels are."""
 
 import base64
 import contextlib
@@ -11,10 +11,10 @@ from PIL import Image as Pillow
 
 from stpp.data.exif import DECODE_ERRORS, upright
 from stpp.errors import UserError
-from stpp.label import pixels, rows, storage, tars
+from stpp.label import confidence_map, pixels, rows, storage, tars
 from stpp.label.corpus import Item
 from stpp.report.labelling import Image, Labelling
-from stpp.report.palette import ignored_overlay, overlay
+from stpp.report.palette import confidence_colours, ignored_overlay, overlay
 
 SIDE_PX = 256
 """Longer side of a picture, at most."""
@@ -22,7 +22,8 @@ SWATCH_HW = (16, 28)
 
 
 def draw(labelling: Labelling, images: Sequence[Image], folder: Path, *, first: int, num_classes: int) -> dict[str, int]:
-    """Writes `<number>.jpg`, `<number>-classes.png` and, where pixels are ignored, `<number>-ignored.png`.
+    """Writes `<number>.jpg`, `<number>-classes.png`; `<number>-ignored.png` where pixels are ignored; and, unless the labels are of
+    an older version, `<number>-confidence.jpg`.
 
     Args:
         first: number of the first picture. Names of images, which may be hostile, become no file names.
@@ -35,7 +36,8 @@ def draw(labelling: Labelling, images: Sequence[Image], folder: Path, *, first: 
     for image in images:
         by_part.setdefault(image.part, []).append(image)
     for part, members in by_part.items():
-        planned = _planned(labelling.folder, part)
+        planned = _by_key(labelling.folder / "plan" / f"{part}.parquet")
+        labelled = _by_key(labelling.folder / "labels" / f"{part}.parquet", ("key", "confidence_map"))
         masks = _Masks(labelling, part)
         for image in members:
             try:
@@ -46,7 +48,11 @@ def draw(labelling: Labelling, images: Sequence[Image], folder: Path, *, first: 
             except (KeyError, UserError, pixels.BadImage, *DECODE_ERRORS):
                 continue
             number = first + len(found)
-            _write(folder, number, seen_HWC, mask_HW, num_classes)
+            size = _write(folder, number, seen_HWC, mask_HW, num_classes)
+            sure = confidence_map.read(labelled.get(image.key, {}).get("confidence_map") or b"", *mask_HW.shape)
+            if sure is not None:
+                Pillow.fromarray(confidence_colours(sure)).resize(size, Pillow.Resampling.BILINEAR).save(
+                    folder / f"{number}-confidence.jpg", quality=82)
             found[image.key] = number
     return found
 
@@ -54,16 +60,24 @@ def draw(labelling: Labelling, images: Sequence[Image], folder: Path, *, first: 
 def swatch(class_id: int, num_classes: int) -> str:
     """A sample of a class's colour and pattern, or of ignored pixels (255), as a data URL."""
     mask_HW = np.full(SWATCH_HW, class_id, dtype=np.uint8)
-    rgba = ignored_overlay(mask_HW) if class_id == 255 else overlay(mask_HW, num_classes)
+    return _data_url(ignored_overlay(mask_HW) if class_id == 255 else overlay(mask_HW, num_classes))
+
+
+def confidence_scale() -> str:
+    """Confidence from 0 to 1, left to right, as a data URL."""
+    return _data_url(confidence_colours(np.tile(np.arange(256, dtype=np.uint8), (SWATCH_HW[0], 1))))
+
+
+def _data_url(pixels: np.ndarray) -> str:
     file = io.BytesIO()
-    Pillow.fromarray(rgba).save(file, "PNG")
+    Pillow.fromarray(pixels).save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _planned(folder: Path, part: str) -> dict[str, dict]:
-    """Rows of a part of the plan by key; empty where it is gone."""
+def _by_key(path: Path, columns: Sequence[str] | None = None) -> dict[str, dict]:
+    """Rows of a part of a table; empty where it is gone."""
     try:
-        return {row["key"]: row for row in rows.read(folder / "plan" / f"{part}.parquet")}
+        return {row["key"]: row for row in rows.read(path, columns)}
     except UserError:
         return {}
 
@@ -93,7 +107,8 @@ class _Masks:
             return np.asarray(image.convert("L") if image.mode != "L" else image)
 
 
-def _write(folder: Path, number: int, seen_HWC: np.ndarray, mask_HW: np.ndarray, num_classes: int) -> None:
+def _write(folder: Path, number: int, seen_HWC: np.ndarray, mask_HW: np.ndarray, num_classes: int) -> tuple[int, int]:
+    """Returns the pictures' width and height."""
     height, width = mask_HW.shape
     scale = min(1.0, SIDE_PX / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
@@ -102,3 +117,4 @@ def _write(folder: Path, number: int, seen_HWC: np.ndarray, mask_HW: np.ndarray,
     Pillow.fromarray(overlay(small_HW, num_classes)).save(folder / f"{number}-classes.png")
     if (small_HW == 255).any():
         Pillow.fromarray(ignored_overlay(small_HW)).save(folder / f"{number}-ignored.png")
+    return size

@@ -112,16 +112,21 @@ const report = (() => {
     return made;
   }
 
+  // Ignored pixels may be too few to be seen at this size; labels of an older version have no map of confidence.
+  function optional(image) {
+    image.addEventListener("error", () => image.remove());
+    return image;
+  }
+
   function pictures(row) {
-    const pair = element("div", undefined, "pair"), stack = element("div", undefined, "stack");
+    const views = element("div", undefined, "views"), stack = element("div", undefined, "stack");
     stack.append(picture(row, ".jpg", "", ""), picture(row, "-classes.png", "layer classes", "the classes laid over it"));
     if (row[IGNORED] > 0) {
-      const ignored = picture(row, "-ignored.png", "layer ignored", "its ignored pixels");
-      ignored.addEventListener("error", () => ignored.remove());  // too few to be seen at this size
-      stack.append(ignored);
+      stack.append(optional(picture(row, "-ignored.png", "layer ignored", "its ignored pixels")));
     }
-    pair.append(picture(row, ".jpg", "", "the image"), stack);
-    return pair;
+    views.append(picture(row, ".jpg", "", "the image"), stack,
+      optional(picture(row, "-confidence.jpg", "confidence", "how sure its label is, dark where it is not")));
+    return views;
   }
 
   function figures(row) {
@@ -227,7 +232,10 @@ const report = (() => {
     at("save").addEventListener("click", save);
     at("untick").addEventListener("click", () => { ticked.clear(); remember(); draw(); });
     at("opacity").addEventListener("input", () => at("cards").style.setProperty("--opacity", at("opacity").value / 100));
-    at("show-ignored").addEventListener("input", () => at("cards").classList.toggle("hide-ignored", !at("show-ignored").checked));
+    for (const layer of ["ignored", "confidence"]) {
+      const box = at(`show-${layer}`);
+      box.addEventListener("input", () => at("cards").classList.toggle(`hide-${layer}`, !box.checked));
+    }
     document.addEventListener("keydown", pressed);
     choose();
   }
