@@ -27,8 +27,8 @@ else:
 
 T = TypeVar("T")
 Method = Literal["supervised", "st", "stpp"]
-MAY_CHANGE = ("out", "control", "device", "timeout_minutes", "data.threads", "data.index", "train.checkpoint_steps",
-              "train.checkpoint_minutes", "train.on_nonfinite")
+MAY_CHANGE = ("out", "control", "device", "timeout_minutes", "data.threads", "data.index", "profile",
+              "train.checkpoint_steps", "train.checkpoint_minutes", "train.on_nonfinite")
 """Keys that a run may be continued with although they differ: they do not change what is computed."""
 
 
@@ -219,6 +219,8 @@ class Config:
     """The same bits in every run on the same machine, at some cost in speed."""
     timeout_minutes: float = 30.0
     """A rank that waits so long for another in training ends, and torchrun with it (or starts all again)."""
+    profile: bool = False
+    """Trace a few steps of every stage that trains: profile/ in its folder has the trace and a table of a step's parts."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)

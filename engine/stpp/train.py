@@ -3,6 +3,7 @@
 Shapes: N images of a backward pass, C classes, H W crop size, h w size of the low-resolution logits.
 """
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -28,6 +29,7 @@ from stpp.models.build import build_model, parameter_groups
 from stpp.models.weights import load_backbone, load_model, read_checkpoint, state_dict_of
 from stpp.optimizer import make_optimizer, step_unless
 from stpp.precision import autocast_dtype
+from stpp.profiling import Bottleneck, Profile
 from stpp_kernels import upsample_cross_entropy
 
 IGNORE = 255
@@ -107,6 +109,7 @@ class Trainer:
         self.model = self.network if here.size == 1 else self._distributed()
         self.step, self.best_step, self.best_miou, self.seconds = 0, 0, -1.0, 0.0
         self.saved_step, self.saved_at = 0, time.monotonic()
+        self.bottleneck = Bottleneck(title, self.model)
 
     def _distributed(self) -> nn.Module:
         with warnings.catch_warnings():
@@ -172,9 +175,11 @@ class Trainer:
         window = _Window()
         with (log.Metrics(self.folder, first_step=self.step) as metrics,
               log.Progress(self.title, total * self.sampler.batch_global, done=self.step * self.sampler.batch_global) as bar,
-              checkpoint.Writer() as self.writer, signals.deferred() as stop):
+              checkpoint.Writer() as self.writer, signals.deferred() as stop, self._profile() as profile):
             for micro_batches, wait_s in self._batches():
                 window.add(*self.train_step(micro_batches), wait_s)
+                if profile is not None:
+                    profile.step(wait_s)
                 to_validate = self.step == total or self.step % self.schedule.validate_steps == 0
                 told_to_stop = self._told_to_stop(stop)
                 to_save = to_validate or told_to_stop or self.step - self.saved_step >= self.config.train.checkpoint_steps
@@ -183,6 +188,8 @@ class Trainer:
                     window = _Window()
                     to_save |= time.monotonic() - self.saved_at >= 60 * self.config.train.checkpoint_minutes
                 bar.advance(self.sampler.batch_global)
+                if self.step % self.sampler.steps_per_epoch == 0:
+                    self.bottleneck.epoch()
                 for i, step in enumerate(self.schedule.keep_steps, 1):
                     if step == self.step:
                         self._keep(f"third-{i}.pt")
@@ -214,6 +221,11 @@ class Trainer:
                 return
             yield micro_batches, time.monotonic() - asked
 
+    def _profile(self) -> contextlib.AbstractContextManager[Profile | None]:
+        if not self.config.profile:
+            return contextlib.nullcontext()
+        return Profile(self.folder / "profile", self.here, self.model, self.title)
+
     def _told_to_stop(self, stop: signals.Stop) -> bool:
         """Whether a rank was told to stop; asking waits for the device, so on a GPU it is done once in a while."""
         if self.here.device.type == "cuda" and self.step % LOOK_STEPS:
@@ -227,6 +239,7 @@ class Trainer:
             UserError: one was not finite, and `--train.on-nonfinite` is stop.
         """
         look = window.close(self.step)
+        self.bottleneck.add(look.step_s * window.steps, look.data_wait_pct)
         lr = self.optimizer.param_groups[0]["lr"]
         metrics.write(self.step, loss=look.loss, lr=lr, images_per_s=self.sampler.batch_global / look.step_s,
                       data_wait_pct=look.data_wait_pct)

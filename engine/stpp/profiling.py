@@ -1,0 +1,144 @@
+"""Where the time of training steps goes: a line that says what bounds them, and a trace on demand."""
+
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from stpp import files, log
+from stpp.distributed import World
+
+LEAST_S = 5.0
+"""Epochs shorter than this are judged together."""
+DATA_SHARE, COMMUNICATION_SHARE = 0.05, 0.1
+"""Waiting that takes less of a step than this does not bound it."""
+ADVICE = {
+    "data": "raise --data.threads, install DALI, or put the images on a faster disk",
+    "communication": "give every rank cores or a GPU of its own; a larger --train.batch-global exchanges gradients less often",
+    "compute": "more GPUs; --train.precision bf16 where the device has it; a larger --model.output-stride; smaller crops",
+}
+"""What makes steps shorter, by what bounds them."""
+WARM_UP, TRACED = 10, 5
+"""Steps of a stage before those of its trace, and those."""
+FORWARD = "stpp.forward"
+PARTS = {"forward": FORWARD, "loss": "stpp_kernels::upsample_cross_entropy", "backward": "autograd::engine::evaluate_function",
+         "optimizer": "Optimizer.step"}
+"""Parts of a step, by how the names of their events in a trace begin."""
+OPERATORS = 25
+"""Operators of the table, at most."""
+
+
+class Bottleneck:
+    """Says at the end of an epoch what bounds the steps, where it was not said before."""
+
+    def __init__(self, title: str, model: nn.Module):
+        self._title, self._model = title, model
+        self._waited_s = self._spent_s = 0.0
+        self._said = ""
+
+    def add(self, spent_s: float, data_wait_pct: float) -> None:
+        """Counts steps that took so long, and the share of it spent waiting for data."""
+        self._spent_s += spent_s
+        self._waited_s += spent_s * data_wait_pct / 100
+
+    def epoch(self) -> None:
+        """An epoch ends here."""
+        if self._spent_s < LEAST_S:
+            return
+        data, communication = self._waited_s / self._spent_s, communication_share(self._model)
+        kind = ("data" if data >= max(DATA_SHARE, communication) else
+                "communication" if communication >= COMMUNICATION_SHARE else "compute")
+        if kind != self._said:
+            log.say(f"  {self._title}: bound by {kind}: {100 * data:.0f} % of a step waits for data, {100 * communication:.0f} % "
+                    f"for gradients of other ranks; to make it shorter: {ADVICE[kind]}")
+        self._said, self._waited_s, self._spent_s = kind, 0.0, 0.0
+
+
+def communication_share(model: nn.Module) -> float:
+    """Share of a step in which gradients are exchanged and nothing is computed, as DistributedDataParallel samples it; else 0."""
+    if not isinstance(model, DistributedDataParallel):
+        return 0.0
+    sampled = model._get_ddp_logging_data()
+    forward, backward, exchange, overlap = (sampled.get(f"avg_{name}_time", 0) for name in (
+        "forward_compute", "backward_compute", "backward_comm", "backward_compute_comm_overlap"))
+    alone = max(exchange - overlap, 0)
+    return alone / max(forward + backward + alone, 1)
+
+
+class Profile:
+    """Traces a few steps of a stage: `trace-rank<i>.json.gz`, for chrome://tracing and Perfetto, and `parts.txt`.
+
+    Args:
+        folder: of the trace; made when there is one.
+        model: called in every step.
+    """
+
+    def __init__(self, folder: Path, here: World, model: nn.Module, title: str):
+        self._folder, self._here, self._model, self._title = folder, here, model, title
+        self._cuda = here.device.type == "cuda"
+        self._waited_s, self._marks = 0.0, []
+
+    def __enter__(self):
+        self._open: list[record_function] = []
+        self._hooks = (self._model.register_forward_pre_hook(self._begin), self._model.register_forward_hook(self._end))
+        self._profile = profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self._cuda,
+                                schedule=torch.profiler.schedule(wait=WARM_UP - 2, warmup=2, active=TRACED, repeat=1),
+                                on_trace_ready=self._write)
+        self._profile.__enter__()
+        return self
+
+    def step(self, wait_s: float) -> None:
+        """A step ends here that waited so long for its data."""
+        if self._cuda and WARM_UP <= self._profile.step_num + 1 <= WARM_UP + TRACED:
+            torch.cuda.synchronize()
+        if self._profile.step_num >= WARM_UP:
+            self._waited_s += wait_s
+        self._marks.append(time.perf_counter())
+        self._profile.step()
+
+    def __exit__(self, *_):
+        for hook in self._hooks:
+            hook.remove()
+        self._profile.__exit__(None, None, None)
+        if len(self._marks) < WARM_UP + TRACED:
+            log.say(f"  {self._title}: too few steps were left for a profile ({len(self._marks)}; it takes {WARM_UP + TRACED})")
+
+    def _begin(self, *_):
+        self._open.append(record_function(FORWARD))
+        self._open[-1].__enter__()
+
+    def _end(self, *_):
+        self._open.pop().__exit__(None, None, None)
+
+    def _write(self, traced: profile) -> None:
+        if len(self._marks) < WARM_UP + TRACED:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"trace-rank{self._here.rank}.json.gz"
+        temporary = path.with_name(f".{path.name}")
+        traced.export_chrome_trace(str(temporary.with_suffix("")) + ".gz")
+        os.replace(temporary, path)
+        if self._here.is_main:
+            files.write_text(self._folder / "parts.txt", self._table(traced))
+            log.say(f"  {self._title}: profile of {TRACED} steps in {self._folder}")
+
+    def _table(self, traced: profile) -> str:
+        total_ms = 1000 * (self._marks[WARM_UP + TRACED - 1] - self._marks[WARM_UP - 1]) / TRACED
+        where = "device" if self._cuda else "host"
+        events = traced.events()
+        found = {"data wait": 1000 * self._waited_s / TRACED}
+        for part, name in PARTS.items():
+            outermost = [event for event in events if event.name.startswith(name)
+                         and not (event.cpu_parent and event.cpu_parent.name.startswith(name))]
+            us = sum(event.device_time_total if self._cuda else event.cpu_time_total for event in outermost)
+            found[part] = us / 1000 / TRACED
+        found["rest"] = total_ms - sum(found.values())
+        rows = [("part", f"ms on the {where}", "share")]
+        rows += [(part, f"{ms:.2f}", f"{100 * ms / total_ms:.0f} %") for part, ms in found.items()]
+        by = "self_device_time_total" if self._cuda else "self_cpu_time_total"
+        return (f"{self._title}: {TRACED} steps after {WARM_UP}, {total_ms:.2f} ms each; data wait is measured on the host\n\n"
+                + log.table(rows) + "\n\n" + traced.key_averages().table(sort_by=by, row_limit=OPERATORS) + "\n")

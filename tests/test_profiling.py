@@ -1,0 +1,97 @@
+"""What bounds the steps of a run, and the trace of a few of them."""
+
+import dataclasses
+import gzip
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from stpp import config, distributed, profiling, train
+from stpp.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
+from stpp.data import index
+from stpp.profiling import Bottleneck
+
+STEPS = profiling.WARM_UP + profiling.TRACED + 1
+
+
+def ran(synthetic_index, folder: Path, *, profile: bool, steps: int = STEPS, started: int = 0) -> dict:
+    """Weights after a short run on four images: `steps` epochs of one step."""
+    known = index.load(synthetic_index)
+    samples = [known.sample(image) for image in sorted(known.entries)][:4]
+    settings = Config(deterministic=True, profile=profile, data=DataConfig(loader="reference", threads=1),
+                      model=ModelConfig(backbone="resnet18", output_stride=16),
+                      augment=AugmentConfig(crop_px=33, long_side=(40, 80)),
+                      train=TrainConfig(batch_global=4, lr=0.05, precision="fp32"))
+    ours = train.Trainer(settings, distributed.World(device=torch.device("cpu")), samples, stage=1, title="t",
+                         classes=tuple("abcdef"), folder=folder, validate=None,
+                         schedule=train.Schedule(steps=steps, validate_steps=1000))
+    ours.run()
+    return ours.network.state_dict()
+
+
+def test_a_profile_has_a_trace_and_a_table_and_changes_nothing(synthetic_index, tmp_path, capsys):
+    plain, profiled = (ran(synthetic_index, tmp_path / str(profile), profile=profile) for profile in (False, True))
+    assert all(torch.equal(plain[name], profiled[name]) for name in plain)
+    folder = tmp_path / "True" / "profile"
+    assert f"profile of {profiling.TRACED} steps in {folder}" in capsys.readouterr().err
+    assert not (tmp_path / "False" / "profile").exists()
+    assert sorted(path.name for path in folder.iterdir()) == ["parts.txt", "trace-rank0.json.gz"]
+    events = json.loads(gzip.decompress((folder / "trace-rank0.json.gz").read_bytes()))["traceEvents"]
+    forward = [event for event in events if event.get("name") == profiling.FORWARD and event.get("ph") == "X"]
+    assert len(forward) == profiling.TRACED
+    text = (folder / "parts.txt").read_text()
+    total = float(re.search(r"([0-9.]+) ms each", text)[1])
+    parts = {name: float(ms) for name, ms in re.findall(r"^(data wait|forward|loss|backward|optimizer|rest) +(-?[0-9.]+) ", text, re.M)}
+    assert set(parts) == {"data wait", *profiling.PARTS, "rest"}
+    assert sum(parts.values()) == pytest.approx(total, abs=0.1)
+    assert parts["forward"] == pytest.approx(sum(event["dur"] for event in forward) / 1000 / profiling.TRACED, rel=0.05, abs=0.02)
+    assert min(parts["loss"], parts["optimizer"]) > 0 and parts["backward"] > parts["loss"]
+    assert -0.01 * total < parts["rest"] < 0.5 * total
+    assert "convolution" in text
+
+
+def test_a_stage_that_is_too_short_for_a_profile_says_so(synthetic_index, tmp_path, capsys):
+    ran(synthetic_index, tmp_path, profile=True, steps=profiling.WARM_UP + 2)
+    assert "too few steps were left for a profile" in capsys.readouterr().err
+    assert not (tmp_path / "profile").exists()
+
+
+def test_a_run_may_go_on_with_a_profile():
+    assert config.differing_keys(config.to_dict(Config()), config.to_dict(dataclasses.replace(Config(), profile=True))) == []
+
+
+@pytest.mark.parametrize("wait_pct, exchange, kind", [(1, 0.02, "compute"), (30, 0.02, "data"), (30, 0.5, "communication"),
+                                                      (4, 0.09, "compute"), (12, 0.11, "data")])
+def test_what_a_step_waits_for_most_bounds_it(monkeypatch, capsys, wait_pct, exchange, kind):
+    monkeypatch.setattr(profiling, "communication_share", lambda model: exchange)
+    ours = Bottleneck("1-supervised", nn.Identity())
+    ours.add(0.9 * profiling.LEAST_S, wait_pct)
+    ours.epoch()
+    assert capsys.readouterr().err == ""
+    ours.add(0.9 * profiling.LEAST_S, wait_pct)
+    ours.epoch()
+    said = capsys.readouterr().err
+    assert f"1-supervised: bound by {kind}: {wait_pct} % of a step waits for data, {100 * exchange:.0f} %" in said
+    assert profiling.ADVICE[kind] in said
+    ours.add(2 * profiling.LEAST_S, wait_pct)
+    ours.epoch()
+    assert capsys.readouterr().err == ""  # nothing new
+    ours.add(2 * profiling.LEAST_S, 90)
+    ours.epoch()
+    assert ("bound by data: 90 %" in capsys.readouterr().err) == (kind != "data")
+
+
+def test_the_exchange_of_gradients_is_what_lies_outside_the_backward_pass(monkeypatch):
+    assert profiling.communication_share(nn.Identity()) == 0
+    model = DistributedDataParallel.__new__(DistributedDataParallel)
+    times = {"avg_forward_compute_time": 20, "avg_backward_compute_time": 30, "avg_backward_comm_time": 70,
+             "avg_backward_compute_comm_overlap_time": 20}
+    monkeypatch.setattr(DistributedDataParallel, "_get_ddp_logging_data", lambda self: times)
+    assert profiling.communication_share(model) == 0.5
+    times.clear()
+    assert profiling.communication_share(model) == 0
