@@ -48,16 +48,15 @@ def demo(out: Path, *, seed: int, control: bool) -> None:
         partial.rename(root)
     train = ["-m", "stpp", "train", "--recipe", str(recipe_path), "--data.root", str(root), "--out",
              str(out / "run")] + ["--control"] * control
-    ranks = _ranks()
-    print(f"demo: torchrun --nproc-per-node {ranks} {' '.join(train)}", file=sys.stderr)
-    code = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-                           *train], check=False, env=MALLOC | os.environ).returncode
-    if code:
+    if code := torchrun(train):
         sys.exit(code)
 
 
-def _ranks() -> int:
-    """Two processes, but never more than GPUs where there are any."""
+def torchrun(train: list[str]) -> int:
+    """Runs `python TRAIN` on two ranks, but never on more than there are GPUs where there are any; returns torchrun's exit code."""
     import torch
 
-    return min(RANKS, torch.cuda.device_count() or RANKS)
+    ranks = min(RANKS, torch.cuda.device_count() or RANKS)
+    print(f"demo: torchrun --nproc-per-node {ranks} {' '.join(train)}", file=sys.stderr)
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+                           *train], check=False, env=MALLOC | os.environ).returncode
