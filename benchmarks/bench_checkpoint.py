@@ -6,35 +6,32 @@ Rows: milliseconds of 20 steps of the CamVid recipe on a batch in memory, withou
 `checkpoint.overhead_pct`, the share of time that a checkpoint every 200 steps takes.
 """
 
+import dataclasses
 import tempfile
 from pathlib import Path
 
 import torch
 
-from harness import Report, arguments
+from harness import Report, arguments, bare_trainer, random_batch
 from stpp import checkpoint
 from stpp.config import Config, load_recipe
-from stpp.data.sample import Batch, Sample
 from stpp.distributed import World
-from stpp.train import Schedule, Trainer
 
 RECIPE = Path(__file__).parents[1] / "launch" / "recipes" / "camvid_stpp.toml"
 CLASSES, STEPS, PERIOD = 11, 20, 200
 
 
 def main() -> None:
-    options = arguments(__doc__.splitlines()[0]).parse_args()
-    report, config = Report(options), load_recipe(Config, RECIPE)
-    crop, count = config.augment.crop_px, config.train.batch_global
+    recipe = load_recipe(Config, RECIPE)
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--crop", type=int, default=recipe.augment.crop_px, help="pixels; the recipe's unless told")
+    options = parser.parse_args()
+    report, crop, count = Report(options), options.crop, recipe.train.batch_global
+    config = dataclasses.replace(recipe, augment=dataclasses.replace(recipe.augment, crop_px=crop))
     device = torch.device(options.device)
-    images = torch.randn(count, 3, crop, crop, device=device).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(CLASSES, (count, crop, crop), dtype=torch.uint8, device=device)
-    batch = Batch(images_NCHW=images, labels_NHW=labels, indices=None)
-    sample = Sample(key="none", image="none", mask="none", width=crop, height=crop)
+    batch = random_batch(count, crop, CLASSES, device)
     with tempfile.TemporaryDirectory() as name, checkpoint.Writer() as writer:
-        trainer = Trainer(config, World(device=device), [sample] * count, stage=1, title="bench", folder=Path(name),
-                          classes=tuple(map(str, range(CLASSES))), schedule=Schedule(steps=1 << 30, validate_steps=1 << 30),
-                          validate=None)
+        trainer = bare_trainer(config, World(device=device), Path(name), CLASSES)
         trainer.writer = writer
 
         def steps(save: bool) -> None:

@@ -18,11 +18,9 @@ from pathlib import Path
 
 import torch
 
-from harness import Report, arguments
+from harness import Report, arguments, bare_trainer, random_batch
 from stpp import distributed
 from stpp.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
-from stpp.data.sample import Batch, Sample
-from stpp.train import Schedule, Trainer
 
 CLASSES, WARM_UP = 21, 3
 MODEL = {"backbone": "resnet18", "output_stride": 16}
@@ -36,13 +34,8 @@ def rank(out: str, device: str, crop: str, per_rank: str, rounds: str) -> None:
             torch.set_num_threads(1)
         config = Config(data=DataConfig(root=Path(name)), out=Path(name), model=ModelConfig(**MODEL),
                         augment=AugmentConfig(crop_px=crop), train=TrainConfig(batch_global=per_rank * here.size))
-        sample = Sample(key="none", image="none", mask="none", width=crop, height=crop)
-        trainer = Trainer(config, here, [sample] * per_rank * here.size, stage=1, title="bench", folder=Path(name),
-                          classes=tuple(map(str, range(CLASSES))), validate=None,
-                          schedule=Schedule(steps=1 << 30, validate_steps=1 << 30))
-        images = torch.randn(per_rank, 3, crop, crop, device=here.device).contiguous(memory_format=torch.channels_last)
-        labels = torch.randint(CLASSES, (per_rank, crop, crop), dtype=torch.uint8, device=here.device)
-        batch = Batch(images_NCHW=images, labels_NHW=labels, indices=None)
+        trainer = bare_trainer(config, here, Path(name), CLASSES)
+        batch = random_batch(per_rank, crop, CLASSES, here.device)
         step_ms = timed(lambda: trainer.train_step([batch]), here.device, rounds)
         gradients = torch.zeros(sum(weight.numel() for weight in trainer.network.parameters()), device=here.device)
         reduce_ms = timed(lambda: distributed.sum_over_ranks(gradients), here.device, rounds)

@@ -165,7 +165,7 @@ def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--shorten", type=int, default=3, help="divides the demonstration's epochs")
     parser.add_argument("--pictures", type=int, default=400, help="for training; 12 of them are labelled")
-    parser.add_argument("--side", type=int, nargs=2, default=synthetic.Difficulty.side_px, help="of a picture, from and to, pixels")
+    parser.add_argument("--side", type=int, nargs=2, default=synthetic.Difficulty().side_px, help="pixels of pictures, range")
     parser.add_argument("--crop", type=int, default=demo.DEMO.augment.crop_px, help="pixels")
     parser.set_defaults(rounds=1)
     options = parser.parse_args()
@@ -203,7 +203,7 @@ def main() -> None:
 
 def shortened(options: argparse.Namespace) -> Config:
     """The demonstration's recipe with fewer epochs, for pictures of the sizes asked for."""
-    train, drawn, resized = demo.DEMO.train, synthetic.Difficulty.side_px, demo.DEMO.augment.long_side
+    train, drawn, resized = demo.DEMO.train, synthetic.Difficulty().side_px, demo.DEMO.augment.long_side
     long_side = tuple(round(ours * to / of) for ours, to, of in zip(options.side, resized, drawn, strict=True))
     epochs, supervised = (max(1, count // options.shorten) for count in (train.epochs, train.supervised_epochs))
     return dataclasses.replace(demo.DEMO, device="cuda" if options.device.startswith("cuda") else "cpu", train=dataclasses.replace(

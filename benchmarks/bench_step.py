@@ -25,14 +25,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness import Report, arguments
+from harness import Report, arguments, bare_trainer, random_batch
 from stpp.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
-from stpp.data.sample import Batch, Sample
+from stpp.data.sample import Batch
 from stpp.distributed import World
 from stpp.models.build import build_model
 from stpp.precision import autocast_dtype
 from stpp.teacher import export
-from stpp.train import Schedule, Trainer
+from stpp.train import Trainer
 from stpp_kernels import upsample_cross_entropy
 
 CLASSES = 21
@@ -40,15 +40,12 @@ IGNORED = 0.1
 
 
 def engine(options: argparse.Namespace, device: torch.device, folder: Path) -> Trainer:
-    """The Trainer of a run that is never started: only its step is used."""
+    """What takes the engine's steps."""
     config = Config(
         data=DataConfig(root=folder), out=folder,
         model=ModelConfig(name=options.model, backbone=options.backbone, output_stride=options.output_stride, pretrained="none"),
         augment=AugmentConfig(crop_px=options.crop), train=TrainConfig(batch_global=options.batch, precision=options.precision))
-    sample = Sample(key="none", image="none", mask="none", width=options.crop, height=options.crop)
-    return Trainer(config, World(device=device), [sample] * options.batch, stage=1, title="bench",
-                   classes=tuple(map(str, range(CLASSES))), folder=folder, schedule=Schedule(steps=1 << 30, validate_steps=1 << 30),
-                   validate=None)
+    return bare_trainer(config, World(device=device), folder, CLASSES)
 
 
 def peer(network: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, dtype: torch.dtype, channels_last: bool,
@@ -135,10 +132,8 @@ def main() -> None:
     dtype = autocast_dtype(options.precision, device)
     torch.manual_seed(0)
     network = build_model(options.model, options.backbone, CLASSES, options.output_stride).to(device)
-    images = torch.randn(options.batch, 3, options.crop, options.crop, device=device)
-    labels = torch.randint(CLASSES, (options.batch, options.crop, options.crop), dtype=torch.uint8, device=device)
-    labels[torch.rand(labels.shape, device=device) < IGNORED] = 255
-    batch = Batch(images_NCHW=images.contiguous(memory_format=torch.channels_last), labels_NHW=labels, indices=None)
+    batch = random_batch(options.batch, options.crop, CLASSES, device, ignored=IGNORED)
+    images, labels = batch.images_NCHW, batch.labels_NHW
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = engine(options, device, Path(folder))

@@ -22,6 +22,11 @@ from pathlib import Path
 
 import torch
 
+from stpp.config import Config
+from stpp.data.sample import Batch, Sample
+from stpp.distributed import World
+from stpp.train import Schedule, Trainer
+
 MIB = 1024 * 1024
 GPU_MEASUREMENT_MS = 20
 """A timed run on a GPU repeats a call until it lasts about as long."""
@@ -116,6 +121,22 @@ class Report:
             _run(variant, self.device)
             return (torch.cuda.max_memory_allocated() - before) / MIB
         return _peak_resident_mib(variant)
+
+
+def bare_trainer(config: Config, here: World, folder: Path, num_classes: int) -> Trainer:
+    """The Trainer of a run that is never started: only its step is used."""
+    side, classes = config.augment.crop_px, tuple(map(str, range(num_classes)))
+    sample = Sample(key="none", image="none", mask="none", width=side, height=side)
+    return Trainer(config, here, [sample] * config.train.batch_global, stage=1, title="bench", classes=classes, folder=folder,
+                   schedule=Schedule(steps=1 << 30, validate_steps=1 << 30), validate=None)
+
+
+def random_batch(count: int, side: int, num_classes: int, device: torch.device, *, ignored: float = 0.0) -> Batch:
+    """Noise, `count` images of `side` pixels, and labels, of which a share is 255."""
+    images = torch.randn(count, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(num_classes, (count, side, side), dtype=torch.uint8, device=device)
+    labels[torch.rand(labels.shape, device=device) < ignored] = 255
+    return Batch(images_NCHW=images, labels_NHW=labels, indices=None)
 
 
 def minimum_ratio(pairs: list[tuple[dict, dict]], key: str = "median") -> float:

@@ -1,6 +1,7 @@
-"""The README's figures are those of committed rows, and every row says what it was measured on."""
+"""The README's figures are those of committed rows, every row says what it was measured on, and every benchmark runs."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -34,3 +35,34 @@ def test_rows_say_where_they_come_from(path):
         row = json.loads(line)
         assert {"name", "device", "threads", "versions", "git", "date"} <= row.keys()
         assert "value" in row or {"variant", "shape", "dtype", "median", "p20", "p80", "unit"} <= row.keys()
+
+
+SMALLEST = {
+    "checkpoint": "--rounds 1 --crop 33",
+    "corpus": "--counts 40 --shard-size 16",
+    "data": "--rounds 1 --batch 2 --batches 1 --crop 33",
+    "label": "--images 1 --backbone resnet18 --tta none stpp --backend eager --workers 1",
+    "loss": "--rounds 1 --no-compile",
+    "ops": "--rounds 1 --no-compile --only dilated_conv --maps 9x9",
+    "scaling": "--rounds 1 --crop 33 --per-rank 2",
+    "selftrain": "--shorten 80 --pictures 32",
+    "step": "--rounds 1 --backbone resnet18 --output-stride 32 --crop 33 --no-compile",
+    "teacher": "--rounds 1 --backbone resnet18 --output-stride 32 --batches 1 --sizes 33x49 --backends inductor",
+}
+"""Arguments that make a benchmark short, by its name."""
+
+
+def test_every_benchmark_is_tried():
+    assert {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")} == set(SMALLEST)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(SMALLEST))
+def test_a_benchmark_runs_and_writes_its_rows(name, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    command = [sys.executable, str(ROOT / "benchmarks" / f"bench_{name}.py"), *SMALLEST[name].split(), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert rows
+    assert all({"device", "threads", "versions", "git", "date"} <= row.keys() for row in rows)
