@@ -14,6 +14,14 @@ RATIOS = (
     ("the same", "`torch.compile`d eager", "loss-cpu", "loss.fused_vs_compiled_ratio"),
     ("ten views of softmax, summed", "eager", "ops-labelling-cpu", "softmax_accumulate.fused_vs_eager_ratio"),
     ("confusion matrix", "eager", "ops-labelling-cpu", "confusion.fused_vs_eager_ratio"),
+    ("dilated convolutions of ASPP in bf16, forward, 41x41", "`F.conv2d`", "ops-conv-cpu", "dilated_conv.forward_ratio_41x41"),
+    ("the same, 63x63", "`F.conv2d`", "ops-conv-cpu", "dilated_conv.forward_ratio_63x63"),
+    ("with backward, 63x63", "`F.conv2d`", "ops-conv-cpu", "dilated_conv.forward_backward_ratio_63x63"),
+    ("loading and augmenting, half of it strongly", "PIL, worker processes", "data-cpu", "data.dali_vs_pil_ratio"),
+    ("training step, DeepLabV3+ ResNet-50, stride 8, 2 x 321 px, fp32", "public recipe", "step-cpu", "step.engine_vs_public_ratio"),
+    ("the same", "channels_last, fused SGD, `torch.compile`", "step-cpu", "step.engine_vs_tuned_ratio"),
+    ("labelling with ten views, ResNet-50, fp32, files to files", "public recipe", "label-cpu", "label.engine_vs_public_ratio"),
+    ("all stages of ST++, a third of the demo", "public recipe", "selftrain-cpu", "selftrain.engine_vs_public_ratio"),
 )
 """What, against what, file of rows, name of the summary row."""
 RUNS = (
@@ -21,6 +29,7 @@ RUNS = (
     ("demo, seed 1", "demo-cpu", "demo-seed1"),
     ("demo, seed 2", "demo-cpu", "demo-seed2"),
     ("CamVid, 1/8 of the labels, ResNet-18, one core", "camvid-cpu", "camvid"),
+    ("the same on two ranks, two images each, beside other work", "camvid-cpu", "camvid-2ranks"),
 )
 """What, file of rows, name of the run in them."""
 
@@ -40,19 +49,18 @@ def ratios() -> str:
 
 
 def scores() -> str:
-    """Lines of mIoU, percent; of ST where there is such a run, its name ending in -st.
+    """Lines of mIoU, percent, of the stages that a run has; of ST where there is such a run, its name ending in -st.
 
     Raises:
-        KeyError: a run has no row of a stage.
+        KeyError: a run has no rows.
     """
     heads = ("run", "labels alone", "control", "ST", "ST++, stage 4", "ST++, stage 6", "minutes", "rows")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for what, file, run in RUNS:
         of = values(file)
-        st = of.get(f"{run}-st.3-retrain.miou_pct")
-        labels, control, fourth, sixth = (
-            f"{of[f'{run}.{stage}.miou_pct']:.1f}" for stage in ("1-supervised", "control", "4-retrain", "6-retrain"))
-        miou = (labels, control, f"{st:.1f}" if st else "", fourth, sixth)
+        stages = ("1-supervised", "control", "-st.3-retrain", "4-retrain", "6-retrain")
+        found = (of.get(f"{run}{'' if stage[0] == '-' else '.'}{stage}.miou_pct") for stage in stages)
+        miou = ["" if value is None else f"{value:.1f}" for value in found]
         lines.append(f"| {what} | {' | '.join(miou)} | {of[f'{run}.minutes']:.1f} | `{file}.jsonl`: `{run}` |")
     return "\n".join(lines)
 
