@@ -30,8 +30,8 @@ test-gpu: setup  ## the tests that need a CUDA device
 
 bench: setup  ## the quick benchmarks, about 20 minutes on two cores (benchmarks/results/last.jsonl)
 	rm -f benchmarks/results/last/*.jsonl
-	for name in data loss label step; do \
-	    PYTHONPATH=benchmarks $(BIN)/python benchmarks/bench_$$name.py --out benchmarks/results/last/$$name.jsonl || exit 1; done
+	for bench in data loss "label --images 6" step; do set -- $$bench; name=$$1; shift; \
+	    PYTHONPATH=benchmarks $(BIN)/python benchmarks/bench_$$name.py $$@ --out benchmarks/results/last/$$name.jsonl || exit 1; done
 	cat benchmarks/results/last/*.jsonl > benchmarks/results/last.jsonl
 
 fmt: setup  ## format and sort imports

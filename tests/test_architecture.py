@@ -14,7 +14,7 @@ SOURCES = {"stpp": ROOT / "engine", "stpp_kernels": ROOT / "kernels"}
 
 LEAVES = {"errors", "files", "signals"}
 COMMON = {"config", "log", "distributed", "checkpoint", "metrics", "optimizer", "precision", "rundir", "lease"}
-PARTS = {"data", "models", "teacher"}
+PARTS = {"profiling", "data", "models", "teacher"}
 WORK = {"train", "evaluate", "label", "report", "preflight"}
 TOPS = {"selftrain", "demo", "doctor", "predict", "export", "selftest"}
 # What the first name below `stpp` may import besides itself. A new module needs a place here.

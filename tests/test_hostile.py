@@ -10,6 +10,8 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -77,6 +79,14 @@ def parquet(tmp_path_factory) -> bytes:
 def test_damaged_rows(tmp_path, parquet, data):
     (tmp_path / "rows.parquet").write_bytes(data.draw(damaged(parquet)))
     refused_or(lambda: rows.read(tmp_path / "rows.parquet"))
+
+
+def test_text_that_is_not_utf8_is_no_table(tmp_path):
+    offsets, text = pa.py_buffer(np.array([0, 1], dtype=np.int32)), pa.py_buffer(b"\x80")
+    keys = pa.Array.from_buffers(pa.string(), 1, [None, offsets, text])
+    pq.write_table(pa.table({"key": keys}), tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match="rows.parquet: not a readable Parquet file"):
+        rows.read(tmp_path / "rows.parquet")
 
 
 @pytest.fixture(scope="module")

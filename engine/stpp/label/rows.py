@@ -61,7 +61,7 @@ def read(path: Path, columns: Iterable[str] | None = None) -> list[dict]:
     try:
         file = pq.ParquetFile(path)
         return file.read(None if columns is None else [name for name in file.schema_arrow.names if name in columns]).to_pylist()
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: text that is not UTF-8
         raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
 
 
