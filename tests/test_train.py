@@ -129,6 +129,35 @@ def test_a_run_broken_off_goes_on_to_the_same_weights(synthetic_index, tmp_path)
     assert [row for row in rows if '"loss"' in row] and len({row for row in rows}) == len(rows)
 
 
+def test_a_run_broken_off_after_its_best_and_before_its_checkpoint_keeps_the_same_files(synthetic_index, tmp_path, monkeypatch):
+    known = index.load(synthetic_index)
+    samples = [known.sample(image) for image in sorted(known.entries)]
+    scores = iter([30.0, 40.0, 25.0])
+    trainer(tiny(), samples, tmp_path / "whole", lambda _: next(scores)).run()
+
+    scores, broken = iter([30.0, 40.0]), trainer(tiny(), samples, tmp_path / "broken", lambda _: next(scores))
+    save = broken._save
+
+    def once() -> None:
+        if broken.step > 2:
+            broken.writer.wait()  # best.pt of step 4 is there
+            raise RuntimeError("power cut")
+        save()
+
+    monkeypatch.setattr(broken, "_save", once)
+    with pytest.raises(RuntimeError, match="power cut"):
+        broken.run()
+    scores = iter([40.0, 25.0])
+    resumed = trainer(tiny(), samples, tmp_path / "broken", lambda _: next(scores))
+    result = resumed.run()
+    assert (result.miou, result.step) == (40.0, 4)
+    for name in ("best.pt", "third-1.pt", "third-2.pt", "third-3.pt"):
+        ours, theirs = (checkpoint.load(tmp_path / run / name) for run in ("broken", "whole"))
+        assert {key: value for key, value in ours.items() if key != "model"} == {
+            key: value for key, value in theirs.items() if key != "model"}, name
+        assert all(torch.equal(ours["model"][key], theirs["model"][key]) for key in theirs["model"]), name
+
+
 class Spoiled(nn.Module):
     """A network whose output is not finite in some of its calls."""
 

@@ -275,14 +275,14 @@ class Trainer:
         at_end = self.step == self.schedule.steps
         if at_end if self.config.train.select == "last" or miou is None else miou > self.best_miou:
             self.best_miou, self.best_step = miou if miou is not None else -1.0, self.step
-            self._keep("best.pt")
+            self._keep("best.pt", miou=self.best_miou)
 
-    def _keep(self, name: str) -> None:
-        """Writes the weights, with what is needed to use them, as `name`."""
+    def _keep(self, name: str, **scores: float) -> None:
+        """Writes the weights, with what is needed to use them and their scores, as `name`."""
         distributed.broadcast_buffers(self.network)
         if self.here.is_main:
             self.writer.save(self.folder / name, model=self.network.state_dict(), classes=list(self.classes),
-                            architecture=dataclasses.asdict(self.config.model), step=self.step, miou=self.best_miou)
+                            architecture=dataclasses.asdict(self.config.model), step=self.step, **scores)
 
     def _save(self) -> None:
         """Writes everything that the next step depends on."""
