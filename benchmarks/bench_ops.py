@@ -16,7 +16,7 @@ from harness import Report, arguments, minimum_ratio
 from stpp_kernels import dilated_conv3x3, implementations
 
 ASPP_RATES = (12, 24, 36)
-ASPP_MAPS = ((41, 41), (63, 63), (90, 120))
+ASPP_MAPS = ("41x41", "63x63", "90x120")
 
 
 def dilated_conv(report: Report, options: argparse.Namespace) -> None:
@@ -29,9 +29,7 @@ def dilated_conv(report: Report, options: argparse.Namespace) -> None:
         return values.to(dtype).to(memory_format=torch.channels_last).requires_grad_()
 
     weights = [leaf(256, 2048, 3, 3) for _ in ASPP_RATES]
-    for height, width in ASPP_MAPS:
-        if options.maps and f"{height}x{width}" not in options.maps:
-            continue
+    for height, width in [map(int, text.split("x")) for text in options.maps]:
         x = leaf(4, 2048, height, width)
 
         def fused(x=x):
@@ -78,7 +76,7 @@ def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--conv-dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--maps", nargs="+", help="of the dilated convolution, as 41x41; default all")
+    parser.add_argument("--maps", nargs="+", default=ASPP_MAPS, help="of the dilated convolution, HxW")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled peers")
     options = parser.parse_args()
     torch._dynamo.config.cache_size_limit = 64  # a view of test-time augmentation is a shape, and each is compiled
