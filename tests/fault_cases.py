@@ -1,9 +1,9 @@
 """Runs that die again and again and are begun again, against one left alone."""
 
 import json
-import os
 import random
 import re
+import secrets
 import subprocess
 import sys
 from pathlib import Path
@@ -109,8 +109,8 @@ def finish(command: list[str], folder: Path, events: list[str], number: int) -> 
     Returns:
         How often it died.
     """
-    for i, event in enumerate(events):
-        fired = folder / f"fired-{number}-{i}-{os.getpid()}"
+    for event in events:
+        fired = folder / f"fired-{secrets.token_hex(8)}"  # one that is there would keep the bomb from going off
         ran = run(command, bomb={"event": event, "signal": number, "rank": 0}, fired=fired)
         assert fired.exists() and ended_by(ran, number), f"{event}: exit {ran.returncode}\n{ran.stderr[-2000:]}"
     ran = run(command)
