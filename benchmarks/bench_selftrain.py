@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils.data import DataLoader
 
 import bench_data
@@ -147,7 +148,7 @@ class Public:
 
 
 def _mask(path: str) -> np.ndarray:
-    with bench_data.Image.open(path) as image:
+    with Image.open(path) as image:
         return np.array(image)
 
 

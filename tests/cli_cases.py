@@ -39,7 +39,7 @@ def ended(capsys, *args: object) -> tuple[int, str, str]:
 
 
 def refused(capsys, *args: object) -> str:
-    """Standard error of `stpp ARGS`, which ends with code 2."""
+    """The last line that `stpp ARGS`, which ends with code 2, writes to standard error."""
     code, _, errors = ended(capsys, *args)
     assert code == 2
-    return errors
+    return errors.strip().splitlines()[-1]

@@ -120,7 +120,7 @@ class Profile:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"trace-rank{self._here.rank}.json.gz"
         temporary = path.with_name(f".{path.name}")
-        traced.export_chrome_trace(str(temporary.with_suffix("")) + ".gz")
+        traced.export_chrome_trace(str(temporary))
         os.replace(temporary, path)
         if self._here.is_main:
             files.write_text(self._folder / "parts.txt", self._table(traced))
