@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from stpp.config import AugmentConfig
@@ -37,7 +39,7 @@ BOUNDS = {
     "saturation": {"street": (0.6, 1), "vivid": (0.6, 1)},
     "hue": {"street": (3.7, 18), "vivid": (20, 69)},
     "gray": {"street": (0.01, 0), "vivid": (0.01, 1)},
-    "blur": {"street": (1.2, 7), "vivid": (0.8, 3)},
+    "blur": {"street": (0.6, 2), "vivid": (0.65, 2)},
     "cutout": {"street": (0.01, 0), "vivid": (0.01, 0)},
 }
 
@@ -177,15 +179,21 @@ def test_each_operation_alone_is_within_its_stated_bound(monkeypatch, request, o
 
 
 @needs_dali
-def test_a_blurs_spread_is_what_was_asked_for():
-    from stpp.data.dali_graph import _sampled_sigma
+@given(sigma=st.floats(0.01, 30))
+def test_a_blurs_spread_is_what_was_asked_for(sigma):
+    from stpp.data.dali_graph import _blur_kernel
 
-    offsets = np.arange(-10, 11)
-    for sigma in (0.1, 0.2, 0.45, 0.8, 1.3, 2.0):
-        (fed,) = _sampled_sigma(np.float32([sigma]))
-        kernel = np.exp(-(offsets**2) / (2 * fed**2))
-        assert np.sqrt((kernel * offsets**2).sum() / kernel.sum()) == pytest.approx(sigma, rel=0.01)
-    assert _sampled_sigma(np.float32([0, 1]))[0] == 0
+    kernel = _blur_kernel(sigma).astype(np.float64)
+    offsets = np.arange(len(kernel)) - len(kernel) // 2
+    assert kernel.sum() == pytest.approx(1, abs=1e-6) and (kernel >= 0).all() and (kernel == kernel[::-1]).all()
+    assert np.sqrt((kernel * offsets**2).sum()) == pytest.approx(sigma, rel=1e-3)
+
+
+@needs_dali
+def test_no_blur_is_one_tap():
+    from stpp.data.dali_graph import _blur_kernel
+
+    assert _blur_kernel(0.0).tolist() == [1.0]
 
 
 @needs_dali

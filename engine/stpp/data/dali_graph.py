@@ -42,7 +42,8 @@ TRAIN_INPUTS = EVAL_INPUTS | {
     "factor_2": (types.FLOAT, 0, ""),
     "luma_2": (types.FLOAT, 1, ""),
     "gray": (types.BOOL, 0, ""),
-    "sigma": (types.FLOAT, 0, ""),
+    "blur": (types.BOOL, 0, ""),
+    "blur_kernel": (types.FLOAT, 1, ""),
     "cutout": (types.BOOL, 0, ""),
     "box_anchors": (types.INT32, 2, ""),
     "box_shapes": (types.INT32, 2, ""),
@@ -67,8 +68,8 @@ def train_graph(x: dict, gpu: bool, *, side: int, exif: bool):
         image = _jitter(image, x, gpu)
     if x["gray"]:
         image = fn.coord_transform(image, M=np.tile(LUMA, 3).tolist(), dtype=types.UINT8)
-    if x["sigma"] > 0:
-        image = fn.gaussian_blur(image, sigma=x["sigma"])
+    if x["blur"]:
+        image = _blurred(image, x["blur_kernel"], gpu)
     if x["cutout"]:
         noise = x["noise"]
         if gpu:
@@ -127,6 +128,14 @@ def _scale_around(image, factor, luma, gpu: bool):
     return fn.brightness_contrast(image, contrast=factor, contrast_center=fn.reductions.sum(mean * luma))
 
 
+def _blurred(image, kernel, gpu: bool):
+    """Rows, then columns, filtered with float32 [K]; pixels beyond a border are those at it."""
+    for shape in ([1, -1], [-1, 1]):
+        line = fn.reshape(kernel, shape=shape)
+        image = fn.filter(image, line.gpu() if gpu else line, border="clamp")
+    return image
+
+
 def _normalised(image):
     mean = [255 * value for value in IMAGENET_MEAN]
     std = [255 * value for value in IMAGENET_STD]
@@ -173,7 +182,8 @@ def train_rows(samples: Sequence[Sample], params: AugmentParams, side: int, nois
         "jitter": params.jitter,
         **_jitter_rows(params),
         "gray": params.gray,
-        "sigma": _sampled_sigma(params.blur_sigma),
+        "blur": params.blur_sigma > 0,
+        "blur_kernel": [_blur_kernel(sigma) for sigma in params.blur_sigma.tolist()],
         "cutout": box[:, 2] > 0,
         "box_anchors": np.stack([zeros, corner], axis=1),
         "box_shapes": np.stack([whole, box_size], axis=1),
@@ -186,18 +196,17 @@ def train_rows(samples: Sequence[Sample], params: AugmentParams, side: int, nois
     }
 
 
-_SIGMAS = np.linspace(0.15, 2.5, 471)  # of a Gaussian sampled at whole pixels
-_KERNELS = np.exp(-(np.arange(-12, 13) ** 2) / (2 * _SIGMAS[:, None] ** 2))
-_SPREADS = np.sqrt((_KERNELS * np.arange(-12, 13) ** 2).sum(axis=1) / _KERNELS.sum(axis=1))
+def _blur_kernel(sigma: float) -> np.ndarray:
+    """float32 [K]: PIL's Gaussian blur, a box three times over; [1] for sigma 0.
 
-
-def _sampled_sigma(sigma: np.ndarray) -> np.ndarray:
-    """float32 [N]: the sigma to give to DALI for a blur whose spread is really `sigma` pixels; 0 stays 0.
-
-    A Gaussian narrower than a pixel loses its flanks when it is sampled at whole pixels: sigma 0.3 blurs like 0.09.
-    PIL's repeated box keeps the spread that it is told.
+    Each box has a third of the variance: 2 `reach` + 1 whole pixels, and of the pixels beside them the part that makes up the rest.
     """
-    return np.where(sigma > 0, np.interp(sigma, _SPREADS, _SIGMAS), 0).astype(np.float32)
+    variance = sigma**2 / 3
+    reach = int((np.sqrt(12 * variance + 1) - 1) / 2)
+    whole = 2 * reach + 1
+    part = whole * (3 * variance - reach * (reach + 1)) / (6 * ((reach + 1) ** 2 - variance))
+    box = np.array([part, *[1.0] * whole, part]) / (whole + 2 * part)
+    return np.convolve(np.convolve(box, box), box).astype(np.float32) if sigma > 0 else np.ones(1, dtype=np.float32)
 
 
 def _jitter_rows(params: AugmentParams) -> dict[str, np.ndarray]:
