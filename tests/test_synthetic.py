@@ -28,7 +28,7 @@ def test_the_set_goes_through_preparation_and_split(tmp_path):
     assert made.counts == {"images": 20, "masks": 20, "converted": 20}
     sizes = {(entry.width, entry.height) for entry in made.entries.values()}
     low, high = synthetic.Difficulty().side_px
-    assert 4 < len(sizes) <= 16 and {side for size in sizes for side in size} == set(range(low, high + 1, 8))
+    assert len(sizes) > 10 and all(low <= side <= high for size in sizes for side in size)
     splits.make_split(made, tmp_path / "split", fraction="1/8")
     counts = {
         name: len((tmp_path / "split" / f"{name}.txt").read_text().splitlines())

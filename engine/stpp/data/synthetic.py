@@ -42,8 +42,6 @@ class Difficulty:
     """What makes the task hard. Pairs are ranges of uniform draws."""
 
     side_px: tuple[int, int] = (48, 72)
-    side_step_px: int = 8
-    """Sides are whole steps above the smallest: pictures of equal size, which a camera's mostly are, can share a batch."""
     shapes: tuple[int, int] = (2, 5)
     """Shapes in a picture, ends included."""
     radius: tuple[float, float] = (0.24, 0.42)
@@ -134,8 +132,7 @@ def palette() -> list[int]:
 def draw_picture(rng: np.random.Generator, difficulty: Difficulty) -> tuple[np.ndarray, np.ndarray]:
     """A picture, uint8 [H, W, 3], and its mask, uint8 [H, W]."""
     d = difficulty
-    low, high = d.side_px
-    width, height = (low + d.side_step_px * int(steps) for steps in rng.integers((high - low) // d.side_step_px + 1, size=2))
+    width, height = (int(side) for side in rng.integers(d.side_px[0], d.side_px[1] + 1, size=2))
     canvas = _background(rng, height, width, d)
     mask = np.zeros((height, width), dtype=np.uint8)
     for _ in range(rng.integers(d.distractors[0], d.distractors[1] + 1)):
