@@ -16,6 +16,7 @@ RATIOS = (
     ("confusion matrix", "eager", "ops-labelling-cpu", "confusion.fused_vs_eager_ratio"),
     ("dilated convolutions of ASPP in bf16, forward, 41x41", "`F.conv2d`", "ops-conv-cpu", "dilated_conv.forward_ratio_41x41"),
     ("the same, 63x63", "`F.conv2d`", "ops-conv-cpu", "dilated_conv.forward_ratio_63x63"),
+    ("the same, 90x120", "`F.conv2d`", "ops-conv-cpu", "dilated_conv.forward_ratio_90x120"),
     ("with backward, 63x63", "`F.conv2d`", "ops-conv-cpu", "dilated_conv.forward_backward_ratio_63x63"),
     ("loading and augmenting, half of it strongly", "PIL, worker processes", "data-cpu", "data.dali_vs_pil_ratio"),
     ("training step, DeepLabV3+ ResNet-50, stride 8, 2 x 321 px, fp32", "public recipe", "step-cpu", "step.engine_vs_public_ratio"),
