@@ -14,7 +14,6 @@ loader's queue and give the one before it time to fill its own; then `--batches`
 import argparse
 import random
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -134,26 +133,17 @@ def main() -> None:
                           pin_memory=device.type == "cuda", persistent_workers=True)
         streams = {"dali": ours("dali"), "reference": ours("reference"), "pil workers": iter(peer)}
 
-        times: dict[str, list[float]] = {label: [] for label in streams}
-        for _ in range(report.rounds):
-            for label, stream in streams.items():
-                take(stream, UNTIMED, device)
-                began = time.perf_counter()
-                take(stream, options.batches, device)
-                times[label].append(1000 * (time.perf_counter() - began))
-    shape = f"{options.batches} x {options.batch},3,{options.crop},{options.crop}"
-    rows = {label: report.measured("data.train", label, shape, "uint8", found) for label, found in times.items()}
+        def take(label: str, batches: int) -> None:
+            for _ in range(batches):
+                next(streams[label])
+
+        shape = f"{options.batches} x {options.batch},3,{options.crop},{options.crop}"
+        rows = report.compare("data.train", shape, "uint8", {label: lambda label=label: take(label, options.batches)
+                                                             for label in streams}, before=lambda label: take(label, UNTIMED))
     for label, row in rows.items():
         report.summary(f"data.{label.replace(' ', '_')}_images_per_s", 1000 * options.batch * options.batches / row["median"])
     report.summary("data.dali_vs_pil_ratio", rows["pil workers"]["median"] / rows["dali"]["median"])
     report.finish()
-
-
-def take(stream: Iterator, batches: int, device: torch.device) -> None:
-    for _ in range(batches):
-        next(stream)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

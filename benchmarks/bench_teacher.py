@@ -16,6 +16,7 @@ import argparse
 import math
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -103,10 +104,10 @@ def main() -> None:
     with torch.inference_mode(False):
         variants = {"eager": plan.eager(), **compiled(report, plan, options)}
         plain = export.plain_copy(plan.network).eval().to(report.device)
-    rows: dict[str, list[dict]] = {label: [] for label in variants}
-    ratios = []
+    rows: dict[str, list[dict]] = defaultdict(list)
+    best_ms: list[dict[str, float]] = []  # an image, by variant, with the batch that suits it; one entry a size
     for size in options.sizes:
-        image_ms: dict[str, float] = {}
+        image_ms: dict[str, float] = defaultdict(lambda: math.inf)
         for count in options.batches:
             images_NCHW = smooth(count, *map(int, size.split("x")), report.device)
             forward = {label: lambda teacher=teacher, x=images_NCHW: teacher.logits(x) for label, teacher in variants.items()}
@@ -115,15 +116,13 @@ def main() -> None:
                 forward["public"] = lambda ones=ones: [plain(one) for one in ones]
             found = report.compare("teacher.forward", f"{count},3,{size.replace('x', ',')}", plan.precision, forward)
             for label, row in found.items():
-                image_ms[label] = min(row["median"] / count, image_ms.get(label, math.inf))
-                if label in rows:
-                    rows[label].append(row | {"images": count})
-        ratios.append(image_ms.pop("public") / min(image_ms.values()))
-    report.summary("teacher.best_vs_public_ratio", min(ratios))
+                rows[label].append(row)
+                image_ms[label] = min(image_ms[label], row["median"] / count)
+        best_ms.append(image_ms)
+    report.summary("teacher.best_vs_public_ratio", min(ms["public"] / min(ms[label] for label in variants) for ms in best_ms))
     for label, teacher in list(variants.items())[1:]:
         report.summary(f"teacher.ratio.{label}", minimum_ratio(list(zip(rows[label], rows["eager"], strict=True))))
-        ours, eager = (min(row["median"] / row["images"] for row in rows[name][: len(options.batches)])
-                       for name in (label, "eager"))
+        ours, eager = best_ms[0][label], best_ms[0]["eager"]
         if ours < eager:
             report.summary(f"teacher.images_that_repay.{label}", 1000 * teacher.record.compile_s / (eager - ours))
     report.finish()

@@ -61,13 +61,15 @@ class Report:
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
 
-    def compare(self, name: str, shape: str, dtype: str, variants: dict[str, Callable[[], object]]) -> dict[str, dict]:
-        """Measures every variant and returns its row, by name."""
+    def compare(self, name: str, shape: str, dtype: str, variants: dict[str, Callable[[], object]],
+                before: Callable[[str], object] = lambda label: None) -> dict[str, dict]:
+        """Measures every variant and returns its row, by name. Every turn begins with `before(name)`, outside the clock."""
         calls = {label: self._calls(variant) for label, variant in variants.items()}
         peaks = {label: self._peak_mib(variant) for label, variant in variants.items()}
         times: dict[str, list[float]] = {label: [] for label in variants}
         for _ in range(self.rounds):
             for label, variant in variants.items():
+                before(label)
                 times[label].append(_run(variant, self.device, calls[label]))
         return {label: self.measured(name, label, shape, dtype, found, peaks[label]) for label, found in times.items()}
 

@@ -130,9 +130,10 @@ def _scale_around(image, factor, luma, gpu: bool):
 
 def _blurred(image, kernel, gpu: bool):
     """Rows, then columns, filtered with float32 [K]; pixels beyond a border are those at it."""
+    if gpu:
+        kernel = kernel.gpu()
     for shape in ([1, -1], [-1, 1]):
-        line = fn.reshape(kernel, shape=shape)
-        image = fn.filter(image, line.gpu() if gpu else line, border="clamp")
+        image = fn.filter(image, fn.reshape(kernel, shape=shape), border="clamp")
     return image
 
 
@@ -201,12 +202,14 @@ def _blur_kernel(sigma: float) -> np.ndarray:
 
     Each box has a third of the variance: 2 `reach` + 1 whole pixels, and of the pixels beside them the part that makes up the rest.
     """
+    if sigma == 0:
+        return np.ones(1, dtype=np.float32)
     variance = sigma**2 / 3
     reach = int((np.sqrt(12 * variance + 1) - 1) / 2)
     whole = 2 * reach + 1
     part = whole * (3 * variance - reach * (reach + 1)) / (6 * ((reach + 1) ** 2 - variance))
     box = np.array([part, *[1.0] * whole, part]) / (whole + 2 * part)
-    return np.convolve(np.convolve(box, box), box).astype(np.float32) if sigma > 0 else np.ones(1, dtype=np.float32)
+    return np.convolve(np.convolve(box, box), box).astype(np.float32)
 
 
 def _jitter_rows(params: AugmentParams) -> dict[str, np.ndarray]:
