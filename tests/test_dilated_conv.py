@@ -113,6 +113,7 @@ def test_form_saves_work_on_a_cpu_only():
     assert dilated_conv.form("forward", x, 12) == "taps"
     assert dilated_conv.form("forward", x, 1) == "conv"
     assert dilated_conv.form("forward", x.float(), 12) == "conv"
+    assert dilated_conv.form("forward", x.bfloat16(), 12) == "taps"
     assert dilated_conv.form("weight gradient", x.float(), 12) == "taps"
     assert dilated_conv.form("forward", x.to("meta"), 12) == "conv"
 

@@ -49,10 +49,11 @@ def valid_share(height: int, width: int, dilation: int) -> float:
 def form(product: str, x_NIHW: Tensor, dilation: int) -> str:
     """Which form computes a product: "taps" or "conv" (`F.conv2d`, in the dtype of `_compute_dtype`).
 
-    Measured on a CPU with AVX-512 but without bfloat16 arithmetic, 2048 to 256 channels, rates 12, 24, 36: oneDNN's float32
-    convolution leaves out padding by itself in the forward pass and in the input gradient (1.0 to 1.4 times as fast as the taps
-    at 41 x 41, equal at 63 x 63), but not in the weight gradient (1.2 to 3.9 times as slow). On CUDA the taps work but
-    have not been measured against cuDNN: only STPP_DILATED_CONV=taps turns them on.
+    Measured on a CPU with AVX-512 but without bfloat16 arithmetic. In float32 oneDNN's convolution leaves out padding by itself in
+    the forward pass and in the input gradient (0.8 times as fast as the taps with 2048 channels at 63 x 63, 1.3 times with 512 at
+    21 x 21), but not in the weight gradient (1.2 to 10 times as slow). bfloat16 is widened on the way into the
+    taps' buffer, for the convolution in a pass of its own: 1.2 times as slow at 41 x 41 and at 63 x 63. On CUDA the taps work
+    but have not been measured against cuDNN: only STPP_DILATED_CONV=taps turns them on.
 
     Args:
         product: "forward", "input gradient" or "weight gradient".
@@ -64,7 +65,7 @@ def form(product: str, x_NIHW: Tensor, dilation: int) -> str:
         return forced
     if x_NIHW.device.type != "cpu" or valid_share(*x_NIHW.shape[2:], dilation) > MAX_VALID_SHARE:
         return "conv"
-    return "taps" if _compute_dtype(x_NIHW) != torch.float32 or product == "weight gradient" else "conv"
+    return "taps" if x_NIHW.dtype != torch.float32 or product == "weight gradient" else "conv"
 
 
 def _forced_form() -> str:
