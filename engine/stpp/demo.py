@@ -19,8 +19,8 @@ DEMO = Config(
     model=ModelConfig(backbone="resnet18", output_stride=32),
     augment=AugmentConfig(crop_px=49, long_side=(36, 104)),
     label=LabelConfig(tta="flip"),
-    train=TrainConfig(epochs=9, supervised_epochs=240, batch_global=16, lr=0.05, head_lr_multiplier=1.0,
-                      validate_every=9, validate_min_steps=80),
+    train=TrainConfig(epochs=9, supervised_epochs=160, batch_global=16, lr=0.05, head_lr_multiplier=1.0,
+                      validate_every=160),
 )
 """Few labels, many steps of a small network: what two cores can do in five minutes."""
 
