@@ -54,23 +54,28 @@ class Pictures(Dataset):
 
 
 @torch.no_grad()
+def public_probabilities(network: torch.nn.Module, images_1CHW: torch.Tensor, mode: str) -> torch.Tensor:
+    """Probabilities of one image, added over its views one by one, all of them at full size: [1, C, H, W]."""
+    scales, mirrored = VIEWS[mode]
+    height, width = images_1CHW.shape[-2:]
+    total = torch.zeros(())
+    for scale in scales:
+        size = (int(height * scale), int(width * scale))
+        view = F.interpolate(images_1CHW, size, mode="bilinear", align_corners=True)
+        for flip in (False, True)[: 1 + mirrored]:
+            low = network(view.flip(3) if flip else view)
+            probability = F.interpolate(low, size, mode="bilinear", align_corners=True).softmax(1)
+            probability = probability.flip(3) if flip else probability
+            total = total + F.interpolate(probability, (height, width), mode="bilinear", align_corners=True)
+    return total
+
+
 def public(network: torch.nn.Module, paths: list[Path], out: Path, mode: str, device: torch.device, workers: int) -> None:
     """Labels as the public code does."""
-    scales, mirrored = VIEWS[mode]
     palette = [value for i in range(256) for value in (i * 37 % 256, i * 73 % 256, i * 109 % 256)]
     out.mkdir(parents=True)
     for images, (name,) in DataLoader(Pictures(paths), batch_size=1, num_workers=workers):
-        images = images.to(device)
-        height, width = images.shape[-2:]
-        total = 0
-        for scale in scales:
-            size = (int(height * scale), int(width * scale))
-            view = F.interpolate(images, size, mode="bilinear", align_corners=True)
-            for flip in (False, True)[: 1 + mirrored]:
-                low = network(view.flip(3) if flip else view)
-                probability = F.interpolate(low, size, mode="bilinear", align_corners=True).softmax(1)
-                probability = probability.flip(3) if flip else probability
-                total = total + F.interpolate(probability, (height, width), mode="bilinear", align_corners=True)
+        total = public_probabilities(network, images.to(device), mode)
         mask = Image.fromarray(total.argmax(1)[0].cpu().numpy().astype(np.uint8)).convert("P")
         mask.putpalette(palette)
         mask.save(out / f"{name}.png")
@@ -96,6 +101,25 @@ def settled(network: torch.nn.Module, pictures: Pictures) -> torch.nn.Module:
     layer.weight *= scale.view(-1, 1, 1, 1)
     layer.bias.copy_((layer.bias - logits.mean((0, 2, 3))) * scale)
     return network
+
+
+def untrained_checkpoint(path: Path, backbone: str, pictures: Pictures) -> Path:
+    """Writes a checkpoint of a network of stride 8 that nobody trained, but that labels pictures with all of its classes."""
+    torch.manual_seed(0)
+    network = settled(build_model("deeplabv3plus", backbone, CLASSES, 8), pictures)
+    checkpoint.save(path, model=network.state_dict(), classes=[f"class {i}" for i in range(CLASSES)],
+                    architecture={"name": "deeplabv3plus", "backbone": backbone, "output_stride": 8})
+    return path
+
+
+def copied(source: Path | None, count: int, folder: Path) -> list[Path]:
+    """The first images below `source`, or drawn ones, in `folder/source`, which holds nothing else."""
+    if source is None:
+        synthetic.generate(folder / "data", train=count, val=0, difficulty=synthetic.Difficulty(side_px=(320, 480)))
+        source = folder / "data" / "JPEGImages"
+    (folder / "source").mkdir()
+    found = sorted(path for path in source.rglob("*") if path.suffix.lower() in EXTENSIONS)[:count]
+    return [Path(shutil.copy(path, folder / "source")) for path in found]
 
 
 def agreement(ours: Path, theirs: Path) -> float:
@@ -171,20 +195,10 @@ def main() -> None:
     report = LabelReport(options)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if options.source is None:
-            synthetic.generate(folder / "data", train=options.images, val=0, difficulty=synthetic.Difficulty(side_px=(320, 480)))
-            options.source = folder / "data" / "JPEGImages"
-        found = sorted(path for path in options.source.rglob("*") if path.suffix.lower() in EXTENSIONS)[: options.images]
-        source = folder / "source"
-        source.mkdir()
-        paths = [Path(shutil.copy(path, source)) for path in found]
-        torch.manual_seed(0)
-        trained = folder / "best.pt"
-        network = settled(build_model("deeplabv3plus", options.backbone, CLASSES, 8), Pictures(paths))
-        checkpoint.save(trained, model=network.state_dict(), classes=[f"class {i}" for i in range(CLASSES)],
-                        architecture={"name": "deeplabv3plus", "backbone": options.backbone, "output_stride": 8})
+        paths = copied(options.source, options.images, folder)
+        trained = untrained_checkpoint(folder / "best.pt", options.backbone, Pictures(paths))
         for mode in options.tta:
-            ratio = compare(report, options, mode, paths, source, trained, folder)
+            ratio = compare(report, options, mode, paths, folder / "source", trained, folder)
             if mode == "stpp":
                 report.summary("label.engine_vs_public_ratio", ratio)
     report.finish()

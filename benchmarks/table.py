@@ -21,6 +21,7 @@ RATIOS = (
     ("loading and augmenting, half of it strongly", "PIL, worker processes", "data-cpu", "data.dali_vs_pil_ratio"),
     ("training step, DeepLabV3+ ResNet-50, stride 8, 2 x 321 px, fp32", "public recipe", "step-cpu", "step.engine_vs_public_ratio"),
     ("the same", "channels_last, fused SGD, `torch.compile`", "step-cpu", "step.engine_vs_tuned_ratio"),
+    ("teacher, DeepLabV3+ ResNet-18, stride 16, 360x480, fp32", "public recipe", "teacher-cpu", "teacher.best_vs_public_ratio"),
     ("labelling with ten views, ResNet-50, fp32, files to files", "public recipe", "label-cpu", "label.engine_vs_public_ratio"),
     ("all stages of ST++, a third of the demo", "public recipe", "selftrain-cpu", "selftrain.engine_vs_public_ratio"),
 )
