@@ -54,8 +54,8 @@ def main() -> None:
         equal, equal_decided = torch.zeros(2, len(options.engines), dtype=torch.int64)
         pixels, decided, classes = 0, 0, set()
         for i, path in enumerate(tqdm(paths, desc="plain form", unit="image")):
-            mean = public_probabilities(network, pictures[i][0][None].to(report.device), options.tta)[0].cpu() / (len(scales) * (1 + mirrored))
-            truth, (first, second) = mean.argmax(0), mean.topk(2, dim=0).values
+            total = public_probabilities(network, pictures[i][0][None].to(report.device), options.tta)[0].cpu()
+            truth, (first, second) = total.argmax(0), total.topk(2, dim=0).values / (len(scales) * (1 + mirrored))
             clear = first - second >= MARGIN
             for j, engine in enumerate(options.engines):
                 same = torch.from_numpy(read_index_mask(folder / engine / "masks" / f"{path.stem}.png")) == truth
