@@ -16,7 +16,8 @@ import pytest
 import torch
 
 import label_cases as cases
-from cli_cases import assert_accepted
+from cli_cases import assert_accepted, refused
+from conftest import torchrun
 from stpp import checkpoint
 from stpp.label import rows
 from stpp.models.build import build_model
@@ -131,6 +132,19 @@ def test_the_manifest_labels_every_part_once(monkeypatch):
     assert "--list-only" in lister["args"] and "limits" not in lister.get("resources", {})
     assert set(lister["args"]) - {"--list-only"} <= set(words)  # the same source and output
     assert_taken(lister["command"] + lister["args"], monkeypatch)
+
+
+def test_torchruns_closing_report_says_what_was_wrong(tmp_path):
+    ran = torchrun(2, "-m", "stpp", "train", "--data.root", str(tmp_path / "none"), "--out", str(tmp_path / "run"))
+    assert ran.returncode != 0
+    _, _, cause = ran.stderr.partition("Root Cause")
+    assert f"UserError: --data.root {tmp_path / 'none'}: no such folder" in cause and "exitcode  : 2" in cause
+    assert "Traceback" not in cause
+
+
+def test_a_report_that_cannot_be_left_changes_no_exit_code(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "none" / "error.json"))
+    assert refused(capsys, "train", "--data.root", tmp_path / "none", "--out", tmp_path / "run").endswith("folder")
 
 
 @pytest.mark.parametrize("name", ["stpp-train", "stpp-list", "stpp-label"])

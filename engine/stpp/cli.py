@@ -314,12 +314,27 @@ def main(argv: list[str] | None = None) -> None:
             COMMANDS[args[0]][0](args[1:])
     except UserError as error:
         print(f"stpp: {error}", file=sys.stderr)
+        _tell_torchrun(error.with_traceback(None))  # the line alone
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except Exception as error:
+        _tell_torchrun(error)
+        raise
+
+
+def _tell_torchrun(error: Exception) -> None:
+    """Leaves the error for torchrun's closing report, which is long and would else not say it."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        try:
+            get_error_handler().record_exception(error)
+        except OSError:  # as on a full disk: torchrun cannot read half a file
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).unlink(missing_ok=True)
 
 
 def _take(args: list[str], flag: str) -> tuple[str | None, list[str]]:
