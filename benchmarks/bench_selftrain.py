@@ -208,7 +208,7 @@ def shortened(options: argparse.Namespace) -> Config:
     long_side = tuple(round(ours * to / of) for ours, to, of in zip(options.side, resized, drawn, strict=True))
     epochs, supervised = (max(1, count // options.shorten) for count in (train.epochs, train.supervised_epochs))
     return dataclasses.replace(demo.DEMO, device="cuda" if options.device.startswith("cuda") else "cpu", train=dataclasses.replace(
-        train, epochs=epochs, supervised_epochs=supervised, validate_every=1),
+        train, epochs=epochs, supervised_epochs=supervised),
         augment=AugmentConfig(crop_px=options.crop, long_side=long_side))
 
 
