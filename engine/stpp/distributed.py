@@ -4,6 +4,7 @@ Under torchrun every rank calls `init`; without it a run is a world of one and t
 """
 
 import contextlib
+import ctypes
 import datetime
 import os
 import secrets
@@ -19,6 +20,9 @@ from stpp.errors import UserError
 
 TIMEOUT_MINUTES = 30.0
 """A rank that waits longer than this for the others fails, and torchrun ends the job."""
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+"""Names of parameters in glibc's malloc.h."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,7 @@ def world(device: str = "auto", *, timeout_minutes: float = TIMEOUT_MINUTES) -> 
         torch.cuda.set_device(here)
     else:
         torch.set_num_threads(max(1, cores() // local_size))
+        keep_freed_memory()
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ:
         meeting = {}  # as the environment says
@@ -103,6 +108,21 @@ def _fresh_store(rank: int, size: int, timeout: datetime.timedelta) -> dist.Stor
             raise RuntimeError(f"rank {rank} waited {timeout} for the other ranks to start")
         time.sleep(0.05)
     return dist.PrefixStore(f"stpp/{name}", store)
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what is freed for what comes next, also large blocks, instead of giving them back to the system.
+
+    Fresh pages are filled with zeros when they are first touched: a tenth of a training step on small crops, a fifth of labelling
+    large images (benchmarks/NOTES.md). Where the C library is another one, or the user has set it up (MALLOC_MMAP_MAX_), nothing
+    is done.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is None or "MALLOC_MMAP_MAX_" in os.environ:
+        return
+    no_limit = -1
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, no_limit)
 
 
 def cores() -> int:

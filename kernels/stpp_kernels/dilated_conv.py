@@ -36,6 +36,9 @@ from stpp_kernels import dispatch, reference
 MAX_VALID_SHARE = 0.95
 """With more than this share of the taps valid, an ordinary convolution is used: there is nothing to save."""
 
+WIDE = 1024
+"""Input channels from which a weight gradient over more than half of the taps repays the copies of its columns."""
+
 FORM_VARIABLE = "STPP_DILATED_CONV"
 """Environment variable: "taps" or "conv" forces that form; unset, `form` decides."""
 
@@ -49,11 +52,11 @@ def valid_share(height: int, width: int, dilation: int) -> float:
 def form(product: str, x_NIHW: Tensor, dilation: int) -> str:
     """Which form computes a product: "taps" or "conv" (`F.conv2d`, in the dtype of `_compute_dtype`).
 
-    Measured on a CPU with AVX-512 but without bfloat16 arithmetic. In float32 oneDNN's convolution leaves out padding by itself in
-    the forward pass and in the input gradient (0.8 times as fast as the taps with 2048 channels at 63 x 63, 1.3 times with 512 at
-    21 x 21), but not in the weight gradient (1.2 to 10 times as slow). bfloat16 is widened on the way into the
-    taps' buffer, for the convolution in a pass of its own: 1.2 times as slow at 41 x 41 and at 63 x 63. On CUDA the taps work
-    but have not been measured against cuDNN: only STPP_DILATED_CONV=taps turns them on.
+    Measured (benchmarks/NOTES.md). oneDNN's convolution leaves out padding by itself in the forward pass and in the input gradient,
+    in float32 and in AVX-512's bfloat16: 0.8 to 2.5 times as fast as the taps. In the weight gradient it does not (1.2 to 10 times
+    as slow), nor anywhere in AMX's bfloat16. Where bfloat16 is emulated, the taps widen it on the way into their buffer, which the
+    convolution does in a pass of its own: 1.2 times as slow. On CUDA the taps work but have not been measured against
+    cuDNN: only STPP_DILATED_CONV=taps turns them on.
 
     Args:
         product: "forward", "input gradient" or "weight gradient".
@@ -63,9 +66,13 @@ def form(product: str, x_NIHW: Tensor, dilation: int) -> str:
     forced = _forced_form()
     if forced:
         return forced
-    if x_NIHW.device.type != "cpu" or valid_share(*x_NIHW.shape[2:], dilation) > MAX_VALID_SHARE:
+    share = valid_share(*x_NIHW.shape[2:], dilation)
+    if x_NIHW.device.type != "cpu" or share > MAX_VALID_SHARE:
         return "conv"
-    return "taps" if x_NIHW.dtype != torch.float32 or product == "weight gradient" else "conv"
+    if not _convolution_skips_padding(x_NIHW.dtype):
+        return "taps"
+    worth_copying = share < 0.5 or x_NIHW.shape[1] >= WIDE
+    return "taps" if product == "weight gradient" and worth_copying else "conv"
 
 
 def _forced_form() -> str:
@@ -217,6 +224,13 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 def _cpu_multiplies(dtype: torch.dtype) -> bool:
     names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported") if dtype == torch.bfloat16 else ("_is_amx_fp16_supported",)
     return any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+@functools.cache
+def _convolution_skips_padding(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's forward convolution of this dtype does on this CPU."""
+    avx512_alone = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and avx512_alone)
 
 
 def _sum_dtype(compute: torch.dtype) -> torch.dtype:
