@@ -96,6 +96,7 @@ def child(source: str, out: str, output: str, shard_size: str) -> None:
 
     run.make = timed
     here = distributed.World(device=torch.device("cpu"))
+    distributed.keep_freed_memory()  # as `stpp label` has it: what is held must not grow all the same
     start = time.perf_counter()
     summary = label_corpus(ready(Small(), identity="small"), open_source(source), here, out=Path(out), output=output,
                            config=LabelConfig(tta="none", batch_per_rank=64, shard_size=int(shard_size)), data=DataConfig())

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from harness import Report, arguments
+from harness import Report, arguments, freed_memory_kept
 from stpp import checkpoint, distributed
 from stpp.config import DataConfig, LabelConfig
 from stpp.data import synthetic
@@ -141,8 +141,9 @@ def compare(report: Report, options, mode: str, paths: list[Path], source: Path,
     seconds: dict[str, float] = {}
 
     def engine(out: Path, corpus: Path) -> None:
-        summary = label_corpus(lambda _: [opened], open_source(str(corpus)), here, out=out,
-                               config=LabelConfig(tta=mode, batch_per_rank=options.batch), data=DataConfig())
+        with freed_memory_kept():
+            summary = label_corpus(lambda _: [opened], open_source(str(corpus)), here, out=out,
+                                   config=LabelConfig(tta=mode, batch_per_rank=options.batch), data=DataConfig())
         seconds.update(summary.seconds)
 
     few = folder / "few"

@@ -1,4 +1,4 @@
-"""One training step: the engine against the public recipe and against tuned PyTorch, on batches in memory.
+"""One training step: the engine against the public recipe and against tuned PyTorch, on batches in memory and on image files.
 
     python benchmarks/bench_step.py --out benchmarks/results/last.jsonl
     python benchmarks/bench_step.py --backbone resnet18 --crop 161 --output-stride 16 --batch 8 --rounds 3
@@ -6,29 +6,35 @@
 Peers, as their users run them: *public*: float32, NCHW, dilated convolutions as PyTorch gives them, cross-entropy of full-size
 logits, plain SGD. *tuned*: the same with autocast in the engine's precision, channels_last and fused SGD; *compiled*: tuned
 under torch.compile. The engine's step is the Trainer's own. All start from equal weights and take the same images and labels;
-before the clock starts, their first losses are compared.
+before the clock starts, their first losses are compared. On files the engine has its own loader, and public and tuned have a
+DataLoader with as many worker processes as there are cores and PIL, half of the samples strong (`bench_data.py`).
 
-Rows: milliseconds a step. Summaries: the parts of the engine's step, `step.engine_vs_public_ratio`, `step.engine_vs_tuned_ratio`
-(against the faster of tuned and compiled), images a second, and the share of the measured rate of a large matrix product that
-the step's nominal operations reach.
+Rows: milliseconds a step, `.files` with loading. Summaries: the parts of the engine's step, `step.engine_vs_public_ratio`,
+`step.engine_vs_tuned_ratio` (against the faster of tuned and compiled), both again as `step.files_...`, images a second, the share
+of the measured rate of a large matrix product that the step's nominal operations reach, and of the engine's step on files the
+share that waits for data (`step.data_wait_pct`).
 """
 
 import argparse
 import copy
+import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
+import bench_data
 from harness import Report, arguments, bare_trainer, random_batch
 from stpp.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
-from stpp.data.sample import Batch
-from stpp.distributed import World
+from stpp.data.sample import Batch, Sample
+from stpp.distributed import World, cores
 from stpp.models.build import build_model
 from stpp.precision import autocast_dtype
 from stpp.teacher import export
@@ -39,26 +45,29 @@ CLASSES = 21
 IGNORED = 0.1
 
 
-def engine(options: argparse.Namespace, device: torch.device, folder: Path) -> Trainer:
+Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Images [N, 3, H, W] and labels [N, H, W] to the loss."""
+
+
+def engine(options: argparse.Namespace, device: torch.device, folder: Path, samples: Sequence[Sample] = ()) -> Trainer:
     """What takes the engine's steps."""
     config = Config(
         data=DataConfig(root=folder), out=folder,
         model=ModelConfig(name=options.model, backbone=options.backbone, output_stride=options.output_stride, pretrained="none"),
         augment=AugmentConfig(crop_px=options.crop), train=TrainConfig(batch_global=options.batch, precision=options.precision))
-    return bare_trainer(config, World(device=device), folder, CLASSES)
+    return bare_trainer(config, World(device=device), folder, CLASSES, samples)
 
 
-def peer(network: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, dtype: torch.dtype, channels_last: bool,
-         compiled: bool, lr: float) -> Callable[[], torch.Tensor]:
+def peer(network: nn.Module, *, dtype: torch.dtype, channels_last: bool, compiled: bool, lr: float) -> Step:
     """A step as PyTorch's users write it: `network` with plain convolutions, the loss of full-size logits."""
     network = export.plain_copy(network)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     network.to(memory_format=layout)
-    images, targets = images.contiguous(memory_format=layout), labels.long()
     optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4, fused=True if channels_last else None)
     model = torch.compile(network) if compiled else network
 
-    def step() -> torch.Tensor:
+    def step(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        images = images.contiguous(memory_format=layout)
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
             full = F.interpolate(model(images), targets.shape[1:], mode="bilinear", align_corners=True)
             loss = F.cross_entropy(full, targets, ignore_index=255)
@@ -68,6 +77,34 @@ def peer(network: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, dtyp
         return loss.detach()
 
     return step
+
+
+def on_files(report: Report, options: argparse.Namespace, name: str, dtype: torch.dtype, peers: dict[str, Step],
+             folder: Path) -> None:
+    """Steps with loading, by the engine and by peers."""
+    device, samples = report.device, bench_data.samples_of(options, folder)
+    trainer = engine(options, device, folder, samples)
+    batches, waits = trainer._batches(), []
+    public = bench_data.Public(samples, options.crop, trainer.config.augment.long_side)
+
+    def ours() -> None:
+        micro_batches, wait_s = next(batches)
+        trainer.train_step(micro_batches)
+        waits.append(wait_s)
+
+    def theirs(label: str) -> None:
+        images, labels = next(streams[label])
+        peers[label](images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
+
+    streams = {label: iter(DataLoader(public, options.batch, num_workers=cores(), pin_memory=device.type == "cuda"))
+               for label in peers}
+    variants = {"engine": ours, **{label: partial(theirs, label) for label in peers}}
+    rows = report.compare(f"{name}.files", f"{options.batch},3,{options.crop},{options.crop}", str(dtype).removeprefix("torch."),
+                          variants)
+    step_ms = rows["engine"]["median"]
+    for label in peers:
+        report.summary(f"step.files_engine_vs_{label}_ratio", rows[label]["median"] / step_ms)
+    report.summary("step.data_wait_pct", 100 * statistics.median(waits[-report.rounds:]) / (step_ms / 1000))
 
 
 def parts(trainer: Trainer, batch: Batch, device: torch.device, rounds: int) -> dict[str, float]:
@@ -124,6 +161,9 @@ def main() -> None:
     parser.add_argument("--crop", type=int, default=321, help="pixels")
     parser.add_argument("--batch", type=int, default=0, help="images; 0: 16 on a GPU, 2 on a CPU")
     parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"])
+    parser.add_argument("--root", type=Path, help="data set for the steps on files; unset: drawn pictures")
+    parser.add_argument("--layout", default="auto")
+    parser.add_argument("--no-files", action="store_true", help="leave out the steps on files")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled peer")
     options = parser.parse_args()
     report = Report(options)
@@ -140,12 +180,14 @@ def main() -> None:
         trainer.network.load_state_dict(network.state_dict())
         lr = trainer.optimizer.param_groups[0]["base_lr"]
         variants = {"engine": lambda: trainer.train_step([batch])[0]}
+        targets, steps = labels.long(), {}
         settings = {"public": (torch.float32, False, False), "tuned": (dtype, True, False)}
         if not options.no_compile:
             settings["compiled"] = (dtype, True, True)
         for label, (kind, channels_last, compiled) in settings.items():
-            variants[label] = peer(copy.deepcopy(network).train(), images, labels, dtype=kind, channels_last=channels_last,
-                                   compiled=compiled, lr=lr)
+            steps[label] = peer(copy.deepcopy(network).train(), dtype=kind, channels_last=channels_last, compiled=compiled, lr=lr)
+            theirs = images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+            variants[label] = lambda step=steps[label], theirs=theirs: step(theirs, targets)
         losses = {label: variant().item() for label, variant in variants.items()}
         print("first losses:", {label: round(loss, 4) for label, loss in losses.items()})
         assert max(losses.values()) - min(losses.values()) < 0.05 * losses["public"], losses  # dropout draws differ
@@ -154,6 +196,8 @@ def main() -> None:
         rows = report.compare(name, shape, str(dtype).removeprefix("torch."), variants)
         for part, value in parts(trainer, batch, device, options.rounds).items():
             report.summary(f"step.engine_{part}_ms", value)
+        if not options.no_files:
+            on_files(report, options, name, dtype, {label: steps[label] for label in ("public", "tuned")}, Path(folder))
     step_ms = rows["engine"]["median"]
     report.summary("step.engine_images_per_s", 1000 * options.batch / step_ms)
     report.summary("step.public_images_per_s", 1000 * options.batch / rows["public"]["median"])

@@ -9,6 +9,7 @@ A summary row: {"name": ..., "value": ...} and the last five.
 """
 
 import argparse
+import contextlib
 import ctypes
 import datetime
 import gc
@@ -17,11 +18,12 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
+from stpp import distributed
 from stpp.config import Config
 from stpp.data.sample import Batch, Sample
 from stpp.distributed import World
@@ -125,12 +127,29 @@ class Report:
         return _peak_resident_mib(variant)
 
 
-def bare_trainer(config: Config, here: World, folder: Path, num_classes: int) -> Trainer:
-    """The Trainer of a run that is never started: only its step is used."""
+@contextlib.contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """As `stpp` has it on a CPU, for an engine that runs beside peers; afterwards as their users have it.
+
+    glibc moves its limits up to 32 and 64 MiB by itself until one is set, so the peers get these.
+    """
+    distributed.keep_freed_memory()
+    try:
+        yield
+    finally:
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):  # M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            for parameter, value in ((-4, 65536), (-3, 32 * MIB), (-1, 64 * MIB)):
+                libc.mallopt(parameter, value)
+            libc.malloc_trim(0)
+
+
+def bare_trainer(config: Config, here: World, folder: Path, num_classes: int, samples: Sequence[Sample] = ()) -> Trainer:
+    """The Trainer of a run that is never started: only its step and its batches are used, these where it has samples."""
     side, classes = config.augment.crop_px, tuple(map(str, range(num_classes)))
-    sample = Sample(key="none", image="none", mask="none", width=side, height=side)
-    return Trainer(config, here, [sample] * config.train.batch_global, stage=1, title="bench", classes=classes, folder=folder,
-                   schedule=Schedule(steps=1 << 30, validate_steps=1 << 30), validate=None)
+    none = Sample(key="none", image="none", mask="none", width=side, height=side)
+    return Trainer(config, here, samples or [none] * config.train.batch_global, stage=1, title="bench", classes=classes,
+                   folder=folder, schedule=Schedule(steps=1 << 30, validate_steps=1 << 30), validate=None)
 
 
 def random_batch(count: int, side: int, num_classes: int, device: torch.device, *, ignored: float = 0.0) -> Batch:

@@ -9,27 +9,30 @@ import json
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+MACHINES = {"AVX-512": "cpu", "AVX-512 with bf16": "cpu-bf16"}
+"""Two cores each, by what they compute with; files of rows end in the word on the right."""
 RATIOS = (
-    ("upsampling cross-entropy, forward and backward, smallest of three shapes", "eager", "loss-cpu", "loss.fused_vs_eager_ratio"),
-    ("the same", "`torch.compile`d eager", "loss-cpu", "loss.fused_vs_compiled_ratio"),
-    ("ten views of softmax, summed", "eager", "ops-labelling-cpu", "softmax_accumulate.fused_vs_eager_ratio"),
-    ("confusion matrix", "eager", "ops-labelling-cpu", "confusion.fused_vs_eager_ratio"),
-    ("dilated convolutions of ASPP in bf16, forward, 41x41", "`F.conv2d`", "ops-conv-cpu", "dilated_conv.forward_ratio_41x41"),
-    ("the same, 63x63", "`F.conv2d`", "ops-conv-cpu", "dilated_conv.forward_ratio_63x63"),
-    ("the same, 90x120", "`F.conv2d`", "ops-conv-cpu", "dilated_conv.forward_ratio_90x120"),
-    ("with backward, 63x63", "`F.conv2d`", "ops-conv-cpu", "dilated_conv.forward_backward_ratio_63x63"),
-    ("loading and augmenting, half of it strongly", "PIL, worker processes", "data-cpu", "data.dali_vs_pil_ratio"),
-    ("training step, DeepLabV3+ ResNet-50, stride 8, 2 x 321 px, fp32", "public recipe", "step-cpu", "step.engine_vs_public_ratio"),
-    ("the same", "channels_last, fused SGD, `torch.compile`", "step-cpu", "step.engine_vs_tuned_ratio"),
-    ("teacher, DeepLabV3+ ResNet-18, stride 16, 360x480, fp32", "public recipe", "teacher-cpu", "teacher.best_vs_public_ratio"),
-    ("labelling with ten views, ResNet-50, fp32, files to files", "public recipe", "label-cpu", "label.engine_vs_public_ratio"),
-    ("all stages of ST++, a third of the demo", "public recipe", "selftrain-cpu", "selftrain.engine_vs_public_ratio"),
+    ("upsampling cross-entropy, forward and backward, smallest of three shapes", "eager", "loss", "loss.fused_vs_eager_ratio"),
+    ("the same", "`torch.compile`d eager", "loss", "loss.fused_vs_compiled_ratio"),
+    ("ten views of softmax, summed", "eager", "ops-labelling", "softmax_accumulate.fused_vs_eager_ratio"),
+    ("confusion matrix", "eager", "ops-labelling", "confusion.fused_vs_eager_ratio"),
+    ("dilated convolutions of ASPP in bf16, forward, 41x41", "`F.conv2d`", "ops-conv", "dilated_conv.forward_ratio_41x41"),
+    ("the same, 63x63", "`F.conv2d`", "ops-conv", "dilated_conv.forward_ratio_63x63"),
+    ("the same, 90x120", "`F.conv2d`", "ops-conv", "dilated_conv.forward_ratio_90x120"),
+    ("with backward, 41x41", "`F.conv2d`", "ops-conv", "dilated_conv.forward_backward_ratio_41x41"),
+    ("with backward, 63x63", "`F.conv2d`", "ops-conv", "dilated_conv.forward_backward_ratio_63x63"),
+    ("loading and augmenting, half of it strongly", "PIL, worker processes", "data", "data.dali_vs_pil_ratio"),
+    ("training step, DeepLabV3+ ResNet-50, stride 8, 2 x 321 px", "public recipe", "step", "step.engine_vs_public_ratio"),
+    ("the same", "autocast, channels_last, fused SGD, `torch.compile`", "step", "step.engine_vs_tuned_ratio"),
+    ("teacher, DeepLabV3+ ResNet-18, stride 16, 360x480", "public recipe", "teacher", "teacher.best_vs_public_ratio"),
+    ("labelling with ten views, ResNet-50, files to files", "public recipe", "label", "label.engine_vs_public_ratio"),
+    ("all stages of ST++, a third of the demo", "public recipe", "selftrain", "selftrain.engine_vs_public_ratio"),
 )
-"""What, against what, file of rows, name of the summary row."""
+"""What, against what, files of rows, name of the summary row."""
 RUNS = (
-    ("demo, seed 0", "demo-cpu", "demo-seed0"),
-    ("demo, seed 1", "demo-cpu", "demo-seed1"),
-    ("demo, seed 2", "demo-cpu", "demo-seed2"),
+    ("demo, seed 0", "demo-cpu-bf16", "demo-seed0"),
+    ("demo, seed 1", "demo-cpu-bf16", "demo-seed1"),
+    ("demo, seed 2", "demo-cpu-bf16", "demo-seed2"),
     ("CamVid, 1/8 of the labels, ResNet-18, one core", "camvid-cpu", "camvid"),
     ("the same on two ranks, two images each, beside other work", "camvid-cpu", "camvid-2ranks"),
 )
@@ -42,11 +45,13 @@ def ratios() -> str:
     Raises:
         KeyError: a line has no row.
     """
-    lines = ["| what | against | ratio | rows |", "|---|---|---|---|"]
-    for what, against, file, name in RATIOS:
-        value = values(file)[name]
-        shown = f"{value:.0f}" if value >= 10 else f"{value:.1f}"
-        lines.append(f"| {what} | {against} | {shown} | `{file}.jsonl`: `{name}` |")
+    lines = [f"| what | against | {' | '.join(MACHINES)} | rows |", "|---" * (3 + len(MACHINES)) + "|"]
+    for what, against, files, name in RATIOS:
+        found = [values(f"{files}-{machine}").get(name) for machine in MACHINES.values()]
+        if not any(found):
+            raise KeyError(f"no row {name}")
+        shown = ["" if value is None else f"{value:.0f}" if value >= 10 else f"{value:.1f}" for value in found]
+        lines.append(f"| {what} | {against} | {' | '.join(shown)} | `{files}`: `{name}` |")
     return "\n".join(lines)
 
 
@@ -72,8 +77,9 @@ TABLES = {"ratios": ratios, "scores": scores}
 
 
 def values(file: str) -> dict[str, float]:
-    """Summary values of a file of rows, by name."""
-    rows = map(json.loads, (ROOT / "benchmarks" / "results" / f"{file}.jsonl").read_text().splitlines())
+    """Summary values of a file of rows, by name; none where there is no such file."""
+    path = ROOT / "benchmarks" / "results" / f"{file}.jsonl"
+    rows = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
     return {row["name"]: row["value"] for row in rows if "value" in row}
 
 

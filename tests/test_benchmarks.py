@@ -21,7 +21,7 @@ def test_the_tables_of_the_readme_are_made_of_rows():
 
 
 def test_a_figure_without_a_row_is_noticed(monkeypatch):
-    monkeypatch.setattr(table, "RATIOS", (("x", "y", "loss-cpu", "loss.no_such_ratio"),))
+    monkeypatch.setattr(table, "RATIOS", (("x", "y", "loss", "loss.no_such_ratio"),))
     with pytest.raises(KeyError, match="no_such_ratio"):
         table.ratios()
     monkeypatch.setattr(table, "RUNS", (("x", "loss-cpu", "no-such-run"),))

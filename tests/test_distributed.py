@@ -13,7 +13,8 @@ from pathlib import Path
 from stpp import distributed
 
 def resident_mib():
-    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
 
 distributed.keep_freed_memory()
 before = resident_mib()

@@ -306,6 +306,17 @@ def test_too_little_memory_is_said_with_what_to_lower(corpus, tmp_path):
         cases.run(corpus, tmp_path / "out", teacher=Hungry())
 
 
+def test_an_image_that_alone_needs_too_much_memory_is_bad(corpus, tmp_path):
+    class Hungry(cases.Tiny):
+        def logits(self, images_NCHW):
+            return super().logits(images_NCHW) if images_NCHW.shape[3] < 50 else torch.empty(1 << 50)
+
+    summary = cases.run(corpus, tmp_path / "out", teacher=Hungry(), batch_per_rank=1, tta="none")
+    failed = rows.read(tmp_path / "out" / "failed.parquet")
+    assert 0 < summary.bad == len(failed) < summary.images
+    assert all("more memory than there is" in row["error"] and row["width"] >= 50 for row in failed)
+
+
 def test_answers_that_are_not_finite_are_bad(corpus, tmp_path):
     class Broken(cases.Tiny):
         def logits(self, images_NCHW):

@@ -187,6 +187,13 @@ def test_a_mistake_that_only_the_first_rank_sees_ends_all(source, tmp_path):
 
 
 @pytest.mark.dist
+def test_a_rank_that_would_compute_something_else_ends_all(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("STPP_TEST_OTHER_RANK", "1")
+    refused = label(2, source, tmp_path / "out")
+    assert refused.returncode != 0 and "teacher: tiny -> other" in refused.stderr
+
+
+@pytest.mark.dist
 def test_the_command_labels_with_a_checkpoint(tmp_path):
     torch.manual_seed(0)
     paths = []

@@ -140,6 +140,7 @@ def test_torchruns_closing_report_says_what_was_wrong(tmp_path):
     _, _, cause = ran.stderr.partition("Root Cause")
     assert f"UserError: --data.root {tmp_path / 'none'}: no such folder" in cause and "exitcode  : 2" in cause
     assert "Traceback" not in cause
+    assert len([line for line in ran.stderr.splitlines() if line.startswith("stpp: ")]) == 1  # both ranks found it
 
 
 def test_a_report_that_cannot_be_left_changes_no_exit_code(capsys, tmp_path, monkeypatch):

@@ -313,7 +313,8 @@ def main(argv: list[str] | None = None) -> None:
         with signals.ending_on_term():
             COMMANDS[args[0]][0](args[1:])
     except UserError as error:
-        print(f"stpp: {error}", file=sys.stderr)
+        if _is_heard():
+            print(f"stpp: {error}", file=sys.stderr)
         _tell_torchrun(error.with_traceback(None))  # the line alone
         sys.exit(2)
     except KeyboardInterrupt:
@@ -324,6 +325,11 @@ def main(argv: list[str] | None = None) -> None:
     except Exception as error:
         _tell_torchrun(error)
         raise
+
+
+def _is_heard() -> bool:
+    """Whether this rank prints the user's mistakes: most are found by all ranks, and torchrun's closing report names any."""
+    return os.environ.get("LOCAL_RANK", "0") == "0" or "TORCHELASTIC_ERROR_FILE" not in os.environ
 
 
 def _tell_torchrun(error: Exception) -> None:

@@ -32,7 +32,7 @@ def preflight(config: Config, *, lists: dict[str, Sequence[Sample]], weights: in
     _warn_of_overlaps(lists)
     problems = []
     unlabelled = lists.get("unlabeled.txt", ())
-    for check in (*checks, lambda: _room(config, weights, unlabelled), *(
+    for check in (*checks, lambda: _room(config, weights, unlabelled), lambda: _labelable(config, unlabelled), *(
             lambda name=name, samples=samples: _readable(name, samples) for name, samples in lists.items())):
         try:
             check()
@@ -67,6 +67,18 @@ def _room(config: Config, weights: int, unlabelled: Sequence[Sample]) -> None:
     if needed > free:
         raise UserError(f"--out {config.out}: about {needed / 2**20:.0f} MiB are needed for checkpoints and pseudo labels, and the "
                         f"disk has {free / 2**20:.0f}; make room or choose another --out")
+
+
+def _labelable(config: Config, unlabelled: Sequence[Sample]) -> None:
+    """Images that no stage could label: found there, they would end the run, and the time of earlier stages be lost."""
+    most = config.label.max_pixels
+    large = [sample for sample in unlabelled if sample.width * sample.height > most]
+    if large and config.method != "supervised" and not config.pseudo_labels:
+        largest = max(sample.width * sample.height for sample in large)
+        first = large[0]
+        raise UserError(f"unlabeled.txt: {len(large)} images have more than --label.max-pixels {most} (the first: {first.image}, "
+                        f"{first.width}x{first.height}); make them smaller, take them off the list, or, if the memory allows it, "
+                        f"give --label.max-pixels {largest}")
 
 
 def _readable(name: str, samples: Sequence[Sample]) -> None:

@@ -45,6 +45,8 @@ WATCHED = 4
 """Validation images that TensorBoard shows, at most; they are the same in every validation."""
 PICTURES = 120
 """Images that the report at the end of a run draws; `stpp report` draws more."""
+TEACHERS = {"st": 1, "stpp": 5}
+"""Networks that rank or label in a run: three checkpoints of stage 1, and the teachers of the labelling stages."""
 CONTROL = 7
 """Key of the control's random numbers; the stages use their own numbers, 1 to 6."""
 
@@ -293,7 +295,8 @@ class Run:
             backend = "eager"  # the choice depends on the threads, and so on the number of ranks
         pixels = sum(sample.width * sample.height for sample in samples) // len(samples)
         return teachers.from_paths(paths, self.here.device, mode=mode, backend=backend,
-                                   precision=self.config.train.precision, image_px=pixels)
+                                   precision=self.config.train.precision, image_px=pixels,
+                                   teachers=TEACHERS.get(self.config.method))
 
     def _teacher(self, path: Path) -> EagerTeacher:
         return self._eager(load_network(path)[0])

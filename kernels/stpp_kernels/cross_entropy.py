@@ -82,8 +82,7 @@ def upsample_cross_entropy(
     The same as, without its full-size tensors:
     `F.cross_entropy(F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=True), labels.long(),
     ignore_index=ignore_index, weight=class_weight, reduction="sum")`. Divide by the count for the mean; under data
-    parallelism, sum the count over ranks first. Deterministic on a CPU always, on CUDA under
-    `torch.use_deterministic_algorithms`.
+    parallelism, sum the count over ranks first. The same bits in every run, on a CPU and on CUDA.
 
     Args:
         logits_NChw: [N, C, h, w], float32, bfloat16 or float16 (float64: plain PyTorch), any strides, C <= 256.

@@ -33,6 +33,8 @@ class Job(Protocol):
     """Of that table."""
     teacher: str
     """Identity of the network or networks."""
+    networks: Sequence[Teacher]
+    """What computes."""
     settings: dict
     """What decides the result, for the fingerprint: JSON values."""
 
@@ -77,6 +79,11 @@ class Labels:
     """ "png" or "tar"."""
     folder = "labels"
     columns = rows.LABELS
+
+    @property
+    def networks(self) -> Sequence[Teacher]:
+        """See `Job`."""
+        return [self.network]
 
     @property
     def settings(self) -> dict:

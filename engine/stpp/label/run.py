@@ -98,10 +98,13 @@ def execute(task: Task, here: World) -> Summary:
         kind = fingerprint.device_kind(here.device)
         _on_first(here, board, "claimed", lambda: _claim(task, job, listing, kind, threads))
         _require_kind(task.out, here, kind)
+        if not here.is_main:  # one that reads another checkpoint or lacks DALI would mix its masks in
+            _claim(task, job, listing, kind, threads)
         ledger = Ledger(here, board, shards=plan.shards, part=task.part, done=markers.done)
         worker = Worker(Work(job=job, plan=plan, out=task.out, here=here, decoder=decode.pick(task.loader),
                              threads=task.threads, verify=task.verify, title=task.title), ledger)
         worker.run()
+        _keep_agreements(task.out, job, here)
     labelled, seconds, redone = _gathered(here, board, worker)
     for text in redone:
         log.say(f"  damaged, labelled again: {text}")
@@ -173,6 +176,14 @@ def _require_kind(out: Path, here: World, kind: str) -> None:
     found = fingerprint.read(out)["fingerprint"]["device_kind"]
     if found != kind:
         raise UserError(f"--out {out}: the run began on {found}, but rank {here.rank} has {kind}; label on devices of one kind")
+
+
+def _keep_agreements(out: Path, job: Job, here: World) -> None:
+    """Writes how engines agreed with eager on the first images of this rank, if any were judged in this call."""
+    found = [getattr(network, "agreement", None) for network in job.networks]
+    if any(found):
+        files.write_json(out / f"agreement-rank{here.rank}.json", {
+            "teacher": job.teacher, "engines": [one and dataclasses.asdict(one) for one in found]})
 
 
 def _conclude(task: Task, job: Job, plan: Plan, markers: Markers) -> None:

@@ -29,13 +29,15 @@ Open = Callable[[int], list[Opened]]
 
 
 def from_paths(paths: Sequence[Path], device: torch.device, *, mode: str, backend: str = "auto", precision: str = "auto",
-               image_px: int | None = None, trust: bool = False, output_stride: int | None = None) -> Open:
+               image_px: int | None = None, teachers: int | None = None, trust: bool = False,
+               output_stride: int | None = None) -> Open:
     """Opens checkpoints or engine folders.
 
     Args:
         mode: views of an image: key of `tta.VIEWS`.
         backend: "auto" chooses by the amount of work.
         image_px: pixels of an image, about; None: unknown.
+        teachers: of one architecture in the run, which can share one engine; None: these alone.
         trust: run engines that this user did not build.
         output_stride: see `load_network`.
 
@@ -49,7 +51,7 @@ def from_paths(paths: Sequence[Path], device: torch.device, *, mode: str, backen
 
     def open_all(images: int) -> list[Opened]:
         size = {} if image_px is None else {"image_px": image_px}
-        work = Work(images=images, views=views, teachers=len(paths), **size)
+        work = Work(images=images, views=views, teachers=teachers or len(paths), **size)
         found: list[Opened] = []
         for path in paths:
             network = open_teacher(path, load=load, device=device, backend=backend, precision=precision, work=work,

@@ -27,6 +27,7 @@ from stpp.label.shards import Ledger, Markers
 from stpp.label.sinks import Sink
 from stpp.label.verify import damage
 
+TOO_LITTLE_MEMORY = "its views need more memory than there is ({width}x{height} pixels)"
 QUEUE = 64
 """Masks of a shard that wait to be stored, at most."""
 
@@ -67,7 +68,7 @@ class Worker:
 
         Raises:
             OSError: the output cannot be written; what is done stays done.
-            UserError: the device has too little memory.
+            UserError: the device has too little memory for several images at once.
         """
         with ThreadPoolExecutor(self._threads, "stpp-plan") as planners, log.Progress(
                 self._work.title, self._work.plan.items) as bar:
@@ -123,6 +124,12 @@ class Worker:
             if not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
                 raise
             count, _, height, width = batch.images_NCHW.shape
+            if count == 1:
+                if batch.images_NCHW.is_cuda:
+                    torch.cuda.empty_cache()
+                current.add(batch, [TOO_LITTLE_MEMORY.format(width=width, height=height)])
+                self._count(1, current.take_bad())
+                return
             raise UserError(f"{count} images of {width}x{height} pixels need more memory than there is (the first: "
                             f"{batch.planned[0].item.source}); lower --batch-pixels, --batch-per-rank or --max-pixels, with "
                             "another --out") from error

@@ -24,7 +24,7 @@ class Work:
     image_px: int = 360 * 480
     """Pixels of an image, about."""
     teachers: int = 1
-    """Teachers of this architecture that share one engine in the run."""
+    """Teachers of this architecture in the run, which can share one engine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,14 +92,8 @@ def pick(network: nn.Module, work: Work, *, present: Sequence[str], kind: str, p
     """
     if work.images is None:
         return "eager", False, "the number of images is not known"
-    flop = flop_per_px(network) * work.images * work.views * work.image_px
-    eager_s = flop / (EAGER_FLOPS[kind][precision] * (cores if kind == "cpu" else 1))
-    totals = {("eager", False): (eager_s, 0.0)}
-    for (backend, frozen), cost in COSTS[kind].items():
-        if backend in present:
-            compile_s = cost.compile_s / (work.teachers if cost.shared else 1)
-            speedup = cost.speedup_fp32 if precision == "fp32" else cost.speedup
-            totals[backend, frozen] = (compile_s + eager_s / speedup, compile_s)
+    eager_s, totals = _seconds(network, work, present, kind, precision, cores)
+    totals["eager", False] = (eager_s, 0.0)
     backend, frozen = min(totals, key=lambda key: totals[key][0])
     seconds, compile_s = totals[backend, frozen]
     if backend != "eager":
@@ -108,3 +102,28 @@ def pick(network: nn.Module, work: Work, *, present: Sequence[str], kind: str, p
         return "eager", False, "no compiler is installed for this device"
     best, _ = min((total, key) for key, total in totals.items() if key[0] != "eager")
     return "eager", False, f"about {eager_s:.0f} s of work; compiling would make it {best[0]:.0f} s"
+
+
+def is_frozen(backend: str, network: nn.Module, work: Work, *, kind: str, precision: str, cores: int) -> bool:
+    """Whether a backend that was asked for is to have the weights in its code: the form that is done first.
+
+    Where the amount of work is not known, or only one form exists, it has.
+    """
+    if work.images is None:
+        return True
+    _, totals = _seconds(network, work, [backend], kind, precision, cores)
+    return min(totals, key=lambda key: totals[key][0])[1] if totals else True
+
+
+def _seconds(network: nn.Module, work: Work, backends: Sequence[str], kind: str, precision: str,
+             cores: int) -> tuple[float, dict[tuple[str, bool], tuple[float, float]]]:
+    """Seconds of the work by eager; and, by (backend, frozen), those in all and those of them that compile."""
+    flop = flop_per_px(network) * work.images * work.views * work.image_px
+    eager_s = flop / (EAGER_FLOPS[kind][precision] * (cores if kind == "cpu" else 1))
+    totals = {}
+    for (backend, frozen), cost in COSTS[kind].items():
+        if backend in backends:
+            compile_s = cost.compile_s / (work.teachers if cost.shared else 1)
+            speedup = cost.speedup_fp32 if precision == "fp32" else cost.speedup
+            totals[backend, frozen] = (compile_s + eager_s / speedup, compile_s)
+    return eager_s, totals

@@ -90,6 +90,10 @@ def open_teacher(path: Path, *, load: Load, device: torch.device, backend: str =
         chosen, frozen, why = choose.pick(plan.network, work or Work(images=images), present=build.present(device),
                                           kind=device.type, precision=plan.precision, cores=torch.get_num_threads())
         plan = dataclasses.replace(plan, backend=chosen, frozen=frozen, shapes=_range_of(chosen))
+    elif backend != "eager":
+        plan = dataclasses.replace(plan, frozen=choose.is_frozen(
+            backend, plan.network, work or Work(images=images), kind=device.type, precision=plan.precision,
+            cores=torch.get_num_threads()))
     log.say(f"teacher {path}: {chosen} {plan.precision} ({why})")
     return _cached_or_eager(plan, cache) if backend == "auto" else _ready(plan, lambda: build.cached(plan, cache))
 

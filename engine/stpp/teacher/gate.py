@@ -8,11 +8,11 @@ largest class probabilities. The raw agreement counts all pixels, the other one 
 from collections.abc import Callable, Iterable
 
 import torch
-import torch.nn.functional as F
 
 from stpp import log
 from stpp.errors import UserError
 from stpp.teacher.record import Agreement
+from stpp_kernels import softmax_accumulate, upsample_argmax
 
 FLOOR = 0.995
 """Least share of equal classes outside near-ties."""
@@ -34,11 +34,13 @@ class Tally:
     def add(self, low_NChw: torch.Tensor, eager_NChw: torch.Tensor, size: tuple[int, int]) -> None:
         """Counts the pixels of N images at full `size` (rows, columns); low-resolution logits of the engine and of eager."""
         for ours, truth in zip(low_NChw, eager_NChw, strict=True):  # one by one: full-size logits are large
-            ours, truth = (F.interpolate(low[None].float(), size, mode="bilinear", align_corners=True)[0] for low in (ours, truth))
-            first, second = truth.softmax(0).topk(2, dim=0).values
+            chances_1CHW = truth.new_zeros(1, len(truth), *size, dtype=torch.float32)
+            softmax_accumulate(chances_1CHW, truth[None].float().contiguous(), size, size, False)
+            first, second = chances_1CHW.topk(2, dim=1).values.unbind(1)
             decided = first - second >= MARGIN
-            # A logit that is not a number equals no class, wherever argmax puts it.
-            same = (ours.argmax(0) == truth.argmax(0)) & ours.isfinite().all(0)
+            masks = (upsample_argmax(low[None].float().contiguous(), size) for low in (ours, truth))
+            # Logits that are not numbers equal no class, wherever argmax puts them.
+            same = torch.eq(*masks) & ours.isfinite().all()
             self._counts += torch.stack([same.sum(), (same & decided).sum(), decided.sum()])
             self._pixels += same.numel()
 

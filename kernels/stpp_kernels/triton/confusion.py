@@ -1,8 +1,8 @@
 """`confusion` on CUDA: int64 counts of (truth, prediction) pairs.
 
-Up to 64 classes each program counts its pixels in a histogram of its own and adds what it found to the result; above,
-the table would not fit into shared memory and each pixel is one atomic addition. Sums of integers do not depend on
-their order, so both give the same bits in every run.
+Up to `HISTOGRAM_CLASSES` classes each program counts its pixels in a histogram of its own and adds what it found to the result;
+above, the table would not fit into shared memory and each pixel is one atomic addition. Sums of integers do not depend
+on their order, so both give the same bits in every run.
 
 A value outside the classes is counted nowhere and raises a flag, which fails an assert on the stream: nothing waits.
 """
