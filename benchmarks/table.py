@@ -24,6 +24,8 @@ RATIOS = (
     ("loading and augmenting, half of it strongly", "PIL, worker processes", "data", "data.dali_vs_pil_ratio"),
     ("training step, DeepLabV3+ ResNet-50, stride 8, 2 x 321 px", "public recipe", "step", "step.engine_vs_public_ratio"),
     ("the same", "autocast, channels_last, fused SGD, `torch.compile`", "step", "step.engine_vs_tuned_ratio"),
+    ("the same with loading", "public recipe", "step", "step.files_engine_vs_public_ratio"),
+    ("the public recipe's step, images a second", "", "step", "step.public_images_per_s"),
     ("teacher, DeepLabV3+ ResNet-18, stride 16, 360x480", "public recipe", "teacher", "teacher.best_vs_public_ratio"),
     ("labelling with ten views, ResNet-50, files to files", "public recipe", "label", "label.engine_vs_public_ratio"),
     ("all stages of ST++, a third of the demo", "public recipe", "selftrain", "selftrain.engine_vs_public_ratio"),
@@ -50,9 +52,14 @@ def ratios() -> str:
         found = [values(f"{files}-{machine}").get(name) for machine in MACHINES.values()]
         if not any(found):
             raise KeyError(f"no row {name}")
-        shown = ["" if value is None else f"{value:.0f}" if value >= 10 else f"{value:.1f}" for value in found]
+        shown = ["" if value is None else _figures(value) for value in found]
         lines.append(f"| {what} | {against} | {' | '.join(shown)} | `{files}`: `{name}` |")
     return "\n".join(lines)
+
+
+def _figures(value: float) -> str:
+    """Two figures, or all before the point."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
 
 def scores() -> str:

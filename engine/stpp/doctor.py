@@ -224,7 +224,7 @@ def operators() -> Finding:
     from stpp_kernels import dispatch
 
     folder = Path(stpp_kernels.__file__).parent
-    serving = ", ".join(f"{name} {kind}" for name, kind in stpp_kernels.implementations().items())
+    serving = stpp_kernels.described()
     if dispatch.reference_forced():
         return Finding("operators", "warn", "plain PyTorch, forced by STPP_KERNELS", "unset STPP_KERNELS")
     if stale := stale_build(folder):

@@ -35,7 +35,7 @@ from stpp.report.examples import Watch, write_examples
 from stpp.report.run import SCORES
 from stpp.teacher.engine import EagerTeacher
 from stpp.train import Schedule, Scores, Trainer, images_per_pass, start_from
-from stpp_kernels import implementations
+from stpp_kernels import described
 
 FEW_LABELS = 200
 """A labelled list shorter than this is repeated twice in stage 1."""
@@ -80,7 +80,7 @@ def _run(config: Config, here: World) -> dict:
     log.say(f"{method} in {config.out}: {here.size} x {here.device.type}, "
             f"{str(autocast_dtype(config.train.precision, here.device)).removeprefix('torch.')}, "
             f"{len(run.labelled)} labelled, {len(run.unlabelled)} unlabelled, {len(run.val)} validation images")
-    log.say("operators: " + ", ".join(f"{name} {kind}" for name, kind in implementations().items()))
+    log.say(f"operators: {described(here.device.type)}")
     distributed.on_main(here, run.preflight)
     METHODS[method](run)
     if config.control or (config.out / "stages" / "control" / "DONE.json").exists():

@@ -4,11 +4,12 @@ from stpp_kernels.argmax import upsample_argmax
 from stpp_kernels.confusion import confusion, pairwise_iou
 from stpp_kernels.cross_entropy import upsample_cross_entropy
 from stpp_kernels.dilated_conv import dilated_conv3x3
-from stpp_kernels.dispatch import implementations
+from stpp_kernels.dispatch import described, implementations
 from stpp_kernels.softmax_accumulate import finalize, softmax_accumulate
 
 __all__ = [
     "confusion",
+    "described",
     "dilated_conv3x3",
     "finalize",
     "implementations",

@@ -80,6 +80,11 @@ def implementations(device: str | None = None) -> dict[str, str]:
     return {name: chosen[device] for name, chosen in _chosen.items()}
 
 
+def described(device: str | None = None) -> str:
+    """`implementations` in words, for the log of a run."""
+    return ", ".join(f"{name} {kind}" for name, kind in implementations(device).items())
+
+
 def reference_forced() -> bool:
     """Whether the environment asks for the plain PyTorch forms."""
     return os.environ.get("STPP_KERNELS", "") == "reference"

@@ -115,6 +115,7 @@ def _run(options: CorpusOptions, paths: Sequence[Path], mode: str, work: Callabl
     from stpp.label import teachers
     from stpp.label.corpus import open_source
     from stpp.label.shards import Part
+    from stpp_kernels import described
 
     for path in paths:
         if not path.exists():
@@ -122,6 +123,7 @@ def _run(options: CorpusOptions, paths: Sequence[Path], mode: str, work: Callabl
     classes: list[str] = []
     with distributed.world(options.device) as here:
         log.set_speaker(here.is_main)
+        log.say(f"operators: {described(here.device.type)}")
         if options.compute_threads:
             import torch
 
