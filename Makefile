@@ -30,7 +30,7 @@ test-gpu: setup  ## the tests that need a CUDA device
 
 bench: setup  ## the quick benchmarks, about 20 minutes on two cores (benchmarks/results/last.jsonl)
 	rm -f benchmarks/results/last/*.jsonl
-	for bench in data loss "label --images 6" step; do set -- $$bench; name=$$1; shift; \
+	for bench in data loss "label --images 6" "step --rounds 5"; do set -- $$bench; name=$$1; shift; \
 	    PYTHONPATH=benchmarks $(BIN)/python benchmarks/bench_$$name.py $$@ --out benchmarks/results/last/$$name.jsonl || exit 1; done
 	cat benchmarks/results/last/*.jsonl > benchmarks/results/last.jsonl
 

@@ -8,29 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from fault_cases import RECIPE
+
 KERNELS = Path(__file__).parents[1] / "kernels"
-RECIPE = """
-method = "supervised"
-device = "cpu"
-
-[data]
-fraction = "8"
-loader = "reference"
-layout = "voc"
-
-[model]
-backbone = "resnet18"
-output_stride = 32
-
-[augment]
-crop_px = 33
-long_side = [32, 64]
-
-[train]
-epochs = 1
-batch_global = 4
-precision = "fp32"
-"""
 
 
 @pytest.fixture(scope="module", params=["missing", "damaged"])
@@ -46,8 +26,8 @@ def environment(request, tmp_path_factory) -> dict[str, str]:
 def test_training_without_compiled_operators_says_so_once(synthetic, environment, tmp_path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(RECIPE)
-    done = subprocess.run([sys.executable, "-m", "stpp", "train", "--recipe", recipe, "--data.root", synthetic, "--out",
-                           tmp_path / "run"], capture_output=True, text=True, timeout=200, env=environment)
+    done = subprocess.run([sys.executable, "-m", "stpp", "train", "--recipe", recipe, "--data.root", synthetic, "--method",
+                           "supervised", "--out", tmp_path / "run"], capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stderr.splitlines() if "the plain PyTorch forms run instead" in line]
     assert len(said) == 1 and "not built, or failed to load" in said[0]
