@@ -35,7 +35,8 @@ RUNS = (
     ("demo, seed 0", "demo-cpu-bf16", "demo-seed0"),
     ("demo, seed 1", "demo-cpu-bf16", "demo-seed1"),
     ("demo, seed 2", "demo-cpu-bf16", "demo-seed2"),
-    ("CamVid, 1/8 of the labels, ResNet-18, one core", "camvid-cpu", "camvid"),
+    ("CamVid, 1/8 of the labels, ResNet-18", "camvid-cpu-bf16", "camvid"),
+    ("a third of its crops, fp32, one core", "camvid-cpu", "camvid"),
     ("the same on two ranks, two images each, beside other work", "camvid-cpu", "camvid-2ranks"),
 )
 """What, file of rows, name of the run in them."""
