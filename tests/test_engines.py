@@ -123,10 +123,19 @@ def test_much_work_is_compiled_and_says_why(first, fake, tmp_path, capsys):
 def test_the_choice_follows_the_amount_of_work_and_never_the_clock(fake):
     network = tiny(0)
 
-    def pick(flop_s, teachers=1, present=("fake",)):
+    def work_of(flop_s, teachers=1):
         images_ = flop_s * choose.EAGER_FLOPS["cpu"]["fp32"] / choose.flop_per_px(network) / (360 * 480)
-        work = Work(images=images_, teachers=teachers)
+        return Work(images=images_, teachers=teachers)
+
+    def pick(flop_s, teachers=1, present=("fake",)):
+        work = work_of(flop_s, teachers)
         return choose.pick(network, work, present=list(present), kind="cpu", precision="fp32", cores=1)[:2]
+
+    def is_frozen(work):  # of a backend that was asked for
+        return choose.is_frozen("fake", network, work, kind="cpu", precision="fp32", cores=1)
+
+    assert is_frozen(work_of(200)) and is_frozen(Work(images=None)) and not is_frozen(work_of(15))
+    assert is_frozen(work_of(124)) and not is_frozen(work_of(124, teachers=5))
 
     assert pick(15) == ("eager", False)
     assert pick(25) == ("fake", False)

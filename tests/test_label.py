@@ -25,6 +25,7 @@ from stpp.label.corpus import open_source
 from stpp.label.shards import Part
 from stpp.label.teachers import ready
 from stpp.teacher import tta
+from stpp.teacher.record import Agreement
 
 WORKERS = Path(__file__).parent / "workers"
 
@@ -304,6 +305,17 @@ def test_too_little_memory_is_said_with_what_to_lower(corpus, tmp_path):
 
     with pytest.raises(UserError, match="--batch-pixels"):
         cases.run(corpus, tmp_path / "out", teacher=Hungry())
+
+
+def test_how_an_engine_agreed_with_eager_is_kept_beside_its_labels(corpus, tmp_path):
+    class Judged(cases.Tiny):
+        agreement = Agreement(raw=0.9, outside=0.99, margin=0.1, decided=0.8, pixels=10)
+
+    cases.run(corpus, tmp_path / "out", teacher=Judged())
+    kept = json.loads((tmp_path / "out" / "agreement-rank0.json").read_text())
+    assert kept == {"teacher": "tiny", "engines": [{"raw": 0.9, "outside": 0.99, "margin": 0.1, "decided": 0.8, "pixels": 10}]}
+    cases.run(corpus, tmp_path / "plain")
+    assert not list((tmp_path / "plain").glob("agreement*"))
 
 
 def test_an_image_that_alone_needs_too_much_memory_is_bad(corpus, tmp_path):
