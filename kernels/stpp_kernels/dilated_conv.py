@@ -226,7 +226,6 @@ def _cpu_multiplies(dtype: torch.dtype) -> bool:
     return any(getattr(torch.cpu, name, bool)() for name in names)
 
 
-@functools.cache
 def _convolution_skips_padding(dtype: torch.dtype) -> bool:
     """Whether oneDNN's forward convolution of this dtype does on this CPU."""
     avx512_alone = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()

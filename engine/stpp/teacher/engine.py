@@ -86,14 +86,13 @@ def open_teacher(path: Path, *, load: Load, device: torch.device, backend: str =
         return _open_folder(path, load, device, backend=backend, precision=precision, cache=cache, trusted=trust)
     chosen, why = backend, "as asked"
     plan = _plan(path, load, device, backend="eager" if backend == "auto" else backend, precision=precision)
+    work = work or Work(images=images)
+    machine = {"kind": device.type, "precision": plan.precision, "cores": torch.get_num_threads()}
     if backend == "auto":
-        chosen, frozen, why = choose.pick(plan.network, work or Work(images=images), present=build.present(device),
-                                          kind=device.type, precision=plan.precision, cores=torch.get_num_threads())
+        chosen, frozen, why = choose.pick(plan.network, work, present=build.present(device), **machine)
         plan = dataclasses.replace(plan, backend=chosen, frozen=frozen, shapes=_range_of(chosen))
     elif backend != "eager":
-        plan = dataclasses.replace(plan, frozen=choose.is_frozen(
-            backend, plan.network, work or Work(images=images), kind=device.type, precision=plan.precision,
-            cores=torch.get_num_threads()))
+        plan = dataclasses.replace(plan, frozen=choose.is_frozen(backend, plan.network, work, **machine))
     log.say(f"teacher {path}: {chosen} {plan.precision} ({why})")
     return _cached_or_eager(plan, cache) if backend == "auto" else _ready(plan, lambda: build.cached(plan, cache))
 
