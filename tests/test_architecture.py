@@ -32,13 +32,13 @@ MAY_IMPORT = (
 )
 # Heavy packages, and the modules that wrap them. True: the wrapper is itself imported lazily.
 WRAPPERS = {
-    "nvidia": {"stpp.data.dali": True, "stpp.data.dali_graph": True, "stpp.label.decode_dali": True},
-    "pyarrow": {"stpp.data.table": False, "stpp.label.rows": False},
-    "tensorrt": {"stpp.teacher.tensorrt": False},
-    "tensorrt_rtx": {"stpp.teacher.tensorrt": False},
-    "torch_tensorrt": {"stpp.teacher.torch_tensorrt": False},
-    "apex": {"stpp.optimizer": False},
-    "fsspec": {"stpp.label.storage": False},
+    "nvidia": {"stpp.loading.dali": True, "stpp.loading.dali_graph": True, "stpp.images.decode_dali": True},
+    "pyarrow": {"stpp.dataset.table": False, "stpp.label.rows": False},
+    "tensorrt": {"stpp.inference.tensorrt": False},
+    "tensorrt_rtx": {"stpp.inference.tensorrt": False},
+    "torch_tensorrt": {"stpp.inference.torch_tensorrt": False},
+    "apex": {"stpp.training.optimizer": False},
+    "fsspec": {"stpp.images.storage": False},
 }
 LIGHT = ("stpp", "stpp.config", "stpp.cli", "stpp.errors", "stpp.files", "stpp.signals")
 
@@ -105,7 +105,7 @@ def all_imports(package):
 
 
 def unit(name):
-    """The part of `stpp` that a dotted name lies in: "data" for "stpp.data.dali", "stpp" for "stpp.__version__"."""
+    """The part of `stpp` that a dotted name lies in: "data" for "stpp.loading.dali", "stpp" for "stpp.__version__"."""
     first = name.split(".")[1] if "." in name else ""
     return first if first in MAY_IMPORT or _is_module(first) else "stpp"
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from stpp import cli, doctor, selftest
-from stpp.data import loader
-from stpp.doctor import Finding
+from stpp import cli
+from stpp.commands import doctor, selftest
+from stpp.commands.doctor import Finding
+from stpp.loading import loader
 
 CPU = torch.device("cpu")
 

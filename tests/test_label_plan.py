@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import label_cases as cases
-from stpp.label import pixels, plan
-from stpp.label.corpus import Item, open_source
-from stpp.label.pixels import BadImage, Header
+from stpp.images import pixels
+from stpp.images.pixels import BadImage, Header
+from stpp.images.sources import Item, open_source
+from stpp.label import plan
 from stpp.label.plan import Cut, Plan, Planned
 
 CUT = Cut(max_batch=4, batch_pixels=10_000, max_pixels=1 << 20, pad_to=0, exif=True)

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from stpp.config import AugmentConfig
-from stpp.data import loader, reference
-from stpp.data.augment import IMAGENET_STD, AugmentParams, draw
-from stpp.data.sample import Batch, Sample
-from stpp.data.sampler import MicroBatch, StepSampler, equal_size_batches
 from stpp.errors import UserError
+from stpp.loading import loader, reference
+from stpp.loading.augment import IMAGENET_STD, AugmentParams, draw
+from stpp.loading.sample import Batch, Sample
+from stpp.loading.sampler import MicroBatch, StepSampler, equal_size_batches
 
 try:
-    from stpp.data import dali
+    from stpp.loading import dali
 except ImportError:
     dali = None
 needs_dali = pytest.mark.skipif(dali is None, reason="NVIDIA DALI is not installed")
@@ -181,7 +181,7 @@ def test_each_operation_alone_is_within_its_stated_bound(monkeypatch, request, o
 @needs_dali
 @given(sigma=st.floats(0.01, 30))
 def test_a_blurs_spread_is_what_was_asked_for(sigma):
-    from stpp.data.dali_graph import _blur_kernel
+    from stpp.loading.dali_graph import _blur_kernel
 
     kernel = _blur_kernel(sigma).astype(np.float64)
     offsets = np.arange(len(kernel)) - len(kernel) // 2
@@ -191,7 +191,7 @@ def test_a_blurs_spread_is_what_was_asked_for(sigma):
 
 @needs_dali
 def test_no_blur_is_one_tap():
-    from stpp.data.dali_graph import _blur_kernel
+    from stpp.loading.dali_graph import _blur_kernel
 
     assert _blur_kernel(0.0).tolist() == [1.0]
 

@@ -11,9 +11,9 @@ import torch
 
 from engine_cases import CPU, MODELS, images, model, relative_error, tiny
 from stpp.errors import UserError
-from stpp.teacher import export, fold, tensorrt, torch_tensorrt
-from stpp.teacher.record import ANY_SIZE, Shapes
-from stpp.teacher.tensorrt_run import MAX_BUCKETS, Runner
+from stpp.inference import export, fold, tensorrt, torch_tensorrt
+from stpp.inference.record import ANY_SIZE, Shapes
+from stpp.inference.tensorrt_run import MAX_BUCKETS, Runner
 
 SHAPES = Shapes.parse(["1x17x17", "2x65x97", "4x193x257"])
 SIZES = ((1, 33, 33), (1, 17, 17), (3, 64, 201), (2, 17, 190), (4, 193, 257))

@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 COMMON = ["--data.layout", "voc", "--data.fraction", "8", "--data.threads", "1", "--deterministic", "--device", "cpu",
-          "--model.backbone", "resnet18", "--model.output-stride", "32", "--augment.crop-px", "49", "--augment.long-side", "36", "104",
+          "--model.backbone", "resnet18", "--model.output-stride", "32", "--augment.crop-px", "49",
+          "--augment.long-side", "36", "104",
           "--train.epochs", "2", "--train.supervised-epochs", "6", "--train.batch-global", "8", "--train.lr", "0.05",
           "--label.tta", "stpp", "--label.backend", "eager", "--control"]
 RUNS = {
@@ -45,7 +46,7 @@ def contents(out: Path) -> dict[str, str]:
             digest = hashlib.sha256()
             for key, tensor in weights.items():
                 digest.update(key.encode())
-                digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.dim() else str(tensor.item()).encode())
+                digest.update(tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
             found[name] = digest.hexdigest()
         elif path.suffix in (".png", ".txt") and "tensorboard" not in name and "profile" not in name:
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stpp.errors import UserError
-from stpp.label import rows, storage
-from stpp.label.corpus import Item, Source
-from stpp.label.names import Collisions, first_pair
-from stpp.label.pixels import BadImage, Header, header
+from stpp.images import storage
+from stpp.images.names import Collisions, first_pair
+from stpp.images.pixels import BadImage, Header, header
+from stpp.images.sources import Item, Source
+from stpp.label import rows
 
 HEAD_BYTES = 1 << 14
 """What is read of a file to learn its size; where that is too little, all of it is read."""

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from stpp import log
+from stpp.clock import Clock
 from stpp.distributed import World, threads_per_rank
 from stpp.errors import UserError
-from stpp.label import decode, plan, rows
+from stpp.images import batches
+from stpp.label import plan, rows
 from stpp.label.ahead import ahead
-from stpp.label.clock import Clock
 from stpp.label.jobs import Job, bad_row
 from stpp.label.plan import Plan, Planned
 from stpp.label.shards import Ledger, Markers
@@ -96,7 +97,7 @@ class Worker:
                 cut = list(plan.batches(planned))
                 yield from ((shard, batch) for batch in cut or [[]])
 
-        stream = decode.batches(tasks(), device=work.here.device, kind=work.decoder, threads=self._threads,
+        stream = batches.batches(tasks(), device=work.here.device, kind=work.decoder, threads=self._threads,
                                 most=work.plan.cut.max_batch, pad_to=work.plan.cut.pad_to, clock=self.clock)
         current, ending = None, None
         with ThreadPoolExecutor(self._threads, "stpp-store") as pool, ThreadPoolExecutor(1, "stpp-close") as closer, \
@@ -116,7 +117,7 @@ class Worker:
                     current.abandon()
                 raise
 
-    def _compute(self, current: "_Shard", batch: decode.Batch) -> None:
+    def _compute(self, current: "_Shard", batch: batches.Batch) -> None:
         try:
             with self.clock("compute"):
                 results = self._work.job.compute(batch)
@@ -183,7 +184,7 @@ class _Shard:
         self.unplanned = len(never)
         self._fresh_bad = 0
 
-    def add(self, batch: decode.Batch, results: list) -> None:
+    def add(self, batch: batches.Batch, results: list) -> None:
         """Takes what a batch ended with; waits while too many masks wait to be stored."""
         for i, (one, result) in enumerate(zip(batch.planned, results, strict=True)):
             error = batch.errors.get(i, result if isinstance(result, str) else None)
