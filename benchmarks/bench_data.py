@@ -27,8 +27,8 @@ from stpp.commands import synthetic
 from stpp.config import AugmentConfig
 from stpp.dataset import index
 from stpp.distributed import cores
+from stpp.images.image_file import IMAGENET_MEAN, IMAGENET_STD
 from stpp.loading import loader
-from stpp.loading.augment import IMAGENET_MEAN, IMAGENET_STD
 from stpp.loading.sample import Sample
 from stpp.loading.sampler import StepSampler
 

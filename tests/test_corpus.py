@@ -12,6 +12,7 @@ from stpp.errors import UserError
 from stpp.images import names, sources, tars
 from stpp.images.sources import open_source
 from stpp.label import plan
+from stpp.label.labels import SampleSource
 from stpp.loading.sample import Sample
 
 JPEG = cases.encoded(cases.picture(0))
@@ -228,7 +229,7 @@ def test_a_remote_file_that_fails_for_a_moment_is_read_again(monkeypatch):
 
 def test_samples_are_ordered_by_size():
     samples = [Sample(key=f"k{i}", image=f"/x/k{i}.jpg", width=w, height=h) for i, (w, h) in enumerate([(9, 5), (4, 4), (9, 5)])]
-    source = sources.SampleSource(samples, ["l0\n", "l1\n", "l2\n"])
+    source = SampleSource(samples, ["l0\n", "l1\n", "l2\n"])
     assert [(item.key, item.source) for item in source.items()] == [("k1", "l1"), ("k0", "l0"), ("k2", "l2")]
 
 

@@ -11,9 +11,9 @@ from PIL import Image
 
 from engine_cases import CPU
 from stpp import checkpoint
+from stpp.images.pixels import normalised
 from stpp.inference import gate, views
 from stpp.inference.open import open_teacher
-from stpp.loading.reference import normalised
 from stpp.models.build import build_model
 from stpp.models.trained import load_network
 from stpp_kernels import finalize

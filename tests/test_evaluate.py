@@ -17,10 +17,10 @@ from stpp import checkpoint, cli, distributed
 from stpp.config import DataConfig
 from stpp.dataset import index
 from stpp.images.masks import read_index_mask
+from stpp.images.pixels import normalised
 from stpp.inference import views
 from stpp.inference.evaluate import evaluate
 from stpp.inference.open import EagerTeacher
-from stpp.loading.reference import normalised
 
 CPU = torch.device("cpu")
 HERE = distributed.World(device=CPU)

@@ -462,7 +462,7 @@ def test_selection_ranks_by_agreement(corpus, tmp_path):
 
 def test_a_batch_that_is_decoded_is_normalised_like_the_loader(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (1, 5, 6, 3), dtype=np.uint8)
-    from stpp.loading.reference import normalised
+    from stpp.images.pixels import normalised
 
     found = batches.normalised(torch.from_numpy(image), [object()], {}, 0)
     assert found.is_contiguous(memory_format=torch.channels_last)

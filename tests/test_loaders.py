@@ -16,8 +16,10 @@ from PIL import Image
 
 from stpp.config import AugmentConfig
 from stpp.errors import UserError
+from stpp.images.batches import has_dali
+from stpp.images.image_file import IMAGENET_STD
 from stpp.loading import loader, reference
-from stpp.loading.augment import IMAGENET_STD, AugmentParams, draw
+from stpp.loading.augment import AugmentParams, draw
 from stpp.loading.sample import Batch, Sample
 from stpp.loading.sampler import MicroBatch, StepSampler, equal_size_batches
 
@@ -425,7 +427,7 @@ def test_loaders_are_picked(monkeypatch, capsys):
 def test_has_dali_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia", None)
     monkeypatch.delitem(sys.modules, "nvidia.dali", raising=False)
-    assert loader.has_dali() is False
+    assert has_dali() is False
 
 
 @pytest.mark.gpu

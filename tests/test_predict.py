@@ -16,7 +16,7 @@ from cli_cases import ended
 from stpp import checkpoint
 from stpp.errors import UserError
 from stpp.images.masks import read_index_mask
-from stpp.loading.reference import normalised
+from stpp.images.pixels import normalised
 
 CLASSES = list("abcdef")
 

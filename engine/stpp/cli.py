@@ -221,18 +221,17 @@ def _images(folder: Path, device):
     import numpy as np
     import torch
 
-    from stpp.dataset import layouts
     from stpp.images import image_file
-    from stpp.loading import reference
+    from stpp.images.pixels import normalised
 
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in layouts.IMAGE_EXTENSIONS)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in image_file.IMAGE_EXTENSIONS)
     if not paths:
         raise UserError(f"--sample {folder}: no images found")
 
     def one(path: Path) -> torch.Tensor:
         with image_file.opened(path) as file:
             pixels = image_file.upright(np.asarray(file.convert("RGB")), image_file.orientation(file))
-        return torch.from_numpy(reference.normalised(pixels)).to(device).permute(2, 0, 1)[None]
+        return torch.from_numpy(normalised(pixels)).to(device).permute(2, 0, 1)[None]
 
     return map(one, paths)
 

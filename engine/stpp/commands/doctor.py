@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from stpp.run.folder import version_of
+from stpp.images.batches import has_dali
+from stpp.versions import version_of
 
 LEAST_DISK_GIB, LEAST_SHARED_GIB, LEAST_FILES = 10.0, 1.0, 4096
 STALE_S = 60.0
@@ -145,10 +146,9 @@ def collectives() -> Finding:
 
 def dali() -> Finding:
     """The fast loader."""
-    from stpp.loading import loader
 
     names = [name for name in ("nvidia-dali-cuda120", "nvidia-dali-cuda130") if version_of(name)]
-    if not loader.has_dali():
+    if not has_dali():
         return Finding("dali", "warn", "not installed; PIL reads the images, which is slower",
                        "pip install stpp[cuda12] or stpp[cuda13]; it needs no GPU")
     text = ", ".join(f"{name} {version_of(name)}" for name in names) or "of an unknown version"
@@ -282,7 +282,6 @@ def _trials() -> Iterator[Finding]:
     from stpp import log
     from stpp.commands import selftest
     from stpp.inference import tensorrt
-    from stpp.loading import loader
 
     log.set_speaker(False)  # what the parts say to users of their own
     try:
@@ -294,7 +293,7 @@ def _trials() -> Iterator[Finding]:
             ("train step", True, lambda: selftest.train_step(device), "look at the lines above"),
             ("engine", False, lambda: selftest.engine(device), "label with --backend eager"),
         ]
-        if loader.has_dali():
+        if has_dali():
             trials.append(("dali", False, lambda: selftest.decode(device, dali=True), "use --loader reference"))
         if found and found[0] == "tensorrt-rtx" and device.type == "cpu":
             trials.append(("tensorrt", False, selftest.tensorrt_build, "install tensorrt-rtx again"))

@@ -37,11 +37,11 @@ def export(options: Export) -> None:
         raise UserError(f"--out {options.out} is a folder; give the path of the .onnx file")
     import torch
 
+    from stpp.images.image_file import IMAGENET_MEAN, IMAGENET_STD
     from stpp.inference import export as graphs
     from stpp.inference import fold
     from stpp.inference.build import PRECISIONS
     from stpp.inference.record import DEFAULT_SHAPES
-    from stpp.loading.augment import IMAGENET_MEAN, IMAGENET_STD
     from stpp.models.trained import load_network
 
     network, classes, _ = load_network(options.checkpoint, output_stride=options.output_stride)

@@ -18,10 +18,10 @@ from stpp.config import Config, ModelConfig, TrainConfig
 from stpp.distributed import World
 from stpp.errors import UserError
 from stpp.images import pixels
+from stpp.images.batching import Planned
 from stpp.images.sources import Item
 from stpp.inference import build, choose, export, fold, tensorrt
 from stpp.inference.record import Shapes
-from stpp.label.plan import Planned
 from stpp.loading.sample import Batch, Sample
 from stpp.precision import autocast_dtype
 from stpp.training.trainer import Schedule, Trainer

@@ -25,9 +25,9 @@ from pathlib import Path
 from stpp import log
 from stpp.dataset import cityscapes
 from stpp.errors import UserError
+from stpp.images.image_file import IMAGE_EXTENSIONS
 
 LAYOUTS = ("auto", "voc", "cityscapes", "camvid", "globs")
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
 
 _VOC = ("JPEGImages", "SegmentationClass")
 _VOC_AUGMENTED = "SegmentationClassAug"

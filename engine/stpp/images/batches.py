@@ -4,6 +4,7 @@ A bad image leaves a hole: a blank in its place, so that the others are computed
 Legend: N images, H W size of the batch.
 """
 
+import importlib.util
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -15,11 +16,9 @@ import torch
 
 from stpp.clock import Clock
 from stpp.images import storage
-from stpp.images.image_file import upright
-from stpp.images.pixels import BadImage, decode
-from stpp.label.plan import Planned, padded
-from stpp.loading import loader
-from stpp.loading.augment import IMAGENET_MEAN, IMAGENET_STD
+from stpp.images.batching import Planned, padded
+from stpp.images.image_file import IMAGENET_MEAN, IMAGENET_STD, upright
+from stpp.images.pixels import BadImage, attempt
 
 AHEAD = 2
 """Batches in preparation while one is computed."""
@@ -52,14 +51,6 @@ class PilDecoder:
 
     def images(self, planned: list[Planned], raw: list[bytes | BadImage]) -> list[np.ndarray | BadImage]:
         return list(self._pool.map(attempt, raw))
-
-
-def attempt(raw: bytes | BadImage) -> np.ndarray | BadImage:
-    """`pixels.decode`, with the failure as a value."""
-    try:
-        return raw if isinstance(raw, BadImage) else decode(raw)
-    except BadImage as bad:
-        return bad
 
 
 def batches(tasks: Iterator[tuple[int, list[Planned]]], *, device: torch.device, kind: str, threads: int, most: int,
@@ -115,7 +106,7 @@ def pick(name: str) -> str:
     """ "dali" or "pil" for `--loader` "auto", "dali" or "reference"."""
     if name == "reference":
         return "pil"
-    return "dali" if name == "dali" or loader.has_dali() else "pil"
+    return "dali" if name == "dali" or has_dali() else "pil"
 
 
 def normalised(pixels_NHWC: torch.Tensor, planned: list[Planned], errors: dict[int, str], pad_to: int) -> torch.Tensor:
@@ -174,3 +165,11 @@ def _upright_tensor(image_HWC: torch.Tensor, orientation: int) -> torch.Tensor:
         image_HWC = image_HWC.transpose(0, 1)
     flipped = [axis for axis, turned in ((1, (2, 3, 6, 7)), (0, (3, 4, 7, 8))) if orientation in turned]
     return image_HWC.flip(flipped) if flipped else image_HWC
+
+
+def has_dali() -> bool:
+    """Whether DALI is installed."""
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:
+        return False

@@ -13,9 +13,8 @@ import nvidia.dali.types as types
 import torch
 from nvidia.dali import Pipeline, pipeline_def
 
-from stpp.images.batches import attempt
-from stpp.images.pixels import BadImage, looks_whole
-from stpp.label.plan import Planned
+from stpp.images.batching import Planned
+from stpp.images.pixels import BadImage, attempt, looks_whole
 
 
 class DaliDecoder:

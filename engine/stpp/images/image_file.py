@@ -118,3 +118,10 @@ def upright(pixels: np.ndarray, value: int) -> np.ndarray:
     if value in (3, 4, 7, 8):
         pixels = pixels[::-1]
     return pixels
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Of red, green and blue in 0..1; both loaders normalise with them."""

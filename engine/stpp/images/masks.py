@@ -5,7 +5,7 @@ every mask passes through here once, and what is not plain is written anew.
 """
 
 import os
-from typing import IO, TYPE_CHECKING
+from typing import IO, Protocol
 
 import numpy as np
 from PIL import Image
@@ -13,11 +13,20 @@ from PIL import Image
 from stpp.errors import UserError
 from stpp.images.image_file import opened, orientation, upright
 
-if TYPE_CHECKING:
-    from stpp.dataset.mask_map import MaskMap
-
 IGNORE = 255
 """The label of pixels that count nowhere."""
+
+
+class Meaning(Protocol):
+    """Meaning of what masks hold that is not class ids; see stpp.dataset.mask_map."""
+
+    in_colour: bool
+    """Whether it is of colours, not of ids."""
+
+    def __call__(self, values: np.ndarray, path: str | os.PathLike) -> np.ndarray:
+        """Ids [H, W] or colours [H, W, 3] to class ids, uint8 [H, W]."""
+        ...
+
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
@@ -44,7 +53,7 @@ def read_index_mask(path: str | os.PathLike, *, exif: bool = True) -> np.ndarray
 
 
 def read_mask(
-    path: str | os.PathLike, *, exif: bool = True, mask_map: "MaskMap | None" = None
+    path: str | os.PathLike, *, exif: bool = True, mask_map: Meaning | None = None
 ) -> tuple[np.ndarray, bool, int]:
     """As `read_index_mask`, and what the preparation needs besides.
 

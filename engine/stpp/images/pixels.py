@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from stpp.images.image_file import DECODE_ERRORS, IMAGE_FORMATS, MAX_PIXELS, orientation, upright_size
+from stpp.images.image_file import DECODE_ERRORS, IMAGE_FORMATS, IMAGENET_MEAN, IMAGENET_STD, MAX_PIXELS, orientation, upright_size
 
 _DEEP = ("I", "I;16", "I;16B", "I;16L")
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -115,3 +115,18 @@ def _reason(error: Exception, data: bytes) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return f"it declares more than the {MAX_PIXELS} pixels that are ever decoded"
     return "cannot be decoded (" + (" ".join(str(error).split())[:160] or type(error).__name__) + ")"
+
+
+def attempt(raw: bytes | BadImage) -> np.ndarray | BadImage:
+    """`pixels.decode`, with the failure as a value."""
+    try:
+        return raw if isinstance(raw, BadImage) else decode(raw)
+    except BadImage as bad:
+        return bad
+
+
+def normalised(image: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] to float32 [H, W, 3] with ImageNet mean and standard deviation."""
+    mean = np.array(IMAGENET_MEAN, dtype=np.float32) * 255
+    scale = 1 / (np.array(IMAGENET_STD, dtype=np.float32) * 255)
+    return (image - mean) * scale

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
-from stpp.dataset.layouts import IMAGE_EXTENSIONS
 from stpp.errors import UserError
 from stpp.images import storage, tars
+from stpp.images.image_file import IMAGE_EXTENSIONS
 from stpp.images.names import mask_key, printable, quoted
-from stpp.loading.sample import Sample
 
 EXTENSIONS = (*IMAGE_EXTENSIONS, ".pgm")
 """What counts as an image in folders and archives, in any case of letters. A list says itself what its images are."""
@@ -197,28 +196,6 @@ class TarSource:
             digest.update(f"{path}\0{size}\0{mark}\n".encode())
         return {"kind": "tars", "path": self._spec, "files": len(self._paths), "folders": self._folders,
                 "digest": digest.hexdigest()}
-
-
-class SampleSource:
-    """Samples of a prepared data set, ordered by size, so that most batches are full.
-
-    Args:
-        lines: what each is called in the id files; None: its path.
-    """
-
-    def __init__(self, samples: Sequence[Sample], lines: Sequence[str] | None = None):
-        named_by = zip(samples, lines if lines is not None else [sample.image for sample in samples], strict=True)
-        self._samples = sorted(named_by, key=lambda pair: (pair[0].height, pair[0].width))
-
-    def items(self) -> Iterator[Item]:
-        for sample, line in self._samples:
-            yield Item(key=sample.key, source=line.rstrip("\n"), file=sample.image)
-
-    def stamp(self) -> dict:
-        digest = hashlib.sha256()
-        for sample, _ in self._samples:
-            digest.update(f"{sample.key}\0{sample.image}\n".encode())
-        return {"kind": "samples", "files": len(self._samples), "digest": digest.hexdigest()}
 
 
 def named(name: str, source: str, file: str, *, offset: int = -1, length: int = -1) -> Item:

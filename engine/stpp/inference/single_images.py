@@ -15,13 +15,12 @@ from PIL import Image
 
 from stpp.errors import UserError
 from stpp.images import storage
+from stpp.images.batching import Cut, examine
 from stpp.images.image_file import DECODE_ERRORS, orientation, upright
-from stpp.images.pixels import BadImage, colours, decode
+from stpp.images.pixels import BadImage, colours, decode, normalised
 from stpp.images.sources import Item
 from stpp.inference import views
 from stpp.inference.open import Teacher, open_teacher
-from stpp.label.plan import Cut, examine
-from stpp.loading.reference import normalised
 from stpp.models.trained import load_network
 
 

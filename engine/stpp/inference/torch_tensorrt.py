@@ -16,7 +16,7 @@ from torch import nn
 from stpp.errors import UserError
 from stpp.inference import export
 from stpp.inference.record import DEFAULT_SHAPES, Shapes
-from stpp.run.folder import version_of
+from stpp.versions import version_of
 
 FILE = "engine.ep"
 SHAPES = DEFAULT_SHAPES

@@ -13,11 +13,11 @@ import torch
 
 from stpp.clock import Clock
 from stpp.images.batches import Batch
+from stpp.images.batching import Planned
 from stpp.images.masks import IGNORE
 from stpp.inference import views
 from stpp.inference.open import Teacher
 from stpp.label import confidence_map, rows
-from stpp.label.plan import Planned
 from stpp.label.sinks import Sink, Stored, open_sink
 from stpp_kernels import finalize, pairwise_iou, upsample_argmax
 

@@ -10,12 +10,13 @@ from stpp import distributed, log
 from stpp.config import DataConfig, LabelConfig
 from stpp.distributed import World
 from stpp.errors import UserError
+from stpp.images.batching import Cut
 from stpp.images.masks import read_index_mask
-from stpp.images.sources import SampleSource, Source
+from stpp.images.sources import Source
 from stpp.inference.several import Open, Opened
 from stpp.label import rows
 from stpp.label.jobs import Labels
-from stpp.label.plan import Cut
+from stpp.label.labels import SampleSource
 from stpp.label.run import Summary, Task, execute
 from stpp.label.shards import WHOLE, Part
 from stpp.loading.sample import Sample

@@ -15,10 +15,11 @@ from stpp.clock import PARTS
 from stpp.distributed import World
 from stpp.errors import UserError
 from stpp.images import batches
+from stpp.images.batching import Cut
 from stpp.images.sources import Source
 from stpp.label import fingerprint, rows
 from stpp.label.jobs import Job
-from stpp.label.plan import Cut, Plan, make
+from stpp.label.plan import Plan, make
 from stpp.label.shards import PATIENCE_S, WHOLE, Board, Ledger, Markers, Part
 from stpp.label.sinks import sweep
 from stpp.label.worker import Work, Worker

@@ -19,11 +19,12 @@ from stpp import log
 from stpp.clock import Clock
 from stpp.distributed import World, threads_per_rank
 from stpp.errors import UserError
-from stpp.images import batches
-from stpp.label import plan, rows
+from stpp.images import batches, batching
+from stpp.images.batching import Planned
+from stpp.label import rows
 from stpp.label.ahead import ahead
 from stpp.label.jobs import Job, bad_row
-from stpp.label.plan import Plan, Planned
+from stpp.label.plan import Plan
 from stpp.label.shards import Ledger, Markers
 from stpp.label.sinks import Sink
 from stpp.label.verify import damage
@@ -94,7 +95,7 @@ class Worker:
         def tasks() -> Iterator[tuple[int, list[Planned]]]:
             for shard, planned in ahead(planned_shards()):
                 planned_of[shard] = planned
-                cut = list(plan.batches(planned))
+                cut = list(batching.batches(planned))
                 yield from ((shard, batch) for batch in cut or [[]])
 
         stream = batches.batches(tasks(), device=work.here.device, kind=work.decoder, threads=self._threads,

@@ -18,9 +18,6 @@ from stpp.loading.sampler import philox
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 """Values of `AugmentParams.jitter_order`."""
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-"""Of red, green and blue in 0..1; both loaders normalise with them."""
 
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 """Weights of red, green and blue in PIL's gray image."""

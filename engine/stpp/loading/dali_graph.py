@@ -13,17 +13,9 @@ import numpy as np
 import nvidia.dali.fn as fn
 import nvidia.dali.types as types
 
+from stpp.images.image_file import IMAGENET_MEAN, IMAGENET_STD
 from stpp.images.masks import IGNORE
-from stpp.loading.augment import (
-    BRIGHTNESS,
-    CONTRAST,
-    HUE,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    LUMA,
-    SATURATION,
-    AugmentParams,
-)
+from stpp.loading.augment import BRIGHTNESS, CONTRAST, HUE, LUMA, SATURATION, AugmentParams
 from stpp.loading.sample import Sample
 
 EVAL_INPUTS = {"image_path": (types.UINT8, 1, ""), "mask_path": (types.UINT8, 1, "")}

@@ -1,6 +1,5 @@
 """Chooses the loader: DALI where it is installed, else the reference in PIL and NumPy."""
 
-import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
 from types import ModuleType
@@ -8,6 +7,7 @@ from types import ModuleType
 from stpp.config import DataConfig
 from stpp.distributed import World, threads_per_rank
 from stpp.errors import UserError
+from stpp.images.batches import has_dali
 from stpp.loading.sample import Batch, Sample
 from stpp.loading.sampler import equal_size_batches
 
@@ -58,14 +58,6 @@ def native_batches(samples: Sequence[Sample], here: World, data: DataConfig) -> 
 def native_share(samples: Sequence[Sample], here: World) -> list[list[int]]:
     """This rank's batches of `native_batches`, as positions in `samples`."""
     return equal_size_batches(samples, MAX_BATCH, rank=here.rank, world=here.size)
-
-
-def has_dali() -> bool:
-    """Whether DALI is installed."""
-    try:
-        return importlib.util.find_spec("nvidia.dali") is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def _notice() -> None:

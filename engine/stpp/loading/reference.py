@@ -18,12 +18,11 @@ from stpp.config import AugmentConfig
 from stpp.errors import UserError
 from stpp.images.image_file import opened, orientation, upright
 from stpp.images.masks import IGNORE, read_index_mask
+from stpp.images.pixels import normalised
 from stpp.loading.augment import (
     BRIGHTNESS,
     CONTRAST,
     HUE,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     SATURATION,
     AugmentParams,
     draw,
@@ -120,13 +119,6 @@ def decoded(sample: Sample, *, exif: bool, masked: bool = True) -> Decoded:
                 f"{sample.width}x{sample.height}; run `stpp prepare` again"
             )
     return image, mask
-
-
-def normalised(image: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] to float32 [H, W, 3] with ImageNet mean and standard deviation."""
-    mean = np.array(IMAGENET_MEAN, dtype=np.float32) * 255
-    scale = 1 / (np.array(IMAGENET_STD, dtype=np.float32) * 255)
-    return (image - mean) * scale
 
 
 def augmented(

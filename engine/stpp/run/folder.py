@@ -4,12 +4,12 @@ import json
 import platform
 import subprocess
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 
 from stpp import files
 from stpp.config import Config, differing_keys, flatten, to_dict
 from stpp.errors import UserError
+from stpp.versions import version_of
 
 
 def claim(config: Config) -> None:
@@ -46,14 +46,6 @@ def record_provenance(out: Path, fingerprint: str, classes: Sequence[str]) -> No
     if began and _table(path).get("data") != fingerprint:
         raise UserError(f"--out {out}: the data set changed since this run began; choose another --out")
     files.write_json(path, {"data": fingerprint, "classes": list(classes), **_provenance()})
-
-
-def version_of(name: str) -> str | None:
-    """Version of an installed distribution; None where there is none of that name."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _table(path: Path) -> dict:
