@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = {"stpp": ROOT / "engine", "stpp_kernels": ROOT / "kernels"}
 
 LEAVES = {"errors", "files", "signals"}
-COMMON = {"config", "log", "distributed", "checkpoint", "metrics", "optimizer", "precision", "rundir", "lease"}
+COMMON = {"config", "log", "distributed", "checkpoint", "metrics", "optimizer", "precision", "rundir", "lease", "device"}
 PARTS = {"profiling", "data", "models", "teacher"}
 WORK = {"train", "evaluate", "label", "report", "preflight"}
 TOPS = {"selftrain", "demo", "doctor", "predict", "export", "selftest"}
