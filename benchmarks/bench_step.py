@@ -33,12 +33,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench_data
 from harness import Report, arguments, bare_trainer, random_batch
 from stpp.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
-from stpp.data.sample import Batch, Sample
 from stpp.distributed import World, cores
+from stpp.inference import export
+from stpp.loading.sample import Batch, Sample
 from stpp.models.build import build_model
 from stpp.precision import autocast_dtype
-from stpp.teacher import export
-from stpp.train import Trainer
+from stpp.training.trainer import Trainer
 from stpp_kernels import upsample_cross_entropy
 
 CLASSES = 21

@@ -25,9 +25,9 @@ import torch
 
 from stpp import distributed
 from stpp.config import Config
-from stpp.data.sample import Batch, Sample
 from stpp.distributed import World
-from stpp.train import Schedule, Trainer
+from stpp.loading.sample import Batch, Sample
+from stpp.training.trainer import Schedule, Trainer
 
 MIB = 1024 * 1024
 GPU_MEASUREMENT_MS = 20

@@ -1,6 +1,7 @@
 """Stand-ins for CUDA's streams and events on a machine without a GPU: they do nothing and write down who waited for what."""
 
 import contextlib
+import threading
 
 import pytest
 import torch
@@ -40,20 +41,23 @@ class Stream:
 def install(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Puts stand-ins in the place of `torch.cuda`'s streams; the log of what they were asked for."""
     log: list[str] = []
-    current = [Stream("main", log, 0)]
+    main, of_thread = Stream("main", log, 0), threading.local()
+
+    def current(device: torch.device | None = None) -> Stream:
+        return getattr(of_thread, "stream", main)
 
     @contextlib.contextmanager
     def entered(stream: Stream):
-        current.append(stream)
+        before, of_thread.stream = current(), stream
         try:
             yield
         finally:
-            current.pop()
+            of_thread.stream = before
 
     def recorded(tensor: torch.Tensor, stream: Stream) -> None:
         log.append(f"{stream.name} uses {tensor.dim()}-d {str(tensor.dtype).removeprefix('torch.')}")
 
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: current[-1])
+    monkeypatch.setattr(torch.cuda, "current_stream", current)
     monkeypatch.setattr(torch.cuda, "stream", entered)
     monkeypatch.setattr(torch.Tensor, "record_stream", recorded)
     return log

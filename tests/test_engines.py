@@ -12,10 +12,10 @@ import torch
 from engine_cases import CLASSES, CPU, images, load, relative_error, save, tiny
 from stpp import checkpoint
 from stpp.errors import UserError
-from stpp.teacher import build, choose, gate, trust
-from stpp.teacher import record as records
-from stpp.teacher.engine import EagerTeacher, Work, compile_teacher, open_teacher
-from stpp.teacher.record import ANY_SIZE, Device, Shapes
+from stpp.inference import build, choose, gate, trust
+from stpp.inference import record as records
+from stpp.inference.open import EagerTeacher, Work, compile_teacher, open_teacher
+from stpp.inference.record import ANY_SIZE, Device, Shapes
 
 
 class FakeBackend:

@@ -18,14 +18,17 @@ from PIL import Image
 
 import stream_cases
 from stpp.config import AugmentConfig
-from stpp.data import loader, reference
-from stpp.data.augment import IMAGENET_STD, AugmentParams, draw
-from stpp.data.sample import Batch, Sample
-from stpp.data.sampler import MicroBatch, StepSampler, equal_size_batches
 from stpp.errors import UserError
+from stpp.images.batches import has_dali
+from stpp.images.image_file import IMAGENET_STD
+from stpp.images.pixels import normalised, normalised_batch
+from stpp.loading import loader, reference
+from stpp.loading.augment import AugmentParams, draw
+from stpp.loading.sample import Batch, Sample
+from stpp.loading.sampler import MicroBatch, StepSampler, equal_size_batches
 
 try:
-    from stpp.data import dali
+    from stpp.loading import dali
 except ImportError:
     dali = None
 needs_dali = pytest.mark.skipif(dali is None, reason="NVIDIA DALI is not installed")
@@ -184,7 +187,7 @@ def test_each_operation_alone_is_within_its_stated_bound(monkeypatch, request, o
 @needs_dali
 @given(sigma=st.floats(0.01, 30))
 def test_a_blurs_spread_is_what_was_asked_for(sigma):
-    from stpp.data.dali_graph import _blur_kernel
+    from stpp.loading.dali_graph import _blur_kernel
 
     kernel = _blur_kernel(sigma).astype(np.float64)
     offsets = np.arange(len(kernel)) - len(kernel) // 2
@@ -194,7 +197,7 @@ def test_a_blurs_spread_is_what_was_asked_for(sigma):
 
 @needs_dali
 def test_no_blur_is_one_tap():
-    from stpp.data.dali_graph import _blur_kernel
+    from stpp.loading.dali_graph import _blur_kernel
 
     assert _blur_kernel(0.0).tolist() == [1.0]
 
@@ -428,7 +431,7 @@ def test_loaders_are_picked(monkeypatch, capsys):
 def test_has_dali_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia", None)
     monkeypatch.delitem(sys.modules, "nvidia.dali", raising=False)
-    assert loader.has_dali() is False
+    assert has_dali() is False
 
 
 NORMALISED = "d68dfe153708ad86bf727d5ff301114ad738ae8c3e5b2ad90ee3623255dd849f"
@@ -438,9 +441,9 @@ NORMALISED = "d68dfe153708ad86bf727d5ff301114ad738ae8c3e5b2ad90ee3623255dd849f"
 def test_normalising_on_the_device_is_normalising_in_numpy():
     values = np.arange(256, dtype=np.uint8)
     pixels_NHWC = np.stack([values, values[::-1], np.roll(values, 99)], axis=1).reshape(2, 8, 16, 3)
-    found = reference.normalised_batch(torch.from_numpy(pixels_NHWC))
+    found = normalised_batch(torch.from_numpy(pixels_NHWC))
     assert found.shape == (2, 3, 8, 16) and found.is_contiguous(memory_format=torch.channels_last)
-    assert found.permute(0, 2, 3, 1).numpy().tobytes() == reference.normalised(pixels_NHWC).tobytes()
+    assert found.permute(0, 2, 3, 1).numpy().tobytes() == normalised(pixels_NHWC).tobytes()
     assert hashlib.sha256(found.permute(0, 2, 3, 1).numpy().tobytes()).hexdigest() == NORMALISED
 
 
@@ -457,7 +460,7 @@ def test_batches_of_the_reference_are_those_of_a_plain_loop(tmp_path):
         params = draw(chosen, step.positions, seed=0, stage=1, epoch=step.epoch, crop_px=64, long_side=(40, 160))
         rows = [reference.augmented(*reference.decoded(sample, exif=True), params, row, side=64, noise=noise)
                 for row, sample in enumerate(chosen)]
-        images_NHWC = torch.from_numpy(np.stack([reference.normalised(image) for image, _ in rows]))
+        images_NHWC = torch.from_numpy(np.stack([normalised(image) for image, _ in rows]))
         assert torch.equal(batch.images_NCHW, images_NHWC.permute(0, 3, 1, 2))
         assert batch.images_NCHW.stride() == images_NHWC.permute(0, 3, 1, 2).stride()
         assert torch.equal(batch.labels_NHW, torch.from_numpy(np.stack([mask for _, mask in rows])))
@@ -482,12 +485,12 @@ class AtOnce:
 
 
 def test_a_batch_is_copied_while_the_one_before_it_is_used(tmp_path, monkeypatch):
-    log = stream_cases.install(monkeypatch)
-    monkeypatch.setattr(reference, "side_stream", lambda device: stream_cases.Stream("side", log))
-    monkeypatch.setattr(reference, "ThreadPoolExecutor", AtOnce)
     samples = few(tmp_path, 4)
     steps = [micro([step % 4, (step + 1) % 4], step=step) for step in range(5)]
     plain = list(train("reference", samples, steps))
+    log = stream_cases.install(monkeypatch)
+    monkeypatch.setattr(reference, "side_stream", lambda device: stream_cases.Stream("side", log))
+    monkeypatch.setattr(reference, "ThreadPoolExecutor", AtOnce)
     for number, batch in enumerate(train("reference", samples, steps), 1):
         assert torch.equal(batch.images_NCHW, plain[number - 1].images_NCHW)
         started = max(int(entry.split()[-1]) for entry in log if entry.startswith("side event"))

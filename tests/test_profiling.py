@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from stpp import config, distributed, profiling, train
+from stpp import config, distributed
 from stpp.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
-from stpp.data import index
-from stpp.profiling import Bottleneck
+from stpp.dataset import index
+from stpp.training import profiling, trainer
+from stpp.training.profiling import Bottleneck
 
 STEPS = profiling.WARM_UP + profiling.TRACED + 1
 
@@ -27,9 +28,9 @@ def ran(synthetic_index, folder: Path, *, profile: bool, steps: int = STEPS, sta
                       model=ModelConfig(backbone="resnet18", output_stride=16),
                       augment=AugmentConfig(crop_px=33, long_side=(40, 80)),
                       train=TrainConfig(batch_global=4, lr=0.05, precision="fp32"))
-    ours = train.Trainer(settings, distributed.World(device=torch.device("cpu")), samples, stage=1, title="t",
+    ours = trainer.Trainer(settings, distributed.World(device=torch.device("cpu")), samples, stage=1, title="t",
                          classes=tuple("abcdef"), folder=folder, validate=None,
-                         schedule=train.Schedule(steps=steps, validate_steps=1000))
+                         schedule=trainer.Schedule(steps=steps, validate_steps=1000))
     ours.run()
     return ours.network.state_dict()
 

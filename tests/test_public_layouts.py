@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from stpp import cli
-from stpp.data import cityscapes, index, layouts, splits
-from stpp.data.masks import read_index_mask
+from stpp.dataset import cityscapes, index, layouts, splits
 from stpp.errors import UserError
+from stpp.images.masks import read_index_mask
 
 TRAINED = [("train", "aachen", i) for i in range(4)] + [("train", "ulm", 4), ("val", "bern", 5)]
 BARE = [("test", "berlin", 6), ("train_extra", "augsburg", 7)]

@@ -16,14 +16,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from conftest import torchrun
-from stpp import checkpoint, distributed, train
+from stpp import checkpoint, distributed
 from stpp.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
-from stpp.data import index, loader
-from stpp.data.sampler import StepSampler
+from stpp.dataset import index
 from stpp.errors import UserError
+from stpp.inference import export
+from stpp.loading import loader
+from stpp.loading.sampler import StepSampler
 from stpp.models.build import MODELS, build_model, parameter_groups
 from stpp.precision import autocast_dtype
-from stpp.teacher import export
+from stpp.training.trainer import Schedule, Scores, Trainer, images_per_pass, start_from, stream_seed
 
 WORKER = str(Path(__file__).parent / "workers" / "steps.py")
 STEPS = 3
@@ -64,7 +66,7 @@ def test_steps_equal_a_plain_loop(synthetic_index, alone):
     from steps import Plain, mixed_samples
 
     samples = mixed_samples(index.load(synthetic_index))
-    torch.manual_seed(train.stream_seed(0, 1))
+    torch.manual_seed(stream_seed(0, 1))
     network = Plain()
     lr, weights = 0.05 * 8 / 16, dict(network.named_parameters())
     momentum = {name: torch.zeros_like(value) for name, value in weights.items()}
@@ -96,11 +98,11 @@ def tiny(**changes) -> Config:
                   train=TrainConfig(batch_global=4, lr=0.05, precision="fp32", **changes))
 
 
-def trainer(config: Config, samples, folder: Path, validate, steps=6, period=2) -> train.Trainer:
+def trainer(config: Config, samples, folder: Path, validate, steps=6, period=2) -> Trainer:
     here = distributed.World(device=torch.device("cpu"))
-    return train.Trainer(config, here, samples, stage=1, title="t", classes=tuple("abcdef"), folder=folder,
-                         schedule=train.Schedule(steps=steps, validate_steps=period, keep_steps=(2, 4, 6)),
-                         validate=validate and (lambda network: train.Scores(miou=validate(network))))
+    return Trainer(config, here, samples, stage=1, title="t", classes=tuple("abcdef"), folder=folder,
+                         schedule=Schedule(steps=steps, validate_steps=period, keep_steps=(2, 4, 6)),
+                         validate=validate and (lambda network: Scores(miou=validate(network))))
 
 
 def weights_of(path: Path) -> dict:
@@ -173,7 +175,7 @@ class Spoiled(nn.Module):
         return logits_NChw * float("nan") if self.count - 1 in self.calls else logits_NChw
 
 
-def spoiled(policy: str, synthetic_index, folder: Path, calls: set[int]) -> train.Trainer:
+def spoiled(policy: str, synthetic_index, folder: Path, calls: set[int]) -> Trainer:
     known = index.load(synthetic_index)
     samples = [known.sample(image) for image in sorted(known.entries)]
     ours = trainer(tiny(on_nonfinite=policy), samples, folder, None)
@@ -347,6 +349,55 @@ def test_twenty_steps_follow_the_recipe_in_float32(synthetic_index, tmp_path, pr
     assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) <= FOLLOWS[precision] * theirs[0], (ours, theirs)
 
 
+class Looking(nn.Module):
+    """A network that writes down if cuDNN searches, in the forward and in the backward pass."""
+
+    def __init__(self, network: nn.Module, seen: list[tuple[str, bool]]):
+        super().__init__()
+        self.network, self.seen = network, seen
+
+    def forward(self, images_NCHW):
+        logits_NChw = self.network(images_NCHW)
+        self.seen.append(("forward", torch.backends.cudnn.benchmark))
+        logits_NChw.register_hook(lambda _: self.seen.append(("backward", torch.backends.cudnn.benchmark)))
+        return logits_NChw
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_cudnn_searches_in_steps_only_and_not_where_runs_must_repeat(synthetic_index, tmp_path, deterministic, accumulate):
+    known = index.load(synthetic_index)
+    samples = [known.sample(image) for image in sorted(known.entries)]
+    seen: list[tuple[str, bool]] = []
+
+    def validate(_: nn.Module) -> float:
+        seen.append(("validate", torch.backends.cudnn.benchmark))
+        return 30.0
+
+    ours = trainer(dataclasses.replace(tiny(accumulate=accumulate), deterministic=deterministic), samples, tmp_path, validate,
+                   steps=4, period=2)
+    ours.model = Looking(ours.network, seen)
+    ours.run()
+    step = [("forward", not deterministic), ("backward", not deterministic)] * accumulate
+    assert seen == [*step, *step, ("validate", False)] * 2
+    assert not torch.backends.cudnn.benchmark
+
+
+def test_a_step_that_fails_leaves_cudnn_as_it_was(synthetic_index, tmp_path):
+    known = index.load(synthetic_index)
+    samples = [known.sample(image) for image in sorted(known.entries)]
+    ours = trainer(dataclasses.replace(tiny(), deterministic=False), samples, tmp_path, None)
+
+    def fail() -> None:
+        assert torch.backends.cudnn.benchmark
+        raise RuntimeError("power cut")
+
+    ours.model = Calling(ours.network, {1: fail})
+    with pytest.raises(RuntimeError, match="power cut"):
+        ours.run()
+    assert not torch.backends.cudnn.benchmark
+
+
 def test_loss_falls(synthetic_index, tmp_path):
     known = index.load(synthetic_index)
     samples = [known.sample(image) for image in sorted(known.entries)][:4]
@@ -377,18 +428,18 @@ def test_a_checkpoint_of_other_classes_is_no_start(synthetic_index, tmp_path):
     trainer(tiny(), samples, tmp_path, None, steps=1).run()
     network = build_model("deeplabv3plus", "resnet18", 6, 16)
     begun = ModelConfig(backbone="resnet18", pretrained=str(tmp_path / "best.pt"))
-    train.start_from(network, begun, list("abcdef"))
+    start_from(network, begun, list("abcdef"))
     assert torch.equal(network.state_dict()["classifier.weight"], weights_of(tmp_path / "best.pt")["classifier.weight"])
     with pytest.raises(UserError, match="best.pt has 6 classes"):
-        train.start_from(network, begun, list("abcdeg"))
+        start_from(network, begun, list("abcdeg"))
 
 
 @pytest.mark.parametrize(("batch", "ranks", "accumulate"), [(8, 8, 1), (8, 3, 1), (8, 2, 4), (6, 2, 2)])
 def test_batches_that_do_not_divide_or_leave_one_image_are_refused(batch, ranks, accumulate):
     here = distributed.World(size=ranks, device=torch.device("cpu"))
     with pytest.raises(UserError, match="--train.batch-global"):
-        train.images_per_pass(TrainConfig(batch_global=batch, accumulate=accumulate), here)
-    assert train.images_per_pass(TrainConfig(batch_global=2 * ranks * accumulate, accumulate=accumulate), here) == 2
+        images_per_pass(TrainConfig(batch_global=batch, accumulate=accumulate), here)
+    assert images_per_pass(TrainConfig(batch_global=2 * ranks * accumulate, accumulate=accumulate), here) == 2
 
 
 def test_precision_is_refused_where_the_device_lacks_it():

@@ -106,7 +106,7 @@ class Arriving:
     """Tensors that a side stream brings to the device while the host goes on.
 
     Args:
-        tensors: on the device, of the stream's own memory, filled by what it holds so far.
+        tensors: on one device, of the stream's own memory, filled by what it holds so far.
         stream: None on a CPU, where they are there.
     """
 
@@ -117,9 +117,9 @@ class Arriving:
     def take(self) -> tuple[torch.Tensor, ...]:
         """The tensors, for the current stream, which waits for them; the host does not."""
         if self._there is not None:
+            current = torch.cuda.current_stream(self._tensors[0].device)
+            current.wait_event(self._there)
             for tensor in self._tensors:
-                current = torch.cuda.current_stream(tensor.device)
-                current.wait_event(self._there)
                 tensor.record_stream(current)  # or the side stream might reuse its memory too early
         return self._tensors
 

@@ -12,15 +12,15 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from stpp.data.masks import IGNORE
+from stpp.clock import Clock
 from stpp.device import Readback
+from stpp.images.batches import Batch
+from stpp.images.batching import Planned
+from stpp.images.masks import IGNORE
+from stpp.inference import views
+from stpp.inference.open import Teacher
 from stpp.label import confidence_map, rows
-from stpp.label.clock import Clock
-from stpp.label.decode import Batch
-from stpp.label.plan import Planned
 from stpp.label.sinks import Sink, Stored, open_sink
-from stpp.teacher import tta
-from stpp.teacher.engine import Teacher
 from stpp_kernels import confusion, finalize, pairwise_iou, upsample_argmax
 
 NOT_FINITE = "the network's answer is not finite"
@@ -79,7 +79,7 @@ class Labels:
     network: Teacher
     teacher: str
     mode: str
-    """Views: key of `tta.VIEWS`."""
+    """Views: key of `views.VIEWS`."""
     min_confidence: float
     """Pixels whose class has a smaller share of the summed probabilities become 255."""
     output: str
@@ -100,7 +100,7 @@ class Labels:
 
     def compute(self, batch: Batch) -> Callable[[], list[Labelled | str | None]]:
         """See `Job`; a text is why an image has no label although it could be read."""
-        sums_NCHW = tta.accumulate(self.network.logits, batch.images_NCHW, self.mode, self.network.num_classes)
+        sums_NCHW = views.accumulate(self.network.logits, batch.images_NCHW, self.mode, self.network.num_classes)
         sizes, errors = [one.size for one in batch.planned], batch.errors
         if all(size == tuple(sums_NCHW.shape[-2:]) for size in sizes):
             queued = [self._queued(sums_NCHW)]

@@ -17,13 +17,15 @@ from typing import Any
 import torch
 
 from stpp import log
+from stpp.clock import Clock
 from stpp.distributed import World, threads_per_rank
 from stpp.errors import UserError
-from stpp.label import decode, plan, rows
+from stpp.images import batches, batching
+from stpp.images.batching import Planned
+from stpp.label import rows
 from stpp.label.ahead import ahead
-from stpp.label.clock import Clock
 from stpp.label.jobs import Job, bad_row
-from stpp.label.plan import Plan, Planned
+from stpp.label.plan import Plan
 from stpp.label.shards import Ledger, Markers
 from stpp.label.sinks import Sink
 from stpp.label.verify import damage
@@ -94,10 +96,10 @@ class Worker:
         def tasks() -> Iterator[tuple[int, list[Planned]]]:
             for shard, planned in ahead(planned_shards()):
                 planned_of[shard] = planned
-                cut = list(plan.batches(planned))
+                cut = list(batching.batches(planned))
                 yield from ((shard, batch) for batch in cut or [[]])
 
-        stream = decode.batches(tasks(), device=work.here.device, kind=work.decoder, threads=self._threads,
+        stream = batches.batches(tasks(), device=work.here.device, kind=work.decoder, threads=self._threads,
                                 most=work.plan.cut.max_batch, pad_to=work.plan.cut.pad_to, clock=self.clock)
         line = _Line()
         with ThreadPoolExecutor(self._threads, "stpp-store") as pool, ThreadPoolExecutor(1, "stpp-close") as closer, \
@@ -116,7 +118,7 @@ class Worker:
                     one.abandon()
                 raise
 
-    def _advance(self, line: "_Line", batch: decode.Batch | None, closer: ThreadPoolExecutor) -> None:
+    def _advance(self, line: "_Line", batch: batches.Batch | None, closer: ThreadPoolExecutor) -> None:
         """Queues the next batch, then takes the results of the one before, so that host and device work at once.
 
         What the one before ended with is kept also where the next one fails.
@@ -131,7 +133,7 @@ class Worker:
             while len(line.opened) > 1:  # nothing of the first is in flight any more
                 self._close(line, closer)
 
-    def _queued(self, shard: "_Shard", batch: decode.Batch) -> "_InFlight":
+    def _queued(self, shard: "_Shard", batch: batches.Batch) -> "_InFlight":
         with self.clock("compute"):
             try:
                 results = self._work.job.compute(batch)
@@ -269,7 +271,7 @@ class _Shard:
             self._rows[one.position] = self._work.job.row(one, result, stored)
 
 
-def _alone_too_large(batch: decode.Batch, error: RuntimeError) -> str:
+def _alone_too_large(batch: batches.Batch, error: RuntimeError) -> str:
     """Why the one image of a batch has no label, if what failed is for want of memory.
 
     Raises:
