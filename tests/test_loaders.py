@@ -448,7 +448,8 @@ def test_normalising_on_the_device_is_normalising_in_numpy():
 
 
 def few(folder: Path, count: int = 8) -> list[Sample]:
-    return [write(folder, f"{i}.png", Image.fromarray(smooth(60, 80, seed=i)), strong=i % 2 == 1) for i in range(count)]
+    images = [Image.fromarray(smooth(60, 80, seed=i)) for i in range(count)]
+    return [write(folder, f"{i}.png", image, strong=i % 2 == 1) for i, image in enumerate(images)]
 
 
 def test_batches_of_the_reference_are_those_of_a_plain_loop(tmp_path):
@@ -457,7 +458,9 @@ def test_batches_of_the_reference_are_those_of_a_plain_loop(tmp_path):
     noise = reference.noise_image(reference.noise_side(64))
     for step, batch in zip(steps, train("reference", samples, steps), strict=True):
         chosen = [samples[i] for i in step.indices]
-        params = draw(chosen, step.positions, seed=0, stage=1, epoch=step.epoch, crop_px=64, long_side=(40, 160))
+        params = draw(
+            chosen, step.positions, seed=0, stage=1, epoch=step.epoch, crop_px=64, long_side=(40, 160)
+        )
         rows = [reference.augmented(*reference.decoded(sample, exif=True), params, row, side=64, noise=noise)
                 for row, sample in enumerate(chosen)]
         images_NHWC = torch.from_numpy(np.stack([normalised(image) for image, _ in rows]))
@@ -494,7 +497,7 @@ def test_a_batch_is_copied_while_the_one_before_it_is_used(tmp_path, monkeypatch
     for number, batch in enumerate(train("reference", samples, steps), 1):
         assert torch.equal(batch.images_NCHW, plain[number - 1].images_NCHW)
         started = max(int(entry.split()[-1]) for entry in log if entry.startswith("side event"))
-        assert started == min(number + 1, len(steps)), "the next copy is queued before this batch is handed out"
+        assert started == min(number + 1, len(steps)), "the next copy is queued before this batch is given"
         waited = [f"main waits for side event {number}", "main uses 4-d uint8", "main uses 3-d uint8"]
         at = log.index(waited[0])
         assert log[at : at + 3] == waited, "the memory of both is kept until the main stream has used it"
@@ -503,8 +506,8 @@ def test_a_batch_is_copied_while_the_one_before_it_is_used(tmp_path, monkeypatch
 def test_a_broken_batch_is_raised_in_its_turn(tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "ThreadPoolExecutor", AtOnce)
     samples = [*few(tmp_path, 4), broken(tmp_path, "no picture")]
-    for batches in (train("reference", samples, [micro([0, 1]), micro([2, 3], step=1), micro([4, 0], step=2)]),
-                    evaluate("reference", samples, [[0, 1], [2, 3], [4]])):
+    steps = [micro([0, 1]), micro([2, 3], step=1), micro([4, 0], step=2)]
+    for batches in (train("reference", samples, steps), evaluate("reference", samples, [[0, 1], [2, 3], [4]])):
         assert [next(batches).indices.tolist() for _ in range(2)] == [[0, 1], [2, 3]]
         with pytest.raises(UserError, match="bad.jpg"):
             next(batches)
@@ -522,7 +525,8 @@ def test_the_reference_makes_the_same_batches_on_a_gpu(tmp_path):
         held.append((a, b))
         a.images_NCHW.sum()  # work that the copies overlap
     for a, b in held:
-        assert torch.equal(a.images_NCHW.cpu(), b.images_NCHW) and torch.equal(a.labels_NHW.cpu(), b.labels_NHW)
+        assert torch.equal(a.images_NCHW.cpu(), b.images_NCHW)
+        assert torch.equal(a.labels_NHW.cpu(), b.labels_NHW)
 
 
 @pytest.mark.gpu

@@ -365,7 +365,7 @@ class Looking(nn.Module):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_cudnn_searches_in_steps_only_and_not_where_runs_must_repeat(synthetic_index, tmp_path, deterministic, accumulate):
+def test_cudnn_searches_in_steps_only_unless_deterministic(synthetic_index, tmp_path, deterministic, accumulate):
     known = index.load(synthetic_index)
     samples = [known.sample(image) for image in sorted(known.entries)]
     seen: list[tuple[str, bool]] = []
@@ -374,8 +374,8 @@ def test_cudnn_searches_in_steps_only_and_not_where_runs_must_repeat(synthetic_i
         seen.append(("validate", torch.backends.cudnn.benchmark))
         return 30.0
 
-    ours = trainer(dataclasses.replace(tiny(accumulate=accumulate), deterministic=deterministic), samples, tmp_path, validate,
-                   steps=4, period=2)
+    config = dataclasses.replace(tiny(accumulate=accumulate), deterministic=deterministic)
+    ours = trainer(config, samples, tmp_path, validate, steps=4, period=2)
     ours.model = Looking(ours.network, seen)
     ours.run()
     step = [("forward", not deterministic), ("backward", not deterministic)] * accumulate

@@ -139,7 +139,7 @@ def _read(one: Planned, clock: Clock) -> bytes | BadImage:
 
 def _assembled(planned: list[Planned], images: list, device: torch.device,
                pad_to: int) -> tuple[torch.Tensor, dict[int, str]]:
-    """Turns the images upright and stacks them: uint8 [N, H, W, 3], queued to the device, and errors by place."""
+    """Turns the images upright and stacks them: uint8 [N, H, W, 3], sent to the device, and errors by place."""
     shape = (len(planned), *padded(planned[0].size, pad_to), 3)
     on_device = device.type != "cpu" and any(isinstance(image, torch.Tensor) for image in images)
     if on_device:

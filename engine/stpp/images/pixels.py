@@ -136,6 +136,6 @@ def normalised(image: np.ndarray) -> np.ndarray:
 
 
 def normalised_batch(pixels_NHWC: torch.Tensor) -> torch.Tensor:
-    """uint8 [N, H, W, 3] to float32 [N, 3, H, W], channels_last, on their device; equals `normalised` to the bit."""
+    """uint8 [N, H, W, 3] to float32 [N, 3, H, W], channels_last, where they are; to the bit as `normalised`."""
     mean, scale = (constant(tuple(values.tolist()), pixels_NHWC.device) for values in (MEAN, SCALE))
     return pixels_NHWC.float().sub_(mean).mul_(scale).permute(0, 3, 1, 2)

@@ -44,8 +44,8 @@ class Job(Protocol):
         """Queues the work on a batch.
 
         Returns:
-            What waits for it, and returns what becomes of each image that is no blank (None for a blank), on the CPU. It
-            holds no memory of the device.
+            What waits for it, and returns what becomes of each image that is no blank (None for a blank), on the
+            CPU. It holds no memory of the device.
         """
         ...
 

@@ -54,7 +54,7 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Decodes, augments and normalises the given micro-batches: see `stpp.loading.dali.train_batches`.
 
-    A pool of `threads` threads decodes and augments; batches are normalised on the device, while the next one is on its way.
+    A pool of `threads` threads decodes and augments; batches are normalised on the device.
     """
     for sample in samples:
         if sample.mask is None:
@@ -71,11 +71,12 @@ def train_batches(
             chosen = [samples[i] for i in micro.indices]
             params = draw(chosen, micro.positions, seed=seed, stage=stage, epoch=micro.epoch, crop_px=side,
                           long_side=augment.long_side)  # fmt: skip
-            yield _Task(micro, (side, side), [(one, sample, params, row) for row, sample in enumerate(chosen)])
+            calls = [(one, sample, params, row) for row, sample in enumerate(chosen)]
+            yield _Task(micro, (side, side), calls)
 
     return (
-        Batch(images_NCHW=images, labels_NHW=labels, indices=micro.indices, step=micro.step, epoch=micro.epoch)
-        for micro, images, labels in _pooled(tasks(), threads, prefetch, torch.device(device))
+        Batch(images_NCHW=images, labels_NHW=labels, indices=it.indices, step=it.step, epoch=it.epoch)
+        for it, images, labels in _pooled(tasks(), threads, prefetch, torch.device(device))
     )
 
 
@@ -266,8 +267,8 @@ def _pooled(
     """Loads batches in a pool of threads; yields them in order, `prefetch` of them being worked on.
 
     PIL and NumPy release the interpreter's lock in most of what they do here, so threads are enough. A batch that is
-    loaded when the one before it is asked for is copied then, beside what the device computes; one that is late or broken
-    waits for its turn.
+    loaded when the one before it is asked for is copied then, beside what the device computes; one that is late or
+    broken waits for its turn.
     """
     pool, stream = ThreadPoolExecutor(threads, thread_name_prefix="stpp-load"), side_stream(device)
     ahead: deque[_Loading] = deque()
