@@ -209,14 +209,8 @@ def test_a_run_that_is_told_to_stop_saves_first(synthetic_index, tmp_path):
     known = index.load(synthetic_index)
     samples = [known.sample(image) for image in sorted(known.entries)]
     ours = trainer(tiny(), samples, tmp_path, None, period=6)
-    forward, count = ours.step.network.forward, itertools.count()
-
-    def told_in_the_fourth(images_NCHW):
-        if next(count) == 3:
-            signal.raise_signal(signal.SIGTERM)
-        return forward(images_NCHW)
-
-    ours.step.network.forward = told_in_the_fourth
+    count = itertools.count()
+    ours.step.network.register_forward_pre_hook(lambda *_: signal.raise_signal(signal.SIGTERM) if next(count) == 3 else None)
     with pytest.raises(SystemExit) as ended:
         ours.run()
     assert ended.value.code == 143
@@ -338,6 +332,54 @@ def test_twenty_steps_follow_the_recipe_in_float32(synthetic_index, tmp_path, pr
         ours.append(found.train_step(passes)[0].item())
     assert len(ours) == steps and theirs[-1] < 0.8 * theirs[0]
     assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) <= FOLLOWS[precision] * theirs[0], (ours, theirs)
+
+
+def looked_into(network: nn.Module, seen: list[tuple[str, bool]]) -> None:
+    """Makes a network write down if cuDNN searches, in the forward and in the backward pass."""
+    forward = network.forward
+
+    def looking(images_NCHW):
+        logits_NChw = forward(images_NCHW)
+        seen.append(("forward", torch.backends.cudnn.benchmark))
+        logits_NChw.register_hook(lambda _: seen.append(("backward", torch.backends.cudnn.benchmark)))
+        return logits_NChw
+
+    network.forward = looking
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_cudnn_searches_in_steps_only_unless_deterministic(synthetic_index, tmp_path, deterministic, accumulate):
+    known = index.load(synthetic_index)
+    samples = [known.sample(image) for image in sorted(known.entries)]
+    seen: list[tuple[str, bool]] = []
+
+    def validate(_: nn.Module) -> float:
+        seen.append(("validate", torch.backends.cudnn.benchmark))
+        return 30.0
+
+    config = dataclasses.replace(tiny(accumulate=accumulate), deterministic=deterministic)
+    ours = trainer(config, samples, tmp_path, validate, steps=4, period=2)
+    looked_into(ours.step.network, seen)
+    ours.run()
+    step = [("forward", not deterministic), ("backward", not deterministic)] * accumulate
+    assert seen == [*step, *step, ("validate", False)] * 2
+    assert not torch.backends.cudnn.benchmark
+
+
+def test_a_step_that_fails_leaves_cudnn_as_it_was(synthetic_index, tmp_path):
+    known = index.load(synthetic_index)
+    samples = [known.sample(image) for image in sorted(known.entries)]
+    ours = trainer(dataclasses.replace(tiny(), deterministic=False), samples, tmp_path, None)
+
+    def fail(*_) -> None:
+        assert torch.backends.cudnn.benchmark
+        raise RuntimeError("power cut")
+
+    ours.step.network.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="power cut"):
+        ours.run()
+    assert not torch.backends.cudnn.benchmark
 
 
 def test_loss_falls(synthetic_index, tmp_path):

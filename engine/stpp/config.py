@@ -217,7 +217,7 @@ class Config:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to compute."""
     deterministic: bool = False
-    """The same bits in every run on the same machine, at some cost in speed."""
+    """The same bits in every run on the same machine, at some cost in speed: cuDNN searches no algorithms, for one."""
     timeout_minutes: float = 30.0
     """A rank that waits so long for another in training ends, and torchrun with it (or starts all again)."""
     profile: bool = False

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stpp import checkpoint, distributed, log, signals
 from stpp.config import Config
+from stpp.device import cudnn_search
 from stpp.distributed import World
 from stpp.errors import UserError
 from stpp.loading import loader
@@ -117,7 +118,7 @@ class Trainer:
 
         terms_T = torch.zeros_like(self.weights_T)
         for batches in passes:
-            with self._gradient_sync(last=batches is passes[-1]):
+            with self._gradient_sync(last=batches is passes[-1]), cudnn_search(not self.config.deterministic):
                 with self._autocast():
                     sums_T = self.model(*batches)
                 share_T = sums_T / pixels_T
