@@ -101,17 +101,49 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Size of the crops and of the images they are cut from."""
+    """Crops, and the strength of strong augmentation (pseudo-labelled images, strong views). Defaults as published for ST++."""
 
     crop_px: int = 321
     """Side of the square crop, pixels."""
     long_side: tuple[int, int] = (200, 800)
-    """The longer side is resized to an integer drawn from this range, ends included, pixels."""
+    """The longer side is resized to an integer drawn from this range, ends included."""
+    long_side_unit: Literal["px", "percent"] = "px"
+    """Unit of long_side: pixels, or percent of the image's own longer side."""
+    jitter_p: float = 0.8
+    """Probability of colour jitter."""
+    jitter: tuple[float, float] = (0.5, 1.5)
+    """Range of the factors of brightness, contrast and saturation."""
+    hue: float = 0.25
+    """Largest shift of the hue, in turns of the colour circle. Lower it where colour is evidence."""
+    gray_p: float = 0.2
+    """Probability of a gray image."""
+    blur_p: float = 0.5
+    """Probability of a Gaussian blur."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Range of its standard deviation, pixels."""
+    box_p: float = 0.5
+    """Probability of a box: erased by ST and ST++ (cutout), pasted from another image by UniMatch (CutMix)."""
+    box_area: tuple[float, float] = (0.02, 0.4)
+    """Range of its area, as a share of the crop."""
+    box_aspect: tuple[float, float] = (0.3, 1 / 0.3)
+    """Range of its height over its width."""
 
     def __post_init__(self):
         _check(self.crop_px >= 1, "augment.crop-px", self.crop_px, "at least 1")
         low, high = self.long_side
         _check(1 <= low <= high, "augment.long-side", f"{low} {high}", "two ordered numbers, at least 1")
+        for name in ("jitter_p", "gray_p", "blur_p", "box_p"):
+            _check(0 <= getattr(self, name) <= 1, f"augment.{name.replace('_', '-')}", getattr(self, name), "from 0 to 1")
+        _check(0 <= self.hue <= 0.5, "augment.hue", self.hue, "from 0 to 0.5")
+        for name, least, most in (("jitter", 0, 10), ("blur_sigma", 0, 100), ("box_area", 0.0001, 0.9), ("box_aspect", 0.05, 20)):
+            low, high = getattr(self, name)
+            _check(least <= low <= high <= most, f"augment.{name.replace('_', '-')}", f"{low} {high}",
+                   f"two ordered numbers from {least} to {most}")
+        # A box of the largest area must fit the crop in some shape, or it would be drawn for ever.
+        flattest, steepest = self.box_aspect
+        aspect = min(max(1.0, flattest), steepest)
+        _check(self.box_area[1] * max(aspect, 1 / aspect) <= 0.9, "augment.box-aspect", f"{flattest} {steepest}",
+               "a range in which a box of the largest --augment.box-area fits the crop")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,22 +1,24 @@
 """Every random number of a training sample, drawn outside the image pipeline and keyed by its position.
 
-The numbers depend on (seed, stage, epoch, position) and on the sample, never on the batch around it, the rank, or what
+The numbers depend on (seed, stage, epoch, position), on the stream, the view and the sample, never on the batch around it, the rank, or what
 was drawn before. Both loaders take the same numbers; neither draws any.
 
 Legend: N samples of a batch. The crop is `crop_px` x `crop_px`, cut from the resized image padded right and bottom.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from stpp.loading.sample import Sample
-from stpp.loading.sampler import philox
+from stpp.config import AugmentConfig
+from stpp.loading.sample import Sample, Stream
+from stpp.loading.sampler import STREAMS_OF_LIST, philox
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-"""Values of `AugmentParams.jitter_order`."""
+"""Values of `Appearance.jitter_order`."""
 
 
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
@@ -34,11 +36,8 @@ _COUNTS_PER_BLOCK = _BLOCK // 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AugmentParams:
-    """What happens to each sample of a batch, in this order: resize, pad, crop, flip; jitter, gray, blur, cutout.
-
-    Every field has one row a sample. A weakly augmented sample has identities from `jitter` on.
-    """
+class Geometry:
+    """Where the crop of each sample is cut: resize, pad, crop, flip. All views of a sample share it; one row a sample."""
 
     resize_h: np.ndarray
     """int32 [N]: height after resizing, before padding."""
@@ -50,8 +49,25 @@ class AugmentParams:
     """int32 [N]: left column of the crop in the padded image."""
     flip: np.ndarray
     """bool [N]: mirror the crop left to right."""
-    strong: np.ndarray
-    """bool [N]: whether the sample is strongly augmented at all; False means identities below."""
+    crop_px: int
+    """Side of the crop."""
+
+    def __len__(self) -> int:
+        return len(self.resize_h)
+
+    @property
+    def shown(self) -> np.ndarray:
+        """int32 [N, 4]: y, x, height, width of the part of the crop that is no padding."""
+        height = np.minimum(self.resize_h - self.crop_y, self.crop_px)
+        width = np.minimum(self.resize_w - self.crop_x, self.crop_px)
+        left = np.where(self.flip, self.crop_px - width, 0)  # padding on the right is mirrored to the left
+        return np.stack([np.zeros_like(left), left, height, width], axis=1).astype(np.int32)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Appearance:
+    """What one view makes of each crop, in this order: jitter, gray, blur, cutout. One row a sample; weak ones are identities."""
+
     jitter: np.ndarray
     """bool [N]: whether colours are jittered. Where not, the factors are 1, 1, 1 and the hue shift is 0."""
     jitter_order: np.ndarray
@@ -68,13 +84,18 @@ class AugmentParams:
     """bool [N]: replace the colours by their luma."""
     blur_sigma: np.ndarray
     """float32 [N]: standard deviation in pixels, 0 for no blur."""
-    cutout: np.ndarray
+    box: np.ndarray
     """int32 [N, 4]: y, x, height, width of the box in the crop; height 0 for no box."""
     noise_offset: np.ndarray
     """int32 [N, 2]: y, x in `noise_image` of the pixel that lies under the crop's top left pixel."""
 
-    def __len__(self) -> int:
-        return len(self.resize_h)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Augmentation:
+    """What happens to the samples of a batch: one geometry, and an appearance for each view."""
+
+    geometry: Geometry
+    views: tuple[Appearance, ...]
 
 
 def noise_side(crop_px: int) -> int:
@@ -89,73 +110,91 @@ def noise_image(side: int) -> np.ndarray:
     return bits.astype("<u8").view(np.uint8)[:count].reshape(side, side, 3)
 
 
-def draw(
-    samples: Sequence[Sample],
-    positions: np.ndarray,
-    *,
-    seed: int,
-    stage: int,
-    epoch: int,
-    crop_px: int,
-    long_side: tuple[int, int],
-) -> AugmentParams:
-    """Draws the parameters of the samples at these positions of the epoch.
+def draw(stream: Stream, indices: np.ndarray, positions: np.ndarray, *, augment: AugmentConfig, seed: int, stage: int,
+         epoch: int) -> Augmentation:
+    """Draws what happens to the samples at these positions of the epoch.
 
     Args:
-        samples: N samples; `width`, `height` and `strong` are used.
+        stream: whose samples, views and box are used.
+        indices: int64 [N]: places of the samples in the stream's list.
         positions: int64 [N], non-negative: the samples' places in the epoch's order.
+        augment: size of the crop, range of the long side, and strength of the strong views.
         seed, stage, epoch: the rest of the key.
-        crop_px: side of the crop in pixels, at least 1.
-        long_side: smallest and largest long side after resizing in pixels, both possible.
 
     Raises:
-        ValueError: lengths that differ, an empty range, or a crop below 1.
+        ValueError: lengths that differ.
     """
     positions = np.asarray(positions, dtype=np.int64)
-    if len(samples) != len(positions):
-        raise ValueError(f"{len(samples)} samples but {len(positions)} positions")
-    if crop_px < 1 or not 1 <= long_side[0] <= long_side[1]:
-        raise ValueError(f"crop_px {crop_px}, long_side {long_side}: expected crop_px >= 1, 1 <= shortest <= longest")
-    key = {"seed": seed, "stage": stage, "epoch": epoch}
-    uniforms = _uniforms(positions, 0, **key)
-    (u_side, u_y, u_x, u_flip, u_jitter, u_order, u_bright, u_contrast, u_saturation, u_hue,
-     u_gray, u_blur, u_sigma, u_cutout, u_noise_y, u_noise_x) = uniforms[:, :_SCALARS].T  # fmt: skip
+    if len(indices) != len(positions):
+        raise ValueError(f"{len(indices)} samples but {len(positions)} positions")
+    samples = [stream.samples[i] for i in indices]
+    key = {"seed": seed, "stage": stage, "epoch": epoch, "number": stream.number}
+    uniforms = _uniforms(positions, 0, view=0, **key)
+    strong_by_view = {"sample": np.array([sample.strong for sample in samples], dtype=bool),
+                      "weak": np.zeros(len(samples), dtype=bool), "strong": np.ones(len(samples), dtype=bool)}
+    views = []
+    for number, view in enumerate(stream.views):
+        own = uniforms if number == 0 or view == "weak" else _uniforms(positions, 0, view=number, **key)
+        boxes = partial(_boxes, positions=positions, augment=augment, one_area=stream.box == "paste",
+                        further=partial(_uniforms, view=number, **key))
+        views.append(_appearance(own, strong_by_view[view], augment, boxes))
+    return Augmentation(geometry=_geometry(uniforms, samples, augment), views=tuple(views))
 
+
+def _geometry(uniforms: np.ndarray, samples: Sequence[Sample], augment: AugmentConfig) -> Geometry:
+    u_side, u_y, u_x, u_flip = uniforms[:, :4].T
     sizes = np.array([(sample.height, sample.width) for sample in samples], dtype=np.int64).reshape(-1, 2)
-    resized = _resized(sizes, _integers(u_side, long_side[0], long_side[1] + 1))
-    spare = np.maximum(resized - crop_px, 0)
-    strong = np.array([sample.strong for sample in samples], dtype=bool)
-    jitter = strong & (u_jitter < 0.8)
-    has_box = strong & (u_cutout < 0.5)
-    return AugmentParams(
+    low, high = augment.long_side
+    if augment.long_side_unit == "percent":
+        longest = sizes.max(axis=1, initial=1)
+        low, high = (np.maximum(longest * share // 100, 1) for share in (low, high))
+    resized = _resized(sizes, _integers(u_side, low, high + 1))
+    spare = np.maximum(resized - augment.crop_px, 0)
+    return Geometry(
         resize_h=resized[:, 0].astype(np.int32),
         resize_w=resized[:, 1].astype(np.int32),
         crop_y=_integers(u_y, 0, spare[:, 0] + 1),
         crop_x=_integers(u_x, 0, spare[:, 1] + 1),
         flip=u_flip < 0.5,
-        strong=strong,
-        jitter=jitter,
-        jitter_order=_ORDERS[_integers(u_order, 0, len(_ORDERS))],
-        brightness=np.where(jitter, 0.5 + u_bright, 1.0).astype(np.float32),
-        contrast=np.where(jitter, 0.5 + u_contrast, 1.0).astype(np.float32),
-        saturation=np.where(jitter, 0.5 + u_saturation, 1.0).astype(np.float32),
-        hue=np.where(jitter, 0.5 * u_hue - 0.25, 0.0).astype(np.float32),
-        gray=strong & (u_gray < 0.2),
-        blur_sigma=np.where(strong & (u_blur < 0.5), 0.1 + 1.9 * u_sigma, 0.0).astype(np.float32),
-        cutout=_cutout(uniforms[:, _SCALARS:], has_box, positions, crop_px, key),
-        noise_offset=np.stack([_integers(u_noise_y, 0, crop_px + 1), _integers(u_noise_x, 0, crop_px + 1)], axis=1),
+        crop_px=augment.crop_px,
     )
 
 
-def _uniforms(positions: np.ndarray, block: int, *, seed: int, stage: int, epoch: int) -> np.ndarray:
-    """float64 [N, _BLOCK] in [0, 1): each row a function of its position and the block's number alone."""
+def _appearance(uniforms: np.ndarray, strong: np.ndarray, augment: AugmentConfig, boxes: Callable) -> Appearance:
+    (u_jitter, u_order, u_bright, u_contrast, u_saturation, u_hue, u_gray, u_blur, u_sigma, u_box, u_noise_y,
+     u_noise_x) = uniforms[:, 4:_SCALARS].T  # fmt: skip
+    jitter = strong & (u_jitter < augment.jitter_p)
+    blur = strong & (u_blur < augment.blur_p)
+    low, high = augment.jitter
+    sharpest, softest = augment.blur_sigma
+
+    def factor(uniform: np.ndarray) -> np.ndarray:
+        return np.where(jitter, low + (high - low) * uniform, 1.0).astype(np.float32)
+
+    return Appearance(
+        jitter=jitter,
+        jitter_order=_ORDERS[_integers(u_order, 0, len(_ORDERS))],
+        brightness=factor(u_bright),
+        contrast=factor(u_contrast),
+        saturation=factor(u_saturation),
+        hue=np.where(jitter, 2 * augment.hue * u_hue - augment.hue, 0.0).astype(np.float32),
+        gray=strong & (u_gray < augment.gray_p),
+        blur_sigma=np.where(blur, sharpest + (softest - sharpest) * u_sigma, 0.0).astype(np.float32),
+        box=boxes(uniforms[:, _SCALARS:], strong & (u_box < augment.box_p)),
+        noise_offset=np.stack([_integers(u, 0, augment.crop_px + 1) for u in (u_noise_y, u_noise_x)], axis=1),
+    )
+
+
+def _uniforms(positions: np.ndarray, block: int, *, seed: int, stage: int, epoch: int, number: int, view: int) -> np.ndarray:
+    """float64 [N, _BLOCK] in [0, 1): each row a function of its position, the stream, the view and the block's number alone."""
     out = np.empty((len(positions), _BLOCK), dtype=np.uint64)
+    stream = STREAMS_OF_LIST * number + (_AUGMENT_STREAM if view == 0 else _NOISE_STREAM + view)
     # A run of consecutive positions (what the sampler yields) is one run of the counter: one generator serves it.
     breaks = np.flatnonzero(np.diff(positions) != 1) + 1
     for run in np.split(np.arange(len(positions)), breaks):
         if len(run):
             counter = (int(positions[run[0]]) * _COUNTS_PER_BLOCK, block)
-            bits = philox(_AUGMENT_STREAM, seed=seed, stage=stage, epoch=epoch, counter=counter)
+            bits = philox(stream, seed=seed, stage=stage, epoch=epoch, counter=counter)
             out[run] = bits.random_raw(len(run) * _BLOCK).reshape(len(run), _BLOCK)
     return (out >> np.uint64(11)) * 2.0**-53
 
@@ -171,33 +210,41 @@ def _resized(sizes: np.ndarray, long_side: np.ndarray) -> np.ndarray:
     return np.maximum((2 * sizes * long_side[:, None] + longest) // (2 * longest), 1)
 
 
-def _cutout(
-    attempts: np.ndarray, has_box: np.ndarray, positions: np.ndarray, crop_px: int, key: dict[str, int]
-) -> np.ndarray:
-    """int32 [N, 4]: for each sample with a box, its first attempt that lies inside the crop; zeros for the others.
+def _boxes(attempts: np.ndarray, has_box: np.ndarray, *, positions: np.ndarray, augment: AugmentConfig, one_area: bool,
+           further: Callable[[np.ndarray, int], np.ndarray]) -> np.ndarray:
+    """Boxes of the samples that have one: the first attempt that lies inside the crop.
+
+    ST's cutout draws area, shape and place anew in each attempt, CutMix keeps its area: two distributions (ST++ and UniMatch as published).
 
     Args:
         attempts: float64 [N, 4 k]: uniform numbers of the first k attempts.
         has_box: bool [N].
-        positions, key: where further attempts come from, should none of the k fit.
+        positions: int64 [N].
+        one_area: keep the area of the first attempt.
+        further: positions and number of a block -> further attempts, should none of the k fit.
+
+    Returns:
+        int32 [N, 4]: y, x, height, width; zeros for samples without a box.
     """
     boxes = np.zeros((len(positions), 4), dtype=np.int32)
-    rows = np.flatnonzero(has_box)
+    rows, crop_px = np.flatnonzero(has_box), augment.crop_px
+    first_area = attempts[rows, :1]
     block = 0
     while len(rows):
-        if block:
-            attempts = _uniforms(positions[rows], block, **key)
-        else:
-            attempts = attempts[rows]
+        attempts = further(positions[rows], block) if block else attempts[rows]
         area, ratio, y, x = np.moveaxis(attempts.reshape(len(rows), -1, 4), 2, 0)
-        area = (0.02 + 0.38 * area) * crop_px**2
-        ratio = 0.3 + (1 / 0.3 - 0.3) * ratio
+        if one_area:
+            area = np.broadcast_to(first_area, area.shape)
+        smallest, largest = augment.box_area
+        flattest, steepest = augment.box_aspect
+        area = (smallest + (largest - smallest) * area) * crop_px**2
+        ratio = flattest + (steepest - flattest) * ratio
         candidates = np.stack(
             [np.floor(y * crop_px), np.floor(x * crop_px), np.sqrt(area * ratio), np.sqrt(area / ratio)], axis=2
         ).astype(np.int32)
         fits = (candidates[:, :, :2] + candidates[:, :, 2:] <= crop_px).all(axis=2)
         found = fits.any(axis=1)
         boxes[rows[found]] = candidates[found, fits.argmax(axis=1)[found]]
-        rows = rows[~found]
+        rows, first_area = rows[~found], first_area[~found]
         block += 1
     return boxes

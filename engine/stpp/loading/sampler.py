@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stpp.loading.sample import Sample
+from stpp.loading.sample import Sample, Stream
 
 ORDER_STREAM = 0
 """Random stream of the epoch's order. The augmentation's numbers come from another one (see `philox`)."""
+STREAMS_OF_LIST = 16
+"""Random streams that belong to each stream of samples: its order, and its views."""
 
 
 def philox(stream: int, *, seed: int, stage: int, epoch: int, counter: tuple[int, int] = (0, 0)) -> np.random.Philox:
@@ -32,12 +34,12 @@ def philox(stream: int, *, seed: int, stage: int, epoch: int, counter: tuple[int
     return np.random.Philox(key=key, counter=np.array([*counter, 0, 0], dtype=np.uint64))
 
 
-def epoch_order(n: int, *, seed: int, stage: int, epoch: int) -> np.ndarray:
-    """The order of one epoch: an int64 [n] permutation of 0..n-1."""
+def epoch_order(n: int, *, seed: int, stage: int, epoch: int, number: int = 0) -> np.ndarray:
+    """The order of one epoch of stream `number`: an int64 [n] permutation of 0..n-1."""
     if n < 1:
         raise ValueError(f"n is {n}, expected at least one sample")
     # Sorting raw bits, because what NumPy's own `permutation` makes of them may change between its versions.
-    bits = philox(ORDER_STREAM, seed=seed, stage=stage, epoch=epoch)
+    bits = philox(ORDER_STREAM + STREAMS_OF_LIST * number, seed=seed, stage=stage, epoch=epoch)
     return np.argsort(bits.random_raw(n), kind="stable").astype(np.int64)
 
 
@@ -59,14 +61,15 @@ class StepSampler:
 
     Step k of an epoch takes the positions [k G, (k + 1) G). Each rank takes a contiguous part of them, and accumulation
     cuts that part into contiguous pieces, so the stream of a step does not depend on who computes it. What is left at
-    the end of an epoch (less than G) is dropped. A list shorter than G is repeated until it fills one global batch.
+    the end of an epoch (less than G) is dropped. A list shorter than G, or than the longest list of the stage, is repeated.
     """
 
-    def __init__(self, n_samples: int, batch_global: int, seed: int, stage: int):
+    def __init__(self, n_samples: int, batch_global: int, seed: int, stage: int, *, number: int = 0, longest: int = 0):
         """Args:
             n_samples: length of the list of samples, at least 1.
             batch_global: samples of one optimiser step over all ranks, at least 1.
-            seed, stage: key of the epochs' orders.
+            seed, stage, number: key of the epochs' orders; the last is that of the stream.
+            longest: length of the stage's longest list, which sets the length of an epoch.
 
         Raises:
             ValueError: an empty list or batch.
@@ -74,7 +77,10 @@ class StepSampler:
         if n_samples < 1 or batch_global < 1:
             raise ValueError(f"n_samples is {n_samples} and batch_global is {batch_global}, expected both at least 1")
         self.n_samples, self.batch_global, self.seed, self.stage = n_samples, batch_global, seed, stage
-        self.n_positions = n_samples * -(-batch_global // n_samples) if n_samples < batch_global else n_samples
+        self.number = number
+        # A list that is too short is repeated as a whole until it fills a batch; one beside a longer list as far as that goes.
+        whole = n_samples * -(-batch_global // n_samples) if n_samples < batch_global else n_samples
+        self.n_positions = max(whole, longest)
         self.steps_per_epoch = self.n_positions // batch_global
 
     def micro_batches(
@@ -105,7 +111,8 @@ class StepSampler:
             step_epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
             if step_epoch != epoch:
                 epoch = step_epoch
-                order = epoch_order(self.n_positions, seed=self.seed, stage=self.stage, epoch=epoch) % self.n_samples
+                order = epoch_order(self.n_positions, seed=self.seed, stage=self.stage, epoch=epoch,
+                                    number=self.number) % self.n_samples
             start = step_in_epoch * self.batch_global + rank * per_rank
             for first in range(start, start + per_rank, piece):
                 yield MicroBatch(
@@ -114,6 +121,15 @@ class StepSampler:
                     positions=np.arange(first, first + piece, dtype=np.int64),
                     indices=order[first : first + piece],
                 )
+
+
+def stage_samplers(streams: Sequence[Stream], batch_global: int, *, seed: int, stage: int) -> list[StepSampler]:
+    """Samplers of the streams of a stage, in step: the longest list sets the steps of an epoch, shorter ones are repeated."""
+    def made(longest: int) -> list[StepSampler]:
+        return [StepSampler(len(stream.samples), batch_global, seed, stage, number=stream.number, longest=longest)
+                for stream in streams]
+
+    return made(max(sampler.n_positions for sampler in made(0)))
 
 
 def equal_size_batches(samples: Sequence[Sample], max_batch: int, *, rank: int = 0, world: int = 1) -> list[list[int]]:

@@ -29,6 +29,7 @@ from stpp.inference.open import EagerTeacher
 from stpp.label import labeller, reliability
 from stpp.loading import loader
 from stpp.loading.sample import Sample
+from stpp.loading.sampler import stage_samplers
 from stpp.methods import METHODS
 from stpp.methods.stages import Trained
 from stpp.methods.supervised import Supervised, few_twice
@@ -42,7 +43,7 @@ from stpp.report.run import SCORES
 from stpp.run import folder, lease, preflight
 from stpp.training.assemble import fresh_network, images_per_pass, start_from
 from stpp.training.step import Step
-from stpp.training.trainer import Schedule, Scores, Trainer, samplers
+from stpp.training.trainer import Schedule, Scores, Trainer
 from stpp_kernels import described
 
 EXAMPLES = 6
@@ -167,7 +168,7 @@ class Run:
         key = key if key is not None else int(re.match(r"\d+", name)[0])
         epochs, train = epochs or self.config.train.epochs, self.config.train
         streams = step.streams(self.config, *lists)
-        per_epoch = samplers(self.config, streams, key=key)[0].steps_per_epoch
+        per_epoch = stage_samplers(streams, train.batch_global, seed=self.config.seed, stage=key)[0].steps_per_epoch
         thirds = tuple(max(1, epoch) * per_epoch for epoch in (epochs // 3, 2 * epochs // 3, epochs))
         validate_epochs = max(train.validate_every, math.ceil(train.validate_min_steps / per_epoch))
         schedule = Schedule(steps=epochs * per_epoch, validate_steps=validate_epochs * per_epoch,

@@ -22,7 +22,7 @@ from stpp.distributed import World
 from stpp.errors import UserError
 from stpp.loading import loader
 from stpp.loading.sample import Batch, Stream
-from stpp.loading.sampler import StepSampler
+from stpp.loading.sampler import stage_samplers
 from stpp.models.build import parameter_groups
 from stpp.precision import autocast_dtype
 from stpp.training.assemble import over_ranks, stream_seed
@@ -88,7 +88,7 @@ class Trainer:
         """
         self.config, self.here, self.step, self.streams, self.key, self.title = config, here, step, streams, key, title
         self.classes, self.folder, self.schedule, self.validate = classes, folder, schedule, validate
-        self.samplers = samplers(config, streams, key=key)
+        self.samplers = stage_samplers(streams, config.train.batch_global, seed=config.seed, stage=key)
         self.optimizer = make_optimizer(*parameter_groups(step.network), config.train,
                                         default_multiplier=step.network.head_lr_multiplier)
         self.autocast_dtype = autocast_dtype(config.train.precision, here.device)
@@ -189,7 +189,7 @@ class Trainer:
         train, data = self.config.train, self.config.data
         batches = [
             loader.pick(data.loader).train_batches(
-                stream.samples,
+                stream,
                 sampler.micro_batches(self.steps_done, self.schedule.steps, rank=self.here.rank, world=self.here.size,
                                       accumulate=train.accumulate),
                 augment=self.config.augment, seed=self.config.seed, stage=self.key, device=self.here.device,
@@ -333,8 +333,3 @@ class Trainer:
             kept = checkpoint.load(best)
             self.best_step, self.best_miou, self.best_iou = kept["step"], kept["miou"], kept.get("iou", {})
         log.say(f"  {self.title}: going on from step {self.steps_done}")
-
-
-def samplers(config: Config, streams: Sequence[Stream], *, key: int) -> list[StepSampler]:
-    """Samplers of the streams of a stage; the longest list sets the steps of an epoch, shorter ones are repeated."""
-    return [StepSampler(len(stream.samples), config.train.batch_global, seed=config.seed, stage=key) for stream in streams]
