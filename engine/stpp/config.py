@@ -26,7 +26,7 @@ else:
     import tomli as tomllib
 
 T = TypeVar("T")
-Method = Literal["supervised", "st", "stpp", "retrain"]
+Method = Literal["supervised", "st", "stpp", "retrain", "unimatch", "unimatch-v2", "fixmatch"]
 MAY_CHANGE = ("out", "control", "device", "timeout_minutes", "data.threads", "data.index", "profile",
               "train.checkpoint_steps", "train.checkpoint_minutes", "train.on_nonfinite")
 """Keys that a run may be continued with although they differ: they do not change what is computed."""
@@ -162,12 +162,16 @@ class TrainConfig:
     """Learning rate of the backbone at a global batch of 16; scales linearly with the batch."""
     head_lr_multiplier: float | None = None
     """Learning rate of the head over that of the backbone; unset: 10, or 1 for deeplabv2."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from zero, within the poly schedule."""
     momentum: float = 0.9
-    """SGD momentum."""
+    """SGD momentum; AdamW has betas 0.9 and 0.999."""
     weight_decay: float = 1e-4
-    """L2 penalty on all parameters."""
-    optimizer: Literal["sgd", "apex"] = "sgd"
-    """Fused SGD of PyTorch, or FusedSGD of NVIDIA apex."""
+    """L2 penalty on all parameters; AdamW's is decoupled (UniMatch-V2: 0.01)."""
+    loss: Literal["ce", "ohem"] = "ce"
+    """Loss of labelled pixels: cross-entropy, or that of the hardest (OHEM: probability below 0.7, 200,000 pixels at least)."""
+    optimizer: Literal["sgd", "adamw", "apex"] = "sgd"
+    """Fused SGD or AdamW of PyTorch, or FusedSGD of NVIDIA apex."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Autocast type; auto: bf16 where the device has it, else fp16 on CUDA and fp32 on a CPU."""
     sync_bn: bool = False
@@ -189,6 +193,7 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("epochs", "batch_global", "accumulate", "validate_every", "validate_min_steps", "checkpoint_steps"):
             _check(getattr(self, name) >= 1, f"train.{name.replace('_', '-')}", getattr(self, name), "at least 1")
+        _check(self.warmup_steps >= 0, "train.warmup-steps", self.warmup_steps, "0 or more")
         _check(self.supervised_epochs is None or self.supervised_epochs >= 1, "train.supervised-epochs",
                self.supervised_epochs, "at least 1")
         _check(self.checkpoint_minutes > 0, "train.checkpoint-minutes", self.checkpoint_minutes, "above 0")
@@ -197,6 +202,20 @@ class TrainConfig:
         _check(0 <= self.weight_decay < math.inf, "train.weight-decay", self.weight_decay, "0 or more")
         _check(self.head_lr_multiplier is None or 0 <= self.head_lr_multiplier < math.inf, "train.head-lr-multiplier",
                self.head_lr_multiplier, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsistencyConfig:
+    """UniMatch, UniMatch-V2 and FixMatch."""
+
+    confidence: float = 0.95
+    """Probability from which a pixel's class in the weak view is a label for the strong views; UniMatch on Cityscapes: 0."""
+    ema: float = 0.996
+    """Decay of the moving average that labels, is validated and kept (UniMatch-V2, FixMatch); 0: the network itself."""
+
+    def __post_init__(self):
+        _check(0 <= self.confidence < 1, "consistency.confidence", self.confidence, "from 0 to below 1")
+        _check(0 <= self.ema < 1, "consistency.ema", self.ema, "from 0 to below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,8 +255,8 @@ class Config:
     out: Path | None = None
     """Folder of the run; the same command on it goes on where it stopped."""
     method: Method = "stpp"
-    """supervised: labels only; st: one round of pseudo labels; stpp: reliable images first; retrain: one stage on the labels and
-    the masks of --pseudo-labels."""
+    """supervised: labels only; st: one round of pseudo labels; stpp: reliable images first; unimatch, unimatch-v2, fixmatch: one
+    stage in which weak views label strong ones; retrain: one stage on the labels and the masks of --pseudo-labels."""
     pseudo_labels: Path | None = None
     """With method retrain: folder of the masks, of `stpp label` or a run's labelling stage."""
     exclude: Path | None = None
@@ -258,6 +277,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
     label: LabelConfig = field(default_factory=LabelConfig)
 
     def __post_init__(self):

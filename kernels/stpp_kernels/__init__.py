@@ -5,6 +5,7 @@ from stpp_kernels.confusion import confusion, pairwise_iou
 from stpp_kernels.cross_entropy import upsample_cross_entropy
 from stpp_kernels.dilated_conv import dilated_conv3x3
 from stpp_kernels.dispatch import described, implementations
+from stpp_kernels.label_probability import label_probability
 from stpp_kernels.softmax_accumulate import finalize, softmax_accumulate
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "dilated_conv3x3",
     "finalize",
     "implementations",
+    "label_probability",
     "pairwise_iou",
     "softmax_accumulate",
     "upsample_argmax",

@@ -71,6 +71,17 @@ def upsample_argmax(logits_NChw: Tensor, size: tuple[int, int]) -> tuple[Tensor,
     return torch.cat(masks), torch.cat(confidences)
 
 
+def label_probability(logits_NChw: Tensor, labels_NHW: Tensor, ignore_index: int) -> Tensor:
+    """Probability of each pixel's label [N, H, W]: 2 where it is `ignore_index`, 0 where it is no class."""
+    ignored, known = labels_NHW == ignore_index, labels_NHW < logits_NChw.shape[1]
+    found = _compute_type(logits_NChw).new_empty(labels_NHW.shape)
+    for n in range(logits_NChw.shape[0]):
+        probability = upsample(logits_NChw[n : n + 1], labels_NHW.shape[1:]).softmax(1)
+        label = torch.where(known[n], labels_NHW[n], 0).long()
+        found[n] = probability.gather(1, label[None, None])[0, 0]
+    return found.masked_fill_(~known, 0.0).masked_fill_(ignored, 2.0)
+
+
 def softmax_accumulate(
     acc_NCHW: Tensor, logits_NChw: Tensor, scaled_size: tuple[int, int], size: tuple[int, int], flip: bool
 ) -> None:

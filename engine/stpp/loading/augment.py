@@ -1,7 +1,7 @@
 """Every random number of a training sample, drawn outside the image pipeline and keyed by its position.
 
-The numbers depend on (seed, stage, epoch, position), on the stream, the view and the sample, never on the batch around it, the rank, or what
-was drawn before. Both loaders take the same numbers; neither draws any.
+The numbers depend on (seed, stage, epoch, position), on the stream, the view and the sample, never on the batch around it, the
+rank, or what was drawn before. Both loaders take the same numbers; neither draws any.
 
 Legend: N samples of a batch. The crop is `crop_px` x `crop_px`, cut from the resized image padded right and bottom.
 """
@@ -214,7 +214,7 @@ def _boxes(attempts: np.ndarray, has_box: np.ndarray, *, positions: np.ndarray, 
            further: Callable[[np.ndarray, int], np.ndarray]) -> np.ndarray:
     """Boxes of the samples that have one: the first attempt that lies inside the crop.
 
-    ST's cutout draws area, shape and place anew in each attempt, CutMix keeps its area: two distributions (ST++ and UniMatch as published).
+    ST's cutout draws area, shape and place anew in each attempt, UniMatch's CutMix keeps its area: two distributions.
 
     Args:
         attempts: float64 [N, 4 k]: uniform numbers of the first k attempts.

@@ -8,6 +8,8 @@ from stpp.methods.st import st
 from stpp.methods.stages import Stages
 from stpp.methods.stpp import stpp
 from stpp.methods.supervised import supervised
+from stpp.methods.unimatch import unimatch
+from stpp.methods.unimatch_v2 import fixmatch, unimatch_v2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,8 @@ class Method:
     """Labels images, so that none may be larger than `--label.max-pixels`."""
     predictors: int | None = None
     """Networks that rank or label images in a run, which can share one compiled engine."""
+    pairs: bool = False
+    """Mixes neighbours of a pass, so that a pass holds an even number of images of each list."""
     checkpoints: int
     """Networks on the disk at the end: a stage that trains keeps its best one and, to resume from, its last one with momentum
     (two), and writes one more before an old one goes; thirds come on top."""
@@ -32,5 +36,8 @@ METHODS = {
     "st": Method(run=st, predictors=1, checkpoints=10),
     "stpp": Method(run=stpp, unlabelled=2, predictors=5, checkpoints=18),
     "retrain": Method(run=retrain, labels=False, checkpoints=5),
+    "unimatch": Method(run=unimatch, labels=False, pairs=True, checkpoints=5),
+    "unimatch-v2": Method(run=unimatch_v2, labels=False, pairs=True, checkpoints=8),
+    "fixmatch": Method(run=fixmatch, labels=False, pairs=True, checkpoints=8),
 }
 """By their names on the command line (`stpp.config.Method`)."""

@@ -11,8 +11,8 @@ from stpp.config import Config
 from stpp.images.masks import IGNORE
 from stpp.loading.sample import Batch, Sample, Stream
 from stpp.methods.stages import Stages
+from stpp.training.loss import labelled_loss
 from stpp.training.step import Step
-from stpp_kernels import upsample_cross_entropy
 
 FEW_LABELS = 200
 """A labelled list shorter than this is repeated twice."""
@@ -31,8 +31,7 @@ class Supervised(Step):
         return (batch.labels_NHW != IGNORE).sum()[None]
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        loss, _ = upsample_cross_entropy(self.network(batch.images_NCHW), batch.labels_NHW, ignore_index=IGNORE)
-        return loss[None]
+        return labelled_loss(self.network(batch.images_NCHW), batch.labels_NHW, self.config.train)[None]
 
 
 def supervised(run: Stages) -> None:

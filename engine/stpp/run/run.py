@@ -69,7 +69,10 @@ def selftrain(config: Config, here: World) -> dict:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without
         torch.use_deterministic_algorithms(True)
-    images_per_pass(config.train, here)
+    per_pass = images_per_pass(config.train, here)
+    if METHODS[config.method].pairs and per_pass % 2:
+        raise UserError(f"--train.batch-global {config.train.batch_global} gives {per_pass} images a rank and pass, and --method "
+                        f"{config.method} mixes pairs; choose a multiple of {2 * here.size * config.train.accumulate}")
     with contextlib.ExitStack() as stack:
         distributed.on_main(here, lambda: stack.enter_context(lease.held(config.out)))
         return _run(config, here)

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 from stpp.config import TrainConfig
@@ -25,34 +26,38 @@ def make_optimizer(backbone: list[nn.Parameter], head: list[nn.Parameter], train
     base_lr = train.lr * train.batch_global / REFERENCE_BATCH
     multiplier = default_multiplier if train.head_lr_multiplier is None else train.head_lr_multiplier
     groups = [{"params": backbone, "base_lr": base_lr}, {"params": head, "base_lr": base_lr * multiplier}]
-    settings = {"lr": base_lr, "momentum": train.momentum, "weight_decay": train.weight_decay}
+    common = {"lr": base_lr, "weight_decay": train.weight_decay}
     if train.optimizer == "sgd":
-        return SGD(groups, **settings)
+        return SGD(groups, momentum=train.momentum, **common)
+    if train.optimizer == "adamw":
+        return AdamW(groups, **common)
     try:
         from apex.optimizers import FusedSGD
     except ImportError:
         raise UserError("--train.optimizer apex: NVIDIA apex is not installed (build it from its repository; the PyPI "
                         "package named apex is unrelated), or use --train.optimizer sgd") from None
-    return FusedSGD(groups, **settings)
+    return FusedSGD(groups, momentum=train.momentum, **common)
 
 
-class SGD(torch.optim.SGD):
-    """PyTorch's fused SGD, which on a CPU reads channels_last tensors where they lie.
+class _InOrder:
+    """A fused optimiser of PyTorch that on a CPU is given channels_last tensors in the order of the weight's memory.
 
     PyTorch 2.13 copies each of them to rows and back (six times the step of ResNet-18), and mixes numbers up where weight, gradient
-    and momentum are not laid out alike. Here all three are handed over in the order of the weight's memory.
+    and state are not laid out alike. `self.found_inf`, a tensor on the device, passes over the step where it is not zero.
     """
 
-    def __init__(self, groups: list[dict], **settings):
-        super().__init__(groups, fused=True, **settings)
+    state_names: tuple[str, ...]
+    """Tensors of the state that are shaped as their weight."""
+
+    def _begin(self) -> None:
         for weight in self._weights():  # zeros: made by a first step that is passed over they would hold anything
-            self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+            self.state[weight] |= {name: torch.zeros_like(weight) for name in self.state_names}
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
         for weight in self._weights():
             state = self.state[weight]
-            state["momentum_buffer"] = torch.empty_like(weight).copy_(state["momentum_buffer"])
+            state |= {name: torch.empty_like(weight).copy_(state[name]) for name in self.state_names}
 
     @torch.no_grad()
     def step(self) -> None:
@@ -61,18 +66,48 @@ class SGD(torch.optim.SGD):
             super().step()
             return
         for group in self.param_groups:
-            tensors = [(weight, weight.grad, self.state[weight]["momentum_buffer"]) for weight in group["params"]
-                       if weight.grad is not None]
-            if not tensors:
-                continue
-            in_order = [[tensor.permute(_memory_order(weight)).contiguous() for tensor in (weight, gradient, momentum)]
-                        for weight, gradient, momentum in tensors]
-            sgd(*map(list, zip(*in_order, strict=True)), fused=True, has_sparse_grad=False,
-                grad_scale=getattr(self, "grad_scale", None), found_inf=getattr(self, "found_inf", None),
-                **{name: group[name] for name in ("lr", "momentum", "weight_decay", "dampening", "nesterov", "maximize")})
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if weights:
+                in_order = [[tensor.permute(_memory_order(weight)).contiguous() for tensor in
+                             (weight, weight.grad, *(self.state[weight][name] for name in self.state_names))]
+                            for weight in weights]
+                found_inf = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
+                self._fused(group, weights, *map(list, zip(*in_order, strict=True)), **found_inf)
 
     def _weights(self) -> list[nn.Parameter]:
         return [weight for group in self.param_groups for weight in group["params"]]
+
+
+class SGD(_InOrder, torch.optim.SGD):
+    """Fused SGD."""
+
+    state_names = ("momentum_buffer",)
+
+    def __init__(self, groups: list[dict], **settings):
+        super().__init__(groups, fused=True, **settings)
+        self._begin()
+
+    def _fused(self, group: dict, _, *tensors: list[torch.Tensor], **found_inf) -> None:
+        sgd(*tensors, fused=True, has_sparse_grad=False, **found_inf,
+            **{name: group[name] for name in ("lr", "momentum", "weight_decay", "dampening", "nesterov", "maximize")})
+
+
+class AdamW(_InOrder, torch.optim.AdamW):
+    """Fused AdamW, with the published betas 0.9 and 0.999."""
+
+    state_names = ("exp_avg", "exp_avg_sq")
+
+    def __init__(self, groups: list[dict], **settings):
+        super().__init__(groups, fused=True, **settings)
+        for weight in self._weights():
+            self.state[weight]["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
+        self._begin()
+
+    def _fused(self, group: dict, weights: list[nn.Parameter], *tensors: list[torch.Tensor], **found_inf) -> None:
+        beta1, beta2 = group["betas"]
+        adam(*tensors, [], [self.state[weight]["step"] for weight in weights], fused=True, has_complex=False, foreach=False,
+             amsgrad=False, beta1=beta1, beta2=beta2, decoupled_weight_decay=True, **found_inf,
+             **{name: group[name] for name in ("lr", "weight_decay", "eps", "maximize", "capturable", "differentiable")})
 
 
 def _memory_order(weight: torch.Tensor) -> list[int]:
@@ -81,8 +116,8 @@ def _memory_order(weight: torch.Tensor) -> list[int]:
 
 
 def step_unless(bad: torch.Tensor, optimizer: Optimizer) -> None:
-    """One step, or none where `bad` (bool scalar on the device) holds; PyTorch's fused SGD decides on the device."""
-    if isinstance(optimizer, torch.optim.SGD):
+    """One step, or none where `bad` (bool scalar on the device) holds; PyTorch's fused optimisers decide on the device."""
+    if isinstance(optimizer, _InOrder):
         optimizer.grad_scale, optimizer.found_inf = None, bad.float()
         optimizer.step()
     elif not bad:  # apex cannot: one wait for the device a step

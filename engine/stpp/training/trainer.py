@@ -112,7 +112,7 @@ class Trainer:
         """
         torch.manual_seed(stream_seed(self.config.seed, self.key, self.steps_done, self.here.rank))  # dropout
         for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * (1 - self.steps_done / self.schedule.steps) ** POLY_POWER
+            group["lr"] = group["base_lr"] * self._rate()
         pixels_T = torch.stack([self.step.pixels(*batches) for batches in passes]).sum(0)
         pixels_T = distributed.sum_over_ranks(pixels_T).clamp(min=1)
 
@@ -130,6 +130,12 @@ class Trainer:
         self.step.after(self.steps_done)
         self.steps_done += 1
         return terms_T, nonfinite
+
+    def _rate(self) -> float:
+        """Share of the base learning rate in this step."""
+        warm_up = self.config.train.warmup_steps
+        rising = min(1.0, (self.steps_done + 1) / (warm_up + 1)) if warm_up else 1.0
+        return rising * (1 - self.steps_done / self.schedule.steps) ** POLY_POWER
 
     def _optimise(self, nonfinite: torch.Tensor) -> torch.Tensor:
         """Takes the optimiser's step unless a gradient is not finite; returns whether it, or the loss, was not."""

@@ -1,0 +1,304 @@
+"""UniMatch, UniMatch-V2 and FixMatch against plain PyTorch in float64, written from the papers' definitions at full size."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from stpp.config import Config, ConsistencyConfig, TrainConfig
+from stpp.loading.sample import Batch
+from stpp.methods import unimatch_v2
+from stpp.methods.consistency import inside, pasted, pseudo_labels, swapped
+from stpp.methods.unimatch import UniMatch
+from stpp.methods.unimatch_v2 import FixMatch, UniMatchV2, complementary_dropout
+from stpp.training.ema import MovingAverage
+from stpp.training.loss import hardest, labelled_loss
+
+CLASSES, SIDE = 4, 24
+
+
+class Small(nn.Module):
+    """Two maps at a quarter of the size, without batch statistics."""
+
+    head_lr_multiplier = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.ModuleList([nn.Conv2d(3, 6, 5, stride=4, padding=2), nn.Conv2d(3, 6, 7, stride=4, padding=3)])
+        self.classifier = nn.Conv2d(12, CLASSES, 3, padding=1)
+
+    def features(self, images_NCHW):
+        return tuple(conv(images_NCHW).tanh() for conv in self.backbone)
+
+    def decode(self, *maps):
+        return self.classifier(torch.cat(maps, dim=1))
+
+    def forward(self, images_NCHW):
+        return self.decode(*self.features(images_NCHW))
+
+
+def network() -> Small:
+    torch.manual_seed(3)
+    made = Small().double()
+    with torch.no_grad():
+        made.classifier.weight.mul_(8)  # so that some pixels are sure
+    return made
+
+
+def batches(seed: int, n: int = 2, m: int = 4) -> tuple[Batch, Batch]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def images(count: int) -> torch.Tensor:
+        return torch.randn(count, 3, SIDE, SIDE, generator=generator, dtype=torch.float64)
+
+    labels = torch.randint(CLASSES, (n, SIDE, SIDE), generator=generator).byte()
+    labels[torch.rand(labels.shape, generator=generator) < 0.2] = 255
+    boxes = torch.tensor([[[0, 0, 0, 0]] * m, [[2, 3, 10, 8], [0, 0, 0, 0], [5, 5, 19, 19], [0, 20, 24, 4]][:m],
+                          [[1, 1, 4, 20], [8, 0, 16, 9], [0, 0, 0, 0], [3, 3, 3, 3]][:m]], dtype=torch.int32)
+    shown = torch.tensor([[0, 0, 24, 24], [0, 0, 24, 15], [0, 6, 20, 18], [0, 0, 9, 24]][:m], dtype=torch.int32)
+    x = Batch(views=(images(n),), labels_NHW=labels, indices=np.arange(n))
+    u = Batch(views=(images(m), images(m), images(m)), labels_NHW=None, indices=np.arange(m), boxes_VN4=boxes, shown_N4=shown)
+    return x, u
+
+
+def upsampled(logits: torch.Tensor) -> torch.Tensor:
+    return F.interpolate(logits, (SIDE, SIDE), mode="bilinear", align_corners=True)
+
+
+def mixed_plain(tensor: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """CutMix with the neighbour, image by image."""
+    out = tensor.clone()
+    for i, (y, x, height, width) in enumerate(boxes.tolist()):
+        out[i, ..., y : y + height, x : x + width] = tensor[i ^ 1, ..., y : y + height, x : x + width]
+    return out
+
+
+def masked_mean(logits: torch.Tensor, labels: torch.Tensor, confidence: torch.Tensor, shown: torch.Tensor, threshold: float):
+    """sum of CE * (confidence >= threshold) * shown, over the number of shown pixels."""
+    loss = F.cross_entropy(upsampled(logits), labels.long(), reduction="none")
+    return (loss * (confidence >= threshold) * shown).sum() / shown.sum()
+
+
+def labels_of(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    confidence, labels = upsampled(logits).softmax(1).max(1)
+    return labels, confidence
+
+
+def shown_of(u: Batch) -> torch.Tensor:
+    shown = torch.zeros(len(u.shown_N4), SIDE, SIDE, dtype=torch.bool)
+    for i, (y, x, height, width) in enumerate(u.shown_N4.tolist()):
+        shown[i, y : y + height, x : x + width] = True
+    return shown
+
+
+def strong_terms(logits, labels, confidence, u: Batch, threshold: float) -> list[torch.Tensor]:
+    shown = shown_of(u)
+    return [masked_mean(each, mixed_plain(labels, boxes), mixed_plain(confidence, boxes), mixed_plain(shown, boxes), threshold)
+            for each, boxes in zip(logits, u.boxes_VN4[1:], strict=True)]
+
+
+def taken(step, x: Batch, u: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Terms divided by their pixels, and gradients of the weighted sum."""
+    terms = step(x, u) / step.pixels(x, u)
+    weights = torch.tensor(list(step.weights.values()), dtype=terms.dtype)
+    return terms.detach(), list(torch.autograd.grad((weights * terms).sum(), list(step.network.parameters())))
+
+
+def config(threshold: float = 0.5) -> Config:
+    return Config(method="unimatch", consistency=ConsistencyConfig(confidence=threshold))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_unimatch_equals_the_plain_form(monkeypatch, seed):
+    net, (x, u) = network(), batches(seed)
+    drawn = []
+    monkeypatch.setattr(F, "dropout2d", lambda each, p: each * _dropout_mask(each, drawn))
+    terms, gradients = taken(UniMatch(net, config()), x, u)
+
+    plain = copy.deepcopy(net)
+    maps = plain.features(torch.cat([x.images_NCHW, u.images_NCHW]))
+    n = len(x.images_NCHW)
+    clean, dropped = plain.decode(*maps), plain.decode(*(each * mask for each, mask in zip(maps, drawn, strict=True)))
+    labels, confidence = labels_of(clean[n:].detach())
+    loss_x = F.cross_entropy(upsampled(clean[:n]), x.labels_NHW.long(), ignore_index=255)
+    strong = strong_terms([plain(mixed_plain(view, boxes)) for view, boxes in zip(u.views[1:], u.boxes_VN4[1:], strict=True)],
+                          labels, confidence, u, 0.5)
+    loss_d = masked_mean(dropped[n:], labels, confidence, shown_of(u), 0.5)
+    share = ((confidence >= 0.5) & shown_of(u)).sum() / shown_of(u).sum()
+    assert 0.05 < share < 0.95
+    expected = torch.stack([loss_x, *strong, loss_d, share.double()]).detach()
+    torch.testing.assert_close(terms.double(), expected, rtol=1e-5, atol=1e-6)
+    loss = (loss_x + 0.25 * strong[0] + 0.25 * strong[1] + 0.5 * loss_d) / 2
+    expected = torch.autograd.grad(loss, list(plain.parameters()))
+    for gradient, truth in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, truth, rtol=1e-6, atol=1e-9)
+
+
+def _dropout_mask(each: torch.Tensor, drawn: list) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(len(drawn))
+    mask = 2.0 * (torch.rand(*each.shape[:2], 1, 1, generator=generator, dtype=torch.float64) < 0.5)
+    drawn.append(mask)
+    return mask
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_unimatch_v2_equals_the_plain_form_for_three_steps(monkeypatch, seed):
+    net = network()
+    step, plain = UniMatchV2(net, config()), copy.deepcopy(net)
+    teacher, student = copy.deepcopy(net), torch.optim.SGD(net.parameters(), lr=0.2)
+    plain_student = torch.optim.SGD(plain.parameters(), lr=0.2)
+    for t in range(3):
+        x, u = batches(10 * seed + t)
+        generator = torch.Generator().manual_seed(t)
+        kept = 2.0 * (torch.rand(4, 6, generator=generator, dtype=torch.float64) < 0.5)
+        kept[[1, 2]] = 1.0
+        factor = torch.cat([kept, 2 - kept])
+        monkeypatch.setattr(unimatch_v2, "complementary_dropout", lambda n, channels, device, factor=factor: [factor] * 2)
+        terms, gradients = taken(step, x, u)
+
+        labels, confidence = labels_of(teacher(u.images_NCHW))
+        strong_images = torch.cat([mixed_plain(view, boxes) for view, boxes in zip(u.views[1:], u.boxes_VN4[1:], strict=True)])
+        logits = plain.decode(*(each * factor[:, :, None, None] for each in plain.features(strong_images))).chunk(2)
+        loss_x = F.cross_entropy(upsampled(plain(x.images_NCHW)), x.labels_NHW.long(), ignore_index=255)
+        strong = strong_terms(logits, labels, confidence, u, 0.5)
+        torch.testing.assert_close(terms[:3].double(), torch.stack([loss_x, *strong]).detach(), rtol=1e-5, atol=1e-6)
+        expected = torch.autograd.grad((loss_x + (strong[0] + strong[1]) / 2) / 2, list(plain.parameters()))
+        for parameters, optimizer, found in ((net.parameters(), student, gradients), (plain.parameters(), plain_student, expected)):
+            for parameter, gradient in zip(parameters, found, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+        for gradient, truth in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(gradient, truth, rtol=1e-6, atol=1e-9)
+        step.after(t)
+        a = min(1 - 1 / (t + 1), 0.996)
+        with torch.no_grad():
+            for mine, theirs in zip(teacher.parameters(), plain.parameters(), strict=True):
+                mine.mul_(a).add_(theirs, alpha=1 - a)
+        for mine, theirs in zip(step.average.network.parameters(), teacher.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+    assert step.deployed is step.average.network and step.compared == {"student": net}
+
+
+def test_fixmatch_equals_the_plain_form():
+    net, (x, u) = network(), batches(5)
+    one = Batch(views=u.views[:2], labels_NHW=None, indices=u.indices, boxes_VN4=u.boxes_VN4[:2], shown_N4=u.shown_N4)
+    terms, _ = taken(FixMatch(net, config()), x, one)
+    labels, confidence = labels_of(net(u.images_NCHW))
+    (strong,) = strong_terms([net(mixed_plain(u.views[1], u.boxes_VN4[1]))], labels, confidence, one, 0.5)
+    loss_x = F.cross_entropy(upsampled(net(x.images_NCHW)), x.labels_NHW.long(), ignore_index=255)
+    torch.testing.assert_close(terms[:2].double(), torch.stack([loss_x, strong]).detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("step", [UniMatch, UniMatchV2])
+def test_two_passes_equal_one(step, monkeypatch):
+    """Terms are sums over the pass, divided by pixels of all passes: unevenly padded halves add up to the whole."""
+    net, (x, u) = network(), batches(7, n=4)
+    monkeypatch.setattr(F, "dropout2d", lambda each, p: each)
+    monkeypatch.setattr(unimatch_v2, "complementary_dropout",
+                        lambda n, channels, device: [torch.ones(2 * n, 6, dtype=torch.float64)] * 2)
+    method = step(net, config())
+    pieces = [(part(x, rows), part(u, rows)) for rows in (slice(0, 2), slice(2, 4))]
+    whole = method(x, u)
+    torch.testing.assert_close(sum(method(*piece) for piece in pieces), whole)
+    assert torch.equal(sum(method.pixels(*piece) for piece in pieces), method.pixels(x, u))
+
+
+def part(batch: Batch, rows: slice) -> Batch:
+    labels = None if batch.labels_NHW is None else batch.labels_NHW[rows]
+    more = {} if batch.boxes_VN4 is None else {"boxes_VN4": batch.boxes_VN4[:, rows], "shown_N4": batch.shown_N4[rows]}
+    return Batch(views=tuple(view[rows] for view in batch.views), labels_NHW=labels, indices=batch.indices[rows], **more)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([2, 4, 6]))
+@settings(deadline=None, max_examples=40)
+def test_pasting_is_an_exchange_of_boxes(seed, n):
+    generator = np.random.default_rng(seed)
+    boxes = torch.from_numpy(np.stack([generator.integers(0, 12, n), generator.integers(0, 12, n), generator.integers(0, 12, n),
+                                       generator.integers(0, 12, n)], axis=1).astype(np.int32))
+    images, labels = torch.randn(n, 3, SIDE, SIDE), torch.randint(5, (n, SIDE, SIDE)).byte()
+    assert torch.equal(pasted(images, boxes), mixed_plain(images, boxes))
+    assert torch.equal(pasted(labels, boxes), mixed_plain(labels, boxes))
+    assert torch.equal(swapped(swapped(images)), images)
+    assert inside(boxes, (SIDE, SIDE)).flatten(1).sum(1).tolist() == (boxes[:, 2] * boxes[:, 3]).tolist()
+
+
+def test_thresholding_commutes_with_pasting():
+    """Labels masked first and pasted equal labels, confidence and padding pasted and then masked."""
+    _, u = batches(9)
+    logits = torch.randn(4, CLASSES, 6, 6) * 3
+    labels_NHW = pseudo_labels(logits, u, 0.6)
+    labels, confidence = labels_of(logits)
+    for boxes in u.boxes_VN4[1:]:
+        sure = (mixed_plain(confidence, boxes) >= 0.6) & mixed_plain(shown_of(u), boxes)
+        plain = torch.where(sure, mixed_plain(labels, boxes), 255)
+        assert torch.equal(pasted(labels_NHW, boxes).long(), plain)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7])
+def test_complementary_dropout_keeps_each_channel_once_and_half_of_the_images_whole(n):
+    torch.manual_seed(n)
+    first, second = complementary_dropout(n, [64, 64], torch.device("cpu"))
+    assert first is second and first.shape == (2 * n, 64)
+    views = first.view(2, n, 64)
+    assert torch.equal(views.sum(0), torch.full((n, 64), 2.0))
+    whole = (views[0] == 1).all(1)
+    assert whole.sum() == n // 2
+    assert set(views[0][~whole].flatten().tolist()) == {0.0, 2.0}
+
+
+def test_maps_of_other_depths_have_draws_of_their_own():
+    torch.manual_seed(0)
+    shallow, deep = complementary_dropout(3, [8, 32], torch.device("cpu"))
+    assert shallow.shape == (6, 8) and deep.shape == (6, 32)
+    assert torch.equal((shallow == 1).all(1), (deep == 1).all(1))  # the same images are whole
+
+
+def test_the_average_copies_first_and_never_trains():
+    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    average = MovingAverage(net, 0.996)
+    average.train()
+    assert not any(module.training for module in average.modules())
+    assert not any(weight.requires_grad for weight in average.parameters())
+    with torch.no_grad():
+        net[0].weight.add_(1)
+    net(torch.randn(4, 3))
+    average.update(net, 0)
+    for name, value in net.state_dict().items():
+        assert torch.equal(average.network.state_dict()[name], value), name
+    before = average.network[0].weight.clone()
+    with torch.no_grad():
+        net[0].weight.add_(1)
+    average.update(net, 10_000)
+    torch.testing.assert_close(average.network[0].weight, before + 0.004, rtol=0, atol=1e-6)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 60))
+@settings(deadline=None, max_examples=30)
+def test_ohem_keeps_the_hardest(seed, kept):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(2, 3, 5, 5, generator=generator)
+    labels = torch.randint(3, (2, 7, 7), generator=generator).byte()
+    labels[torch.rand(labels.shape, generator=generator) < 0.3] = 255
+    full = F.interpolate(logits, (7, 7), mode="bilinear", align_corners=True)
+    counted = labels != 255
+    probability = full.softmax(1).gather(1, labels.masked_fill(~counted, 0).long()[:, None])[:, 0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stpp.training.loss.OHEM_KEPT", kept)
+        found = hardest(logits, labels)
+        loss = labelled_loss(logits, labels, TrainConfig(loss="ohem"))
+    threshold = 0.7
+    if counted.sum() >= kept:
+        threshold = max(threshold, probability[counted].sort().values[kept - 1].item())
+        certain = (probability - threshold).abs() > 1e-6
+        expected = counted & (probability <= threshold)
+    else:
+        certain, expected = torch.ones_like(counted), counted  # too few: nothing is dropped
+    assert torch.equal((found != 255)[certain], expected[certain])
+    cross_entropy = F.cross_entropy(full, found.long(), ignore_index=255, reduction="none")
+    mean = cross_entropy.sum() / max(1, int((found != 255).sum()))
+    torch.testing.assert_close(loss, mean * counted.sum(), rtol=1e-4, atol=1e-5)
