@@ -3,13 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from stpp.methods.retrain import retrain
-from stpp.methods.st import st
+from stpp.methods import retrain, st, stpp, supervised, unimatch, unimatch_v2
 from stpp.methods.stages import Stages
-from stpp.methods.stpp import stpp
-from stpp.methods.supervised import supervised
-from stpp.methods.unimatch import unimatch
-from stpp.methods.unimatch_v2 import fixmatch, unimatch_v2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +27,12 @@ class Method:
 
 
 METHODS = {
-    "supervised": Method(run=supervised, unlabelled=0, labels=False, checkpoints=5),
-    "st": Method(run=st, predictors=1, checkpoints=10),
-    "stpp": Method(run=stpp, unlabelled=2, predictors=5, checkpoints=18),
-    "retrain": Method(run=retrain, labels=False, checkpoints=5),
-    "unimatch": Method(run=unimatch, labels=False, pairs=True, checkpoints=5),
-    "unimatch-v2": Method(run=unimatch_v2, labels=False, pairs=True, checkpoints=8),
-    "fixmatch": Method(run=fixmatch, labels=False, pairs=True, checkpoints=8),
+    "supervised": Method(run=supervised.train, unlabelled=0, labels=False, checkpoints=5),
+    "st": Method(run=st.train, predictors=1, checkpoints=10),
+    "stpp": Method(run=stpp.train, unlabelled=2, predictors=5, checkpoints=18),
+    "retrain": Method(run=retrain.train, labels=False, checkpoints=5),
+    "unimatch": Method(run=unimatch.train, labels=False, pairs=True, checkpoints=5),
+    "unimatch-v2": Method(run=unimatch_v2.train, labels=False, pairs=True, checkpoints=8),
+    "fixmatch": Method(run=unimatch_v2.train_fixmatch, labels=False, pairs=True, checkpoints=8),
 }
 """By their names on the command line (`stpp.config.Method`)."""

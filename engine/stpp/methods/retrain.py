@@ -8,6 +8,6 @@ LAST_STAGE = 6
 """Key of the random numbers: those of ST++'s last stage, which this is on masks from elsewhere."""
 
 
-def retrain(run: Stages) -> None:
+def train(run: Stages) -> None:
     """Trains once, on the labels and the masks of `--pseudo-labels`."""
     run.train("1-retrain", Supervised, joint(run.labelled, run.given()), key=LAST_STAGE)

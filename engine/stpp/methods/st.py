@@ -11,7 +11,7 @@ from stpp.methods.stages import Stages
 from stpp.methods.supervised import Supervised, few_twice
 
 
-def st(run: Stages) -> None:
+def train(run: Stages) -> None:
     """Three stages: train, label all, train again from the pre-trained weights."""
     first = run.train("1-supervised", Supervised, few_twice(run.labelled), epochs=run.supervised_epochs)
     labels = run.label("2-label", first.best, run.unlabelled)

@@ -8,7 +8,7 @@ from stpp.methods.stages import Stages
 from stpp.methods.supervised import Supervised, few_twice
 
 
-def stpp(run: Stages) -> None:
+def train(run: Stages) -> None:
     """Six stages; each training starts from the pre-trained weights."""
     first = run.train("1-supervised", Supervised, few_twice(run.labelled), epochs=run.supervised_epochs, keep_thirds=True)
     reliable, rest = run.select("2-select", first.thirds, run.unlabelled)

@@ -34,7 +34,7 @@ class Supervised(Step):
         return labelled_loss(self.network(batch.images_NCHW), batch.labels_NHW, self.config.train)[None]
 
 
-def supervised(run: Stages) -> None:
+def train(run: Stages) -> None:
     """Trains on the labels alone."""
     run.train("1-supervised", Supervised, few_twice(run.labelled), epochs=run.supervised_epochs)
 

@@ -45,6 +45,6 @@ class UniMatch(Step):
         return torch.stack([labelled, strong_1, strong_2, dropped, confident.float()])
 
 
-def unimatch(run: Stages) -> None:
+def train(run: Stages) -> None:
     """One stage, from end to end."""
     run.train("1-unimatch", UniMatch, run.labelled, run.unlabelled)

@@ -98,11 +98,11 @@ def complementary_dropout(n: int, channels: Sequence[int], device: torch.device)
     return found
 
 
-def unimatch_v2(run: Stages) -> None:
+def train(run: Stages) -> None:
     """One stage, from end to end."""
     run.train("1-unimatch-v2", UniMatchV2, run.labelled, run.unlabelled)
 
 
-def fixmatch(run: Stages) -> None:
+def train_fixmatch(run: Stages) -> None:
     """One stage, from end to end."""
     run.train("1-fixmatch", FixMatch, run.labelled, run.unlabelled)
