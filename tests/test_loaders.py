@@ -492,7 +492,7 @@ def test_a_batch_is_copied_while_the_one_before_it_is_used(tmp_path, monkeypatch
     steps = [micro([step % 4, (step + 1) % 4], step=step) for step in range(5)]
     plain = list(train("reference", samples, steps))
     log = stream_cases.install(monkeypatch)
-    monkeypatch.setattr(reference, "side_stream", lambda device: stream_cases.Stream("side", log))
+    monkeypatch.setattr(reference, "copy_stream", lambda device: stream_cases.Stream("side", log))
     monkeypatch.setattr(reference, "ThreadPoolExecutor", AtOnce)
     for number, batch in enumerate(train("reference", samples, steps), 1):
         assert torch.equal(batch.images_NCHW, plain[number - 1].images_NCHW)

@@ -43,8 +43,14 @@ def staging(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tens
 
 
 def side_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """A stream beside the one that computes; None on a CPU."""
+    """A new stream beside the one that computes; None on a CPU."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+@functools.cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """The side stream of all copies to a device: one, because memory that a stream let go serves that stream alone."""
+    return side_stream(device)
 
 
 def on(stream: torch.cuda.Stream | None) -> contextlib.AbstractContextManager:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from stpp.clock import Clock
-from stpp.device import CAPTURING, Arriving, on, side_stream, staging
+from stpp.device import CAPTURING, Arriving, copy_stream, on, staging
 from stpp.images import storage
 from stpp.images.batching import Planned, padded
 from stpp.images.image_file import upright
@@ -74,7 +74,7 @@ def batches(tasks: Iterator[tuple[int, list[Planned]]], *, device: torch.device,
         else:
             decoder = PilDecoder(workers)
 
-        stream = side_stream(device)
+        stream = copy_stream(device)
 
         def prepared(planned: list[Planned], reads: list[Future]) -> tuple[Arriving | None, dict[int, str]]:
             if not planned:

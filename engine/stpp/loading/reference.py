@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter
 
 from stpp.config import AugmentConfig
-from stpp.device import Arriving, on, side_stream, staging
+from stpp.device import Arriving, copy_stream, on, staging
 from stpp.errors import UserError
 from stpp.images.image_file import opened, orientation, upright
 from stpp.images.masks import IGNORE, read_index_mask
@@ -270,7 +270,7 @@ def _pooled(
     loaded when the one before it is asked for is copied then, beside what the device computes; one that is late or
     broken waits for its turn.
     """
-    pool, stream = ThreadPoolExecutor(threads, thread_name_prefix="stpp-load"), side_stream(device)
+    pool, stream = ThreadPoolExecutor(threads, thread_name_prefix="stpp-load"), copy_stream(device)
     ahead: deque[_Loading] = deque()
 
     def next_one() -> tuple[Any, torch.Tensor, torch.Tensor | None]:
