@@ -84,12 +84,12 @@ def on_files(report: Report, options: argparse.Namespace, name: str, dtype: torc
     """Steps with loading, by the engine and by peers."""
     device, samples = report.device, bench_data.samples_of(options, folder)
     trainer = engine(options, device, folder, samples)
-    batches, waits = trainer._batches(), []
+    batches, waits = trainer._passes(), []
     public = bench_data.Public(samples, options.crop, trainer.config.augment.long_side)
 
     def ours() -> None:
-        micro_batches, wait_s = next(batches)
-        trainer.train_step(micro_batches)
+        passes, wait_s = next(batches)
+        trainer.train_step(passes)
         waits.append(wait_s)
 
     def theirs(label: str) -> None:
@@ -113,7 +113,7 @@ def parts(trainer: Trainer, batch: Batch, device: torch.device, rounds: int) -> 
     for _ in range(rounds):
         marks = [_now(device)]
         with torch.autocast(device.type, trainer.autocast_dtype, enabled=trainer.autocast_dtype != torch.float32):
-            logits = trainer.model(batch.images_NCHW)
+            logits = trainer.step.network(batch.images_NCHW)
         marks.append(_now(device))
         total, counted = upsample_cross_entropy(logits, batch.labels_NHW)
         marks.append(_now(device))
@@ -177,9 +177,9 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = engine(options, device, Path(folder))
-        trainer.network.load_state_dict(network.state_dict())
+        trainer.step.network.load_state_dict(network.state_dict())
         lr = trainer.optimizer.param_groups[0]["base_lr"]
-        variants = {"engine": lambda: trainer.train_step([batch])[0]}
+        variants = {"engine": lambda: trainer.train_step([(batch,)])[0]}
         targets, steps = labels.long(), {}
         settings = {"public": (torch.float32, False, False), "tuned": (dtype, True, False)}
         if not options.no_compile:

@@ -4,7 +4,7 @@ N images, C classes, H W size of the image.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -46,11 +46,14 @@ def evaluate(teacher: Teacher, samples: Sequence[Sample], here: World, data: Dat
 
 def report(matrix: torch.Tensor, classes: Sequence[str], *, images: int, out: Path | None = None) -> str:
     """A table of the scores, which are also written to `out` (JSON, percent) if it is given."""
-    iou = (100 * iou_per_class(matrix)).tolist()
+    iou = dict(zip(classes, (100 * iou_per_class(matrix)).tolist(), strict=True))
     if out is not None:
-        files.write_json(out, {"images": images, "miou": mean_iou(matrix),
-                               "iou": {name: None if math.isnan(value) else value
-                                       for name, value in zip(classes, iou, strict=True)}})
-    rows = [("class", "IoU")] + [(name, "-" if math.isnan(value) else f"{value:.2f}")
-                                 for name, value in zip(classes, iou, strict=True)]
+        write_scores(out, images=images, miou=mean_iou(matrix), iou=iou)
+    rows = [("class", "IoU")] + [(name, "-" if math.isnan(value) else f"{value:.2f}") for name, value in iou.items()]
     return log.table([*rows, ("mean", f"{mean_iou(matrix):.2f}")]) + f"\n{images} images"
+
+
+def write_scores(out: Path, *, images: int, miou: float, iou: Mapping[str, float]) -> None:
+    """Writes scores in percent as JSON; null for a class that occurs neither in truth nor in predictions."""
+    files.write_json(out, {"images": images, "miou": miou,
+                           "iou": {name: None if math.isnan(value) else value for name, value in iou.items()}})

@@ -1,5 +1,6 @@
-"""What the loaders read: one image, and its mask if there is one."""
+"""What the loaders read (samples), what a step is fed (streams), and what arrives (batches)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,13 @@ class Sample:
     """Pixels, after the EXIF rule of the data set."""
     strong: bool = False
     """Whether training augments it strongly: True for unlabelled images with a pseudo label."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stream:
+    """A list of samples as a step is fed it: one batch a pass."""
+
+    samples: Sequence[Sample]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
