@@ -55,7 +55,8 @@ def test_all_copies_to_a_device_share_a_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream_cases.Stream(str(device), []))
     device.copy_stream.cache_clear()
     zero, one = (torch.device("cuda", index) for index in (0, 1))
-    assert device.copy_stream(zero) is device.copy_stream(torch.device("cuda:0")) and device.copy_stream(one).name == "cuda:1"
+    assert device.copy_stream(zero) is device.copy_stream(torch.device("cuda:0"))
+    assert device.copy_stream(one).name == "cuda:1"
     assert device.side_stream(zero) is not device.side_stream(zero)
     device.copy_stream.cache_clear()
 

@@ -55,8 +55,8 @@ COSTS: dict[str, dict[tuple[str, bool], Cost]] = {
 EAGER_FLOPS = {"cpu": {"fp32": 1.2e11, "bf16": 5e11}, "cuda": {"fp32": 3e13, "bf16": 2.8e14, "fp16": 2.8e14}}
 """Operations a second of the eager network, by precision: of one core (bf16: of one with AMX), of one GPU.
 
-CUDA: estimates, from the bytes and operations of ResNet-50 on an H100. A row of `bench_teacher.py` replaces them:
-nominal operations of an image times images a second.
+CUDA: estimates, from the bytes and operations of ResNet-50 on an H100. A row of `bench_teacher.py` replaces
+them: nominal operations of an image times images a second.
 """
 
 
