@@ -1,7 +1,6 @@
-"""What a run is told: frozen dataclasses, filled from a recipe (TOML or JSON), then from the command line.
+"""The settings of a run: frozen dataclasses, filled from a recipe (TOML or JSON), then from the command line.
 
-Flags are the field names: `train.epochs` in a recipe is `--train.epochs` on the command line. Every value passes
-through tyro once, so that a recipe and a flag are checked by the same rules and answered with the same words.
+Flags are the field names: `train.epochs` in a recipe is `--train.epochs` on the command line.
 """
 
 import contextlib
@@ -9,7 +8,6 @@ import dataclasses
 import io
 import json
 import math
-import re
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +16,9 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
+from stpp import settings
 from stpp.errors import UserError
+from stpp.settings import flatten
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -34,7 +34,7 @@ MAY_CHANGE = ("out", "control", "device", "timeout_minutes", "data.threads", "da
 
 def _check(condition: bool, flag: str, value: Any, allowed: str) -> None:
     if not condition:
-        raise ValueError(f"--{flag} is {value}: it must be {allowed}")
+        raise UserError(f"--{flag} is {value}: it must be {allowed}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,14 +238,6 @@ def to_dict(config: Any) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def flatten(values: dict, prefix: str = "") -> dict[str, Any]:
-    """Nested values by their dotted key: `{"train": {"lr": 1}}` -> `{"train.lr": 1}`."""
-    flat = {}
-    for key, value in values.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat
-
-
 def differing_keys(ours: dict, theirs: dict, *, may_change: Collection[str] = MAY_CHANGE) -> list[str]:
     """Lines `key: theirs -> ours` for the keys that matter to the result (all but `may_change`) and differ."""
     ours, theirs = flatten(ours), flatten(theirs)
@@ -253,24 +245,22 @@ def differing_keys(ours: dict, theirs: dict, *, may_change: Collection[str] = MA
     return [f"{key}: {theirs.get(key)} -> {ours.get(key)}" for key in keys if ours.get(key) != theirs.get(key)]
 
 
-def parse(cls: type[T], args: Sequence[str], *, prog: str, default: T | None = None, recipe: Path | None = None) -> T:
-    """Reads `args` into a dataclass; `--help` prints and exits.
-
-    In a recipe's arguments a switch has a value, `--data.exif=False`; on the command line it is `--data.no-exif`.
+def parse(cls: type[T], args: Sequence[str], *, prog: str, default: T | None = None) -> T:
+    """Reads the flags of a command line into a dataclass; `--help` prints and exits.
 
     Raises:
-        UserError: an unknown flag or an impossible value, in one line; the recipe's name stands before it.
+        UserError: an unknown or missing flag, or an impossible value, in one line.
     """
-    output = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(output):
-            return tyro.cli(cls, args=list(args), prog=prog, default=default,
-                            config=(tyro.conf.FlagConversionOff,) if recipe else ())
-    except SystemExit as exit_:
-        if not exit_.code and not recipe:
-            raise
-        where = f"--recipe {recipe}: " if recipe else ""
-        raise UserError(where + (_sentence(output.getvalue()) or "holds a key that is no setting (help?)")) from None
+    with contextlib.redirect_stderr(io.StringIO()):
+        try:
+            return tyro.cli(cls, args=list(args), prog=prog, default=default)
+        except SystemExit as exit_:
+            if not exit_.code:
+                raise
+            error: BaseException | None = exit_
+    while error is not None and not isinstance(error, UserError):  # of `__post_init__`, which tyro caught
+        error = error.__context__
+    raise UserError(str(error) if error else settings.mistake(cls, args)) from None
 
 
 def load_recipe(cls: type[T], path: Path) -> T:
@@ -280,7 +270,7 @@ def load_recipe(cls: type[T], path: Path) -> T:
         UserError: no such file, not TOML or JSON, an unknown key, an impossible value.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a byte-order mark
         values = json.loads(text) if str(path).endswith(".json") else tomllib.loads(text)
     except OSError as error:
         raise UserError(f"--recipe {path}: {error.strerror}; give the path of a .toml file") from None
@@ -289,33 +279,7 @@ def load_recipe(cls: type[T], path: Path) -> T:
                         f"({str(error).splitlines()[0]})") from None
     if not isinstance(values, dict):
         raise UserError(f"--recipe {path}: expected a table of settings, found {type(values).__name__}")
-    return parse(cls, _as_flags(values), prog="stpp", recipe=path)
-
-
-def _as_flags(values: dict) -> list[str]:
-    flags = []
-    for key, value in flatten(values).items():
-        if isinstance(value, (list, tuple)):
-            flags += [f"--{key}", *(str(item) for item in value)]
-        elif value is not None:
-            flags.append(f"--{key}={value}")
-    return flags
-
-
-def _sentence(box: str) -> str:
-    """The words of tyro's framed message, without the frame, its title and the pointers to --help."""
-    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
-    parts, part = [], []
-    for line in [*lines, "─"]:
-        if line and not line.strip("─"):
-            parts.append(" ".join(part))
-            part = []
-        else:
-            part.append(line)
-    kept = []
-    for text in (" ".join(part.split()) for part in parts):
-        if text.startswith("Perhaps you meant"):
-            kept.append("perhaps you meant " + " or ".join(re.findall(r"--[\w.-]+", text)[:3]))
-        elif text and not text.startswith(("For full helptext", "Argument helptext")):
-            kept.append(re.sub(r"^Error parsing \w+: (?=--)", "", text))
-    return "; ".join(kept) or " ".join(box.split())
+    try:
+        return settings.filled(cls, values)
+    except UserError as error:
+        raise UserError(f"--recipe {path}: {error}") from None
