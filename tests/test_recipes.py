@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from stpp import cli, config
+from stpp.commands import train
 from stpp.config import Config, tomllib
 from stpp.dataset import splits
 from stpp.dataset.classes import class_list
@@ -86,12 +87,13 @@ def test_the_header_names_the_published_results_and_marks_estimates(name):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_launch_line_and_its_variants_resolve(name):
+def test_the_launch_line_and_its_variants_resolve(name, monkeypatch):
     text = (RECIPES / f"{name}.toml").read_text()
     line = re.search(r"-m stpp train (.*?)\n#\n", text, re.DOTALL)[1].replace("\\\n#", " ").split()
-    path, flags = cli._take(line, "--recipe")
+    path = line[line.index("--recipe") + 1]
     assert RECIPES / Path(path).name == RECIPES / f"{name}.toml"
+    monkeypatch.chdir(RECIPES.parents[1])
     for more in ([], ["--model.backbone", "resnet101"], ["--method", "supervised"], ["--method", "st"], ["--train.accumulate", "2"],
                  ["--data.fraction", "1/4"]):
-        resolved = config.parse(Config, [*flags, *more], prog="stpp train", default=recipe(name))
+        resolved = train.parse([*line, *more]).config
         assert resolved.data.layout == {"pascal": "voc"}.get(name, name) and resolved.data.split is not None

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -27,6 +27,8 @@ else:
 
 T = TypeVar("T")
 Method = Literal["supervised", "st", "stpp"]
+Views = Annotated[Literal["none", "flip", "stpp"], tyro.conf.arg(
+    help="Views whose probabilities are summed: the image alone; with its mirror image; five scales, each with its mirror image.")]
 MAY_CHANGE = ("out", "control", "device", "timeout_minutes", "data.threads", "data.index", "profile",
               "train.checkpoint_steps", "train.checkpoint_minutes", "train.on_nonfinite")
 """Keys that a run may be continued with although they differ: they do not change what is computed."""
@@ -35,6 +37,36 @@ MAY_CHANGE = ("out", "control", "device", "timeout_minutes", "data.threads", "da
 def _check(condition: bool, flag: str, value: Any, allowed: str) -> None:
     if not condition:
         raise UserError(f"--{flag} is {value}: it must be {allowed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceConfig:
+    """The device."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to compute; auto: on CUDA where there is a GPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """The floating type."""
+
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Floating type of the network; auto: bf16 where the device has it, else fp16 on CUDA and fp32 on a CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """Who reads images."""
+
+    loader: Literal["auto", "dali", "reference"] = "auto"
+    """Who decodes and augments: DALI, or PIL and NumPy worker threads; auto: DALI where it is installed."""
+    threads: int = 0
+    """Threads that read images and write masks, per rank; 0: the machine's cores divided among its ranks."""
+    _section = ""
+
+    def __post_init__(self):
+        _check(self.threads >= 0, f"{self._section}threads", self.threads, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +92,7 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(SourceConfig):
+class DataConfig(LoaderConfig, SourceConfig):
     """Where the images are, which of them are labelled, and who loads them."""
 
     index: Path | None = None
@@ -73,14 +105,11 @@ class DataConfig(SourceConfig):
     """Seed of the drawn split."""
     val: float | None = None
     """Share of the training images drawn for validation; unset: the data set's own validation list."""
-    loader: Literal["auto", "dali", "reference"] = "auto"
-    """Who decodes and augments: DALI, or PIL and NumPy worker threads."""
-    threads: int = 0
-    """Threads that decode and augment, per rank; 0: the machine's cores divided among its ranks."""
+    _section = "data."
 
     def __post_init__(self):
+        super().__post_init__()
         _check(self.val is None or 0 < self.val < 1, "data.val", self.val, "between 0 and 1")
-        _check(self.threads >= 0, "data.threads", self.threads, "0 or more")
         _check(0 <= self.split_seed < 2**64, "data.split-seed", self.split_seed, "from 0 to 2^64 - 1")
 
 
@@ -115,7 +144,7 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(PrecisionConfig):
     """One training run; every stage that trains uses it."""
 
     epochs: int = 80
@@ -136,8 +165,6 @@ class TrainConfig:
     """L2 penalty on all parameters."""
     optimizer: Literal["sgd", "apex"] = "sgd"
     """Fused SGD of PyTorch, or FusedSGD of NVIDIA apex."""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Autocast type; auto: bf16 where the device has it, else fp16 on CUDA and fp32 on a CPU."""
     sync_bn: bool = False
     """Batch-norm statistics over all ranks instead of one rank's images."""
     validate_every: int = 1
@@ -171,8 +198,7 @@ class TrainConfig:
 class LabelConfig:
     """How pseudo labels are computed."""
 
-    tta: Literal["stpp", "flip", "none"] = "stpp"
-    """Views whose probabilities are summed: five scales, each with its mirror image; 1 with mirror; 1."""
+    tta: Views = "stpp"
     batch_per_rank: int = 8
     """Images of equal size that one rank labels at once, at most."""
     batch_pixels: int = 1 << 22
@@ -187,18 +213,18 @@ class LabelConfig:
     """Images of a shard, the unit of work that an interrupted run keeps or repeats; 0: a 32nd of all, from 16 to 1000."""
     backend: Literal["auto", "tensorrt", "torch-tensorrt", "inductor", "eager"] = "auto"
     """What computes: a compiled teacher, or PyTorch as it is; auto: by the amount of work."""
-    _flags = "label."
+    _section = "label."
 
     def __post_init__(self):
         for name in ("batch_per_rank", "batch_pixels", "max_pixels"):
-            _check(getattr(self, name) >= 1, f"{self._flags}{name.replace('_', '-')}", getattr(self, name), "at least 1")
+            _check(getattr(self, name) >= 1, f"{self._section}{name.replace('_', '-')}", getattr(self, name), "at least 1")
         for name in ("pad_to", "shard_size"):
-            _check(getattr(self, name) >= 0, f"{self._flags}{name.replace('_', '-')}", getattr(self, name), "0 or more")
-        _check(0 <= self.min_confidence < 1, f"{self._flags}min-confidence", self.min_confidence, "from 0 to below 1")
+            _check(getattr(self, name) >= 0, f"{self._section}{name.replace('_', '-')}", getattr(self, name), "0 or more")
+        _check(0 <= self.min_confidence < 1, f"{self._section}min-confidence", self.min_confidence, "from 0 to below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(DeviceConfig):
     """A whole run."""
 
     out: Path | None = None
@@ -213,8 +239,6 @@ class Config:
     """Also train on the labels alone for as many steps as the last stage has."""
     seed: int = 0
     """Key of every random number of the run."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where to compute."""
     deterministic: bool = False
     """The same bits in every run on the same machine, at some cost in speed."""
     timeout_minutes: float = 30.0

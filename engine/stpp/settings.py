@@ -20,6 +20,8 @@ import tyro
 from stpp.errors import UserError
 
 T = TypeVar("T")
+INLINE = tyro.conf.arg(name="")
+"""Marks a section (`Annotated[Section, INLINE]`) whose settings are named without its own name."""
 _LONGEST = 80
 """Characters of a value that a message repeats."""
 _WORDS = {int: "a whole number", float: "a number", str: "text", Path: "a path", bool: "true or false"}
@@ -32,11 +34,12 @@ class Unfit(ValueError):
 def known(cls: type, prefix: str = "") -> dict[str, Any]:
     """The settings of a dataclass: their types by their dotted keys."""
     found = {}
-    for name, annotation in get_type_hints(cls).items():
-        if name not in cls.__dataclass_fields__:
-            continue
-        inner = known(annotation, f"{prefix}{name}.") if dataclasses.is_dataclass(annotation) else None
-        found.update({prefix + name: annotation} if inner is None else inner)
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        annotation, key = _bare(hint), prefix + name
+        if dataclasses.is_dataclass(annotation):
+            found.update(known(annotation, prefix if _is_marked(hint, INLINE) else f"{key}."))
+        elif name in cls.__dataclass_fields__:
+            found[key] = annotation
     return found
 
 
@@ -75,11 +78,12 @@ def filled(cls: type[T], values: Mapping[str, Any]) -> T:
 
 def _replaced(old: T, given: Mapping[str, Any], prefix: str) -> T:
     """`old` with the given values, sections first."""
-    changes = {}
+    changes, hints = {}, get_type_hints(type(old), include_extras=True)
     for field in dataclasses.fields(old):
         key, value = prefix + field.name, getattr(old, field.name)
         if dataclasses.is_dataclass(value):
-            changes[field.name] = _replaced(value, given, f"{key}.")
+            is_inline = _is_marked(hints[field.name], INLINE)
+            changes[field.name] = _replaced(value, given, prefix if is_inline else f"{key}.")
         elif key in given:
             changes[field.name] = given[key]
     return dataclasses.replace(old, **changes)
@@ -120,10 +124,17 @@ def _fitted(annotation: Any, value: Any) -> Any:
     raise Unfit
 
 
+def _bare(annotation: Any) -> Any:
+    """A type without what tyro is told of it."""
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
+def _is_marked(annotation: Any, marker: Any) -> bool:
+    return get_origin(annotation) is Annotated and marker in get_args(annotation)[1:]
+
+
 def _choices(annotation: Any) -> tuple[Any, ...]:
     """The types of a union; else the one type."""
-    if get_origin(annotation) is Annotated:
-        return _choices(get_args(annotation)[0])
     is_plain = get_origin(annotation) in (None, Literal, tuple)
     return (annotation,) if is_plain else get_args(annotation)
 
@@ -178,7 +189,7 @@ def mistake(cls: type, args: Sequence[str]) -> str:
     types = {flag(key): annotation for key, annotation in known(cls).items()}
     switches = {_opposite(name): name for name, annotation in types.items() if annotation is bool}
     positional = next((flag(key) for key, hint in get_type_hints(cls, include_extras=True).items()
-                       if get_origin(hint) is Annotated), None)
+                       if _is_marked(hint, tyro.conf.Positional)), None)
     named, loose = set(), []
     for name, values in _grouped(args):
         name = switches.get(name, name)
