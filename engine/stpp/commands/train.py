@@ -52,5 +52,5 @@ def parse(args: Sequence[str]) -> Train:
         name, is_joined, value = arg.partition("=")
         if name == "--recipe":
             recipe = value if is_joined else next(iter(args[place:]), None)  # none: refused below
-    default = Train(config=config.load_recipe(Config, find(recipe))) if recipe else None
+    default = Train(config=config.load_recipe(Config, find(recipe))) if recipe is not None else None
     return config.parse(Train, args, prog="stpp train", default=default)
