@@ -1,4 +1,5 @@
-"""Settings from plain values and from flags: both take the same values, and what they refuse is named in one line."""
+"""Settings from plain values and from flags: both take the same values, and what they refuse is named in one
+line."""
 
 import json
 import math
@@ -102,8 +103,11 @@ def test_an_accepted_value_is_what_its_flag_gives(cls, data):
     assert told == outcome(lambda: config.parse(cls, as_flags(key, value), prog="stpp"))
 
 
-@given(st.lists(st.sampled_from(["--out", "--checkpoints", "--switch", "--no-switch", "--pair", "--out=x", "--switch=y", "--pair=3",
-                                 "--nope", "--no-out", "x", "3", "", "-1", "-x", "--", "--pa", "None", "é\n"]), max_size=7))
+ARGUMENTS = ["--out", "--checkpoints", "--switch", "--no-switch", "--pair", "--out=x", "--switch=y", "--pair=3", "--nope",
+             "--no-out", "x", "3", "", "-1", "-x", "--", "--pa", "None", "é\n"]
+
+
+@given(st.lists(st.sampled_from(ARGUMENTS), max_size=7))
 @settings(max_examples=100, deadline=None)
 def test_any_arguments_are_flags_or_one_line(args):
     with pytest.MonkeyPatch.context() as patch:
@@ -142,9 +146,10 @@ def test_a_mistake_is_named(args, line):
     ({"kitchen_sink": {"choice": "8"}}, '--kitchen-sink.choice is "8": it must be one of a, 8, b'),
     ({"kitchen_sink": {"words": "one"}}, '--kitchen-sink.words is "one": it must be a list, each text'),
     ({"kitchen_sink": {"perhaps": "low"}}, '--kitchen-sink.perhaps is "low": it must be a number'),
-    ({"kitchen_sink": 3}, "--kitchen-sink is a section, not a setting; set what is in it, such as --kitchen-sink.whole"),
-    ({"kitchen": {"whole": 3}}, "there is no setting --kitchen.whole; perhaps you meant --kitchen-sink.whole or "
-     "--kitchen-sink.choice"),
+    ({"kitchen_sink": 3},
+     "--kitchen-sink is a section, not a setting; set what is in it, such as --kitchen-sink.whole"),
+    ({"kitchen": {"whole": 3}},
+     "there is no setting --kitchen.whole; perhaps you meant --kitchen-sink.whole or --kitchen-sink.choice"),
     ({"seed": "a\nb"}, '--seed is "a\\nb": it must be a whole number'),
     ({"x" * 500: 3}, f"there is no setting --{'x' * 78}..."),
 ])
@@ -155,11 +160,13 @@ def test_a_value_that_does_not_fit_is_named(values, line):
 
 
 def test_values_get_the_types_of_their_fields():
-    found = filled(House, {"kitchen-sink": {"number": 3, "text": 0.125, "path": "a b", "pair": [4, 5], "paths": ["x", "y"],
-                                            "perhaps_text": None, "perhaps_choice": 16, "switch": False}}).kitchen_sink
+    values = {"number": 3, "text": 0.125, "path": "a b", "pair": [4, 5], "paths": ["x", "y"], "perhaps_text": None,
+              "perhaps_choice": 16, "switch": False}
+    found = filled(House, {"kitchen-sink": values}).kitchen_sink
     assert (found.number, found.text, found.path, found.pair) == (3.0, "0.125", Path("a b"), (4, 5.0))
     assert isinstance(found.number, float) and isinstance(found.pair[1], float)
-    assert (found.paths, found.perhaps_text, found.perhaps_choice, found.switch) == ((Path("x"), Path("y")), None, 16, False)
+    assert (found.paths, found.perhaps_text) == ((Path("x"), Path("y")), None)
+    assert (found.perhaps_choice, found.switch) == (16, False)
     assert filled(House, {}) == House()
     with pytest.raises(ValueError):
         fitted(float, 10**400)

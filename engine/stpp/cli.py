@@ -26,7 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("report", "write a page about a run or about pseudo labels"),
     "doctor": ("doctor", "say what this machine has, whether it works, and what to do"),
 }
-"""By name: the module in `stpp.commands` that has a function of this name, which takes the arguments; and one line of help."""
+"""By name: the module of `stpp.commands` whose function of that name runs it; and one line of help."""
 
 
 def run(name: str, args: list[str]) -> None:
@@ -42,12 +42,13 @@ def run(name: str, args: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs one command. Exits with 0 when it is done, 1 when it failed, 2 for the user's mistake, 130 and 143 when stopped."""
+    """Runs a command; exits with 0 when done, 1 when failed, 2 for a user's mistake, 130 or 143 when stopped."""
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help"):
         names = "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
-        print(f"usage: stpp COMMAND [--help] ...\n\nTrains a segmentation model from few labelled images and many "
-              f"unlabelled ones.\n\n{names}\n\nSeveral processes: torchrun --nproc-per-node 8 -m stpp train ...")
+        print("usage: stpp COMMAND [--help] ...\n\n"
+              "Trains a segmentation model from few labelled images and many unlabelled ones.\n\n"
+              f"{names}\n\nSeveral processes: torchrun --nproc-per-node 8 -m stpp train ...")
         sys.exit(0 if args else 2)
     if args[0] == "--version":
         from stpp import __version__
@@ -73,7 +74,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _is_heard() -> bool:
-    """Whether this rank prints the user's mistakes: most are found by all ranks, and torchrun's closing report names any."""
+    """Whether this rank prints the user's mistakes: most are found by all ranks, and torchrun's closing
+    report names any."""
     return os.environ.get("LOCAL_RANK", "0") == "0" or "TORCHELASTIC_ERROR_FILE" not in os.environ
 
 

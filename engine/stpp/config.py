@@ -28,7 +28,8 @@ else:
 T = TypeVar("T")
 Method = Literal["supervised", "st", "stpp"]
 Views = Annotated[Literal["none", "flip", "stpp"], tyro.conf.arg(
-    help="Views whose probabilities are summed: the image alone; with its mirror image; five scales, each with its mirror image.")]
+    help="Views whose probabilities are summed: the image alone; with its mirror image; "
+         "five scales, each with its mirror image.")]
 MAY_CHANGE = ("out", "control", "device", "timeout_minutes", "data.threads", "data.index", "profile",
               "train.checkpoint_steps", "train.checkpoint_minutes", "train.on_nonfinite")
 """Keys that a run may be continued with although they differ: they do not change what is computed."""
@@ -52,7 +53,7 @@ class PrecisionConfig:
     """The floating type."""
 
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Floating type of the network; auto: bf16 where the device has it, else fp16 on CUDA and fp32 on a CPU."""
+    """Floating type of the network; auto: bf16 where the device has it, else fp16 on CUDA, fp32 on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)

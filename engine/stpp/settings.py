@@ -1,8 +1,9 @@
-"""Settings: the fields of nested dataclasses, filled from plain values or from flags, and named where one does not fit.
+"""Settings: the fields of nested dataclasses, filled from plain values, and named where one does not fit.
 
-A setting has one name everywhere: `train.crop_px` as a key, `--train.crop-px` as a flag. The types of the fields are the
-rules: whole numbers, numbers, text, paths, switches, choices (Literal), lists (tuple), any of these or None, and sections
-(dataclasses). What several fields must fulfil together, their dataclass checks in `__post_init__`.
+A setting has one name everywhere: `train.crop_px` as a key, `--train.crop-px` as a flag. The types of the
+fields are the rules: whole numbers, numbers, text, paths, switches, choices (Literal), lists (tuple), any of
+these or None, and sections (dataclasses). What several fields must fulfil together, their dataclass checks in
+`__post_init__`.
 """
 
 import contextlib
@@ -59,7 +60,8 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def filled(cls: type[T], values: Mapping[str, Any]) -> T:
     """A dataclass whose fields all have defaults, with plain values (as of TOML or JSON) in their place.
 
-    A value has the type of its field; a whole number serves for any number, numbers serve for text, text for a path.
+    A value has the type of its field; a whole number serves for any number, numbers serve for text, text for
+    a path.
 
     Raises:
         UserError: an unknown key, or a value that its field cannot have, in one line.
@@ -72,7 +74,8 @@ def filled(cls: type[T], values: Mapping[str, Any]) -> T:
         try:
             given[key] = fitted(types[key], value)
         except Unfit:
-            raise UserError(f"{flag(key)} is {shown(json.dumps(value, default=str))}: it must be {allowed(types[key])}") from None
+            given_text = shown(json.dumps(value, default=str))
+            raise UserError(f"{flag(key)} is {given_text}: it must be {allowed(types[key])}") from None
     return _replaced(cls(), given, "")
 
 
@@ -111,7 +114,8 @@ def _fitted(annotation: Any, value: Any) -> Any:
             if type(option) is type(value) and option == value:
                 return option
     elif get_origin(annotation) is tuple and isinstance(value, (list, tuple)):
-        return tuple(fitted(item, one) for item, one in zip(_items(annotation, len(value)), value, strict=True))
+        items = _items(annotation, len(value))
+        return tuple(fitted(item, one) for item, one in zip(items, value, strict=True))
     elif annotation is float and is_number:
         with contextlib.suppress(OverflowError):
             return float(value)
@@ -158,7 +162,7 @@ def allowed(annotation: Any) -> str:
     words = []
     for choice in _choices(annotation):
         if get_origin(choice) is Literal:
-            words.append(("one of " if len(get_args(choice)) > 1 else "") + ", ".join(map(str, get_args(choice))))
+            words.append("one of " + ", ".join(map(str, get_args(choice))))
         elif get_origin(choice) is tuple:
             items = get_args(choice)
             words.append(f"a list, each {allowed(items[0])}" if items[-1] is Ellipsis
@@ -181,15 +185,16 @@ def unknown(given: str, types: Mapping[str, Any]) -> str:
     if inside:
         return f"{shown(given)} is a section, not a setting; set what is in it, such as {inside}"
     near = difflib.get_close_matches(given, flags, n=2)
-    return f"there is no setting {shown(given)}" + (f"; perhaps you meant {' or '.join(near)}" if near else "")
+    hint = f"; perhaps you meant {' or '.join(near)}" if near else ""
+    return f"there is no setting {shown(given)}{hint}"
 
 
 def mistake(cls: type, args: Sequence[str]) -> str:
-    """The line about arguments that tyro refuses: tyro draws a box of many lines, but judges each flag alone too."""
+    """The line about arguments that tyro refuses; tyro itself says it in a box of many lines."""
     types = {flag(key): annotation for key, annotation in known(cls).items()}
     switches = {_opposite(name): name for name, annotation in types.items() if annotation is bool}
-    positional = next((flag(key) for key, hint in get_type_hints(cls, include_extras=True).items()
-                       if _is_marked(hint, tyro.conf.Positional)), None)
+    hints = get_type_hints(cls, include_extras=True)
+    positional = next((flag(key) for key in hints if _is_marked(hints[key], tyro.conf.Positional)), None)
     named, loose = set(), []
     for name, values in _grouped(args):
         name = switches.get(name, name)
@@ -197,8 +202,9 @@ def mistake(cls: type, args: Sequence[str]) -> str:
             return unknown(name, known(cls))
         taken = _taken(types[name], values) if name else 0
         if name and not _accepts(types[name], values[:taken]):
-            given = shown(" ".join(values[:taken]))
-            return f"{name} is {given}: it must be {allowed(types[name])}" if taken else f"{name} needs a value"
+            if not taken:
+                return f"{name} needs a value"
+            return f"{name} is {shown(' '.join(values[:taken]))}: it must be {allowed(types[name])}"
         if name and types[name] is bool and values and not positional:
             return f"{name} takes no value such as {shown(values[0])}: it is on; {_opposite(name)} is off"
         named.add(name)

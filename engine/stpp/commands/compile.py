@@ -26,8 +26,8 @@ class Compile:
     backend: Literal["auto", "tensorrt", "torch-tensorrt", "inductor", "eager"] = "auto"
     """Compiler; auto: the fastest that is installed."""
     shapes: tuple[str, ...] = ()
-    """Smallest, typical and largest input as NxHxW, for example 1x32x32 4x360x480 16x1024x2048; views for test-time
-    augmentation are up to twice as large as the images. By default any (inductor), or these."""
+    """Smallest, typical and largest input as NxHxW, for example 1x32x32 4x360x480 16x1024x2048; views for
+    test-time augmentation are up to twice as large as the images. By default any (inductor), or these."""
     sample: Path | None = None
     """Folder of images on which the engine must agree with eager; unset: the first images that it labels."""
     compute: Compute = ComputeConfig()
@@ -51,9 +51,9 @@ def compile(args: Sequence[str]) -> None:
         if here.size > 1:
             raise UserError("stpp compile runs in one process; start it without torchrun")
         sample = options.sample and _images(options.sample, here.device)
-        compile_teacher(options.checkpoint, options.out, load=partial(load_network, output_stride=options.output_stride),
-                        device=here.device, backend=options.backend, precision=options.compute.precision, shapes=shapes,
-                        sample=sample)
+        load = partial(load_network, output_stride=options.output_stride)
+        compile_teacher(options.checkpoint, options.out, load=load, device=here.device, shapes=shapes,
+                        backend=options.backend, precision=options.compute.precision, sample=sample)
     print(options.out)
 
 

@@ -23,8 +23,9 @@ class Evaluate:
     output_stride: OutputStride = None
     tta: Views = "none"
     sliding_window: int | None = None
-    """Side in pixels of the crops that the network sees instead of the whole image (each in the views of --tta), as is usual
-    for Cityscapes. One begins at every two thirds of the side; probabilities are averaged where they overlap."""
+    """Side in pixels of the crops that the network sees instead of the whole image (each in the views of
+    --tta), as is usual for Cityscapes. One begins at every two thirds of the side; probabilities are averaged
+    where they overlap."""
     out: Path | None = None
     """Also write the scores to this JSON file."""
     compute: Compute = ComputeConfig()
@@ -60,11 +61,13 @@ def evaluate(args: Sequence[str]) -> None:
         network, classes, _ = load_network(options.checkpoint, output_stride=options.output_stride,
                                            class_names=known.classes)
         if tuple(classes) != tuple(known.classes):
-            raise UserError(f"{options.checkpoint} was trained on {len(classes)} classes ({', '.join(classes)}) but "
-                            f"{folder} has {len(known.classes)} ({', '.join(known.classes)}); use the matching index")
+            raise UserError(
+                f"{options.checkpoint} was trained on {len(classes)} classes ({', '.join(classes)}) but "
+                f"{folder} has {len(known.classes)} ({', '.join(known.classes)}); use the matching index")
         teacher = EagerTeacher(network, num_classes=len(classes), device=here.device,
                                dtype=autocast_dtype(options.compute.precision, here.device))
-        matrix = scoring.evaluate(teacher, samples, here, data, mode=options.tta, crop_px=options.sliding_window)
+        matrix = scoring.evaluate(teacher, samples, here, data, mode=options.tta,
+                                  crop_px=options.sliding_window)
         if here.is_main:
             print(scoring.report(matrix, classes, images=len(samples), out=options.out))
 
@@ -73,11 +76,13 @@ def _of_run(options: Evaluate) -> tuple[Path, Path]:
     """Index folder and list to score: as given, else those of the run that the checkpoint lies in."""
     from stpp.dataset import splits
 
-    run = next((folder for folder in options.checkpoint.resolve().parents if (folder / "config.json").exists()), None)
+    above = options.checkpoint.resolve().parents
+    run = next((folder for folder in above if (folder / "config.json").exists()), None)
     data = config.load_recipe(Config, run / "config.json").data if run else None
     folder = options.index or (data and (data.index or run / "index"))
-    listed = options.list or (data and (splits.find_val(data.split) if data.split else run / "split" / splits.VAL))
+    listed = options.list or (
+        data and (splits.find_val(data.split) if data.split else run / "split" / splits.VAL))
     if folder is None or listed is None:
-        raise UserError(f"--checkpoint {options.checkpoint} lies in no run; name a prepared index with --index and a file "
-                        "with lines `image mask` with --list")
+        raise UserError(f"--checkpoint {options.checkpoint} lies in no run; name a prepared index with "
+                        "--index and a file with lines `image mask` with --list")
     return folder, listed

@@ -33,8 +33,8 @@ def need_root(data: SourceConfig) -> None:
         UserError: one of them.
     """
     if (data.layout == "globs") != (data.images is not None):
-        raise UserError(f"--data.layout {data.layout} with --data.images {data.images}: patterns go with layout globs, "
-                        "and globs needs them")
+        raise UserError(f"--data.layout {data.layout} with --data.images {data.images}: patterns go with "
+                        "layout globs, and globs needs them")
     if data.root is None:
         raise UserError("--data.root is missing: name the folder of the data set")
     if not data.root.is_dir():

@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parents[3] / "launch" / "recipes"
 
 @dataclass(frozen=True, kw_only=True)
 class Recipes:
-    """List the recipes by name, with what each trains; `stpp train --recipe NAME --print-config` shows one."""
+    """List the recipes, with what each trains; `stpp train --recipe NAME --print-config` shows one."""
 
 
 def recipes(args: Sequence[str]) -> None:
@@ -21,7 +21,8 @@ def recipes(args: Sequence[str]) -> None:
     config.parse(Recipes, args, prog="stpp recipes")
     found = _known()
     if not found:
-        print(f"no recipes in {FOLDER}: they are part of a checkout; `stpp train --recipe` takes the path of any .toml file")
+        print(f"no recipes in {FOLDER}: they are part of a checkout; "
+              "`stpp train --recipe` takes the path of any .toml file")
     width = max(map(len, found), default=0)
     for name, path in found.items():
         print(f"{name:<{width}}  {_title(path)}")

@@ -18,7 +18,7 @@ class Train:
     """Run supervised training, ST or ST++; the same command on the same --out goes on where it stopped."""
 
     recipe: str | None = None
-    """Settings to begin with: a recipe that `stpp recipes` lists, the path of a .toml file, or a run's config.json."""
+    """Settings to begin with: a name that `stpp recipes` lists, or the path of a .toml or config.json."""
     print_config: bool = False
     """Print all settings as JSON, and run nothing."""
     config: Annotated[Config, INLINE] = Config()
