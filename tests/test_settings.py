@@ -103,8 +103,8 @@ def test_an_accepted_value_is_what_its_flag_gives(cls, data):
     assert told == outcome(lambda: config.parse(cls, as_flags(key, value), prog="stpp"))
 
 
-ARGUMENTS = ["--out", "--checkpoints", "--switch", "--no-switch", "--pair", "--out=x", "--switch=y", "--pair=3", "--nope",
-             "--no-out", "x", "3", "", "-1", "-x", "--", "--pa", "None", "é\n"]
+ARGUMENTS = ["--out", "--checkpoints", "--switch", "--no-switch", "--pair", "--out=x", "--switch=y", "--pair=3",
+             "--nope", "--no-out", "x", "3", "", "-1", "-x", "--", "--pa", "None", "é\n"]
 
 
 @given(st.lists(st.sampled_from(ARGUMENTS), max_size=7))
@@ -150,6 +150,8 @@ def test_a_mistake_is_named(args, line):
      "--kitchen-sink is a section, not a setting; set what is in it, such as --kitchen-sink.whole"),
     ({"kitchen": {"whole": 3}},
      "there is no setting --kitchen.whole; perhaps you meant --kitchen-sink.whole or --kitchen-sink.choice"),
+    ({"kitchen_sink": {"whole": 3}, "kitchen-sink": {"whole": 3}},
+     "--kitchen-sink.whole is there twice, spelled with - and with _; keep one"),
     ({"seed": "a\nb"}, '--seed is "a\\nb": it must be a whole number'),
     ({"x" * 500: 3}, f"there is no setting --{'x' * 78}..."),
 ])
@@ -160,8 +162,8 @@ def test_a_value_that_does_not_fit_is_named(values, line):
 
 
 def test_values_get_the_types_of_their_fields():
-    values = {"number": 3, "text": 0.125, "path": "a b", "pair": [4, 5], "paths": ["x", "y"], "perhaps_text": None,
-              "perhaps_choice": 16, "switch": False}
+    values = {"number": 3, "text": 0.125, "path": "a b", "pair": [4, 5], "paths": ["x", "y"], "switch": False,
+              "perhaps_text": None, "perhaps_choice": 16}
     found = filled(House, {"kitchen-sink": values}).kitchen_sink
     assert (found.number, found.text, found.path, found.pair) == (3.0, "0.125", Path("a b"), (4, 5.0))
     assert isinstance(found.number, float) and isinstance(found.pair[1], float)

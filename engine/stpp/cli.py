@@ -42,7 +42,7 @@ def run(name: str, args: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs a command; exits with 0 when done, 1 when failed, 2 for a user's mistake, 130 or 143 when stopped."""
+    """Runs a command; exits with 0 when done, 1 when failed, 2 for a mistake, 130 or 143 when stopped."""
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help"):
         names = "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())

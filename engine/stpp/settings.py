@@ -71,6 +71,8 @@ def filled(cls: type[T], values: Mapping[str, Any]) -> T:
         key = key.replace("-", "_")
         if key not in types:
             raise UserError(unknown(flag(key), types))
+        if key in given:
+            raise UserError(f"{flag(key)} is there twice, spelled with - and with _; keep one")
         try:
             given[key] = fitted(types[key], value)
         except Unfit:

@@ -51,8 +51,9 @@ def prepare(args: Sequence[str]) -> None:
     from stpp.dataset import index
 
     made = index.prepare(
-        data.root, options.out, layout=data.layout, images=data.images, masks=data.masks, classes=data.classes,
-        mask_map=data.mask_map, exif=data.exif, unlabelled=data.unlabelled, workers=options.workers)
+        data.root, options.out, layout=data.layout, images=data.images, masks=data.masks,
+        classes=data.classes, mask_map=data.mask_map, exif=data.exif, unlabelled=data.unlabelled,
+        workers=options.workers)
     with_mask = sum(entry.mask is not None for entry in made.entries.values())
     print(f"{options.out}: {len(made.entries)} images, {with_mask} with a mask, "
           f"{len(made.classes)} classes")
