@@ -1,12 +1,15 @@
 """`stpp predict`: masks of a few images, and pictures of them over the images. Nothing heavy is imported before it runs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import tyro
 
+from stpp import config
+from stpp.commands.options import Compute, ComputeConfig, OutputStride, TrustEngine
+from stpp.config import Views
 from stpp.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,26 +29,21 @@ class Predict:
     """A best.pt or third-*.pt of a run, or a published state dict."""
     engine: Path | None = None
     """Instead of a checkpoint: the folder of an engine that `stpp compile` made."""
-    output_stride: Literal[8, 16, 32] | None = None
-    """Of a checkpoint that does not tell it, such as a published one; unset: 8."""
-    tta: Literal["none", "flip", "stpp"] = "none"
-    """Views whose probabilities are summed: 1; 1 with its mirror image; five scales, each with its mirror image."""
+    output_stride: OutputStride = None
+    tta: Views = "none"
     max_pixels: int = 1 << 24
     """Images of more pixels get no mask: they need much memory."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where to compute."""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Floating type of the network."""
-    trust_engine: bool = False
-    """Run an engine that you did not build on this machine: it is a program."""
+    trust_engine: TrustEngine = False
+    compute: Compute = ComputeConfig()
 
 
-def predict(options: Predict) -> None:
+def predict(args: Sequence[str]) -> None:
     """Runs `stpp predict`.
 
     Raises:
         UserError: nothing to do, or no network to do it; images that could not be read, after all others are done.
     """
+    options = config.parse(Predict, args, prog="stpp predict")
     network = options.checkpoint or options.engine
     if network is None or (options.checkpoint and options.engine):
         raise UserError("give either --checkpoint FILE or --engine DIR")
@@ -57,10 +55,10 @@ def predict(options: Predict) -> None:
     from stpp.inference.single_images import open_predictor
 
     items = list(_items(options))
-    with distributed.world(options.device) as here:
+    with distributed.world(options.compute.device) as here:
         if here.size > 1:
             raise UserError("stpp predict runs in one process; start it without torchrun, or use stpp label")
-        predictor = open_predictor(network, mode=options.tta, device=here.device, precision=options.precision,
+        predictor = open_predictor(network, mode=options.tta, device=here.device, precision=options.compute.precision,
                                    max_pixels=options.max_pixels, trust=options.trust_engine,
                                    output_stride=options.output_stride)
         try:
