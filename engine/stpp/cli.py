@@ -162,6 +162,7 @@ def _evaluate(args: list[str]) -> None:
         raise UserError(f"--checkpoint {options.checkpoint}: no such file")
     from stpp import distributed, log
     from stpp.dataset import index, splits
+    from stpp.inference import exif_rule
     from stpp.inference.evaluate import evaluate, report
     from stpp.inference.open import EagerTeacher
     from stpp.models.trained import load_network
@@ -174,6 +175,9 @@ def _evaluate(args: list[str]) -> None:
         data = DataConfig(exif=known.exif, loader=options.loader, threads=options.threads)
         samples = splits.read_split(listed, known, labelled=True)
         network, classes, _ = load_network(options.checkpoint, output_stride=options.output_stride, class_names=known.classes)
+        if (rule := exif_rule.told(options.checkpoint)) not in (None, known.exif):
+            raise UserError(f"{options.checkpoint} was trained on images {exif_rule.described(rule)}, and {folder} is of images "
+                            f"{exif_rule.described(known.exif)}; prepare an index with --data.{'' if rule else 'no-'}exif")
         if tuple(classes) != tuple(known.classes):
             raise UserError(f"{options.checkpoint} was trained on {len(classes)} classes ({', '.join(classes)}) but "
                             f"{folder} has {len(known.classes)} ({', '.join(known.classes)}); use the matching index")
@@ -203,37 +207,19 @@ def _compile(args: list[str]) -> None:
     if not options.checkpoint.is_file():
         raise UserError(f"--checkpoint {options.checkpoint}: no such file")
     from stpp import distributed
+    from stpp.inference import exif_rule
     from stpp.inference.open import Shapes, compile_teacher
+    from stpp.inference.single_images import sample_images
     from stpp.models.trained import load_network
 
     shapes = Shapes.parse(options.shapes) if options.shapes else None
     with distributed.world(options.device) as here:
         if here.size > 1:
             raise UserError("stpp compile runs in one process; start it without torchrun")
-        sample = options.sample and _images(options.sample, here.device)
+        sample = options.sample and sample_images(options.sample, here.device, exif=exif_rule.agreed([options.checkpoint]))
         compile_teacher(options.checkpoint, options.out, load=partial(load_network, output_stride=options.output_stride),
                         device=here.device, backend=options.backend, precision=options.precision, shapes=shapes, sample=sample)
     print(options.out)
-
-
-def _images(folder: Path, device):
-    """Iterator over the normalised images [1, 3, H, W] of a folder and its sub-folders."""
-    import numpy as np
-    import torch
-
-    from stpp.images import image_file
-    from stpp.images.pixels import normalised
-
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in image_file.IMAGE_EXTENSIONS)
-    if not paths:
-        raise UserError(f"--sample {folder}: no images found")
-
-    def one(path: Path) -> torch.Tensor:
-        with image_file.opened(path) as file:
-            pixels = image_file.upright(np.asarray(file.convert("RGB")), image_file.orientation(file))
-        return torch.from_numpy(normalised(pixels)).to(device).permute(2, 0, 1)[None]
-
-    return map(one, paths)
 
 
 def _demo(args: list[str]) -> None:

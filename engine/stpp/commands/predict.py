@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from stpp.commands.exif_flags import exif_asked
 from stpp.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,6 +31,11 @@ class Predict:
     """Of a checkpoint that does not tell it, such as a published one; unset: 8."""
     tta: Literal["none", "flip", "stpp"] = "none"
     """Views whose probabilities are summed: 1; 1 with its mirror image; five scales, each with its mirror image."""
+    exif: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Turn images upright by their EXIF orientation. Without this and --no-exif: as the network was trained, which a checkpoint of
+    a run tells; upright where it tells nothing."""
+    no_exif: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Read images as they are stored."""
     max_pixels: int = 1 << 24
     """Images of more pixels get no mask: they need much memory."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -53,6 +59,7 @@ def predict(options: Predict) -> None:
         raise UserError(f"{network}: there is no such {'engine folder' if options.engine else 'checkpoint'}")
     if not options.images:
         raise UserError("name an image or a folder: stpp predict IMAGE|FOLDER ... --checkpoint FILE --out DIR")
+    asked = exif_asked(options.exif, options.no_exif)
     from stpp import distributed, log
     from stpp.inference.single_images import open_predictor
 
@@ -62,7 +69,7 @@ def predict(options: Predict) -> None:
             raise UserError("stpp predict runs in one process; start it without torchrun, or use stpp label")
         predictor = open_predictor(network, mode=options.tta, device=here.device, precision=options.precision,
                                    max_pixels=options.max_pixels, trust=options.trust_engine,
-                                   output_stride=options.output_stride)
+                                   output_stride=options.output_stride, exif=asked)
         try:
             bad = _write_all(predictor, items, options.out)
         except OSError as error:

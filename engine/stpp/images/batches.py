@@ -15,10 +15,12 @@ import numpy as np
 import torch
 
 from stpp.clock import Clock
+from stpp.errors import UserError
 from stpp.images import storage
 from stpp.images.batching import Planned, padded
-from stpp.images.image_file import IMAGENET_MEAN, IMAGENET_STD, upright
-from stpp.images.pixels import BadImage, attempt
+from stpp.images.image_file import upright
+from stpp.images.pixels import BadImage, attempt, normalised
+from stpp.images.reading import require_size
 
 AHEAD = 2
 """Batches in preparation while one is computed."""
@@ -86,7 +88,7 @@ def batches(tasks: Iterator[tuple[int, list[Planned]]], *, device: torch.device,
                 pixels_NHWC, errors = future.result()
             if not planned:
                 return shard, None
-            images_NCHW = normalised(pixels_NHWC, planned, errors, pad_to)
+            images_NCHW = network_input(pixels_NHWC, planned, errors, pad_to)
             return shard, Batch(planned=planned, images_NCHW=images_NCHW, errors=errors)
 
         try:
@@ -103,17 +105,27 @@ def batches(tasks: Iterator[tuple[int, list[Planned]]], *, device: torch.device,
 
 
 def pick(name: str) -> str:
-    """ "dali" or "pil" for `--loader` "auto", "dali" or "reference"."""
+    """ "dali" or "pil" for `--loader` "auto", "dali" or "reference".
+
+    Raises:
+        UserError: "dali" is asked for but not installed.
+        ValueError: another name.
+    """
+    if name not in ("auto", "dali", "reference"):
+        raise ValueError(f"name is {name!r}, expected 'auto', 'dali' or 'reference'")
     if name == "reference":
         return "pil"
-    return "dali" if name == "dali" or has_dali() else "pil"
+    if has_dali():
+        return "dali"
+    if name == "dali":
+        raise UserError("--data.loader dali: NVIDIA DALI is not installed; pip install stpp[cuda12] (or stpp[cuda13]), or use "
+                        "--data.loader reference")
+    return "pil"
 
 
-def normalised(pixels_NHWC: torch.Tensor, planned: list[Planned], errors: dict[int, str], pad_to: int) -> torch.Tensor:
-    """uint8 [N, H, W, 3] to float32 [N, 3, H, W], channels_last, with ImageNet mean and deviation; blanks become zero."""
-    scale = 1 / (255 * torch.tensor(IMAGENET_STD, device=pixels_NHWC.device))
-    mean = 255 * torch.tensor(IMAGENET_MEAN, device=pixels_NHWC.device)
-    images_NCHW = pixels_NHWC.float().sub_(mean).mul_(scale).permute(0, 3, 1, 2)
+def network_input(pixels_NHWC: torch.Tensor, planned: list[Planned], errors: dict[int, str], pad_to: int) -> torch.Tensor:
+    """uint8 [N, H, W, 3] to float32 [N, 3, H, W], channels_last, normalised; blanks and padding become zero."""
+    images_NCHW = normalised(pixels_NHWC).permute(0, 3, 1, 2)
     for i, one in enumerate(planned):
         if i in errors:
             images_NCHW[i] = 0
@@ -145,11 +157,11 @@ def _assembled(planned: list[Planned], images: list, device: torch.device,
         if isinstance(image, BadImage):
             errors[i] = str(image)
             continue
-        array = isinstance(image, np.ndarray)
-        image = (upright if array else _upright_tensor)(image, one.header.orientation)
-        if image.shape[:2] != one.size:
-            found, expected = "x".join(map(str, image.shape[1::-1])), "x".join(map(str, one.size[::-1]))
-            errors[i] = f"it has {found} pixels where it had {expected} when it was planned"
+        array, image = isinstance(image, np.ndarray), upright(image, one.reading.orientation)
+        try:
+            require_size(image.shape[:2], one.reading)
+        except BadImage as bad:
+            errors[i] = str(bad)
             continue
         place = stacked[i, : one.size[0], : one.size[1]]
         if array and not on_device:
@@ -157,14 +169,6 @@ def _assembled(planned: list[Planned], images: list, device: torch.device,
         else:
             place.copy_(torch.from_numpy(np.array(image)) if array else image)
     return stacked.to(device), errors
-
-
-def _upright_tensor(image_HWC: torch.Tensor, orientation: int) -> torch.Tensor:
-    """`stpp.images.image_file.upright` of a tensor."""
-    if orientation >= 5:
-        image_HWC = image_HWC.transpose(0, 1)
-    flipped = [axis for axis, turned in ((1, (2, 3, 6, 7)), (0, (3, 4, 7, 8))) if orientation in turned]
-    return image_HWC.flip(flipped) if flipped else image_HWC
 
 
 def has_dali() -> bool:

@@ -15,9 +15,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter
 
 from stpp.config import AugmentConfig
-from stpp.errors import UserError
-from stpp.images.image_file import opened, orientation, upright
-from stpp.images.masks import IGNORE, read_index_mask
+from stpp.images.masks import IGNORE
 from stpp.images.pixels import normalised
 from stpp.loading.augment import (
     BRIGHTNESS,
@@ -29,11 +27,12 @@ from stpp.loading.augment import (
     noise_image,
     noise_side,
 )
+from stpp.loading.decode import image_of, mask_of
 from stpp.loading.sample import Batch, Sample
 from stpp.loading.sampler import MicroBatch
 
-Decoded = tuple[np.ndarray, np.ndarray | None]
-"""Image, uint8 or float32 [H, W, 3], and mask, uint8 [H, W], or None."""
+Decoded = tuple[np.ndarray, np.ndarray]
+"""Image, uint8 or float32 [H, W, 3], and mask, uint8 [H, W]."""
 
 
 def train_batches(
@@ -45,7 +44,6 @@ def train_batches(
     stage: int,
     device: torch.device | str,
     threads: int,
-    exif: bool = True,
     prefetch: int = 2,
 ) -> Iterator[Batch]:
     """Decodes, augments and normalises the given micro-batches: see `stpp.loading.dali.train_batches`.
@@ -60,7 +58,7 @@ def train_batches(
     noise = noise_image(noise_side(side))
 
     def one(sample: Sample, params: AugmentParams, row: int) -> Decoded:
-        image, mask = augmented(*decoded(sample, exif=exif), params, row, side=side, noise=noise)
+        image, mask = augmented(*decoded(sample), params, row, side=side, noise=noise)
         return normalised(image), mask
 
     def tasks() -> Iterator[tuple[MicroBatch, list[tuple]]]:
@@ -76,49 +74,13 @@ def train_batches(
     )
 
 
-def eval_batches(
-    samples: Sequence[Sample],
-    batches: Iterable[Sequence[int]],
-    *,
-    device: torch.device | str,
-    threads: int,
-    exif: bool = True,
-    prefetch: int = 2,
-) -> Iterator[Batch]:
-    """Decodes and normalises the given batches at native size: see `stpp.loading.dali.eval_batches`."""
-    _check(threads, prefetch)
-    batches = [np.asarray(batch, dtype=np.int64) for batch in batches]
-    for batch in batches:
-        if len({(samples[i].height, samples[i].width) for i in batch}) != 1:
-            raise ValueError(f"batch {batch.tolist()} is empty or holds images of different sizes")
-    labelled = all(sample.mask is not None for sample in samples)
-
-    def one(sample: Sample) -> Decoded:
-        image, mask = decoded(sample, exif=exif, masked=labelled)
-        return normalised(image), mask
-
-    tasks = ((batch, [(one, samples[i]) for i in batch]) for batch in batches)
-    return (_batch(rows, batch, device) for batch, rows in _pooled(tasks, threads, prefetch))
-
-
-def decoded(sample: Sample, *, exif: bool, masked: bool = True) -> Decoded:
-    """Reads a sample's files: uint8 [H, W, 3] colours and, if it has one and `masked`, its uint8 [H, W] mask.
+def decoded(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+    """Reads a sample's files: uint8 [H, W, 3] colours and its uint8 [H, W] mask.
 
     Raises:
         UserError: a file that is missing, broken, or of another size than the sample says.
     """
-    with opened(sample.image) as file:
-        image = np.asarray(file.convert("RGB"))
-        if exif:
-            image = upright(image, orientation(file))
-    mask = read_index_mask(sample.mask, exif=exif) if masked and sample.mask is not None else None
-    for path, pixels in ((sample.image, image), (sample.mask, mask)):
-        if pixels is not None and pixels.shape[:2] != (sample.height, sample.width):
-            raise UserError(
-                f"{path}: is {pixels.shape[1]}x{pixels.shape[0]} pixels where the index says "
-                f"{sample.width}x{sample.height}; run `stpp prepare` again"
-            )
-    return image, mask
+    return image_of(sample), mask_of(sample)
 
 
 def augmented(
@@ -225,7 +187,7 @@ def _batch(
     rows: list[Decoded], indices: np.ndarray, device: torch.device | str, *, step: int = 0, epoch: int = 0
 ) -> Batch:
     images, masks = zip(*rows, strict=True)
-    labels = None if masks[0] is None else torch.from_numpy(np.stack(masks)).to(device)
+    labels = torch.from_numpy(np.stack(masks)).to(device)
     images_NHWC = torch.from_numpy(np.stack(images)).to(device)
     return Batch(
         images_NCHW=images_NHWC.permute(0, 3, 1, 2), labels_NHW=labels, indices=indices, step=step, epoch=epoch

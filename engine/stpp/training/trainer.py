@@ -213,7 +213,7 @@ class Trainer:
                                            accumulate=train.accumulate)
         batches = loader.pick(data.loader).train_batches(
             self.samples, draws, augment=self.config.augment, seed=self.config.seed, stage=self.stage,
-            device=self.here.device, threads=distributed.threads_per_rank(self.here, data.threads), exif=data.exif)
+            device=self.here.device, threads=distributed.threads_per_rank(self.here, data.threads))
         while True:
             asked = time.monotonic()
             micro_batches = list(islice(batches, train.accumulate))
@@ -282,7 +282,8 @@ class Trainer:
         distributed.broadcast_buffers(self.network)
         if self.here.is_main:
             self.writer.save(self.folder / name, model=self.network.state_dict(), classes=list(self.classes),
-                            architecture=dataclasses.asdict(self.config.model), step=self.step, **scores)
+                            architecture=dataclasses.asdict(self.config.model), reading={"exif": self.config.data.exif},
+                            step=self.step, **scores)
 
     def _save(self) -> None:
         """Writes everything that the next step depends on."""
