@@ -399,7 +399,8 @@ def broken(folder: Path, kind: str) -> Sample:
         path.write_bytes({"cut in half": data[: len(data) // 2], "no end": data[:-300], "no picture": b"hello" * 99,
                           "empty": b"", "cut mask": mask[:60], "other size": data}[kind])  # fmt: skip
     image, mask = (good.image, str(path)) if kind == "cut mask" else (str(path), good.mask)
-    return Sample(key="bad", image=image, mask=mask, width=200, height=121 if kind == "other size" else 120, plain=True)
+    height = 121 if kind == "other size" else 120
+    return Sample(key="bad", image=image, mask=mask, width=200, height=height, plain=True)
 
 
 @pytest.mark.timeout(60)

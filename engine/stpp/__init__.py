@@ -9,7 +9,8 @@ __version__ = "0.1.0"
 
 
 def load(path, *, tta: str = "none", device: str = "auto", precision: str = "auto", max_pixels: int = 1 << 24,
-         trust_engine: bool = False, output_stride: int | None = None, exif: bool | None = None) -> "Predictor":
+         trust_engine: bool = False, output_stride: int | None = None,
+         exif: bool | None = None) -> "Predictor":
     """Opens a trained network, to make masks of single images: `stpp.load("best.pt").predict("photo.jpg")`.
 
     Args:
@@ -27,7 +28,8 @@ def load(path, *, tta: str = "none", device: str = "auto", precision: str = "aut
         and `classes`, the names of the ids (numbers where the checkpoint has none).
 
     Raises:
-        UserError: there is no such network, it does not run here, or it was trained with another rule than `exif`.
+        UserError: there is no such network, it does not run here, or it was trained with another rule than
+            `exif`.
         ValueError: an unknown `tta` or `output_stride`.
     """
     import torch

@@ -104,7 +104,8 @@ def ours(content: Any, path: str | Path) -> dict:
 
 
 def peek(path: str | Path) -> Any:
-    """As `read`, but tensors are left on the disk, if the file's form allows it, until somebody looks at them."""
+    """As `read`, but tensors are left on the disk, if the file's form allows it, until somebody looks at
+    them."""
     return read(path, mmap=zipfile.is_zipfile(path))
 
 
@@ -112,7 +113,8 @@ def read(path: str | Path, *, mmap: bool = False) -> Any:
     """Reads a PyTorch file of anyone onto the CPU, without running any code in it.
 
     Args:
-        mmap: map the file into memory instead of reading all of it; it must be a zip archive, as PyTorch's are today.
+        mmap: map the file into memory instead of reading all of it; it must be a zip archive, as PyTorch's
+            are today.
 
     Raises:
         UserError: the file is missing, unreadable or damaged, or holds objects other than tensors and plain containers.

@@ -176,8 +176,9 @@ def _evaluate(args: list[str]) -> None:
         samples = splits.read_split(listed, known, labelled=True)
         network, classes, _ = load_network(options.checkpoint, output_stride=options.output_stride, class_names=known.classes)
         if (rule := exif_rule.told(options.checkpoint)) not in (None, known.exif):
-            raise UserError(f"{options.checkpoint} was trained on images {exif_rule.described(rule)}, and {folder} is of images "
-                            f"{exif_rule.described(known.exif)}; prepare an index with --data.{'' if rule else 'no-'}exif")
+            raise UserError(f"{options.checkpoint} was trained on images {exif_rule.described(rule)}, and {folder} is "
+                            f"of images {exif_rule.described(known.exif)}; prepare an index with "
+                            f"--data.{'' if rule else 'no-'}exif")
         if tuple(classes) != tuple(known.classes):
             raise UserError(f"{options.checkpoint} was trained on {len(classes)} classes ({', '.join(classes)}) but "
                             f"{folder} has {len(known.classes)} ({', '.join(known.classes)}); use the matching index")
@@ -216,7 +217,8 @@ def _compile(args: list[str]) -> None:
     with distributed.world(options.device) as here:
         if here.size > 1:
             raise UserError("stpp compile runs in one process; start it without torchrun")
-        sample = options.sample and sample_images(options.sample, here.device, exif=exif_rule.agreed([options.checkpoint]))
+        rule = exif_rule.agreed([options.checkpoint])
+        sample = options.sample and sample_images(options.sample, here.device, exif=rule)
         compile_teacher(options.checkpoint, options.out, load=partial(load_network, output_stride=options.output_stride),
                         device=here.device, backend=options.backend, precision=options.precision, shapes=shapes, sample=sample)
     print(options.out)

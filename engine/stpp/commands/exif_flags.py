@@ -10,5 +10,7 @@ def exif_asked(exif: bool, no_exif: bool) -> bool | None:
         UserError: both are given.
     """
     if exif and no_exif:
-        raise UserError("--exif and --no-exif contradict each other; give one, or neither to follow the checkpoint")
+        raise UserError(
+            "--exif and --no-exif contradict each other; give one, or neither to follow the checkpoint"
+        )
     return True if exif else False if no_exif else None

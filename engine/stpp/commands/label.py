@@ -40,8 +40,8 @@ class CorpusOptions(LabelConfig):
     max_bad_fraction: float = 0.01
     """With more bad images than this share, exit with 1 at the end; the good ones are done all the same."""
     exif: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Turn images upright by their EXIF orientation. Without this and --no-exif: as the network was trained, which a checkpoint of
-    a run tells; upright where it tells nothing."""
+    """Turn images upright by their EXIF orientation. Without this and --no-exif: as the network was trained,
+    which a checkpoint of a run tells; upright where it tells nothing."""
     no_exif: tyro.conf.FlagCreatePairsOff[bool] = False
     """Read images as they are stored."""
     loader: Literal["auto", "dali", "reference"] = "auto"

@@ -32,8 +32,8 @@ class Predict:
     tta: Literal["none", "flip", "stpp"] = "none"
     """Views whose probabilities are summed: 1; 1 with its mirror image; five scales, each with its mirror image."""
     exif: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Turn images upright by their EXIF orientation. Without this and --no-exif: as the network was trained, which a checkpoint of
-    a run tells; upright where it tells nothing."""
+    """Turn images upright by their EXIF orientation. Without this and --no-exif: as the network was trained,
+    which a checkpoint of a run tells; upright where it tells nothing."""
     no_exif: tyro.conf.FlagCreatePairsOff[bool] = False
     """Read images as they are stored."""
     max_pixels: int = 1 << 24
@@ -112,9 +112,10 @@ def _write_all(predictor: "Predictor", items: list["Item"], out: Path) -> list[s
     """Writes masks, overlays and classes.json; returns a line for every image that has no mask."""
     from PIL import Image
 
-    from stpp import files
+    from stpp import files, log
     from stpp.images.masks import write_index_png
     from stpp.images.pixels import BadImage
+    from stpp.images.reading import is_dark
     from stpp.report.palette import overlaid, palette
 
     count = len(predictor.classes)
@@ -123,10 +124,13 @@ def _write_all(predictor: "Predictor", items: list["Item"], out: Path) -> list[s
     bad = []
     for item in items:
         try:
-            colours_HWC = predictor.read(item)
+            colours_HWC, reading = predictor.read(item)
         except BadImage as error:
             bad.append(f"{item.file}: {error}")
             continue
+        if is_dark(colours_HWC, reading):
+            log.say(f"warning: {item.file}: 16 bits a channel, of which it uses few: to the network it is nearly "
+                    "black; stretch it to the full range")
         mask_HW = predictor.mask(colours_HWC)
         mask_path, overlay_path = (out / folder / f"{item.key}.png" for folder in ("masks", "overlays"))
         for path in (mask_path, overlay_path):

@@ -136,8 +136,8 @@ def check(task: Task, root: str, out: str, classes: int, exif: bool, mask_map: M
 def _look(path: str) -> tuple[Reading, int]:
     """How an image is read, turned upright, and the bits it uses; its data were decoded to the end.
 
-    Headers alone would pass files that are cut short. A JPEG is decoded at an eighth of its size: that reads all its data but
-    skips most of the arithmetic.
+    Headers alone would pass files that are cut short. A JPEG is decoded at an eighth of its size: that reads
+    all its data but skips most of the arithmetic.
     """
     try:
         with open(path, "rb") as file:
@@ -152,7 +152,8 @@ def _look(path: str) -> tuple[Reading, int]:
     return found._replace(plain=found.plain and looks_whole(data)), used
 
 
-def _size_problem(task: Task, reading: Reading, other: Reading, mask_size: tuple[int, int], mask_turn: int, exif: bool) -> str:
+def _size_problem(task: Task, reading: Reading, other: Reading, mask_size: tuple[int, int], mask_turn: int,
+                  exif: bool) -> str:
     """Says that the sizes differ, and whether they would not under the other EXIF rule.
 
     Args:

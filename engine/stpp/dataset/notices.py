@@ -3,9 +3,7 @@
 from collections import Counter
 
 from stpp.dataset.check import Checked
-
-FEW_BITS = 14
-"""A 16-bit image whose largest number has no more bits uses at most a quarter of its range: the network sees it dark."""
+from stpp.images.reading import FEW_BITS
 
 
 class Notices:
@@ -22,8 +20,13 @@ class Notices:
         self._images += 1
         self._by_pil += not reading.plain
         if "CMYK" in reading.colours:
-            inks = "" if reading.format not in ("JPEG", "MPO") else " with Adobe's marker: inks are stored inverted" \
-                if reading.colours == "inverted CMYK" else " without Adobe's marker: inks are stored as they are"
+            inks = (
+                ""
+                if reading.format not in ("JPEG", "MPO")
+                else " with Adobe's marker: inks are stored inverted"
+                if reading.colours == "inverted CMYK"
+                else " without Adobe's marker: inks are stored as they are"
+            )
             self._kinds["CMYK" + inks] += 1
         if reading.alpha:
             self._kinds["partly transparent: alpha is dropped, the colours behind it are seen"] += 1
@@ -35,12 +38,19 @@ class Notices:
 
     def lines(self) -> list[str]:
         """What is to be said, a line each; none for a set of plain photographs."""
-        lines = [f"{count} {'image is' if count == 1 else 'images are'} {kind}" for kind, count in sorted(self._kinds.items())]
+        lines = [
+            f"{count} {'image is' if count == 1 else 'images are'} {kind}"
+            for kind, count in sorted(self._kinds.items())
+        ]
         count, first, bits = self._dark
         if count:
-            lines.append(f"warning: {count} of the 16-bit images use at most {bits} bits (the first: {first}): to the network they "
-                         "are nearly black; stretch them to the full range, all by the same factor")
+            lines.append(
+                f"warning: {count} of the 16-bit images use at most {bits} bits (the first: {first}): to the network "
+                "they are nearly black; stretch them to the full range, all by the same factor"
+            )
         if self._by_pil:
-            lines.append(f"{self._by_pil} of {self._images} images are of kinds that decoders read differently: PIL decodes them, "
-                         "whatever the loader, which is slower; JPEG and 8-bit PNG in gray or RGB are fastest")
+            lines.append(
+                f"{self._by_pil} of {self._images} images are of kinds that decoders read differently: PIL decodes "
+                "them, whatever the loader, which is slower; JPEG and 8-bit PNG in gray or RGB are fastest"
+            )
         return lines

@@ -5,6 +5,7 @@ Legend: N images, H W size of the batch.
 """
 
 import importlib.util
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -14,13 +15,14 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from stpp import log
 from stpp.clock import Clock
 from stpp.errors import UserError
 from stpp.images import storage
 from stpp.images.batching import Planned, padded
 from stpp.images.image_file import upright
 from stpp.images.pixels import BadImage, attempt, normalised
-from stpp.images.reading import require_size
+from stpp.images.reading import is_dark, require_size
 
 AHEAD = 2
 """Batches in preparation while one is computed."""
@@ -65,6 +67,7 @@ def batches(tasks: Iterator[tuple[int, list[Planned]]], *, device: torch.device,
         most: images of the longest batch.
     """
     waiting: deque[tuple[int, list[Planned], Future]] = deque()
+    warned = threading.Event()
     with ThreadPoolExecutor(threads, "stpp-read") as readers, ThreadPoolExecutor(threads, "stpp-decode") as workers, \
             ThreadPoolExecutor(1, "stpp-batch") as one_by_one:
         decoder: Decoder
@@ -80,7 +83,9 @@ def batches(tasks: Iterator[tuple[int, list[Planned]]], *, device: torch.device,
                 return None, {}
             raw = [read.result() for read in reads]
             with clock("decode"):
-                return _assembled(planned, decoder.images(planned, raw), device, pad_to)
+                images = decoder.images(planned, raw)
+                _warn_of_dark(planned, images, warned)
+                return _assembled(planned, images, device, pad_to)
 
         def ready() -> tuple[int, Batch | None]:
             shard, planned, future = waiting.popleft()
@@ -118,13 +123,15 @@ def pick(name: str) -> str:
     if has_dali():
         return "dali"
     if name == "dali":
-        raise UserError("--data.loader dali: NVIDIA DALI is not installed; pip install stpp[cuda12] (or stpp[cuda13]), or use "
-                        "--data.loader reference")
+        raise UserError("--data.loader dali: NVIDIA DALI is not installed; pip install stpp[cuda12] (or "
+                        "stpp[cuda13]), or use --data.loader reference")
     return "pil"
 
 
-def network_input(pixels_NHWC: torch.Tensor, planned: list[Planned], errors: dict[int, str], pad_to: int) -> torch.Tensor:
-    """uint8 [N, H, W, 3] to float32 [N, 3, H, W], channels_last, normalised; blanks and padding become zero."""
+def network_input(pixels_NHWC: torch.Tensor, planned: list[Planned], errors: dict[int, str],
+                  pad_to: int) -> torch.Tensor:
+    """uint8 [N, H, W, 3] to float32 [N, 3, H, W], channels_last, normalised; blanks and padding become
+    zero."""
     images_NCHW = normalised(pixels_NHWC).permute(0, 3, 1, 2)
     for i, one in enumerate(planned):
         if i in errors:
@@ -144,6 +151,15 @@ def _read(one: Planned, clock: Clock) -> bytes | BadImage:
     if 0 <= one.item.bytes != len(data):
         return BadImage(f"cut short: {len(data)} of {one.item.bytes} bytes are there")
     return data
+
+
+def _warn_of_dark(planned: list[Planned], images: list, warned: threading.Event) -> None:
+    """Says once that a 16-bit image looks nearly black."""
+    for one, image in zip(planned, images, strict=True):
+        if not warned.is_set() and isinstance(image, np.ndarray) and is_dark(image, one.reading):
+            warned.set()
+            log.say(f"warning: {one.item.source}: 16 bits a channel, of which it uses few: to the network it is "
+                    "nearly black, as others like it may be; stretch such images to the full range, all by the same factor")
 
 
 def _assembled(planned: list[Planned], images: list, device: torch.device,

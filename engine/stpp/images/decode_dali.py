@@ -1,8 +1,9 @@
 """NVIDIA DALI as a decoder of files in memory: on a GPU JPEGs are decoded there.
 
-DALI gets what every decoder reads alike (`Reading.plain`, whole at its end); PIL decodes the rest. A file that DALI fails on
-makes its pipeline unusable: the files of that batch are tried one by one, what DALI refuses goes to PIL, and a new pipeline
-is built. So PIL alone says what is bad. With a CPU both read the same pixels.
+DALI gets what every decoder reads alike (`Reading.plain`, whole at its end); PIL decodes the rest. A file
+that DALI fails on makes its pipeline unusable: the files of that batch are tried one by one, what DALI
+refuses goes to PIL, and a new pipeline is built. So PIL alone says what is bad. With a CPU both read the same
+pixels.
 """
 
 from concurrent.futures import Executor

@@ -97,8 +97,8 @@ def reason(path: str | os.PathLike, error: Exception, formats: tuple[str, ...]) 
 def orientation(image: Image.Image) -> int:
     """EXIF orientation of an opened image, 1 to 8; 1 (upright) where it has none or a senseless one.
 
-    Of a TIFF Pillow reads no more once it is loaded: it has then been turned. Of a PNG whose eXIf chunk follows the pixels
-    Pillow reads it only once they are loaded.
+    Of a TIFF Pillow reads no more once it is loaded: it has then been turned. Of a PNG whose eXIf chunk
+    follows the pixels Pillow reads it only once they are loaded.
     """
     if image.format == "TIFF":
         return _sensible(image.tag_v2.get(ORIENTATION_TAG))
@@ -107,7 +107,8 @@ def orientation(image: Image.Image) -> int:
 
 
 def exif_orientation(block: bytes) -> int:
-    """The orientation in an EXIF block, 1 to 8; 1 where it has none, or is damaged: cameras and editors write many that are."""
+    """The orientation in an EXIF block, 1 to 8; 1 where it has none, or is damaged: cameras and editors write
+    many that are."""
     tags = Image.Exif()
     try:
         tags.load(block)
@@ -117,7 +118,8 @@ def exif_orientation(block: bytes) -> int:
 
 
 def _sensible(value: object) -> int:
-    """One number from 1 to 8, of whatever numeric type, as Pillow takes it where it turns by itself; 1 for all else."""
+    """One number from 1 to 8, of whatever numeric type, as Pillow takes it where it turns by itself; 1 for
+    all else."""
     return next((turn for turn in range(1, 9) if value == turn), 1)
 
 
@@ -127,7 +129,8 @@ def upright_size(width: int, height: int, value: int) -> tuple[int, int]:
 
 
 def upright(pixels: Pixels, value: int) -> Pixels:
-    """Turns pixels [H, W] or [H, W, C] upright from EXIF orientation `value`: a view of an array, without a copy; or a tensor."""
+    """Turns pixels [H, W] or [H, W, C] upright from EXIF orientation `value`: a view of an array, without a
+    copy; or a tensor."""
     if value >= 5:
         pixels = pixels.swapaxes(0, 1)
     # After the transposition of 5..8: 6 is turned clockwise, so columns are reversed; 8 reverses rows; 7 both.

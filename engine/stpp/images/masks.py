@@ -94,7 +94,8 @@ def read_mask(
         values = _narrow(values, path) if mask_map is None else mask_map(values, path)
     if exif and turn != 1:
         values = upright(values, turn)
-    plain = mask_map is None and whole and kind == GRAY and bits == 8 and not extras and (turn == 1 or not exif)
+    upright_already = turn == 1 or not exif
+    plain = mask_map is None and whole and kind == GRAY and bits == 8 and not extras and upright_already
     return np.ascontiguousarray(values), plain, turn
 
 

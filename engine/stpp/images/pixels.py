@@ -1,7 +1,7 @@
 """Pixels of one image file in memory as PIL reads them, and their normalisation: the one decoder to RGB.
 
-What is bad is decided here alone, whichever decoder a run uses. The rules of colours stand in `stpp.images.reading`.
-H W: pixels. This module imports no torch.
+What is bad is decided here alone, whichever decoder a run uses. The rules of colours stand in
+`stpp.images.reading`. H W: pixels. This module imports no torch.
 """
 
 import io
@@ -35,7 +35,8 @@ def decode(data: bytes, *, least: tuple[int, int] | None = None) -> np.ndarray:
     """Colours of a whole file as they are stored, not turned: uint8 [H, W, 3].
 
     Args:
-        least: (height, width) that suffice where the format offers less work for a smaller image, as JPEG does.
+        least: (height, width) that suffice where the format offers less work for a smaller image, as JPEG
+            does.
 
     Raises:
         BadImage: no image, damaged, cut short, too large, or of a kind that has no colours.
@@ -58,8 +59,11 @@ def colours(image: Image.Image) -> np.ndarray:
     """
     if image.mode == "F":
         raise BadImage("its pixels are floating-point numbers; convert it to 8 or 16 bits")
-    # Pillow turns a TIFF by its tag while it loads it, and removes the tag.
-    turned = orientation(image) if image.format == "TIFF" else 1
+    turned = 1
+    if image.format == "TIFF":
+        # Pillow turns a TIFF by its tag while it loads it, and removes the tag. An uncompressed file it maps
+        # into memory by the size after the turn, which scrambles it; without a name it reads the file.
+        turned, image.filename = orientation(image), ""
     image.load()
     pixels = _rgb(image)
     return upright(pixels, _OPPOSITE.get(turned, turned))
@@ -119,7 +123,8 @@ def attempt(raw: bytes | BadImage) -> np.ndarray | BadImage:
 
 
 def normalised(pixels: Pixels) -> Pixels:
-    """uint8 [..., 3], an array or a tensor on any device, to float32 of the same kind with ImageNet mean and standard deviation.
+    """uint8 [..., 3], an array or a tensor on any device, to float32 of the same kind with ImageNet mean and
+    standard deviation.
 
     Arrays and tensors on a CPU get the same bits.
     """

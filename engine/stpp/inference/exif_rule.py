@@ -1,6 +1,7 @@
 """The EXIF rule that a network was trained with: its images turned upright, or as they are stored.
 
-A checkpoint tells its rule, so that whoever uses it shows it the pictures it knows, and its masks fit the data set.
+A checkpoint tells its rule, so that whoever uses it shows it the pictures it knows, and its masks fit the
+data set.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,8 @@ from stpp.inference.record import WEIGHTS
 
 
 def told(path: Path) -> bool | None:
-    """The rule that a checkpoint, or the one in an engine folder, tells: True for upright; None where it tells none.
+    """The rule that a checkpoint, or the one in an engine folder, tells: True for upright; None where it
+    tells none.
 
     Raises:
         UserError: the file cannot be read as a checkpoint.
@@ -27,7 +29,8 @@ def told(path: Path) -> bool | None:
 
 
 def agreed(paths: Sequence[Path], asked: bool | None = None) -> bool:
-    """The rule of networks that are used together; upright where neither they nor a flag tell one, as published ones do not.
+    """The rule of networks that are used together; upright where neither they nor a flag tell one, as
+    published ones do not.
 
     Args:
         asked: by `--exif` (True) or `--no-exif` (False); None: by neither.
@@ -39,12 +42,16 @@ def agreed(paths: Sequence[Path], asked: bool | None = None) -> bool:
     known = {path: rule for path, rule in rules.items() if rule is not None}
     for path, rule in known.items():
         if asked not in (None, rule):
-            raise UserError(f"--{'exif' if asked else 'no-exif'}: {path} was trained on images {described(rule)} and tells so; leave "
-                            "the flag out")
+            raise UserError(
+                f"--{'exif' if asked else 'no-exif'}: {path} was trained on images {described(rule)} and tells so; "
+                "leave the flag out"
+            )
         first, expected = next(iter(known.items()))
         if rule != expected:
-            raise UserError(f"{path} was trained on images {described(rule)}, {first} on images {described(expected)}; give "
-                            "checkpoints of one run")
+            raise UserError(
+                f"{path} was trained on images {described(rule)}, {first} on images {described(expected)}; "
+                "give checkpoints of one run"
+            )
     return asked if asked is not None else next(iter(known.values()), True)
 
 

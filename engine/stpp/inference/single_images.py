@@ -18,7 +18,7 @@ from stpp.images import storage
 from stpp.images.batching import Cut, examine
 from stpp.images.image_file import DECODE_ERRORS, MAX_PIXELS, orientation, upright
 from stpp.images.pixels import BadImage, colours, normalised
-from stpp.images.reading import upright_pixels
+from stpp.images.reading import Reading, upright_pixels
 from stpp.images.sources import FolderSource, Item
 from stpp.inference import exif_rule, views
 from stpp.inference.open import Teacher, open_teacher
@@ -37,8 +37,8 @@ class Predictor:
         exif: turn images upright by their EXIF orientation, as those were that the network was trained on.
     """
 
-    def __init__(self, network: Teacher, classes: Sequence[str], device: torch.device, *, mode: str, max_pixels: int,
-                 exif: bool = True):
+    def __init__(self, network: Teacher, classes: Sequence[str], device: torch.device, *, mode: str,
+                 max_pixels: int, exif: bool = True):
         self.classes, self.mode, self.max_pixels, self.exif = tuple(classes), mode, max_pixels, exif
         self._network, self._device = network, device
 
@@ -47,8 +47,8 @@ class Predictor:
 
         Args:
             image: path of an image file; an image opened with PIL; or its colours, uint8 [H, W, 3] in 0..255, red, green
-                and blue. Files and PIL images are read by the rules of `stpp.images.reading` (turned upright by their EXIF
-                orientation unless `exif` is False), arrays are taken as they are.
+                and blue. Files and PIL images are read by the rules of `stpp.images.reading` (turned upright
+                by their EXIF orientation unless `exif` is False), arrays are taken as they are.
 
         Returns:
             uint8 [H, W]: class ids, positions in `classes`.
@@ -66,12 +66,13 @@ class Predictor:
         if not isinstance(image, (str, os.PathLike)):
             raise TypeError(f"image is a {type(image).__name__}; expected a path, a PIL image or a uint8 array [H, W, 3]")
         try:
-            return self.mask(self.read(Item(key="", source=os.fspath(image), file=os.path.abspath(image))))
+            return self.mask(self.read(Item(key="", source=os.fspath(image), file=os.path.abspath(image)))[0])
         except BadImage as bad:
             raise UserError(f"{image}: {bad}") from None
 
-    def read(self, item: Item) -> np.ndarray:
-        """Colours of an image of a corpus, turned by the network's rule: uint8 [H, W, 3].
+    def read(self, item: Item) -> tuple[np.ndarray, Reading]:
+        """Colours of an image of a corpus, turned by the network's rule, uint8 [H, W, 3]; and how it was
+        read.
 
         Raises:
             BadImage: it cannot be read, has too many pixels, or a name that no mask can have.
@@ -97,8 +98,8 @@ class Predictor:
         return upright(found, turn) if self.exif else found
 
 
-def read(item: Item, *, exif: bool, max_pixels: int) -> np.ndarray:
-    """Colours of an image of a corpus: uint8 [H, W, 3].
+def read(item: Item, *, exif: bool, max_pixels: int) -> tuple[np.ndarray, Reading]:
+    """Colours of an image of a corpus, uint8 [H, W, 3]; and how it was read.
 
     Raises:
         BadImage: it cannot be read, has too many pixels, or a name that no mask can have.
@@ -107,7 +108,7 @@ def read(item: Item, *, exif: bool, max_pixels: int) -> np.ndarray:
     if looked.error is not None:
         raise BadImage(looked.error)
     try:
-        return upright_pixels(item.read(), looked.reading)
+        return upright_pixels(item.read(), looked.reading), looked.reading
     except OSError as error:
         raise BadImage(storage.why(error)) from None
 
@@ -124,7 +125,7 @@ def sample_images(folder: Path, device: torch.device, *, exif: bool) -> Iterator
 
     def one(item: Item) -> torch.Tensor:
         try:
-            return _network_input(read(item, exif=exif, max_pixels=MAX_PIXELS), device)
+            return _network_input(read(item, exif=exif, max_pixels=MAX_PIXELS)[0], device)
         except BadImage as bad:
             raise UserError(f"--sample {item.file}: {bad}") from None
 
@@ -133,7 +134,8 @@ def sample_images(folder: Path, device: torch.device, *, exif: bool) -> Iterator
 
 def _network_input(colours_HWC: np.ndarray, device: torch.device) -> torch.Tensor:
     """uint8 [H, W, 3] to float32 [1, 3, H, W], channels_last, normalised, on the device."""
-    return torch.from_numpy(np.ascontiguousarray(normalised(colours_HWC)))[None].to(device).permute(0, 3, 1, 2)
+    images_NHWC = torch.from_numpy(np.ascontiguousarray(normalised(colours_HWC)))[None]
+    return images_NHWC.to(device).permute(0, 3, 1, 2)
 
 
 def open_predictor(path: str | os.PathLike, *, mode: str, device: torch.device, precision: str, max_pixels: int,
@@ -147,7 +149,8 @@ def open_predictor(path: str | os.PathLike, *, mode: str, device: torch.device, 
         exif: turn images upright by their EXIF orientation; None: the rule that the network was trained with.
 
     Raises:
-        UserError: there is no such network, it does not run here, or it was trained with another rule than `exif`.
+        UserError: there is no such network, it does not run here, or it was trained with another rule than
+            `exif`.
         ValueError: an unknown mode or output stride.
     """
     if mode not in views.VIEWS:

@@ -3,9 +3,9 @@
 The numbers of `stpp.loading.augment` go in beside the paths; `stpp.loading.dali_graph` says what is computed. By how much it
 differs from `stpp.loading.reference`, which computes the same with PIL, is measured in docs/augmentation.md.
 
-Plain images are read and decoded in the graph. The others are decoded by PIL in a pool of threads, some batches ahead, and
-are fed to it as pixels. A plain image that DALI fails on all the same is found, goes to PIL from then on, and a new pipeline
-takes up where the one that failed stood: batches stay what they are.
+Plain images are read and decoded in the graph. The others are decoded by PIL in a pool of threads, some
+batches ahead, and are fed to it as pixels. A plain image that DALI fails on all the same is found, goes to
+PIL from then on, and a new pipeline takes up where the one that failed stood: batches stay what they are.
 """
 
 from collections import deque
@@ -23,7 +23,14 @@ from stpp import log
 from stpp.config import AugmentConfig
 from stpp.errors import UserError
 from stpp.loading.augment import draw, noise_image, noise_side
-from stpp.loading.dali_graph import decoded_image, decoded_mask, path_rows, train_graph, train_inputs, train_rows
+from stpp.loading.dali_graph import (
+    decoded_image,
+    decoded_mask,
+    path_rows,
+    train_graph,
+    train_inputs,
+    train_rows,
+)
 from stpp.loading.decode import image_of, mask_of
 from stpp.loading.sample import Batch, Sample
 from stpp.loading.sampler import MicroBatch
@@ -117,7 +124,9 @@ class _Stream:
         self._flying: deque[_Fed] = deque()
         """In the pipeline."""
 
-    def batches(self, micro_batches: Iterable[MicroBatch], rows: Callable[[MicroBatch], dict]) -> Iterator[Batch]:
+    def batches(
+        self, micro_batches: Iterable[MicroBatch], rows: Callable[[MicroBatch], dict]
+    ) -> Iterator[Batch]:
         drawn = (_Fed(micro, rows(micro)) for micro in micro_batches)
         with ThreadPoolExecutor(self.threads, "stpp-load") as pool:
             try:
@@ -148,7 +157,8 @@ class _Stream:
             yield self._batch(self._flying.popleft().micro, outputs)
 
     def _draw(self, drawn: Iterator[_Fed], pool: Executor, count: int) -> bool:
-        """Draws until `count` batches wait, if there are as many, and has their pixels decoded; whether one waits."""
+        """Draws until `count` batches wait, if there are as many, and has their pixels decoded; whether one
+        waits."""
         while len(self._waiting) < count and (fed := next(drawn, None)) is not None:
             self._decode(fed, pool)
             self._waiting.append(fed)
@@ -173,9 +183,13 @@ class _Stream:
             rows = fed.rows
             if fed_pixels:
                 count = range(len(fed.micro.indices))
-                rows = rows | {"fed": np.array([row in fed.pixels for row in count]),
-                               "pixels": [np.ascontiguousarray(fed.pixels[row].result()) if row in fed.pixels else _NOT_FED
-                                          for row in count]}
+                rows = rows | {
+                    "fed": np.array([row in fed.pixels for row in count]),
+                    "pixels": [
+                        np.ascontiguousarray(fed.pixels[row].result()) if row in fed.pixels else _NOT_FED
+                        for row in count
+                    ],
+                }
             return tuple(rows[name] for name in inputs)
 
         def graph(x: dict):
@@ -186,14 +200,19 @@ class _Stream:
     def _batch(self, micro: MicroBatch, outputs) -> Batch:
         images, labels, shapes = outputs
         _check_shapes([self.samples[i] for i in micro.indices], shapes)
-        return Batch(images_NCHW=torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2),
-                     labels_NHW=torch.from_dlpack(labels.as_tensor()).squeeze(3), indices=micro.indices, step=micro.step,
-                     epoch=micro.epoch)
+        return Batch(
+            images_NCHW=torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2),
+            labels_NHW=torch.from_dlpack(labels.as_tensor()).squeeze(3),
+            indices=micro.indices,
+            step=micro.step,
+            epoch=micro.epoch,
+        )
 
     def _give_to_pil(self, suspects: set[int]) -> bool:
         """Finds which images DALI cannot decode and gives them to PIL; whether there are any.
 
-        DALI does not say which file it failed on, and a pipeline that failed once serves no more: each is decoded alone.
+        DALI does not say which file it failed on, and a pipeline that failed once serves no more: each is
+        decoded alone.
 
         Raises:
             UserError: PIL cannot decode one of them either, or DALI cannot decode a mask.
@@ -208,12 +227,22 @@ class _Stream:
                 found = True
             if (reason := _failure(sample.mask, decoded_mask, self.device)) is not None:
                 mask_of(sample)
-                raise UserError(f"{sample.mask}: DALI cannot decode it, though PIL can ({reason}); write it anew or leave it out")
+                raise UserError(
+                    f"{sample.mask}: DALI cannot decode it, though PIL can ({reason}); write it anew or leave it "
+                    "out"
+                )
         return found
 
 
-def _built(source: Callable[[], tuple], inputs: dict[str, tuple], graph: Callable, device: torch.device, threads: int, prefetch: int,
-           most: int) -> Pipeline:
+def _built(
+    source: Callable[[], tuple],
+    inputs: dict[str, tuple],
+    graph: Callable,
+    device: torch.device,
+    threads: int,
+    prefetch: int,
+    most: int,
+) -> Pipeline:
     """A pipeline that is ready to run.
 
     Args:
@@ -248,7 +277,9 @@ def _check_shapes(samples: Sequence[Sample], shapes) -> None:
         shapes: DALI list of N int32 [6]: height, width, channels of the image, then of the mask.
     """
     for sample, shape in zip(samples, np.asarray(shapes.as_array()), strict=True):
-        for path, (height, width, _) in zip((sample.image, sample.mask), shape.reshape(-1, 3).tolist(), strict=True):
+        for path, (height, width, _) in zip(
+            (sample.image, sample.mask), shape.reshape(-1, 3).tolist(), strict=True
+        ):
             if (height, width) != (sample.height, sample.width):
                 raise UserError(
                     f"{path}: is {width}x{height} pixels where the index says {sample.width}x{sample.height}; "
@@ -258,8 +289,15 @@ def _check_shapes(samples: Sequence[Sample], shapes) -> None:
 
 def _failure(path: str, decoded: Callable, device: torch.device) -> str | None:
     """Why DALI cannot decode a file alone; None if it can."""
-    pipeline = _built(lambda: (path_rows([path]),), {"path": (types.UINT8, 1, "")},
-                      lambda x: decoded(x["path"], device.type == "cuda"), device, 1, 1, 1)
+    pipeline = _built(
+        lambda: (path_rows([path]),),
+        {"path": (types.UINT8, 1, "")},
+        lambda x: decoded(x["path"], device.type == "cuda"),
+        device,
+        1,
+        1,
+        1,
+    )
     try:
         pipeline.run()
     except RuntimeError as error:

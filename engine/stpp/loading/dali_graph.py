@@ -1,8 +1,9 @@
 """The DALI graph of training, and the numbers it is fed.
 
-The graph is a function from named input nodes to (images, labels, shapes upright). It holds no randomness, and is the same
-for CPU and GPU builds but for where JPEGs are decoded and how contrast is computed. What only some samples undergo runs on
-those alone: the `if`s below are DALI conditionals, which split the batch and merge it again.
+The graph is a function from named input nodes to (images, labels, shapes upright). It holds no randomness,
+and is the same for CPU and GPU builds but for where JPEGs are decoded and how contrast is computed. What only
+some samples undergo runs on those alone: the `if`s below are DALI conditionals, which split the batch and
+merge it again.
 
 Legend: N samples, H W pixels, C colours. Images inside the graph are uint8 HWC, masks uint8 HW1.
 """
@@ -43,22 +44,24 @@ _INPUTS = {
     "noise": (types.UINT8, 3, "HWC"),
 }
 _FED = {"fed": (types.BOOL, 0, ""), "pixels": (types.UINT8, 3, "HWC")}
-_TURNED = {"transposed": (types.BOOL, 0, ""), "mirrored": (types.INT32, 0, ""), "upended": (types.INT32, 0, ""),
-           "flipped": (types.BOOL, 0, "")}
+_TURNED = {"transposed": (types.BOOL, 0, ""), "flipped": (types.BOOL, 0, ""), "mirrored": (types.INT32, 0, ""),
+           "upended": (types.INT32, 0, "")}
 
 
 def train_inputs(*, fed: bool, turned: bool) -> dict[str, tuple]:
     """What the graph is fed, one row a sample: name -> (type, dimensions, layout).
 
     Args:
-        fed: some images come as pixels, upright: those of rows with `fed`. The others are read from their paths.
+        fed: some images come as pixels, upright: those of rows with `fed`. The others are read from their
+            paths.
         turned: some images that are read are turned upright.
     """
     return _INPUTS | (_FED if fed else {}) | (_TURNED if turned else {})
 
 
 def train_graph(x: dict, gpu: bool, *, side: int):
-    """Files and numbers (`train_rows`) to float32 [side, side, 3] images, uint8 [side, side, 1] masks, shapes.
+    """Files and numbers (`train_rows`) to float32 [side, side, 3] images, uint8 [side, side, 1] masks,
+    shapes.
 
     Shapes: int32 [6], height, width and channels of the upright image and of the mask.
     """
@@ -99,8 +102,10 @@ def decoded_image(path, gpu: bool):
 
 
 def decoded_mask(path, gpu: bool):
-    """uint8 [H, W, 1] on the CPU, of a path; a mask that had to be turned was written anew when it was prepared."""
-    return fn.decoders.image(fn.io.file.read(path), device="cpu", output_type=types.GRAY, adjust_orientation=False)
+    """uint8 [H, W, 1] on the CPU, of a path; a mask that had to be turned was written anew when it was
+    prepared."""
+    file = fn.io.file.read(path)
+    return fn.decoders.image(file, device="cpu", output_type=types.GRAY, adjust_orientation=False)
 
 
 def _image(x: dict, gpu: bool):
@@ -172,7 +177,8 @@ def path_rows(paths: Iterable[str]) -> list[np.ndarray]:
 
 
 def train_rows(samples: Sequence[Sample], params: AugmentParams, side: int, noise: np.ndarray) -> dict:
-    """The graph's inputs but for pixels, by their names (`train_inputs`): each an array or list with one entry a sample.
+    """The graph's inputs but for pixels, by their names (`train_inputs`): each an array or list with one
+    entry a sample.
 
     Args:
         samples, params: N samples and what happens to them.
@@ -225,8 +231,8 @@ def _turn_rows(samples: Sequence[Sample]) -> dict[str, np.ndarray]:
     """How each image that the graph reads is turned upright; see `stpp.images.image_file.upright`."""
     turns = np.array([sample.orientation for sample in samples])
     mirrored, upended = np.isin(turns, (2, 3, 6, 7)), np.isin(turns, (3, 4, 7, 8))
-    return {"transposed": turns >= 5, "mirrored": mirrored.astype(np.int32), "upended": upended.astype(np.int32),
-            "flipped": mirrored | upended}
+    return {"transposed": turns >= 5, "flipped": mirrored | upended, "mirrored": mirrored.astype(np.int32),
+            "upended": upended.astype(np.int32)}
 
 
 def _blur_kernel(sigma: float) -> np.ndarray:

@@ -28,13 +28,16 @@ def image_of(sample: Sample) -> np.ndarray:
 
 
 def mask_of(sample: Sample) -> np.ndarray:
-    """Class ids of a sample's mask: uint8 [H, W]. It is plain: what had to be turned was written anew when it was prepared.
+    """Class ids of a sample's mask: uint8 [H, W]. It is plain: what had to be turned was written anew when it
+    was prepared.
 
     Raises:
         UserError: it is missing, broken, or of another size than the sample says. Names the file.
     """
     mask_HW = read_index_mask(sample.mask, exif=False)
     if mask_HW.shape != (sample.height, sample.width):
-        raise UserError(f"{sample.mask}: is {mask_HW.shape[1]}x{mask_HW.shape[0]} pixels where the index says "
-                        f"{sample.width}x{sample.height}; run `stpp prepare` again")
+        raise UserError(
+            f"{sample.mask}: is {mask_HW.shape[1]}x{mask_HW.shape[0]} pixels where the index says "
+            f"{sample.width}x{sample.height}; run `stpp prepare` again"
+        )
     return mask_HW

@@ -37,7 +37,8 @@ def pick(name: str = "auto") -> ModuleType:
 
 
 def native_share(samples: Sequence[Sample], here: World) -> list[list[int]]:
-    """This rank's share of `samples`: batches of images of equal size, as positions; every sample is in one batch of one rank."""
+    """This rank's share of `samples`: batches of images of equal size, as positions; every sample is in one
+    batch of one rank."""
     return equal_size_batches(samples, MAX_BATCH, rank=here.rank, world=here.size)
 
 

@@ -1,4 +1,5 @@
-"""Samples at native size, without augmentation: the labeller's reader of images, with their masks beside them.
+"""Samples at native size, without augmentation: the labeller's reader of images, with their masks beside
+them.
 
 What is scored is read by the same code as what is labelled.
 """
@@ -20,8 +21,14 @@ from stpp.loading.decode import mask_of
 from stpp.loading.sample import Batch, Sample
 
 
-def native_batches(samples: Sequence[Sample], cut: Sequence[Sequence[int]], *, device: torch.device | str, loader: str = "auto",
-                   threads: int = 1) -> Iterator[Batch]:
+def native_batches(
+    samples: Sequence[Sample],
+    cut: Sequence[Sequence[int]],
+    *,
+    device: torch.device | str,
+    loader: str = "auto",
+    threads: int = 1,
+) -> Iterator[Batch]:
     """Decodes and normalises the given batches, in their order.
 
     Args:
@@ -36,7 +43,8 @@ def native_batches(samples: Sequence[Sample], cut: Sequence[Sequence[int]], *, d
 
     Raises:
         ValueError: at once, for an empty batch, one with images of different sizes, or impossible numbers.
-        UserError: while iterating, for a file that is missing, broken, or of another size than its sample says.
+        UserError: while iterating, for a file that is missing, broken, or of another size than its sample
+            says.
     """
     if threads < 1:
         raise ValueError(f"threads is {threads}, expected at least 1")
@@ -47,22 +55,34 @@ def native_batches(samples: Sequence[Sample], cut: Sequence[Sequence[int]], *, d
     return _read(samples, cut, torch.device(device), batches.pick(loader), threads)
 
 
-def _read(samples: Sequence[Sample], cut: list[np.ndarray], device: torch.device, kind: str, threads: int) -> Iterator[Batch]:
+def _read(
+    samples: Sequence[Sample], cut: list[np.ndarray], device: torch.device, kind: str, threads: int
+) -> Iterator[Batch]:
     labelled = all(sample.mask is not None for sample in samples)
     masks: deque[list[Future]] = deque()
     with ThreadPoolExecutor(threads, "stpp-masks") as pool:
+
         def tasks() -> Iterator[tuple[int, list[Planned]]]:
             for number, batch in enumerate(cut):
                 masks.append([pool.submit(mask_of, samples[i]) for i in batch] if labelled else [])
                 yield number, [_planned(samples[i], number, position) for position, i in enumerate(batch)]
 
-        stream = batches.batches(tasks(), device=device, kind=kind, threads=threads, most=max(map(len, cut), default=1), pad_to=0,
-                                 clock=Clock())
+        stream = batches.batches(
+            tasks(),
+            device=device,
+            kind=kind,
+            threads=threads,
+            most=max(map(len, cut), default=1),
+            pad_to=0,
+            clock=Clock(),
+        )
         try:
             with closing(stream):
                 for number, batch in stream:
                     for row, reason in batch.errors.items():
-                        raise UserError(f"{samples[cut[number][row]].image}: {reason}; run `stpp prepare` again")
+                        raise UserError(
+                            f"{samples[cut[number][row]].image}: {reason}; run `stpp prepare` again"
+                        )
                     labels = [mask.result() for mask in masks.popleft()]
                     labels_NHW = torch.from_numpy(np.stack(labels)).to(device) if labels else None
                     yield Batch(images_NCHW=batch.images_NCHW, labels_NHW=labels_NHW, indices=cut[number])

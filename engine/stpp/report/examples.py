@@ -22,7 +22,8 @@ PICTURE_PX = 192
 
 
 @torch.inference_mode()
-def write_examples(path: Path, samples: Sequence[Sample], teachers: dict[str, Teacher], device: torch.device) -> None:
+def write_examples(path: Path, samples: Sequence[Sample], teachers: dict[str, Teacher],
+                   device: torch.device) -> None:
     """Writes a PNG: one row a sample; columns image, truth, and one for each teacher by its title.
 
     Args:

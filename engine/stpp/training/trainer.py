@@ -282,8 +282,8 @@ class Trainer:
         distributed.broadcast_buffers(self.network)
         if self.here.is_main:
             self.writer.save(self.folder / name, model=self.network.state_dict(), classes=list(self.classes),
-                            architecture=dataclasses.asdict(self.config.model), reading={"exif": self.config.data.exif},
-                            step=self.step, **scores)
+                            architecture=dataclasses.asdict(self.config.model), step=self.step,
+                            reading={"exif": self.config.data.exif}, **scores)
 
     def _save(self) -> None:
         """Writes everything that the next step depends on."""
