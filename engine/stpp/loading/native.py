@@ -52,7 +52,10 @@ def native_batches(
     for batch in cut:
         if len({(samples[i].height, samples[i].width) for i in batch}) != 1:
             raise ValueError(f"batch {batch.tolist()} is empty or holds images of different sizes")
-    return _read(samples, cut, torch.device(device), batches.pick(loader), threads)
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _read(samples, cut, device, batches.pick(loader), threads)
 
 
 def _read(
