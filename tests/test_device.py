@@ -5,7 +5,7 @@ import torch
 
 import stream_cases
 from stpp import device
-from stpp.images.pixels import normalised_batch
+from stpp.images.pixels import normalised
 
 CPU = torch.device("cpu")
 
@@ -35,9 +35,9 @@ def test_a_constant_is_made_once_and_serves_training_too():
     weights = torch.ones(3, requires_grad=True)
     (weights * first).sum().backward()  # an inference tensor cannot be saved for this
     assert weights.grad.tolist() == [1.5, 2.0, 3.0]
-    normalised_batch(torch.zeros(1, 2, 2, 3, dtype=torch.uint8))
+    normalised(torch.zeros(1, 2, 2, 3, dtype=torch.uint8))
     made = device.constant.cache_info().misses
-    normalised_batch(torch.zeros(4, 5, 6, 3, dtype=torch.uint8))
+    normalised(torch.zeros(4, 5, 6, 3, dtype=torch.uint8))
     assert device.constant.cache_info().misses == made
 
 

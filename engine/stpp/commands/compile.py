@@ -1,6 +1,6 @@
 """`stpp compile`: an engine made of a checkpoint. Nothing heavy is imported before it runs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from stpp.commands.options import Compute, ComputeConfig, OutputStride
 from stpp.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,39 +43,18 @@ def compile(args: Sequence[str]) -> None:
     if not options.checkpoint.is_file():
         raise UserError(f"--checkpoint {options.checkpoint}: no such file")
     from stpp import distributed
+    from stpp.inference import exif_rule
     from stpp.inference.open import Shapes, compile_teacher
+    from stpp.inference.single_images import sample_images
     from stpp.models.trained import load_network
 
     shapes = Shapes.parse(options.shapes) if options.shapes else None
     with distributed.world(options.compute.device) as here:
         if here.size > 1:
             raise UserError("stpp compile runs in one process; start it without torchrun")
-        sample = options.sample and _images(options.sample, here.device)
+        rule = exif_rule.agreed([options.checkpoint])
+        sample = options.sample and sample_images(options.sample, here.device, exif=rule)
         load = partial(load_network, output_stride=options.output_stride)
         compile_teacher(options.checkpoint, options.out, load=load, device=here.device, shapes=shapes,
                         backend=options.backend, precision=options.compute.precision, sample=sample)
     print(options.out)
-
-
-def _images(folder: Path, device: "torch.device") -> Iterator["torch.Tensor"]:
-    """The normalised images [1, 3, H, W] of a folder and its sub-folders.
-
-    Raises:
-        UserError: it has none.
-    """
-    import numpy as np
-    import torch
-
-    from stpp.images import image_file
-    from stpp.images.pixels import normalised
-
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in image_file.IMAGE_EXTENSIONS)
-    if not paths:
-        raise UserError(f"--sample {folder}: no images found")
-
-    def one(path: Path) -> torch.Tensor:
-        with image_file.opened(path) as file:
-            pixels = image_file.upright(np.asarray(file.convert("RGB")), image_file.orientation(file))
-        return torch.from_numpy(normalised(pixels)).to(device).permute(2, 0, 1)[None]
-
-    return map(one, paths)

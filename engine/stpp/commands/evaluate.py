@@ -48,6 +48,7 @@ def evaluate(args: Sequence[str]) -> None:
     from stpp import distributed, log
     from stpp.dataset import index, splits
     from stpp.inference import evaluate as scoring
+    from stpp.inference import exif_rule
     from stpp.inference.open import EagerTeacher
     from stpp.models.trained import load_network
     from stpp.precision import autocast_dtype
@@ -60,6 +61,10 @@ def evaluate(args: Sequence[str]) -> None:
         samples = splits.read_split(listed, known, labelled=True)
         network, classes, _ = load_network(options.checkpoint, output_stride=options.output_stride,
                                            class_names=known.classes)
+        if (rule := exif_rule.told(options.checkpoint)) not in (None, known.exif):
+            raise UserError(f"{options.checkpoint} was trained on images {exif_rule.described(rule)}, and {folder} is "
+                            f"of images {exif_rule.described(known.exif)}; prepare an index with "
+                            f"--data.{'' if rule else 'no-'}exif")
         if tuple(classes) != tuple(known.classes):
             raise UserError(
                 f"{options.checkpoint} was trained on {len(classes)} classes ({', '.join(classes)}) but "

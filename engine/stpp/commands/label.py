@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import tyro
+
 from stpp import config
+from stpp.commands.exif_flags import exif_asked
 from stpp.commands.options import Compute, ComputeConfig, OutputStride, Reading, TrustEngine
 from stpp.config import DataConfig, LabelConfig, LoaderConfig
 from stpp.errors import UserError
@@ -38,8 +41,11 @@ class CorpusOptions(LabelConfig):
     """Only list the source and check its names: one process does that, and needs no GPU. Then the same command without this."""
     max_bad_fraction: float = 0.01
     """With more bad images than this share, exit with 1 at the end; the good ones are done all the same."""
-    exif: bool = True
-    """Turn images upright by their EXIF orientation; off: read them as stored."""
+    exif: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Turn images upright by their EXIF orientation. Without this and --no-exif: as the network was trained,
+    which a checkpoint of a run tells; upright where it tells nothing."""
+    no_exif: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Read images as they are stored."""
     compute_threads: int = 0
     """Threads that compute on a CPU, per rank; 0: those the run was begun with, or the cores divided among the ranks."""
     trust_engine: TrustEngine = False
@@ -109,7 +115,7 @@ def _run(options: CorpusOptions, paths: Sequence[Path], mode: str, work: Callabl
     """
     from stpp import distributed, log
     from stpp.images.sources import open_source
-    from stpp.inference import several
+    from stpp.inference import exif_rule, several
     from stpp.label.shards import Part
     from stpp_kernels import described
 
@@ -128,6 +134,7 @@ def _run(options: CorpusOptions, paths: Sequence[Path], mode: str, work: Callabl
             source = open_source(options.source, root=options.root, tar_folders=options.tar_folders)
             part = Part.parse(options.part)
             refuse_inside(options.out, options.source)
+            exif = exif_rule.agreed(paths, exif_asked(options.exif, options.no_exif))
         except UserError:
             if here.is_main:
                 raise
@@ -141,7 +148,7 @@ def _run(options: CorpusOptions, paths: Sequence[Path], mode: str, work: Callabl
             return found
 
         shared = {"source": source, "config": options, "out": options.out, "part": part, "verify": options.verify,
-                  "data": DataConfig(exif=options.exif, loader=options.reading.loader, threads=options.reading.threads),
+                  "data": DataConfig(exif=exif, loader=options.reading.loader, threads=options.reading.threads),
                   "list_only": options.list_only}
         try:
             summary = work(opened, here, shared)

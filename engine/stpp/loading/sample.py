@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from stpp.images.reading import Reading
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
@@ -21,8 +23,17 @@ class Sample:
     """Pixels, after the EXIF rule of the data set."""
     height: int
     """Pixels, after the EXIF rule of the data set."""
+    orientation: int = 1
+    """EXIF orientation that the image is turned upright from, see `stpp.images.reading`."""
+    plain: bool = False
+    """Whether every decoder makes the same of the image; PIL decodes what is not."""
     strong: bool = False
     """Whether training augments it strongly: True for unlabelled images with a pseudo label."""
+
+    @property
+    def reading(self) -> Reading:
+        """How the image is read."""
+        return Reading(self.width, self.height, self.orientation, self.plain)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
