@@ -158,9 +158,9 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def parsed() -> argparse.Namespace:
-    """The command line."""
-    parser = arguments(__doc__.splitlines()[0], SMALL)
+def parsed(description: str = __doc__) -> argparse.Namespace:
+    """The command line, for every benchmark of a training step."""
+    parser = arguments(description.splitlines()[0], SMALL)
     parser.add_argument("--model", default="deeplabv3plus", choices=["deeplabv3plus", "pspnet", "deeplabv2"])
     parser.add_argument("--backbone", default="resnet50", choices=["resnet18", "resnet50", "resnet101"])
     parser.add_argument("--output-stride", type=int, default=8, choices=[8, 16, 32])
