@@ -71,7 +71,9 @@ def measure(report: Report, shape: tuple[int, ...], size: int, options: argparse
     agreeing(variants)
     rows = report.compare("loss.forward_backward", named, options.dtype, variants)
     if graphs:
-        report.compare("loss.forward_backward.graph", named, options.dtype, graphs)
+        fused_row, eager_row = report.compare("loss.forward_backward.graph", named, options.dtype, graphs).values()
+        if shape == options.shapes[0][0]:
+            report.summary("loss.graph_fused_vs_eager_ratio", eager_row["median"] / fused_row["median"])
     if options.launches and (launched := launches(logits, small_labels, report.device)):
         report.compare("loss.launch", named, options.dtype, launched)
     return rows

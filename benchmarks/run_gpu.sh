@@ -142,11 +142,11 @@ second() {
     bench teacher 100 bench_teacher --backends inductor --frozen --sizes 360x480 --batches 8 16
     bench label 60 bench_label --tta stpp --images 64 --size 360x480 --public-images 8
     bench label-mixed 40 bench_label --tta stpp --images 32 --warm-up none --public-images 0
-    bench ops 45 bench_ops --only argmax augmentation masks --no-compile --graphs
+    bench ops-labelling 45 bench_ops --only argmax augmentation masks --no-compile --graphs
     bench resume 60 check_resume
     if "$python" -c "import nvidia.dali" 2>/dev/null; then bench data 30 bench_data; fi
     bench memory 60 check_memory
-    pytest engine-test 90 tests/test_engines_gpu.py -k "inductor and deeplabv3plus and bf16" || tests=$?
+    marked=gpu pytest engine-test 90 tests/test_engines_gpu.py -k "inductor and deeplabv3plus and bf16" || tests=$?
 }
 
 printf '\n%s call, %s\n' "$call" "$(date -u +%FT%TZ)" >>"$log"
