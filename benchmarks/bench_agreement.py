@@ -21,12 +21,12 @@ from bench_label import Pictures, copied, plain, public_probabilities, untrained
 from harness import Report, arguments
 from stpp import distributed
 from stpp.config import DataConfig, LabelConfig
-from stpp.data.masks import read_index_mask
-from stpp.label.corpus import open_source
+from stpp.images.masks import read_index_mask
+from stpp.images.sources import open_source
+from stpp.inference.gate import MARGIN
+from stpp.inference.several import from_paths
+from stpp.inference.views import VIEWS
 from stpp.label.labeller import label_corpus
-from stpp.label.teachers import from_paths
-from stpp.teacher.gate import MARGIN
-from stpp.teacher.tta import VIEWS
 
 
 def main() -> None:

@@ -28,10 +28,10 @@ from torch import nn
 from harness import Report, arguments
 from stpp import distributed
 from stpp.config import DataConfig, LabelConfig
+from stpp.images.sources import open_source
+from stpp.inference.several import ready
 from stpp.label import plan
-from stpp.label.corpus import open_source
 from stpp.label.labeller import label_corpus
-from stpp.label.teachers import ready
 
 PER_FOLDER = 1000
 SIDE = 32

@@ -25,12 +25,14 @@ from PIL import Image, ImageEnhance, ImageFilter
 from torch.utils.data import DataLoader, Dataset
 
 from harness import Report, arguments
+from stpp.commands import synthetic
 from stpp.config import AugmentConfig
-from stpp.data import index, loader, synthetic
-from stpp.data.augment import IMAGENET_MEAN, IMAGENET_STD
-from stpp.data.sample import Sample
-from stpp.data.sampler import StepSampler
+from stpp.dataset import index
 from stpp.distributed import cores
+from stpp.images.image_file import IMAGENET_MEAN, IMAGENET_STD
+from stpp.loading import loader
+from stpp.loading.sample import Sample
+from stpp.loading.sampler import StepSampler
 
 PICTURES = 96
 SIDE_PX = (320, 480)

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness import Report, arguments
+from stpp.inference import fold
 from stpp.models.resnet import Bottleneck
-from stpp.teacher import fold
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SMALL = {"rounds": 1, "batch": 1, "width": 8, "map": "5x6", "dtypes": ["bf16", "fp32"]}

@@ -27,17 +27,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from harness import Report, arguments, freed_memory_kept
 from stpp import checkpoint, distributed
+from stpp.commands import synthetic
 from stpp.config import DataConfig, LabelConfig
-from stpp.data import synthetic
-from stpp.data.augment import IMAGENET_MEAN, IMAGENET_STD
-from stpp.data.masks import read_index_mask
-from stpp.label.corpus import EXTENSIONS, open_source
+from stpp.images.image_file import IMAGENET_MEAN, IMAGENET_STD
+from stpp.images.masks import read_index_mask
+from stpp.images.sources import EXTENSIONS, open_source
+from stpp.inference import export
+from stpp.inference.several import from_paths
+from stpp.inference.views import VIEWS
 from stpp.label.labeller import label_corpus
-from stpp.label.teachers import from_paths
 from stpp.models.build import build_model
 from stpp.models.trained import load_network
-from stpp.teacher import export
-from stpp.teacher.tta import VIEWS
 
 CLASSES = 11
 SMALL = {"rounds": 1, "images": 2, "size": (33, 49), "backbone": "resnet18", "workers": 1, "backend": "eager"}

@@ -11,11 +11,10 @@ graph; on a CPU they are interpreted, which says nothing of their speed.
 """
 
 import argparse
-import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +27,9 @@ from stpp_kernels import implementations, upsample_cross_entropy
 
 SHAPES = [((16, 21, 81, 81), 321), ((16, 19, 181, 181), 721), ((4, 150, 128, 128), 512)]
 SMALL = {"rounds": 1, "no_compile": True, "shapes": [((1, 5, 5, 6), 17)]}
-LAUNCHES = ({"TILE": 512, "WARPS": 4, "PROGRAMS": 2048}, {"TILE": 256, "WARPS": 2, "PROGRAMS": 4096},
-            {"TILE": 128, "WARPS": 1, "PROGRAMS": 8192})
-"""Values of the names in stpp_kernels.triton.cross_entropy that say how its kernel is launched."""
+LAUNCHES = ({"tile": 512, "warps": 4, "programs": 2048}, {"tile": 256, "warps": 2, "programs": 4096},
+            {"tile": 256, "warps": 1, "programs": 4096}, {"tile": 128, "warps": 1, "programs": 8192})
+"""Fields of stpp_kernels.triton.cross_entropy.Launch."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -87,36 +86,26 @@ def agreeing(variants: dict[str, Callable[[], torch.Tensor]]) -> None:
 
 
 def launches(logits: torch.Tensor, labels: torch.Tensor, device: torch.device) -> dict[str, Callable[[], object]]:
-    """The Triton operator under each of `LAUNCHES`; none, said in a line, where the kernel does not name these settings."""
+    """The Triton operator under each of `LAUNCHES`; none, said in a line, where it takes no such settings."""
     module = importlib.import_module("stpp_kernels.triton.cross_entropy")
-    if missing := sorted(LAUNCHES[0].keys() - vars(module).keys()):
-        print(f"launch settings are left out: {module.__name__} names no {', '.join(missing)}", flush=True)
+    if not hasattr(module, "Launch"):
+        print(f"launch settings are left out: {module.__name__} has no Launch", flush=True)
         return {}
 
     def under(settings: dict[str, int]) -> Callable[[], torch.Tensor]:
+        launch = module.Launch(**settings)
+
         def run() -> torch.Tensor:
-            with set_names(module, settings):
-                loss, counted, _ = module.upsample_cross_entropy(logits.detach(), labels, None, None, 255, True)
+            loss, counted, _ = module.upsample_cross_entropy(logits.detach(), labels, None, None, 255, True, launch)
             return loss / counted
 
         return run
 
     kind = "" if device.type == "cuda" else ", interpreted"
-    variants = {f"tile {settings['TILE']}, {settings['WARPS']} warps, {settings['PROGRAMS']} programs{kind}": under(settings)
+    variants = {f"tile {settings['tile']}, {settings['warps']} warps, {settings['programs']} programs{kind}": under(settings)
                 for settings in LAUNCHES}
     agreeing(variants)
     return graphed(variants, device)
-
-
-@contextlib.contextmanager
-def set_names(module: object, values: dict[str, int]) -> Iterator[None]:
-    """Other values of a module's names, for a while."""
-    before = {name: getattr(module, name) for name in values}
-    vars(module).update(values)
-    try:
-        yield
-    finally:
-        vars(module).update(before)
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Where the time of a training step goes: milliseconds by class of work, by torch.profiler over a few of the engine's steps.
 
     python benchmarks/bench_profile.py --out benchmarks/results/last.jsonl
-    python benchmarks/bench_profile.py --cudnn-benchmark      # cuDNN tries its algorithms; a process of its own, because it
-                                                              # keeps what it chose for a shape
+    python benchmarks/bench_profile.py --no-cudnn-benchmark   # cuDNN does not try its algorithms; a process of its own,
+                                                              # because it keeps what it chose for a shape
 
 On a GPU the device's time counts, each kernel for the operator that launched it; on a CPU the operators' own time on the
 host, so that convolutions' two gradients, made by one operator, stay together there. Summaries: `profile.CLASS_ms` (see
@@ -155,12 +155,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = bench_step.engine(options, report.device, Path(folder))
         for _ in range(WARM_UP):
-            trainer.train_step([batch])
+            trainer.train_step([(batch,)])
         dtype = trainer.autocast_dtype
         shape = f"{options.batch},3,{options.crop},{options.crop}"
-        report.compare("profile.step", shape, str(dtype).removeprefix("torch."), {"engine": lambda: trainer.train_step([batch])})
-        report.summary("profile.host_ms", host_ms(lambda: trainer.train_step([batch]), report))
-        profiled(report, lambda: trainer.train_step([batch]))
+        report.compare("profile.step", shape, str(dtype).removeprefix("torch."), {"engine": lambda: trainer.train_step([(batch,)])})
+        report.summary("profile.host_ms", host_ms(lambda: trainer.train_step([(batch,)]), report))
+        profiled(report, lambda: trainer.train_step([(batch,)]))
     network = build_model("deeplabv3plus", options.backbone, bench_step.CLASSES, options.output_stride)
     network.to(report.device, memory_format=torch.channels_last)
     aspp(report, network, options.batch, options.crop, options.output_stride, dtype)

@@ -29,16 +29,17 @@ from torch.utils.data import DataLoader
 import bench_data
 import bench_label
 from harness import Report, arguments
-from stpp import demo, files
+from stpp import files
+from stpp.commands import demo, synthetic
 from stpp.config import AugmentConfig, Config, to_dict
-from stpp.data import index, splits, synthetic
-from stpp.data.sample import Sample
+from stpp.dataset import index, splits
 from stpp.distributed import cores
+from stpp.inference import export
+from stpp.loading.sample import Sample
 from stpp.metrics import mean_iou
 from stpp.models.build import build_model, parameter_groups
-from stpp.optimizer import REFERENCE_BATCH
-from stpp.teacher import export
-from stpp.train import POLY_POWER
+from stpp.training.optimizer import REFERENCE_BATCH
+from stpp.training.trainer import POLY_POWER
 
 
 class Epoch(bench_data.Public):

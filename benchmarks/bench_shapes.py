@@ -19,7 +19,7 @@ import torch
 
 import bench_teacher
 from harness import Report, arguments
-from stpp.teacher import tta
+from stpp.inference.views import masks
 
 SIDES_PX = (320, 500)
 SMALL = {**bench_teacher.SMALL, "sizes": 2, "views_sizes": 1, "batch": 1, "sides": (33, 49)}
@@ -80,7 +80,7 @@ def main() -> None:
     once, views = sizes[: options.sizes + 1], sizes[options.sizes + 1 :]
     first_and_second(report, "shapes.forward", plan.precision, teacher.logits, once, options.batch)
     first_and_second(report, "shapes.ten_views", plan.precision,
-                     lambda images_NCHW: tta.masks(teacher.logits, images_NCHW, "stpp", bench_teacher.CLASSES), views,
+                     lambda images_NCHW: masks(teacher.logits, images_NCHW, "stpp", bench_teacher.CLASSES), views,
                      options.batch)
     report.finish()
 

@@ -33,12 +33,12 @@ from torch.utils.data import DataLoader
 import bench_data
 from harness import Report, arguments, bare_trainer, call_ms, nominal_flop, random_batch
 from stpp.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
-from stpp.data.sample import Batch, Sample
 from stpp.distributed import World, cores
+from stpp.inference import export
+from stpp.loading.sample import Batch, Sample
 from stpp.models.build import build_model
 from stpp.precision import autocast_dtype
-from stpp.teacher import export
-from stpp.train import Trainer
+from stpp.training.trainer import Trainer
 from stpp_kernels import upsample_cross_entropy
 
 CLASSES = 21
@@ -57,7 +57,8 @@ def engine(options: argparse.Namespace, device: torch.device, folder: Path, samp
     config = Config(
         data=DataConfig(root=folder), out=folder,
         model=ModelConfig(name=options.model, backbone=options.backbone, output_stride=options.output_stride, pretrained="none"),
-        augment=AugmentConfig(crop_px=options.crop), train=TrainConfig(batch_global=options.batch, precision=options.precision))
+        augment=AugmentConfig(crop_px=options.crop), train=TrainConfig(batch_global=options.batch, precision=options.precision),
+        deterministic=not options.cudnn_benchmark)  # of a step alone it only keeps cuDNN from trying
     return bare_trainer(config, World(device=device), folder, CLASSES, samples)
 
 
@@ -87,12 +88,12 @@ def on_files(report: Report, options: argparse.Namespace, name: str, dtype: torc
     """Steps with loading, by the engine and by peers."""
     device, samples, workers = report.device, bench_data.samples_of(options, folder), cores()
     trainer = engine(options, device, folder, samples)
-    batches, waits = trainer._batches(), []
+    batches, waits = trainer._passes(), []
     public = bench_data.Public(samples, options.crop, trainer.config.augment.long_side)
 
     def ours() -> None:
-        micro_batches, wait_s = next(batches)
-        trainer.train_step(micro_batches)
+        passes, wait_s = next(batches)
+        trainer.train_step(passes)
         waits.append(wait_s)
 
     def theirs(label: str) -> None:
@@ -126,7 +127,7 @@ def parts(trainer: Trainer, batch: Batch, device: torch.device, rounds: int) -> 
     for _ in range(rounds):
         marks = [_now(device)]
         with torch.autocast(device.type, trainer.autocast_dtype, enabled=trainer.autocast_dtype != torch.float32):
-            logits = trainer.model(batch.images_NCHW)
+            logits = trainer.step.network(batch.images_NCHW)
         marks.append(_now(device))
         total, counted = upsample_cross_entropy(logits, batch.labels_NHW)
         marks.append(_now(device))
@@ -172,7 +173,8 @@ def parsed(description: str = __doc__) -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=bench_data.PICTURES, help="how many are drawn")
     parser.add_argument("--no-files", action="store_true", help="leave out the steps on files")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled peer")
-    parser.add_argument("--cudnn-benchmark", action="store_true", help="let cuDNN try its algorithms, for all variants")
+    parser.add_argument("--cudnn-benchmark", action=argparse.BooleanOptionalAction, default=True,
+                        help="let cuDNN try its algorithms, as the engine and tuned users do; for all variants")
     options = parser.parse_args()
     options.batch = options.batch or (16 if options.device.startswith("cuda") else 2)
     return options
@@ -200,7 +202,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = engine(options, device, Path(folder))
-        trainer.network.load_state_dict(network.state_dict())
+        trainer.step.network.load_state_dict(network.state_dict())
         lr = trainer.optimizer.param_groups[0]["base_lr"]
 
         def other(dtype: torch.dtype, channels_last: bool, compiled: bool = False) -> tuple[Step, Callable[[], torch.Tensor]]:
@@ -208,7 +210,7 @@ def main() -> None:
             theirs = images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
             return step, lambda: step(theirs, targets)
 
-        steps, variants = {}, {"engine": lambda: trainer.train_step([batch])[0]}
+        steps, variants = {}, {"engine": lambda: trainer.train_step([(batch,)])[0]}
         for label, layout in (("public", (torch.float32, False)), ("tuned", (dtype, True))):
             steps[label], variants[label] = other(*layout)
         agreeing(variants)
@@ -223,7 +225,7 @@ def main() -> None:
             report.summary(f"step.engine_{part}_ms", value)
         ratio = rows["tuned"]["median"] / step_ms
         if not options.no_compile:
-            trainer.network.load_state_dict(network.state_dict())
+            trainer.step.network.load_state_dict(network.state_dict())
             both = {"engine": variants["engine"], "compiled": other(dtype, True, compiled=True)[1]}
             agreeing(both)
             compiled = report.compare(f"{name}.compiled", shape, kind, both)

@@ -25,12 +25,12 @@ import torch
 import torch.nn.functional as F
 
 from harness import Report, arguments, minimum_ratio, nominal_flop
+from stpp.inference import build, export, gate
+from stpp.inference.build import BACKENDS, PRECISIONS, Plan
+from stpp.inference.protocol import Teacher
+from stpp.inference.record import ANY_SIZE, Shapes, weights_sha256
 from stpp.models.build import build_model
 from stpp.precision import autocast_dtype
-from stpp.teacher import build, export, gate
-from stpp.teacher.build import BACKENDS, PRECISIONS, Plan
-from stpp.teacher.protocol import Teacher
-from stpp.teacher.record import ANY_SIZE, Shapes, weights_sha256
 
 CLASSES = 21
 Forward = Callable[[torch.Tensor], torch.Tensor]

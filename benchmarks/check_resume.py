@@ -24,7 +24,7 @@ import torch
 
 from harness import Report, arguments
 from stpp import checkpoint
-from stpp.data import synthetic
+from stpp.commands import synthetic
 
 LIMIT_S = 240
 STAGE = "stages/1-supervised"

@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 
 from harness import Report, arguments
-from stpp import demo, files
+from stpp import files
+from stpp.commands import demo, synthetic
 from stpp.config import to_dict
-from stpp.data import synthetic
 
 STAGES = ("1-supervised", "2-select", "3-label", "4-retrain", "5-label", "6-retrain")
 SMALL = {"pictures": 16, "val": 2, "epochs": 1, "supervised_epochs": 1}

@@ -31,10 +31,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stpp import distributed
 from stpp.config import Config
-from stpp.data.sample import Batch, Sample
 from stpp.distributed import World
-from stpp.teacher import export
-from stpp.train import Schedule, Trainer
+from stpp.inference import export
+from stpp.loading.sample import Batch, Sample
+from stpp.methods.supervised import Supervised
+from stpp.training.assemble import fresh_network
+from stpp.training.trainer import Schedule, Trainer
 
 MIB = 1024 * 1024
 GPU_MEASUREMENT_MS = 20
@@ -180,8 +182,10 @@ def bare_trainer(config: Config, here: World, folder: Path, num_classes: int, sa
     """The Trainer of a run that is never started: only its step and its batches are used, these where it has samples."""
     side, classes = config.augment.crop_px, tuple(map(str, range(num_classes)))
     none = Sample(key="none", image="none", mask="none", width=side, height=side)
-    return Trainer(config, here, samples or [none] * config.train.batch_global, stage=1, title="bench", classes=classes,
-                   folder=folder, schedule=Schedule(steps=1 << 30, validate_steps=1 << 30), validate=None)
+    step = Supervised(fresh_network(config, here, classes, stage=1), config)
+    streams = step.streams(config, samples or [none] * config.train.batch_global)
+    return Trainer(config, here, step, streams, key=1, title="bench", classes=classes, folder=folder,
+                   schedule=Schedule(steps=1 << 30, validate_steps=1 << 30), validate=None)
 
 
 def random_batch(count: int, side: int, num_classes: int, device: torch.device, *, ignored: float = 0.0) -> Batch:

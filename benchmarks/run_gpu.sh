@@ -108,7 +108,7 @@ first() { # all but the last part
     tests=$?
     bench step 60 bench_step --no-compile --no-files --rounds 5
     bench profile 40 bench_profile
-    bench profile-benchmark 40 bench_profile --cudnn-benchmark
+    bench profile-no-search 40 bench_profile --no-cudnn-benchmark
     bench shapes 30 bench_shapes
     bench fused-conv 20 bench_fused_conv
     bench teacher-eager 30 bench_teacher --no-compile --sizes 360x480 --batches 8
@@ -118,7 +118,7 @@ first() { # all but the last part
 }
 
 step_compiled() {
-    bench step 170 bench_step --cudnn-benchmark --rounds 5
+    bench step 170 bench_step --rounds 5
 }
 
 second() {
@@ -138,7 +138,7 @@ second() {
         pytest new-tests 60 $NEW_TESTS || tests=$?
     fi
     step_compiled
-    bench step-r101-721 50 bench_step --backbone resnet101 --crop 721 --batch 8 --no-compile --no-files --rounds 3 --cudnn-benchmark
+    bench step-r101-721 50 bench_step --backbone resnet101 --crop 721 --batch 8 --no-compile --no-files --rounds 3
     bench teacher 100 bench_teacher --backends inductor --frozen --sizes 360x480 --batches 8 16
     bench label 60 bench_label --tta stpp --images 64 --size 360x480 --public-images 8
     bench label-mixed 40 bench_label --tta stpp --images 32 --warm-up none --public-images 0

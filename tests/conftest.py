@@ -25,7 +25,7 @@ def camvid() -> Path:
 @pytest.fixture(scope="session")
 def synthetic(tmp_path_factory) -> Path:
     """Root of a synthetic set: 24 training and 6 validation images, 6 classes."""
-    from stpp.data import synthetic as generator
+    from stpp.commands import synthetic as generator
 
     root = tmp_path_factory.mktemp("synthetic") / "data"
     generator.generate(root, seed=3, train=24, val=6)
@@ -35,7 +35,7 @@ def synthetic(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def synthetic_index(synthetic, tmp_path_factory) -> Path:
     """Folder of the prepared index of `synthetic`."""
-    from stpp.data import index
+    from stpp.dataset import index
 
     folder = tmp_path_factory.mktemp("index")
     index.prepare(synthetic, folder, layout="voc", workers=1, progress=False)

@@ -14,9 +14,9 @@ from PIL import Image
 
 from stpp import distributed
 from stpp.config import DataConfig, LabelConfig
-from stpp.label.corpus import open_source
+from stpp.images.sources import open_source
+from stpp.inference.several import ready
 from stpp.label.labeller import label_corpus
-from stpp.label.teachers import ready
 
 HERE = distributed.World(device=torch.device("cpu"))
 SIZES = [(48, 64), (64, 48), (40, 56)]

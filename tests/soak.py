@@ -14,7 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 import conftest  # noqa: E402, F401  (paths of the packages)
 import fault_cases as cases  # noqa: E402
-from stpp.data import index, synthetic  # noqa: E402
+from stpp.commands import synthetic  # noqa: E402
+from stpp.dataset import index  # noqa: E402
 
 
 def main() -> None:

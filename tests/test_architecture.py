@@ -12,33 +12,34 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = {"stpp": ROOT / "engine", "stpp_kernels": ROOT / "kernels"}
 
-LEAVES = {"errors", "files", "signals"}
-COMMON = {"config", "log", "distributed", "checkpoint", "metrics", "optimizer", "precision", "rundir", "lease"}
-PARTS = {"profiling", "data", "models", "teacher"}
-WORK = {"train", "evaluate", "label", "report", "preflight"}
-TOPS = {"selftrain", "demo", "doctor", "predict", "export", "selftest"}
-# What the first name below `stpp` may import besides itself. A new module needs a place here.
-MAY_IMPORT = (
-    dict.fromkeys(LEAVES, set())
-    | dict.fromkeys(COMMON, LEAVES)
-    | dict.fromkeys(("optimizer", "rundir"), LEAVES | {"config"})
-    | dict.fromkeys(PARTS, LEAVES | COMMON | {"stpp_kernels"})
-    | dict.fromkeys(WORK, LEAVES | COMMON | PARTS | {"stpp_kernels"})
-    | dict.fromkeys(TOPS, LEAVES | COMMON | PARTS | WORK | {"stpp_kernels"})
-    # The report reads what labelling writes; the doctor tries what it finds.
-    | {"report": LEAVES | COMMON | PARTS | {"label", "stpp_kernels"}}
-    | {"doctor": LEAVES | COMMON | PARTS | {"selftest", "stpp_kernels"}}
-    | {"cli": LEAVES | COMMON | PARTS | WORK | TOPS | {"stpp_kernels"}, "__main__": {"cli"}, "stpp": {"label"}}
+LOOSE = {"clock", "checkpoint", "config", "device", "distributed", "errors", "files", "log", "metrics", "precision",
+         "signals", "versions"}
+# From the ground up: what stands on a floor imports only itself and the floors below. A new room needs a place here.
+FLOORS = (
+    {"stpp_kernels"},
+    LOOSE,
+    {"images"},
+    {"loading", "models"},
+    {"training", "inference", "dataset"},
+    {"methods", "label"},
+    {"report"},
+    {"run"},
+    {"commands"},
+    {"cli"},
+    {"__main__"},
 )
+FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
+# The package itself offers `stpp.load`, lazily; anything may ask it for its version.
+PACKAGE = "stpp"
 # Heavy packages, and the modules that wrap them. True: the wrapper is itself imported lazily.
 WRAPPERS = {
-    "nvidia": {"stpp.data.dali": True, "stpp.data.dali_graph": True, "stpp.label.decode_dali": True},
-    "pyarrow": {"stpp.data.table": False, "stpp.label.rows": False},
-    "tensorrt": {"stpp.teacher.tensorrt": False},
-    "tensorrt_rtx": {"stpp.teacher.tensorrt": False},
-    "torch_tensorrt": {"stpp.teacher.torch_tensorrt": False},
-    "apex": {"stpp.optimizer": False},
-    "fsspec": {"stpp.label.storage": False},
+    "nvidia": {"stpp.loading.dali": True, "stpp.loading.dali_graph": True, "stpp.images.decode_dali": True},
+    "pyarrow": {"stpp.dataset.table": False, "stpp.label.rows": False},
+    "tensorrt": {"stpp.inference.tensorrt": False},
+    "tensorrt_rtx": {"stpp.inference.tensorrt": False},
+    "torch_tensorrt": {"stpp.inference.torch_tensorrt": False},
+    "apex": {"stpp.training.optimizer": False},
+    "fsspec": {"stpp.images.storage": False},
 }
 LIGHT = ("stpp", "stpp.config", "stpp.cli", "stpp.errors", "stpp.files", "stpp.signals")
 
@@ -104,15 +105,12 @@ def all_imports(package):
     return found
 
 
-def unit(name):
-    """The part of `stpp` that a dotted name lies in: "data" for "stpp.data.dali", "stpp" for "stpp.__version__"."""
+def room(name):
+    """The room or loose file of `stpp` that a dotted name lies in: "loading" for "stpp.loading.dali", "stpp" for itself."""
     first = name.split(".")[1] if "." in name else ""
-    return first if first in MAY_IMPORT or _is_module(first) else "stpp"
-
-
-def _is_module(name):
     folder = SOURCES["stpp"] / "stpp"
-    return bool(name) and ((folder / name).is_dir() or (folder / f"{name}.py").is_file())
+    there = bool(first) and ((folder / first).is_dir() or (folder / f"{first}.py").is_file())
+    return first if there else PACKAGE
 
 
 def package(name):
@@ -135,24 +133,51 @@ def test_the_reader_of_imports_sees_every_kind():
     assert [one.target for one in found] == ["x.y.f", "x.y.g.h"]
 
 
-def test_every_module_of_stpp_has_a_place():
+def test_every_module_of_stpp_has_a_floor():
     folder = SOURCES["stpp"] / "stpp"
     names = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
-    unplaced = names - {"__init__"} - MAY_IMPORT.keys()
-    assert unplaced == set(), f"say in MAY_IMPORT what {unplaced} may import"
+    unplaced = names - {"__init__"} - FLOOR.keys()
+    assert unplaced == set(), f"say in FLOORS where {unplaced} belongs"
 
 
-def test_stpp_imports_along_the_layers():
+def test_imports_go_down_the_floors():
     wrong = []
     for found in all_imports("stpp"):
         if package(found.target) not in SOURCES:
             continue
-        source = unit(found.module)
-        target = unit(found.target) if package(found.target) == "stpp" else "stpp_kernels"
-        # "stpp" as a target is the package itself, for its version.
-        if target not in MAY_IMPORT.get(source, set()) | {source, "stpp"}:
+        source = room(found.module)
+        target = room(found.target) if package(found.target) == "stpp" else "stpp_kernels"
+        if PACKAGE in (source, target) or target == source:
+            continue
+        # Loose files import one another; rooms of one floor do not.
+        if FLOOR[target] > FLOOR[source] or (FLOOR[target] == FLOOR[source] and source not in LOOSE):
             wrong.append(str(found))
     assert wrong == []
+
+
+@pytest.mark.parametrize("name", list(SOURCES))
+def test_no_two_files_import_each_other(name):
+    source = SOURCES[name]
+    modules = {module_name(path, source) for path in (source / name).rglob("*.py")}
+    needs = {module: set() for module in modules}
+    for found in all_imports(name):
+        # `from a.b import c` is the module a.b.c, or a name in a.b.
+        target = found.target if found.target in modules else found.target.rpartition(".")[0]
+        if target in modules and target not in (found.module, PACKAGE):
+            needs[found.module].add(target)
+    circles, done = [], set()
+
+    def visit(module, path):
+        if module in path:
+            circles.append(" -> ".join([*path[path.index(module):], module]))
+        elif module not in done:
+            for target in sorted(needs[module]):
+                visit(target, [*path, module])
+            done.add(module)
+
+    for module in sorted(modules):
+        visit(module, [])
+    assert circles == []
 
 
 def test_the_operators_know_only_torch():

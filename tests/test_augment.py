@@ -6,9 +6,9 @@ import time
 import numpy as np
 import pytest
 
-from stpp.data import augment
-from stpp.data.augment import AugmentParams, draw, noise_image
-from stpp.data.sample import Sample
+from stpp.loading import augment
+from stpp.loading.augment import AugmentParams, draw, noise_image
+from stpp.loading.sample import Sample
 
 KEY = {"seed": 3, "stage": 4, "epoch": 5}
 SETTINGS = {**KEY, "crop_px": 320, "long_side": (200, 800)}

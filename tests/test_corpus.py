@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import label_cases as cases
-from stpp.data.sample import Sample
 from stpp.errors import UserError
-from stpp.label import corpus, names, plan, tars
-from stpp.label.corpus import open_source
+from stpp.images import names, sources, tars
+from stpp.images.sources import open_source
+from stpp.label import plan
+from stpp.label.labels import SampleSource
+from stpp.loading.sample import Sample
 
 JPEG = cases.encoded(cases.picture(0))
 
@@ -33,7 +35,7 @@ def test_more_names_than_fit_are_sorted_on_disk(tmp_path, monkeypatch):
     cases.as_folder(tmp_path / "in", {f"{i * 7919 % 1000:03d}.jpg": b"" for i in range(50)})
     expected = keys(open_source(str(tmp_path / "in")))
     assert expected == sorted(expected) and len(expected) == 50
-    monkeypatch.setattr(corpus, "_RUN", 7)
+    monkeypatch.setattr(sources, "_RUN", 7)
     assert keys(open_source(str(tmp_path / "in"))) == expected
 
 
@@ -90,11 +92,11 @@ def test_tars_give_members_where_they_lie(tmp_path):
 
 
 def test_braces_count_and_list():
-    assert corpus.expand_braces("a{08..11}{x,y}") == [f"a{n}{c}" for n in ("08", "09", "10", "11") for c in "xy"]
-    assert corpus.expand_braces("a{8..10}.tar") == ["a8.tar", "a9.tar", "a10.tar"]
-    assert corpus.expand_braces("plain") == ["plain"]
+    assert sources.expand_braces("a{08..11}{x,y}") == [f"a{n}{c}" for n in ("08", "09", "10", "11") for c in "xy"]
+    assert sources.expand_braces("a{8..10}.tar") == ["a8.tar", "a9.tar", "a10.tar"]
+    assert sources.expand_braces("plain") == ["plain"]
     with pytest.raises(UserError, match="rises"):
-        corpus.expand_braces("a{9..1}")
+        sources.expand_braces("a{9..1}")
 
 
 HOSTILE = {
@@ -207,7 +209,7 @@ def test_urls_serve_folders_lists_and_tars(tmp_path):
 
 
 def test_a_remote_file_that_fails_for_a_moment_is_read_again(monkeypatch):
-    from stpp.label import storage
+    from stpp.images import storage
 
     monkeypatch.setattr(storage, "PAUSE_S", 0.0)
     tries = []
@@ -227,7 +229,7 @@ def test_a_remote_file_that_fails_for_a_moment_is_read_again(monkeypatch):
 
 def test_samples_are_ordered_by_size():
     samples = [Sample(key=f"k{i}", image=f"/x/k{i}.jpg", width=w, height=h) for i, (w, h) in enumerate([(9, 5), (4, 4), (9, 5)])]
-    source = corpus.SampleSource(samples, ["l0\n", "l1\n", "l2\n"])
+    source = SampleSource(samples, ["l0\n", "l1\n", "l2\n"])
     assert [(item.key, item.source) for item in source.items()] == [("k1", "l1"), ("k0", "l0"), ("k2", "l2")]
 
 

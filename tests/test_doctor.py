@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from stpp import cli, doctor, selftest
-from stpp.data import loader
-from stpp.doctor import Finding
+from stpp import cli
+from stpp.commands import doctor, selftest
+from stpp.commands.doctor import Finding
+from stpp.images.batches import has_dali
+from stpp.loading import loader
 
 CPU = torch.device("cpu")
 
@@ -114,14 +116,14 @@ def test_every_part_has_one_line_and_the_machine_has_what_the_tests_need(capsys)
                            "apex", "operators", "disk", "open files", "shared memory"]
     assert torch.__version__ in found["torch"]["text"]
     assert all("\n" not in one["text"] + one["advice"] for one in report["findings"])
-    assert (found["dali"]["state"] == "ok") == loader.has_dali()
+    assert (found["dali"]["state"] == "ok") == has_dali()
 
 
 def test_the_trials_pass_here():
     assert "operators" in selftest.operators(CPU)
     assert "decoded" in selftest.decode(CPU, dali=False)
     assert "training step" in selftest.train_step(CPU)
-    if loader.has_dali():
+    if has_dali():
         assert "decoded" in selftest.decode(CPU, dali=True)
 
 

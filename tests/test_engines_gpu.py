@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from engine_cases import images, model, relative_error
-from stpp.teacher import build, fold, gate
-from stpp.teacher.build import BACKENDS, PRECISIONS, Plan
-from stpp.teacher.record import Shapes, weights_sha256
+from stpp.inference import build, fold, gate
+from stpp.inference.build import BACKENDS, PRECISIONS, Plan
+from stpp.inference.record import Shapes, weights_sha256
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900),
               pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

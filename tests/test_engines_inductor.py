@@ -6,13 +6,13 @@ from PIL import Image
 
 from engine_cases import CLASSES, CPU, MODELS, images, load, model, relative_error, save, tiny
 from stpp import checkpoint, cli
-from stpp.data.reference import normalised
 from stpp.errors import UserError
+from stpp.images.pixels import normalised
+from stpp.inference import export, fold, gate, inductor
+from stpp.inference import record as records
+from stpp.inference.open import EagerTeacher, compile_teacher, open_teacher
+from stpp.inference.record import ANY_SIZE, Shapes
 from stpp.models.trained import load_network
-from stpp.teacher import export, fold, gate, inductor
-from stpp.teacher import record as records
-from stpp.teacher.engine import EagerTeacher, compile_teacher, open_teacher
-from stpp.teacher.record import ANY_SIZE, Shapes
 
 SIZES = ((1, 33, 33), (1, 17, 17), (1, 200, 40), (3, 64, 201), (2, 17, 300), (5, 49, 49))
 """One image and several, sides equal and not, maps smaller and larger than the dilations and the pooling's regions."""

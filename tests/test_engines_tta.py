@@ -11,11 +11,11 @@ from PIL import Image
 
 from engine_cases import CPU
 from stpp import checkpoint
-from stpp.data.reference import normalised
+from stpp.images.pixels import normalised
+from stpp.inference import gate, views
+from stpp.inference.open import open_teacher
 from stpp.models.build import build_model
 from stpp.models.trained import load_network
-from stpp.teacher import gate, tta
-from stpp.teacher.engine import open_teacher
 from stpp_kernels import finalize
 from test_teacher import plain_probabilities
 
@@ -62,13 +62,13 @@ def test_masks_are_those_of_the_method(camvid, trained, tmp_path, monkeypatch, b
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     teacher = open_teacher(trained, load=load_network, device=CPU, backend=backend, precision=precision)
     network = load_network(trained)[0].eval()
-    scales, mirrored = tta.VIEWS["stpp"]
+    scales, mirrored = views.VIEWS["stpp"]
     same, same_decided, decided, pixels, seen = 0, 0, 0, 0, set()
     with torch.inference_mode():
         for i, size in enumerate(SIZES):
             image = normalised(photograph(camvid / "images" / "val", 20 * i, size, "RGB"))
             images_NCHW = torch.from_numpy(image).permute(2, 0, 1)[None]
-            mask = finalize(tta.accumulate(teacher.logits, images_NCHW, "stpp", CLASSES))[0][0]
+            mask = finalize(views.accumulate(teacher.logits, images_NCHW, "stpp", CLASSES))[0][0]
             mean = plain_probabilities(network, images_NCHW, scales, mirrored)[0] / (len(scales) * (1 + mirrored))
             first, second = mean.topk(2, dim=0).values
             clear, equal = first - second >= gate.MARGIN, mask == mean.argmax(0)

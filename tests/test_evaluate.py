@@ -15,12 +15,12 @@ from cli_cases import ended
 from conftest import torchrun
 from stpp import checkpoint, cli, distributed
 from stpp.config import DataConfig
-from stpp.data import index
-from stpp.data.masks import read_index_mask
-from stpp.data.reference import normalised
-from stpp.evaluate import evaluate
-from stpp.teacher import tta
-from stpp.teacher.engine import EagerTeacher
+from stpp.dataset import index
+from stpp.images.masks import read_index_mask
+from stpp.images.pixels import normalised
+from stpp.inference import views
+from stpp.inference.evaluate import evaluate
+from stpp.inference.open import EagerTeacher
 
 CPU = torch.device("cpu")
 HERE = distributed.World(device=CPU)
@@ -96,8 +96,8 @@ def sliding(network: torch.nn.Module, image_1CHW: torch.Tensor, side: int, mirro
 def test_crops_add_up_as_in_the_plain_form(network, mode, size, side):
     images = cases.images(2, *size)
     with torch.no_grad():
-        sums = tta.accumulate_crops(network, images, mode, 6, side)
-        masks = tta.masks(network, images, mode, 6, crop_px=side)
+        sums = views.accumulate_crops(network, images, mode, 6, side)
+        masks = views.masks(network, images, mode, 6, crop_px=side)
         truth = torch.cat([sliding(network, image[None], side, mode == "flip") for image in images])
     torch.testing.assert_close(sums / sums.sum(1, keepdim=True), truth, rtol=1e-3, atol=1e-4)
     decided = truth.topk(2, 1).values.diff(dim=1)[:, 0].abs() > 1e-3
@@ -107,8 +107,8 @@ def test_crops_add_up_as_in_the_plain_form(network, mode, size, side):
 def test_an_image_within_one_crop_is_seen_whole(network):
     images = cases.images(1, 40, 45)
     with torch.no_grad():
-        whole, cropped = (tta.masks(network, images, "none", 6, crop_px=side) for side in (None, 68))
-        cut = tta.masks(network, images, "none", 6, crop_px=24)
+        whole, cropped = (views.masks(network, images, "none", 6, crop_px=side) for side in (None, 68))
+        cut = views.masks(network, images, "none", 6, crop_px=24)
     assert (whole == cropped).float().mean() > 0.999
     assert not torch.equal(whole, cut), "crops change nothing, so these tests show nothing"
 

@@ -9,7 +9,7 @@ import torch
 import engine_cases as cases
 from cli_cases import refused
 from stpp import checkpoint, cli
-from stpp.data.augment import IMAGENET_MEAN
+from stpp.images.image_file import IMAGENET_MEAN
 
 
 @pytest.fixture(scope="module")

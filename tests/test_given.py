@@ -8,9 +8,9 @@ from PIL import Image
 
 from stpp import config
 from stpp.config import Config
-from stpp.data import given, index, splits
-from stpp.data.masks import read_index_mask
+from stpp.dataset import given_labels, index, splits
 from stpp.errors import UserError
+from stpp.images.masks import read_index_mask
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +49,16 @@ def written(folder: Path, *keys: str, value: int = 2, size: tuple[int, int] = (6
 def test_masks_are_found_where_label_and_runs_put_them(known, unlabelled, tmp_path, below, prefix):
     folder, out = tmp_path / "labelled", tmp_path / "out"
     written(folder / below, f"{prefix}town 0/2", f"{prefix}town 1/5")
-    given.check(unlabelled, folder, known, out)
-    found = given.attach(unlabelled, out)
+    given_labels.check(unlabelled, folder, known, out)
+    found = given_labels.attach(unlabelled, out)
     assert [(sample.key, sample.strong) for sample in found] == [("photos/town 0/2", True), ("photos/town 1/5", True)]
     assert all(read_index_mask(sample.mask)[0, 0] == 2 for sample in found)
 
 
 def test_mended_masks_may_have_a_palette(known, unlabelled, tmp_path):
     written(tmp_path / "in", "town 0/2", mode="P")
-    given.check(unlabelled, tmp_path / "in", known, tmp_path / "out")
-    (sample,) = given.attach(unlabelled, tmp_path / "out")
+    given_labels.check(unlabelled, tmp_path / "in", known, tmp_path / "out")
+    (sample,) = given_labels.attach(unlabelled, tmp_path / "out")
     assert sample.mask == str(tmp_path / "out" / "masks" / "photos" / "town 0" / "2.png")
     with Image.open(sample.mask) as file:
         assert file.mode == "L" and np.asarray(file).tolist() == [[2] * 6] * 4
@@ -68,11 +68,11 @@ def test_excluded_images_are_left_out(known, unlabelled, tmp_path):
     written(tmp_path / "in", "town 0/2", "town 0/4")
     exclude = tmp_path / "exclude.txt"
     exclude.write_text("photos/town 0/4.jpg\n")
-    given.check(unlabelled, tmp_path / "in", known, tmp_path / "out", exclude=exclude)
-    assert [sample.key for sample in given.attach(unlabelled, tmp_path / "out")] == ["photos/town 0/2"]
+    given_labels.check(unlabelled, tmp_path / "in", known, tmp_path / "out", exclude=exclude)
+    assert [sample.key for sample in given_labels.attach(unlabelled, tmp_path / "out")] == ["photos/town 0/2"]
     exclude.write_text("photos/gone.jpg\n")
     with pytest.raises(UserError, match=r"exclude\.txt, line 1: photos/gone\.jpg"):
-        given.check(unlabelled, tmp_path / "in", known, tmp_path / "out", exclude=exclude)
+        given_labels.check(unlabelled, tmp_path / "in", known, tmp_path / "out", exclude=exclude)
     with pytest.raises(ValueError, match="--exclude is"):
         Config(exclude=exclude)
     with pytest.raises(UserError, match="--exclude is"):
@@ -87,16 +87,16 @@ def test_excluded_images_are_left_out(known, unlabelled, tmp_path):
 def test_bad_masks_are_named(known, unlabelled, tmp_path, options, said):
     written(tmp_path / "in", "town 0/2", "town 1/3", **options)
     with pytest.raises(UserError, match=said) as refused:
-        given.check(unlabelled, tmp_path / "in", known, tmp_path / "out")
+        given_labels.check(unlabelled, tmp_path / "in", known, tmp_path / "out")
     assert str(tmp_path / "in") in str(refused.value) and "1 more such mask" in str(refused.value)
-    assert "\n" not in str(refused.value) and not (tmp_path / "out" / given.NAME).exists()
+    assert "\n" not in str(refused.value) and not (tmp_path / "out" / given_labels.NAME).exists()
 
 
 def test_folders_without_masks_are_named(known, unlabelled, tmp_path):
     (tmp_path / "in").mkdir()
     for name, said in (("absent", "absent: there is no such folder"), ("in", "in: no mask of an unlabelled image")):
         with pytest.raises(UserError, match=said):
-            given.check(unlabelled, tmp_path / name, known, tmp_path / "out")
+            given_labels.check(unlabelled, tmp_path / name, known, tmp_path / "out")
 
 
 def test_masks_that_two_images_would_share_are_refused(tmp_path):
@@ -107,19 +107,19 @@ def test_masks_that_two_images_would_share_are_refused(tmp_path):
     made = index.prepare(root, tmp_path / "index", images="**/*.jpg", classes=("a", "b"), progress=False)
     samples = [made.sample(image) for image in made.entries]
     with pytest.raises(UserError, match="share a mask"):
-        given.check(samples, written(tmp_path / "in", "a", value=1), made, tmp_path / "out")
+        given_labels.check(samples, written(tmp_path / "in", "a", value=1), made, tmp_path / "out")
 
 
 def test_masks_may_not_change_under_a_run(known, unlabelled, tmp_path):
     folder, out = written(tmp_path / "in", "town 0/2"), tmp_path / "out"
-    given.check(unlabelled, folder, known, out)
-    given.check(unlabelled, folder, known, out, began=True)
+    given_labels.check(unlabelled, folder, known, out)
+    given_labels.check(unlabelled, folder, known, out, began=True)
     written(folder, "town 1/3")
     with pytest.raises(UserError, match="changed since this run began"):
-        given.check(unlabelled, folder, known, out, began=True)
-    (out / given.NAME).write_text("{")
+        given_labels.check(unlabelled, folder, known, out, began=True)
+    (out / given_labels.NAME).write_text("{")
     with pytest.raises(UserError, match=r"given\.json: cannot be read"):
-        given.attach(unlabelled, out)
+        given_labels.attach(unlabelled, out)
 
 
 def test_lists_of_all_unlabelled_images_serve(known, unlabelled, tmp_path):

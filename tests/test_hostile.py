@@ -20,9 +20,10 @@ from PIL import Image
 
 from stpp import checkpoint
 from stpp.config import Config, load_recipe
-from stpp.data import index, splits
+from stpp.dataset import index, splits
 from stpp.errors import UserError
-from stpp.label import corpus, rows, tars
+from stpp.images import sources, tars
+from stpp.label import rows
 
 RELAXED = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=40)
@@ -143,7 +144,7 @@ def test_damaged_archives(tmp_path, data, names):
 def test_no_key_of_an_archive_leads_outside(tmp_path, names):
     (tmp_path / "a.tar").write_bytes(archive(names))
     out = tmp_path / "masks"
-    for item in corpus.open_source(str(tmp_path / "a.tar")).items():
+    for item in sources.open_source(str(tmp_path / "a.tar")).items():
         if item.error is None:
             assert (out / f"{item.key}.png").resolve().is_relative_to(out) and "\n" not in item.key
 

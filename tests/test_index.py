@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image, ImageOps
 
-from stpp.data import check, index, layouts, masks
-from stpp.data.exif import opened, orientation, upright, upright_size
+from stpp.dataset import check, index, layouts
 from stpp.errors import UserError
+from stpp.images import masks
+from stpp.images.image_file import opened, orientation, upright, upright_size
 
 CLASSES = ("ground", "thing", "other")
 
@@ -599,7 +600,7 @@ def test_processes_give_what_one_process_gives(tmp_path):
 
 
 def test_worker_processes_load_neither_torch_nor_pyarrow():
-    code = "import sys; import stpp.data.check; print(sorted({'torch', 'pyarrow'} & set(sys.modules)))"
+    code = "import sys; import stpp.dataset.check; print(sorted({'torch', 'pyarrow'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -18,20 +18,21 @@ import torch.nn.functional as F
 import label_cases as cases
 from stpp import distributed
 from stpp.config import DataConfig, LabelConfig
-from stpp.data.masks import read_index_mask
 from stpp.errors import UserError
-from stpp.label import confidence_map, decode, reliability, rows
-from stpp.label.corpus import open_source
+from stpp.images import batches
+from stpp.images.masks import read_index_mask
+from stpp.images.sources import open_source
+from stpp.inference import views
+from stpp.inference.record import Agreement
+from stpp.inference.several import ready
+from stpp.label import confidence_map, reliability, rows
 from stpp.label.shards import Part
-from stpp.label.teachers import ready
-from stpp.teacher import tta
-from stpp.teacher.record import Agreement
 
 WORKERS = Path(__file__).parent / "workers"
 
 
 def loaders() -> list[str]:
-    return ["reference", "dali"] if decode.pick("auto") == "dali" else ["reference"]
+    return ["reference", "dali"] if batches.pick("auto") == "dali" else ["reference"]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def whole(corpus, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("loader", loaders())
-@pytest.mark.parametrize("mode", list(tta.VIEWS))
+@pytest.mark.parametrize("mode", list(views.VIEWS))
 def test_masks_are_those_of_the_method(tmp_path, mode, loader):
     files = cases.good_files(4) | cases.odd_files()
     source = cases.as_folder(tmp_path / "in", files)
@@ -56,7 +57,7 @@ def test_masks_are_those_of_the_method(tmp_path, mode, loader):
     same = total = 0
     for name in files:
         mask = read_index_mask((tmp_path / "out" / "masks" / name).with_suffix(".png"))
-        truth = cases.plain_mask(cases.Tiny(), source / name, *tta.VIEWS[mode])
+        truth = cases.plain_mask(cases.Tiny(), source / name, *views.VIEWS[mode])
         assert mask.shape == truth.shape, name
         same, total = same + (mask == truth).sum(), total + mask.size
         assert (mask == truth).mean() >= 0.999, name
@@ -461,9 +462,9 @@ def test_selection_ranks_by_agreement(corpus, tmp_path):
 
 def test_a_batch_that_is_decoded_is_normalised_like_the_loader(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (1, 5, 6, 3), dtype=np.uint8)
-    from stpp.data.reference import normalised
+    from stpp.images.pixels import normalised
 
-    found = decode.normalised(torch.from_numpy(image), [object()], {}, 0)
+    found = batches.normalised(torch.from_numpy(image), [object()], {}, 0)
     assert found.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(found.permute(0, 2, 3, 1)[0], torch.from_numpy(normalised(image[0])), rtol=0, atol=1e-6)
     assert F.relu(found).shape == (1, 3, 5, 6)

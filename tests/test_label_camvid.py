@@ -8,13 +8,13 @@ from PIL import Image
 import label_cases as cases
 from stpp import checkpoint
 from stpp.config import DataConfig, LabelConfig
-from stpp.data.masks import read_index_mask
-from stpp.label.corpus import open_source
+from stpp.images.masks import read_index_mask
+from stpp.images.sources import open_source
+from stpp.inference import views
+from stpp.inference.several import from_paths
 from stpp.label.labeller import label_corpus
-from stpp.label.teachers import from_paths
 from stpp.models.build import build_model
 from stpp.models.trained import load_network
-from stpp.teacher import tta
 
 CLASSES = 11
 
@@ -61,7 +61,7 @@ def test_photographs_of_mixed_sizes_get_the_masks_of_the_method(camvid, tmp_path
     plain, same, total, classes = Plain(load_network(trained)[0]), 0, 0, set()
     for path in sorted(source.iterdir()):
         mask = read_index_mask(tmp_path / "out" / "masks" / path.name)
-        truth = cases.plain_mask(plain, path, *tta.VIEWS["stpp"])
+        truth = cases.plain_mask(plain, path, *views.VIEWS["stpp"])
         assert mask.shape == truth.shape
         same, total = same + (mask == truth).sum(), total + mask.size
         classes |= set(np.unique(truth))

@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import label_cases as cases
-from stpp.label import pixels, plan
-from stpp.label.corpus import Item, open_source
-from stpp.label.pixels import BadImage, Header
-from stpp.label.plan import Cut, Plan, Planned
+from stpp.images import batching, pixels
+from stpp.images.batching import Cut, Planned
+from stpp.images.pixels import BadImage, Header
+from stpp.images.sources import Item, open_source
+from stpp.label import plan
+from stpp.label.plan import Plan
 
 CUT = Cut(max_batch=4, batch_pixels=10_000, max_pixels=1 << 20, pad_to=0, exif=True)
 
@@ -27,16 +29,16 @@ def examined(size, error=None) -> Planned:
        st.integers(1, 9), st.sampled_from([0, 32]))
 def test_batches_hold_every_good_image_once(sizes, most, pad_to):
     cut = Cut(max_batch=most, batch_pixels=10_000, max_pixels=1 << 30, pad_to=pad_to, exif=True)
-    planned = plan.cut_batches([examined(size[:2], "bad" if size[2] else None) for size in sizes], cut)
+    planned = batching.cut_batches([examined(size[:2], "bad" if size[2] else None) for size in sizes], cut)
     assert sorted(one.position for one in planned) == list(range(len(sizes)))
-    cut_again = list(plan.batches(planned))
+    cut_again = list(batching.batches(planned))
     assert sorted(one.position for batch in cut_again for one in batch) == [i for i, size in enumerate(sizes) if not size[2]]
     for batch in cut_again:
-        (height, width), *others = {plan.padded(one.size, pad_to) for one in batch}
+        (height, width), *others = {batching.padded(one.size, pad_to) for one in batch}
         assert not others and len(batch) <= most
         assert len(batch) == 1 or len(batch) * height * width <= 10_000
         assert all(sizes[one.position][:2] == one.size for one in batch)
-    areas = [np.prod(plan.padded(batch[0].size, pad_to)) for batch in cut_again]
+    areas = [np.prod(batching.padded(batch[0].size, pad_to)) for batch in cut_again]
     assert areas == sorted(areas, reverse=True)
 
 
@@ -59,8 +61,8 @@ def test_a_header_longer_than_what_is_read_first(tmp_path):
     long = cases.encoded(picture, icc_profile=b"x" * 200_000)
     path = cases.as_folder(tmp_path, {"long.jpg": long}) / "long.jpg"
     with pytest.raises(BadImage):
-        pixels.header(long[: plan.HEAD_BYTES], exif=True)
-    found = plan.examine(Item(key="long", source="long", file=str(path)), CUT)
+        pixels.header(long[: batching.HEAD_BYTES], exif=True)
+    found = batching.examine(Item(key="long", source="long", file=str(path)), CUT)
     assert found.error is None and found.size == (48, 64)
 
 
@@ -77,7 +79,7 @@ def test_the_size_is_that_of_the_upright_image(orientation):
 
 def test_bad_headers_say_why(tmp_path):
     cases.as_folder(tmp_path, cases.bad_files())
-    found = {path.name: plan.examine(Item(key=path.name, source=path.name, file=str(path)), CUT).error
+    found = {path.name: batching.examine(Item(key=path.name, source=path.name, file=str(path)), CUT).error
              for path in (tmp_path / "bad").iterdir()}
     assert found["empty.jpg"] == "the file is empty (0 bytes)"
     assert found["text.jpg"].startswith("none of the formats JPEG, PNG")
@@ -85,7 +87,7 @@ def test_bad_headers_say_why(tmp_path):
     assert found["huge.png"] == "20000x1000 pixels are more than --max-pixels 1048576"
     assert "cut_header.jpg" in found and found["cut_header.jpg"] is not None
     assert found["truncated.jpg"] is found["half.png"] is found["floats.tif"] is None  # their pixels will tell
-    absent = plan.examine(Item(key="x", source="x", file=str(tmp_path / "absent.jpg")), CUT)
+    absent = batching.examine(Item(key="x", source="x", file=str(tmp_path / "absent.jpg")), CUT)
     assert absent.error == "there is no such file" and absent.batch == -1
 
 

@@ -16,7 +16,8 @@ import torch
 import label_cases as cases
 from conftest import torchrun
 from stpp import checkpoint, cli
-from stpp.label import rows, sinks, teachers
+from stpp.inference import several
+from stpp.label import rows, sinks
 from stpp.models.build import build_model
 
 RANK = str(Path(__file__).parent / "workers" / "label_rank.py")
@@ -129,7 +130,7 @@ def test_torchrun_starts_killed_ranks_again(source, undisturbed, tmp_path, monke
 
 
 def test_bad_images_and_mistakes_have_their_exit_codes(source, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(teachers, "from_paths", lambda paths, device, **_: teachers.ready(cases.Tiny(), identity="tiny"))
+    monkeypatch.setattr(several, "from_paths", lambda paths, device, **_: several.ready(cases.Tiny(), identity="tiny"))
 
     def code_of(*more: str) -> tuple[int, str]:
         with pytest.raises(SystemExit) as ended:
@@ -152,10 +153,10 @@ def test_a_source_can_be_listed_first(source, undisturbed, tmp_path, monkeypatch
     def opened(*_, **__):
         raise AssertionError("no network is needed to list")
 
-    monkeypatch.setattr(teachers, "from_paths", lambda paths, device, **_: opened)
+    monkeypatch.setattr(several, "from_paths", lambda paths, device, **_: opened)
     cli.main(arguments(source, tmp_path / "out", "--list-only"))
     assert f"{IMAGES} images listed, 6 shards to do" in capsys.readouterr().out
-    monkeypatch.setattr(teachers, "from_paths", lambda paths, device, **_: teachers.ready(cases.Tiny(), identity="tiny"))
+    monkeypatch.setattr(several, "from_paths", lambda paths, device, **_: several.ready(cases.Tiny(), identity="tiny"))
     cli.main(arguments(source, tmp_path / "out"))
     assert cases.contents(tmp_path / "out") == undisturbed
 
@@ -164,7 +165,7 @@ def test_a_full_disk_is_said_in_one_line_and_is_no_mistake(source, tmp_path, mon
     def no_room(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(teachers, "from_paths", lambda paths, device, **_: teachers.ready(cases.Tiny(), identity="tiny"))
+    monkeypatch.setattr(several, "from_paths", lambda paths, device, **_: several.ready(cases.Tiny(), identity="tiny"))
     monkeypatch.setattr(sinks, "encode", no_room)
     threads = torch.get_num_threads()
     try:

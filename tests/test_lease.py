@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from stpp import lease
 from stpp.errors import UserError
+from stpp.run import lease
 
 HOLDER = """
 import sys, time

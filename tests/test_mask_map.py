@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from stpp.data import cityscapes, index, mask_map, masks
+from stpp.dataset import cityscapes, index, mask_map
 from stpp.errors import UserError
+from stpp.images import masks
 
 CLASSES = ("road", "car", "sky")
 

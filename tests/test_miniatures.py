@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from stpp import cli
-from stpp.data.masks import read_index_mask
+from stpp.images.masks import read_index_mask
 
 SMALL = ("--device cpu --method stpp --data.fraction 4 --data.threads 1 --data.loader reference --model.backbone resnet18 "
          "--model.output-stride 32 --augment.crop-px 33 --augment.long-side 32 64 --train.epochs 1 --train.supervised-epochs 2 "

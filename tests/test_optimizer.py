@@ -10,7 +10,7 @@ from torch import nn
 
 from stpp.config import TrainConfig
 from stpp.errors import UserError
-from stpp.optimizer import SGD, make_optimizer
+from stpp.training.optimizer import SGD, make_optimizer
 
 SETTINGS = {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.01}
 LAYOUTS = {"rows": torch.contiguous_format, "channels_last": torch.channels_last}

@@ -14,9 +14,9 @@ import engine_cases as cases
 import stpp
 from cli_cases import ended
 from stpp import checkpoint
-from stpp.data.masks import read_index_mask
-from stpp.data.reference import normalised
 from stpp.errors import UserError
+from stpp.images.masks import read_index_mask
+from stpp.images.pixels import normalised
 
 CLASSES = list("abcdef")
 

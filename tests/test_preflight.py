@@ -2,10 +2,10 @@
 
 import pytest
 
-from stpp import preflight
 from stpp.config import Config, LabelConfig
-from stpp.data.sample import Sample
 from stpp.errors import UserError
+from stpp.loading.sample import Sample
+from stpp.run import preflight
 
 
 def samples(*keys: str) -> list[Sample]:

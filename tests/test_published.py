@@ -11,8 +11,8 @@ import engine_cases as cases
 import stpp
 from cli_cases import refused
 from stpp import checkpoint, cli
-from stpp.data.masks import read_index_mask
-from stpp.label.teachers import from_paths
+from stpp.images.masks import read_index_mask
+from stpp.inference.several import from_paths
 
 CPU = ["--device", "cpu", "--precision", "fp32"]
 

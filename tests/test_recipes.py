@@ -10,9 +10,9 @@ import pytest
 
 from stpp import cli, config
 from stpp.config import Config, tomllib
-from stpp.data import splits
-from stpp.data.classes import class_list
-from stpp.data.sampler import StepSampler
+from stpp.dataset import splits
+from stpp.dataset.classes import class_list
+from stpp.loading.sampler import StepSampler
 
 RECIPES = Path(__file__).parents[1] / "launch" / "recipes"
 # Classes, learning rate of the backbone at a batch of 16, epochs, crop, long side; from the paper and its public code.

@@ -9,12 +9,13 @@ import pytest
 from PIL import Image
 
 import report_cases as cases
-from stpp import cli, selftrain
+from stpp import cli
 from stpp.config import Config
 from stpp.errors import UserError
 from stpp.label import rows
 from stpp.report import build, charts, labelling, palette
 from stpp.report.labelling import Lowest
+from stpp.run import run
 
 
 class Page(HTMLParser):
@@ -228,9 +229,9 @@ def test_a_report_that_fails_does_not_fail_the_run(tmp_path, monkeypatch, capsys
     def fails(*_, **__):
         raise UserError("no room\nat all")
 
-    monkeypatch.setattr(selftrain, "write_report", fails)
-    run = selftrain.Run.__new__(selftrain.Run)
-    run.config, run.val = Config(out=tmp_path), []
-    run.finish({"stages": []})
+    monkeypatch.setattr(run, "write_report", fails)
+    begun = run.Run.__new__(run.Run)
+    begun.config, begun.val = Config(out=tmp_path), []
+    begun.finish({"stages": []})
     assert "no report was written (no room at all)" in capsys.readouterr().err
     assert (tmp_path / "results.json").exists()

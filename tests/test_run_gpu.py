@@ -23,7 +23,7 @@ from summary import described, whole_rows  # noqa: E402
 SCRIPT = ROOT / "benchmarks" / "run_gpu.sh"
 LIMIT_S = 1500
 PARTS = {
-    "first": {"step", "profile", "profile-benchmark", "shapes", "fused-conv", "teacher-eager", "loss", "label",
+    "first": {"step", "profile", "profile-no-search", "shapes", "fused-conv", "teacher-eager", "loss", "label",
               "label-mixed", "run"},
     "second": {"step", "step-r101-721", "teacher", "label", "label-mixed", "ops-labelling", "resume", "memory"},
 }

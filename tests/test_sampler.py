@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stpp.data.sample import Sample
-from stpp.data.sampler import StepSampler, epoch_order, equal_size_batches, philox
+from stpp.loading.sample import Sample
+from stpp.loading.sampler import StepSampler, epoch_order, equal_size_batches, philox
 
 
 def stream(sampler: StepSampler, first: int, last: int, world: int, accumulate: int) -> list[tuple]:

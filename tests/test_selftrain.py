@@ -17,13 +17,13 @@ from PIL import Image
 from conftest import torchrun
 from stpp import distributed
 from stpp.config import Config, load_recipe
-from stpp.data.masks import read_index_mask
 from stpp.errors import UserError
+from stpp.images.masks import read_index_mask
 from stpp.label import reliability, rows
 from stpp.report.examples import PICTURE_PX
 from stpp.report.palette import colourise
-from stpp.selftrain import selftrain
-from stpp.train import Trainer
+from stpp.run.run import selftrain
+from stpp.training.trainer import Trainer
 
 TINY = """
 method = "stpp"

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from stpp.data import index, splits
+from stpp.dataset import index, splits
 from stpp.errors import UserError
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stpp.data import index, splits, synthetic
+from stpp.commands import synthetic
+from stpp.dataset import index, splits
 from stpp.errors import UserError
 
 PLAIN = synthetic.Difficulty(

@@ -8,17 +8,17 @@ from PIL import Image
 
 from stpp import checkpoint, distributed, metrics
 from stpp.config import DataConfig, LabelConfig
-from stpp.data import index
-from stpp.data.masks import read_index_mask
+from stpp.dataset import index
 from stpp.errors import UserError
-from stpp.evaluate import evaluate, report
+from stpp.images.masks import read_index_mask
+from stpp.inference import views
+from stpp.inference.evaluate import evaluate, report
+from stpp.inference.fold import fold_batch_norm
+from stpp.inference.open import EagerTeacher
+from stpp.inference.several import ready
 from stpp.label import labeller, reliability, rows
-from stpp.label.teachers import ready
 from stpp.models.build import build_model
 from stpp.models.trained import load_network
-from stpp.teacher import tta
-from stpp.teacher.engine import EagerTeacher
-from stpp.teacher.fold import fold_batch_norm
 
 CPU = torch.device("cpu")
 HERE = distributed.World(device=CPU)
@@ -101,13 +101,13 @@ def test_a_batch_norm_alone_is_refused():
         fold_batch_norm(torch.nn.Sequential(torch.nn.ReLU(), torch.nn.BatchNorm2d(3)))
 
 
-@pytest.mark.parametrize("mode", list(tta.VIEWS))
+@pytest.mark.parametrize("mode", list(views.VIEWS))
 @pytest.mark.parametrize("size", [(33, 47), (64, 64), (8, 51)])
 def test_views_add_up_as_described(mode, size):
     net, images = network(3), torch.randn(2, 3, *size)
-    scales, mirrored = tta.VIEWS[mode]
+    scales, mirrored = views.VIEWS[mode]
     with torch.no_grad():
-        ours = tta.accumulate(net, images, mode, 6)
+        ours = views.accumulate(net, images, mode, 6)
         truth = torch.cat([plain_probabilities(net, image[None], scales, mirrored) for image in images])
     torch.testing.assert_close(ours, truth, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(ours.sum(1), torch.full_like(ours[:, 0], len(scales) * (1 + mirrored)))
@@ -120,7 +120,7 @@ def test_pseudo_labels_equal_the_plain_form(samples, tmp_path):
     net = network(0)
     for sample in samples:
         with torch.no_grad():
-            total = plain_probabilities(net, normalised(sample.image), *tta.VIEWS["stpp"])[0]
+            total = plain_probabilities(net, normalised(sample.image), *views.VIEWS["stpp"])[0]
         mask = read_index_mask(tmp_path / labeller.mask_name(sample))
         same += (total.argmax(0).numpy() == mask).sum()
         pixels += mask.size

@@ -7,12 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from stpp import cli, config, rundir
+from stpp import cli, config
 from stpp.config import Config, DataConfig
-from stpp.data import index, layouts, splits
+from stpp.dataset import index, layouts, splits
 from stpp.distributed import World
 from stpp.errors import UserError
-from stpp.selftrain import Run
+from stpp.run import folder
+from stpp.run.run import Run
 
 CLASSES = ("ground", "thing")
 
@@ -161,9 +162,9 @@ def test_a_run_that_began_before_a_setting_was_known_goes_on(tmp_path):
     began = config.to_dict(ours)
     del began["data"]["unlabelled"]
     (tmp_path / "config.json").write_text(json.dumps(began))
-    rundir.claim(ours)
+    folder.claim(ours)
     with pytest.raises(UserError, match="data.unlabelled"):
-        rundir.claim(config.parse(Config, ["--out", str(tmp_path), "--data.unlabelled", "field"], prog="stpp train"))
+        folder.claim(config.parse(Config, ["--out", str(tmp_path), "--data.unlabelled", "field"], prog="stpp train"))
 
 
 # --- several labelled folders below one root

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from stpp import evaluate, log
+from stpp import log
 from stpp.config import DataConfig
-from stpp.data import index
+from stpp.dataset import index
 from stpp.distributed import World
+from stpp.inference import evaluate
+from stpp.inference.open import EagerTeacher
 from stpp.models.build import build_model
 from stpp.report.examples import GAP_PX, PICTURE_PX, Watch
-from stpp.teacher.engine import EagerTeacher
 
 HERE = World(device=torch.device("cpu"))
 

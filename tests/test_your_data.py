@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from stpp import cli
-from stpp.data.masks import read_index_mask
+from stpp.images.masks import read_index_mask
 from test_docs import ROOT, commands
 
 PAGE = ROOT / "docs" / "your-data.md"

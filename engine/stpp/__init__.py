@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stpp.label.predictor import Predictor
+    from stpp.inference.single_images import Predictor
 
 __version__ = "0.1.0"
 
@@ -31,7 +31,7 @@ def load(path, *, tta: str = "none", device: str = "auto", precision: str = "aut
     """
     import torch
 
-    from stpp.label.predictor import open_predictor
+    from stpp.inference.single_images import open_predictor
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -113,7 +113,7 @@ class Demo:
 
 def _prepare(args: list[str]) -> None:
     options = config.parse(Prepare, args, prog="stpp prepare")
-    from stpp.data import index
+    from stpp.dataset import index
 
     data = options.data
     _need_root(data)
@@ -126,7 +126,7 @@ def _prepare(args: list[str]) -> None:
 
 def _split(args: list[str]) -> None:
     options = config.parse(Split, args, prog="stpp split")
-    from stpp.data import index, splits
+    from stpp.dataset import index, splits
 
     splits.make_split(index.load(options.index), options.out, fraction=options.fraction, seed=options.seed,
                       val=options.val)
@@ -149,7 +149,7 @@ def _train(args: list[str]) -> None:
         raise UserError("--out is missing: name the folder of the run")
     _need_root(resolved.data)
     from stpp import distributed, log
-    from stpp.selftrain import selftrain
+    from stpp.run.run import selftrain
 
     with distributed.world(resolved.device, timeout_minutes=resolved.timeout_minutes) as here:
         log.set_speaker(here.is_main)
@@ -161,11 +161,11 @@ def _evaluate(args: list[str]) -> None:
     if not options.checkpoint.is_file():
         raise UserError(f"--checkpoint {options.checkpoint}: no such file")
     from stpp import distributed, log
-    from stpp.data import index, splits
-    from stpp.evaluate import evaluate, report
+    from stpp.dataset import index, splits
+    from stpp.inference.evaluate import evaluate, report
+    from stpp.inference.open import EagerTeacher
     from stpp.models.trained import load_network
     from stpp.precision import autocast_dtype
-    from stpp.teacher.engine import EagerTeacher
 
     folder, listed = _of_run(options)
     with distributed.world(options.device) as here:
@@ -186,7 +186,7 @@ def _evaluate(args: list[str]) -> None:
 
 def _of_run(options: Evaluate) -> tuple[Path, Path]:
     """Index folder and list to score: as given, else those of the run that the checkpoint lies in."""
-    from stpp.data import splits
+    from stpp.dataset import splits
 
     run = next((folder for folder in options.checkpoint.resolve().parents if (folder / "config.json").exists()), None)
     data = config.load_recipe(Config, run / "config.json").data if run else None
@@ -203,8 +203,8 @@ def _compile(args: list[str]) -> None:
     if not options.checkpoint.is_file():
         raise UserError(f"--checkpoint {options.checkpoint}: no such file")
     from stpp import distributed
+    from stpp.inference.open import Shapes, compile_teacher
     from stpp.models.trained import load_network
-    from stpp.teacher.engine import Shapes, compile_teacher
 
     shapes = Shapes.parse(options.shapes) if options.shapes else None
     with distributed.world(options.device) as here:
@@ -221,59 +221,60 @@ def _images(folder: Path, device):
     import numpy as np
     import torch
 
-    from stpp.data import exif, layouts, reference
+    from stpp.images import image_file
+    from stpp.images.pixels import normalised
 
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in layouts.IMAGE_EXTENSIONS)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in image_file.IMAGE_EXTENSIONS)
     if not paths:
         raise UserError(f"--sample {folder}: no images found")
 
     def one(path: Path) -> torch.Tensor:
-        with exif.opened(path) as file:
-            pixels = exif.upright(np.asarray(file.convert("RGB")), exif.orientation(file))
-        return torch.from_numpy(reference.normalised(pixels)).to(device).permute(2, 0, 1)[None]
+        with image_file.opened(path) as file:
+            pixels = image_file.upright(np.asarray(file.convert("RGB")), image_file.orientation(file))
+        return torch.from_numpy(normalised(pixels)).to(device).permute(2, 0, 1)[None]
 
     return map(one, paths)
 
 
 def _demo(args: list[str]) -> None:
     options = config.parse(Demo, args, prog="stpp demo")
-    from stpp.demo import demo
+    from stpp.commands.demo import demo
 
     demo(options.out, seed=options.seed, control=options.control)
 
 
 def _predict(args: list[str]) -> None:
-    from stpp import predict
+    from stpp.commands import predict
 
     predict.predict(config.parse(predict.Predict, args, prog="stpp predict"))
 
 
 def _export(args: list[str]) -> None:
-    from stpp import export
+    from stpp.commands import export
 
     export.export(config.parse(export.Export, args, prog="stpp export"))
 
 
 def _label(args: list[str]) -> None:
-    from stpp.label import command
+    from stpp.commands import label
 
-    command.label(config.parse(command.Label, args, prog="stpp label"))
+    label.label(config.parse(label.Label, args, prog="stpp label"))
 
 
 def _select(args: list[str]) -> None:
-    from stpp.label import command
+    from stpp.commands import label
 
-    command.select(config.parse(command.Select, args, prog="stpp select"))
+    label.select(config.parse(label.Select, args, prog="stpp select"))
 
 
 def _report(args: list[str]) -> None:
-    from stpp.report import command
+    from stpp.commands import report
 
-    command.report(config.parse(command.Report, args, prog="stpp report"))
+    report.report(config.parse(report.Report, args, prog="stpp report"))
 
 
 def _doctor(args: list[str]) -> None:
-    from stpp import doctor
+    from stpp.commands import doctor
 
     doctor.doctor(config.parse(doctor.Doctor, args, prog="stpp doctor"))
 

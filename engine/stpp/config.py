@@ -26,7 +26,7 @@ else:
     import tomli as tomllib
 
 T = TypeVar("T")
-Method = Literal["supervised", "st", "stpp"]
+Method = Literal["supervised", "st", "stpp", "retrain"]
 MAY_CHANGE = ("out", "control", "device", "timeout_minutes", "data.threads", "data.index", "profile",
               "train.checkpoint_steps", "train.checkpoint_minutes", "train.on_nonfinite")
 """Keys that a run may be continued with although they differ: they do not change what is computed."""
@@ -204,11 +204,12 @@ class Config:
     out: Path | None = None
     """Folder of the run; the same command on it goes on where it stopped."""
     method: Method = "stpp"
-    """supervised: labels only; st: one round of pseudo labels; stpp: reliable images first."""
+    """supervised: labels only; st: one round of pseudo labels; stpp: reliable images first; retrain: one stage on the labels and
+    the masks of --pseudo-labels."""
     pseudo_labels: Path | None = None
-    """Instead of the method: one stage on the labels and the masks in this folder, of `stpp label` or a run's labelling stage."""
+    """With method retrain: folder of the masks, of `stpp label` or a run's labelling stage."""
     exclude: Path | None = None
-    """With pseudo_labels: a list of images whose masks are not used, lines as in a split."""
+    """With method retrain: a list of images whose masks are not used, lines as in a split."""
     control: bool = False
     """Also train on the labels alone for as many steps as the last stage has."""
     seed: int = 0
@@ -216,7 +217,7 @@ class Config:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to compute."""
     deterministic: bool = False
-    """The same bits in every run on the same machine, at some cost in speed."""
+    """The same bits in every run on the same machine, at some cost in speed: cuDNN searches no algorithms, for one."""
     timeout_minutes: float = 30.0
     """A rank that waits so long for another in training ends, and torchrun with it (or starts all again)."""
     profile: bool = False
@@ -230,7 +231,10 @@ class Config:
     def __post_init__(self):
         _check(0 <= self.seed < 2**64, "seed", self.seed, "from 0 to 2^64 - 1")
         _check(0 < self.timeout_minutes < math.inf, "timeout-minutes", self.timeout_minutes, "above 0")
-        _check(self.exclude is None or self.pseudo_labels is not None, "exclude", self.exclude, "given with --pseudo-labels")
+        retrain = self.method == "retrain"
+        _check(retrain or self.pseudo_labels is None, "pseudo-labels", self.pseudo_labels, "given with --method retrain")
+        _check(retrain or self.exclude is None, "exclude", self.exclude, "given with --method retrain")
+        _check(not retrain or self.pseudo_labels is not None, "method", self.method, "given with --pseudo-labels FOLDER")
 
 
 def to_dict(config: Any) -> dict:

@@ -17,7 +17,8 @@ sys.path[:0] = [str(Path(__file__).parents[2] / name) for name in ("engine", "ke
 
 import torch  # noqa: E402
 
-from stpp import cli, train  # noqa: E402
+from stpp import cli  # noqa: E402
+from stpp.training import trainer  # noqa: E402
 
 RANK = int(os.environ.get("RANK", 0))
 _local = threading.local()
@@ -35,11 +36,11 @@ def main(events: str, bomb: str, fired: str, args: list[str]) -> None:
             Path(fired).touch()
             os.kill(os.getpid(), bomb["signal"])
 
-    step, save, replace = train.Trainer.train_step, torch.save, os.replace
+    step, save, replace = trainer.Trainer.train_step, torch.save, os.replace
 
-    def traced_step(self, micro_batches):
-        event(f"step {self.title} {self.step}")
-        return step(self, micro_batches)
+    def traced_step(self, passes):
+        event(f"step {self.title} {self.steps_done}")
+        return step(self, passes)
 
     def traced_save(content, file):
         path = Path(file.name)
@@ -59,7 +60,7 @@ def main(events: str, bomb: str, fired: str, args: list[str]) -> None:
             event(f"replace {name}" + (f" {_local.step}" if path.suffix == ".pt" else ""))
         return replace(source, target)
 
-    train.Trainer.train_step, torch.save, os.replace = traced_step, traced_save, traced_replace
+    trainer.Trainer.train_step, torch.save, os.replace = traced_step, traced_save, traced_replace
     cli.main(args)
 
 

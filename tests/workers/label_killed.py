@@ -18,7 +18,8 @@ import pyarrow.parquet  # noqa: E402, F401  (once, not in every fork)
 from PIL import Image  # noqa: E402
 
 import label_cases as cases  # noqa: E402
-from stpp.label import names, rows  # noqa: E402
+from stpp.images import names  # noqa: E402
+from stpp.label import rows  # noqa: E402
 
 Image.init()
 names._BUCKETS = 4  # so that little of the time goes into opening files

@@ -9,7 +9,7 @@ import torch
 from stpp import files
 from stpp.config import differing_keys
 from stpp.errors import UserError
-from stpp.rundir import version_of
+from stpp.versions import version_of
 
 FORMAT = "stpp-label-1"
 

@@ -8,17 +8,18 @@ import torch
 
 from stpp import distributed, log
 from stpp.config import DataConfig, LabelConfig
-from stpp.data.masks import read_index_mask
-from stpp.data.sample import Sample
 from stpp.distributed import World
 from stpp.errors import UserError
+from stpp.images.batching import Cut
+from stpp.images.masks import read_index_mask
+from stpp.images.sources import Source
+from stpp.inference.several import Open, Opened
 from stpp.label import rows
-from stpp.label.corpus import SampleSource, Source
 from stpp.label.jobs import Labels
-from stpp.label.plan import Cut
+from stpp.label.labels import SampleSource
 from stpp.label.run import Summary, Task, execute
 from stpp.label.shards import WHOLE, Part
-from stpp.label.teachers import Open, Opened
+from stpp.loading.sample import Sample
 from stpp.metrics import mean_iou
 from stpp_kernels import confusion
 

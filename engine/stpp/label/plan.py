@@ -4,57 +4,19 @@ The listing of a shard is written when the run begins, in the order of the sourc
 by whoever labels it first. Both are kept, so a shard is always computed in the same batches.
 """
 
-from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
 from stpp.errors import UserError
-from stpp.label import rows, storage
-from stpp.label.corpus import Item, Source
-from stpp.label.names import Collisions, first_pair
-from stpp.label.pixels import BadImage, Header, header
+from stpp.images.batching import Cut, Planned, cut_batches, examine
+from stpp.images.names import Collisions, first_pair
+from stpp.images.pixels import Header
+from stpp.images.sources import Item, Source
+from stpp.label import rows
 
-HEAD_BYTES = 1 << 14
-"""What is read of a file to learn its size; where that is too little, all of it is read."""
 SMALLEST_SHARD, LARGEST_SHARD, SHARDS_OF_FEW = 16, 1000, 32
 """A shard of unknown size holds a 32nd of the corpus, from 16 (fewer, to be equal) to 1000 images."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cut:
-    """How shards are cut into batches."""
-
-    max_batch: int
-    """Images of a batch, at most."""
-    batch_pixels: int
-    """Pixels of a batch, at most; one image may have more."""
-    max_pixels: int
-    """An image of more pixels is not labelled."""
-    pad_to: int
-    """Sides are padded up to a multiple of this many pixels; 0 or 1: not at all."""
-    exif: bool
-    """Turn images upright by their EXIF orientation."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Planned:
-    """An image of a shard."""
-
-    item: Item
-    position: int
-    """Place in the listing of its shard."""
-    header: Header | None
-    """None where it could not be read."""
-    batch: int
-    """Number of its batch in the shard; -1: it is in none."""
-    error: str | None
-    """Why it is in none."""
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) of the mask."""
-        return self.header.height, self.header.width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,69 +87,6 @@ def make(source: Source, folder: Path, *, shard_size: int) -> dict:
     if not items:
         raise UserError("--source: there is no image in it")
     return {"items": items, "shards": shards, "shard_size": chosen}
-
-
-def examine(item: Item, cut: Cut) -> Planned:
-    """Reads the header of an image; it has no batch yet (0), or never will (-1)."""
-    found, error = None, item.error
-    if error is None:
-        try:
-            head = item.read(HEAD_BYTES)
-            try:
-                found = header(head, exif=cut.exif)
-            except BadImage:
-                if len(head) < HEAD_BYTES:
-                    raise
-                found = header(item.read(), exif=cut.exif)
-            if found.width * found.height > cut.max_pixels:
-                error = f"{found.width}x{found.height} pixels are more than --max-pixels {cut.max_pixels}"
-        except BadImage as bad:
-            error = str(bad)
-        except OSError as failed:
-            error = storage.why(failed)
-    return Planned(item=item, position=-1, header=found, batch=-1 if error else 0, error=error)
-
-
-def cut_batches(examined: Sequence[Planned], cut: Cut) -> list[Planned]:
-    """Numbers the images of a shard and their batches: largest images first, those of one size evenly spread."""
-    groups: dict[tuple[int, int], list[tuple[int, Planned]]] = {}
-    bad = []
-    for position, one in enumerate(examined):
-        if one.error is None:
-            groups.setdefault(padded(one.size, cut.pad_to), []).append((position, one))
-        else:
-            bad.append(_numbered(one, position, -1))
-    planned, batch = [], 0
-    for (height, width), members in sorted(groups.items(), key=lambda group: (-group[0][0] * group[0][1], group[0])):
-        most = min(cut.max_batch, max(1, cut.batch_pixels // (height * width)))
-        count = -(-len(members) // most)
-        for number in range(count):
-            start, stop = (len(members) * i // count for i in (number, number + 1))
-            planned += [_numbered(one, position, batch) for position, one in members[start:stop]]
-            batch += 1
-    return planned + bad
-
-
-def batches(planned: Sequence[Planned]) -> Iterator[list[Planned]]:
-    """The batches of a planned shard, in their order."""
-    batch: list[Planned] = []
-    for one in planned:
-        if batch and one.batch != batch[0].batch:
-            yield batch
-            batch = []
-        if one.batch >= 0:
-            batch.append(one)
-    if batch:
-        yield batch
-
-
-def padded(size: tuple[int, int], multiple: int) -> tuple[int, int]:
-    """Both sides rounded up to a multiple of `multiple`; as they are where it is 0."""
-    return tuple(-(-side // multiple) * multiple for side in size) if multiple > 1 else size
-
-
-def _numbered(one: Planned, position: int, batch: int) -> Planned:
-    return Planned(item=one.item, position=position, header=one.header, batch=batch, error=one.error)
 
 
 def _listing(folder: Path, shard: int) -> Path:

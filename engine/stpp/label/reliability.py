@@ -8,15 +8,16 @@ from pathlib import Path
 
 from stpp import files
 from stpp.config import DataConfig, LabelConfig
-from stpp.data.sample import Sample
 from stpp.distributed import World
+from stpp.images.sources import Source
+from stpp.inference.several import Open
 from stpp.label import rows
-from stpp.label.corpus import SampleSource, Source
 from stpp.label.jobs import Scores
 from stpp.label.labeller import cut, require_none_bad
+from stpp.label.labels import SampleSource
 from stpp.label.run import Summary, Task, execute
 from stpp.label.shards import WHOLE, Part
-from stpp.label.teachers import Open
+from stpp.loading.sample import Sample
 
 
 def select_corpus(open_teachers: Open, source: Source, here: World, *, config: LabelConfig, data: DataConfig, out: Path,

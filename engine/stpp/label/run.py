@@ -11,13 +11,15 @@ from pathlib import Path
 import torch
 
 from stpp import files, log
+from stpp.clock import PARTS
 from stpp.distributed import World
 from stpp.errors import UserError
-from stpp.label import decode, fingerprint, rows
-from stpp.label.clock import PARTS
-from stpp.label.corpus import Source
+from stpp.images import batches
+from stpp.images.batching import Cut
+from stpp.images.sources import Source
+from stpp.label import fingerprint, rows
 from stpp.label.jobs import Job
-from stpp.label.plan import Cut, Plan, make
+from stpp.label.plan import Plan, make
 from stpp.label.shards import PATIENCE_S, WHOLE, Board, Ledger, Markers, Part
 from stpp.label.sinks import sweep
 from stpp.label.worker import Work, Worker
@@ -101,7 +103,7 @@ def execute(task: Task, here: World) -> Summary:
         if not here.is_main:  # one that reads another checkpoint or lacks DALI would mix its masks in
             _claim(task, job, listing, kind, threads)
         ledger = Ledger(here, board, shards=plan.shards, part=task.part, done=markers.done)
-        worker = Worker(Work(job=job, plan=plan, out=task.out, here=here, decoder=decode.pick(task.loader),
+        worker = Worker(Work(job=job, plan=plan, out=task.out, here=here, decoder=batches.pick(task.loader),
                              threads=task.threads, verify=task.verify, title=task.title), ledger)
         worker.run()
         _keep_agreements(task.out, job, here)
@@ -162,7 +164,7 @@ def _claim(task: Task, job: Job, listing: dict, kind: str, threads: int) -> None
     """Takes the output for this run, or checks that it is this run's."""
     existing = fingerprint.read(task.out)
     ours = {"source": listing["source"], **job.settings, "cut": dataclasses.asdict(task.cut),
-            "shard_size": listing["shard_size"], "decoder": decode.pick(task.loader), "device_kind": kind,
+            "shard_size": listing["shard_size"], "decoder": batches.pick(task.loader), "device_kind": kind,
             "threads": threads}
     ours = json.loads(json.dumps(ours))
     if existing:

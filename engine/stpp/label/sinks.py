@@ -15,9 +15,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from stpp import files
-from stpp.data.masks import write_index_png
-from stpp.label import tars
-from stpp.label.clock import Clock
+from stpp.clock import Clock
+from stpp.images import tars
+from stpp.images.masks import write_index_png
 from stpp.label.rows import checksum
 
 STALE_S = 24 * 3600

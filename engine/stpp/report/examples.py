@@ -8,11 +8,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from stpp import files
-from stpp.data import loader
-from stpp.data.masks import read_index_mask
-from stpp.data.sample import Batch, Sample
+from stpp.images.masks import read_index_mask
+from stpp.inference.open import Teacher
+from stpp.loading import loader
+from stpp.loading.sample import Batch, Sample
 from stpp.report.palette import colourise
-from stpp.teacher.engine import Teacher
 from stpp_kernels import upsample_argmax
 
 CELL_PX = 160

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image as Pillow
 
-from stpp.data.exif import DECODE_ERRORS, upright
 from stpp.errors import UserError
-from stpp.label import confidence_map, pixels, rows, storage, tars
-from stpp.label.corpus import Item
+from stpp.images import pixels, storage, tars
+from stpp.images.image_file import DECODE_ERRORS, upright
+from stpp.images.sources import Item
+from stpp.label import confidence_map, rows
 from stpp.report.labelling import Image, Labelling
 from stpp.report.palette import confidence_colours, ignored_overlay, overlay
 

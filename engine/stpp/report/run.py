@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stpp.config import flatten
-from stpp.data import index, splits
+from stpp.dataset import index, splits
 from stpp.errors import UserError
 from stpp.report.charts import Curve, curve
 from stpp.report.labelling import added, json_of

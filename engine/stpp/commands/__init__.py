@@ -1,0 +1,1 @@
+"""Commands: one file each, with its flags and what runs them."""

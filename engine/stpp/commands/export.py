@@ -1,0 +1,60 @@
+"""`stpp export`: a trained network as ONNX, for programs without PyTorch. Nothing heavy is imported before it runs."""
+
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from stpp.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a checkpoint as ONNX, batch norm folded, for images of any number and size."""
+
+    checkpoint: Path
+    """A best.pt or third-*.pt of a run, or a published state dict."""
+    out: Path
+    """The .onnx file; one that is there is replaced."""
+    output_stride: Literal[8, 16, 32] | None = None
+    """Of a checkpoint that does not tell it, such as a published one; unset: 8."""
+    precision: Literal["fp32", "fp16"] = "fp32"
+    """Type of weights, images and feature maps; the logits are fp32."""
+
+
+def export(options: Export) -> None:
+    """Runs `stpp export`.
+
+    The graph takes `images` [N, 3, H, W]: red, green and blue in 0..1, less ImageNet's mean, over its deviation. It gives
+    `logits` [N, C, h, w] at the network's own resolution: resize them bilinearly to H, W with corners aligned, and take the
+    largest.
+
+    Raises:
+        UserError: no such checkpoint, a package is missing, or the file cannot be written.
+    """
+    if options.out.is_dir():
+        raise UserError(f"--out {options.out} is a folder; give the path of the .onnx file")
+    import torch
+
+    from stpp.images.image_file import IMAGENET_MEAN, IMAGENET_STD
+    from stpp.inference import export as graphs
+    from stpp.inference import fold
+    from stpp.inference.build import PRECISIONS
+    from stpp.inference.record import DEFAULT_SHAPES
+    from stpp.models.trained import load_network
+
+    network, classes, _ = load_network(options.checkpoint, output_stride=options.output_stride)
+    dtype = PRECISIONS[options.precision]
+    ready = fold.ready(network, device=torch.device("cpu"), dtype=dtype)
+    unfinished = options.out.with_name(f".{options.out.name}.{os.getpid()}.tmp")
+    try:
+        graphs.onnx(ready, unfinished, shapes=DEFAULT_SHAPES, dtype=dtype)
+        os.replace(unfinished, options.out)
+    except OSError as error:
+        raise UserError(f"--out {options.out}: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+    print(f"{options.out}: {graphs.INPUT} [N, 3, H, W] {options.precision}, (RGB in 0..1 - {IMAGENET_MEAN}) / {IMAGENET_STD} -> "
+          f"{graphs.OUTPUT} [N, {len(classes)}, h, w] fp32")

@@ -1,0 +1,206 @@
+"""`stpp label` and `stpp select`: their flags, and what they say. Nothing heavy is imported before one runs."""
+
+import errno
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from stpp.config import DataConfig, LabelConfig
+from stpp.errors import UserError
+
+if TYPE_CHECKING:
+    from stpp.label.run import Summary
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusOptions(LabelConfig):
+    """Flags that both commands share."""
+
+    source: str
+    """A folder (with its sub-folders), a list file, or tar archives (shards/{000..127}.tar); a path or a URL of fsspec."""
+    out: Path
+    """Folder of the result; the same command on it goes on where it stopped."""
+    root: Path | None = None
+    """With a list: what its relative paths are relative to; by default its own folder."""
+    tar_folders: bool = False
+    """With archives: a folder of masks for each, where their members have equal names."""
+    part: str = "1/1"
+    """i/n: only every n-th shard, where machines share no torchrun; all n parts make the whole."""
+    verify: bool = False
+    """Also look for missing, truncated or altered files of finished shards, and do those again."""
+    list_only: bool = False
+    """Only list the source and check its names: one process does that, and needs no GPU. Then the same command without this."""
+    max_bad_fraction: float = 0.01
+    """With more bad images than this share, exit with 1 at the end; the good ones are done all the same."""
+    exif: bool = True
+    """Turn images upright by their EXIF orientation; off: read them as stored."""
+    loader: Literal["auto", "dali", "reference"] = "auto"
+    """Who decodes: DALI, or PIL."""
+    threads: int = 0
+    """Threads that load and that store, per rank; 0: the machine's cores divided among its ranks."""
+    compute_threads: int = 0
+    """Threads that compute on a CPU, per rank; 0: those the run was begun with, or the cores divided among the ranks."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to compute."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Floating type of the network."""
+    trust_engine: bool = False
+    """Run engines that you did not build on this machine: they are programs."""
+    _flags = ""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, value in (("threads", self.threads), ("compute-threads", self.compute_threads)):
+            if value < 0:
+                raise ValueError(f"--{name} is {value}: it must be 0 or more")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"--max-bad-fraction is {self.max_bad_fraction}: it must be from 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Label(CorpusOptions):
+    """Write pseudo labels of any number of images with a trained network."""
+
+    teacher: Path
+    """A best.pt or third-*.pt of a run, a published state dict, or the folder of an engine that `stpp compile` made."""
+    output_stride: Literal[8, 16, 32] | None = None
+    """Of a checkpoint that does not tell it, such as a published one; unset: 8."""
+    output: Literal["png", "tar"] = "png"
+    """A PNG file for every mask, or one tar archive for every shard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Select(CorpusOptions):
+    """Rank images by how well several checkpoints agree (one view each), and halve the list: reliable first."""
+
+    checkpoints: tuple[Path, ...]
+    """Checkpoints of one run in the order of training; the last one judges. ST++ takes third-1.pt third-2.pt third-3.pt."""
+
+
+def label(options: Label) -> None:
+    """Runs `stpp label`."""
+    def work(open_teachers, here, shared: dict) -> "Summary":
+        from stpp.label.labeller import label_corpus
+
+        return label_corpus(open_teachers, here=here, output=options.output, **shared)
+
+    _run(options, [options.teacher], options.tta, work, "mean confidence", output_stride=options.output_stride)
+
+
+def select(options: Select) -> None:
+    """Runs `stpp select`."""
+    if len(options.checkpoints) < 2:
+        raise UserError(f"--checkpoints: {len(options.checkpoints)} given; two or more are compared")
+
+    def work(open_teachers, here, shared: dict) -> "Summary":
+        from stpp.label.reliability import select_corpus
+
+        return select_corpus(open_teachers, here=here, **shared)
+
+    _run(options, options.checkpoints, "none", work, "mean reliability")
+
+
+def _run(options: CorpusOptions, paths: Sequence[Path], mode: str, work: Callable[..., "Summary"], mean: str, *,
+         output_stride: int | None = None) -> None:
+    """Runs a command on this rank and says how it ended.
+
+    Raises:
+        SystemExit: 1 if too many images are bad, or the output cannot be written.
+    """
+    from stpp import distributed, log
+    from stpp.images.sources import open_source
+    from stpp.inference import several
+    from stpp.label.shards import Part
+    from stpp_kernels import described
+
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path}: there is no such checkpoint or engine")
+    classes: list[str] = []
+    with distributed.world(options.device) as here:
+        log.set_speaker(here.is_main)
+        log.say(f"operators: {described(here.device.type)}")
+        if options.compute_threads:
+            import torch
+
+            torch.set_num_threads(options.compute_threads)
+        try:
+            source = open_source(options.source, root=options.root, tar_folders=options.tar_folders)
+            part = Part.parse(options.part)
+            refuse_inside(options.out, options.source)
+        except UserError:
+            if here.is_main:
+                raise
+            sys.exit(2)  # every rank finds the same; one says it
+        open_all = several.from_paths(paths, here.device, mode=mode, backend=options.backend, precision=options.precision,
+                                       trust=options.trust_engine, output_stride=output_stride)
+
+        def opened(images: int) -> list:
+            found = open_all(images)
+            classes.extend(found[0].classes)
+            return found
+
+        shared = {"source": source, "config": options, "out": options.out, "part": part, "verify": options.verify,
+                  "data": DataConfig(exif=options.exif, loader=options.loader, threads=options.threads),
+                  "list_only": options.list_only}
+        try:
+            summary = work(opened, here, shared)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            print(f"stpp: --out {options.out}: {error.strerror}; make room and run the same command again: finished shards "
+                  "are kept", file=sys.stderr, flush=True)
+            sys.exit(1)
+        if here.is_main:
+            _end(options, summary, mean, classes)
+
+
+def _end(options: CorpusOptions, summary: "Summary", mean: str, classes: list[str]) -> None:
+    """Says how a run ended; exits with 1 if too many images are bad."""
+    if options.list_only:
+        print(f"{options.out}: {summary.listed} images listed, {summary.shards_left} shards to do, {summary.wall_s:.1f} s",
+              flush=True)
+        return
+    print(report(summary, options.out, mean, classes), flush=True)
+    if summary.bad > options.max_bad_fraction * summary.images:
+        print(f"stpp: {summary.bad} of {summary.images} images are bad, more than --max-bad-fraction {options.max_bad_fraction}; "
+              f"the good ones are done, the bad ones are listed with their reasons in {options.out / 'failed.parquet'}",
+              file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def refuse_inside(out: Path, source: str, called: str = "--source") -> None:
+    """Refuses an output below the source: its masks would be taken for images.
+
+    Raises:
+        UserError: it is there.
+    """
+    folder = Path(source).expanduser()
+    if "://" not in source and folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"--out {out} lies in {called} {source}: its masks would be taken for images; choose another --out")
+
+
+def report(summary: "Summary", out: Path, mean: str, classes: list[str]) -> str:
+    """What a run ended with, in lines of text."""
+    from stpp import log
+
+    lines = [f"{out}: {summary.images - summary.bad} images, {summary.bad} bad"]
+    if summary.shards_left:
+        lines[0] += f"; {summary.shards_left} shards of other parts are still to be done"
+    if summary.mean is not None:
+        lines[0] += f", {mean} {summary.mean:.4f}"
+    if summary.class_pixels:
+        ignored = summary.pixels - sum(summary.class_pixels)
+        names = classes if len(classes) == len(summary.class_pixels) else map(str, range(len(summary.class_pixels)))
+        table = [("class", "pixels", "share")] + [
+            (name, str(count), f"{100 * count / max(summary.pixels, 1):.2f} %")
+            for name, count in zip([*names, "(ignored)"], [*summary.class_pixels, ignored], strict=True)]
+        lines.append(log.table(table))
+    rate = summary.labelled / max(summary.wall_s, 1e-9)
+    parts = ", ".join(f"{name} {value:.1f} s" for name, value in summary.seconds.items())
+    lines.append(f"{summary.labelled} in this call, {summary.wall_s:.1f} s, {rate:.2f} images/s; over all threads: {parts}")
+    return "\n".join(lines)

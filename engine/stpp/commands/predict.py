@@ -1,0 +1,129 @@
+"""`stpp predict`: masks of a few images, and pictures of them over the images. Nothing heavy is imported before it runs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from stpp.errors import UserError
+
+if TYPE_CHECKING:
+    from stpp.images.sources import Item
+    from stpp.inference.single_images import Predictor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict:
+    """Write the mask of every given image, and a picture of it over the image. For many images: stpp label."""
+
+    images: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Images, and folders of images with their sub-folders."""
+    out: Path
+    """Folder for masks/, overlays/ and classes.json; what is there of the same name is replaced."""
+    checkpoint: Path | None = None
+    """A best.pt or third-*.pt of a run, or a published state dict."""
+    engine: Path | None = None
+    """Instead of a checkpoint: the folder of an engine that `stpp compile` made."""
+    output_stride: Literal[8, 16, 32] | None = None
+    """Of a checkpoint that does not tell it, such as a published one; unset: 8."""
+    tta: Literal["none", "flip", "stpp"] = "none"
+    """Views whose probabilities are summed: 1; 1 with its mirror image; five scales, each with its mirror image."""
+    max_pixels: int = 1 << 24
+    """Images of more pixels get no mask: they need much memory."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to compute."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Floating type of the network."""
+    trust_engine: bool = False
+    """Run an engine that you did not build on this machine: it is a program."""
+
+
+def predict(options: Predict) -> None:
+    """Runs `stpp predict`.
+
+    Raises:
+        UserError: nothing to do, or no network to do it; images that could not be read, after all others are done.
+    """
+    network = options.checkpoint or options.engine
+    if network is None or (options.checkpoint and options.engine):
+        raise UserError("give either --checkpoint FILE or --engine DIR")
+    if not (network.is_dir() if options.engine else network.is_file()):
+        raise UserError(f"{network}: there is no such {'engine folder' if options.engine else 'checkpoint'}")
+    if not options.images:
+        raise UserError("name an image or a folder: stpp predict IMAGE|FOLDER ... --checkpoint FILE --out DIR")
+    from stpp import distributed, log
+    from stpp.inference.single_images import open_predictor
+
+    items = list(_items(options))
+    with distributed.world(options.device) as here:
+        if here.size > 1:
+            raise UserError("stpp predict runs in one process; start it without torchrun, or use stpp label")
+        predictor = open_predictor(network, mode=options.tta, device=here.device, precision=options.precision,
+                                   max_pixels=options.max_pixels, trust=options.trust_engine,
+                                   output_stride=options.output_stride)
+        try:
+            bad = _write_all(predictor, items, options.out)
+        except OSError as error:
+            raise UserError(f"--out {options.out}: {error.strerror or error} ({error.filename})") from None
+    print(f"{options.out}: {len(items) - len(bad)} masks")
+    for line in bad[1:]:
+        log.say(line)
+    if bad:
+        more = f" ({len(bad)} of {len(items)} images have no mask, the others are named above)" if len(bad) > 1 else ""
+        raise UserError(bad[0] + more)
+
+
+def _items(options: Predict) -> Iterator["Item"]:
+    """The images of all arguments.
+
+    Raises:
+        UserError: an argument that is not there, or a folder without an image; two images whose masks would be one file.
+    """
+    from stpp.commands.label import refuse_inside
+    from stpp.images.sources import FolderSource, named
+
+    seen: dict[str, str] = {}
+    for path in options.images:
+        if path.is_dir():
+            refuse_inside(options.out, str(path), "the folder")
+            found = list(FolderSource(str(path.absolute())).items())
+        elif path.is_file():
+            found = [named(path.name, str(path), str(path.absolute()))]
+        else:
+            raise UserError(f"{path}: there is no such image or folder")
+        if not found:
+            raise UserError(f"{path}: no image in this folder")
+        for item in found:
+            if seen.setdefault(item.key, item.file) != item.file:
+                raise UserError(f"{seen[item.key]} and {item.file} would both become {item.key}.png; give them to two --out")
+            yield item
+
+
+def _write_all(predictor: "Predictor", items: list["Item"], out: Path) -> list[str]:
+    """Writes masks, overlays and classes.json; returns a line for every image that has no mask."""
+    from PIL import Image
+
+    from stpp import files
+    from stpp.images.masks import write_index_png
+    from stpp.images.pixels import BadImage
+    from stpp.report.palette import overlaid, palette
+
+    count = len(predictor.classes)
+    colors = ["#" + bytes(colour).hex() for colour in palette(count)[:count]]
+    files.write_json(out / "classes.json", {"classes": list(predictor.classes), "colors": colors})
+    bad = []
+    for item in items:
+        try:
+            colours_HWC = predictor.read(item)
+        except BadImage as error:
+            bad.append(f"{item.file}: {error}")
+            continue
+        mask_HW = predictor.mask(colours_HWC)
+        mask_path, overlay_path = (out / folder / f"{item.key}.png" for folder in ("masks", "overlays"))
+        for path in (mask_path, overlay_path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_index_png(mask_path, mask_HW)
+        Image.fromarray(overlaid(colours_HWC, mask_HW, count)).save(overlay_path, compress_level=1)
+    return bad

@@ -1,0 +1,298 @@
+"""A made-up data set for demonstration and tests: pictures of five kinds of shapes, in the VOC layout.
+
+A class has its shape, and a typical colour and texture. Light, shadow, noise and compression vary from picture to picture, and
+one picture in three is a poor photograph: black and white, faded, dim, out of focus or under coloured light. A few labelled
+pictures teach the task but not this breadth of appearances, which the unlabelled ones show.
+
+Every number of a picture is drawn by a generator keyed by (seed, number of the picture). H, W: pixels; colours are
+float32 in 0..1.
+"""
+
+import colorsys
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+from stpp import files
+from stpp.errors import UserError
+from stpp.images.masks import IGNORE
+from stpp.loading.augment import LUMA
+
+CLASSES = ("background", "disc", "box", "triangle", "star", "ring")
+_LOOKS = {
+    "disc": (0.05, "light", "plain"),
+    "box": (0.55, "light", "stripes"),
+    "triangle": (0.05, "dark", "plain"),
+    "star": (0.55, "dark", "checks"),
+    "ring": (0.30, "light", "dots"),
+}
+"""Typical hue in turns, brightness and texture of a class. The strong augmentation shifts hues by up to a quarter turn,
+so brightness against the ground, which it keeps, tells apart what hue may not."""
+_TEXTURES = ("plain", "stripes", "checks", "speckle", "dots")
+_FAULTS = ("gray", "faded", "dim", "blurred", "tinted")
+_BACKGROUNDS = ("gradient", "clouds", "stripes", "blobs")
+_SUPERSAMPLING = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difficulty:
+    """What makes the task hard. Pairs are ranges of uniform draws."""
+
+    side_px: tuple[int, int] = (48, 72)
+    shapes: tuple[int, int] = (2, 5)
+    """Shapes in a picture, ends included."""
+    radius: tuple[float, float] = (0.24, 0.42)
+    """Of a shape, as a part of the picture's shorter side; small ones are more frequent."""
+    stretch: float = 1.5
+    """Largest ratio of a shape's two axes."""
+    hue_spread: float = 0.08
+    """Standard deviation of a shape's hue round that of its class, in turns."""
+    any_colour: float = 0.0
+    """Part of the shapes that take any hue and saturation."""
+    typical_texture: float = 1.0
+    """Part of the shapes that take the texture of their class; the others take any."""
+    texture_period_px: tuple[float, float] = (4.5, 8)
+    texture_strength: tuple[float, float] = (0.35, 0.6)
+    """How much darker a texture's dark parts are."""
+    saturation: tuple[float, float] = (0.6, 0.95)
+    light_value: tuple[float, float] = (0.75, 1.0)
+    dark_value: tuple[float, float] = (0.2, 0.45)
+    background_value: tuple[float, float] = (0.35, 0.75)
+    background_saturation: tuple[float, float] = (0.0, 0.3)
+    background_contrast: tuple[float, float] = (0.05, 0.3)
+    """How far a background's colours lie apart."""
+    distractors: tuple[int, int] = (0, 3)
+    """Strokes in the colours of the shapes that belong to the background, ends included."""
+    light: float = 0.3
+    """Largest fall of light across a picture."""
+    shadow: float = 0.35
+    """Probability of a soft-edged shadow."""
+    cast: float = 0.05
+    """Standard deviation of the gain of each colour channel."""
+    exposure: tuple[float, float] = (0.85, 1.15)
+    blur_px: tuple[float, float] = (0.0, 0.6)
+    poor: float = 0.35
+    """Part of the pictures that are poor photographs: black and white, faded, dim, out of focus or under coloured light."""
+    noise: tuple[float, float] = (0.0, 0.03)
+    """Standard deviation of the sensor noise."""
+    jpeg_quality: tuple[int, int] = (45, 95)
+
+
+def generate(
+    out: str | os.PathLike, *, seed: int = 0, train: int = 400, val: int = 100, difficulty: Difficulty | None = None
+) -> None:
+    """Writes the data set: JPEGImages/, SegmentationClass/ (palette PNGs), ImageSets/Segmentation/, classes.json.
+
+    Args:
+        out: its root.
+        seed: other seeds give other pictures of the same distribution.
+        train: pictures in train.txt; all have masks.
+        val: pictures in val.txt.
+        difficulty: None for the defaults.
+
+    Raises:
+        UserError: `out` holds something already.
+    """
+    if train < 1 or val < 0:
+        raise ValueError(f"train, val: expected at least 1 and 0 pictures, got {train} and {val}")
+    out = Path(out)
+    if (out / "classes.json").exists() or (out / "JPEGImages").exists():
+        raise UserError(f"{out}: holds a data set already; choose another folder or remove it")
+    for folder in ("JPEGImages", "SegmentationClass"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    difficulty = difficulty or Difficulty()
+    names = [f"{number:06d}" for number in range(train + val)]
+    for number, name in enumerate(names):
+        rng = np.random.Generator(np.random.Philox(key=np.array([seed, number], dtype=np.uint64)))
+        pixels, mask = draw_picture(rng, difficulty)
+        quality = int(rng.integers(difficulty.jpeg_quality[0], difficulty.jpeg_quality[1] + 1))
+        Image.fromarray(pixels).save(out / "JPEGImages" / f"{name}.jpg", quality=quality)
+        paletted = Image.fromarray(mask)
+        paletted.putpalette(palette())
+        paletted.save(out / "SegmentationClass" / f"{name}.png")
+    lists = out / "ImageSets" / "Segmentation"
+    files.write_text(lists / "train.txt", "".join(name + "\n" for name in names[:train]))
+    files.write_text(lists / "val.txt", "".join(name + "\n" for name in names[train:]))
+    colours = np.asarray(palette()).reshape(-1, 3)[: len(CLASSES)].tolist()
+    # Last: a folder that has it is complete.
+    files.write_json(out / "classes.json", {"classes": list(CLASSES), "palette": colours, "ignore_index": IGNORE})
+
+
+def palette() -> list[int]:
+    """768 numbers, the colours of VOC's masks: the bits of an index are dealt to red, green and blue from the top."""
+    colours = []
+    for index in range(256):
+        colours += [sum(((index >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(8)) for channel in range(3)]
+    return colours
+
+
+def draw_picture(rng: np.random.Generator, difficulty: Difficulty) -> tuple[np.ndarray, np.ndarray]:
+    """A picture, uint8 [H, W, 3], and its mask, uint8 [H, W]."""
+    d = difficulty
+    width, height = (int(side) for side in rng.integers(d.side_px[0], d.side_px[1] + 1, size=2))
+    canvas = _background(rng, height, width, d)
+    mask = np.zeros((height, width), dtype=np.uint8)
+    for _ in range(rng.integers(d.distractors[0], d.distractors[1] + 1)):
+        coverage = _stroke(rng, height, width)
+        colour = _colour(rng.random(), rng.uniform(*d.saturation), rng.uniform(d.dark_value[0], d.light_value[1]))
+        fill = _fill(rng, height, width, colour, str(rng.choice(_TEXTURES)), d)
+        canvas += coverage[..., None] * (fill - canvas)
+    for _ in range(rng.integers(d.shapes[0], d.shapes[1] + 1)):
+        label = int(rng.integers(1, len(CLASSES)))
+        coverage = _shape(rng, height, width, label, d)
+        canvas += coverage[..., None] * (_look(rng, height, width, CLASSES[label], d) - canvas)
+        mask[coverage >= 0.5] = label
+    return _photograph(rng, canvas, d), mask
+
+
+def _smooth(rng: np.random.Generator, height: int, width: int, cells: float) -> np.ndarray:
+    """Smooth noise in 0..1, float32 [H, W], with about `cells` hills along the longer side."""
+    scale = cells / max(height, width)
+    grid = rng.random((max(2, round(height * scale) + 1), max(2, round(width * scale) + 1)), dtype=np.float32)
+    return np.asarray(Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC)).clip(0, 1)
+
+
+def _grid(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates of the pixels, turned by a random angle: two float32 [H, W], in pixels."""
+    angle = rng.uniform(0, np.pi)
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    return x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+
+
+def _colour(hue: float, saturation: float, value: float) -> np.ndarray:
+    return np.asarray(colorsys.hsv_to_rgb(hue % 1, saturation, value), dtype=np.float32)
+
+
+def _background(rng: np.random.Generator, height: int, width: int, d: Difficulty) -> np.ndarray:
+    """One of several families of textured grounds, float32 [H, W, 3]."""
+    family = rng.choice(_BACKGROUNDS)
+    u, _ = _grid(rng, height, width)
+    if family == "gradient":
+        field = (u - u.min()) / (u.max() - u.min())
+    elif family == "clouds":
+        octaves = [_smooth(rng, height, width, 3 * 2**octave) / 2**octave for octave in range(4)]
+        field = sum(octaves) / 1.875
+    elif family == "stripes":
+        bend = 12 * _smooth(rng, height, width, 3)
+        field = 0.5 + 0.5 * np.sin((u + bend) * 2 * np.pi / rng.uniform(6, 40))
+    else:
+        field = 1 / (1 + np.exp(-20 * (_smooth(rng, height, width, rng.uniform(4, 12)) - 0.5)))
+    hue, value = rng.random(), rng.uniform(*d.background_value)
+    contrast = rng.uniform(*d.background_contrast) * rng.choice((-1, 1))
+    first = _colour(hue, rng.uniform(*d.background_saturation), value)
+    second = _colour(
+        hue + rng.normal(0, 0.15), rng.uniform(*d.background_saturation), np.clip(value + contrast, 0.05, 1)
+    )
+    grain = rng.uniform(0, 0.15) * (_smooth(rng, height, width, 40) - 0.5)
+    return first + (second - first) * field[..., None].astype(np.float32) + grain[..., None].astype(np.float32)
+
+
+def _look(rng: np.random.Generator, height: int, width: int, name: str, d: Difficulty) -> np.ndarray:
+    """A fill that is typical of a class, more or less."""
+    hue, brightness, texture = _LOOKS[name]
+    hue += rng.normal(0, d.hue_spread)
+    if rng.random() < d.any_colour:
+        hue, brightness = rng.random(), str(rng.choice(("light", "dark")))
+    if rng.random() >= d.typical_texture:
+        texture = str(rng.choice(_TEXTURES))
+    value = rng.uniform(*(d.light_value if brightness == "light" else d.dark_value))
+    return _fill(rng, height, width, _colour(hue, rng.uniform(*d.saturation), value), texture, d)
+
+
+def _fill(
+    rng: np.random.Generator, height: int, width: int, colour: np.ndarray, texture: str, d: Difficulty
+) -> np.ndarray:
+    """A colour with a texture, float32 [H, W, 3]."""
+    strength, period = rng.uniform(*d.texture_strength), rng.uniform(*d.texture_period_px)
+    u, v = _grid(rng, height, width)
+    waves = 2 * np.pi / period
+    if texture == "stripes":
+        field = np.sin(u * waves) > 0
+    elif texture == "checks":
+        field = np.sin(u * waves) * np.sin(v * waves) > 0
+    elif texture == "dots":
+        field = np.cos(u * waves) + np.cos(v * waves) > 0.9
+    elif texture == "speckle":
+        field = _smooth(rng, height, width, 2 * max(height, width) / period) > 0.6
+    else:
+        field = np.zeros((height, width), dtype=bool)
+    return colour * np.where(field, np.float32(1 - strength), np.float32(1))[..., None]
+
+
+def _shape(rng: np.random.Generator, height: int, width: int, label: int, d: Difficulty) -> np.ndarray:
+    """Part of each pixel that a shape covers, float32 [H, W]."""
+    low, high = d.radius
+    radius = (low + (high - low) * rng.random() ** 1.5) * min(height, width)
+    centre = np.array([rng.uniform(0, width), rng.uniform(0, height)])
+    axes = np.array([1.0, rng.uniform(1 / d.stretch, 1)])
+    circle = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+    name = CLASSES[label]
+    if name == "box":
+        points = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * 0.8
+    elif name == "triangle":
+        angles = np.array([0, 1, 2]) * 2 * np.pi / 3 + rng.normal(0, 0.12, 3)
+        points = np.stack([np.cos(angles), np.sin(angles)], axis=1) * 1.15
+    elif name == "star":
+        count = int(rng.integers(4, 7))
+        angles = np.arange(2 * count) * np.pi / count
+        lengths = np.where(np.arange(2 * count) % 2, rng.uniform(0.4, 0.5), 1.2)
+        points = np.stack([np.cos(angles), np.sin(angles)], axis=1) * lengths[:, None]
+    else:
+        points = np.stack([np.cos(circle), np.sin(circle)], axis=1)
+    angle = rng.uniform(0, 2 * np.pi)
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+
+    def placed(outline: np.ndarray) -> list[tuple[float, float]]:
+        return [tuple(point) for point in ((outline * axes * radius) @ turn + centre) * _SUPERSAMPLING]
+
+    large = Image.new("L", (width * _SUPERSAMPLING, height * _SUPERSAMPLING))
+    pen = ImageDraw.Draw(large)
+    pen.polygon(placed(points), fill=255)
+    if name == "ring":
+        pen.polygon(placed(points * rng.uniform(0.5, 0.65)), fill=0)
+    return _coverage(large)
+
+
+def _stroke(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Coverage of a bent line that crosses part of the picture, float32 [H, W]."""
+    start = np.array([rng.uniform(0, width), rng.uniform(0, height)])
+    steps = rng.normal(0, 0.18 * min(height, width), size=(int(rng.integers(2, 6)), 2))
+    points = np.concatenate([start[None], start + np.cumsum(steps, axis=0)]) * _SUPERSAMPLING
+    large = Image.new("L", (width * _SUPERSAMPLING, height * _SUPERSAMPLING))
+    thickness = int(rng.integers(1, 5)) * _SUPERSAMPLING
+    ImageDraw.Draw(large).line([tuple(point) for point in points], fill=255, width=thickness, joint="curve")
+    return _coverage(large)
+
+
+def _coverage(large: Image.Image) -> np.ndarray:
+    return np.asarray(large.reduce(_SUPERSAMPLING), dtype=np.float32) / 255
+
+
+def _photograph(rng: np.random.Generator, canvas: np.ndarray, d: Difficulty) -> np.ndarray:
+    """Light, shadow, colour cast, blur and noise; to uint8 [H, W, 3]."""
+    height, width, _ = canvas.shape
+    u, _ = _grid(rng, height, width)
+    light = 1 - rng.uniform(0, d.light) * (u - u.min()) / (u.max() - u.min())
+    if rng.random() < d.shadow:
+        edge = (_smooth(rng, height, width, rng.uniform(1.5, 4)) - rng.uniform(0.4, 0.6)) * rng.uniform(8, 40)
+        light = light * (1 - rng.uniform(0.2, 0.5) / (1 + np.exp(-edge)))
+    cast, exposure, blur_px = d.cast, rng.uniform(*d.exposure), rng.uniform(*d.blur_px)
+    faults = rng.choice(_FAULTS, size=rng.integers(1, 3), replace=False) if rng.random() < d.poor else ()
+    if "gray" in faults:
+        canvas = np.repeat((canvas @ LUMA)[..., None], 3, axis=2)
+    if "faded" in faults:
+        canvas = rng.uniform(0.4, 0.7) + (canvas - 0.5) * rng.uniform(0.35, 0.6)
+    if "dim" in faults:
+        exposure = rng.uniform(0.4, 0.65)
+    if "blurred" in faults:
+        blur_px = rng.uniform(1.0, 1.7)
+    if "tinted" in faults:
+        cast = 0.35
+    gain = np.exp(rng.normal(0, cast, size=3)) * exposure
+    lit = (canvas * (light[..., None] * gain)).clip(0, 1)
+    blurred = Image.fromarray((lit * 255 + 0.5).astype(np.uint8)).filter(ImageFilter.GaussianBlur(blur_px))
+    grain = rng.standard_normal((height, width, 3), dtype=np.float32) * (255 * rng.uniform(*d.noise))
+    return (np.asarray(blurred, dtype=np.float32) + grain + 0.5).clip(0, 255).astype(np.uint8)

@@ -1,0 +1,163 @@
+"""The work of the preparation: to look at one image and its mask, and at all of them on all cores.
+
+This module imports neither torch nor pyarrow, so that worker processes start quickly.
+"""
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import islice
+
+from stpp.dataset.mask_map import MaskMap
+from stpp.errors import UserError
+from stpp.images.image_file import opened, orientation, upright_size
+from stpp.images.masks import IGNORE, count_indices, read_mask, write_index_png
+
+_CHUNK = 16
+"""Images passed to a process at once: enough to make passing them cheap, few enough that no core idles at the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is to be looked at."""
+
+    key: str
+    image: str
+    mask: str | None
+    bytes: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What was found: an entry of the index, or problems."""
+
+    task: Task
+    width: int = 0
+    height: int = 0
+    converted: str | None = None
+    """The mask written anew, relative to the index's folder."""
+    class_pixels: list[int] | None = None
+    problems: tuple[str, ...] = ()
+
+
+def check_all(tasks: list[Task], arguments: tuple, workers: int | None = None) -> Iterator[list[Checked]]:
+    """Checks tasks on all cores and yields the results in chunks, in order.
+
+    Args:
+        tasks: what to look at.
+        arguments: what `check` takes besides the task.
+        workers: processes; None: one a core. Few tasks are done in this process: starting others would take longer.
+    """
+    chunks = (tasks[start : start + _CHUNK] for start in range(0, len(tasks), _CHUNK))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(workers or cores, max(1, len(tasks) // (4 * _CHUNK)))
+    if workers == 1:
+        yield from (check_many(chunk, *arguments) for chunk in chunks)
+        return
+    # spawn: a fork of a process that runs threads, as torch does, can lock up.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        # A few chunks in flight only, so that memory does not grow with the data set.
+        flying = deque(pool.submit(check_many, chunk, *arguments) for chunk in islice(chunks, 4 * workers))
+        try:
+            while flying:
+                done = flying.popleft().result()
+                flying.extend(pool.submit(check_many, chunk, *arguments) for chunk in islice(chunks, 1))
+                yield done
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "a process that reads images died; if it was killed for lack of memory, fewer --data.threads need less"
+            ) from error
+        finally:
+            for future in flying:
+                future.cancel()
+
+
+def check_many(tasks: list[Task], *arguments) -> list[Checked]:
+    """`check` for each task, in order."""
+    return [check(task, *arguments) for task in tasks]
+
+
+def check(task: Task, root: str, out: str, classes: int, exif: bool, mask_map: MaskMap | None = None) -> Checked:
+    """Decodes an image and its mask, compares them, and writes the mask anew below `out` where it is not plain.
+
+    Args:
+        task: paths relative to the root.
+        root: the data root.
+        out: the index's folder.
+        classes: number of classes; a mask may hold 0 .. classes - 1 and 255.
+        exif: the EXIF rule, see stpp.images.image_file.
+        mask_map: what the numbers or colours of masks mean; None: they are class ids.
+    """
+    stored, turn, mask, mask_turn, problems = None, 1, None, 1, []
+    try:
+        stored, turn = _look(os.path.join(root, task.image))
+    except UserError as error:
+        problems.append(_relative(error, root))
+    if task.mask is not None:
+        try:
+            mask, plain, mask_turn = read_mask(os.path.join(root, task.mask), exif=exif, mask_map=mask_map)
+        except UserError as error:
+            problems.append(_relative(error, root))
+    counts = None
+    if mask is not None:
+        counts = count_indices(mask)
+        wrong = [i for i in counts.nonzero()[0].tolist() if classes <= i != IGNORE]
+        if wrong:
+            ids = ", ".join(f"id {i} in {counts[i]} pixels" for i in wrong[:5]) + (", ..." if len(wrong) > 5 else "")
+            problems.append(f"{task.mask}: class {ids}; the class list has ids 0 to {classes - 1} (255 is ignore); "
+                            "--data.mask-map turns other ids into these")
+    if stored is None:
+        return Checked(task, problems=tuple(problems))
+    width, height = upright_size(*stored, turn) if exif else stored
+    if mask is not None and mask.shape != (height, width):
+        problems.append(_size_problem(task, (width, height), mask.shape[::-1], stored, turn, mask_turn, exif))
+    if problems:
+        return Checked(task, problems=tuple(problems))
+    converted = None
+    if mask is not None and not plain:
+        converted = f"masks/{task.key}.png"
+        target = os.path.join(out, converted)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        write_index_png(target, mask)
+    pixels = None if counts is None else counts[:classes].tolist()
+    return Checked(task, width, height, converted, pixels)
+
+
+def _look(path: str) -> tuple[tuple[int, int], int]:
+    """(width, height) as stored, and EXIF orientation, of an image whose data were decoded to the end.
+
+    Headers alone would pass files that are cut short, and one of those stops a whole DALI pipeline. A JPEG is decoded
+    at an eighth of its size: that reads all its data but skips most of the arithmetic.
+    """
+    with opened(path) as image:
+        size = image.size
+        turn = orientation(image)
+        if image.format == "JPEG" or image.format == "MPO":
+            image.draft(None, (max(1, size[0] // 8), max(1, size[1] // 8)))
+        image.load()
+        return size, orientation(image) if turn == 1 else turn
+
+
+def _size_problem(task, size, mask_size, stored, turn, mask_turn, exif) -> str:
+    """Says that the sizes differ, and whether they would not under the other EXIF rule."""
+    other = stored if exif else upright_size(*stored, turn)
+    # The mask has been turned under exif=True only; a turn by 90 degrees is its own inverse as far as the size goes.
+    mask_other = upright_size(*mask_size, mask_turn)
+    hint = ""
+    if other == mask_other:
+        switch = "off (--data.no-exif)" if exif else "on"
+        hint = f"; they match with --data.exif {switch}, as the image's EXIF orientation is {turn}"
+    return (
+        f"{task.mask}: the mask has {mask_size[0]}x{mask_size[1]} pixels, "
+        f"but its image {task.image} has {size[0]}x{size[1]}{hint or '; they must be equal'}"
+    )
+
+
+def _relative(error: UserError, root: str) -> str:
+    """The message with paths as the user wrote them in lists."""
+    return str(error).replace(root + os.sep, "", 1)

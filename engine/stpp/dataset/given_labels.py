@@ -1,0 +1,91 @@
+"""Pseudo labels from a folder: masks that `stpp label` or a run made, that a person has looked at, and perhaps mended.
+
+They are read and checked like the masks of a data set before they are trained on.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from stpp import files
+from stpp.dataset import splits
+from stpp.dataset.check import Task, check_all
+from stpp.dataset.index import Index
+from stpp.errors import UserError
+from stpp.loading.sample import Sample
+
+NAME = "given.json"
+
+
+def check(samples: Sequence[Sample], folder: Path, index: Index, out: Path, *, exclude: Path | None = None,
+          began: bool = False) -> None:
+    """Finds and checks the masks of samples, and writes which they are to `out`.
+
+    The mask of an image is the PNG in `folder`, or in its `masks`, with the image's path below the data root, or below the
+    first folder there (`stpp label --source DATA/photos` leaves `photos` out). Samples without a mask are left out.
+
+    Args:
+        samples: unlabelled images.
+        index: of their data set.
+        out: folder for the list, and for masks that had to be written anew.
+        exclude: a list of images that are left out, lines as in a split.
+        began: training on an earlier list has begun: another one is refused.
+
+    Raises:
+        UserError: no folder, no mask of any sample, a mask that is broken, of another size or with ids outside the class
+            list, a list with unknown images, or masks that changed.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--pseudo-labels {folder}: there is no such folder")
+    excluded = {sample.key for sample in splits.read_split(exclude, index, labelled=False)} if exclude else set()
+    found = _found([sample for sample in samples if sample.key not in excluded], folder.absolute())
+    stamps = {}
+    for key, path in found.items():
+        status = os.stat(path)
+        stamps[key] = [path, status.st_size, status.st_mtime_ns]
+    if began:  # they were checked then
+        if _read(out)["stamps"] != stamps:
+            raise UserError(f"--pseudo-labels {folder}: masks, or the excluded images, changed since this run began; choose "
+                            "another --out")
+        return
+    image_of = {sample.key: sample.image for sample in samples}
+    tasks = [Task(key, image_of[key], path, 0, 0) for key, path in found.items()]
+    masks, problems = {}, []
+    for chunk in check_all(tasks, (str(index.root), str(out), len(index.classes), index.exif)):
+        for one in chunk:
+            problems += one.problems
+            masks[one.task.key] = str(out / one.converted) if one.converted else one.task.mask
+    if problems:
+        more = f" (and {len(problems) - 1} more such masks)" if len(problems) > 1 else ""
+        raise UserError(f"--pseudo-labels: {problems[0]}{more}; mend them, or name their images in --exclude")
+    files.write_json(out / NAME, {"masks": masks, "stamps": stamps})
+
+
+def attach(samples: Sequence[Sample], out: Path) -> list[Sample]:
+    """The samples that have a mask in the list that `check` wrote, with it, to be augmented strongly."""
+    masks = _read(out)["masks"]
+    return [dataclasses.replace(sample, mask=masks[sample.key], strong=True) for sample in samples if sample.key in masks]
+
+
+def _read(out: Path) -> dict:
+    try:
+        return json.loads((out / NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{out / NAME}: cannot be read ({error}); choose another --out") from error
+
+
+def _found(samples: Sequence[Sample], folder: Path) -> dict[str, str]:
+    """Masks by the samples' keys."""
+    for below in (folder / "masks", folder):
+        for dropped in (0, 1):
+            paths = {sample.key: str(below / f"{'/'.join(sample.key.split('/')[dropped:])}.png") for sample in samples}
+            found = {key: path for key, path in paths.items() if os.path.isfile(path)}
+            if len(set(found.values())) < len(found):
+                raise UserError(f"--pseudo-labels {folder}: images of several folders share a mask there; keep the folders of the "
+                                "data root below it")
+            if found:
+                return found
+    example = f"{samples[0].key}.png" if samples else "the images that are not excluded"
+    raise UserError(f"--pseudo-labels {folder}: no mask of an unlabelled image is in it; looked for {example}")

@@ -1,0 +1,287 @@
+"""Split files: which images are labelled, unlabelled, and for validation, in the format that ST++ and its successors
+share.
+
+One sample a line, `image [mask]`, paths relative to the data root (see stpp.dataset.unlabelled_folders for images that lie
+elsewhere); public files load unchanged. Names may hold spaces:
+a line is tried as an image as a whole, then cut at every blank in turn, against the index.
+
+A labelled line needs a mask: the one it names, or, where it names none, the index's own. A mask that it names must be
+the one that the index has for that image, because only that one has been checked; the names that the masks of one image
+have in the public lists and in the original data sets (`SegmentationClass/` and `SegmentationClassAug/`,
+`_labelTrainIds.png` and `_labelIds.png`) count as one. An unlabelled line needs no mask; one that it names and that does
+not exist is passed over with a warning, and a mask that the index knows serves only to report the quality of pseudo
+labels.
+"""
+
+import math
+import os
+import unicodedata
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from stpp import files, log
+from stpp.dataset.index import Entry, Index
+from stpp.errors import UserError
+from stpp.loading.sample import Sample
+
+LABELED, UNLABELED, VAL = "labeled.txt", "unlabeled.txt", "val.txt"
+_SAME = (("SegmentationClass/", "SegmentationClassAug/"), ("_gtFine_labelTrainIds.png", "_gtFine_labelIds.png"))
+
+_DRAW_LABELED, _DRAW_VAL = 1, 2
+"""Second words of the generator's key: each draw has numbers of its own."""
+
+
+def read_split(path: str | os.PathLike, index: Index, *, labelled: bool) -> list[Sample]:
+    """Reads a split file: samples in the order of the lines.
+
+    Args:
+        path: the file, UTF-8.
+        index: the data set.
+        labelled: whether every line must have a mask. Where False, `Sample.mask` is the data set's own mask if there is
+            one: to report with, never to train on.
+
+    Raises:
+        UserError: the file is missing, is no text or has no line; a line names a file that is not in the index, or
+            leaves the root; a labelled line has no mask. Names file and line.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such split file; write one with `stpp split`") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as a list of images ({error})") from error
+    first_line: dict[str, int] = {}
+    samples, unknown, repeated = [], [], []
+    for number, text in enumerate(lines, 1):
+        if not text.strip():
+            continue
+        where = f"{path}, line {number}"
+        entry, mask = _resolved(text, index, where, labelled)
+        if mask is not None and not labelled and not _same_path(mask, entry.mask):
+            unknown.append((number, mask))
+        if entry.mask is None and labelled:
+            named = f"the mask {mask} is not in the index" if mask else "has no mask"
+            raise UserError(f"{where}: {entry.image}: {named}, and a labelled image needs one; see the masks pattern")
+        if first_line.setdefault(entry.image, number) != number:
+            repeated.append(f"line {number} repeats line {first_line[entry.image]}")
+            continue
+        samples.append(index.sample(entry.image))
+    if not samples:
+        raise UserError(f"{path}: lists no image; expected one 'image [mask]' a line")
+    if unknown:
+        number, mask = unknown[0]
+        log.say(
+            f"warning: {path}: {len(unknown)} masks of unlabelled images are not in the index, nor needed "
+            f"(line {number}: {mask})"
+        )
+    if repeated:
+        log.say(f"warning: {path}: {len(repeated)} lines that name an image again are passed over ({repeated[0]})")
+    return samples
+
+
+def _resolved(whole: str, index: Index, where: str, labelled: bool) -> tuple[Entry, str | None]:
+    """The image of a line, and the mask as the line names it, if it does.
+
+    Of several ways to cut the line, the one whose mask is the index's wins, then the one with the longest image.
+    """
+    best = None
+    for text in dict.fromkeys((whole, whole.strip())):
+        entry = index.find(_tidy(text))
+        if entry is not None:
+            return entry, None
+        for cut in range(len(text) - 1, 0, -1):
+            if text[cut] not in " \t":
+                continue
+            entry = index.find(_tidy(text[:cut]))
+            if entry is None:
+                continue
+            mask = _tidy(text[cut + 1 :])
+            if not mask.strip():
+                return entry, None
+            if entry.mask is not None and _same_path(mask, entry.mask):
+                return entry, mask
+            best = best or (entry, mask)
+    if best is None:
+        raise _unknown(whole.strip(), index, where)
+    entry, mask = best
+    _refuse_leaving(mask, where)
+    if labelled and entry.mask is not None:
+        raise UserError(
+            f"{where}: {mask} is not the mask that the index has for {entry.image}: {entry.mask}; see the masks pattern"
+        )
+    return best
+
+
+def _unknown(text: str, index: Index, where: str) -> UserError:
+    """The error for a line of which no beginning is an image of the index."""
+    _refuse_leaving(text, where)
+    for word in dict.fromkeys((text, text.rsplit(None, 1)[0], text.split()[0])):
+        if (index.place(word) / word).is_file():
+            return UserError(
+                f"{where}: {word} exists but is not an image of the index; see the images pattern and --data.layout"
+            )
+    return UserError(f"{where}: {text}: there is no such image under {index.place(text)}; paths are relative to the data root")
+
+
+def _refuse_leaving(text: str, where: str) -> None:
+    words = text.replace("\\", "/").split()
+    if any(word.startswith("/") or word[1:3] == ":/" or ".." in word.split("/") for word in words):
+        raise UserError(f"{where}: {text}: paths must be relative to the data root, without '..'")
+
+
+def _tidy(path: str) -> str:
+    return path[2:] if path.startswith("./") else path
+
+
+def _same_path(named: str, known: str | None) -> bool:
+    """Whether a list's mask is the index's."""
+    if known is None:
+        return False
+    named, known = (unicodedata.normalize("NFC", path) for path in (named.strip(), known))
+    return named == known or any(named.replace(public, own) == known for public, own in _SAME)
+
+
+def find_val(folder: str | os.PathLike) -> Path:
+    """Where the validation list of a user's split lies, if it has one: in its folder, or, as of public lists, one or two above."""
+    folder = Path(folder)
+    above = (folder, *folder.absolute().parents[:2])
+    return next((path / VAL for path in above if (path / VAL).is_file()), folder / VAL)
+
+
+def make_split(
+    index: Index, out_dir: str | os.PathLike, *, fraction: str = "1/8", seed: int = 0, val: float | None = None
+) -> None:
+    """Draws a split and writes labeled.txt, unlabeled.txt and, if there is validation, val.txt.
+
+    The draw is uniform over the images that have a mask, depends on nothing but their names, `seed`, `fraction` and
+    `val`, and is nested: the labelled images of 1/16 are among those of 1/8. All other images become unlabelled, with
+    or without a mask.
+
+    Validation is the official one where there is one (see `official_val`), which is then never drawn from. Otherwise,
+    or if `val` is given, `val` times the images with masks are drawn; without either there is none. Images in a `test`
+    folder, or in VOC's test.txt, are in no list.
+
+    Args:
+        index: the data set.
+        out_dir: where the lists are written.
+        fraction: labelled part, "1/8" or "0.125" (rounded up), or a number of images, "92".
+        seed: of the draw.
+        val: part of the images with masks to validate on instead of the official validation; 0 < val < 1.
+
+    Raises:
+        UserError: fraction, seed or val impossible, or no image has a mask.
+    """
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64:
+        raise UserError(f"--seed {seed}: must be an integer from 0 to 2**64 - 1")
+    if val is not None and not 0 < val < 1:
+        raise UserError(f"--val {val}: must lie between 0 and 1, such as 0.1")
+    validation, test = official_val(index), _test(index)
+    pool = [image for image in sorted(index.entries) if image not in test]
+    if val is None:
+        pool = [image for image in pool if image not in validation]
+        validation = {image for image in validation if index.entries[image].mask is not None}
+    with_mask = [image for image in pool if index.entries[image].mask is not None]
+    if val is not None:
+        validation = set(_drawn(with_mask, max(1, math.floor(val * len(with_mask) + 0.5)), seed, _DRAW_VAL))
+        pool = [image for image in pool if image not in validation]
+        with_mask = [image for image in with_mask if image not in validation]
+    if not with_mask:
+        raise UserError(f"{index.root}: no image that could be drawn has a mask; see the masks pattern")
+    labelled = set(_drawn(with_mask, _count(fraction, len(with_mask)), seed, _DRAW_LABELED))
+
+    lists = {
+        LABELED: [image for image in with_mask if image in labelled],
+        UNLABELED: [image for image in pool if image not in labelled],
+        VAL: sorted(validation),
+    }
+    out_dir = Path(out_dir)
+    for name, images in lists.items():
+        if images or name != VAL:
+            files.write_text(out_dir / name, "".join(line(index.entries[image]) for image in images))
+        else:
+            # One of an earlier draw would be taken for this one's.
+            (out_dir / name).unlink(missing_ok=True)
+    _warn_missing(index, lists[LABELED])
+
+
+def official_val(index: Index) -> set[str]:
+    """The validation images that the data set itself names; empty if it names none.
+
+    VOC: ImageSets/Segmentation/val.txt beside train.txt. Else: images in a folder `val`, if others lie in a folder
+        `train`.
+    """
+    lists = index.root / "ImageSets" / "Segmentation"
+    if index.layout == "voc" and (lists / "train.txt").is_file() and (lists / "val.txt").is_file():
+        return _voc_list(index, lists / "val.txt")
+    val = _in_folder(index, "val")
+    return val if _in_folder(index, "train") else set()
+
+
+def _test(index: Index) -> set[str]:
+    listed = index.root / "ImageSets" / "Segmentation" / "test.txt"
+    if index.layout == "voc":
+        return _voc_list(index, listed) if listed.is_file() else set()
+    return _in_folder(index, "test")
+
+
+def _in_folder(index: Index, name: str) -> set[str]:
+    """The data root's images in a folder of this name; those of further folders were given as unlabelled, wherever they lie."""
+    paths = {image: image.split("/") for image in index.entries}
+    return {image for image, path in paths.items() if name in path[:-1] and path[0] not in index.unlabelled}
+
+
+def _voc_list(index: Index, path: Path) -> set[str]:
+    """The images that one of VOC's own lists names by their bare names."""
+    try:
+        names = {f"JPEGImages/{name}" for name in path.read_text(encoding="utf-8-sig").split()}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as a list of image names ({error})") from error
+    images = {image for image in index.entries if os.path.splitext(image)[0] in names}
+    if len(images) < len(names):
+        log.say(f"warning: {path}: {len(names) - len(images)} of its {len(names)} images are not in the index")
+    return images
+
+
+def _count(fraction: str, total: int) -> int:
+    """Number of labelled images that "1/8", "0.125" or "92" means for `total` images with masks."""
+    text = str(fraction).strip()
+    problem = (
+        f"--fraction {fraction}: must be a part such as 1/8 or 0.125, at most 1/1, or a number of images such as 92"
+    )
+    try:
+        value = Fraction(text)
+    except (ValueError, ZeroDivisionError) as error:
+        raise UserError(problem) from error
+    if text.isdecimal():
+        if not 1 <= value <= total:
+            raise UserError(f"--fraction {fraction}: {total} images with masks can be drawn from; ask for 1 to {total}")
+        return int(value)
+    if not 0 < value <= 1:
+        raise UserError(problem)
+    return math.ceil(value * total)
+
+
+def _drawn(images: list[str], count: int, seed: int, purpose: int) -> list[str]:
+    """`count` of the sorted `images`, uniformly: those with the smallest of as many random 64-bit numbers."""
+    numbers = np.random.Philox(key=np.array([seed, purpose], dtype=np.uint64)).random_raw(len(images))
+    return [images[i] for i in np.argsort(numbers, kind="stable")[:count]]
+
+
+def line(entry: Entry) -> str:
+    """The line of a split file for an image, with its line break."""
+    return f"{entry.image} {entry.mask}\n" if entry.mask is not None else f"{entry.image}\n"
+
+
+def _warn_missing(index: Index, labelled: list[str]) -> None:
+    pixels = np.zeros(len(index.classes), dtype=np.int64)
+    for image in labelled:
+        pixels += np.asarray(index.entries[image].class_pixels)
+    missing = [name for name, count in zip(index.classes, pixels, strict=True) if not count]
+    if missing:
+        log.say(
+            f"warning: the {len(labelled)} labelled images hold no pixel of: {', '.join(missing)}; "
+            "another seed, or a larger fraction, may"
+        )

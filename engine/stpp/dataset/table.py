@@ -1,0 +1,225 @@
+"""An index on disk: index.json, and the rows of index.parquet as a mapping in memory.
+
+The one module of the data part that uses pyarrow.
+"""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import IO
+
+from stpp.dataset.check import Checked
+from stpp.errors import UserError
+
+FORMAT, VERSION = "stpp-index", 1
+_OUTSIDE = re.compile(r"(^|/)\.\.(/|$)|^/|\x00|\n")
+
+
+def _pyarrow() -> ModuleType:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(f"the index needs pyarrow ({error}); install it with `pip install pyarrow`") from error
+    return pyarrow
+
+
+def _schema(pa: ModuleType):
+    return pa.schema(
+        [
+            pa.field("key", pa.string(), nullable=False),
+            pa.field("image", pa.string(), nullable=False),
+            pa.field("mask", pa.string()),
+            pa.field("converted", pa.string()),
+            pa.field("width", pa.int32(), nullable=False),
+            pa.field("height", pa.int32(), nullable=False),
+            pa.field("class_pixels", pa.list_(pa.int64())),
+            pa.field("bytes", pa.int64(), nullable=False),
+            pa.field("mtime_ns", pa.int64(), nullable=False),
+        ]
+    )
+
+
+class Writer:
+    """Writes rows as they come, a row group for every few thousand, so that memory does not grow with the data set."""
+
+    def __init__(self, file: IO[bytes], rows_per_group: int = 8192) -> None:
+        self._pa = _pyarrow()
+        self._schema = _schema(self._pa)
+        self._writer = self._pa.parquet.ParquetWriter(file, self._schema)
+        self._rows: list[Checked] = []
+        self._rows_per_group = rows_per_group
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind, *_: object) -> None:
+        if kind is None:
+            self._flush()
+        self._writer.close()
+
+    def add(self, checked: list[Checked]) -> None:
+        """Appends rows."""
+        self._rows += checked
+        if len(self._rows) >= self._rows_per_group:
+            self._flush()
+
+    def _flush(self) -> None:
+        rows = [
+            {
+                "key": one.task.key,
+                "image": one.task.image,
+                "mask": one.task.mask,
+                "converted": one.converted,
+                "width": one.width,
+                "height": one.height,
+                "class_pixels": one.class_pixels,
+                "bytes": one.task.bytes,
+                "mtime_ns": one.task.mtime_ns,
+            }
+            for one in self._rows
+        ]
+        self._rows = []
+        if rows:
+            self._writer.write_table(self._pa.Table.from_pylist(rows, schema=self._schema))
+
+
+class Rows(Mapping):
+    """A table as a mapping from the image's path to an entry; entries are made when asked for."""
+
+    def __init__(self, columns: dict, entry: type) -> None:
+        self._columns, self._entry = columns, entry
+        self._position = {image: i for i, image in enumerate(columns["image"])}
+
+    def __getitem__(self, image: str):
+        i = self._position[image]
+        return self._entry(**{name: _value(column[i]) for name, column in self._columns.items()})
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._position)
+
+    def __len__(self) -> int:
+        return len(self._position)
+
+    def __contains__(self, image: object) -> bool:
+        return image in self._position
+
+
+def read(path: Path, entry: type, *, rows: int, classes: int) -> Rows:
+    """Reads index.parquet.
+
+    Args:
+        path: the file.
+        entry: the dataclass of a row; its fields are the columns.
+        rows: expected number of rows.
+        classes: expected length of class_pixels.
+
+    Raises:
+        UserError: missing, damaged, of another form, or with paths that lead outside. Names the file.
+    """
+    pa = _pyarrow()
+    problem = f"{path}: the index is damaged ({{}}); run `stpp prepare` again"
+    try:
+        with pa.parquet.ParquetFile(path) as file:
+            if not file.schema_arrow.equals(_schema(pa)):
+                raise UserError(problem.format("its columns are not those of an index"))
+            if file.metadata.num_rows != rows:
+                raise UserError(problem.format(f"{file.metadata.num_rows} rows instead of {rows}"))
+            table = file.read()
+        table.validate(full=True)
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(problem.format("the file is missing")) from error
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(problem.format(" ".join(str(error).split())[:200])) from error
+    wrong = _wrong(pa, table, classes)
+    if wrong:
+        raise UserError(problem.format(wrong))
+    columns = {
+        name: table.column(name) if name == "class_pixels" else _plain(table.column(name))
+        for name in table.column_names
+    }
+    result = Rows(columns, entry)
+    if len(result) != rows:
+        raise UserError(problem.format("an image is listed twice"))
+    return result
+
+
+def _plain(column) -> Sequence:
+    """Text as Python strings, which are looked up often; numbers as a NumPy array, which is small."""
+    return column.to_pylist() if str(column.type) == "string" else column.to_numpy()
+
+
+def _value(value):
+    return value.as_py() if hasattr(value, "as_py") else value.item() if hasattr(value, "item") else value
+
+
+def _wrong(pa: ModuleType, table, classes: int) -> str | None:
+    """What no index that was written here can hold."""
+    import pyarrow.compute as pc
+
+    for field in table.schema:
+        if not field.nullable and table.column(field.name).null_count:
+            return f"empty values in {field.name}"
+    for name in ("key", "image", "mask", "converted"):
+        for path in table.column(name).to_pylist():
+            if path is not None and (not path or _OUTSIDE.search(path)):
+                return f"a {name} outside its folder: {path[:80]!r}"
+    for name in ("width", "height"):
+        if table.num_rows and pc.min(table.column(name)).as_py() < 1:
+            return f"a {name} below 1"
+    pixels = table.column("class_pixels")
+    lengths = pc.list_value_length(pixels)
+    if pc.any(pc.not_equal(lengths, classes)).as_py():
+        return f"class_pixels not of length {classes}"
+    if (
+        not pc.equal(pc.is_valid(pixels), pc.is_valid(table.column("mask"))).combine_chunks().to_pylist().count(False)
+        == 0
+    ):
+        return "class_pixels without a mask, or a mask without them"
+    return None
+
+
+def read_json(out: Path) -> dict | None:
+    """The content of out/index.json, its form checked; None if it does not exist.
+
+    Raises:
+        UserError: unreadable, foreign or damaged.
+    """
+    path = out / "index.json"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as an index ({error})") from error
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(text)
+        if isinstance(value, dict) and value.get("format") == FORMAT and isinstance(value.get("version"), int):
+            if value["version"] != VERSION or _well_formed(value):
+                return value
+    raise UserError(f"{path}: is not an index of this program, or is damaged; remove it, or choose another folder")
+
+
+def _well_formed(value: dict) -> bool:
+    """Whether index.json holds what this version writes."""
+    texts = all(isinstance(value.get(name), str) for name in ("root", "layout", "fingerprint"))
+    names, counts, settings = value.get("classes"), value.get("counts"), value.get("settings")
+    return (
+        texts
+        and os.path.isabs(value["root"])
+        and isinstance(names, list)
+        and 2 <= len(names) <= 255
+        and all(isinstance(name, str) for name in names)
+        and isinstance(counts, dict)
+        and all(type(counts.get(name)) is int for name in ("images", "masks", "converted"))
+        and isinstance(settings, dict)
+        and isinstance(settings.get("exif"), bool)
+        and isinstance(folders := settings.get("unlabelled", []), list)
+        and all(isinstance(folder, str) and os.path.isabs(folder) for folder in folders)
+    )

@@ -1,0 +1,181 @@
+"""Planned batches to pixels on the device, several batches ahead of the network.
+
+A bad image leaves a hole: a blank in its place, so that the others are computed as if it were good.
+Legend: N images, H W size of the batch.
+"""
+
+import importlib.util
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from stpp.clock import Clock
+from stpp.device import CAPTURING, Arriving, on, side_stream, staging
+from stpp.images import storage
+from stpp.images.batching import Planned, padded
+from stpp.images.image_file import upright
+from stpp.images.pixels import BadImage, attempt, normalised_batch
+
+AHEAD = 2
+"""Batches in preparation while one is computed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Decoded images that go through the network together."""
+
+    planned: list[Planned]
+    images_NCHW: torch.Tensor
+    """float32, channels_last, normalised, on the device; zero where padded, blank where there is no image."""
+    errors: dict[int, str]
+    """Why there is none, by place in the batch."""
+
+
+class Decoder(Protocol):
+    """Files in memory to pixels. One batch at a time."""
+
+    def images(self, planned: list[Planned], raw: list[bytes | BadImage]) -> list[np.ndarray | torch.Tensor | BadImage]:
+        """Colours of every file as stored, uint8 [H, W, 3], or why there are none."""
+        ...
+
+
+class PilDecoder:
+    """PIL in a pool of threads."""
+
+    def __init__(self, pool: Executor):
+        self._pool = pool
+
+    def images(self, planned: list[Planned], raw: list[bytes | BadImage]) -> list[np.ndarray | BadImage]:
+        return list(self._pool.map(attempt, raw))
+
+
+def batches(tasks: Iterator[tuple[int, list[Planned]]], *, device: torch.device, kind: str, threads: int, most: int,
+            pad_to: int, clock: Clock) -> Iterator[tuple[int, Batch | None]]:
+    """Reads and decodes the given (shard, batch) pairs, in their order, `AHEAD` of them at once; None for an empty batch.
+
+    Args:
+        kind: "dali" or "pil".
+        threads: that read, and that decode.
+        most: images of the longest batch.
+    """
+    waiting: deque[tuple[int, list[Planned], Future]] = deque()
+    with ThreadPoolExecutor(threads, "stpp-read") as readers, ThreadPoolExecutor(threads, "stpp-decode") as workers, \
+            ThreadPoolExecutor(1, "stpp-batch") as one_by_one:
+        decoder: Decoder
+        if kind == "dali":
+            from stpp.images.decode_dali import DaliDecoder
+
+            decoder = DaliDecoder(device, threads, most, workers)
+        else:
+            decoder = PilDecoder(workers)
+
+        stream = side_stream(device)
+
+        def prepared(planned: list[Planned], reads: list[Future]) -> tuple[Arriving | None, dict[int, str]]:
+            if not planned:
+                return None, {}
+            raw = [read.result() for read in reads]
+            with clock("decode"), CAPTURING, on(stream):
+                pixels_NHWC, errors = _assembled(planned, decoder.images(planned, raw), device, pad_to)
+                return Arriving(pixels_NHWC, stream=stream), errors
+
+        def ready() -> tuple[int, Batch | None]:
+            shard, planned, future = waiting.popleft()
+            with clock("wait"):
+                arriving, errors = future.result()
+            if not planned:
+                return shard, None
+            (pixels_NHWC,) = arriving.take()
+            images_NCHW = normalised(pixels_NHWC, planned, errors, pad_to)
+            return shard, Batch(planned=planned, images_NCHW=images_NCHW, errors=errors)
+
+        try:
+            for shard, planned in tasks:
+                reads = [readers.submit(_read, one, clock) for one in planned]
+                waiting.append((shard, planned, one_by_one.submit(prepared, planned, reads)))
+                if len(waiting) > AHEAD:
+                    yield ready()
+            while waiting:
+                yield ready()
+        finally:
+            for pool in (one_by_one, readers, workers):
+                pool.shutdown(wait=False, cancel_futures=True)
+
+
+def pick(name: str) -> str:
+    """ "dali" or "pil" for `--loader` "auto", "dali" or "reference"."""
+    if name == "reference":
+        return "pil"
+    return "dali" if name == "dali" or has_dali() else "pil"
+
+
+def normalised(pixels_NHWC: torch.Tensor, planned: list[Planned], errors: dict[int, str], pad_to: int) -> torch.Tensor:
+    """uint8 [N, H, W, 3] to float32 [N, 3, H, W], channels_last, with ImageNet mean and deviation; blanks become zero."""
+    images_NCHW = normalised_batch(pixels_NHWC)
+    for i, one in enumerate(planned):
+        if i in errors:
+            images_NCHW[i] = 0
+        elif pad_to > 1:
+            images_NCHW[i, :, one.size[0]:] = 0
+            images_NCHW[i, :, :, one.size[1]:] = 0
+    return images_NCHW
+
+
+def _read(one: Planned, clock: Clock) -> bytes | BadImage:
+    with clock("read"):
+        try:
+            data = one.item.read()
+        except OSError as error:
+            return BadImage(storage.why(error))
+    if 0 <= one.item.bytes != len(data):
+        return BadImage(f"cut short: {len(data)} of {one.item.bytes} bytes are there")
+    return data
+
+
+def _assembled(planned: list[Planned], images: list, device: torch.device,
+               pad_to: int) -> tuple[torch.Tensor, dict[int, str]]:
+    """Turns the images upright and stacks them: uint8 [N, H, W, 3], sent to the device, and errors by place."""
+    shape = (len(planned), *padded(planned[0].size, pad_to), 3)
+    on_device = device.type != "cpu" and any(isinstance(image, torch.Tensor) for image in images)
+    if on_device:
+        stacked = torch.zeros(shape, dtype=torch.uint8, device=device)
+    else:
+        stacked = staging(*shape, dtype=torch.uint8, device=device).zero_()
+    errors = {}
+    for i, (one, image) in enumerate(zip(planned, images, strict=True)):
+        if isinstance(image, BadImage):
+            errors[i] = str(image)
+            continue
+        array = isinstance(image, np.ndarray)
+        image = (upright if array else _upright_tensor)(image, one.header.orientation)
+        if image.shape[:2] != one.size:
+            found, expected = "x".join(map(str, image.shape[1::-1])), "x".join(map(str, one.size[::-1]))
+            errors[i] = f"it has {found} pixels where it had {expected} when it was planned"
+            continue
+        place = stacked[i, : one.size[0], : one.size[1]]
+        if array and not on_device:
+            place.numpy()[...] = image
+        else:
+            place.copy_(torch.from_numpy(np.array(image)) if array else image)
+    return stacked.to(device, non_blocking=True), errors
+
+
+def _upright_tensor(image_HWC: torch.Tensor, orientation: int) -> torch.Tensor:
+    """`stpp.images.image_file.upright` of a tensor."""
+    if orientation >= 5:
+        image_HWC = image_HWC.transpose(0, 1)
+    flipped = [axis for axis, turned in ((1, (2, 3, 6, 7)), (0, (3, 4, 7, 8))) if orientation in turned]
+    return image_HWC.flip(flipped) if flipped else image_HWC
+
+
+def has_dali() -> bool:
+    """Whether DALI is installed."""
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:
+        return False

@@ -1,0 +1,127 @@
+"""The one EXIF rule, and opening image files safely.
+
+The rule: with `exif=True` the pixels of an image are taken upright (its EXIF orientation is applied), and its mask is
+expected upright too; a mask that carries an orientation of its own is turned by it. With `exif=False` both are read as
+they are stored. The orientation is read from the EXIF block alone: an orientation in XMP is not looked at.
+
+H and W: pixels. This module imports neither torch nor pyarrow, so that worker processes start quickly.
+"""
+
+import contextlib
+import os
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image
+
+from stpp.errors import UserError
+
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM")
+"""What is opened at all: Pillow knows formats that start other programs."""
+
+MAX_PIXELS = 1 << 27
+"""Largest image that is decoded (134 megapixels): a tiny file can declare a size that fills the memory."""
+
+DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    EOFError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+"""What Pillow raises on files that are broken or made to break it."""
+
+ORIENTATION_TAG = 0x0112
+
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+# `opened` refuses where Pillow only warns, up to twice its limit.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike, formats: tuple[str, ...] = IMAGE_FORMATS) -> Iterator[Image.Image]:
+    """Opens an image lazily; any failure to decode it inside the block becomes a UserError that names the file.
+
+    Args:
+        path: the file.
+        formats: Pillow's names of the formats that may be opened.
+    """
+    try:
+        with Image.open(path, formats=formats) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise UserError(
+                    f"{path}: {width}x{height} pixels are more than the {MAX_PIXELS} that are read; make it smaller"
+                )
+            yield image
+    except UserError:
+        raise
+    except DECODE_ERRORS as error:
+        raise UserError(
+            f"{path}: cannot be read as an image ({reason(path, error, formats)}); replace or remove it"
+        ) from error
+
+
+def reason(path: str | os.PathLike, error: Exception, formats: tuple[str, ...]) -> str:
+    """One line that says why Pillow could not read `path`."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        try:
+            size = os.path.getsize(path)
+        except OSError:
+            size = -1
+        return "the file is empty" if size == 0 else f"none of the formats {', '.join(formats)}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF orientation of an opened image, 1 to 8; 1 (upright) where it has none or a senseless one."""
+    if image.format == "TIFF":
+        value = image.tag_v2.get(ORIENTATION_TAG, 1)
+    else:
+        block = image.info.get("exif")
+        if not block:
+            return 1
+        tags = Image.Exif()
+        try:
+            tags.load(block)
+            value = tags.get(ORIENTATION_TAG, 1)
+        except DECODE_ERRORS:
+            # A damaged EXIF block does not damage the pixels: cameras and editors write many.
+            return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def upright_size(width: int, height: int, value: int) -> tuple[int, int]:
+    """(width, height) after an image of this stored size is turned upright from orientation `value`."""
+    return (height, width) if value >= 5 else (width, height)
+
+
+def upright(pixels: np.ndarray, value: int) -> np.ndarray:
+    """Turns pixels [H, W] or [H, W, C] upright from EXIF orientation `value`; a view, no copy."""
+    if value >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    # After the transposition of 5..8: 6 is turned clockwise, so columns are reversed; 8 reverses rows; 7 both.
+    if value in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if value in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Of red, green and blue in 0..1; both loaders normalise with them."""

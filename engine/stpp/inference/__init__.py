@@ -1,0 +1,1 @@
+"""Networks made ready to predict: compiled predictors, their gate, views, evaluation."""

@@ -1,0 +1,232 @@
+"""Makes engine folders, and finds those made before.
+
+An engine folder holds `engine.json`, the engine's files, and `checkpoint.pt`: the network alone, from which the engine can be
+built again anywhere, and against which it is compared.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from stpp import checkpoint as checkpoints
+from stpp import files, log
+from stpp.errors import UserError
+from stpp.inference import fold, gate, inductor, tensorrt, torch_tensorrt, trust
+from stpp.inference import record as records
+from stpp.inference.protocol import CompiledTeacher, EagerTeacher, Identity
+from stpp.inference.record import Device, EngineRecord, Shapes
+
+BACKENDS: dict[str, ModuleType] = {"tensorrt": tensorrt, "torch-tensorrt": torch_tensorrt, "inductor": inductor}
+"""Each has `unavailable(device)`, `versions()`, `SHAPES`, `build(...)` and `load(...)`."""
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TOLERANCE = {"fp32": 0.01, "bf16": 0.05, "fp16": 0.05}
+"""Largest difference from eager in the same type, over eager's largest logit; wrong weights are off by 0.2 and more."""
+Run = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is to be compiled, and how."""
+
+    network: nn.Module
+    architecture: dict
+    classes: tuple[str, ...]
+    weights: str
+    """See `stpp.inference.record.weights_sha256`."""
+    backend: str
+    """Key of `BACKENDS`, or "eager"."""
+    frozen: bool
+    """Whether the weights may become part of the code."""
+    precision: str
+    """Key of `PRECISIONS`."""
+    device: torch.device
+    shapes: Shapes
+
+    def versions(self) -> dict[str, str]:
+        """Of everything that the engine depends on."""
+        return records.versions_of(**(BACKENDS[self.backend].versions() if self.backend in BACKENDS else {}))
+
+    def key(self) -> str:
+        """Name of the engine in a cache: equal for teachers that can share it."""
+        facts = {"architecture": self.architecture, "classes": len(self.classes), "frozen": self.frozen,
+                 "shapes": dataclasses.asdict(self.shapes), "device": dataclasses.asdict(Device.of(self.device)),
+                 "versions": self.versions(), "weights": self.frozen and self.weights}
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return f"{self.backend}-{self.precision}-{digest[:16]}"
+
+    def eager(self, precision: str | None = None) -> EagerTeacher:
+        """The same teacher as PyTorch runs it, in the engine's precision or another."""
+        precision = precision or self.precision
+        return EagerTeacher(self.network, num_classes=len(self.classes), device=self.device, dtype=PRECISIONS[precision],
+                            identity=dataclasses.replace(self.identity(), backend="eager", precision=precision))
+
+    def identity(self) -> Identity:
+        """Of the teacher that comes of it."""
+        fixed = "-frozen" if self.frozen and self.backend != "eager" else ""
+        return Identity(weights_sha256=self.weights, classes=self.classes, backend=self.backend + fixed, precision=self.precision,
+                        output_stride=self.architecture.get("output_stride"))
+
+    def ready(self) -> nn.Module:
+        """The network folded, on the device, in the engine's precision."""
+        return fold.ready(self.network, device=self.device, dtype=PRECISIONS[self.precision])
+
+
+def present(device: torch.device) -> list[str]:
+    """Backends that can compile for `device` here."""
+    return [name for name, module in BACKENDS.items() if module.unavailable(device) is None]
+
+
+def build(plan: Plan, folder: Path, sample: Iterable[torch.Tensor] | None = None) -> CompiledTeacher:
+    """Compiles into `folder`, which appears when everything in it is there; one that is there is replaced.
+
+    Args:
+        sample: batches of normalised images to compare with eager on, before the folder appears.
+
+    Raises:
+        UserError: the backend is missing or fails, or the engine disagrees with eager.
+    """
+    module = BACKENDS[plan.backend]
+    if reason := module.unavailable(plan.device):
+        raise UserError(f"--backend {plan.backend}: {reason}")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        log.say(f"compiling the teacher with {plan.backend} in {plan.precision} ...")
+        began, ready = time.monotonic(), plan.ready()
+        shapes = module.build(ready, temporary, shapes=plan.shapes, device=plan.device, dtype=PRECISIONS[plan.precision],
+                              frozen=plan.frozen)
+        compile_s = time.monotonic() - began
+        run = module.load(temporary, device=plan.device)
+        record = EngineRecord(
+            backend=plan.backend, precision=plan.precision, frozen=plan.frozen, weights_sha256=plan.weights,
+            architecture=plan.architecture, classes=plan.classes, shapes=shapes, device=Device.of(plan.device),
+            versions=plan.versions(), compile_s=round(compile_s, 1),
+            files={path.name: files.sha256(path) for path in sorted(temporary.iterdir())})
+        verify(run, ready, record, plan.device)
+        teacher = CompiledTeacher(run, record, identity=plan.identity(), dtype=PRECISIONS[plan.precision], eager=plan.eager)
+        if sample is not None:
+            record = dataclasses.replace(record, agreement=_judged(teacher, plan, sample))
+        _write_folder(plan, record, temporary)
+        files.replace_folder(temporary, folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"engine {folder}: {error.strerror} ({error.filename}); choose another folder") from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    log.say(f"{record.describe()} compiled in {compile_s:.0f} s: {folder}")
+    return teacher
+
+
+def eager_folder(plan: Plan, folder: Path) -> None:
+    """A folder with the network alone, to be run by PyTorch: so that every backend has one."""
+    record = EngineRecord(
+        backend="eager", precision=plan.precision, frozen=False, weights_sha256=plan.weights, architecture=plan.architecture,
+        classes=plan.classes, shapes=plan.shapes, device=Device.of(plan.device), versions=plan.versions(), compile_s=0.0, files={})
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    _write_folder(plan, record, temporary)
+    files.replace_folder(temporary, folder)
+
+
+def _write_folder(plan: Plan, record: EngineRecord, folder: Path) -> None:
+    """Writes `checkpoint.pt` and a signed `engine.json`."""
+    checkpoints.save(folder / records.WEIGHTS, model=plan.network.state_dict(), classes=list(plan.classes),
+                     architecture=plan.architecture)
+    records.write(folder, record, trust.sign(record))
+
+
+def cached(plan: Plan, cache: Path) -> CompiledTeacher:
+    """The engine of `plan` in the folder `cache`: loaded if it is there and ours, else compiled by the process that comes first."""
+    folder = cache / plan.key()
+    with _alone(cache, f".{plan.key()}.lock"):
+        for left in (*cache.glob(f".{plan.key()}.*.tmp"), *cache.glob(f".{plan.key()}.*.old")):  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        if (folder / records.NAME).exists():
+            record, reason = unfit(folder, plan)
+            if reason is None:
+                return load(folder, record, plan)
+            log.say(f"engine {folder} is not used: {reason}; compiled again")
+        return build(plan, folder)
+
+
+def unfit(folder: Path, plan: Plan, *, trusted: bool = False) -> tuple[EngineRecord | None, str | None]:
+    """The record of an engine folder, and why it cannot serve `plan`; None where it can."""
+    try:
+        record, signature = records.read(folder)
+    except UserError as error:
+        return None, str(error)
+    reason = record.mismatch(device=Device.of(plan.device), versions=plan.versions())
+    if reason is None and record.frozen and record.weights_sha256 != plan.weights:
+        reason = "compiled from other weights"
+    if reason is None and not trusted and not trust.is_own(record, signature):
+        reason = "it was not built by this user"
+    if reason is None and (name := trust.altered_file(folder, record)):
+        reason = f"{name} is missing or was changed"
+    return record, reason
+
+
+def load(folder: Path, record: EngineRecord, plan: Plan) -> CompiledTeacher:
+    """Loads a fit engine, with the weights of `plan` in it.
+
+    Raises:
+        UserError: with these weights it does not compute what eager does.
+    """
+    module, swap = BACKENDS[record.backend], record.weights_sha256 != plan.weights
+    ready = plan.ready() if swap else None
+    run = module.load(folder, device=plan.device, **({"swapped": ready} if swap else {}))
+    if swap:
+        verify(run, ready, record, plan.device)
+        log.say(f"{record.describe()}: took this teacher's weights, not compiled again")
+    return CompiledTeacher(run, record, identity=plan.identity(), dtype=PRECISIONS[record.precision], eager=plan.eager)
+
+
+@torch.no_grad()
+def verify(run: Run, ready: nn.Module, record: EngineRecord, device: torch.device) -> None:
+    """Compares an engine with the network it was made of, in the same precision, on one small image and on a few.
+
+    Raises:
+        UserError: it computes something else.
+    """
+    low, high = record.shapes.smallest, record.shapes.largest
+    several = tuple(min(max(side, least), most) for side, least, most in zip((3, 65, 97), low, high, strict=True))
+    generator = torch.Generator().manual_seed(0)
+    for count, height, width in (low, several):
+        images_NCHW = torch.randn(count, 3, height, width, generator=generator)
+        images_NCHW = images_NCHW.to(device, PRECISIONS[record.precision]).contiguous(memory_format=torch.channels_last)
+        ours, truth = run(images_NCHW), ready(images_NCHW)
+        same_shape = ours.shape == truth.shape
+        error = float((ours - truth).abs().max() / truth.abs().max()) if same_shape else float("inf")
+        if not error <= TOLERANCE[record.precision]:
+            raise UserError(f"{record.describe()}: logits of {count} images of {width}x{height} are off by {error:.3g} of "
+                            "the largest; not used; take --backend eager or another --precision")
+
+
+def _judged(teacher: CompiledTeacher, plan: Plan, sample: Iterable[torch.Tensor]) -> records.Agreement:
+    eager = plan.eager("fp32")
+    with torch.no_grad():
+        found = gate.compare(teacher.logits, eager.logits, sample)
+    gate.accept(found, teacher.record.describe())
+    return found
+
+
+@contextlib.contextmanager
+def _alone(cache: Path, name: str) -> Iterator[None]:
+    """Waits until no other process builds the same engine; without locks the later of two replaces the engine of the first."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(files.locked(cache / name))
+        except OSError as error:
+            raise UserError(f"folder of engines {cache}: {error.strerror}; set XDG_CACHE_HOME, or use --backend eager") from None
+        yield

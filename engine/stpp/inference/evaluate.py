@@ -1,0 +1,59 @@
+"""Exact mIoU at native size, on any number of ranks.
+
+N images, C classes, H W size of the image.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from stpp import distributed, files, log
+from stpp.config import DataConfig
+from stpp.distributed import World
+from stpp.inference import views
+from stpp.inference.open import Teacher
+from stpp.loading import loader
+from stpp.loading.sample import Batch, Sample
+from stpp.metrics import iou_per_class, mean_iou
+from stpp_kernels import confusion
+
+
+@torch.inference_mode()
+def evaluate(teacher: Teacher, samples: Sequence[Sample], here: World, data: DataConfig, *,
+             mode: str = "none", crop_px: int | None = None,
+             seen: Callable[[Batch, torch.Tensor], None] | None = None) -> torch.Tensor:
+    """Confusion matrix of the teacher's predictions, every image counted once over all ranks.
+
+    Args:
+        samples: every one has a mask.
+        mode: test-time augmentation, key of `views.VIEWS`.
+        crop_px: side of the overlapping crops in which the network sees an image, pixels; None: it sees it whole.
+        seen: is shown every batch of this rank, and its masks, uint8 [N, H, W].
+
+    Returns:
+        int64 [C, C] on the CPU, rows truth, columns prediction, in pixels; the same on every rank.
+    """
+    matrix = torch.zeros(teacher.num_classes, teacher.num_classes, dtype=torch.int64, device=here.device)
+    for batch in loader.native_batches(samples, here, data):
+        masks_NHW = views.masks(teacher.logits, batch.images_NCHW, mode, teacher.num_classes, crop_px=crop_px)
+        matrix += confusion(masks_NHW, batch.labels_NHW, teacher.num_classes)
+        if seen is not None:
+            seen(batch, masks_NHW)
+    return distributed.sum_over_ranks(matrix).cpu()
+
+
+def report(matrix: torch.Tensor, classes: Sequence[str], *, images: int, out: Path | None = None) -> str:
+    """A table of the scores, which are also written to `out` (JSON, percent) if it is given."""
+    iou = dict(zip(classes, (100 * iou_per_class(matrix)).tolist(), strict=True))
+    if out is not None:
+        write_scores(out, images=images, miou=mean_iou(matrix), iou=iou)
+    rows = [("class", "IoU")] + [(name, "-" if math.isnan(value) else f"{value:.2f}") for name, value in iou.items()]
+    return log.table([*rows, ("mean", f"{mean_iou(matrix):.2f}")]) + f"\n{images} images"
+
+
+def write_scores(out: Path, *, images: int, miou: float, iou: Mapping[str, float]) -> None:
+    """Writes scores in percent as JSON; null for a class that occurs neither in truth nor in predictions."""
+    files.write_json(out, {"images": images, "miou": miou,
+                           "iou": {name: None if math.isnan(value) else value for name, value in iou.items()}})

@@ -1,0 +1,88 @@
+"""What a teacher is, and its two kinds: run by PyTorch, or compiled."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from stpp import log
+from stpp.inference import fold
+from stpp.inference.record import EngineRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What the labels of an opened teacher depend on, besides the device."""
+
+    weights_sha256: str
+    """See `stpp.inference.record.weights_sha256`."""
+    classes: tuple[str, ...]
+    backend: str
+    """"eager", "inductor", "tensorrt" or "torch-tensorrt"; with "-frozen" where the weights are part of the code."""
+    precision: str
+    """bf16, fp16 or fp32."""
+    output_stride: int | None = None
+    """Of the backbone, where there is one: equal weights compute something else at another."""
+
+    def __str__(self):
+        stride = f"-os{self.output_stride}" if self.output_stride else ""
+        return f"{self.weights_sha256[:16]}{stride}-{self.backend}-{self.precision}"
+
+
+class Teacher(Protocol):
+    """Images in, logits out."""
+
+    num_classes: int
+
+    def logits(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        """Low-resolution float32 logits [N, C, h, w] of normalised float32 channels_last images, any size."""
+        ...
+
+
+class EagerTeacher:
+    """A copy of a network as PyTorch runs it."""
+
+    def __init__(self, network: nn.Module, *, num_classes: int, device: torch.device, dtype: torch.dtype,
+                 identity: Identity | None = None):
+        self._network, self.identity = fold.ready(network, device=device, dtype=dtype), identity
+        self.num_classes, self._dtype = num_classes, dtype
+
+    def logits(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        """See `Teacher`."""
+        return self._network(images_NCHW.to(self._dtype))
+
+
+class CompiledTeacher:
+    """An engine; the inputs that it was not built for go to eager, which is made when the first one comes.
+
+    Args:
+        run: images of the engine's type, channels_last -> float32 logits.
+        record: of the engine.
+        identity: of the teacher, whose weights may have been put in place of the engine's own.
+        dtype: the engine's type.
+        eager: makes the same teacher in the engine's precision.
+    """
+
+    def __init__(self, run: Callable[[torch.Tensor], torch.Tensor], record: EngineRecord, *, identity: Identity,
+                 dtype: torch.dtype, eager: Callable[[], EagerTeacher]):
+        self._run, self._dtype, self._make_eager = run, dtype, eager
+        self._eager: EagerTeacher | None = None
+        self.record, self.identity, self.num_classes = record, identity, len(identity.classes)
+
+    def logits(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        """See `Teacher`."""
+        if not self.record.shapes.hold(images_NCHW):
+            return self._fallback(images_NCHW).logits(images_NCHW)
+        # Compiled code reads memory as if it were dense; `to` alone would let a crop of larger images through.
+        return self._run(images_NCHW.to(self._dtype).contiguous(memory_format=torch.channels_last))
+
+    def _fallback(self, images_NCHW: torch.Tensor) -> EagerTeacher:
+        if self._eager is None:
+            shapes, (count, _, height, width) = self.record.shapes, images_NCHW.shape
+            low, high = ("x".join(map(str, sides)) for sides in (shapes.smallest, shapes.largest))
+            log.say(f"{self.record.describe()}: inputs such as {count}x{height}x{width} lie outside {low} to {high} and are "
+                    "computed by eager; --shapes of `stpp compile` sets the range")
+            self._eager = self._make_eager()
+        return self._eager

@@ -1,0 +1,201 @@
+"""`engine.json`: what an engine was made of, for which inputs, and where it runs."""
+
+import dataclasses
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from stpp import __version__, files
+from stpp.errors import UserError
+
+FORMAT = 1
+NAME = "engine.json"
+WEIGHTS = "checkpoint.pt"
+"""The network that an engine was made of: an engine folder can always be rebuilt, and compared with eager."""
+SHAPE_TEXTS = ("1x32x32", "4x360x480", "16x1024x2048")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """The inputs an engine takes: (images, rows, columns), images and pixels."""
+
+    smallest: tuple[int, int, int]
+    typical: tuple[int, int, int]
+    """What the engine is tuned for."""
+    largest: tuple[int, int, int]
+
+    @classmethod
+    def parse(cls, texts: Iterable[str] = SHAPE_TEXTS) -> "Shapes":
+        """Reads three texts `NxHxW`, from the smallest to the largest.
+
+        Raises:
+            UserError: not three, not of this form, or a side that shrinks from one to the next.
+        """
+        texts = list(texts)
+        found = [re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})x([1-9]\d{0,5})", text) for text in texts]
+        if len(found) != 3 or not all(found):
+            raise UserError(f"--shapes {' '.join(texts)}: expected smallest, typical and largest input as NxHxW, "
+                            f"for example {' '.join(SHAPE_TEXTS)}")
+        smallest, typical, largest = (tuple(int(side) for side in match.groups()) for match in found)
+        if any(not low <= mid <= high for low, mid, high in zip(smallest, typical, largest, strict=True)):
+            raise UserError(f"--shapes {' '.join(texts)}: each side must grow, or stay, from the smallest to the largest")
+        return cls(smallest=smallest, typical=typical, largest=largest)
+
+    def hold(self, images_NCHW: torch.Tensor) -> bool:
+        """Whether the engine takes these images."""
+        sides = (images_NCHW.shape[0], *images_NCHW.shape[2:])
+        return all(low <= side <= high for low, side, high in zip(self.smallest, sides, self.largest, strict=True))
+
+
+DEFAULT_SHAPES = Shapes.parse()
+ANY_SIZE = Shapes(smallest=(1, 1, 1), typical=DEFAULT_SHAPES.typical, largest=(1 << 20,) * 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How an engine's masks compare with those of the eager network in float32."""
+
+    raw: float
+    """Share of all pixels with the same class, in [0, 1]."""
+    outside: float
+    """The same over the pixels where eager is decided: its two largest probabilities differ by `margin` or more."""
+    margin: float
+    decided: float
+    """Share of the pixels where eager is decided."""
+    pixels: int
+    """Pixels compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """Where native code runs."""
+
+    kind: str
+    """"cpu" or "cuda"."""
+    name: str
+    """Name of the processor or GPU, for people."""
+    capability: str
+    """What code for this device may use: instruction sets of a CPU, compute capability of a GPU."""
+
+    @classmethod
+    def of(cls, device: torch.device) -> "Device":
+        """The facts of a device of this machine."""
+        if device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(device)
+            return cls(kind="cuda", name=torch.cuda.get_device_name(device), capability=f"sm_{major}{minor}")
+        facts = _cpu_facts()
+        flags = " ".join(sorted(set(facts.get("flags", facts.get("Features", "")).split())))  # code is built for all of them
+        digest = hashlib.sha256(flags.encode()).hexdigest()[:12]
+        return cls(kind="cpu", name=facts.get("model name", platform.processor() or platform.machine()),
+                   capability=f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {digest}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRecord:
+    """What stands in `engine.json`."""
+
+    format: int = FORMAT
+    backend: str
+    precision: str
+    """Type of weights and feature maps: bf16, fp16 or fp32; logits are float32 always."""
+    frozen: bool
+    """Whether the weights are part of the code; otherwise the next teacher's can be put in their place."""
+    weights_sha256: str
+    """Of the network that was compiled: see `weights_sha256`."""
+    architecture: dict
+    classes: tuple[str, ...]
+    shapes: Shapes
+    device: Device
+    versions: dict[str, str]
+    """Of everything whose change makes the engine another one: stpp, torch, the compiler."""
+    compile_s: float
+    files: dict[str, str]
+    """SHA-256 of every file of the engine."""
+    agreement: Agreement | None = None
+    """On the sample images given when it was compiled."""
+
+    def mismatch(self, *, device: Device, versions: dict[str, str]) -> str | None:
+        """Why the engine cannot run here; None where it can.
+
+        Args:
+            device: where it would run.
+            versions: see `versions_of`, for this engine's backend.
+        """
+        if self.device.kind != device.kind or self.device.capability != device.capability:
+            return f"built for {self.device.name} ({self.device.capability}), this is {device.name} ({device.capability})"
+        if device.kind == "cuda" and self.device.name != device.name:
+            return f"built for {self.device.name}, this is {device.name}"
+        for name in sorted(self.versions.keys() | versions.keys()):
+            if self.versions.get(name) != versions.get(name):
+                return f"built with {name} {self.versions.get(name)}, this is {name} {versions.get(name)}"
+        return None
+
+    def describe(self) -> str:
+        """One line for people."""
+        return f"{self.backend} {self.precision} engine for {self.device.name}"
+
+
+def versions_of(**compiler: str) -> dict[str, str]:
+    """Versions that an engine depends on; `compiler` names the backend's own."""
+    return {"stpp": __version__, "torch": torch.__version__, **compiler}
+
+
+def weights_sha256(state: dict[str, torch.Tensor]) -> str:
+    """Hash of a network's weights: names, shapes, types and values, in the order of names; memory layout does not count."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write(folder: Path, record: EngineRecord, signature: str) -> None:
+    """Writes `engine.json`, with who vouches for it (`stpp.inference.trust`)."""
+    files.write_json(folder / NAME, {**dataclasses.asdict(record), "signature": signature})
+
+
+def read(folder: Path) -> tuple[EngineRecord, str]:
+    """The record of an engine folder, and its signature.
+
+    Raises:
+        UserError: no engine folder, damaged, or of another version.
+    """
+    path = Path(folder) / NAME
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        signature = str(table.pop("signature", ""))
+        if table["format"] != FORMAT:
+            raise UserError(f"{path}: format {table['format']}, expected {FORMAT}; compile the engine again")
+        shapes = {name: tuple(int(side) for side in sides) for name, sides in table.pop("shapes").items()}
+        agreement = table.pop("agreement")
+        record = EngineRecord(**table | {"classes": tuple(table["classes"])}, shapes=Shapes(**shapes),
+                              agreement=agreement and Agreement(**agreement))
+        return dataclasses.replace(record, device=Device(**table["device"])), signature
+    except OSError as error:
+        raise UserError(f"{folder}: no engine ({NAME}: {error.strerror}); give a folder that `stpp compile` wrote, or a "
+                        "checkpoint") from None
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); compile the engine again") from None
+
+
+def canonical(record: EngineRecord) -> bytes:
+    """The record as bytes that are the same whenever it is the same."""
+    return json.dumps(dataclasses.asdict(record), sort_keys=True).encode()
+
+
+def _cpu_facts() -> dict[str, str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return {}
+    first = text.split("\n\n")[0]
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}

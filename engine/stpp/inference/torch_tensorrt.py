@@ -1,0 +1,100 @@
+"""Teachers compiled by Torch-TensorRT from the same exported graph: `engine.ep`.
+
+UNVERIFIED: it needs a CUDA build of PyTorch, and no machine with one has run this module. What its documentation promises
+is not trusted either: a graph that was converted in part is an error, and the engine must agree with eager like any other.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from stpp.errors import UserError
+from stpp.inference import export
+from stpp.inference.record import DEFAULT_SHAPES, Shapes
+from stpp.versions import version_of
+
+FILE = "engine.ep"
+SHAPES = DEFAULT_SHAPES
+"""Taken where nothing else is asked for."""
+CONVERTED = "_run_on_acc"
+"""How Torch-TensorRT names the parts of a graph that it converted."""
+
+
+def unavailable(device: torch.device) -> str | None:
+    """What is missing to compile for `device`; None where nothing is."""
+    if device.type != "cuda":
+        return "Torch-TensorRT runs on CUDA devices only; use --backend inductor or eager"
+    if importlib.util.find_spec("torch_tensorrt") is None:
+        return "Torch-TensorRT is not installed; pip install stpp[torch-tensorrt]"
+    return None
+
+
+def versions() -> dict[str, str]:
+    """Versions, beside PyTorch's, that the engine depends on."""
+    return {name: version for name in ("torch-tensorrt", "tensorrt") if (version := version_of(name))}
+
+
+def build(ready: nn.Module, folder: Path, *, shapes: Shapes, device: torch.device, dtype: torch.dtype,
+          frozen: bool = True) -> Shapes:
+    """Compiles a network into `folder`.
+
+    Args:
+        ready: from `fold.ready`, on `device` in `dtype`.
+        shapes: the optimisation profile.
+        frozen: the weights are always part of the engine.
+
+    Returns:
+        `shapes`, without the sizes too small for the engine.
+
+    Raises:
+        UserError: the compiler failed, or left a part of the graph to PyTorch.
+    """
+    torch_tensorrt = importlib.import_module("torch_tensorrt")
+    exported, shapes = export.program(ready, shapes=shapes, device=device, dtype=dtype, plain=True)
+    low, typical, high = ((count, 3, height, width) for count, height, width in (shapes.smallest, shapes.typical, shapes.largest))
+    name = next(node.name for node in exported.graph.nodes if node.op == "placeholder" and node.name.startswith("images"))
+    images = torch_tensorrt.Input(min_shape=low, opt_shape=typical, max_shape=high, dtype=dtype, name=name)
+    try:
+        # Types come from the graph: `enabled_precisions` is accepted without a word, and float32 is built.
+        compiled = torch_tensorrt.dynamo.compile(
+            exported, arg_inputs=[images], device=device, use_explicit_typing=True, require_full_compilation=True, min_block_size=1,
+            cache_built_engines=False, reuse_cached_engines=False, timing_cache_path=str(folder / "timing.cache"))
+    except Exception as error:  # whatever a converter may raise
+        raise UserError(f"--backend torch-tensorrt: compiling failed ({str(error).strip().splitlines()[0][:300]}); use --backend "
+                        "tensorrt, inductor or eager") from error
+    if left := unconverted(compiled):
+        raise UserError(f"--backend torch-tensorrt: {', '.join(left[:5])} were left to PyTorch; use --backend tensorrt, inductor "
+                        "or eager")
+    torch_tensorrt.save(compiled, str(folder / FILE), arg_inputs=[images], retrace=True)  # from `images` it knows the ranges
+    (folder / "timing.cache").unlink(missing_ok=True)
+    return shapes
+
+
+def unconverted(compiled: Any) -> list[str]:
+    """What of a compiled graph PyTorch would compute; a fully converted one is a single part."""
+    children = dict(compiled.named_children())
+    left = [name for name in children if not name.startswith(CONVERTED)]
+    left += [str(node.target) for node in compiled.graph.nodes
+             if node.op in ("call_function", "call_method") and "getitem" not in str(node.target)]
+    return left if left or len(children) == 1 else list(children) or ["everything"]
+
+
+def load(folder: Path, *, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Loads an engine: images of the engine's type -> float32 logits.
+
+    Args:
+        folder: holds `engine.ep`. Native code: check it first (`stpp.inference.trust`).
+    """
+    torch_tensorrt = importlib.import_module("torch_tensorrt")
+    program = torch_tensorrt.load(str(folder / FILE)).module()
+
+    def run(images_NCHW: torch.Tensor) -> torch.Tensor:
+        found = program(images_NCHW)
+        return found[0] if isinstance(found, (list, tuple)) else found
+
+    return run

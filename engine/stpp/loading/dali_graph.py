@@ -1,0 +1,245 @@
+"""The DALI graphs of training and evaluation, and the numbers they are fed.
+
+A graph is a function from named input nodes to (images, labels or None, shapes as decoded). It holds no randomness, and
+is the same for CPU and GPU builds but for where JPEGs are decoded and how contrast is computed. What only some samples
+undergo runs on those alone: the `if`s below are DALI conditionals, which split the batch and merge it again.
+
+Legend: N samples, H W pixels, C colours. Images inside the graph are uint8 HWC, masks uint8 HW1.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import nvidia.dali.fn as fn
+import nvidia.dali.types as types
+
+from stpp.images.image_file import IMAGENET_MEAN, IMAGENET_STD
+from stpp.images.masks import IGNORE
+from stpp.loading.augment import BRIGHTNESS, CONTRAST, HUE, LUMA, SATURATION, AugmentParams
+from stpp.loading.sample import Sample
+
+EVAL_INPUTS = {"image_path": (types.UINT8, 1, ""), "mask_path": (types.UINT8, 1, "")}
+"""What a graph is fed, one row a sample: name -> (type, dimensions, layout). Evaluation can do without masks."""
+
+TRAIN_INPUTS = EVAL_INPUTS | {
+    "roi_start": (types.FLOAT, 1, ""),
+    "roi_end": (types.FLOAT, 1, ""),
+    "size": (types.FLOAT, 1, ""),
+    "pad_start": (types.INT32, 1, ""),
+    "jitter": (types.BOOL, 0, ""),
+    "matrix": (types.FLOAT, 2, ""),
+    "matrix_place": (types.INT32, 0, ""),
+    "factor_1": (types.FLOAT, 0, ""),
+    "luma_1": (types.FLOAT, 1, ""),
+    "factor_2": (types.FLOAT, 0, ""),
+    "luma_2": (types.FLOAT, 1, ""),
+    "gray": (types.BOOL, 0, ""),
+    "blur": (types.BOOL, 0, ""),
+    "blur_kernel": (types.FLOAT, 1, ""),
+    "cutout": (types.BOOL, 0, ""),
+    "box_anchors": (types.INT32, 2, ""),
+    "box_shapes": (types.INT32, 2, ""),
+    "box_start": (types.FLOAT, 1, ""),
+    "box_size": (types.FLOAT, 1, ""),
+    "noise": (types.UINT8, 3, "HWC"),
+}
+
+
+def train_graph(x: dict, gpu: bool, *, side: int, exif: bool):
+    """Files and numbers (`train_rows`) to float32 [side, side, 3] images, uint8 [side, side, 1] masks, shapes."""
+    image, mask, shapes = _decoded(x, gpu, exif)
+    # Only the part of the resized image that the crop shows is computed; a reversed region comes out mirrored.
+    roi = {"roi_start": x["roi_start"], "roi_end": x["roi_end"], "size": x["size"]}
+    image = fn.resize(image, antialias=True, **roi)
+    mask = fn.resize(mask, interp_type=types.INTERP_NN, **roi)
+    pad = {"start": x["pad_start"], "shape": [side, side], "axes": [0, 1], "out_of_bounds_policy": "pad"}
+    image = fn.slice(image, fill_values=0, **pad)
+    mask = fn.slice(mask, fill_values=IGNORE, **pad)
+
+    if x["jitter"]:
+        image = _jitter(image, x, gpu)
+    if x["gray"]:
+        image = fn.coord_transform(image, M=np.tile(LUMA, 3).tolist(), dtype=types.UINT8)
+    if x["blur"]:
+        image = _blurred(image, x["blur_kernel"], gpu)
+    if x["cutout"]:
+        noise = x["noise"]
+        if gpu:
+            noise = noise.gpu()
+        boxes = {"out_anchors": x["box_anchors"], "shapes": x["box_shapes"]}
+        image = fn.multi_paste(image, noise, output_size=(side, side), **boxes)
+        mask = fn.erase(mask, anchor=x["box_start"], shape=x["box_size"], axes=(0, 1), fill_value=IGNORE)
+    # The merged masks may lie scattered; an operator on all of them makes one block, which torch can take over.
+    return _normalised(image), fn.copy(mask), shapes
+
+
+def eval_graph(x: dict, gpu: bool, *, exif: bool):
+    """Files to float32 HWC images, uint8 HW1 masks (None if not fed), and shapes, at native size."""
+    image, mask, shapes = _decoded(x, gpu, exif)
+    return _normalised(image), mask, shapes
+
+
+def _decoded(x: dict, gpu: bool, exif: bool):
+    """RGB image, index mask or None, and the int32 shapes of what was decoded, side by side."""
+    file = fn.io.file.read(x["image_path"])
+    # Fancy upsampling is what libjpeg does on the CPU: without it GPU images differ at colour edges.
+    image = fn.decoders.image(file, device="mixed" if gpu else "cpu", output_type=types.RGB, adjust_orientation=exif,
+                              jpeg_fancy_upsampling=True)  # fmt: skip
+    shapes = image.shape(dtype=types.INT32)
+    mask = None
+    if "mask_path" in x:
+        mask = fn.decoders.image(fn.io.file.read(x["mask_path"]), device="cpu", output_type=types.GRAY,
+                                 adjust_orientation=exif)  # fmt: skip
+        shapes = fn.cat(shapes, mask.shape(dtype=types.INT32))
+        if gpu:
+            mask = mask.gpu()
+    return image, mask, shapes
+
+
+def _jitter(image, x: dict, gpu: bool):
+    """Brightness, contrast, and saturation and hue as one matrix, in the drawn order, each rounded and clipped."""
+    if x["matrix_place"] == 0:
+        image = fn.coord_transform(image, M=x["matrix"], dtype=types.UINT8)
+    image = _scale_around(image, x["factor_1"], x["luma_1"], gpu)
+    if x["matrix_place"] == 1:
+        image = fn.coord_transform(image, M=x["matrix"], dtype=types.UINT8)
+    image = _scale_around(image, x["factor_2"], x["luma_2"], gpu)
+    if x["matrix_place"] == 2:
+        image = fn.coord_transform(image, M=x["matrix"], dtype=types.UINT8)
+    return image
+
+
+def _scale_around(image, factor, luma, gpu: bool):
+    """center + factor (image - center), center = mean colour times `luma`: contrast, or brightness where luma is 0."""
+    mean = fn.reductions.mean(image, axes=(0, 1))
+    if gpu:
+        # Arguments of operators live on the CPU, this mean does not.
+        factor = factor.gpu()
+        center = fn.reductions.sum(mean * luma.gpu())
+        return fn.cast(image * factor + center * (1.0 - factor), dtype=types.UINT8)
+    return fn.brightness_contrast(image, contrast=factor, contrast_center=fn.reductions.sum(mean * luma))
+
+
+def _blurred(image, kernel, gpu: bool):
+    """Rows, then columns, filtered with float32 [K]; pixels beyond a border are those at it."""
+    if gpu:
+        kernel = kernel.gpu()
+    for shape in ([1, -1], [-1, 1]):
+        image = fn.filter(image, fn.reshape(kernel, shape=shape), border="clamp")
+    return image
+
+
+def _normalised(image):
+    mean = [255 * value for value in IMAGENET_MEAN]
+    std = [255 * value for value in IMAGENET_STD]
+    return fn.crop_mirror_normalize(image, mean=mean, std=std, output_layout="HWC", dtype=types.FLOAT)
+
+
+def path_rows(paths: Iterable[str]) -> list[np.ndarray]:
+    """Paths as the graph reads them: a uint8 array each."""
+    return [np.frombuffer(path.encode(), dtype=np.uint8) for path in paths]
+
+
+def train_rows(samples: Sequence[Sample], params: AugmentParams, side: int, noise: np.ndarray) -> dict:
+    """The training graph's inputs, by the names of TRAIN_INPUTS: each an array or list with one entry a sample.
+
+    Args:
+        samples, params: N samples and what happens to them.
+        side: of the crop, pixels.
+        noise: uint8 [side of the noise, side of the noise, 3].
+    """
+    source = np.array([(sample.height, sample.width) for sample in samples], dtype=np.float64)
+    resized = np.stack([params.resize_h, params.resize_w], axis=1)
+    start = np.stack([params.crop_y, params.crop_x], axis=1)
+    shown = np.minimum(resized - start, side)
+    # Where a mask's pixel falls on the border of two, the later one is taken. DALI computes in float32, which may fall
+    # short of the border: a millionth of the size decides it, and is nothing to the image.
+    nudge = source * 2.0**-20
+    roi_start = start * source / resized + nudge
+    roi_end = (start + shown) * source / resized + nudge
+    flip = params.flip
+    roi_start[flip, 1], roi_end[flip, 1] = roi_end[flip, 1], roi_start[flip, 1]
+    pad_start = np.zeros_like(shown)
+    pad_start[flip, 1] = shown[flip, 1] - side  # the padding on the right is mirrored to the left
+
+    box = params.cutout
+    corner, box_size = box[:, :2], box[:, 2:]
+    zeros, whole = np.zeros_like(corner), np.full_like(corner, side)
+    return {
+        "image_path": path_rows(sample.image for sample in samples),
+        "mask_path": path_rows(sample.mask for sample in samples),
+        "roi_start": roi_start.astype(np.float32),
+        "roi_end": roi_end.astype(np.float32),
+        "size": shown.astype(np.float32),
+        "pad_start": pad_start.astype(np.int32),
+        "jitter": params.jitter,
+        **_jitter_rows(params),
+        "gray": params.gray,
+        "blur": params.blur_sigma > 0,
+        "blur_kernel": [_blur_kernel(sigma) for sigma in params.blur_sigma.tolist()],
+        "cutout": box[:, 2] > 0,
+        "box_anchors": np.stack([zeros, corner], axis=1),
+        "box_shapes": np.stack([whole, box_size], axis=1),
+        "box_start": corner.astype(np.float32),
+        "box_size": box_size.astype(np.float32),
+        "noise": [
+            np.ascontiguousarray(noise[ny + y : ny + y + max(h, 1), nx + x : nx + x + max(w, 1)])
+            for (ny, nx), (y, x, h, w) in zip(params.noise_offset.tolist(), box.tolist(), strict=True)
+        ],
+    }
+
+
+def _blur_kernel(sigma: float) -> np.ndarray:
+    """float32 [K]: PIL's Gaussian blur, a box three times over; [1] for sigma 0.
+
+    Each box has a third of the variance: 2 `reach` + 1 whole pixels, and of the pixels beside them the part that makes up the rest.
+    """
+    if sigma == 0:
+        return np.ones(1, dtype=np.float32)
+    variance = sigma**2 / 3
+    reach = int((np.sqrt(12 * variance + 1) - 1) / 2)
+    whole = 2 * reach + 1
+    part = whole * (3 * variance - reach * (reach + 1)) / (6 * ((reach + 1) ** 2 - variance))
+    box = np.array([part, *[1.0] * whole, part]) / (whole + 2 * part)
+    return np.convolve(np.convolve(box, box), box).astype(np.float32)
+
+
+def _jitter_rows(params: AugmentParams) -> dict[str, np.ndarray]:
+    """Colour jitter as three operations: two scalings (brightness, contrast) and one matrix (saturation, hue).
+
+    Without clipping, saturation commutes with brightness and contrast, so it can be moved beside the hue at no loss
+    that shows (docs/augmentation.md): one matrix product a pixel instead of two.
+    """
+    place = np.argsort(params.jitter_order, axis=1)  # place[:, op]: when op happens
+    contrast_first = place[:, CONTRAST] < place[:, BRIGHTNESS]
+    saturation, hue = _saturation_matrix(params.saturation), _hue_matrix(params.hue)
+    saturation_first = (place[:, SATURATION] < place[:, HUE])[:, None, None]
+    before_hue = (place[:, BRIGHTNESS] < place[:, HUE]).astype(np.int32) + (place[:, CONTRAST] < place[:, HUE])
+    return {
+        "matrix": np.where(saturation_first, hue @ saturation, saturation @ hue).astype(np.float32),
+        "matrix_place": before_hue.astype(np.int32),
+        "factor_1": np.where(contrast_first, params.contrast, params.brightness),
+        "luma_1": contrast_first[:, None] * LUMA,
+        "factor_2": np.where(contrast_first, params.brightness, params.contrast),
+        "luma_2": ~contrast_first[:, None] * LUMA,
+    }
+
+
+def _saturation_matrix(factor: np.ndarray) -> np.ndarray:
+    """float64 [N, 3, 3]: blend with the gray image, exactly PIL's saturation."""
+    factor = factor.astype(np.float64)[:, None, None]
+    return factor * np.eye(3) + (1 - factor) * np.tile(LUMA.astype(np.float64), (3, 1))
+
+
+def _hue_matrix(turns: np.ndarray) -> np.ndarray:
+    """float64 [N, 3, 3]: rotation of the colours about the gray axis.
+
+    It equals the shift in HSV for gray pixels and for thirds of the circle, and is a linear map near it between. The
+    shift is taken in whole 1/256 turns, as 8-bit HSV takes it.
+    """
+    angle = 2 * np.pi * np.trunc(turns.astype(np.float64) * 255) / 256
+    diagonal = (1 + 2 * np.cos(angle)) / 3
+    minus = (1 - np.cos(angle)) / 3 - np.sin(angle) / np.sqrt(3)
+    plus = (1 - np.cos(angle)) / 3 + np.sin(angle) / np.sqrt(3)
+    rows = [[diagonal, minus, plus], [plus, diagonal, minus], [minus, plus, diagonal]]
+    return np.moveaxis(np.array(rows), 2, 0)

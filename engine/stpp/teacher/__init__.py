@@ -1,1 +1,0 @@
-"""Teachers: networks made ready to label images."""

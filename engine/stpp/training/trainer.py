@@ -1,0 +1,340 @@
+"""The training loop that every method shares: the step of one stage, again and again, saved so that it resumes exactly.
+
+Legend: T terms of the loss. A pass is one forward and backward call; a step is `accumulate` passes and one optimiser step.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from stpp import checkpoint, distributed, log, signals
+from stpp.config import Config
+from stpp.device import cudnn_search
+from stpp.distributed import World
+from stpp.errors import UserError
+from stpp.loading import loader
+from stpp.loading.sample import Batch, Stream
+from stpp.loading.sampler import StepSampler
+from stpp.models.build import parameter_groups
+from stpp.precision import autocast_dtype
+from stpp.training.assemble import over_ranks, stream_seed
+from stpp.training.optimizer import make_optimizer, step_unless
+from stpp.training.profiling import Bottleneck, Profile
+from stpp.training.step import Step
+from stpp.training.window import Window
+
+POLY_POWER = 0.9
+LOOK_STEPS = 10
+"""Steps between two looks at the device: for the log, for what was not finite, and for whether to stop."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long a run trains and when it looks up."""
+
+    steps: int
+    """Optimiser steps in all."""
+    validate_steps: int
+    """Steps between two validations; the last step is always validated."""
+    keep_steps: tuple[int, ...] = ()
+    """Steps after which the weights are kept as `third-1.pt`, `third-2.pt`, ..."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a training run ended with."""
+
+    miou: float | None
+    """Validation mIoU of the chosen weights, percent; None without a validation list."""
+    iou: Mapping[str, float]
+    """Percent by class, of the chosen weights; empty where it is not known."""
+    step: int
+    """Step of the chosen weights."""
+    steps: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What a validation found."""
+
+    miou: float
+    """Percent, the same on every rank."""
+    iou: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Percent, by class."""
+    pictures: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    """What the network makes of a few images, uint8 [H, W, 3] by their names; on rank 0."""
+
+
+class Trainer:
+    """Trains one stage in `folder` and leaves the deployed network there as `best.pt`."""
+
+    def __init__(self, config: Config, here: World, step: Step, streams: Sequence[Stream], *, key: int, title: str,
+                 classes: Sequence[str], folder: Path, schedule: Schedule, validate: Callable[[nn.Module], Scores] | None):
+        """
+        Args:
+            step: what is computed, its network on the device of `here`.
+            streams: what it is fed.
+            key: of the random numbers, so that no two stages share them.
+            validate: network in evaluation mode -> its scores; None: no validation list.
+        """
+        self.config, self.here, self.step, self.streams, self.key, self.title = config, here, step, streams, key, title
+        self.classes, self.folder, self.schedule, self.validate = classes, folder, schedule, validate
+        self.samplers = samplers(config, streams, key=key)
+        self.optimizer = make_optimizer(*parameter_groups(step.network), config.train,
+                                        default_multiplier=step.network.head_lr_multiplier)
+        self.autocast_dtype = autocast_dtype(config.train.precision, here.device)
+        self.scaler = torch.amp.GradScaler(here.device.type, enabled=self.autocast_dtype == torch.float16)
+        self.model = over_ranks(step, here, accumulate=config.train.accumulate)
+        self.weights_T = torch.tensor(list(step.weights.values()), dtype=torch.float32, device=here.device)
+        self.steps_done, self.best_step, self.best_miou, self.seconds = 0, 0, -1.0, 0.0
+        self.best_iou: Mapping[str, float] = {}
+        self.saved_step, self.saved_at = 0, time.monotonic()
+        self.bottleneck = Bottleneck(title, self.model)
+
+    def train_step(self, passes: Sequence[tuple[Batch, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes one optimiser step on the rank's share of the global batch.
+
+        Args:
+            passes: `accumulate` times one batch a stream.
+
+        Returns:
+            On the device: float32 [T], this rank's part of each term's mean over the global batch (the parts of all ranks add up
+            to it); bool scalar, whether loss or gradient were not finite. Such a gradient changes no weight.
+        """
+        torch.manual_seed(stream_seed(self.config.seed, self.key, self.steps_done, self.here.rank))  # dropout
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * (1 - self.steps_done / self.schedule.steps) ** POLY_POWER
+        pixels_T = torch.stack([self.step.pixels(*batches) for batches in passes]).sum(0)
+        pixels_T = distributed.sum_over_ranks(pixels_T).clamp(min=1)
+
+        terms_T = torch.zeros_like(self.weights_T)
+        for batches in passes:
+            with self._gradient_sync(last=batches is passes[-1]), cudnn_search(not self.config.deterministic):
+                with self._autocast():
+                    sums_T = self.model(*batches)
+                share_T = sums_T / pixels_T
+                # DDP averages gradients over ranks; the loss is a sum over ranks.
+                self.scaler.scale((self.weights_T * share_T).sum() * self.here.size).backward()
+            terms_T += share_T.detach()
+
+        nonfinite = self._optimise(~terms_T.isfinite().all())
+        self.step.after(self.steps_done)
+        self.steps_done += 1
+        return terms_T, nonfinite
+
+    def _optimise(self, nonfinite: torch.Tensor) -> torch.Tensor:
+        """Takes the optimiser's step unless a gradient is not finite; returns whether it, or the loss, was not."""
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)  # looks itself: fp16 overflows now and then, until the scale fits
+            self.scaler.update()
+        else:
+            gradients = [weight.grad for weight in self.step.parameters() if weight.grad is not None]
+            overflowed = ~nn.utils.get_total_norm(gradients).isfinite()
+            step_unless(overflowed, self.optimizer)
+            nonfinite = nonfinite | overflowed
+        self.optimizer.zero_grad(set_to_none=True)
+        return nonfinite
+
+    def run(self) -> Result:
+        """Trains from wherever `folder` left off to the last step.
+
+        Raises:
+            UserError: a file cannot be read or written, or the training diverges.
+            SystemExit: told to stop by a signal, after saving.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._resume()
+        self.started = time.monotonic() - self.seconds
+        images = sum(sampler.batch_global for sampler in self.samplers)
+        with (log.Metrics(self.folder, first_step=self.steps_done) as self.metrics,
+              log.Progress(self.title, self.schedule.steps * images, done=self.steps_done * images) as bar,
+              checkpoint.Writer() as self.writer, signals.deferred() as stop, self._profile() as profile):
+            window = Window()
+            for passes, wait_s in self._passes():
+                window.add(*self.train_step(passes), wait_s)
+                if profile is not None:
+                    profile.step(wait_s)
+                told_to_stop, validating = self._told_to_stop(stop), self._validating()
+                saving = told_to_stop or validating or self._saving()
+                if saving or window.steps == LOOK_STEPS:
+                    self._log(window, bar)
+                    saving |= time.monotonic() - self.saved_at >= 60 * self.config.train.checkpoint_minutes
+                    window = Window()
+                bar.advance(images)
+                self._end_of_epoch()
+                self._keep_thirds()
+                if validating:
+                    self._validate()
+                    window = Window()  # its time does not count
+                if saving:
+                    self._save()
+                if told_to_stop:
+                    self.writer.wait()
+                    log.say(f"  {self.title}: stopped at step {self.steps_done}, saved; the same command goes on")
+                    stop.leave()
+        return Result(miou=self.best_miou if self.validate else None, iou=self.best_iou, step=self.best_step,
+                      steps=self.schedule.steps, seconds=time.monotonic() - self.started)
+
+    def _passes(self) -> Iterator[tuple[list[tuple[Batch, ...]], float]]:
+        """The passes of each remaining step, and the seconds spent waiting for them."""
+        train, data = self.config.train, self.config.data
+        batches = [
+            loader.pick(data.loader).train_batches(
+                stream.samples,
+                sampler.micro_batches(self.steps_done, self.schedule.steps, rank=self.here.rank, world=self.here.size,
+                                      accumulate=train.accumulate),
+                augment=self.config.augment, seed=self.config.seed, stage=self.key, device=self.here.device,
+                threads=distributed.threads_per_rank(self.here, data.threads), exif=data.exif)
+            for stream, sampler in zip(self.streams, self.samplers, strict=True)]
+        together = zip(*batches, strict=True)
+        while True:
+            asked = time.monotonic()
+            passes = list(islice(together, train.accumulate))
+            if not passes:
+                return
+            yield passes, time.monotonic() - asked
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.here.device.type, self.autocast_dtype, enabled=self.autocast_dtype != torch.float32)
+
+    def _gradient_sync(self, *, last: bool) -> contextlib.AbstractContextManager:
+        skip = not last and isinstance(self.model, DistributedDataParallel)
+        return self.model.no_sync() if skip else contextlib.nullcontext()
+
+    def _profile(self) -> contextlib.AbstractContextManager[Profile | None]:
+        if not self.config.profile:
+            return contextlib.nullcontext()
+        return Profile(self.folder / "profile", self.here, self.step.network, self.title)
+
+    def _told_to_stop(self, stop: signals.Stop) -> bool:
+        """Whether a rank was told to stop; asking waits for the device, so on a GPU it is done once in a while."""
+        if self.here.device.type == "cuda" and self.steps_done % LOOK_STEPS:
+            return False
+        told = torch.tensor(float(stop.signal is not None), device=self.here.device)
+        return distributed.sum_over_ranks(told).item() > 0  # sync: seldom
+
+    def _validating(self) -> bool:
+        return self.steps_done == self.schedule.steps or self.steps_done % self.schedule.validate_steps == 0
+
+    def _saving(self) -> bool:
+        return self.steps_done - self.saved_step >= self.config.train.checkpoint_steps
+
+    def _log(self, window: Window, bar: log.Progress) -> None:
+        """Writes down what the last steps were like.
+
+        Raises:
+            UserError: one was not finite, and `--train.on-nonfinite` is stop.
+        """
+        interval = window.close(self.steps_done, self.step.weights)
+        self.bottleneck.add(interval.step_s * window.steps, interval.data_wait_pct)
+        images = sum(sampler.batch_global for sampler in self.samplers)
+        self.metrics.write(self.steps_done, **{"loss": interval.loss} | interval.terms, lr=self.optimizer.param_groups[0]["lr"],
+                           images_per_s=images / interval.step_s, data_wait_pct=interval.data_wait_pct)
+        bar.advance(0, loss=f"{interval.loss:.3f}", data_wait=f"{interval.data_wait_pct:.0f}%")
+        path = self.folder / "nonfinite.jsonl"
+        for step in interval.nonfinite:
+            log.note(path, {"step": step, "keys": self._keys(step)})
+        if interval.nonfinite and self.config.train.on_nonfinite == "stop":
+            raise UserError(f"{self.title}: loss or gradient is not finite at step {interval.nonfinite[0]} ({path} names its "
+                            f"images); lower --train.lr, look at the images, or pass over such steps with "
+                            f"--train.on-nonfinite skip")
+        if interval.nonfinite:
+            log.say(f"  {self.title}: step {interval.nonfinite[0]} was not finite and is passed over, see {path}")
+
+    def _keys(self, step: int) -> list[str]:
+        """Keys of the images of a step, stream after stream."""
+        found = []
+        for stream, sampler in zip(self.streams, self.samplers, strict=True):
+            (whole,) = sampler.micro_batches(step, step + 1)
+            found += [stream.samples[i].key for i in whole.indices]
+        return found
+
+    def _end_of_epoch(self) -> None:
+        if self.steps_done % self.samplers[0].steps_per_epoch == 0:
+            self.bottleneck.epoch()
+
+    def _keep_thirds(self) -> None:
+        for i, step in enumerate(self.schedule.keep_steps, 1):
+            if step == self.steps_done:
+                self._keep(f"third-{i}.pt")
+
+    def _validate(self) -> None:
+        """Scores the current weights and keeps them as `best.pt` if they are to be the teacher."""
+        distributed.broadcast_buffers(self.step)
+        scores = self._scores(self.step.deployed)
+        if scores is not None:
+            rivals = {prefix: self._scores(network).miou for prefix, network in self.step.compared.items()}
+            self.metrics.write(self.steps_done, miou_pct=scores.miou,
+                               **{f"{prefix}_miou_pct": miou for prefix, miou in rivals.items()})
+            self.metrics.show(self.steps_done, values={f"iou_pct/{name}": iou for name, iou in scores.iou.items()},
+                              pictures={f"validation/{name}": picture for name, picture in scores.pictures.items()})
+            epoch = self.steps_done / self.samplers[0].steps_per_epoch
+            beside = "".join(f", {prefix} {miou:.2f}" for prefix, miou in rivals.items())
+            log.say(f"  {self.title}: step {self.steps_done}/{self.schedule.steps}, epoch {epoch:.0f}, mIoU {scores.miou:.2f}"
+                    + beside)
+        at_end = self.steps_done == self.schedule.steps
+        if at_end if self.config.train.select == "last" or scores is None else scores.miou > self.best_miou:
+            self.best_miou, self.best_iou = (-1.0, {}) if scores is None else (scores.miou, scores.iou)
+            self.best_step = self.steps_done
+            self._keep("best.pt", miou=self.best_miou, iou=dict(self.best_iou))
+
+    def _scores(self, network: nn.Module) -> Scores | None:
+        if self.validate is None:
+            return None
+        training = network.training
+        network.eval()
+        try:
+            return self.validate(network)
+        finally:
+            network.train(training)
+
+    def _keep(self, name: str, **scores) -> None:
+        """Writes the deployed weights, with what is needed to use them and their scores, as `name`."""
+        deployed = self.step.deployed
+        distributed.broadcast_buffers(deployed)
+        if self.here.is_main:
+            self.writer.save(self.folder / name, model=deployed.state_dict(), classes=list(self.classes),
+                             architecture=dataclasses.asdict(self.config.model), step=self.steps_done, **scores)
+
+    def _save(self) -> None:
+        """Writes everything that the next step depends on."""
+        self.seconds = time.monotonic() - self.started
+        self.saved_step, self.saved_at = self.steps_done, time.monotonic()
+        if self.here.is_main:
+            self.writer.save(self.folder / "last.pt", model=self.step.state_dict(), optimizer=self.optimizer.state_dict(),
+                             scaler=self.scaler.state_dict(), step=self.steps_done, best_step=self.best_step,
+                             best_miou=self.best_miou, best_iou=dict(self.best_iou), seconds=self.seconds)
+
+    def _resume(self) -> None:
+        path = self.folder / "last.pt"
+        if not path.exists():
+            return
+        saved = checkpoint.load(path)
+        weights = saved["model"]
+        if not any(name.startswith("network.") for name in weights):  # as version 0.1 wrote them
+            weights = {f"network.{name}": value for name, value in weights.items()}
+        self.step.load_state_dict(weights)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.steps_done = self.saved_step = saved["step"]
+        self.best_step, self.best_miou, self.seconds = saved["best_step"], saved["best_miou"], saved["seconds"]
+        self.best_iou = saved.get("best_iou", {})
+        best = self.folder / "best.pt"
+        if best.exists():  # written later than `last.pt`, if the run died between the two
+            kept = checkpoint.load(best)
+            self.best_step, self.best_miou, self.best_iou = kept["step"], kept["miou"], kept.get("iou", {})
+        log.say(f"  {self.title}: going on from step {self.steps_done}")
+
+
+def samplers(config: Config, streams: Sequence[Stream], *, key: int) -> list[StepSampler]:
+    """Samplers of the streams of a stage; the longest list sets the steps of an epoch, shorter ones are repeated."""
+    return [StepSampler(len(stream.samples), config.train.batch_global, seed=config.seed, stage=key) for stream in streams]
