@@ -91,7 +91,7 @@ bench() { # NAME SECONDS SCRIPT OPTIONS...
     part "$1" "$2" "$python" "benchmarks/$3.py" "${@:4}" --device "$device" "${small[@]}" --out "$rows" --append
 }
 
-files=(argmax softmax_accumulate confusion cross_entropy dilated_conv models label loaders)
+files=(argmax softmax_accumulate confusion cross_entropy dilated_conv models label loaders device)
 [ ${#small[@]} = 0 ] || files=(argmax)
 marked=$([ "$device" = cuda ] && echo gpu || echo "not gpu and not slow")
 cores=$(nproc)
@@ -150,10 +150,12 @@ second() {
 }
 
 printf '\n%s call, %s\n' "$call" "$(date -u +%FT%TZ)" >>"$log"
-case $call in
-    first) first; bench run 60 check_run ;;
-    single) first; step_compiled ;;
-    second) second ;;
-esac
-summary
-exit "$tests"
+{ # read as a whole: the file may change while it runs
+    case $call in
+        first) first; bench run 60 check_run ;;
+        single) first; step_compiled ;;
+        second) second ;;
+    esac
+    summary
+    exit "$tests"
+}

@@ -65,6 +65,14 @@ def test_every_part_of_a_call_runs(number, tmp_path):
         assert {"profile.conv_forward_ms", "profile.host_ms", "shapes.forward_first_costs_ms", "run.6-retrain_s"} <= value.keys()
 
 
+def test_all_files_with_tests_for_gpus_are_run():
+    (listed,) = re.findall(r"^files=\((.*)\)$", SCRIPT.read_text(), re.MULTILINE)
+    marked = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")
+              if re.search(r"pytest\.mark\.gpu|from (kernels|labelling)_cases", path.read_text())}
+    compiling = {"engines_gpu", "tensorrt"}  # minutes of compiling: the second call has a case; TensorRT is not on such machines
+    assert marked - compiling - {"run_gpu"} == set(listed.split())
+
+
 def descendants(pid: int) -> list[int]:
     """Processes below a process, those of other sessions too."""
     try:
