@@ -63,15 +63,16 @@ def measure(report: Report, shape: tuple[int, ...], size: int, options: argparse
     small_labels = labels.to(torch.uint8)
     variants = {"fused": training(fused, logits, small_labels), "eager": training(eager, logits, labels)}
     named = f"{','.join(map(str, shape))} to {size}"
-    graphs = graphed(variants, report.device) if options.graphs else {}
+    quick = dict(variants)
     if not options.no_compile:
         torch._dynamo.reset()
         variants["compiled eager"] = training(torch.compile(eager), logits, labels)
     agreeing(variants)
     rows = report.compare("loss.forward_backward", named, options.dtype, variants)
-    if graphs:
-        fused_row, eager_row = report.compare("loss.forward_backward.graph", named, options.dtype, graphs).values()
-        if shape == options.shapes[0][0]:
+    if options.graphs:
+        found = report.compare("loss.forward_backward.graph", named, options.dtype, graphed(quick, report.device)).values()
+        if shape == options.shapes[0][0] and len(found) == len(quick):
+            fused_row, eager_row = found
             report.summary("loss.graph_fused_vs_eager_ratio", eager_row["median"] / fused_row["median"])
     if options.launches and (launched := launches(logits, small_labels, report.device)):
         report.compare("loss.launch", named, options.dtype, launched)

@@ -207,10 +207,19 @@ def nominal_flop(network: nn.Module, images: torch.Tensor, *, backward: bool) ->
 
 
 def graphed(variants: dict[str, Callable[[], object]], device: torch.device) -> dict[str, Callable[[], object]]:
-    """The same computations replayed from a CUDA graph, without the host's share; on a CPU as they are, and named so."""
+    """The same computations replayed from a CUDA graph, without the host's share; on a CPU as they are, and named so.
+
+    One that cannot be captured is left out, with a line that says why.
+    """
     if device.type != "cuda":
         return {f"{label}, no graph on a CPU": variant for label, variant in variants.items()}
-    return {f"{label}, CUDA graph": _captured(variant) for label, variant in variants.items()}
+    found = {}
+    for label, variant in variants.items():
+        try:
+            found[f"{label}, CUDA graph"] = _captured(variant)
+        except RuntimeError as error:
+            print(f"{label}: no CUDA graph: {str(error).splitlines()[0]}", flush=True)
+    return found
 
 
 def _captured(variant: Callable[[], object]) -> Callable[[], None]:
