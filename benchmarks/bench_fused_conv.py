@@ -2,13 +2,14 @@
 
     python benchmarks/bench_fused_conv.py --out benchmarks/results/last.jsonl
 
-With batch norm folded, a block is three convolutions with bias, each followed by ReLU, the last after adding the
-shortcut. PyTorch launches the convolution, the bias, the ReLU and the sum one by one; `torch.cudnn_convolution_relu` and
-`torch.cudnn_convolution_add_relu` do it in one pass each. Where they do not serve a type or layout (their message is
-printed), and on a CPU, which has no cuDNN, the fused form is composed of plain operators, and its variant says so.
+With batch norm folded, a block is three convolutions with bias, each followed by ReLU, the last after adding
+the shortcut. PyTorch launches the convolution, the bias, the ReLU and the sum one by one;
+`torch.cudnn_convolution_relu` and `torch.cudnn_convolution_add_relu` do it in one pass each. Where they do
+not serve a type or layout (their message is printed), and on a CPU, which has no cuDNN, the fused form is
+composed of plain operators, and its variant says so.
 
-Rows: `fused_conv.bottleneck`, by type. Summaries, by type: `fused_conv.served` (1: by cuDNN), `.ratio` of times, and the
-largest errors against float64, relative to the largest value: `.error`, `.eager_error`.
+Rows: `fused_conv.bottleneck`, by type. Summaries, by type: `fused_conv.served` (1: by cuDNN), `.ratio` of
+times, and the largest errors against float64, relative to the largest value: `.error`, `.eager_error`.
 """
 
 import torch

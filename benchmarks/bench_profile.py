@@ -1,14 +1,14 @@
-"""Where the time of a training step goes: milliseconds by class of work, by torch.profiler over a few of the engine's steps.
+"""Time of a training step by class of work, in milliseconds, from torch.profiler over a few of the engine's steps.
 
     python benchmarks/bench_profile.py --out benchmarks/results/last.jsonl
-    python benchmarks/bench_profile.py --no-cudnn-benchmark   # cuDNN does not try its algorithms; a process of its own,
-                                                              # because it keeps what it chose for a shape
+    python benchmarks/bench_profile.py --no-cudnn-benchmark   # cuDNN does not try its algorithms; in a process of
+                                                              # its own: it keeps what it chose for a shape
 
-On a GPU the device's time counts, each kernel for the operator that launched it; on a CPU the operators' own time on the
-host, so that convolutions' two gradients, made by one operator, stay together there. Summaries: `profile.CLASS_ms` (see
-`CLASSES`), `profile.gaps_ms` (nothing ran on the device, or on a CPU no operator), `profile.host_ms` (the host's time of
-a step that it does not wait for: the launches). Rows: `profile.step`, a step without the profiler; `profile.aspp`, the
-pyramid alone.
+On a GPU the device's time counts, each kernel for the operator that launched it; on a CPU the operators' own
+time on the host, so that convolutions' two gradients, made by one operator, stay together there. Summaries:
+`profile.CLASS_ms` (see `CLASSES`), `profile.gaps_ms` (nothing ran on the device, or on a CPU no operator),
+`profile.host_ms` (the host's time of a step that it does not wait for: the launches). Rows: `profile.step`, a
+step without the profiler; `profile.aspp`, the pyramid alone.
 """
 
 import re

@@ -1,14 +1,14 @@
-"""What an image size costs when it is met for the first time: first against second forward pass of a folded teacher.
+"""Cost of an image size met for the first time: first against second forward pass of a folded teacher.
 
     python benchmarks/bench_shapes.py --out benchmarks/results/last.jsonl
 
-cuDNN plans each convolution anew for every shape, and a Triton kernel may be compiled for one: labelling images of many
-sizes pays for that, in the first batch of each. Sizes are drawn once and differ all; a pass is waited for. Before them one
-more size warms up what does not depend on sizes.
+cuDNN plans each convolution anew for every shape, and a Triton kernel may be compiled for one: labelling
+images of many sizes pays for that, in the first batch of each. Sizes are drawn once and differ all; a pass is
+waited for. Before them one more size warms up what does not depend on sizes.
 
-Rows: `shapes.forward` (the network), `shapes.ten_views` (all of labelling but the files), variants first and second, each
-over all sizes. Summaries: the medians' difference, `..._first_costs_ms`, and of a whole set what the plans cost beside the
-passes, `..._first_over_second_ratio`.
+Rows: `shapes.forward` (the network), `shapes.ten_views` (all of labelling but the files), variants first and
+second, each over all sizes. Summaries: the medians' difference, `..._first_costs_ms`, and of a whole set what
+the plans cost beside the passes, `..._first_over_second_ratio`.
 """
 
 import random

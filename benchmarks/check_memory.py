@@ -2,9 +2,10 @@
 
     python benchmarks/check_memory.py --out benchmarks/results/last.jsonl
 
-Each case runs in a process of its own, on awkward shapes, without PyTorch's caching allocator, in whose large blocks a
-stray access would land on the next tensor unseen. Where there is no compute-sanitizer, and on a CPU, the cases run as they
-are. Summaries: `memory.CASE_clean` (1: no error), and `memory.sanitizer` (1: they ran under it).
+Each case runs in a process of its own, on awkward shapes, without PyTorch's caching allocator, in whose large
+blocks a stray access would land on the next tensor unseen. Where there is no compute-sanitizer, and on a CPU,
+the cases run as they are. Summaries: `memory.CASE_clean` (1: no error), and `memory.sanitizer` (1: they ran
+under it).
 """
 
 import os

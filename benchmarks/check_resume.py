@@ -1,12 +1,12 @@
-"""A training run that is told to stop and goes on, against one that was never stopped: equal weights, to the bit.
+"""A training run that is stopped and goes on, against one that never stopped: equal weights, to the bit.
 
     python benchmarks/check_resume.py --out benchmarks/results/last.jsonl
 
-Three runs of one small recipe under torchrun, one process each, with --deterministic: two to their end, and one that gets
-SIGTERM after its first checkpoint and is then started again by the same command. All three must end with equal weights,
-momentum and step: the first two show that a run repeats, the third that stopping leaves no trace. On a GPU they run at
-once, on a CPU one after the other. Summaries: `resume.repeats`, `resume.equal` (1: so), `resume.stopped_at_step` of
-`resume.steps`; the script fails where it is not so.
+Three runs of one small recipe under torchrun, one process each, with --deterministic: two to their end, and
+one that gets SIGTERM after its first checkpoint and is then started again by the same command. All three must
+end with equal weights, momentum and step: the first two show that a run repeats, the third that stopping
+leaves no trace. On a GPU they run at once, on a CPU one after the other. Summaries: `resume.repeats`,
+`resume.equal` (1: so), `resume.stopped_at_step` of `resume.steps`; the script fails where it is not so.
 """
 
 import argparse

@@ -2,9 +2,10 @@
 
     python benchmarks/check_run.py --out benchmarks/results/last.jsonl
 
-Shows that everything works together where it was never run (CUDA, NCCL); few steps, so its scores say nothing. The ranks
-are those of `stpp demo`: two, or the GPUs that there are. Ends with an error where a stage, a mask or the report is missing.
-Summaries: seconds of each stage, `run.STAGE_s`, and of the whole with its start, `run.whole_s`.
+Shows that everything works together where it was never run (CUDA, NCCL); few steps, so its scores say
+nothing. The ranks are those of `stpp demo`: two, or the GPUs that there are. Ends with an error where a
+stage, a mask or the report is missing. Summaries: seconds of each stage, `run.STAGE_s`, and of the whole with
+its start, `run.whole_s`.
 """
 
 import dataclasses

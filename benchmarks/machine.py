@@ -1,4 +1,4 @@
-"""Prints what a machine has: device, driver, versions, libraries that DALI and TensorRT would want, the operators' forms.
+"""Prints a machine's device, driver, versions, libraries for DALI and TensorRT, and the operators' forms.
 
     python benchmarks/machine.py
 """
@@ -14,8 +14,8 @@ import torch
 
 from stpp_kernels import implementations
 
-PACKAGES = ("torch", "triton", "torchvision", "numpy", "pillow", "pyarrow", "tyro", "hypothesis", "pytest", "pytest-xdist",
-            "nvidia-dali-cuda120", "nvidia-dali-cuda130", "tensorrt", "torch-tensorrt", "apex")
+PACKAGES = ("torch", "triton", "torchvision", "numpy", "pillow", "pyarrow", "tyro", "hypothesis", "pytest",
+            "pytest-xdist", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "tensorrt", "torch-tensorrt", "apex")
 TOOLS = ("nvcc", "ncu", "compute-sanitizer", "gcc", "g++", "ninja", "make", "git")
 LIBRARIES = ("libnpp*.so*", "libnvjpeg.so*", "libnvinfer.so*", "libcuda.so*")
 FIND_S = 10

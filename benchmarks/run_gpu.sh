@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# All that wants a GPU, in two calls of about six minutes each, on a machine without a network and without an installation.
+# All that wants a GPU, in two calls of about six minutes each, on a machine without network and installation.
 #
 #   benchmarks/run_gpu.sh first|second|single [FOLDER] [--device cpu] [--small] [--limit SECONDS] [--unpassed FILE]
 #
-# first: whether it is right, and where the time goes. second: the tests that did not pass in the first (--unpassed, its
-# unpassed.txt; else all), and what needs compiling. single: the first without its last part and with the compiled peer, where
-# there will be no second. FOLDER ($OUT, or benchmarks/results/gpu) gets rows.jsonl, log.txt and unpassed.txt, written as parts
-# run, so that a call that is cut off keeps what it has. --device cpu --small runs every part at its smallest. docs/gpu.md
-# has the rest. The exit code is that of the tests; 2: nothing could run.
+# first: whether it is right, and where the time goes. second: the tests that did not pass in the first (--unpassed,
+# its unpassed.txt; else all), and what needs compiling. single: the first without its last part and with the compiled
+# peer, where there will be no second. FOLDER ($OUT, or benchmarks/results/gpu) gets rows.jsonl, log.txt and
+# unpassed.txt, written as parts run, so that a call that is cut off keeps what it has. --device cpu --small runs every
+# part at its smallest. docs/gpu.md has the rest. The exit code is that of the tests; 2: nothing could run.
 set -u
 here=$(cd "$(dirname "$0")/.." && pwd)
 usage="usage: benchmarks/run_gpu.sh first|second|single [FOLDER] [--device cpu] [--small] [--limit SECONDS] [--unpassed FILE]"

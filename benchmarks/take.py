@@ -1,9 +1,10 @@
-"""Sorts the rows of run_gpu.sh into the files that the README's table is written from, one a part and kind of GPU.
+"""Sorts the rows of run_gpu.sh into the files of the README's table, one for each part and kind of GPU.
 
     python benchmarks/take.py FOLDER/rows.jsonl ...     # then: python benchmarks/table.py
 
-A row of part `step`, measured on an H100, goes to `results/step-h100.jsonl`. Of a part that was run more than once, in one
-file or in several, the last run counts: that of the latest date. The files of parts that are not there stay.
+A row of part `step`, measured on an H100, goes to `results/step-h100.jsonl`. Of a part that was run more than
+once, in one file or in several, the last run counts: that of the latest date. The files of parts that are not
+there stay.
 """
 
 import json
