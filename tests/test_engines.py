@@ -162,6 +162,8 @@ def test_on_a_gpu_compiling_pays_after_six_minutes_of_eager(precision):
 def test_operations_are_counted_without_computing():
     convolution = torch.nn.Conv2d(3, 8, 3, padding=1)
     assert choose.flop_per_px(convolution) == pytest.approx(2 * 3 * 9 * 8)
+    product = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 2, stride=2), torch.nn.Flatten(2), torch.nn.Linear(16 * 16, 5))
+    assert choose.flop_per_px(product, side=32) == pytest.approx((2 * 12 * 8 * 16**2 + 2 * 8 * 16**2 * 5) / 32**2)
     assert next(convolution.parameters()).device.type == "cpu"
 
 

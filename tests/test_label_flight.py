@@ -164,7 +164,7 @@ def test_images_come_over_a_stream_beside_the_one_that_computes(corpus, tmp_path
         return assemble(*args)
 
     monkeypatch.setattr(batches, "_assembled", watching)
-    monkeypatch.setattr(batches, "side_stream", lambda device: stream_cases.Stream("side", log))
+    monkeypatch.setattr(batches, "copy_stream", lambda device: stream_cases.Stream("side", log))
     cases.run(corpus, tmp_path / "out", **options)
     assert cases.contents(tmp_path / "out") == cases.contents(tmp_path / "plain")
     count = sum(entry.startswith("side event") for entry in log)

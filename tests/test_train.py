@@ -23,6 +23,7 @@ from stpp.dataset import index
 from stpp.errors import UserError
 from stpp.inference import export
 from stpp.loading import loader
+from stpp.loading.sample import Stream
 from stpp.loading.sampler import StepSampler
 from stpp.methods.supervised import Supervised
 from stpp.models.build import MODELS, build_model, parameter_groups
@@ -74,8 +75,9 @@ def test_steps_equal_a_plain_loop(synthetic_index, alone):
     lr, weights = 0.05 * 8 / 16, dict(network.named_parameters())
     momentum = {name: torch.zeros_like(value) for name, value in weights.items()}
     draws = StepSampler(len(samples), 8, seed=0, stage=1).micro_batches(0, STEPS)
-    batches = loader.pick().train_batches(samples, draws, augment=AugmentConfig(crop_px=64, long_side=(40, 160)), seed=0,
-                                          stage=1, device=torch.device("cpu"), threads=1)
+    augment = AugmentConfig(crop_px=64, long_side=(40, 160))
+    batches = loader.pick().train_batches(Stream(samples=samples), draws, augment=augment, seed=0, stage=1,
+                                          device=torch.device("cpu"), threads=1)
     losses = []
     for k, batch in enumerate(batches):
         assert batch.step == k

@@ -16,10 +16,10 @@ CAPTURING = threading.Lock()
 
 @contextlib.contextmanager
 def cudnn_search(enabled: bool) -> Iterator[None]:
-    """Switches cuDNN's search inside the block: it times its algorithms for a new shape, and takes the fastest.
+    """Switches cuDNN's search inside the block: it times its algorithms for a new shape and takes the fastest.
 
-    It pays where few shapes return often, as in training; a search costs up to a second a shape (estimate), so
-    native sizes, as in validation and labelling, do better without. Two searches may choose, and so round,
+    It pays where few shapes return often, as in training; a search costs up to a second a shape (estimate),
+    so native sizes, as in validation and labelling, do better without. Two searches may choose, and so round,
     differently.
     """
     before = torch.backends.cudnn.benchmark
@@ -43,8 +43,14 @@ def staging(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tens
 
 
 def side_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """A stream beside the one that computes; None on a CPU."""
+    """A new stream beside the one that computes; None on a CPU."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+@functools.cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """The side stream of all copies to a device: one, because a stream's memory serves that stream alone."""
+    return side_stream(device)
 
 
 def on(stream: torch.cuda.Stream | None) -> contextlib.AbstractContextManager:
@@ -75,8 +81,8 @@ def captured(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream | None,
              device: torch.device) -> Iterator[None]:
     """Captures the block in `graph` on `stream`, while threads that know of `CAPTURING` wait.
 
-    Calls of other threads, such as DALI's own, concern a capture of mode "thread_local" less than one of the default
-    mode, but may still make it fail.
+    Calls of other threads, such as DALI's own, concern a capture of mode "thread_local" less than one of the
+    default mode, but may still make it fail.
 
     Raises:
         RuntimeError: it failed. PyTorch goes on as if nothing had been tried.
@@ -94,8 +100,8 @@ def captured(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream | None,
 def _forget_capture(device: torch.device, pool: tuple[int, int]) -> None:
     """Undoes what a failed capture leaves behind, because `CUDAGraph::capture_end` gives up half way.
 
-    The allocator would keep all memory that a second stream has used, and the generator would refuse the random
-    numbers of dropout ("Offset increment outside graph capture").
+    The allocator would keep all memory that a second stream has used, and the generator would refuse the
+    random numbers of dropout ("Offset increment outside graph capture").
     """
     index = torch.cuda.current_device() if device.index is None else device.index
     with contextlib.suppress(RuntimeError):  # it had been ended
@@ -143,4 +149,4 @@ class Readback:
         if self._there is None:
             return self._results
         self._there.synchronize()  # sync: the host needs the results now
-        return tuple(one.clone() for one in self._results)  # out of pinned memory, which PyTorch never gives back
+        return tuple(one.clone() for one in self._results)  # PyTorch never gives pinned memory back

@@ -15,7 +15,7 @@ from typing import IO
 from stpp.dataset.check import Checked
 from stpp.errors import UserError
 
-FORMAT, VERSION = "stpp-index", 1
+FORMAT, VERSION = "stpp-index", 2
 _OUTSIDE = re.compile(r"(^|/)\.\.(/|$)|^/|\x00|\n")
 
 
@@ -37,6 +37,13 @@ def _schema(pa: ModuleType):
             pa.field("converted", pa.string()),
             pa.field("width", pa.int32(), nullable=False),
             pa.field("height", pa.int32(), nullable=False),
+            pa.field("orientation", pa.int8(), nullable=False),
+            pa.field("plain", pa.bool_(), nullable=False),
+            pa.field("format", pa.string(), nullable=False),
+            pa.field("colours", pa.string(), nullable=False),
+            pa.field("alpha", pa.bool_(), nullable=False),
+            pa.field("bits", pa.int8(), nullable=False),
+            pa.field("used_bits", pa.int8(), nullable=False),
             pa.field("class_pixels", pa.list_(pa.int64())),
             pa.field("bytes", pa.int64(), nullable=False),
             pa.field("mtime_ns", pa.int64(), nullable=False),
@@ -75,8 +82,8 @@ class Writer:
                 "image": one.task.image,
                 "mask": one.task.mask,
                 "converted": one.converted,
-                "width": one.width,
-                "height": one.height,
+                **one.reading._asdict(),
+                "used_bits": one.used_bits,
                 "class_pixels": one.class_pixels,
                 "bytes": one.task.bytes,
                 "mtime_ns": one.task.mtime_ns,
@@ -173,6 +180,9 @@ def _wrong(pa: ModuleType, table, classes: int) -> str | None:
     for name in ("width", "height"):
         if table.num_rows and pc.min(table.column(name)).as_py() < 1:
             return f"a {name} below 1"
+    turns = table.column("orientation")
+    if table.num_rows and not (1 <= pc.min(turns).as_py() and pc.max(turns).as_py() <= 8):
+        return "an orientation that is not 1 to 8"
     pixels = table.column("class_pixels")
     lengths = pc.list_value_length(pixels)
     if pc.any(pc.not_equal(lengths, classes)).as_py():

@@ -15,6 +15,7 @@ from stpp.distributed import World
 from stpp.inference import views
 from stpp.inference.open import Teacher
 from stpp.loading import loader
+from stpp.loading.native import native_batches
 from stpp.loading.sample import Batch, Sample
 from stpp.metrics import iou_per_class, mean_iou
 from stpp_kernels import confusion
@@ -36,7 +37,8 @@ def evaluate(teacher: Teacher, samples: Sequence[Sample], here: World, data: Dat
         int64 [C, C] on the CPU, rows truth, columns prediction, in pixels; the same on every rank.
     """
     matrix = torch.zeros(teacher.num_classes, teacher.num_classes, dtype=torch.int64, device=here.device)
-    for batch in loader.native_batches(samples, here, data):
+    share, threads = loader.native_share(samples, here), distributed.threads_per_rank(here, data.threads)
+    for batch in native_batches(samples, share, device=here.device, loader=data.loader, threads=threads):
         masks_NHW = views.masks(teacher.logits, batch.images_NCHW, mode, teacher.num_classes, crop_px=crop_px)
         matrix += confusion(masks_NHW, batch.labels_NHW, teacher.num_classes)
         if seen is not None:

@@ -199,4 +199,5 @@ def bad_row(one: Planned, error: str, columns: dict[str, str], teacher: str) -> 
 
 def _row(one: Planned, teacher: str) -> dict:
     return {"key": one.item.key, "source": one.item.source, "status": "ok", "error": None,
-            "width": one.header and one.header.width, "height": one.header and one.header.height, "teacher": teacher}
+            "width": one.reading and one.reading.width, "height": one.reading and one.reading.height,
+            "teacher": teacher}

@@ -11,7 +11,7 @@ from stpp.errors import UserError
 LISTING = {"key": "string", "source": "string", "file": "string", "offset": "int64", "bytes": "int64", "error": "string"}
 """Columns of `plan/listing-*.parquet`: the items of a shard as the source yields them."""
 PLAN = {"position": "int64", **LISTING, "width": "int32", "height": "int32", "orientation": "int8", "plain": "bool",
-        "batch": "int32"}
+        "format": "string", "colours": "string", "alpha": "bool", "bits": "int8", "batch": "int32"}
 """Columns of `plan/part-*.parquet`: the items of a shard in the order that they are labelled."""
 LABELS = {"key": "string", "source": "string", "status": "string", "error": "string", "width": "int32", "height": "int32",
           "mean_confidence": "float64", "ignored_fraction": "float64", "class_pixels": "list<int64>", "confidence_map": "binary",

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import torch
 
 from stpp.config import AugmentConfig
+from stpp.device import staging
 from stpp.loading.sample import Sample, Stream
 from stpp.loading.sampler import STREAMS_OF_LIST, philox
 
@@ -139,6 +141,15 @@ def draw(stream: Stream, indices: np.ndarray, positions: np.ndarray, *, augment:
                         further=partial(_uniforms, view=number, **key))
         views.append(_appearance(own, strong_by_view[view], augment, boxes))
     return Augmentation(geometry=_geometry(uniforms, samples, augment), views=tuple(views))
+
+
+def pasting(drawn: Augmentation, stream: Stream, device: torch.device) -> dict[str, torch.Tensor]:
+    """Fields of a `Batch` whose step pastes: boxes of its views and what is shown, on the device; none where boxes are erased."""
+    if stream.box != "paste":
+        return {}
+    numbers = {"boxes_VN4": np.stack([view.box for view in drawn.views]), "shown_N4": drawn.geometry.shown}
+    return {name: staging(*values.shape, dtype=torch.int32, device=device).copy_(torch.from_numpy(values))
+            .to(device, non_blocking=True) for name, values in numbers.items()}
 
 
 def _geometry(uniforms: np.ndarray, samples: Sequence[Sample], augment: AugmentConfig) -> Geometry:

@@ -7,41 +7,38 @@ Legend: N samples, H W pixels, C colours.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter
 
 from stpp.config import AugmentConfig
-from stpp.device import Arriving, on, side_stream, staging
-from stpp.errors import UserError
-from stpp.images.image_file import opened, orientation, upright
-from stpp.images.masks import IGNORE, read_index_mask
-from stpp.images.pixels import normalised_batch
+from stpp.device import Arriving, copy_stream, on, staging
+from stpp.images.masks import IGNORE
+from stpp.images.pixels import normalised
 from stpp.loading.augment import (
     BRIGHTNESS,
     CONTRAST,
     HUE,
     SATURATION,
-    AugmentParams,
+    Appearance,
+    Augmentation,
+    Geometry,
     draw,
     noise_image,
     noise_side,
+    pasting,
 )
-from stpp.loading.sample import Batch, Sample
+from stpp.loading.decode import image_of, mask_of
+from stpp.loading.sample import Batch, Sample, Stream
 from stpp.loading.sampler import MicroBatch
-
-Decoded = tuple[np.ndarray, np.ndarray | None]
-"""Image, uint8 [H, W, 3], and mask, uint8 [H, W], or None."""
 
 
 def train_batches(
-    samples: Sequence[Sample],
+    stream: Stream,
     micro_batches: Iterable[MicroBatch],
     *,
     augment: AugmentConfig,
@@ -49,121 +46,75 @@ def train_batches(
     stage: int,
     device: torch.device | str,
     threads: int,
-    exif: bool = True,
     prefetch: int = 2,
 ) -> Iterator[Batch]:
     """Decodes, augments and normalises the given micro-batches: see `stpp.loading.dali.train_batches`.
 
     A pool of `threads` threads decodes and augments; batches are normalised on the device.
     """
-    for sample in samples:
-        if sample.mask is None:
-            raise ValueError(f"sample {sample.key!r} has no mask, expected one for every sample that trains")
-    _check(threads, prefetch)
-    side = augment.crop_px
-    noise = noise_image(noise_side(side))
-
-    def one(sample: Sample, params: AugmentParams, row: int) -> Decoded:
-        return augmented(*decoded(sample, exif=exif), params, row, side=side, noise=noise)
-
-    def tasks() -> Iterator[_Task]:
-        for micro in micro_batches:
-            chosen = [samples[i] for i in micro.indices]
-            params = draw(chosen, micro.positions, seed=seed, stage=stage, epoch=micro.epoch, crop_px=side,
-                          long_side=augment.long_side)  # fmt: skip
-            calls = [(one, sample, params, row) for row, sample in enumerate(chosen)]
-            yield _Task(micro, (side, side), calls)
-
-    return (
-        Batch(images_NCHW=images, labels_NHW=labels, indices=it.indices, step=it.step, epoch=it.epoch)
-        for it, images, labels in _pooled(tasks(), threads, prefetch, torch.device(device))
-    )
+    if threads < 1 or prefetch < 1:
+        raise ValueError(f"threads is {threads} and prefetch is {prefetch}, expected both at least 1")
+    device, noise = torch.device(device), noise_image(noise_side(augment.crop_px))
+    return _pooled(stream, micro_batches, partial(draw, stream, augment=augment, seed=seed, stage=stage),
+                   partial(augmented, stream=stream, noise=noise), threads, prefetch, device)
 
 
-def eval_batches(
-    samples: Sequence[Sample],
-    batches: Iterable[Sequence[int]],
-    *,
-    device: torch.device | str,
-    threads: int,
-    exif: bool = True,
-    prefetch: int = 2,
-) -> Iterator[Batch]:
-    """Decodes and normalises the given batches at native size: see `stpp.loading.dali.eval_batches`."""
-    _check(threads, prefetch)
-    batches = [np.asarray(batch, dtype=np.int64) for batch in batches]
-    for batch in batches:
-        if len({(samples[i].height, samples[i].width) for i in batch}) != 1:
-            raise ValueError(f"batch {batch.tolist()} is empty or holds images of different sizes")
-    labelled = all(sample.mask is not None for sample in samples)
-
-    one = partial(decoded, exif=exif, masked=labelled)
-
-    def tasks() -> Iterator[_Task]:
-        for batch in batches:
-            size = samples[batch[0]].height, samples[batch[0]].width
-            yield _Task(batch, size, [(one, samples[i]) for i in batch], labelled)
-
-    return (
-        Batch(images_NCHW=images, labels_NHW=labels, indices=batch)
-        for batch, images, labels in _pooled(tasks(), threads, prefetch, torch.device(device))
-    )
-
-
-def decoded(sample: Sample, *, exif: bool, masked: bool = True) -> Decoded:
-    """Reads a sample's files: uint8 [H, W, 3] colours and, if it has one and `masked`, its uint8 [H, W] mask.
+def decoded(sample: Sample, *, masked: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
+    """Reads a sample's files: uint8 [H, W, 3] colours and, if `masked`, its uint8 [H, W] mask.
 
     Raises:
         UserError: a file that is missing, broken, or of another size than the sample says.
     """
-    with opened(sample.image) as file:
-        image = np.asarray(file.convert("RGB"))
-        if exif:
-            image = upright(image, orientation(file))
-    mask = read_index_mask(sample.mask, exif=exif) if masked and sample.mask is not None else None
-    for path, pixels in ((sample.image, image), (sample.mask, mask)):
-        if pixels is not None and pixels.shape[:2] != (sample.height, sample.width):
-            raise UserError(
-                f"{path}: is {pixels.shape[1]}x{pixels.shape[0]} pixels where the index says "
-                f"{sample.width}x{sample.height}; run `stpp prepare` again"
-            )
-    return image, mask
+    return image_of(sample), mask_of(sample) if masked else None
 
 
 def augmented(
-    image: np.ndarray, mask: np.ndarray, params: AugmentParams, row: int, *, side: int, noise: np.ndarray
-) -> Decoded:
-    """Applies one row of parameters.
+    image: np.ndarray, mask: np.ndarray | None, drawn: Augmentation, row: int, *, stream: Stream, noise: np.ndarray
+) -> tuple[list[np.ndarray], np.ndarray | None]:
+    """Applies one row of the drawn numbers.
 
     Args:
         image, mask: uint8 [H, W, 3] and uint8 [H, W].
-        params, row: which row of which parameters.
-        side: of the crop, pixels.
-        noise: uint8 image that cutout boxes are filled from.
+        drawn, row: which row of which numbers.
+        stream: whose views are made.
+        noise: uint8 image that boxes are filled from.
 
     Returns:
-        uint8 [side, side, 3] image, not normalised, and uint8 [side, side] mask.
+        uint8 [side, side, 3] each view, not normalised, and uint8 [side, side] mask.
     """
-    size = (int(params.resize_w[row]), int(params.resize_h[row]))
-    top, left = int(params.crop_y[row]), int(params.crop_x[row])
+    crop, labels = _cropped(image, mask, drawn.geometry, row)
+    views = []
+    for view, kind in zip(drawn.views, stream.views, strict=True):
+        seen = crop
+        if kind != "weak" and (view.jitter[row] or view.gray[row] or view.blur_sigma[row] > 0):
+            seen = np.array(_recolored(Image.fromarray(np.ascontiguousarray(crop)), view, row))
+        y, x, box_h, box_w = view.box[row].tolist()
+        if box_h and stream.box == "erase":
+            seen = seen.copy()
+            noise_y, noise_x = view.noise_offset[row] + (y, x)
+            seen[y : y + box_h, x : x + box_w] = noise[noise_y : noise_y + box_h, noise_x : noise_x + box_w]
+            if labels is not None:
+                labels[y : y + box_h, x : x + box_w] = IGNORE
+        views.append(seen)
+    return views, labels
+
+
+def _cropped(image: np.ndarray, mask: np.ndarray | None, cut: Geometry, row: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Resizes, pads, crops and flips."""
+    size, side = (int(cut.resize_w[row]), int(cut.resize_h[row])), cut.crop_px
+    top, left = int(cut.crop_y[row]), int(cut.crop_x[row])
     height, width = min(size[1] - top, side), min(size[0] - left, side)
     crop = np.zeros((side, side, 3), dtype=np.uint8)
-    labels = np.full((side, side), IGNORE, dtype=np.uint8)
     # Image.fromarray wants rows in one piece, and an image turned upright is a view.
     resized = np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize(size, Image.Resampling.BILINEAR))
     crop[:height, :width] = resized[top : top + height, left : left + width]
-    source_rows = _nearest(size[1], mask.shape[0])[top : top + height]
-    labels[:height, :width] = mask[source_rows[:, None], _nearest(size[0], mask.shape[1])[left : left + width]]
-    if params.flip[row]:
-        crop, labels = crop[:, ::-1], labels[:, ::-1]
-
-    if params.jitter[row] or params.gray[row] or params.blur_sigma[row] > 0:
-        crop = np.array(_recolored(Image.fromarray(np.ascontiguousarray(crop)), params, row))
-    y, x, box_h, box_w = params.cutout[row].tolist()
-    if box_h:
-        noise_y, noise_x = params.noise_offset[row] + (y, x)
-        crop[y : y + box_h, x : x + box_w] = noise[noise_y : noise_y + box_h, noise_x : noise_x + box_w]
-        labels[y : y + box_h, x : x + box_w] = IGNORE
+    labels = None
+    if mask is not None:
+        labels = np.full((side, side), IGNORE, dtype=np.uint8)
+        source_rows = _nearest(size[1], mask.shape[0])[top : top + height]
+        labels[:height, :width] = mask[source_rows[:, None], _nearest(size[0], mask.shape[1])[left : left + width]]
+    if cut.flip[row]:
+        crop, labels = crop[:, ::-1], None if labels is None else labels[:, ::-1]
     return crop, labels
 
 
@@ -175,22 +126,22 @@ def _nearest(resized: int, source: int) -> np.ndarray:
     return (2 * np.arange(resized) + 1) * source // (2 * resized)
 
 
-def _recolored(image: Image.Image, params: AugmentParams, row: int) -> Image.Image:
+def _recolored(image: Image.Image, view: Appearance, row: int) -> Image.Image:
     """Jitter, gray, blur."""
-    if params.jitter[row]:
-        for operation in params.jitter_order[row]:
+    if view.jitter[row]:
+        for operation in view.jitter_order[row]:
             if operation == BRIGHTNESS:
-                image = ImageEnhance.Brightness(image).enhance(float(params.brightness[row]))
+                image = ImageEnhance.Brightness(image).enhance(float(view.brightness[row]))
             elif operation == CONTRAST:
-                image = ImageEnhance.Contrast(image).enhance(float(params.contrast[row]))
+                image = ImageEnhance.Contrast(image).enhance(float(view.contrast[row]))
             elif operation == SATURATION:
-                image = ImageEnhance.Color(image).enhance(float(params.saturation[row]))
+                image = ImageEnhance.Color(image).enhance(float(view.saturation[row]))
             elif operation == HUE:
-                image = _shift_hue(image, float(params.hue[row]))
-    if params.gray[row]:
+                image = _shift_hue(image, float(view.hue[row]))
+    if view.gray[row]:
         image = image.convert("L").convert("RGB")
-    if params.blur_sigma[row] > 0:
-        image = image.filter(ImageFilter.GaussianBlur(float(params.blur_sigma[row])))
+    if view.blur_sigma[row] > 0:
+        image = image.filter(ImageFilter.GaussianBlur(float(view.blur_sigma[row])))
     return image
 
 
@@ -203,40 +154,23 @@ def _shift_hue(image: Image.Image, turns: float) -> Image.Image:
     return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
 
 
-def _check(threads: int, prefetch: int) -> None:
-    if threads < 1 or prefetch < 1:
-        raise ValueError(f"threads is {threads} and prefetch is {prefetch}, expected both at least 1")
-
-
-@dataclass(frozen=True, slots=True)
-class _Task:
-    """A batch to be loaded."""
-
-    label: Any
-    """Says which it is."""
-    size: tuple[int, int]
-    """Height and width of its images."""
-    calls: list[tuple]
-    """A function that returns `Decoded`, and its arguments, for each image."""
-    masked: bool = True
-
-
 class _Loading:
     """A batch that threads load, image by image, into memory that the device can copy from."""
 
-    def __init__(
-        self, task: _Task, pool: ThreadPoolExecutor, device: torch.device, stream: torch.cuda.Stream | None
-    ):
-        self.label, self._device, self._stream = task.label, device, stream
-        shape, settings = (len(task.calls), *task.size), {"dtype": torch.uint8, "device": device}
-        self._pixels_NHWC = staging(*shape, 3, **settings)
-        self._labels_NHW = staging(*shape, **settings) if task.masked else None
-        self._rows = [pool.submit(self._fill, row, *call) for row, call in enumerate(task.calls)]
+    def __init__(self, micro: MicroBatch, drawn: Augmentation, stream: Stream, apply: Callable, pool: ThreadPoolExecutor,
+                 device: torch.device, copies: torch.cuda.Stream | None):
+        self._micro, self._drawn, self._stream, self._apply = micro, drawn, stream, apply
+        self._device, self._copies = device, copies
+        n, side, settings = len(micro.indices), drawn.geometry.crop_px, {"dtype": torch.uint8, "device": device}
+        self._pixels_VNHWC = staging(len(stream.views), n, side, side, 3, **settings)
+        self._labels_NHW = staging(n, side, side, **settings) if stream.masked else None
+        self._rows = [pool.submit(self._fill, row, stream.samples[i]) for row, i in enumerate(micro.indices)]
         self._arriving: Arriving | None = None
 
-    def _fill(self, row: int, load: Callable[..., Decoded], *args: Any) -> None:
-        image, mask = load(*args)
-        self._pixels_NHWC.numpy()[row] = image
+    def _fill(self, row: int, sample: Sample) -> None:
+        views, mask = self._apply(*decoded(sample, masked=self._stream.masked), self._drawn, row)
+        for number, view in enumerate(views):
+            self._pixels_VNHWC.numpy()[number, row] = view
         if self._labels_NHW is not None:
             self._labels_NHW.numpy()[row] = mask
 
@@ -249,39 +183,41 @@ class _Loading:
         if self._arriving is None:
             for row in self._rows:
                 row.result()
-            there = [staged for staged in (self._pixels_NHWC, self._labels_NHW) if staged is not None]
-            with on(self._stream):
+            there = [staged for staged in (self._pixels_VNHWC, self._labels_NHW) if staged is not None]
+            with on(self._copies):
                 copies = [staged.to(self._device, non_blocking=True) for staged in there]
-                self._arriving = Arriving(*copies, stream=self._stream)
+                self._arriving = Arriving(*copies, stream=self._copies)
 
-    def take(self) -> tuple[Any, torch.Tensor, torch.Tensor | None]:
-        """Label, normalised images and labels, on the device."""
+    def take(self) -> Batch:
+        """The batch, on the device."""
         self.send()
-        pixels_NHWC, *labels = self._arriving.take()
-        return self.label, normalised_batch(pixels_NHWC), labels[0] if labels else None
+        pixels_VNHWC, *labels = self._arriving.take()
+        return Batch(views=tuple(normalised(view).permute(0, 3, 1, 2) for view in pixels_VNHWC),
+                     labels_NHW=labels[0] if labels else None, indices=self._micro.indices, step=self._micro.step,
+                     epoch=self._micro.epoch, **pasting(self._drawn, self._stream, self._device))
 
 
-def _pooled(
-    tasks: Iterable[_Task], threads: int, prefetch: int, device: torch.device
-) -> Iterator[tuple[Any, torch.Tensor, torch.Tensor | None]]:
+def _pooled(stream: Stream, micro_batches: Iterable[MicroBatch], numbers: Callable, apply: Callable, threads: int, prefetch: int,
+            device: torch.device) -> Iterator[Batch]:
     """Loads batches in a pool of threads; yields them in order, `prefetch` of them being worked on.
 
     PIL and NumPy release the interpreter's lock in most of what they do here, so threads are enough. A batch that is
     loaded when the one before it is asked for is copied then, beside what the device computes; one that is late or
     broken waits for its turn.
     """
-    pool, stream = ThreadPoolExecutor(threads, thread_name_prefix="stpp-load"), side_stream(device)
+    pool, copies = ThreadPoolExecutor(threads, thread_name_prefix="stpp-load"), copy_stream(device)
     ahead: deque[_Loading] = deque()
 
-    def next_one() -> tuple[Any, torch.Tensor, torch.Tensor | None]:
+    def next_one() -> Batch:
         taken = ahead.popleft().take()
         if ahead and ahead[0].is_good():
             ahead[0].send()
         return taken
 
     try:
-        for task in tasks:
-            ahead.append(_Loading(task, pool, device, stream))
+        for micro in micro_batches:
+            drawn = numbers(micro.indices, micro.positions, epoch=micro.epoch)
+            ahead.append(_Loading(micro, drawn, stream, apply, pool, device, copies))
             if len(ahead) > prefetch:
                 yield next_one()
         while ahead:

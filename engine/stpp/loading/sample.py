@@ -7,6 +7,8 @@ from typing import Literal
 import numpy as np
 import torch
 
+from stpp.images.reading import Reading
+
 View = Literal["sample", "weak", "strong"]
 
 
@@ -24,8 +26,17 @@ class Sample:
     """Pixels, after the EXIF rule of the data set."""
     height: int
     """Pixels, after the EXIF rule of the data set."""
+    orientation: int = 1
+    """EXIF orientation that the image is turned upright from, see `stpp.images.reading`."""
+    plain: bool = False
+    """Whether every decoder makes the same of the image; PIL decodes what is not."""
     strong: bool = False
     """Whether training augments it strongly: True for unlabelled images with a pseudo label."""
+
+    @property
+    def reading(self) -> Reading:
+        """How the image is read."""
+        return Reading(self.width, self.height, self.orientation, self.plain)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

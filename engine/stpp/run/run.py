@@ -225,8 +225,7 @@ class Run:
             trained = [stage["name"] for stage in self.stages if stage["steps"]]
             teachers = {name: self._teacher(self._folder(name) / "best.pt") for name in (trained[0], trained[-1])}
             spread = self.val[:: math.ceil(len(self.val) / EXAMPLES)]
-            write_examples(self.config.out / "examples.png", spread, teachers, self.here.device,
-                           exif=self.config.data.exif)
+            write_examples(self.config.out / "examples.png", spread, teachers, self.here.device)
         out = self.config.out
         try:
             write_report(out, out / "report", most_pictures=PICTURES)

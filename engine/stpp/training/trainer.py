@@ -199,7 +199,7 @@ class Trainer:
                 sampler.micro_batches(self.steps_done, self.schedule.steps, rank=self.here.rank, world=self.here.size,
                                       accumulate=train.accumulate),
                 augment=self.config.augment, seed=self.config.seed, stage=self.key, device=self.here.device,
-                threads=distributed.threads_per_rank(self.here, data.threads), exif=data.exif)
+                threads=distributed.threads_per_rank(self.here, data.threads))
             for stream, sampler in zip(self.streams, self.samplers, strict=True)]
         together = zip(*batches, strict=True)
         while True:
@@ -309,7 +309,8 @@ class Trainer:
         distributed.broadcast_buffers(deployed)
         if self.here.is_main:
             self.writer.save(self.folder / name, model=deployed.state_dict(), classes=list(self.classes),
-                             architecture=dataclasses.asdict(self.config.model), step=self.steps_done, **scores)
+                             architecture=dataclasses.asdict(self.config.model), step=self.steps_done,
+                             reading={"exif": self.config.data.exif}, **scores)
 
     def _save(self) -> None:
         """Writes everything that the next step depends on."""
