@@ -3,6 +3,7 @@
 Nothing heavy is imported before a command runs, so that `--help` is instant.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -25,6 +26,8 @@ class Prepare:
     data: SourceConfig = field(default_factory=SourceConfig)
     workers: int | None = None
     """Processes that read files; unset: all cores."""
+    strict: bool = False
+    """Refuse what else is warned of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,13 +116,14 @@ class Demo:
 
 def _prepare(args: list[str]) -> None:
     options = config.parse(Prepare, args, prog="stpp prepare")
-    from stpp.dataset import index
+    from stpp.dataset import card, index
 
     data = options.data
     _need_root(data)
     made = index.prepare(data.root, options.out, layout=data.layout, images=data.images, masks=data.masks,
                          classes=data.classes, mask_map=data.mask_map, exif=data.exif, unlabelled=data.unlabelled,
-                         workers=options.workers)
+                         follow_links=data.follow_links, workers=options.workers, strict=options.strict)
+    print((options.out / card.TEXT).read_text(encoding="utf-8"))
     with_mask = sum(entry.mask is not None for entry in made.entries.values())
     print(f"{options.out}: {len(made.entries)} images, {with_mask} with a mask, {len(made.classes)} classes")
 
@@ -161,16 +165,17 @@ def _evaluate(args: list[str]) -> None:
     if not options.checkpoint.is_file():
         raise UserError(f"--checkpoint {options.checkpoint}: no such file")
     from stpp import distributed, log
-    from stpp.dataset import index, splits
+    from stpp.dataset import splits
     from stpp.inference.evaluate import evaluate, report
     from stpp.inference.open import EagerTeacher
     from stpp.models.trained import load_network
     from stpp.precision import autocast_dtype
+    from stpp.run.freshness import of_today
 
     folder, listed = _of_run(options)
     with distributed.world(options.device) as here:
         log.set_speaker(here.is_main)
-        known = index.load(folder)
+        known = of_today(folder, listed, here)
         data = DataConfig(exif=known.exif, loader=options.loader, threads=options.threads)
         samples = splits.read_split(listed, known, labelled=True)
         network, classes, _ = load_network(options.checkpoint, output_stride=options.output_stride, class_names=known.classes)
@@ -181,7 +186,8 @@ def _evaluate(args: list[str]) -> None:
                                dtype=autocast_dtype(options.precision, here.device))
         matrix = evaluate(teacher, samples, here, data, mode=options.tta, crop_px=options.sliding_window)
         if here.is_main:
-            print(report(matrix, classes, images=len(samples), out=options.out))
+            print(report(matrix, classes, images=len(samples)))
+            report(matrix, classes, images=len(samples), out=options.out)  # a disk that is full costs the file alone
 
 
 def _of_run(options: Evaluate) -> tuple[Path, Path]:
@@ -295,8 +301,14 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
 }
 
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Failures that no command can foresee, and that a user can mend: a full disk, one that may not be written to."""
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs one command. Exits with 0 when it is done, 1 when it failed, 2 for the user's mistake, 130 and 143 when stopped."""
+    if argv is None:
+        _in_utf8()
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help"):
         names = "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
@@ -323,9 +335,25 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            _tell_torchrun(error)
+            raise
+        refusal = UserError(f"{error.filename or 'a file'}: cannot be written ({error.strerror}); make room, or choose another --out")
+        if _is_heard():
+            print(f"stpp: {refusal}", file=sys.stderr)
+        _tell_torchrun(refusal)
+        sys.exit(2)
     except Exception as error:
         _tell_torchrun(error)
         raise
+
+
+def _in_utf8() -> None:
+    """Starts this program again in UTF-8 where the locale has another encoding for names of files: images have names of any kind."""
+    if sys.getfilesystemencoding().lower().replace("-", "") != "utf8" and os.environ.get("PYTHONUTF8") != "1":
+        sys.stdout.flush()
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"PYTHONUTF8": "1"})
 
 
 def _is_heard() -> bool:

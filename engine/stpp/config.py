@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
+from stpp import files
 from stpp.errors import UserError
 
 if sys.version_info >= (3, 11):
@@ -27,7 +28,7 @@ else:
 
 T = TypeVar("T")
 Method = Literal["supervised", "st", "stpp"]
-MAY_CHANGE = ("out", "control", "device", "timeout_minutes", "data.threads", "data.index", "profile",
+MAY_CHANGE = ("out", "control", "device", "timeout_minutes", "data.threads", "data.index", "profile", "strict",
               "train.checkpoint_steps", "train.checkpoint_minutes", "train.on_nonfinite")
 """Keys that a run may be continued with although they differ: they do not change what is computed."""
 
@@ -57,6 +58,8 @@ class SourceConfig:
     """Further folders, anywhere: every image below one is an unlabelled image, named FOLDER/PATH by the folder's own name."""
     exif: bool = True
     """Turn images upright by their EXIF orientation (masks are expected upright); off: read both as stored."""
+    follow_links: bool = False
+    """Follow links that lead out of the root, to another disk for example; off: they are refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +222,8 @@ class Config:
     """The same bits in every run on the same machine, at some cost in speed."""
     timeout_minutes: float = 30.0
     """A rank that waits so long for another in training ends, and torchrun with it (or starts all again)."""
+    strict: bool = False
+    """Refuse a data set, or lists, that give cause for a warning."""
     profile: bool = False
     """Trace a few steps of every stage that trains: profile/ in its folder has the trace and a table of a step's parts."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -280,7 +285,7 @@ def load_recipe(cls: type[T], path: Path) -> T:
         UserError: no such file, not TOML or JSON, an unknown key, an impossible value.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = files.read_text(path)
         values = json.loads(text) if str(path).endswith(".json") else tomllib.loads(text)
     except OSError as error:
         raise UserError(f"--recipe {path}: {error.strerror}; give the path of a .toml file") from None

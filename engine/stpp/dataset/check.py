@@ -3,6 +3,7 @@
 This module imports neither torch nor pyarrow, so that worker processes start quickly.
 """
 
+import hashlib
 import multiprocessing
 import os
 from collections import deque
@@ -12,10 +13,14 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
 
-from stpp.dataset.mask_map import MaskMap
+import numpy as np
+
+from stpp import files
+from stpp.dataset.mask_judge import Edges, edges
+from stpp.dataset.mask_map import MANY, MaskMap
 from stpp.errors import UserError
 from stpp.images.image_file import opened, orientation, upright_size
-from stpp.images.masks import IGNORE, count_indices, read_mask, write_index_png
+from stpp.images.masks import IGNORE, Stored, count_indices, read_mask, write_index_png
 
 _CHUNK = 16
 """Images passed to a process at once: enough to make passing them cheap, few enough that no core idles at the end."""
@@ -29,7 +34,24 @@ class Task:
     image: str
     mask: str | None
     bytes: int
+    """Of the image; -1 where it is no readable file. So in the other stamps."""
     mtime_ns: int
+    mask_bytes: int | None = None
+    mask_mtime_ns: int | None = None
+    digest: bool = False
+    """Take a digest of the image's bytes: another file is as long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How an image file stores its picture: what the data card counts."""
+
+    format: str
+    """Pillow's name."""
+    mode: str
+    """Pillow's name of the colour model and the bits."""
+    orientation: int
+    """EXIF orientation, 1 to 8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +65,14 @@ class Checked:
     """The mask written anew, relative to the index's folder."""
     class_pixels: list[int] | None = None
     problems: tuple[str, ...] = ()
+    look: Look | None = None
+    ignored: int = 0
+    """Pixels of the mask that are 255."""
+    stored: Stored | None = None
+    """How the mask stores its ids."""
+    edges: Edges | None = None
+    digest: str | None = None
+    """Of the image's bytes, where the task asks for it."""
 
 
 def check_all(tasks: list[Task], arguments: tuple, workers: int | None = None) -> Iterator[list[Checked]]:
@@ -93,54 +123,78 @@ def check(task: Task, root: str, out: str, classes: int, exif: bool, mask_map: M
         exif: the EXIF rule, see stpp.images.image_file.
         mask_map: what the numbers or colours of masks mean; None: they are class ids.
     """
-    stored, turn, mask, mask_turn, problems = None, 1, None, 1, []
+    size, look, found, problems = None, None, None, []
     try:
-        stored, turn = _look(os.path.join(root, task.image))
+        size, look = _look(os.path.join(root, task.image))
     except UserError as error:
         problems.append(_relative(error, root))
     if task.mask is not None:
         try:
-            mask, plain, mask_turn = read_mask(os.path.join(root, task.mask), exif=exif, mask_map=mask_map)
+            found = read_mask(os.path.join(root, task.mask), exif=exif, mask_map=mask_map)
         except UserError as error:
             problems.append(_relative(error, root))
     counts = None
-    if mask is not None:
-        counts = count_indices(mask)
-        wrong = [i for i in counts.nonzero()[0].tolist() if classes <= i != IGNORE]
-        if wrong:
-            ids = ", ".join(f"id {i} in {counts[i]} pixels" for i in wrong[:5]) + (", ..." if len(wrong) > 5 else "")
-            problems.append(f"{task.mask}: class {ids}; the class list has ids 0 to {classes - 1} (255 is ignore); "
-                            "--data.mask-map turns other ids into these")
-    if stored is None:
+    if found is not None:
+        counts = count_indices(found.values)
+        problems += _mask_problems(task.mask, found.stored, counts, classes)
+    if size is None:
         return Checked(task, problems=tuple(problems))
-    width, height = upright_size(*stored, turn) if exif else stored
-    if mask is not None and mask.shape != (height, width):
-        problems.append(_size_problem(task, (width, height), mask.shape[::-1], stored, turn, mask_turn, exif))
+    turn = look.orientation
+    width, height = upright_size(*size, turn) if exif else size
+    if found is not None and found.values.shape != (height, width):
+        problems.append(_size_problem(task, (width, height), found.values.shape[::-1], size, turn, found.turn, exif))
     if problems:
-        return Checked(task, problems=tuple(problems))
+        return Checked(task, problems=tuple(problems), look=look)
     converted = None
-    if mask is not None and not plain:
+    if found is not None and not found.plain:
         converted = f"masks/{task.key}.png"
         target = os.path.join(out, converted)
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        write_index_png(target, mask)
-    pixels = None if counts is None else counts[:classes].tolist()
-    return Checked(task, width, height, converted, pixels)
+        with files.renamed(target, f"{target}.{os.getpid()}.tmp") as file:
+            write_index_png(file, found.values)
+    digest = _digest(os.path.join(root, task.image)) if task.digest else None
+    if found is None:
+        return Checked(task, width, height, look=look, digest=digest)
+    return Checked(task, width, height, converted, counts[:classes].tolist(), look=look, ignored=int(counts[IGNORE]),
+                   stored=found.stored, edges=edges(found.values), digest=digest)
 
 
-def _look(path: str) -> tuple[tuple[int, int], int]:
-    """(width, height) as stored, and EXIF orientation, of an image whose data were decoded to the end.
+def _mask_problems(path: str, stored: Stored, counts: np.ndarray, classes: int) -> list[str]:
+    """What is wrong with one mask alone."""
+    found = []
+    if stored.transparent:
+        found.append(f"{path}: {stored.transparent} pixels of the mask are transparent and others are not, so what they hold is not "
+                     "plain; flatten the image (without anti-aliasing) and save it without an alpha channel")
+    wrong = [i for i in counts.nonzero()[0].tolist() if classes <= i != IGNORE]
+    if len(wrong) > MANY:
+        found.append(f"{path}: {len(wrong)} ids from {wrong[0]} to {wrong[-1]} in {counts[wrong].sum()} pixels are outside the class list "
+                     f"(0 to {classes - 1}; 255 is ignore): soft edges or JPEG noise; save the mask as PNG without anti-aliasing, or "
+                     "give every pixel the nearest id in an image editor")
+    elif wrong:
+        ids = ", ".join(f"id {i} in {counts[i]} pixels" for i in wrong[:5]) + (", ..." if len(wrong) > 5 else "")
+        found.append(f"{path}: class {ids}; the class list has ids 0 to {classes - 1} (255 is ignore); "
+                     "--data.mask-map turns other ids into these")
+    return found
+
+
+def _look(path: str) -> tuple[tuple[int, int], Look]:
+    """(width, height) as stored, and the rest, of an image whose data were decoded to the end.
 
     Headers alone would pass files that are cut short, and one of those stops a whole DALI pipeline. A JPEG is decoded
     at an eighth of its size: that reads all its data but skips most of the arithmetic.
     """
     with opened(path) as image:
-        size = image.size
+        size, mode, kind = image.size, image.mode, image.format
         turn = orientation(image)
-        if image.format == "JPEG" or image.format == "MPO":
+        if kind == "JPEG" or kind == "MPO":
             image.draft(None, (max(1, size[0] // 8), max(1, size[1] // 8)))
         image.load()
-        return size, orientation(image) if turn == 1 else turn
+        return size, Look(kind, mode, orientation(image) if turn == 1 else turn)
+
+
+def _digest(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.blake2b(file.read(), digest_size=16).hexdigest()
 
 
 def _size_problem(task, size, mask_size, stored, turn, mask_turn, exif) -> str:

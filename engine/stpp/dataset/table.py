@@ -15,7 +15,7 @@ from typing import IO
 from stpp.dataset.check import Checked
 from stpp.errors import UserError
 
-FORMAT, VERSION = "stpp-index", 1
+FORMAT, VERSION = "stpp-index", 2
 _OUTSIDE = re.compile(r"(^|/)\.\.(/|$)|^/|\x00|\n")
 
 
@@ -40,6 +40,8 @@ def _schema(pa: ModuleType):
             pa.field("class_pixels", pa.list_(pa.int64())),
             pa.field("bytes", pa.int64(), nullable=False),
             pa.field("mtime_ns", pa.int64(), nullable=False),
+            pa.field("mask_bytes", pa.int64()),
+            pa.field("mask_mtime_ns", pa.int64()),
         ]
     )
 
@@ -80,6 +82,8 @@ class Writer:
                 "class_pixels": one.class_pixels,
                 "bytes": one.task.bytes,
                 "mtime_ns": one.task.mtime_ns,
+                "mask_bytes": one.task.mask_bytes,
+                "mask_mtime_ns": one.task.mask_mtime_ns,
             }
             for one in self._rows
         ]
@@ -141,7 +145,7 @@ def read(path: Path, entry: type, *, rows: int, classes: int) -> Rows:
     if wrong:
         raise UserError(problem.format(wrong))
     columns = {
-        name: table.column(name) if name == "class_pixels" else _plain(table.column(name))
+        name: table.column(name) if name in ("class_pixels", "mask_bytes", "mask_mtime_ns") else _plain(table.column(name))
         for name in table.column_names
     }
     result = Rows(columns, entry)
@@ -206,6 +210,10 @@ def read_json(out: Path) -> dict | None:
     raise UserError(f"{path}: is not an index of this program, or is damaged; remove it, or choose another folder")
 
 
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
 def _well_formed(value: dict) -> bool:
     """Whether index.json holds what this version writes."""
     texts = all(isinstance(value.get(name), str) for name in ("root", "layout", "fingerprint"))
@@ -222,4 +230,7 @@ def _well_formed(value: dict) -> bool:
         and isinstance(settings.get("exif"), bool)
         and isinstance(folders := settings.get("unlabelled", []), list)
         and all(isinstance(folder, str) and os.path.isabs(folder) for folder in folders)
+        and _are_texts(value.get("warnings"))
+        and isinstance(twins := value.get("twins"), list)
+        and all(map(_are_texts, twins))
     )

@@ -119,7 +119,7 @@ def upright(pixels: np.ndarray, value: int) -> np.ndarray:
         pixels = pixels[::-1]
     return pixels
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 

@@ -9,10 +9,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from stpp import files
 from stpp.images.masks import read_index_mask
+from stpp.images.palette import colourise
 from stpp.inference.open import Teacher
 from stpp.loading import loader
 from stpp.loading.sample import Batch, Sample
-from stpp.report.palette import colourise
 from stpp_kernels import upsample_argmax
 
 CELL_PX = 160
