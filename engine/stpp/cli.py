@@ -4,6 +4,7 @@ Nothing heavy is imported before a command runs, so that `--help` is instant.
 """
 
 import errno
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -123,7 +124,7 @@ def _prepare(args: list[str]) -> None:
     made = index.prepare(data.root, options.out, layout=data.layout, images=data.images, masks=data.masks,
                          classes=data.classes, mask_map=data.mask_map, exif=data.exif, unlabelled=data.unlabelled,
                          follow_links=data.follow_links, workers=options.workers, strict=options.strict)
-    print((options.out / card.TEXT).read_text(encoding="utf-8"))
+    print(card.table(json.loads((options.out / card.JSON).read_text(encoding="utf-8"))))
     with_mask = sum(entry.mask is not None for entry in made.entries.values())
     print(f"{options.out}: {len(made.entries)} images, {with_mask} with a mask, {len(made.classes)} classes")
 
@@ -145,8 +146,6 @@ def _train(args: list[str]) -> None:
     default = config.load_recipe(Config, Path(recipe)) if recipe else Config()
     resolved = config.parse(Config, args, prog="stpp train [--recipe FILE] [--print-config]", default=default)
     if print_config:
-        import json
-
         print(json.dumps(config.to_dict(resolved), indent=2))
         return
     if resolved.out is None:

@@ -74,21 +74,25 @@ class Tally:
         }
 
 
-def write(out: Path, tally: Tally, *, about: dict, splits: dict[str, int], notes: Notes) -> str:
-    """Writes card.json and card.txt; returns the text.
+def write(out: Path, tally: Tally, *, about: dict, splits: dict[str, int], notes: Notes) -> None:
+    """Writes card.json and card.txt.
 
     Args:
-        about: root, layout and such, for the head of the card.
+        about: root, layout and counts, for the head of the card.
         splits: images by what the data set's own lists and folders have them for.
     """
     values = {**about, **tally.values(), "splits": splits, "notes": notes.lines, "warnings": notes.warnings}
     files.write_json(out / JSON, values)
-    text = _text(values)
-    files.write_text(out / TEXT, text)
-    return text
+    said = [*notes.lines, *(f"warning: {text}" for text in notes.warnings)]
+    files.write_text(out / TEXT, "\n".join([table(values), *([""] if said else []), *said]) + "\n")
 
 
-def _text(values: dict) -> str:
+def table(values: dict) -> str:
+    """The card as text, without what was said on the way to it.
+
+    Args:
+        values: what card.json holds.
+    """
     rows = [("root", values["root"]), ("layout", values["layout"]),
             ("images", f"{values['counts']['images']}, {values['counts']['masks']} with a mask")]
     rows += [(name, _counted(counts)) for name, counts in values["images"].items()]
@@ -97,16 +101,15 @@ def _text(values: dict) -> str:
                           f"{sizes['smallest_side_px']} to {sizes['largest_side_px']} pixels"))
     if values["masks"]:
         rows.append(("masks", _counted(values["masks"])))
-    rows.append(("official splits", ", ".join(f"{name} {count}" for name, count in values["splits"].items() if count) or "none"))
+    rows.append(("splits", ", ".join(f"{name} {count}" for name, count in values["splits"].items())))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     if values["masks"]:
-        table = [("class", "pixels", "share", "images")]
-        table += [(one["name"], str(one["pixels"]), f"{one['share_pct']:.2f} %", str(one["images"])) for one in values["classes"]]
-        table.append(("255 (ignore)", str(values["ignored"]["pixels"]), f"{values['ignored']['share_pct']:.2f} %", ""))
-        lines += ["", log.table(table)]
-    said = [*values["notes"], *(f"warning: {text}" for text in values["warnings"])]
-    return "\n".join([*lines, *([""] if said else []), *said]) + "\n"
+        classes = [("class", "pixels", "share", "images")]
+        classes += [(one["name"], str(one["pixels"]), f"{one['share_pct']:.2f} %", str(one["images"])) for one in values["classes"]]
+        classes.append(("255 (ignore)", str(values["ignored"]["pixels"]), f"{values['ignored']['share_pct']:.2f} %", ""))
+        lines += ["", log.table(classes)]
+    return "\n".join(lines)
 
 
 def _counted(counts: dict[str, int]) -> str:

@@ -91,10 +91,8 @@ def _text(path: Path) -> list[str]:
 
 def _yaml(path: Path) -> list[str]:
     """YOLO's: `names: [a, b]`, `names: {0: a}`, or a block of either."""
-    try:
-        import yaml
-    except ImportError:
-        raise UserError(f"{path}: needs pyyaml to be read; pip install pyyaml, or write {JSON}") from None
+    import yaml
+
     try:
         value = yaml.safe_load(_read(path))
     except (yaml.YAMLError, RecursionError) as error:

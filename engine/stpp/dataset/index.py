@@ -141,6 +141,13 @@ def is_stale(out: str | os.PathLike, root: str | os.PathLike, **options) -> bool
     return survey.tasks(layouts.checked_root(root), settings, out, Notes(quiet=True))[1] != stored["fingerprint"]
 
 
+def warned(index: Index) -> list[str]:
+    """The warnings of the preparation, and those that its folders give cause to now: what is passed over is in no fingerprint."""
+    notes = Notes(quiet=True)
+    survey.tasks(index.root, dict(index.settings), index.out, notes)
+    return list(dict.fromkeys([*index.warnings, *notes.warnings]))
+
+
 def renewed(index: Index) -> Index:
     """The index made anew, with what it was prepared with, of the files as they are now.
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stpp.dataset import cityscapes
-from stpp.dataset.notes import Notes
+from stpp.dataset.notes import Notes, counted
 from stpp.dataset.patterns import Side, parsed
 from stpp.dataset.search import Search
 from stpp.dataset.walk import walk
@@ -195,7 +195,7 @@ def _with_original(search: Search, augmented: dict[str, str], notes: Notes) -> d
     own = dict(search.named(Side(_VOC[1], None, (".png",)), "masks", False, PassedOver()))
     lacking = {name: path for name, path in own.items() if name not in augmented}
     if lacking:
-        notes.line(f"{len(lacking)} masks are taken from {_VOC[1]}/, as {_VOC_AUGMENTED}/ has none of these images: for example "
+        notes.line(f"{counted(len(lacking), 'mask')} from {_VOC[1]}/, as {_VOC_AUGMENTED}/ has none of these images, for example "
                    f"{next(iter(lacking.values()))}")
     return augmented | lacking
 
@@ -207,16 +207,16 @@ def _leave_out_masks(taken: dict[str, str], mask_of: dict[str, str], notes: Note
     for name in both:
         del taken[name]
     if both:
-        notes.line(f"{len(both)} files match the patterns of images and of masks; they are masks, no images")
+        notes.line(f"masks, no images, though they match the patterns of both: {counted(len(both), 'file')}")
     named = {os.path.splitext(path)[0]: name for name, path in taken.items()}
     beside = {key: image for key in named if (image := image_of_mask(key, named)) is not None}
     second = [key for key, image in beside.items() if named[image] in mask_of]
-    for kind, what in ((second, "further masks of images that have one already, and are not read; draw all objects into one mask"),
-                       ([key for key in beside if key not in second],
-                        "masks of images beside them, and are not read; name them with --data.masks, or rename the files")):
+    first = [key for key in beside if key not in second]
+    for kind, what in ((second, "further masks of images that have one; draw all objects of an image into one mask"),
+                       (first, "masks of images beside them; name masks with --data.masks, or give these files other names")):
         if kind:
-            notes.warn(f"{len(kind)} files are no images but, by their names, {what}: for example {taken[named[kind[0]]]} beside "
-                       f"{taken[named[beside[kind[0]]]]}")
+            notes.warn(f"not read, as they are by their names {what}: {counted(len(kind), 'file')}, for example {taken[named[kind[0]]]} "
+                       f"beside {taken[named[beside[kind[0]]]]}")
     for key in beside:
         del taken[named[key]]
 

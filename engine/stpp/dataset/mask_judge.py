@@ -135,7 +135,11 @@ class Judge:
 
     def problems(self) -> list[str]:
         """What may be misread, in a line each, with the remedy."""
-        return [text for text in (self._palettes(), self._grays(), self._bits(), self._object_as_ignore(), self._noise()) if text]
+        return self.stored_problems() + [text for text in (self._object_as_ignore(), self._noise()) if text]
+
+    def stored_problems(self) -> list[str]:
+        """Those of palettes and bits alone."""
+        return [text for text in (self._palettes(), self._grays(), self._bits()) if text]
 
     def warnings(self) -> list[str]:
         """What looks like a mistake, and may be none."""

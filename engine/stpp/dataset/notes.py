@@ -36,3 +36,8 @@ class Notes:
         if self.warnings:
             more = f"; and {len(self.warnings) - 1} more above" if len(self.warnings) > 1 else ""
             raise UserError(f"--strict: {self.warnings[0]}{more}")
+
+
+def counted(count: int, noun: str) -> str:
+    """ "1 image", "2 images"."""
+    return f"{count} {noun}{'s' * (count != 1)}"

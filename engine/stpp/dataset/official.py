@@ -9,7 +9,7 @@ from pathlib import Path
 
 from stpp import files
 from stpp.dataset.entries import Index
-from stpp.dataset.notes import Notes
+from stpp.dataset.notes import Notes, counted
 from stpp.dataset.split_folders import FOLDERS, kinds
 from stpp.errors import UserError
 
@@ -35,19 +35,18 @@ def say(index: Index, notes: Notes) -> dict[str, int]:
     apart, held = test(index, notes), validation(index, notes)
     unpaired = [image for image in held if index.entries[image].mask is None]
     if held:
-        notes.line(f"official validation: {len(held)} images{_folders(index, held)}; they are never trained on")
+        notes.line(f"official validation: {counted(len(held), 'image')}{_folders(index, held)}, never trained on")
     if unpaired:
-        text = (f"{len(unpaired)} of the {len(held)} official validation images have no mask and are in no list, for example "
+        text = (f"official validation without a mask, and so in no list: {len(unpaired)} of {counted(len(held), 'image')}, for example "
                 f"{min(unpaired)}")
         (notes.warn if len(unpaired) == len(held) else notes.line)(text)
     if apart:
         masked = sum(index.entries[image].mask is not None for image in apart)
-        text = (f"{len(apart)} images{_folders(index, apart)} are taken for an official test set and are in no list; if they are none, "
-                "rename the folder")
-        (notes.warn if masked else notes.line)(f"{text} ({masked} of them have masks)" if masked else text)
+        text = f"official test, and so in no list: {counted(len(apart), 'image')}{_folders(index, apart)}, {masked} with a mask"
+        (notes.warn if masked else notes.line)(f"{text}; if this is no test set, give the folder another name")
     if not held and (alone := in_folders(index, "val")):
-        notes.warn(f"{len(alone)} images{_folders(index, alone)} are no official validation, as no folder is called train or training: "
-                   "they are drawn from like the others")
+        notes.warn(f"no official validation, though {counted(len(alone), 'image')} lie{_folders(index, alone)}: no folder is called train "
+                   "or training, so they are drawn from like the others")
     return {"validation": len(held), "test": len(apart), "others": len(index.entries) - len(held | apart)}
 
 

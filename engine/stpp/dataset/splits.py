@@ -24,7 +24,7 @@ import numpy as np
 from stpp import files
 from stpp.dataset import official
 from stpp.dataset.entries import Entry, Index
-from stpp.dataset.notes import Notes
+from stpp.dataset.notes import Notes, counted
 from stpp.errors import UserError
 from stpp.loading.sample import Sample
 
@@ -212,8 +212,8 @@ def _warn_of_copies(pool: list[str], validation: set[str], index: Index, notes: 
     copied = {index.twins[image]: image for image in sorted(validation) if image in index.twins}
     leaks = [image for image in pool if index.twins.get(image) in copied]
     if leaks:
-        notes.warn(f"{len(leaks)} images that are trained on are copies of validation images ({leaks[0]} of "
-                   f"{copied[index.twins[leaks[0]]]}): the mIoU will be too good; remove the copies")
+        notes.warn(f"copies of validation images that are trained on: {counted(len(leaks), 'image')}, for example {leaks[0]} of "
+                   f"{copied[index.twins[leaks[0]]]}; the mIoU will be too good: remove the copies")
 
 
 def _write(folder: Path, texts: dict[str, str]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from stpp.dataset.layouts import Found
-from stpp.dataset.notes import Notes
+from stpp.dataset.notes import Notes, counted
 from stpp.dataset.split_folders import kinds
 from stpp.dataset.stamps import Stamp
 from stpp.errors import UserError
@@ -45,8 +45,8 @@ def once(places: Sequence[tuple[Path, Sequence[tuple[Found, Stamp, Stamp | None]
     if dropped:
         other, kept = next(iter(dropped.items()))
         image = {at: places[at[0]][1][at[1]][0].image for at in (other, kept)}
-        notes.line(f"{len(dropped)} images are files that are there by another name too, through links, and are taken once: for example "
-                   f"{image[other]} is {image[kept]}")
+        notes.line(f"taken once, as links lead to the same file: {counted(len(dropped), 'image')}, for example {image[other]}, which is "
+                   f"{image[kept]}")
     return [(place, [one for position, one in enumerate(members) if (number, position) not in dropped])
             for number, (place, members) in enumerate(places)]
 
@@ -87,5 +87,5 @@ def groups(digests: Mapping[str, Sequence[str]], notes: Notes) -> list[list[str]
     found = sorted(sorted(images) for images in digests.values() if len(images) > 1)
     if found:
         copies = sum(map(len, found)) - len(found)
-        notes.warn(f"{copies} images are copies of others, byte for byte: for example {found[0][1]} of {found[0][0]}")
+        notes.warn(f"copies of other images, byte for byte: {counted(copies, 'image')}, for example {found[0][1]} of {found[0][0]}")
     return found

@@ -89,12 +89,16 @@ class PassedOver:
         """What was passed over in words, a line for each kind."""
         found = []
         if self.extensions:
-            parts = [f"{count} {extension or 'without an extension'}" for extension, count in self.extensions.most_common()]
+            parts = [f"{count} {extension or 'without an extension'}" for extension, count in _most_first(self.extensions)]
             shown = ", ".join(parts[:12]) + (f" and {len(parts) - 12} more extensions" if len(parts) > 12 else "")
             found.append(f"{shown}: not image formats that are read")
         if self.system:
-            parts = [f"{count} {name}" for name, count in self.system.most_common(8)]
+            parts = [f"{count} {name}" for name, count in _most_first(self.system)[:8]]
             found.append(f"{', '.join(parts)}: left by systems and file servers")
         if self.hidden:
             found.append(f"{self.hidden} hidden (names that begin with a dot)")
         return found
+
+
+def _most_first(counts: Counter[str]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0] or "~"))

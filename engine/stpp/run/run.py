@@ -176,7 +176,7 @@ class Run:
 
     def refuse_warnings(self) -> None:
         """Refuses what the preparation, the lists and the checks warned of."""
-        Notes(warnings=[*self.index.warnings, *(text for text in self.notes.warnings if text not in self.index.warnings)]).refuse()
+        Notes(warnings=list(dict.fromkeys([*indices.warned(self.index), *self.notes.warnings]))).refuse()
 
     def _check_lists(self) -> None:
         folder = self.split
