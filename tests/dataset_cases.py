@@ -37,7 +37,8 @@ def paletted(values: np.ndarray, *colours: tuple[int, int, int]) -> Image.Image:
 
 
 def data_set(root: Path, masks: Mapping[str, object], classes=("background", "leaf", "stem")) -> Path:
-    """Photographs `photos/<name>.jpg` with masks `labels/<name>.png`: arrays, images, bytes of a PNG, or None."""
+    """Photographs `photos/<name>.jpg` with masks `labels/<name>.png`: arrays, images, bytes of a PNG, or
+    None."""
     for number, (name, mask) in enumerate(masks.items()):
         photo(root / "photos" / f"{name}.jpg", number)
         path = root / "labels" / f"{name}.png"

@@ -544,7 +544,8 @@ def test_damaged_and_foreign_indices_are_refused(tmp_path):
         pq.write_table(columns, file)
         return file.getvalue()
 
-    for bad in ("", "{", "[]", "null", "[" * 100000, '{"format": "other"}', '{"format": "stpp-index", "version": 2}',
+    for bad in ("", "{", "[]", "null", "[" * 100000, '{"format": "other"}',
+                '{"format": "stpp-index", "version": 2}',
                 good_json.replace('"images": 3', '"images": "3"'), good_json.replace('"exif": true', '"exif": 1'),
                 good_json.replace(str(root), "somewhere"), "\udcff"):  # fmt: skip
         (out / "index.json").write_bytes(bad.encode("utf-8", "surrogateescape"))

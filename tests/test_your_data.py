@@ -93,7 +93,8 @@ def test_the_guide_leads_from_a_real_folder_to_masks(tmp_path, camvid, monkeypat
     printed = capsys.readouterr()
     assert "12 images, 8 with a mask, 11 classes" in printed.out and "CMYK (1)" in printed.out
     assert "1 .txt: not image formats that are read" in printed.err and "1 Thumbs.db" in printed.err
-    made = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "mine-index").iterdir() if path.is_file()}
+    prepared = tmp_path / "runs" / "mine-index"
+    made = {path.name: path.stat().st_mtime_ns for path in prepared.iterdir() if path.is_file()}
     assert {"card.txt", "card.json", "contact-sheet.png"} < made.keys()
     assert "masks that belong to no image: 1, for example labels/deleted long ago.png" in printed.err
     assert "`masks that belong to no image` |" in page
@@ -102,7 +103,7 @@ def test_the_guide_leads_from_a_real_folder_to_masks(tmp_path, camvid, monkeypat
     (tmp_path / "mine.toml").write_text(re.search(r"```toml\n(.*?)```", page, re.DOTALL)[1], encoding="utf-8")
     stpp(train, *SMALL)
     assert shlex.split(many_gpus, comments=True) == shlex.split(train)  # the same, under torchrun
-    assert {name: (tmp_path / "runs" / "mine-index" / name).stat().st_mtime_ns for name in made} == made  # not made again
+    assert {name: (prepared / name).stat().st_mtime_ns for name in made} == made  # not made again
     results = json.loads((tmp_path / "runs" / "mine" / "results.json").read_text())
     assert [stage["name"] for stage in results["stages"]][-1] == "6-retrain" and results["control"]["steps"]
     lists = {path.stem: path.read_text().splitlines() for path in (tmp_path / "runs" / "mine" / "split").iterdir()}

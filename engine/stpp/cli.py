@@ -186,7 +186,8 @@ def _evaluate(args: list[str]) -> None:
         matrix = evaluate(teacher, samples, here, data, mode=options.tta, crop_px=options.sliding_window)
         if here.is_main:
             print(report(matrix, classes, images=len(samples)))
-            report(matrix, classes, images=len(samples), out=options.out)  # a disk that is full costs the file alone
+            # After the table: a disk that is full costs the file alone.
+            report(matrix, classes, images=len(samples), out=options.out)
 
 
 def _of_run(options: Evaluate) -> tuple[Path, Path]:
@@ -301,7 +302,8 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
 
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""Failures that no command can foresee, and that a user can mend: a full disk, one that may not be written to."""
+"""Failures that no command can foresee, and that a user can mend: a full disk, one that may not be written
+to."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -338,7 +340,9 @@ def main(argv: list[str] | None = None) -> None:
         if error.errno not in _NO_ROOM:
             _tell_torchrun(error)
             raise
-        refusal = UserError(f"{error.filename or 'a file'}: cannot be written ({error.strerror}); make room, or choose another --out")
+        refusal = UserError(f"{error.filename or 'a file'}: cannot be written ({error.strerror}); make "
+                            f"room, or choose "
+                            "another --out")
         if _is_heard():
             print(f"stpp: {refusal}", file=sys.stderr)
         _tell_torchrun(refusal)
@@ -349,7 +353,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _in_utf8() -> None:
-    """Starts this program again in UTF-8 where the locale has another encoding for names of files: images have names of any kind."""
+    """Starts this program again in UTF-8 where the locale has another encoding for names of files: images
+    have names of any kind."""
     if sys.getfilesystemencoding().lower().replace("-", "") != "utf8" and os.environ.get("PYTHONUTF8") != "1":
         sys.stdout.flush()
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"PYTHONUTF8": "1"})

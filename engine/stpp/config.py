@@ -28,8 +28,8 @@ else:
 
 T = TypeVar("T")
 Method = Literal["supervised", "st", "stpp"]
-MAY_CHANGE = ("out", "control", "device", "timeout_minutes", "data.threads", "data.index", "profile", "strict",
-              "train.checkpoint_steps", "train.checkpoint_minutes", "train.on_nonfinite")
+MAY_CHANGE = ("out", "control", "device", "timeout_minutes", "data.threads", "data.index", "profile",
+              "strict", "train.checkpoint_steps", "train.checkpoint_minutes", "train.on_nonfinite")
 """Keys that a run may be continued with although they differ: they do not change what is computed."""
 
 

@@ -124,7 +124,8 @@ def replace_folder(made: Path, folder: Path) -> None:
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """The text of a file in UTF-8, or in what its byte order mark says: editors of Windows write one, and UTF-16.
+    """The text of a file in UTF-8, or in what its byte order mark says: editors of Windows write one, and
+    UTF-16.
 
     Raises:
         OSError: it cannot be read.

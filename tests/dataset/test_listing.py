@@ -55,9 +55,15 @@ def test_braces_stand_for_words(tmp_path):
         photo(tmp_path / folder / "photos" / f"{number}.jpg", number)
         photo(tmp_path / folder / "photos" / f"p{number}.png", number)
         mask(tmp_path / folder / "labels" / f"{number}.png")
-    both = [("field a/photos/0.jpg", "field a/labels/0.png"), ("field b/photos/1.jpg", "field b/labels/1.png")]
+    both = [
+        ("field a/photos/0.jpg", "field a/labels/0.png"),
+        ("field b/photos/1.jpg", "field b/labels/1.png"),
+    ]
     assert find(tmp_path, "field {a,b}/photos/*.jpg", "field {a,b}/labels/*.png") == both
-    assert [image for image, _ in find(tmp_path, "field a/photos/*.{jpg,png}")] == ["field a/photos/0.jpg", "field a/photos/p0.png"]
+    assert [image for image, _ in find(tmp_path, "field a/photos/*.{jpg,png}")] == [
+        "field a/photos/0.jpg",
+        "field a/photos/p0.png",
+    ]
     assert [image for image, _ in find(tmp_path, "*/photos/{0..1}.jpg")] == [image for image, _ in both]
     for bad in ("{a,*}/*.jpg", "{a/b,c}/*.jpg", "{1..9999999}/*.jpg"):
         with pytest.raises(UserError, match="braces"):
@@ -76,11 +82,31 @@ def test_accents_match_in_any_form(tmp_path, forms):
 def test_names_match_without_a_locale(root, tmp_path):
     (root / "photos" / "0.jpg").rename(root / "photos" / "größe ñ.jpg")
     (root / "labels" / "0.png").rename(root / "labels" / f"{unicodedata.normalize('NFD', 'größe ñ')}.png")
-    plain = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHONIO"))}
+    plain = {
+        name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHONIO"))
+    }
     ran = subprocess.run(
-        [sys.executable, "-m", "stpp", "prepare", "--data.root", root, "--data.layout", "globs", "--data.images", "photos/**/*",
-         "--data.masks", "labels/**/*.png", "--out", tmp_path / "index"], capture_output=True, timeout=120, check=False,
-        env=plain | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+        [
+            sys.executable,
+            "-m",
+            "stpp",
+            "prepare",
+            "--data.root",
+            root,
+            "--data.layout",
+            "globs",
+            "--data.images",
+            "photos/**/*",
+            "--data.masks",
+            "labels/**/*.png",
+            "--out",
+            tmp_path / "index",
+        ],
+        capture_output=True,
+        timeout=120,
+        check=False,
+        env=plain | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    )
     assert ran.returncode == 0, ran.stderr
     assert "photos/größe ñ.jpg" in index.load(tmp_path / "index").entries
 
@@ -121,8 +147,12 @@ def test_masks_beside_images_are_no_images(tmp_path, images, masks, capsys):
     found = find(tmp_path, images, masks)
     assert found == [(f"a/x ({i}).png", f"a/x ({i}){ending}.png") for i in range(3)]
     said = capsys.readouterr().err
-    assert "match the patterns of both: 3 files" in said and f"further masks of images that have one; draw all objects of an image into "\
-        f"one mask: 1 file, for example a/x (1){ending}_1.png beside a/x (1).png" in said
+    assert (
+        "match the patterns of both: 3 files" in said
+        and f"further masks of images that have one; draw all objects of an image into "
+        f"one mask: 1 file, for example a/x (1){ending}_1.png beside a/x (1).png"
+        in said
+    )
 
 
 def test_masks_beside_unlabelled_images_are_no_images(root, tmp_path, capsys):
@@ -136,18 +166,29 @@ def test_masks_beside_unlabelled_images_are_no_images(root, tmp_path, capsys):
 def test_two_masks_of_one_image_name_the_newer(root):
     mask(root / "labels" / "1.PNG")
     os.utime(root / "labels" / "1.PNG", ns=(1, 1))
-    with pytest.raises(UserError, match=r"labels/1\.PNG and labels/1\.png; rename or remove one \(labels/1\.png is the newer\)"):
+    with pytest.raises(
+        UserError,
+        match=r"labels/1\.PNG and labels/1\.png; rename or remove one \(labels/1\.png is the newer\)",
+    ):
         prepare(root)
 
 
-@pytest.mark.parametrize(("folder", "said"), [("annotations", "annotations/ holds PNGs"), ("labels", "labels/ holds PNGs"),
-                                              ("SegmentationMasks", "SegmentationMasks/ holds PNGs")])
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [
+        ("annotations", "annotations/ holds PNGs"),
+        ("labels", "labels/ holds PNGs"),
+        ("SegmentationMasks", "SegmentationMasks/ holds PNGs"),
+    ],
+)
 def test_a_known_layout_without_masks_names_the_folder_that_has_them(tmp_path, folder, said):
     photo(tmp_path / "data" / "images" / "training" / "0.jpg")
     mask(tmp_path / "data" / folder / "training" / "0.png")
     for layout in ("auto", "camvid"):
         with pytest.raises(UserError, match=said):
-            index.prepare(tmp_path / "data", tmp_path / "index", layout=layout, classes=("a", "b", "c"), progress=False)
+            index.prepare(
+                tmp_path / "data", tmp_path / "index", layout=layout, classes=("a", "b", "c"), progress=False
+            )
 
 
 def test_a_known_layout_without_any_mask_is_warned_of(tmp_path):
@@ -189,7 +230,9 @@ def test_a_file_that_links_reach_twice_is_one_image(root, capsys):
     os.link(root / "photos" / "3.jpg", root / "photos" / "hard.jpg")
     made = prepare(root)
     assert list(made.entries) == [f"photos/{i}.jpg" for i in range(4)] and made.counts["masks"] == 4
-    assert "links lead to the same file: 2 images" in capsys.readouterr().err  # the folder links back to where it lies
+    assert (
+        "links lead to the same file: 2 images" in capsys.readouterr().err
+    )  # the folder links back to where it lies
 
 
 def test_a_folder_linked_twice_gives_each_image_once(tmp_path):
@@ -218,7 +261,9 @@ def test_one_file_with_two_masks_that_differ_is_refused(tmp_path):
 @pytest.mark.parametrize("where", ["in the root", "in a further folder"])
 def test_copies_are_found_by_their_bytes_and_leaks_are_warned_of(tmp_path, where):
     root = data_set(tmp_path / "data", {**{f"train/{i}": ids(1, 2) for i in range(3)}, "val/v": ids(1, 2)})
-    (root / "photos" / "train" / "other size.jpg").write_bytes((root / "photos" / "train" / "0.jpg").read_bytes() + b"x")
+    (root / "photos" / "train" / "other size.jpg").write_bytes(
+        (root / "photos" / "train" / "0.jpg").read_bytes() + b"x"
+    )
     folder = root / "photos" / "train" if where == "in the root" else tmp_path / "more"
     folder.mkdir(exist_ok=True)
     shutil.copy(root / "photos" / "val" / "v.jpg", folder / "copy.jpg")
@@ -228,21 +273,35 @@ def test_copies_are_found_by_their_bytes_and_leaks_are_warned_of(tmp_path, where
     assert any("copies of other images, byte for byte: 1 image" in text for text in made.warnings)
     notes = Notes()
     splits.make_split(made, tmp_path / "split", fraction="1/1", notes=notes)
-    assert any(f"copies of validation images that are trained on: 1 image, for example {copy} of photos/val/v.jpg" in text
-               for text in notes.warnings)
-    lists = {name: splits.read_split(tmp_path / "split" / name, made, labelled=name != "unlabeled.txt")
-             for name in ("unlabeled.txt", "val.txt")}
+    assert any(
+        f"copies of validation images that are trained on: 1 image, for example {copy} of photos/val/v.jpg"
+        in text
+        for text in notes.warnings
+    )
+    lists = {
+        name: splits.read_split(tmp_path / "split" / name, made, labelled=name != "unlabeled.txt")
+        for name in ("unlabeled.txt", "val.txt")
+    }
     notes = Notes()
     _warn_of_overlaps(lists, {made.entries[image].key: number for image, number in made.twins.items()}, notes)
-    assert [text for text in notes.warnings if "1 images of val.txt are copies of images of unlabeled.txt" in text]
+    assert [
+        text for text in notes.warnings if "1 images of val.txt are copies of images of unlabeled.txt" in text
+    ]
 
 
 # --- official splits
 
 
-@pytest.mark.parametrize(("train", "val", "test"), [("train", "val", "test"), ("Training", "Validation", "Testing"), ("TRAIN", "valid", "Test")])
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [("train", "val", "test"), ("Training", "Validation", "Testing"), ("TRAIN", "valid", "Test")],
+)
 def test_official_folders_in_any_case(tmp_path, train, val, test, capsys):
-    names = [f"{train}/{i}" for i in range(4)] + [f"x/{val}/{i}" for i in range(2)] + [f"{test}/{i}" for i in range(3)]
+    names = (
+        [f"{train}/{i}" for i in range(4)]
+        + [f"x/{val}/{i}" for i in range(2)]
+        + [f"{test}/{i}" for i in range(3)]
+    )
     made = prepare(data_set(tmp_path / "data", {name: ids(1, 2) for name in names}))
     said = capsys.readouterr().err
     assert f"official validation: 2 images in photos/x/{val}, never trained on" in said
@@ -253,7 +312,9 @@ def test_official_folders_in_any_case(tmp_path, train, val, test, capsys):
 
 
 def test_validation_without_training_beside_it_is_drawn_from_with_a_warning(tmp_path):
-    made = prepare(data_set(tmp_path / "data", {"val/0": ids(1, 2), "trainer/1": ids(1, 2), "test flight/2": ids(1, 2)}))
+    made = prepare(
+        data_set(tmp_path / "data", {"val/0": ids(1, 2), "trainer/1": ids(1, 2), "test flight/2": ids(1, 2)})
+    )
     assert official.validation(made) == set() == official.test(made)
     assert any("no official validation, though 1 image lie in photos/val" in text for text in made.warnings)
 

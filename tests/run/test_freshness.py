@@ -1,4 +1,5 @@
-"""Scores are of today's masks; and what ends a command in one line: disks that are full or may not be written to."""
+"""Scores are of today's masks; and what ends a command in one line: disks that are full or may not be written
+to."""
 
 import errno
 import json
@@ -41,12 +42,18 @@ def listed(known, *names):
 
 def test_a_mended_mask_is_read_again_before_it_is_scored(known, here, capsys):
     path = listed(known, "0", "1")
-    assert of_today(known.out, path, here).fingerprint == known.fingerprint and "again" not in capsys.readouterr().err
+    assert (
+        of_today(known.out, path, here).fingerprint == known.fingerprint
+        and "again" not in capsys.readouterr().err
+    )
     paletted(ids(2), *COLOURS).save(known.root / "labels" / "1.png")
     fresh = of_today(known.out, path, here)
     assert (read_index_mask(fresh.sample("photos/1.jpg").mask) == ids(2)).all()
     assert "1 files of" in (said := capsys.readouterr().err) and "labels/1.png the first" in said
-    assert of_today(known.out, path, here).fingerprint == fresh.fingerprint and "again" not in capsys.readouterr().err
+    assert (
+        of_today(known.out, path, here).fingerprint == fresh.fingerprint
+        and "again" not in capsys.readouterr().err
+    )
 
 
 def test_a_photograph_of_another_size_is_found_and_others_cost_nothing(known, here, capsys):
@@ -61,7 +68,10 @@ def test_a_run_that_goes_on_keeps_its_masks(known, here):
     """The index lies in the run's folder, and its masks are read while it trains."""
     paletted(ids(2), *COLOURS).save(known.root / "labels" / "0.png")
     path = listed(known, "0")
-    with lease.held(known.out.parent), pytest.raises(UserError, match="a run trains on it .*in use by process"):
+    with (
+        lease.held(known.out.parent),
+        pytest.raises(UserError, match="a run trains on it .*in use by process"),
+    ):
         of_today(known.out, path, here)
     assert of_today(known.out, path, here).fingerprint != known.fingerprint
 
@@ -89,7 +99,9 @@ def test_a_full_disk_leaves_no_half_mask_and_no_index(known, monkeypatch):
         path.unlink()
     with pytest.raises(UserError, match="the index cannot be written .No space left on device"):
         prepare(known.root)
-    assert not (known.out / "index.json").exists() and not [path for path in (known.out / "masks").rglob("*") if path.is_file()]
+    assert not (known.out / "index.json").exists() and not [
+        path for path in (known.out / "masks").rglob("*") if path.is_file()
+    ]
 
 
 def test_lists_that_cannot_be_written(known, monkeypatch, tmp_path):
@@ -107,7 +119,11 @@ def test_any_command_ends_in_one_line_on_such_a_disk(monkeypatch, capsys, number
     with pytest.raises(SystemExit) as ended:
         cli.main(["evaluate"])
     said = capsys.readouterr().err
-    assert ended.value.code == 2 and said.startswith("stpp: /disk/scores.json: cannot be written (") and said.count("\n") == 1
+    assert (
+        ended.value.code == 2
+        and said.startswith("stpp: /disk/scores.json: cannot be written (")
+        and said.count("\n") == 1
+    )
     monkeypatch.setitem(cli.COMMANDS, "evaluate", (lambda _: open("/nowhere/x"), ""))
     with pytest.raises(FileNotFoundError):
         cli.main(["evaluate"])
@@ -119,7 +135,9 @@ def test_any_command_ends_in_one_line_on_such_a_disk(monkeypatch, capsys, number
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-8"])
 def test_recipes_and_lists_with_byte_order_marks(known, tmp_path, capsys, encoding):
     recipe = tmp_path / "mine.toml"
-    recipe.write_bytes("method = 'st'\r\n[data]\r\nlayout = 'globs'\r\nimages = 'größe/*'\r\n".encode(encoding))
+    recipe.write_bytes(
+        "method = 'st'\r\n[data]\r\nlayout = 'globs'\r\nimages = 'größe/*'\r\n".encode(encoding)
+    )
     cli.main(["train", "--recipe", str(recipe), "--print-config"])
     shown = json.loads(capsys.readouterr().out)
     assert (shown["method"], shown["data"]["images"]) == ("st", "größe/*")
@@ -133,14 +151,29 @@ def test_recipes_and_lists_with_byte_order_marks(known, tmp_path, capsys, encodi
 
 def test_a_strict_run_refuses_a_data_set_that_was_warned_of(known, tmp_path, capsys):
     Image.fromarray(np.zeros((24, 32, 3), np.uint8)).save(known.root / "photos" / "0_mask.png")
-    small = ("--method supervised --device cpu --model.backbone resnet18 --model.output-stride 32 --augment.crop-px 33 --augment.long-side "
-             "32 64 --train.epochs 1 --train.batch-global 2 --data.fraction 1/1 --data.layout globs --data.images photos/**/* "
-             "--data.masks labels/**/*.png").split()
+    small = (
+        "--method supervised --device cpu --model.backbone resnet18 --model.output-stride 32 "
+        "--augment.crop-px 33 --augment.long-side "
+        "32 64 --train.epochs 1 --train.batch-global 2 --data.fraction 1/1 --data.layout globs "
+        "--data.images photos/**/* "
+        "--data.masks labels/**/*.png"
+    ).split()
     log.set_speaker(True)
     for again in range(2):  # the index is made by the first command, and read by the second
         with pytest.raises(SystemExit) as ended:
-            cli.main(["train", *small, "--strict", "--data.root", str(known.root), "--data.index", str(known.out), "--out",
-                      str(tmp_path / f"run{again}")])
+            cli.main(
+                [
+                    "train",
+                    *small,
+                    "--strict",
+                    "--data.root",
+                    str(known.root),
+                    "--data.index",
+                    str(known.out),
+                    "--out",
+                    str(tmp_path / f"run{again}"),
+                ]
+            )
         assert ended.value.code == 2 and "--strict: not read" in capsys.readouterr().err
         if not again:
             prepare(known.root)

@@ -14,17 +14,25 @@ from stpp.dataset.notes import Notes
 
 JSON, TEXT, SHEET = "card.json", "card.txt", "contact-sheet.png"
 _MODES = {
-    "1": ("black and white", "1"), "L": ("gray", "8"), "LA": ("gray, alpha", "8"), "P": ("palette", "8"), "PA": ("palette, alpha", "8"),
-    "RGB": ("RGB", "8"), "RGBA": ("RGB, alpha", "8"), "RGBX": ("RGB", "8"), "CMYK": ("CMYK", "8"), "YCbCr": ("YCbCr", "8"),
-    "LAB": ("Lab", "8"), "HSV": ("HSV", "8"), "I": ("gray", "32"), "F": ("gray", "float"),
+    "1": ("black and white", "1"), "L": ("gray", "8"), "LA": ("gray, alpha", "8"), "P": ("palette", "8"),
+    "PA": ("palette, alpha", "8"), "RGB": ("RGB", "8"), "RGBA": ("RGB, alpha", "8"), "RGBX": ("RGB", "8"),
+    "CMYK": ("CMYK", "8"), "YCbCr": ("YCbCr", "8"), "LAB": ("Lab", "8"), "HSV": ("HSV", "8"),
+    "I": ("gray", "32"), "F": ("gray", "float"),
 }  # fmt: skip
 _SHOWN = 6
 
 
 def fields(one: Checked) -> dict[str, str]:
     """How one image file stores its picture, by what the card counts."""
-    colour, bits = _MODES.get(one.look.mode, ("gray", "16") if one.look.mode.startswith("I;16") else (one.look.mode, "?"))
-    return {"format": one.look.format, "colour model": colour, "bits": bits, "orientation": str(one.look.orientation)}
+    colour, bits = _MODES.get(
+        one.look.mode, ("gray", "16") if one.look.mode.startswith("I;16") else (one.look.mode, "?")
+    )
+    return {
+        "format": one.look.format,
+        "colour model": colour,
+        "bits": bits,
+        "orientation": str(one.look.orientation),
+    }
 
 
 @dataclass
@@ -62,12 +70,18 @@ class Tally:
         """The sums as JSON values."""
         sides = [side for size in self.sizes for side in size]
         total = max(sum(self.pixels) + self.ignored, 1)
-        classes = [{"name": name, "pixels": pixels, "share_pct": round(100 * pixels / total, 3), "images": images}
-                   for name, pixels, images in zip(self.classes, self.pixels, self.masks_with, strict=True)]
+        classes = [
+            {"name": name, "pixels": pixels, "share_pct": round(100 * pixels / total, 3), "images": images}
+            for name, pixels, images in zip(self.classes, self.pixels, self.masks_with, strict=True)
+        ]
         return {
             "images": {name: dict(counts.most_common()) for name, counts in self.images.items()},
-            "sizes": {"different": len(self.sizes), "smallest_side_px": min(sides, default=0), "largest_side_px": max(sides, default=0),
-                      "common": {f"{w}x{h}": count for (w, h), count in self.sizes.most_common(_SHOWN)}},
+            "sizes": {
+                "different": len(self.sizes),
+                "smallest_side_px": min(sides, default=0),
+                "largest_side_px": max(sides, default=0),
+                "common": {f"{w}x{h}": count for (w, h), count in self.sizes.most_common(_SHOWN)},
+            },
             "masks": dict(self.masks.most_common()),
             "classes": classes,
             "ignored": {"pixels": self.ignored, "share_pct": round(100 * self.ignored / total, 3)},
@@ -93,12 +107,20 @@ def table(values: dict) -> str:
     Args:
         values: what card.json holds.
     """
-    rows = [("root", values["root"]), ("layout", values["layout"]),
-            ("images", f"{values['counts']['images']}, {values['counts']['masks']} with a mask")]
+    rows = [
+        ("root", values["root"]),
+        ("layout", values["layout"]),
+        ("images", f"{values['counts']['images']}, {values['counts']['masks']} with a mask"),
+    ]
     rows += [(name, _counted(counts)) for name, counts in values["images"].items()]
     sizes = values["sizes"]
-    rows.append(("sizes", f"{_counted(sizes['common'])}{', ...' * (sizes['different'] > len(sizes['common']))}; sides of "
-                          f"{sizes['smallest_side_px']} to {sizes['largest_side_px']} pixels"))
+    rows.append(
+        (
+            "sizes",
+            f"{_counted(sizes['common'])}{', ...' * (sizes['different'] > len(sizes['common']))}; sides of "
+            f"{sizes['smallest_side_px']} to {sizes['largest_side_px']} pixels",
+        )
+    )
     if values["masks"]:
         rows.append(("masks", _counted(values["masks"])))
     rows.append(("splits", ", ".join(f"{name} {count}" for name, count in values["splits"].items())))
@@ -106,8 +128,13 @@ def table(values: dict) -> str:
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     if values["masks"]:
         classes = [("class", "pixels", "share", "images")]
-        classes += [(one["name"], str(one["pixels"]), f"{one['share_pct']:.2f} %", str(one["images"])) for one in values["classes"]]
-        classes.append(("255 (ignore)", str(values["ignored"]["pixels"]), f"{values['ignored']['share_pct']:.2f} %", ""))
+        classes += [
+            (one["name"], str(one["pixels"]), f"{one['share_pct']:.2f} %", str(one["images"]))
+            for one in values["classes"]
+        ]
+        classes.append(
+            ("255 (ignore)", str(values["ignored"]["pixels"]), f"{values['ignored']['share_pct']:.2f} %", "")
+        )
         lines += ["", log.table(classes)]
     return "\n".join(lines)
 

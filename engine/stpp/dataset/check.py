@@ -142,7 +142,8 @@ def check(task: Task, root: str, out: str, classes: int, exif: bool, mask_map: M
     turn = look.orientation
     width, height = upright_size(*size, turn) if exif else size
     if found is not None and found.values.shape != (height, width):
-        problems.append(_size_problem(task, (width, height), found.values.shape[::-1], size, turn, found.turn, exif))
+        mask_size = found.values.shape[::-1]
+        problems.append(_size_problem(task, (width, height), mask_size, size, turn, found.turn, exif))
     if problems:
         return Checked(task, problems=tuple(problems), look=look)
     converted = None
@@ -155,7 +156,8 @@ def check(task: Task, root: str, out: str, classes: int, exif: bool, mask_map: M
     digest = _digest(os.path.join(root, task.image)) if task.digest else None
     if found is None:
         return Checked(task, width, height, look=look, digest=digest)
-    return Checked(task, width, height, converted, counts[:classes].tolist(), look=look, ignored=int(counts[IGNORE]),
+    pixels = counts[:classes].tolist()
+    return Checked(task, width, height, converted, pixels, look=look, ignored=int(counts[IGNORE]),
                    stored=found.stored, edges=edges(found.values), digest=digest)
 
 
@@ -163,15 +165,19 @@ def _mask_problems(path: str, stored: Stored, counts: np.ndarray, classes: int) 
     """What is wrong with one mask alone."""
     found = []
     if stored.transparent:
-        found.append(f"{path}: {stored.transparent} pixels of the mask are transparent and others are not, so what they hold is not "
-                     "plain; flatten the image (without anti-aliasing) and save it without an alpha channel")
+        found.append(f"{path}: {stored.transparent} pixels of the mask are transparent and others are not, "
+                     f"so what they "
+                     "hold is not plain; flatten the image (without anti-aliasing) and save it without an "
+                     "alpha channel")
     wrong = [i for i in counts.nonzero()[0].tolist() if classes <= i != IGNORE]
     if len(wrong) > MANY:
-        found.append(f"{path}: {len(wrong)} ids from {wrong[0]} to {wrong[-1]} in {counts[wrong].sum()} pixels are outside the class list "
-                     f"(0 to {classes - 1}; 255 is ignore): soft edges or JPEG noise; save the mask as PNG without anti-aliasing, or "
-                     "give every pixel the nearest id in an image editor")
+        found.append(f"{path}: {len(wrong)} ids from {wrong[0]} to {wrong[-1]} in {counts[wrong].sum()} "
+                     f"pixels are "
+                     f"outside the class list (0 to {classes - 1}; 255 is ignore): soft edges or JPEG "
+                     f"noise; save the mask "
+                     "as PNG without anti-aliasing, or give every pixel the nearest id in an image editor")
     elif wrong:
-        ids = ", ".join(f"id {i} in {counts[i]} pixels" for i in wrong[:5]) + (", ..." if len(wrong) > 5 else "")
+        ids = ", ".join(f"id {i} in {counts[i]} pixels" for i in wrong[:5]) + ", ..." * (len(wrong) > 5)
         found.append(f"{path}: class {ids}; the class list has ids 0 to {classes - 1} (255 is ignore); "
                      "--data.mask-map turns other ids into these")
     return found

@@ -1,4 +1,5 @@
-"""Files that name the classes of a data set, as tools write them: `classes.json`, lists of names in text, YOLO's `data.yaml`.
+"""Files that name the classes of a data set, as tools write them: `classes.json`, lists of names in text,
+YOLO's `data.yaml`.
 
 Read where the order of the ids is plain; anything else is refused, as a guess would swap classes.
 """
@@ -30,7 +31,9 @@ def find(root: Path) -> tuple[list[str], str] | None:
     found += [(_yaml(root / name), str(root / name)) for name in YAMLS if (root / name).is_file()]
     for names, path in found[1:]:
         if [_bare(name) for name in names] != [_bare(name) for name in found[0][0]]:
-            raise UserError(f"{found[0][1]} and {path} name different classes; give --data.classes, or {JSON}")
+            raise UserError(
+                f"{found[0][1]} and {path} name different classes; give --data.classes, or {JSON}"
+            )
     return found[0] if found else None
 
 
@@ -47,15 +50,19 @@ def _read(path: Path) -> str:
 
 
 def _json(path: Path) -> list[str]:
-    """A list of names; an object with it under "classes" or "categories", names perhaps in objects with ids; or {id: name}, {name:
-    id}."""
+    """A list of names; an object with it under "classes" or "categories", names perhaps in objects with ids;
+    or {id: name}, {name: id}."""
     try:
         value = json.loads(_read(path))
     except (ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path}: is not JSON ({' '.join(str(error).split())}); expected a list of class names") from error
-    if isinstance(value, dict) and isinstance(listed := value.get("classes", value.get("categories")), (list, dict)):
+        raise UserError(
+            f"{path}: is not JSON ({' '.join(str(error).split())}); expected a list of class names"
+        ) from error
+    if isinstance(value, dict) and isinstance(
+        listed := value.get("classes", value.get("categories")), (list, dict)
+    ):
         value = listed
     if isinstance(value, dict) and value and all(type(one) is int for one in value.values()):
         return _ordered([(number, name) for name, number in value.items()], path)
@@ -73,7 +80,8 @@ def _json(path: Path) -> list[str]:
 
 
 def _text(path: Path) -> list[str]:
-    """One name a line; or `id: name`; or CVAT's `name:r,g,b:parts:actions`. Lines that begin with # say nothing."""
+    """One name a line; or `id: name`; or CVAT's `name:r,g,b:parts:actions`. Lines that begin with # say
+    nothing."""
     lines = [line.strip() for line in _read(path).splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]
     cvat = [_CVAT.fullmatch(line) for line in lines]
@@ -110,8 +118,11 @@ def _ordered(pairs: list[tuple[object, object]], path: Path) -> list[str]:
     ids = [number for number, _ in pairs]
     if any(type(number) is not int for number in ids) or sorted(ids) != list(range(len(pairs))):
         shown = ", ".join(str(number) for number in ids[:5])
-        raise UserError(f"{path}: its ids ({shown}{', ...' * (len(ids) > 5)}) are not 0, 1, 2, ... once each, and masks hold class ids "
-                        f"from 0; {_WANTED}, and turn the ids in the masks into these with --data.mask-map")
+        raise UserError(
+            f"{path}: its ids ({shown}{', ...' * (len(ids) > 5)}) are not 0, 1, 2, ... once each, and masks "
+            f"hold class ids "
+            f"from 0; {_WANTED}, and turn the ids in the masks into these with --data.mask-map"
+        )
     return _names([name for _, name in sorted(pairs, key=lambda pair: pair[0])], path)
 
 

@@ -11,13 +11,24 @@ from stpp.errors import UserError
 
 VOC_CLASSES = tuple(
     (
-        "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
+        "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
+        "motorbike person "
         "pottedplant sheep sofa train tvmonitor"
     ).split()
 )
 """Of VOC 2012."""
 _OF_LAYOUT = {"voc": VOC_CLASSES, "cityscapes": cityscapes.CLASSES}
-_NOT_CLASSES = {"ignore", "ignored", "ignorelabel", "void", "unlabeled", "unlabelled", "notlabeled", "notlabelled", "dontcare"}
+_NOT_CLASSES = {
+    "ignore",
+    "ignored",
+    "ignorelabel",
+    "void",
+    "unlabeled",
+    "unlabelled",
+    "notlabeled",
+    "notlabelled",
+    "dontcare",
+}
 """What pixels that count nowhere are called, in lower case and letters alone."""
 
 
@@ -33,12 +44,12 @@ class ClassList:
 
 
 def class_list(root: str | os.PathLike, layout: str, given: Sequence[str] = ()) -> ClassList:
-    """Finds the class names: `given`; else those of a file in the root (see stpp.dataset.class_files); else VOC's and
-    Cityscapes' in their layouts.
+    """Finds the class names: `given`; else those of a file in the root (see stpp.dataset.class_files); else
+    VOC's and Cityscapes' in their layouts.
 
     Raises:
-        UserError: none of these; a file that cannot be read, or two that differ; no list of 2 to 255 different names; a name
-            that pixels have which count nowhere.
+        UserError: none of these; a file that cannot be read, or two that differ; no list of 2 to 255
+            different names; a name that pixels have which count nowhere.
     """
     folder = Path(root).expanduser()
     if given:
@@ -55,22 +66,28 @@ def class_list(root: str | os.PathLike, layout: str, given: Sequence[str] = ()) 
     names, source = found.names, found.source
     if not 2 <= len(names) <= 255 or len(set(names)) != len(names):
         raise UserError(
-            f"{source}: expected 2 to 255 different class names, got {len(names)} ({len(set(names))} different)"
+            f"{source}: expected 2 to 255 different class names, got {len(names)} ({len(set(names))} "
+            f"different)"
         )
     _refuse_ignore(names, source)
     return found
 
 
 def _refuse_ignore(names: list[str], source: str) -> None:
-    """A class of this name would be learned, where pixels that count nowhere are meant more often than not."""
+    """A class of this name would be learned, where pixels that count nowhere are meant more often than
+    not."""
     wrong = [i for i, name in enumerate(names) if re.sub(r"[\W_]+", "", name.lower()) in _NOT_CLASSES]
     if not wrong:
         return
     kept = [i for i in range(len(names)) if i not in wrong]
-    entries = " ".join(f"{i}={kept.index(i)}" if i in kept else f"{i}=ignore" for i in range(min(len(names), 12)))
+    entries = " ".join(
+        f"{i}={kept.index(i)}" if i in kept else f"{i}=ignore" for i in range(min(len(names), 12))
+    )
     more = " ..." * (len(names) > 12)
     raise UserError(
-        f"{source}: {names[wrong[0]]!r} is a class here, id {wrong[0]}, and would be learned like the others; if its pixels are to "
-        f"count nowhere, take it off the list and give what ids or colours mean it as ignore (where the masks hold the ids of this "
+        f"{source}: {names[wrong[0]]!r} is a class here, id {wrong[0]}, and would be learned like the "
+        f"others; if its pixels are to "
+        f"count nowhere, take it off the list and give what ids or colours mean it as ignore (where the "
+        f"masks hold the ids of this "
         f"list: --data.mask-map {entries}{more}); if it is a class, give it another name, such as 'other'"
     )

@@ -21,7 +21,8 @@ MOST_NAMES = 40
 
 
 def write(path: Path, samples: Sequence[Sample], classes: Sequence[str], *, exif: bool) -> None:
-    """Writes a PNG of up to eight samples, spread over the list, and the colours of the classes; nothing without samples."""
+    """Writes a PNG of up to eight samples, spread over the list, and the colours of the classes; nothing
+    without samples."""
     spread = samples[:: math.ceil(len(samples) / IMAGES) or 1][:IMAGES]
     cells = [cell for sample in spread if (cell := _cell(sample, len(classes), exif)) is not None]
     if not cells:
@@ -31,8 +32,14 @@ def write(path: Path, samples: Sequence[Sample], classes: Sequence[str], *, exif
     pitch = CELL_PX + GAP_PX
     names = [*classes[:MOST_NAMES], *(["..."] if len(classes) > MOST_NAMES else [])]
     legend_rows = math.ceil(len(names) / columns)
-    sheet = Image.new("RGB", (columns * pitch + GAP_PX, rows * (pitch + TITLE_PX) + GAP_PX + legend_rows * (SWATCH_PX + 4) + GAP_PX),
-                      "white")
+    sheet = Image.new(
+        "RGB",
+        (
+            columns * pitch + GAP_PX,
+            rows * (pitch + TITLE_PX) + GAP_PX + legend_rows * (SWATCH_PX + 4) + GAP_PX,
+        ),
+        "white",
+    )
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
     for i, (title, picture) in enumerate(cells):
         left, top = GAP_PX + i % columns * pitch, GAP_PX + i // columns * (pitch + TITLE_PX)
@@ -42,7 +49,9 @@ def write(path: Path, samples: Sequence[Sample], classes: Sequence[str], *, exif
     for i, name in enumerate(names):
         left, y = GAP_PX + i % columns * pitch, top + i // columns * (SWATCH_PX + 4)
         if name != "..." or i < len(classes):
-            draw.rectangle([left, y, left + SWATCH_PX, y + SWATCH_PX], fill=tuple(colours[i].tolist()), outline="gray")
+            draw.rectangle(
+                [left, y, left + SWATCH_PX, y + SWATCH_PX], fill=tuple(colours[i].tolist()), outline="gray"
+            )
         draw.text((left + SWATCH_PX + 4, y), _plain(name, 30), fill="black", font=font)
     with files.atomic(path) as file:
         sheet.save(file, format="PNG")
@@ -60,7 +69,9 @@ def _cell(sample: Sample, num_classes: int, exif: bool) -> tuple[str, Image.Imag
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     picture = image.resize(size, Image.Resampling.BOX if scale < 1 else Image.Resampling.NEAREST)
     if mask is not None:
-        colours = Image.fromarray(overlay(np.asarray(mask.resize(size, Image.Resampling.NEAREST)), num_classes))
+        colours = Image.fromarray(
+            overlay(np.asarray(mask.resize(size, Image.Resampling.NEAREST)), num_classes)
+        )
         colours.putalpha(colours.getchannel("A").point(lambda alpha: alpha // 2))
         picture.paste(colours, (0, 0), colours)
     return _plain(sample.key, 38), picture
@@ -74,4 +85,4 @@ def _decoded(path: str, exif: bool) -> tuple[np.ndarray, int]:
 def _plain(text: str, most: int) -> str:
     """The end of a text in what the built-in font can draw."""
     text = text.encode("latin-1", "replace").decode("latin-1")
-    return text if len(text) <= most else f"...{text[3 - most:]}"
+    return text if len(text) <= most else f"...{text[3 - most :]}"

@@ -73,12 +73,15 @@ class Index:
         )
 
     def changed(self, keys: Iterable[str]) -> list[str]:
-        """Paths of the images and masks of these keys that are not, or no longer, the files that were looked at."""
+        """Paths of the images and masks of these keys that are not, or no longer, the files that were looked
+        at."""
         wanted, found = set(keys), []
         for entry in self.entries.values():
             if entry.key in wanted:
-                for path, size, mtime_ns in ((entry.image, entry.bytes, entry.mtime_ns), (entry.mask, entry.mask_bytes,
-                                                                                          entry.mask_mtime_ns)):
+                for path, size, mtime_ns in (
+                    (entry.image, entry.bytes, entry.mtime_ns),
+                    (entry.mask, entry.mask_bytes, entry.mask_mtime_ns),
+                ):
                     if path is not None and stamp(self.place(entry.image), path)[1:3] != (size, mtime_ns):
                         found.append(path)
         return found
@@ -89,7 +92,8 @@ class Index:
         Args:
             image: path relative to the root.
             strong: see Sample.
-            mask: path of another mask (a pseudo label), or None for none; left out: the data set's own, if it has one.
+            mask: path of another mask (a pseudo label), or None for none; left out: the data set's own, if it
+                has one.
 
         Raises:
             UserError: the index has no such image.

@@ -106,7 +106,8 @@ def _mask_file(folder: Path, name: str) -> str | None:
     forms = dict.fromkeys(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
     paths = [str(folder / f"{form}{ending}") for form in (name, *forms) for ending in (".png", ".PNG")]
     # A file system may take several of these names for one file.
-    there = {(status.st_dev, status.st_ino): path for path in reversed(paths) if (status := _status(path)) is not None}
+    there = {(status.st_dev, status.st_ino): path for path in reversed(paths)
+             if (status := _status(path)) is not None}
     if len(there) > 1:
         first, second = sorted(there.values())
         raise UserError(f"--pseudo-labels: {first} and {second} are masks of one image; remove the old one")

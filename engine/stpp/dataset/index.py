@@ -2,8 +2,8 @@
 
 `prepare` decodes all files on all cores and writes, below a folder of the index's own,
 `index.parquet` (one row an image), `masks/` (masks that had to be written anew as 8-bit grayscale) and, last,
-`index.json` (classes, settings, fingerprint). The index exists when `index.json` exists. Nothing is written to the
-user's data.
+`index.json` (classes, settings, fingerprint). The index exists when `index.json` exists. Nothing is written
+to the user's data.
 
 EXIF: one rule for images and masks, see stpp.images.image_file.
 """
@@ -31,8 +31,8 @@ def prepare(
 ) -> Index:
     """Reads every image and mask of a data set and writes its index, and a data card (see stpp.dataset.card).
 
-    Images are decoded to the end (JPEG at an eighth of the size), because a damaged file found later would stop
-    training.
+    Images are decoded to the end (JPEG at an eighth of the size), because a damaged file found later would
+    stop training.
 
     Args:
         root: the data root; nothing is written there.
@@ -42,17 +42,17 @@ def prepare(
         strict: refuse what else is warned of.
         options: of stpp.dataset.settings.resolved, all optional:
             layout, images, masks: see stpp.dataset.layouts.
-            classes: names in the order of their ids; else those of a file in the root (stpp.dataset.class_files); else VOC's and
-                Cityscapes' in their layouts.
+            classes: names in the order of their ids; else those of a file in the root
+                (stpp.dataset.class_files); else VOC's and Cityscapes' in their layouts.
             mask_map: what masks hold that is not class ids, see stpp.dataset.mask_map.
             exif: see stpp.images.image_file.
             unlabelled: further folders of images, see stpp.dataset.unlabelled_folders.
             follow_links: follow links that lead out of the root.
 
     Raises:
-        UserError: see stpp.dataset.layouts.find; or files have problems, all of which are listed in `out/problems.txt` and
-            the first ones printed: class ids outside the class list, sizes that differ, unreadable files, masks that may be
-            misread (stpp.dataset.mask_judge).
+        UserError: see stpp.dataset.layouts.find; or files have problems, all of which are listed in
+            `out/problems.txt` and the first ones printed: class ids outside the class list, sizes that
+            differ, unreadable files, masks that may be misread (stpp.dataset.mask_judge).
     """
     settings, classes = setting.resolved(root, **options)
     root, out, notes = layouts.checked_root(root), Path(out).expanduser().absolute(), Notes()
@@ -64,9 +64,18 @@ def prepare(
         for name in ("index.json", "problems.txt", card.JSON, card.TEXT, card.SHEET):
             (out / name).unlink(missing_ok=True)
         found = survey.check_files(tasks, out, settings, notes, workers=workers, progress=progress)
-        stored = {"format": table.FORMAT, "version": table.VERSION, "root": str(root), "classes": settings["classes"],
-                  "layout": settings["layout"], "fingerprint": digest, "counts": found.counts, "settings": settings,
-                  "twins": found.twins, "warnings": []}
+        stored = {
+            "format": table.FORMAT,
+            "version": table.VERSION,
+            "root": str(root),
+            "classes": settings["classes"],
+            "layout": settings["layout"],
+            "fingerprint": digest,
+            "counts": found.counts,
+            "settings": settings,
+            "twins": found.twins,
+            "warnings": [],
+        }
         setting.say_classes(classes, found.tally.pixels if found.counts["masks"] else (), root, notes)
         made = _described(_opened(out, stored), found.tally, notes)
         if strict:
@@ -75,15 +84,22 @@ def prepare(
             os.sync()  # masks are plain writes: they must be on the disk before index.json says so
         files.write_json(out / "index.json", stored | {"warnings": notes.warnings})
     except OSError as error:
-        raise UserError(f"{error.filename or out}: the index cannot be written ({error.strerror or error})") from error
+        raise UserError(
+            f"{error.filename or out}: the index cannot be written ({error.strerror or error})"
+        ) from error
     return dataclasses.replace(made, warnings=tuple(notes.warnings))
 
 
 def _described(index: Index, tally: card.Tally, notes: Notes) -> Index:
     """Says which images are in official splits, and writes the card and the contact sheet."""
     splits = official.say(index, notes)
-    card.write(index.out, tally, about={"root": str(index.root), "layout": index.layout, "counts": index.counts}, splits=splits,
-               notes=notes)
+    card.write(
+        index.out,
+        tally,
+        about={"root": str(index.root), "layout": index.layout, "counts": index.counts},
+        splits=splits,
+        notes=notes,
+    )
     masked = [image for image, entry in index.entries.items() if entry.mask is not None]
     samples = [index.sample(image) for image in (masked or list(index.entries))]
     contact_sheet.write(index.out / card.SHEET, samples, index.classes, exif=index.exif)
@@ -94,7 +110,8 @@ def load(out: str | os.PathLike) -> Index:
     """Reads an index that `prepare` wrote.
 
     Raises:
-        UserError: there is none, or its files are damaged, foreign, of another version, or name paths outside the root.
+        UserError: there is none, or its files are damaged, foreign, of another version, or name paths outside
+            the root.
     """
     out = Path(out).expanduser().absolute()
     stored = table.read_json(out)
@@ -102,7 +119,8 @@ def load(out: str | os.PathLike) -> Index:
         raise UserError(f"{out}: holds no index (index.json); run `stpp prepare` first")
     if stored["version"] != table.VERSION:
         raise UserError(
-            f"{out / 'index.json'}: index version {stored['version']}, not {table.VERSION}; run `stpp prepare` again"
+            f"{out / 'index.json'}: index version {stored['version']}, not {table.VERSION}; run `stpp "
+            f"prepare` again"
         )
     return _opened(out, stored)
 
@@ -117,7 +135,9 @@ def _opened(out: Path, stored: dict) -> Index:
         exif=stored["settings"]["exif"],
         fingerprint=stored["fingerprint"],
         counts=stored["counts"],
-        entries=table.read(out / "index.parquet", Entry, rows=stored["counts"]["images"], classes=len(stored["classes"])),
+        entries=table.read(
+            out / "index.parquet", Entry, rows=stored["counts"]["images"], classes=len(stored["classes"])
+        ),
         unlabelled=unlabelled_folders.places(stored["settings"].get("unlabelled", ())),
         settings=stored["settings"],
         twins={image: number for number, images in enumerate(stored["twins"]) for image in images},
@@ -126,7 +146,8 @@ def _opened(out: Path, stored: dict) -> Index:
 
 
 def is_stale(out: str | os.PathLike, root: str | os.PathLike, **options) -> bool:
-    """Whether `prepare` with these options would find other files (path, size, time) or settings than the index in `out`.
+    """Whether `prepare` with these options would find other files (path, size, time) or settings than the
+    index in `out`.
 
     True if there is no index.
 
@@ -138,11 +159,14 @@ def is_stale(out: str | os.PathLike, root: str | os.PathLike, **options) -> bool
     stored = table.read_json(out)
     if stored is None or stored["version"] != table.VERSION or not (out / "index.parquet").is_file():
         return True
-    return survey.tasks(layouts.checked_root(root), settings, out, Notes(quiet=True))[1] != stored["fingerprint"]
+    return (
+        survey.tasks(layouts.checked_root(root), settings, out, Notes(quiet=True))[1] != stored["fingerprint"]
+    )
 
 
 def warned(index: Index) -> list[str]:
-    """The warnings of the preparation, and those that its folders give cause to now: what is passed over is in no fingerprint."""
+    """The warnings of the preparation, and those that its folders give cause to now: what is passed over is
+    in no fingerprint."""
     notes = Notes(quiet=True)
     survey.tasks(index.root, dict(index.settings), index.out, notes)
     return list(dict.fromkeys([*index.warnings, *notes.warnings]))

@@ -1,16 +1,18 @@
 """Which image belongs to which mask: the folder layouts that data sets come in.
 
-`voc`: `JPEGImages/**` and `SegmentationClassAug/**.png`, or, where there is no such folder, `SegmentationClass/**.png`.
-`cityscapes`: `leftImg8bit/**/*_leftImg8bit.png` and `gtFine/**/*_gtFine_labelTrainIds.png`; or, where the original masks
-are more, `*_gtFine_labelIds.png`, whose ids are then mapped.
+`voc`: `JPEGImages/**` and `SegmentationClassAug/**.png`, or, where there is no such folder,
+`SegmentationClass/**.png`.
+`cityscapes`: `leftImg8bit/**/*_leftImg8bit.png` and `gtFine/**/*_gtFine_labelTrainIds.png`; or, where the
+original masks are more, `*_gtFine_labelIds.png`, whose ids are then mapped.
 `camvid`: `images/{train,val,...}/**` and `masks/<the same relative path>.png`.
-`globs`: two patterns, such as `photos/**/*.jpg` and `labels/**/*_mask.png`. An image and a mask belong together when
-what is left of their paths is equal, once the pattern's fixed folders and its fixed ending (`.jpg`, `_mask.png`) are
-taken away. Between wildcards too, if both patterns have fixed folders there: `*/photos/**/*` and `*/labels/**/*.png` pair
+`globs`: two patterns, such as `photos/**/*.jpg` and `labels/**/*_mask.png`. An image and a mask belong
+together when what is left of their paths is equal, once the pattern's fixed folders and its fixed ending
+(`.jpg`, `_mask.png`) are taken away. Between wildcards too, if both patterns have fixed folders there:
+`*/photos/**/*` and `*/labels/**/*.png` pair
 `a/photos/1.jpg` with `a/labels/1.png`.
 
-All paths here are relative to the root, with forward slashes. Hidden files, what systems leave behind, and masks among the
-images are passed over, and counted; extensions match in any case.
+All paths here are relative to the root, with forward slashes. Hidden files, what systems leave behind, and
+masks among the images are passed over, and counted; extensions match in any case.
 """
 
 import os
@@ -79,13 +81,15 @@ def resolve(root: str | os.PathLike, layout: str, images: str | None = None, mas
         if (path / folder).is_dir():
             return name
     raise UserError(
-        f"--data.root {path}: no known layout: neither JPEGImages/ (voc), leftImg8bit/ (cityscapes) nor images/ (camvid) is there; "
+        f"--data.root {path}: no known layout: neither JPEGImages/ (voc), leftImg8bit/ (cityscapes) nor "
+        f"images/ (camvid) is there; "
         "give --data.images and --data.masks, patterns such as 'photos/**/*.jpg' and 'labels/**/*.png'"
     )
 
 
 def own_masks(root: str | os.PathLike, layout: str) -> str | None:
-    """The pattern of the masks that a resolved layout finds in this root; None: the first that the layout is known for."""
+    """The pattern of the masks that a resolved layout finds in this root; None: the first that the layout is
+    known for."""
     root = checked_root(root)
     if layout == "voc" and (root / _VOC_AUGMENTED).is_dir():
         return VOC_AUGMENTED_MASKS
@@ -100,8 +104,11 @@ def own_masks(root: str | os.PathLike, layout: str) -> str | None:
 
 
 def own_mask_map(layout: str, masks: str | None) -> tuple[str, ...]:
-    """What the ids in the masks of a resolved layout mean, if they are not class ids: see stpp.dataset.mask_map."""
-    return cityscapes.LABEL_IDS_MAP if layout == "cityscapes" and (masks or "").endswith("_labelIds.png") else ()
+    """What the ids in the masks of a resolved layout mean, if they are not class ids: see
+    stpp.dataset.mask_map."""
+    return (
+        cityscapes.LABEL_IDS_MAP if layout == "cityscapes" and (masks or "").endswith("_labelIds.png") else ()
+    )
 
 
 def folders(layout: str, images: str | None = None, masks: str | None = None) -> list[str]:
@@ -120,7 +127,8 @@ def find(
     follow_links: bool = False,
     notes: Notes | None = None,
 ) -> list[Found]:
-    """Lists the images of a data set, sorted by path, each with its mask if it has one; says what is passed over.
+    """Lists the images of a data set, sorted by path, each with its mask if it has one; says what is passed
+    over.
 
     Args:
         root: the data root.
@@ -133,9 +141,9 @@ def find(
         notes: takes what there is to say.
 
     Raises:
-        UserError: missing root, no layout fits, no image found, two images or two masks of one name, masks of which
-            none belongs to an image, a layout whose masks lie elsewhere, a path or a link that leaves the root, a name that
-            no list file could hold.
+        UserError: missing root, no layout fits, no image found, two images or two masks of one name, masks of
+            which none belongs to an image, a layout whose masks lie elsewhere, a path or a link that leaves
+            the root, a name that no list file could hold.
     """
     path, notes = checked_root(root), notes or Notes()
     layout = resolve(path, layout, images, masks)
@@ -168,12 +176,16 @@ def find(
     if mask_of and not matched:
         mask = next(iter(mask_of.values()))
         raise UserError(
-            f"{path}: no mask belongs to an image: for example {mask}, while images are named as {found[0].image}"
+            f"{path}: no mask belongs to an image: for example {mask}, while images are named as "
+            f"{found[0].image}"
         )
     if masks and not mask_of and not matched:
         raise UserError(f"--data.masks {masks}: no file matches it under {path}")
     if mask_of:
-        notes.warn(f"{path}: masks that belong to no image: {len(mask_of)}, for example {next(iter(mask_of.values()))}")
+        notes.warn(
+            f"{path}: masks that belong to no image: {len(mask_of)}, for example "
+            f"{next(iter(mask_of.values()))}"
+        )
     if not matched and not given and layout != "globs":
         _look_for_masks(search, layout, image_side.prefix, f"{mask_side.prefix}/", notes)
     return sorted(found, key=lambda one: one.image)
@@ -191,17 +203,22 @@ def _sides(layout: str, images: str | None, masks: str | None, root: Path | None
 
 
 def _with_original(search: Search, augmented: dict[str, str], notes: Notes) -> dict[str, str]:
-    """Masks of VOC's own folder where the augmented one has none: some mirrors of it hold the training images alone."""
+    """Masks of VOC's own folder where the augmented one has none: some mirrors of it hold the training images
+    alone."""
     own = dict(search.named(Side(_VOC[1], None, (".png",)), "masks", False, PassedOver()))
     lacking = {name: path for name, path in own.items() if name not in augmented}
     if lacking:
-        notes.line(f"{counted(len(lacking), 'mask')} from {_VOC[1]}/, as {_VOC_AUGMENTED}/ has none of these images, for example "
-                   f"{next(iter(lacking.values()))}")
+        notes.line(
+            f"{counted(len(lacking), 'mask')} from {_VOC[1]}/, as {_VOC_AUGMENTED}/ has none of these "
+            f"images, for example "
+            f"{next(iter(lacking.values()))}"
+        )
     return augmented | lacking
 
 
 def _leave_out_masks(taken: dict[str, str], mask_of: dict[str, str], notes: Notes) -> None:
-    """Removes masks from the images: files that both patterns match, and files that are called like a mask of an image."""
+    """Removes masks from the images: files that both patterns match, and files that are called like a mask of
+    an image."""
     masks = set(mask_of.values())
     both = [name for name, path in taken.items() if path in masks]
     for name in both:
@@ -212,11 +229,16 @@ def _leave_out_masks(taken: dict[str, str], mask_of: dict[str, str], notes: Note
     beside = {key: image for key in named if (image := image_of_mask(key, named)) is not None}
     second = [key for key, image in beside.items() if named[image] in mask_of]
     first = [key for key in beside if key not in second]
-    for kind, what in ((second, "further masks of images that have one; draw all objects of an image into one mask"),
-                       (first, "masks of images beside them; name masks with --data.masks, or give these files other names")):
+    for kind, what in (
+        (second, "further masks of images that have one; draw all objects of an image into one mask"),
+        (first, "masks of images beside them; name masks with --data.masks, or give these files other names"),
+    ):
         if kind:
-            notes.warn(f"not read, as they are by their names {what}: {counted(len(kind), 'file')}, for example {taken[named[kind[0]]]} "
-                       f"beside {taken[named[beside[kind[0]]]]}")
+            notes.warn(
+                f"not read, as they are by their names {what}: {counted(len(kind), 'file')}, for example "
+                f"{taken[named[kind[0]]]} "
+                f"beside {taken[named[beside[kind[0]]]]}"
+            )
     for key in beside:
         del taken[named[key]]
 
@@ -231,16 +253,24 @@ def _say_passed(passed: PassedOver, notes: Notes) -> None:
 def _look_for_masks(search: Search, layout: str, images: str, looked: str, notes: Notes) -> None:
     """A known layout without a mask: refused where another folder holds what may be the masks, said else."""
     pngs, texts = [], []
-    for folder in sorted(entry.name for entry in os.scandir(search.root) if entry.is_dir() and not entry.name.startswith(".")):
+    for folder in sorted(
+        entry.name for entry in os.scandir(search.root) if entry.is_dir() and not entry.name.startswith(".")
+    ):
         if folder == images or search.skip == search.root / folder:
             continue
         names = list(walk(search.root, folder, search.skip, follow_links=search.follow_links))
         pngs += [folder] * any(name.lower().endswith(".png") for name in names)
-        texts += [folder] * (bool(names) and all(name.lower().endswith(".txt") for name in names) and folder == "labels")
+        texts += [folder] * (
+            bool(names) and all(name.lower().endswith(".txt") for name in names) and folder == "labels"
+        )
     what = f"{search.root}: {images}/ makes this the layout {layout}, but no mask is in {looked}"
     if pngs:
-        raise UserError(f"{what}, and {' and '.join(f'{name}/' for name in pngs[:3])} holds PNGs: if they are the masks, give "
-                        f"--data.layout globs --data.images '{images}/**/*' --data.masks '{pngs[0]}/**/*.png'; if they are not, "
-                        "leave --data.masks out")
+        raise UserError(
+            f"{what}, and {' and '.join(f'{name}/' for name in pngs[:3])} holds PNGs: if they are the "
+            f"masks, give "
+            f"--data.layout globs --data.images '{images}/**/*' --data.masks '{pngs[0]}/**/*.png'; if they "
+            f"are not, "
+            "leave --data.masks out"
+        )
     polygons = "; labels/ holds text files (polygons or boxes), which are no masks" if texts else ""
     notes.warn(f"{what}{polygons}; all images are unlabelled")

@@ -1,9 +1,10 @@
 """The judgement of a data set's masks: what no single file can tell.
 
-A file is read by what it stores: a palette by its indices, 1, 2 and 4 bits by their numbers. Whether that is what was meant
-shows only when all masks lie side by side: the same index in other colours, bits of another depth, 255 for the object instead
-of ignore, edges that run through ids between two classes. What may be misread is refused with the remedy, never guessed. A mask
-map that names every id says that the ids are meant; one of colours reads what is seen.
+A file is read by what it stores: a palette by its indices, 1, 2 and 4 bits by their numbers. Whether that is
+what was meant shows only when all masks lie side by side: the same index in other colours, bits of another
+depth, 255 for the object instead of ignore, edges that run through ids between two classes. What may be
+misread is refused with the remedy, never guessed. A mask map that names every id says that the ids are meant;
+one of colours reads what is seen.
 """
 
 from collections import Counter
@@ -17,8 +18,8 @@ from stpp.dataset.mask_map import MaskMap
 from stpp.images.masks import IGNORE, Stored, count_indices
 
 SOFT_SHARE, SOME_SHARE = 0.15, 0.04
-"""Parts of all edges that pass through an id between two others: those of masks with soft edges or JPEG noise are above 0.06, nearly
-always above 0.18; CamVid's are 0.009."""
+"""Parts of all edges that pass through an id between two others: those of masks with soft edges or JPEG noise
+are above 0.06, nearly always above 0.18; CamVid's are 0.009."""
 LEAST_EDGES = 100
 THIN_IDS = 3
 _REMEDY = "save masks without anti-aliasing and never as JPEG"
@@ -40,19 +41,30 @@ class Edges:
 def edges(values: np.ndarray) -> Edges:
     """The edges of class ids, uint8 [H, W]; 255 counts as no id."""
     count = soft = 0
-    for before, at, after in ((values[:, :-2], values[:, 1:-1], values[:, 2:]), (values[:-2], values[1:-1], values[2:])):
+    for before, at, after in (
+        (values[:, :-2], values[:, 1:-1], values[:, 2:]),
+        (values[:-2], values[1:-1], values[2:]),
+    ):
         count += int(np.count_nonzero(before != at))
-        soft += int(np.count_nonzero(((before < at) & (at < after) & (after != IGNORE)) |
-                                     ((before > at) & (at > after) & (before != IGNORE))))
+        soft += int(
+            np.count_nonzero(
+                ((before < at) & (at < after) & (after != IGNORE))
+                | ((before > at) & (at > after) & (before != IGNORE))
+            )
+        )
     if count < LEAST_EDGES or soft < SOME_SHARE * count:
         return Edges(count, soft)
     same = (values[:, 1:] == values[:, :-1])[1:] & (values[1:] == values[:-1])[:, 1:]
     same &= (values[:, 1:] == values[:, :-1])[:-1]
     whole = same[1:, 1:] & same[:-1, :-1] & same[1:, :-1] & same[:-1, 1:]
-    filled = np.asarray(Image.fromarray(np.ascontiguousarray(values[1:-1, 1:-1])).histogram(Image.fromarray(whole)))
+    filled = np.asarray(
+        Image.fromarray(np.ascontiguousarray(values[1:-1, 1:-1])).histogram(Image.fromarray(whole))
+    )
     there = count_indices(values) > 0
     there[IGNORE] = False
-    return Edges(count, soft, int(np.count_nonzero(there & (filled == 0))), int(np.count_nonzero(there & (filled > 0))))
+    return Edges(
+        count, soft, int(np.count_nonzero(there & (filled == 0))), int(np.count_nonzero(there & (filled > 0)))
+    )
 
 
 @dataclass
@@ -94,7 +106,15 @@ class Judge:
             self._add_stored(path, stored)
         present = {i for i, count in enumerate(counts[:-1]) if count}
         self._ids.update(present | ({IGNORE} if counts[-1] else set()))
-        kind = "both" if counts[-1] and present - {0} else "ignored" if counts[-1] and present else "object" if present - {0} else ""
+        kind = (
+            "both"
+            if counts[-1] and present - {0}
+            else "ignored"
+            if counts[-1] and present
+            else "object"
+            if present - {0}
+            else ""
+        )
         self._sets.setdefault(kind, path)
         self._edges += found.count
         self._soft += found.soft
@@ -111,20 +131,33 @@ class Judge:
                 self._indices.setdefault(entry.colour, {}).setdefault(entry.index, path)
         if stored.kind == "palette":
             self._coloured |= not stored.gray_palette
-            other = next(((entry.index, entry.colour & 255) for entry in stored.palette if self._read_otherwise(
-                entry.index, entry.colour & 255)), None) if stored.gray_palette else None
+            other = (
+                next(
+                    (
+                        (entry.index, entry.colour & 255)
+                        for entry in stored.palette
+                        if self._read_otherwise(entry.index, entry.colour & 255)
+                    ),
+                    None,
+                )
+                if stored.gray_palette
+                else None
+            )
             if other:
                 self._gray_palettes.setdefault(path, other)
         else:
             step = 255 // ((1 << min(stored.bits, 8)) - 1)
-            if stored.bits >= 8 or any(self._read_otherwise(number, number * step, None) for number in stored.numbers):
+            if stored.bits >= 8 or any(
+                self._read_otherwise(number, number * step, None) for number in stored.numbers
+            ):
                 self._depths.setdefault(min(stored.bits, 8), path)
 
     def _read_otherwise(self, index: int, gray: int, outside: int | None = -1) -> bool:
         """True where a number that is stored and the gray that is shown for it mean different classes.
 
         Args:
-            outside: what a gray means that is no id of the data set; of a map, always nothing, so that the number is meant.
+            outside: what a gray means that is no id of the data set; of a map, always nothing, so that the
+                number is meant.
         """
         if index == gray:
             return False
@@ -148,8 +181,11 @@ class Judge:
             return []
         share = 100 * self._soft / self._edges
         one = self._soft_masks[0] if self._soft_masks else "all of them alike"
-        return [f"masks: {share:.0f} % of the edges pass through an id between the two classes ({one}), as soft edges and JPEG noise "
-                f"make them; look at contact-sheet.png, and {_REMEDY}"]
+        return [
+            f"masks: {share:.0f} % of the edges pass through an id between the two classes ({one}), as soft "
+            f"edges and JPEG noise "
+            f"make them; look at contact-sheet.png, and {_REMEDY}"
+        ]
 
     def _palettes(self) -> str | None:
         for index, colours in sorted(self._colours.items()):
@@ -166,8 +202,11 @@ class Judge:
     def _palette_text(self, what: str) -> str:
         seen = sorted({colour for colours in self._colours.values() for colour in colours})
         entries = " ".join(f"'{_hex(colour)}=CLASS'" for colour in seen[:8]) + " ..." * (len(seen) > 8)
-        return (f"masks: their palettes differ: {what}, so an index is no class id; name what the colours mean: --data.mask-map "
-                f"{entries}, or save the masks as 8-bit grayscale PNGs of class ids")
+        return (
+            f"masks: their palettes differ: {what}, so an index is no class id; name what the colours mean: "
+            f"--data.mask-map "
+            f"{entries}, or save the masks as 8-bit grayscale PNGs of class ids"
+        )
 
     def _grays(self) -> str | None:
         if self._coloured or not self._gray_palettes:
@@ -175,9 +214,13 @@ class Judge:
         path, (index, gray) = next(iter(self._gray_palettes.items()))
         seen = sorted({colour for colours in self._colours.values() for colour in colours})
         entries = " ".join(f"'{_hex(colour)}=CLASS'" for colour in seen[:8]) + " ..." * (len(seen) > 8)
-        return (f"{path}: its palette shows index {index} as gray {gray}, and either may be the class id ({len(self._gray_palettes)} such "
-                f"masks; programs that make PNGs smaller write such palettes); say what is seen: --data.mask-map {entries}, or save "
-                "the masks as 8-bit grayscale PNGs of class ids")
+        return (
+            f"{path}: its palette shows index {index} as gray {gray}, and either may be the class id "
+            f"({len(self._gray_palettes)} such "
+            f"masks; programs that make PNGs smaller write such palettes); say what is seen: "
+            f"--data.mask-map {entries}, or save "
+            "the masks as 8-bit grayscale PNGs of class ids"
+        )
 
     def _bits(self) -> str | None:
         low = [bits for bits in sorted(self._depths) if bits < 8]
@@ -185,9 +228,13 @@ class Judge:
             return None
         other = max(self._depths)
         number = 255 // ((1 << low[0]) - 1)
-        return (f"{self._depths[low[0]]}: has {low[0]} bits a pixel, and {self._depths[other]} has {other}: a stored 1 is shown as gray "
-                f"{number} there, and either may be the class id (programs that make PNGs smaller change the bits); save all masks as "
-                f"8-bit grayscale, or give both numbers one class: --data.mask-map 0=0 1=CLASS {number}=CLASS")
+        return (
+            f"{self._depths[low[0]]}: has {low[0]} bits a pixel, and {self._depths[other]} has {other}: a "
+            f"stored 1 is shown as gray "
+            f"{number} there, and either may be the class id (programs that make PNGs smaller change the "
+            f"bits); save all masks as "
+            f"8-bit grayscale, or give both numbers one class: --data.mask-map 0=0 1=CLASS {number}=CLASS"
+        )
 
     def _object_as_ignore(self) -> str | None:
         if self.mask_map is not None and (self.mask_map.in_colour or self.mask_map.names_ignore):
@@ -195,23 +242,35 @@ class Judge:
         name = self.classes[1]
         if set(self._ids) == {0, IGNORE}:
             rest = "" if len(self.classes) == 2 else f", and none of the ids 1 to {len(self.classes) - 1}"
-            return (f"masks: they hold 0 and 255 alone{rest}, and 255 is ignore: if it means {name!r}, give --data.mask-map 0=0 255=1; "
-                    "if it is ignore indeed, 0=0 255=ignore")
+            return (
+                f"masks: they hold 0 and 255 alone{rest}, and 255 is ignore: if it means {name!r}, give "
+                f"--data.mask-map 0=0 255=1; "
+                "if it is ignore indeed, 0=0 255=ignore"
+            )
         if len(self.classes) == 2 and {"ignored", "object"} <= self._sets.keys() and "both" not in self._sets:
-            return (f"masks: some hold 0 and 255 ({self._sets['ignored']}), others 0 and 1 ({self._sets['object']}), none all three, "
-                    f"and 255 is ignore: if it means {name!r} too, give --data.mask-map 0=0 1=1 255=1; if not, 0=0 1=1 255=ignore")
+            return (
+                f"masks: some hold 0 and 255 ({self._sets['ignored']}), others 0 and 1 "
+                f"({self._sets['object']}), none all three, "
+                f"and 255 is ignore: if it means {name!r} too, give --data.mask-map 0=0 1=1 255=1; if not, "
+                f"0=0 1=1 255=ignore"
+            )
         return None
 
     def _noise(self) -> str | None:
         if self.mask_map is not None:
             return None
         share = self._soft / max(self._edges, 1)
-        if not self._noisy_masks and not (self._edges >= 4 * LEAST_EDGES and share > SOFT_SHARE and self._solid and self._soft_masks):
+        if not self._noisy_masks and not (
+            self._edges >= 4 * LEAST_EDGES and share > SOFT_SHARE and self._solid and self._soft_masks
+        ):
             return None
         masks = self._noisy_masks or self._soft_masks
-        return (f"{masks[0]}: soft edges or JPEG noise: at its edges lie ids between the two classes, which are other classes "
-                f"({len(masks)} such masks); {_REMEDY}; if the ids are right as they are, --data.mask-map "
-                f"0-{len(self.classes) - 1}=0-{len(self.classes) - 1} says so")
+        return (
+            f"{masks[0]}: soft edges or JPEG noise: at its edges lie ids between the two classes, which are "
+            f"other classes "
+            f"({len(masks)} such masks); {_REMEDY}; if the ids are right as they are, --data.mask-map "
+            f"0-{len(self.classes) - 1}=0-{len(self.classes) - 1} says so"
+        )
 
 
 def _hex(colour: int) -> str:

@@ -69,12 +69,15 @@ class MaskMap:
     def _refusal(self, unknown: np.ndarray, path: str | os.PathLike) -> UserError:
         found, counts = np.unique(unknown, return_counts=True)
         if len(found) <= MANY:
-            return UserError(f"{path}: {self._named(found, counts)} not in the mask map; add each to --data.mask-map, as a class or as "
-                             "ignore")
+            return UserError(f"{path}: {self._named(found, counts)} not in the mask map; add each to "
+                             f"--data.mask-map, as "
+                             "a class or as ignore")
         what = "colours" if self.in_colour else "ids"
-        return UserError(f"{path}: {len(found)} {what} in {len(unknown)} pixels are not in the mask map: soft edges or JPEG noise; save the "
-                         f"mask as PNG without anti-aliasing, or give every pixel the nearest of the map's {len(self.stored)} {what} in "
-                         "an image editor")
+        return UserError(f"{path}: {len(found)} {what} in {len(unknown)} pixels are not in the mask map: "
+                         f"soft edges or "
+                         "JPEG noise; save the mask as PNG without anti-aliasing, or give every pixel the "
+                         "nearest of the "
+                         f"map's {len(self.stored)} {what} in an image editor")
 
     def _named(self, found: np.ndarray, counts: np.ndarray) -> str:
         first = np.argsort(-counts, kind="stable")[:_SHOWN]
@@ -119,8 +122,8 @@ def parse(entries: Sequence[str], classes: Sequence[str]) -> MaskMap | None:
     if False in kinds:
         named.setdefault(IGNORE, IGNORE)
     ordered = sorted(named)
-    return MaskMap(np.array(ordered, dtype=np.int64), np.array([named[one] for one in ordered], dtype=np.int16), True in kinds,
-                   names_ignore)
+    targets = np.array([named[one] for one in ordered], dtype=np.int16)
+    return MaskMap(np.array(ordered, dtype=np.int64), targets, True in kinds, names_ignore)
 
 
 def _stored(text: str) -> tuple[Sequence[int], bool]:

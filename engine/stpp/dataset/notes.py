@@ -1,4 +1,5 @@
-"""What a data set gives cause to say: lines about what was found, and warnings, which `--strict` turns into a refusal."""
+"""What a data set gives cause to say: lines about what was found, and warnings, which `--strict` turns into a
+refusal."""
 
 from dataclasses import dataclass, field
 

@@ -1,7 +1,9 @@
-"""Official splits: the lists and folders with which a data set itself says what is for training, validation and test.
+"""Official splits: the lists and folders with which a data set itself says what is for training, validation
+and test.
 
-VOC: ImageSets/Segmentation/{train,val,test}.txt. Else folders, at any depth, by their names in any case: see stpp.dataset.split_folders.
-Validation counts where there is training beside it; images for test are in no list.
+VOC: ImageSets/Segmentation/{train,val,test}.txt. Else folders, at any depth, by their names in any case: see
+stpp.dataset.split_folders. Validation counts where there is training beside it; images for test are in no
+list.
 """
 
 import os
@@ -31,34 +33,60 @@ def test(index: Index, notes: Notes | None = None) -> set[str]:
 
 
 def say(index: Index, notes: Notes) -> dict[str, int]:
-    """Says which images the data set's own lists or folders set apart, and what is left out of all lists; returns how many."""
+    """Says which images the data set's own lists or folders set apart, and what is left out of all lists;
+    returns how many."""
     apart, held = test(index, notes), validation(index, notes)
     unpaired = [image for image in held if index.entries[image].mask is None]
     if held:
-        notes.line(f"official validation: {counted(len(held), 'image')}{_folders(index, held)}, never trained on")
+        notes.line(
+            f"official validation: {counted(len(held), 'image')}{_folders(index, held)}, never trained on"
+        )
     if unpaired:
-        text = (f"official validation without a mask, and so in no list: {len(unpaired)} of {counted(len(held), 'image')}, for example "
-                f"{min(unpaired)}")
+        text = (
+            f"official validation without a mask, and so in no list: {len(unpaired)} of "
+            f"{counted(len(held), 'image')}, for example "
+            f"{min(unpaired)}"
+        )
         (notes.warn if len(unpaired) == len(held) else notes.line)(text)
     if apart:
         masked = sum(index.entries[image].mask is not None for image in apart)
-        text = f"official test, and so in no list: {counted(len(apart), 'image')}{_folders(index, apart)}, {masked} with a mask"
-        (notes.warn if masked else notes.line)(f"{text}; if this is no test set, give the folder another name")
+        text = (
+            f"official test, and so in no list: {counted(len(apart), 'image')}{_folders(index, apart)}, "
+            f"{masked} with a mask"
+        )
+        (notes.warn if masked else notes.line)(
+            f"{text}; if this is no test set, give the folder another name"
+        )
     if not held and (alone := in_folders(index, "val")):
-        notes.warn(f"no official validation, though {counted(len(alone), 'image')} lie{_folders(index, alone)}: no folder is called train "
-                   "or training, so they are drawn from like the others")
+        notes.warn(
+            f"no official validation, though {counted(len(alone), 'image')} lie{_folders(index, alone)}: no "
+            f"folder is called train "
+            "or training, so they are drawn from like the others"
+        )
     return {"validation": len(held), "test": len(apart), "others": len(index.entries) - len(held | apart)}
 
 
 def in_folders(index: Index, kind: str) -> set[str]:
-    """The data root's images in a folder of a kind; those of further folders were given as unlabelled, wherever they lie."""
-    return {image for image in index.entries if image.partition("/")[0] not in index.unlabelled and kind in kinds(image)}
+    """The data root's images in a folder of a kind; those of further folders were given as unlabelled,
+    wherever they lie."""
+    return {
+        image
+        for image in index.entries
+        if image.partition("/")[0] not in index.unlabelled and kind in kinds(image)
+    }
 
 
 def _folders(index: Index, images: set[str]) -> str:
     """ " in photos/test", where the images lie in folders of the table."""
-    names = sorted({"/".join(parts[: i + 1]) for image in images for parts in [image.split("/")]
-                    for i, part in enumerate(parts[:-1]) if part.lower() in FOLDERS})
+    names = sorted(
+        {
+            "/".join(parts[: i + 1])
+            for image in images
+            for parts in [image.split("/")]
+            for i, part in enumerate(parts[:-1])
+            if part.lower() in FOLDERS
+        }
+    )
     return f" in {', '.join(names[:3])}{', ...' * (len(names) > 3)}" if names else ""
 
 
@@ -74,7 +102,9 @@ def _listed(index: Index, path: Path, notes: Notes) -> set[str]:
         raise UserError(f"{path}: cannot be read as a list of image names ({error})") from error
     known = {os.path.splitext(image)[0]: image for image in index.entries}
     # A name may hold spaces; some lists have a second column.
-    found = {name: known.get(f"JPEGImages/{name}") or known.get(f"JPEGImages/{name.split()[0]}") for name in lines}
+    found = {
+        name: known.get(f"JPEGImages/{name}") or known.get(f"JPEGImages/{name.split()[0]}") for name in lines
+    }
     missing = sum(image is None for image in found.values())
     if missing:
         notes.warn(f"{path}: {missing} of its {len(found)} images are not in the index")

@@ -1,7 +1,8 @@
-"""Patterns of files below a folder, such as `photos/**/*.jpg`: a fixed folder, and an expression that names what it matches.
+"""Patterns of files below a folder, such as `photos/**/*.jpg`: a fixed folder, and an expression that names
+what it matches.
 
-`**/` any folders or none, `*` and `?` inside a name, `[...]` a set of characters, `{a,b}` and `{1..3}` words. A part of the
-pattern that is the name of a folder, brackets and all, means that folder.
+`**/` any folders or none, `*` and `?` inside a name, `[...]` a set of characters, `{a,b}` and `{1..3}` words.
+A part of the pattern that is the name of a folder, brackets and all, means that folder.
 """
 
 import os
@@ -28,13 +29,14 @@ class Side:
     prefix: str
     """Folder below the root; "" is the root itself."""
     pattern: re.Pattern | None
-    """What a path below the prefix must match, its group 1 being the name, and the further ones the name without the fixed
-    folders between wildcards; None: anything."""
+    """What a path below the prefix must match, its group 1 being the name, and the further ones the name
+    without the fixed folders between wildcards; None: anything."""
     extensions: tuple[str, ...] = IMAGE_EXTENSIONS
 
 
 def parsed(pattern: str, flag: str, root: Path | None = None) -> Side:
-    """Splits a pattern into fixed folders and a regular expression whose group 1 is the name that pairs images with masks.
+    """Splits a pattern into fixed folders and a regular expression whose group 1 is the name that pairs
+    images with masks.
 
     Args:
         flag: "images" or "masks", for messages, and for what a pattern that ends in a wildcard matches.
@@ -46,11 +48,15 @@ def parsed(pattern: str, flag: str, root: Path | None = None) -> Side:
     pattern_NFC = unicodedata.normalize("NFC", pattern)
     parts = pattern_NFC.replace("\\", "/").split("/")
     if pattern.startswith(("/", "~")) or ".." in parts or not parts[-1]:
-        raise UserError(f"--data.{flag} {pattern}: must be a pattern of files below the data root, without '..'")
+        raise UserError(
+            f"--data.{flag} {pattern}: must be a pattern of files below the data root, without '..'"
+        )
     prefix, parts = _fixed([part for part in parts if part != "."], root)
     for found in _BRACES.finditer("/".join(parts)):
         if set(found[1]) & set("*?[/"):
-            raise UserError(f"--data.{flag} {pattern}: braces hold words, such as {{train,val}}, no wildcards or folders")
+            raise UserError(
+                f"--data.{flag} {pattern}: braces hold words, such as {{train,val}}, no wildcards or folders"
+            )
     rest = "/".join(parts)
     wild = max(rest.rfind(c) for c in "*?]")
     if wild < 0:
@@ -63,7 +69,9 @@ def parsed(pattern: str, flag: str, root: Path | None = None) -> Side:
     lazy = "?" if not ending and rest.endswith("*") else ""
     runs = groupby(rest[: wild + 1].split("/"), key=_is_wild)
     *before, (_, last) = [(is_wild, "/".join(run)) for is_wild, run in runs]
-    folders = "".join(f"({expression(run + '/', flag)})" if is_wild else re.escape(run + "/") for is_wild, run in before)
+    folders = "".join(
+        f"({expression(run + '/', flag)})" if is_wild else re.escape(run + "/") for is_wild, run in before
+    )
     compiled = re.compile(f"({folders}({expression(last, flag)}{lazy})){tail}", re.IGNORECASE | re.DOTALL)
     extensions = ("",) if ending else IMAGE_EXTENSIONS if flag == "images" else (".png",)
     return Side(prefix, compiled, extensions)
@@ -88,7 +96,9 @@ def expression(glob: str, flag: str = "images") -> str:
         elif glob[i] == "[" and (end := glob.find("]", i + 2)) > 0:
             inside = glob[i + 1 : end].replace("\\", "\\\\").replace("[", "\\[")
             # The characters may be meant as they are: browsers call folders `photos [1]`.
-            out.append(f"(?:[{'^' + inside[1:] if inside[0] == '!' else inside}]|{re.escape(glob[i : end + 1])})")
+            out.append(
+                f"(?:[{'^' + inside[1:] if inside[0] == '!' else inside}]|{re.escape(glob[i : end + 1])})"
+            )
             i = end + 1
         elif found := _BRACES.match(glob, i):
             out.append(f"(?:{'|'.join(map(re.escape, _words(found[0], flag)))})")
@@ -103,7 +113,9 @@ def _fixed(parts: list[str], root: Path | None) -> tuple[str, list[str]]:
     """The folder that the first parts name, as it is written on the disk, and the other parts."""
     prefix = ""
     for number, part in enumerate(parts[:-1]):
-        forms = [os.path.join(prefix, form) for form in dict.fromkeys((part, unicodedata.normalize("NFD", part)))]
+        forms = [
+            os.path.join(prefix, form) for form in dict.fromkeys((part, unicodedata.normalize("NFD", part)))
+        ]
         there = next((form for form in forms if root is not None and (root / form).is_dir()), None)
         if there is None and _is_wild(part):
             return prefix, parts[number:]

@@ -1,4 +1,5 @@
-"""The search for one side of a data set, its images or its masks, and the names by which the two are paired."""
+"""The search for one side of a data set, its images or its masks, and the names by which the two are
+paired."""
 
 import os
 import unicodedata
@@ -23,12 +24,14 @@ class Search:
     follow_links: bool
     """Follow links out of the root."""
 
-    def named(self, side: Side, what: str, alike: bool, passed: PassedOver, *,
-              apart: Set[str] = frozenset()) -> Iterator[tuple[str, str]]:
+    def named(
+        self, side: Side, what: str, alike: bool, passed: PassedOver, *, apart: Set[str] = frozenset()
+    ) -> Iterator[tuple[str, str]]:
         """(pairing name, path) of the files of a side, refusing two of equal name.
 
         Args:
-            alike: both patterns have as many fixed folders between wildcards, which are then no part of the name.
+            alike: both patterns have as many fixed folders between wildcards, which are then no part of the
+                name.
             passed: counts what is not taken.
             apart: paths that are not counted as left out, nor refused for a name that they share.
         """
@@ -38,7 +41,8 @@ class Search:
             if not below.lower().endswith(side.extensions):
                 passed.unread(below)
                 continue
-            # Accents may be one code point or two: systems differ, so that an image and its mask can differ too.
+            # Accents may be one code point or two: systems differ, so that an image and its mask can differ
+            # too.
             below = unicodedata.normalize("NFC", below)
             match = side.pattern.fullmatch(below) if side.pattern else None
             if side.pattern and not match:
@@ -46,17 +50,26 @@ class Search:
                     passed.unread(below)
                 continue
             refuse_unlistable(self.root, path)
-            name = os.path.splitext(below)[0] if not match else "/".join(match.groups()[1:]) if alike else match[1]
+            name = (
+                os.path.splitext(below)[0]
+                if not match
+                else "/".join(match.groups()[1:])
+                if alike
+                else match[1]
+            )
             if path in apart:
                 name = path  # a mask that the pattern of the images matches too, and that is left out later
             if name in seen:
-                raise UserError(f"{self.root}: duplicate key {name} of {what}: {seen[name]} and {path}; "
-                                f"{self._newer(seen[name], path)}")
+                raise UserError(
+                    f"{self.root}: duplicate key {name} of {what}: {seen[name]} and {path}; "
+                    f"{self._newer(seen[name], path)}"
+                )
             seen[name] = path
             yield name, path
 
     def _newer(self, one: str, other: str) -> str:
-        """Advice for two files of one name: people mend a mask, save it under another extension, and keep the old one."""
+        """Advice for two files of one name: people mend a mask, save it under another extension, and keep the
+        old one."""
         try:
             times = {path: os.stat(self.root / path).st_mtime_ns for path in (one, other)}
         except OSError:

@@ -1,4 +1,5 @@
-"""The settings that an index depends on, resolved: what "auto" stands for, the class names, the masks of the layout."""
+"""The settings that an index depends on, resolved: what "auto" stands for, the class names, the masks of the
+layout."""
 
 import os
 from collections.abc import Sequence
@@ -38,7 +39,14 @@ def resolved(
     mask_map = list(mask_map or layouts.own_mask_map(layout, masks))
     listed = class_list(root, layout, classes)
     mapping.parse(mask_map, listed.names)
-    found = {"layout": layout, "images": images, "masks": masks, "classes": listed.names, "mask_map": mask_map, "exif": exif}
+    found = {
+        "layout": layout,
+        "images": images,
+        "masks": masks,
+        "classes": listed.names,
+        "mask_map": mask_map,
+        "exif": exif,
+    }
     # Left out where they are not used: the fingerprint is then the one that the root alone has.
     if unlabelled:
         found["unlabelled"] = unlabelled_folders.checked(unlabelled)
@@ -48,15 +56,20 @@ def resolved(
 
 
 def refuse_inside(root: Path, out: Path, settings: dict) -> None:
-    """Refuses an index in the root itself, or in a folder of images or masks; elsewhere below the root it may lie.
+    """Refuses an index in the root itself, or in a folder of images or masks; elsewhere below the root it may
+    lie.
 
     Raises:
         UserError: it does.
     """
-    taken = [root / prefix for prefix in layouts.folders(settings["layout"], settings["images"], settings["masks"])]
+    taken = [
+        root / prefix for prefix in layouts.folders(settings["layout"], settings["images"], settings["masks"])
+    ]
     taken += [Path(folder).resolve() for folder in settings.get("unlabelled", ())]
     if out == root or any(out == folder or (folder != root and folder in out.parents) for folder in taken):
-        raise UserError(f"{out}: the index may not lie among the user's images or masks; choose another folder")
+        raise UserError(
+            f"{out}: the index may not lie among the user's images or masks; choose another folder"
+        )
 
 
 def say_classes(listed: ClassList, pixels: Sequence[int], root: Path, notes: Notes) -> None:
@@ -68,8 +81,11 @@ def say_classes(listed: ClassList, pixels: Sequence[int], root: Path, notes: Not
     empty = [name for name, count in zip(listed.names, pixels, strict=False) if not count]
     if listed.of_layout:
         highest = max((i for i, count in enumerate(pixels) if count), default=0)
-        text = (f"classes: the {len(listed.names)} of the public data set that has {listed.source}; masks here hold ids up to {highest}; "
-                "for data of your own write their names to classes.json")
+        text = (
+            f"classes: the {len(listed.names)} of the public data set that has {listed.source}; masks here "
+            f"hold ids up to {highest}; "
+            "for data of your own write their names to classes.json"
+        )
         # A part of the public set lacks a few classes; another set of fewer classes ends early.
         (notes.warn if len(empty) > len(listed.names) // 2 else notes.line)(text)
     if empty and pixels:

@@ -1,6 +1,14 @@
 """The table of folders that say what their images are for."""
 
-FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test"}
+FOLDERS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
 """What a folder of this name, in lower case, holds."""
 
 

@@ -35,7 +35,8 @@ _DRAW_LABELED, _DRAW_VAL = 1, 2
 """Second words of the generator's key: each draw has numbers of its own."""
 
 
-def read_split(path: str | os.PathLike, index: Index, *, labelled: bool, notes: Notes | None = None) -> list[Sample]:
+def read_split(path: str | os.PathLike, index: Index, *, labelled: bool,
+               notes: Notes | None = None) -> list[Sample]:
     """Reads a split file: samples in the order of the lines.
 
     Args:
@@ -76,7 +77,8 @@ def read_split(path: str | os.PathLike, index: Index, *, labelled: bool, notes: 
         raise UserError(f"{path}: lists no image; expected one 'image [mask]' a line")
     if unknown:
         number, mask = unknown[0]
-        notes.warn(f"{path}: {len(unknown)} masks of unlabelled images are not in the index, nor needed (line {number}: {mask})")
+        notes.warn(f"{path}: {len(unknown)} masks of unlabelled images are not in the index, nor needed "
+                   f"(line {number}: {mask})")
     if repeated:
         notes.warn(f"{path}: {len(repeated)} lines that name an image again are passed over ({repeated[0]})")
     return samples
@@ -152,8 +154,8 @@ def find_val(folder: str | os.PathLike) -> Path:
 
 
 def make_split(
-    index: Index, out_dir: str | os.PathLike, *, fraction: str = "1/8", seed: int = 0, val: float | None = None,
-    notes: Notes | None = None,
+    index: Index, out_dir: str | os.PathLike, *, fraction: str = "1/8", seed: int = 0,
+    val: float | None = None, notes: Notes | None = None,
 ) -> None:
     """Draws a split and writes labeled.txt, unlabeled.txt and, if there is validation, val.txt.
 
@@ -161,9 +163,9 @@ def make_split(
     `val`, and is nested: the labelled images of 1/16 are among those of 1/8. All other images become unlabelled, with
     or without a mask.
 
-    Validation is the official one where there is one (see stpp.dataset.official), which is then never drawn from. Otherwise,
-    or if `val` is given, `val` times the images with masks are drawn; without either there is none. Images for test are in no
-    list. Copies of validation images that are trained on are warned of.
+    Validation is the official one where there is one (see stpp.dataset.official), which is then never drawn
+    from. Otherwise, or if `val` is given, `val` times the images with masks are drawn; without either there is
+    none. Images for test are in no list. Copies of validation images that are trained on are warned of.
 
     Args:
         index: the data set.
@@ -203,7 +205,8 @@ def make_split(
         UNLABELED: [image for image in pool if image not in labelled],
         VAL: sorted(validation),
     }
-    _write(Path(out_dir), {name: "".join(line(index.entries[image]) for image in images) for name, images in lists.items()})
+    texts = {name: "".join(line(index.entries[image]) for image in images) for name, images in lists.items()}
+    _write(Path(out_dir), texts)
     _warn_missing(index, lists[LABELED], notes)
 
 
@@ -212,8 +215,10 @@ def _warn_of_copies(pool: list[str], validation: set[str], index: Index, notes: 
     copied = {index.twins[image]: image for image in sorted(validation) if image in index.twins}
     leaks = [image for image in pool if index.twins.get(image) in copied]
     if leaks:
-        notes.warn(f"copies of validation images that are trained on: {counted(len(leaks), 'image')}, for example {leaks[0]} of "
-                   f"{copied[index.twins[leaks[0]]]}; the mIoU will be too good: remove the copies")
+        notes.warn(f"copies of validation images that are trained on: {counted(len(leaks), 'image')}, for "
+                   f"example "
+                   f"{leaks[0]} of {copied[index.twins[leaks[0]]]}; the mIoU will be too good: remove the "
+                   f"copies")
 
 
 def _write(folder: Path, texts: dict[str, str]) -> None:
@@ -225,7 +230,8 @@ def _write(folder: Path, texts: dict[str, str]) -> None:
                 # One of an earlier draw would be taken for this one's.
                 (folder / name).unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"{error.filename or folder}: the lists cannot be written ({error.strerror or error})") from error
+        where = error.filename or folder
+        raise UserError(f"{where}: the lists cannot be written ({error.strerror or error})") from error
 
 
 def _count(fraction: str, total: int) -> int:
@@ -268,7 +274,8 @@ def _warn_missing(index: Index, labelled: list[str], notes: Notes) -> None:
             if image in drawn:
                 pixels += np.asarray(entry.class_pixels)
     missing = [name for name, count in zip(index.classes, pixels, strict=True) if not count]
-    found = [name for name, count, total in zip(index.classes, pixels, everywhere, strict=True) if not count and total]
     if missing:
-        advice = "another seed, or a larger fraction, may" if found else "nor does any mask of the data set: are its ids right?"
+        elsewhere = bool(((pixels == 0) & (everywhere > 0)).any())
+        advice = ("another seed, or a larger fraction, may" if elsewhere else
+                  "nor does any mask of the data set: are its ids right?")
         notes.warn(f"the {len(labelled)} labelled images hold no pixel of: {', '.join(missing)}; {advice}")

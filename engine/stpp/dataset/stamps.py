@@ -35,4 +35,6 @@ def stamp(root: Path, path: str) -> Stamp:
         return Stamp(path, -1, -1, (0, 0))
     if not stat.S_ISREG(status.st_mode):
         return Stamp(path, -1, -1, (0, 0))
-    return Stamp(path, status.st_size, status.st_mtime_ns, (status.st_dev, status.st_ino) if status.st_ino else (0, 0))
+    return Stamp(
+        path, status.st_size, status.st_mtime_ns, (status.st_dev, status.st_ino) if status.st_ino else (0, 0)
+    )

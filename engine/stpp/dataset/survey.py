@@ -31,15 +31,28 @@ class Survey:
 
 
 def tasks(root: Path, settings: dict, out: Path, notes: Notes) -> tuple[list[tuple[Path, list[Task]]], str]:
-    """What is to be looked at, with the folder that its paths are relative to, and the fingerprint of files and settings."""
+    """What is to be looked at, with the folder that its paths are relative to, and the fingerprint of files
+    and settings."""
     follow = settings.get("follow_links", False)
-    found = layouts.find(root, settings["layout"], settings["images"], settings["masks"], exclude=out, follow_links=follow, notes=notes)
-    further = unlabelled_folders.find(settings.get("unlabelled", ()), root, found, exclude=out, follow_links=follow, notes=notes)
+    found = layouts.find(
+        root,
+        settings["layout"],
+        settings["images"],
+        settings["masks"],
+        exclude=out,
+        follow_links=follow,
+        notes=notes,
+    )
+    further = unlabelled_folders.find(
+        settings.get("unlabelled", ()), root, found, exclude=out, follow_links=follow, notes=notes
+    )
     digest = hashlib.sha256(json.dumps([table.VERSION, str(root), settings], sort_keys=True).encode())
     places = []
     for place, members in [(root, found), *further]:
         stamps = listing(place, members)
-        places.append((place, [(one, next(stamps), None if one.mask is None else next(stamps)) for one in members]))
+        places.append(
+            (place, [(one, next(stamps), None if one.mask is None else next(stamps)) for one in members])
+        )
     places = twins.once(places, notes)
     alike = twins.to_compare([image.bytes for _, members in places for _, image, _ in members])
     made = []
@@ -48,24 +61,44 @@ def tasks(root: Path, settings: dict, out: Path, notes: Notes) -> tuple[list[tup
         for one, image, mask in members:
             for stamp in filter(None, (image, mask)):
                 digest.update(f"{stamp.path}\n{stamp.bytes} {stamp.mtime_ns}\n".encode())
-            made[-1][1].append(Task(one.key, one.image, one.mask, image.bytes, image.mtime_ns, mask and mask.bytes,
-                                    mask and mask.mtime_ns, image.bytes in alike))
+            made[-1][1].append(
+                Task(
+                    one.key,
+                    one.image,
+                    one.mask,
+                    image.bytes,
+                    image.mtime_ns,
+                    mask and mask.bytes,
+                    mask and mask.mtime_ns,
+                    image.bytes in alike,
+                )
+            )
     return made, digest.hexdigest()
 
 
-def check_files(listed: Sequence[tuple[Path, list[Task]]], out: Path, settings: dict, notes: Notes, *, workers: int | None,
-                progress: bool) -> Survey:
+def check_files(
+    listed: Sequence[tuple[Path, list[Task]]],
+    out: Path,
+    settings: dict,
+    notes: Notes,
+    *,
+    workers: int | None,
+    progress: bool,
+) -> Survey:
     """Checks all tasks and writes index.parquet.
 
     Raises:
-        UserError: there are problems, all of which are listed in `out/problems.txt` and the first ones printed.
+        UserError: there are problems, all of which are listed in `out/problems.txt` and the first ones
+            printed.
     """
     from tqdm import tqdm
 
     mask_map = mapping.parse(settings["mask_map"], settings["classes"])
     seen = _Seen(settings["classes"], Judge(settings["classes"], mask_map))
     arguments = (str(out), len(settings["classes"]), settings["exif"], mask_map)
-    checked = (chunk for place, members in listed for chunk in check_all(members, (str(place), *arguments), workers))
+    checked = (
+        chunk for place, members in listed for chunk in check_all(members, (str(place), *arguments), workers)
+    )
     root, total = listed[0][0], sum(len(members) for _, members in listed)
     with files.atomic(out / "index.parquet") as file, table.Writer(file) as writer:
         with tqdm(total=total, desc="prepare", unit="image", disable=not progress, dynamic_ncols=True) as bar:
@@ -114,4 +147,6 @@ def _refuse(problems: list[str], root: Path, out: Path) -> None:
         raise UserError(f"{root}: {problems[0]}")
     for problem in problems[:SHOWN_PROBLEMS]:
         log.say(problem)
-    raise UserError(f"{root}: {len(problems)} problems, all listed in {out / 'problems.txt'}; the first: {problems[0]}")
+    raise UserError(
+        f"{root}: {len(problems)} problems, all listed in {out / 'problems.txt'}; the first: {problems[0]}"
+    )

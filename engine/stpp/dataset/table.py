@@ -144,8 +144,9 @@ def read(path: Path, entry: type, *, rows: int, classes: int) -> Rows:
     wrong = _wrong(pa, table, classes)
     if wrong:
         raise UserError(problem.format(wrong))
+    nullable = ("class_pixels", "mask_bytes", "mask_mtime_ns")
     columns = {
-        name: table.column(name) if name in ("class_pixels", "mask_bytes", "mask_mtime_ns") else _plain(table.column(name))
+        name: table.column(name) if name in nullable else _plain(table.column(name))
         for name in table.column_names
     }
     result = Rows(columns, entry)

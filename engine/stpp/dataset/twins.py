@@ -1,7 +1,7 @@
 """Images that a data set holds twice: one file reached by two names, and copies.
 
-A file that links reach twice is one image. Copies, found by their bytes, stay; lists that validate on one and train on another are
-warned of.
+A file that links reach twice is one image. Copies, found by their bytes, stay; lists that validate on one and
+train on another are warned of.
 """
 
 import filecmp
@@ -17,8 +17,9 @@ from stpp.dataset.stamps import Stamp
 from stpp.errors import UserError
 
 
-def once(places: Sequence[tuple[Path, Sequence[tuple[Found, Stamp, Stamp | None]]]], notes: Notes
-         ) -> list[tuple[Path, list[tuple[Found, Stamp, Stamp | None]]]]:
+def once(
+    places: Sequence[tuple[Path, Sequence[tuple[Found, Stamp, Stamp | None]]]], notes: Notes
+) -> list[tuple[Path, list[tuple[Found, Stamp, Stamp | None]]]]:
     """The images with the stamps of themselves and their masks, each file but once.
 
     Of several names one stays that has a mask, else one for validation, else one that is no link.
@@ -45,17 +46,27 @@ def once(places: Sequence[tuple[Path, Sequence[tuple[Found, Stamp, Stamp | None]
     if dropped:
         other, kept = next(iter(dropped.items()))
         image = {at: places[at[0]][1][at[1]][0].image for at in (other, kept)}
-        notes.line(f"taken once, as links lead to the same file: {counted(len(dropped), 'image')}, for example {image[other]}, which is "
-                   f"{image[kept]}")
-    return [(place, [one for position, one in enumerate(members) if (number, position) not in dropped])
-            for number, (place, members) in enumerate(places)]
+        notes.line(
+            f"taken once, as links lead to the same file: {counted(len(dropped), 'image')}, for example "
+            f"{image[other]}, which is "
+            f"{image[kept]}"
+        )
+    return [
+        (place, [one for position, one in enumerate(members) if (number, position) not in dropped])
+        for number, (place, members) in enumerate(places)
+    ]
 
 
 def _rank(places, at: tuple[int, int]) -> tuple:
     place, members = places[at[0]]
     found = members[at[1]][0]
-    return (found.mask is None, at[0], "val" not in kinds(found.image), os.path.realpath(place / found.image) != str(
-        place / found.image), found.image)
+    return (
+        found.mask is None,
+        at[0],
+        "val" not in kinds(found.image),
+        os.path.realpath(place / found.image) != str(place / found.image),
+        found.image,
+    )
 
 
 def _refuse_two_masks(places, one: tuple[int, int], other: tuple[int, int]) -> None:
@@ -73,8 +84,11 @@ def _refuse_two_masks(places, one: tuple[int, int], other: tuple[int, int]) -> N
     except OSError:
         return  # what cannot be read is named later
     if not equal:
-        raise UserError(f"{found.image} and {twin.image} are one file, through a link, and their masks {found.mask} and {twin.mask} "
-                        "differ; remove one of them")
+        raise UserError(
+            f"{found.image} and {twin.image} are one file, through a link, and their masks {found.mask} and "
+            f"{twin.mask} "
+            "differ; remove one of them"
+        )
 
 
 def to_compare(sizes: Sequence[int]) -> set[int]:
@@ -87,5 +101,8 @@ def groups(digests: Mapping[str, Sequence[str]], notes: Notes) -> list[list[str]
     found = sorted(sorted(images) for images in digests.values() if len(images) > 1)
     if found:
         copies = sum(map(len, found)) - len(found)
-        notes.warn(f"copies of other images, byte for byte: {counted(copies, 'image')}, for example {found[0][1]} of {found[0][0]}")
+        notes.warn(
+            f"copies of other images, byte for byte: {counted(copies, 'image')}, for example {found[0][1]} "
+            f"of {found[0][0]}"
+        )
     return found

@@ -45,8 +45,8 @@ def places(folders: Sequence[str]) -> dict[str, Path]:
     return {Path(folder).name: Path(folder).parent for folder in folders}
 
 
-def find(folders: Sequence[str], root: Path, found: Sequence[Found], *, exclude: Path, follow_links: bool = False,
-         notes: Notes | None = None) -> list[tuple[Path, list[Found]]]:
+def find(folders: Sequence[str], root: Path, found: Sequence[Found], *, exclude: Path,
+         follow_links: bool = False, notes: Notes | None = None) -> list[tuple[Path, list[Found]]]:
     """The images of each of the checked folders, and the folder that their names are relative to.
 
     Args:
@@ -61,7 +61,8 @@ def find(folders: Sequence[str], root: Path, found: Sequence[Found], *, exclude:
     groups = []
     for folder in map(Path, folders):
         _refuse_taken(folder, root, found)
-        images = layouts.find(folder, "globs", "**/*", exclude=exclude, flag=FLAG, follow_links=follow_links, notes=notes)
+        images = layouts.find(folder, "globs", "**/*", exclude=exclude, flag=FLAG, follow_links=follow_links,
+                              notes=notes)
         groups.append((folder.parent, [Found(f"{folder.name}/{one.key}", f"{folder.name}/{one.image}", None) for one in images]))
     return groups
 

@@ -1,4 +1,5 @@
-"""Files below a folder, as a person sees them: without what systems left there, links followed as far as they may be."""
+"""Files below a folder, as a person sees them: without what systems left there, links followed as far as they
+may be."""
 
 import os
 import unicodedata
@@ -10,11 +11,18 @@ from stpp.images.folders import PassedOver
 
 FOLLOW = "--data.follow-links"
 _UNLISTABLE = {"Cc", "Cs", "Zl", "Zp"}
-"""Unicode categories of line breaks, control characters and undecodable bytes: no split file can hold such a name."""
+"""Unicode categories of line breaks, control characters and undecodable bytes: no split file can hold such a
+name."""
 
 
-def walk(root: Path, prefix: str, skip: Path | None = None, *, follow_links: bool = False,
-         passed: PassedOver | None = None) -> Iterator[str]:
+def walk(
+    root: Path,
+    prefix: str,
+    skip: Path | None = None,
+    *,
+    follow_links: bool = False,
+    passed: PassedOver | None = None,
+) -> Iterator[str]:
     """Relative paths of all files below root/prefix, those of one folder together.
 
     Args:
@@ -47,7 +55,11 @@ def walk(root: Path, prefix: str, skip: Path | None = None, *, follow_links: boo
             if entry.is_symlink() and not follow_links:
                 _inside(root, Path(entry.path))
             if is_folder:
-                real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(above[-1], entry.name)
+                real = (
+                    os.path.realpath(entry.path)
+                    if entry.is_symlink()
+                    else os.path.join(above[-1], entry.name)
+                )
                 if real not in above and (skip is None or Path(real) != skip):
                     pending.append((entry.path, path, (*above, real)))
             else:
@@ -57,11 +69,17 @@ def walk(root: Path, prefix: str, skip: Path | None = None, *, follow_links: boo
 def refuse_unlistable(root: Path, path: str) -> None:
     """Refuses the path of an image or a mask that no list file could hold."""
     if not path.isprintable() and any(unicodedata.category(c) in _UNLISTABLE for c in path):
-        raise UserError(f"{root}: the name {path!r} holds a line break, a control character or bytes that are not UTF-8; rename it")
+        raise UserError(
+            f"{root}: the name {path!r} holds a line break, a control character or bytes that are not "
+            f"UTF-8; rename it"
+        )
 
 
 def _inside(root: Path, path: Path) -> None:
     """Refuses a path whose links lead out of the root."""
     target = path.resolve()
     if target != root and root not in target.parents:
-        raise UserError(f"{path}: is a link to {target}, outside {root}, the folder that was given; {FOLLOW} reads what links lead to")
+        raise UserError(
+            f"{path}: is a link to {target}, outside {root}, the folder that was given; {FOLLOW} reads what "
+            f"links lead to"
+        )

@@ -119,7 +119,9 @@ def upright(pixels: np.ndarray, value: int) -> np.ndarray:
         pixels = pixels[::-1]
     return pixels
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+IMAGE_EXTENSIONS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm",
+)  # fmt: skip
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 

@@ -41,7 +41,8 @@ class PaletteEntry(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stored:
-    """How a mask file stores its ids: what a whole data set of masks is judged by, see stpp.dataset.mask_judge."""
+    """How a mask file stores its ids: what a whole data set of masks is judged by, see
+    stpp.dataset.mask_judge."""
 
     kind: str
     """"gray", "palette" or "colour"."""
@@ -178,11 +179,13 @@ def _stored(image: Image.Image, bits: int, kind: int) -> Stored:
         used = [i for i, count in enumerate(image.histogram()) if count and i < len(colours)]
         times = dict(zip(*(part.tolist() for part in np.unique(colours, return_counts=True)), strict=True))
         entries = tuple(PaletteEntry(i, int(colours[i]), times[int(colours[i])] == 1) for i in used)
-        return Stored(kind="palette", bits=bits, palette=entries, gray_palette=bool((colours % 0x10101 == 0).all()))
+        all_gray = bool((colours % 0x10101 == 0).all())
+        return Stored(kind="palette", bits=bits, palette=entries, gray_palette=all_gray)
     if kind == _GRAY:
         step = 255 // ((1 << min(bits, 8)) - 1)  # Pillow shows the numbers stretched
         histogram = image.histogram() if bits < 8 else ()
-        return Stored(kind="gray", bits=bits, numbers=tuple(i // step for i, count in enumerate(histogram) if count))
+        numbers = tuple(i // step for i, count in enumerate(histogram) if count)
+        return Stored(kind="gray", bits=bits, numbers=numbers)
     transparent = 0
     if kind in (_GRAY_ALPHA, _RGB_ALPHA) and bits == 8:
         alpha = np.asarray(image.getchannel("A").histogram())

@@ -18,8 +18,9 @@ COPIES = {"supervised": 5, "st": 10, "stpp": 18}
 and writes one more before an old one goes; the first stage of ST++ keeps three others."""
 
 
-def preflight(config: Config, *, lists: dict[str, Sequence[Sample]], weights: int, checks: Sequence[Callable[[], None]],
-              twins: Mapping[str, int] | None = None, notes: Notes | None = None) -> None:
+def preflight(config: Config, *, lists: dict[str, Sequence[Sample]], weights: int,
+              checks: Sequence[Callable[[], None]], twins: Mapping[str, int] | None = None,
+              notes: Notes | None = None) -> None:
     """Looks at everything once.
 
     Args:
@@ -59,10 +60,11 @@ def _warn_of_overlaps(lists: dict[str, Sequence[Sample]], twins: Mapping[str, in
         if both:
             notes.warn(f"{len(both)} images of {second} stand in {first} too, {both[0]} the first; {what}")
         copied = {twins[sample.key]: sample.image for sample in lists.get(first, ()) if sample.key in twins}
-        copies = [sample for sample in lists.get(second, ()) if sample.key not in known and twins.get(sample.key) in copied]
+        copies = [sample for sample in lists.get(second, ())
+                  if sample.key not in known and twins.get(sample.key) in copied]
         if copies:
-            notes.warn(f"{len(copies)} images of {second} are copies of images of {first} ({copies[0].image} of "
-                       f"{copied[twins[copies[0].key]]} the first); {what}")
+            notes.warn(f"{len(copies)} images of {second} are copies of images of {first} "
+                       f"({copies[0].image} of {copied[twins[copies[0].key]]} the first); {what}")
 
 
 def _room(config: Config, weights: int, unlabelled: Sequence[Sample]) -> None:

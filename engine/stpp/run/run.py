@@ -138,11 +138,13 @@ class Run:
         folder = config.data.split or config.out / "split"
         if config.data.split is None:
             distributed.on_main(self.here, lambda: splits.make_split(
-                self.index, folder, fraction=config.data.fraction, seed=config.data.split_seed, val=config.data.val, notes=notes))
+                self.index, folder, fraction=config.data.fraction, seed=config.data.split_seed,
+                val=config.data.val, notes=notes))
         self.labelled = splits.read_split(folder / "labeled.txt", self.index, labelled=True, notes=notes)
         self.unlabelled: list[Sample] = []
         if config.method != "supervised" or config.pseudo_labels:
-            self.unlabelled = splits.read_split(folder / "unlabeled.txt", self.index, labelled=False, notes=notes)
+            self.unlabelled = splits.read_split(folder / "unlabeled.txt", self.index, labelled=False,
+                                                notes=notes)
             self._name_unused(folder)
         self.val: list[Sample] = []
         listed = splits.find_val(folder) if config.data.split else folder / splits.VAL
@@ -161,7 +163,8 @@ class Run:
         """Says which folders of unlabelled images a list of the user's passes over."""
         used = {sample.key.partition("/")[0] for sample in self.unlabelled}
         for name in sorted(self.index.unlabelled.keys() - used):
-            self.notes.warn(f"{folder / 'unlabeled.txt'} names no image of --data.unlabelled {self.index.place(name) / name}, so "
+            self.notes.warn(f"{folder / 'unlabeled.txt'} names no image of --data.unlabelled "
+                            f"{self.index.place(name) / name}, so "
                     f"none is used; they are named {name}/...")
 
     def preflight(self) -> None:
@@ -369,7 +372,8 @@ def _prepared_index(config: Config, here: World) -> Index:
     data = config.data
     folder = data.index or config.out / "index"
     settings = {"layout": data.layout, "images": data.images, "masks": data.masks, "classes": data.classes,
-                "mask_map": data.mask_map, "exif": data.exif, "unlabelled": data.unlabelled, "follow_links": data.follow_links}
+                "mask_map": data.mask_map, "exif": data.exif, "unlabelled": data.unlabelled,
+                "follow_links": data.follow_links}
 
     def renew() -> None:
         if indices.is_stale(folder, data.root, **settings):
