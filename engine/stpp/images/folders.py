@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 SYSTEM_FOLDERS = frozenset({
     "__macosx", "$recycle.bin", "recycler", "recycled", "system volume information", "found.000",
-    "lost+found", "@eadir", "@tmp", "@sharebin", "@sharesnap", "@synologydrive", "#recycle", "#snapshot", "@recycle",
+    "lost+found", "@eadir", "@tmp", "@sharebin", "@sharesnap", "@synologydrive", "#recycle", "#snapshot",
+    "@recycle",
     "@recently-snapshot", "@transcode", ".@__thumb", "@__thumb", "network trash folder", "temporary items",
     "thevolumesettingsfolder", ".trashes", ".trash", "~snapshot",
 })  # fmt: skip
