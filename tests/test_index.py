@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image, ImageOps
 
-from stpp.dataset import check, index, layouts, table
+from stpp.dataset import check, index, layouts, survey, table
 from stpp.errors import UserError
 from stpp.images import masks
 from stpp.images.image_file import opened, orientation, upright, upright_size
@@ -109,7 +109,8 @@ def test_any_png_gives_its_numbers(tmp_path, kind_bits, data):
         stored = np.stack([values] * (1 if kind == 4 else 3) + [alpha] * (kind != 2), axis=-1)
     path = tmp_path / "mask.png"
     path.write_bytes(png(stored, bits, kind))
-    read, plain, _ = masks.read_mask(path)
+    found = masks.read_mask(path)
+    read, plain = found.values, found.plain
     assert read.dtype == np.uint8 and read.flags.c_contiguous
     np.testing.assert_array_equal(read, values)
     assert plain == (kind_bits == (0, 8))
@@ -136,7 +137,8 @@ def test_grayscale_with_transparency_is_not_plain(tmp_path):
     values = np.array([[0, 1, 2]], dtype=np.uint8)
     path = tmp_path / "mask.png"
     path.write_bytes(png(values, 8, 0, extra=chunk(b"tRNS", b"\0\1")))
-    read, plain, _ = masks.read_mask(path)
+    found = masks.read_mask(path)
+    read, plain = found.values, found.plain
     np.testing.assert_array_equal(read, values)
     assert not plain
 
@@ -145,7 +147,8 @@ def test_grayscale_with_transparency_is_not_plain(tmp_path):
 def test_masks_without_a_proper_end_are_not_plain(tmp_path, tail):
     path = tmp_path / "mask.png"
     path.write_bytes(png(np.array([[0, 1, 2]]), 8, 0)[:-12] + tail)
-    read, plain, _ = masks.read_mask(path)
+    found = masks.read_mask(path)
+    read, plain = found.values, found.plain
     np.testing.assert_array_equal(read, [[0, 1, 2]])
     assert not plain
 
@@ -438,7 +441,7 @@ def test_all_problems_are_reported(tmp_path, capsys):
     assert "\n" not in str(error.value) and str(out / "problems.txt") in str(error.value)
     listed = (out / "problems.txt").read_text().splitlines()
     assert len(listed) == 29 and not (out / "index.json").exists() and not (out / "index.parquet").exists()
-    assert len(capsys.readouterr().err.splitlines()) == index.SHOWN_PROBLEMS
+    assert len(capsys.readouterr().err.splitlines()) == survey.SHOWN_PROBLEMS
     text = "\n".join(listed)
     assert "SegmentationClass/3.png: class id 7 in 120 pixels; the class list has ids 0 to 2" in text
     assert "SegmentationClass/26.png: the mask has 5x5 pixels, but its image JPEGImages/26.jpg has 38x8" in text

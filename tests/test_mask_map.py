@@ -16,7 +16,7 @@ CLASSES = ("road", "car", "sky")
 
 
 def mapped(path: Path, *entries: str, classes=CLASSES) -> np.ndarray:
-    return masks.read_mask(path, mask_map=mask_map.parse(entries, classes))[0]
+    return masks.read_mask(path, mask_map=mask_map.parse(entries, classes)).values
 
 
 def saved(path: Path, values: np.ndarray) -> Path:

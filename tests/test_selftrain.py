@@ -19,9 +19,9 @@ from stpp import distributed
 from stpp.config import Config, load_recipe
 from stpp.errors import UserError
 from stpp.images.masks import read_index_mask
+from stpp.images.palette import colourise
 from stpp.label import reliability, rows
 from stpp.report.examples import PICTURE_PX
-from stpp.report.palette import colourise
 from stpp.run.run import selftrain
 from stpp.training.trainer import Trainer
 

@@ -85,7 +85,8 @@ def test_repeated_images_are_passed_over_with_a_warning(tmp_path, odd, capsys):
     [
         ("", "lists no image"),
         (" \n\n", "lists no image"),
-        (b"\xff\xfe", "cannot be read"),
+        (b"\xff\xfe\xff", "cannot be read"),
+        (b"a\xff\xfe", "cannot be read"),
         (b"\x00", "line 1: .*no such image"),
         (
             "images/plain.jpg\nimages/gone.jpg masks/gone.png",

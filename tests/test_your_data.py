@@ -91,7 +91,11 @@ def test_the_guide_leads_from_a_real_folder_to_masks(tmp_path, camvid, monkeypat
     shutil.move(data / "photos" / BROKEN, tmp_path)
     stpp(prepare)
     printed = capsys.readouterr()
-    assert "12 images, 8 with a mask, 11 classes" in printed.out
+    assert "12 images, 8 with a mask, 11 classes" in printed.out and "CMYK (1)" in printed.out
+    assert "1 .txt: not image formats that are read" in printed.err and "1 Thumbs.db" in printed.err
+    prepared = tmp_path / "runs" / "mine-index"
+    made = {path.name: path.stat().st_mtime_ns for path in prepared.iterdir() if path.is_file()}
+    assert {"card.txt", "card.json", "contact-sheet.png"} < made.keys()
     assert "masks that belong to no image: 1, for example labels/deleted long ago.png" in printed.err
     assert "`masks that belong to no image` |" in page
 
@@ -99,6 +103,7 @@ def test_the_guide_leads_from_a_real_folder_to_masks(tmp_path, camvid, monkeypat
     (tmp_path / "mine.toml").write_text(re.search(r"```toml\n(.*?)```", page, re.DOTALL)[1], encoding="utf-8")
     stpp(train, *SMALL)
     assert shlex.split(many_gpus, comments=True) == shlex.split(train)  # the same, under torchrun
+    assert {name: (prepared / name).stat().st_mtime_ns for name in made} == made  # not made again
     results = json.loads((tmp_path / "runs" / "mine" / "results.json").read_text())
     assert [stage["name"] for stage in results["stages"]][-1] == "6-retrain" and results["control"]["steps"]
     lists = {path.stem: path.read_text().splitlines() for path in (tmp_path / "runs" / "mine" / "split").iterdir()}
@@ -117,11 +122,10 @@ def test_the_guide_leads_from_a_real_folder_to_masks(tmp_path, camvid, monkeypat
     shutil.copy(data / "photos" / "IMG 0002.jpg", "photo.jpg")
     exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], {})
     assert capsys.readouterr().out.strip().splitlines()[-1] in json.loads((data / "classes.json").read_text())
-    trained = "runs/mine/stages/6-retrain/best.pt"
     label, export = re.findall(r"`stpp ((?:label|export) .*?)`", page, re.DOTALL)
-    stpp(label.replace("best.pt", trained).replace("FOLDER", "DATA/photos").replace("OUT", "runs/labels"), "--tta", "none")
+    stpp(label.replace("FOLDER", "DATA/photos").replace("OUT", "runs/labels"), "--tta", "none")
     assert len(list((tmp_path / "runs" / "labels" / "masks").rglob("*.png"))) == 12
-    stpp(export.replace("best.pt", trained))
+    stpp(export)
     assert (tmp_path / "best.onnx").exists()
 
     # 6. Better.

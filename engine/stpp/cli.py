@@ -3,6 +3,7 @@
 Nothing heavy is imported before a command runs, so that `--help` is instant.
 """
 
+import errno
 import importlib
 import os
 import sys
@@ -41,8 +42,15 @@ def run(name: str, args: list[str]) -> None:
     getattr(module, name)(args)
 
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Failures that no command can foresee, and that a user can mend: a full disk, one that may not be written
+to."""
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs a command; exits with 0 when done, 1 when failed, 2 for a mistake, 130 or 143 when stopped."""
+    if argv is None:
+        _in_utf8()
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help"):
         names = "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
@@ -68,9 +76,28 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            _tell_torchrun(error)
+            raise
+        refusal = UserError(f"{error.filename or 'a file'}: cannot be written ({error.strerror}); make "
+                            f"room, or choose "
+                            "another --out")
+        if _is_heard():
+            print(f"stpp: {refusal}", file=sys.stderr)
+        _tell_torchrun(refusal)
+        sys.exit(2)
     except Exception as error:
         _tell_torchrun(error)
         raise
+
+
+def _in_utf8() -> None:
+    """Starts this program again in UTF-8 where the locale has another encoding for names of files: images
+    have names of any kind."""
+    if sys.getfilesystemencoding().lower().replace("-", "") != "utf8" and os.environ.get("PYTHONUTF8") != "1":
+        sys.stdout.flush()
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"PYTHONUTF8": "1"})
 
 
 def _is_heard() -> bool:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from stpp import settings
+from stpp import files, settings
 from stpp.errors import UserError
 from stpp.settings import flatten
 
@@ -31,7 +31,7 @@ Views = Annotated[Literal["none", "flip", "stpp"], tyro.conf.arg(
     help="Views whose probabilities are summed: the image alone; with its mirror image; "
          "five scales, each with its mirror image.")]
 MAY_CHANGE = ("out", "control", "device", "timeout_minutes", "data.threads", "data.index", "profile",
-              "train.checkpoint_steps", "train.checkpoint_minutes", "train.on_nonfinite")
+              "strict", "train.checkpoint_steps", "train.checkpoint_minutes", "train.on_nonfinite")
 """Keys that a run may be continued with although they differ: they do not change what is computed."""
 
 
@@ -90,6 +90,8 @@ class SourceConfig:
     """Further folders, anywhere: every image below one is an unlabelled image, named FOLDER/PATH by the folder's own name."""
     exif: bool = True
     """Turn images upright by their EXIF orientation (masks are expected upright); off: read both as stored."""
+    follow_links: bool = False
+    """Follow links that lead out of the root, to another disk for example; off: they are refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,6 +298,8 @@ class Config(DeviceConfig):
     """The same bits in every run on the same machine, at some cost in speed: cuDNN searches no algorithms, for one."""
     timeout_minutes: float = 30.0
     """A rank that waits so long for another in training ends, and torchrun with it (or starts all again)."""
+    strict: bool = False
+    """Refuse a data set, or lists, that give cause for a warning."""
     profile: bool = False
     """Trace a few steps of every stage that trains: profile/ in its folder has the trace and a table of a step's parts."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -351,7 +355,7 @@ def load_recipe(cls: type[T], path: Path) -> T:
         UserError: no such file, not TOML or JSON, an unknown key, an impossible value.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a byte-order mark
+        text = files.read_text(path)
         values = json.loads(text) if str(path).endswith(".json") else tomllib.loads(text)
     except OSError as error:
         raise UserError(f"--recipe {path}: {error.strerror}; give the path of a .toml file") from None

@@ -5,6 +5,7 @@ A file that a marker covers (mask, archive) is written plainly, because the mark
 checksum: `plain`, `renamed`. A reader never takes half a file for a whole.
 """
 
+import codecs
 import contextlib
 import hashlib
 import json
@@ -120,6 +121,19 @@ def replace_folder(made: Path, folder: Path) -> None:
         os.replace(folder, old)
     os.replace(made, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """The text of a file in UTF-8, or in what its byte order mark says: editors of Windows write one, and
+    UTF-16.
+
+    Raises:
+        OSError: it cannot be read.
+        UnicodeError: it is no such text.
+    """
+    data = Path(path).read_bytes()
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if wide else "utf-8-sig").replace("\r\n", "\n")
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -169,7 +169,7 @@ def test_masks_and_overlays_of_files_and_folders(best, predictor, tmp_path, caps
 
 
 def test_an_overlay_is_half_image_half_class_colour():
-    from stpp.report.palette import overlaid, palette
+    from stpp.images.palette import overlaid, palette
 
     image, mask = np.full((1, 2, 3), 200, dtype=np.uint8), np.array([[1, 255]], dtype=np.uint8)
     found = overlaid(image, mask, 3)

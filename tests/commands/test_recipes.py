@@ -55,7 +55,7 @@ def test_values_are_the_published_ones(name, tmp_path):
     classes, lr, epochs, crop_px, long_side = PUBLISHED[name]
     found = recipe(name)
     assert (found.train.lr, found.train.epochs, found.augment.crop_px, found.augment.long_side) == (lr, epochs, crop_px, long_side)
-    assert len(class_list(tmp_path, found.data.layout)) == classes
+    assert len(class_list(tmp_path, found.data.layout).names) == classes
     assert (found.train.batch_global, found.train.momentum, found.train.weight_decay) == (16, 0.9, 1e-4)
     assert found.train.head_lr_multiplier is None and found.train.select == "best" and found.train.supervised_epochs is None
     assert (found.model.name, found.model.backbone, found.model.output_stride) == ("deeplabv3plus", "resnet50", 8)

@@ -46,17 +46,18 @@ def evaluate(args: Sequence[str]) -> None:
     if not options.checkpoint.is_file():
         raise UserError(f"--checkpoint {options.checkpoint}: no such file")
     from stpp import distributed, log
-    from stpp.dataset import index, splits
+    from stpp.dataset import splits
     from stpp.inference import evaluate as scoring
     from stpp.inference import exif_rule
     from stpp.inference.open import EagerTeacher
     from stpp.models.trained import load_network
     from stpp.precision import autocast_dtype
+    from stpp.run.freshness import of_today
 
     folder, listed = _of_run(options)
     with distributed.world(options.compute.device) as here:
         log.set_speaker(here.is_main)
-        known = index.load(folder)
+        known = of_today(folder, listed, here)
         data = DataConfig(exif=known.exif, loader=options.reading.loader, threads=options.reading.threads)
         samples = splits.read_split(listed, known, labelled=True)
         network, classes, _ = load_network(options.checkpoint, output_stride=options.output_stride,
@@ -74,7 +75,9 @@ def evaluate(args: Sequence[str]) -> None:
         matrix = scoring.evaluate(teacher, samples, here, data, mode=options.tta,
                                   crop_px=options.sliding_window)
         if here.is_main:
-            print(scoring.report(matrix, classes, images=len(samples), out=options.out))
+            print(scoring.report(matrix, classes, images=len(samples)))
+            # After the table: a disk that is full costs the file alone.
+            scoring.report(matrix, classes, images=len(samples), out=options.out)
 
 
 def _of_run(options: Evaluate) -> tuple[Path, Path]:

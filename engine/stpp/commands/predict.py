@@ -112,9 +112,9 @@ def _write_all(predictor: "Predictor", items: list["Item"], out: Path) -> list[s
 
     from stpp import files, log
     from stpp.images.masks import write_index_png
+    from stpp.images.palette import overlaid, palette
     from stpp.images.pixels import BadImage
     from stpp.images.reading import is_dark
-    from stpp.report.palette import overlaid, palette
 
     count = len(predictor.classes)
     colors = ["#" + bytes(colour).hex() for colour in palette(count)[:count]]

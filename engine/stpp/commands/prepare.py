@@ -3,6 +3,7 @@
 Nothing heavy is imported before one runs.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ class Prepare:
     data: SourceConfig = SourceConfig()
     workers: int | None = None
     """Processes that read files; unset: all cores."""
+    strict: bool = False
+    """Refuse what else is warned of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +51,13 @@ def prepare(args: Sequence[str]) -> None:
     options = config.parse(Prepare, args, prog="stpp prepare")
     data = options.data
     need_root(data)
-    from stpp.dataset import index
+    from stpp.dataset import card, index
 
     made = index.prepare(
         data.root, options.out, layout=data.layout, images=data.images, masks=data.masks,
         classes=data.classes, mask_map=data.mask_map, exif=data.exif, unlabelled=data.unlabelled,
-        workers=options.workers)
+        follow_links=data.follow_links, workers=options.workers, strict=options.strict)
+    print(card.table(json.loads((options.out / card.JSON).read_text(encoding="utf-8"))))
     with_mask = sum(entry.mask is not None for entry in made.entries.values())
     print(f"{options.out}: {len(made.entries)} images, {with_mask} with a mask, "
           f"{len(made.classes)} classes")

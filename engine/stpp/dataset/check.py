@@ -3,20 +3,25 @@
 This module imports neither torch nor pyarrow, so that worker processes start quickly.
 """
 
+import hashlib
 import multiprocessing
 import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
-from stpp.dataset.mask_map import MaskMap
+import numpy as np
+
+from stpp import files
+from stpp.dataset.mask_judge import Edges, edges
+from stpp.dataset.mask_map import MANY, MaskMap
 from stpp.errors import UserError
 from stpp.images.containers import looks_whole
 from stpp.images.image_file import DECODE_ERRORS, upright_size
-from stpp.images.masks import IGNORE, count_indices, read_mask, write_index_png
+from stpp.images.masks import IGNORE, Stored, count_indices, read_mask, write_index_png
 from stpp.images.pixels import BadImage, decode
 from stpp.images.reading import Reading, look, used_bits
 
@@ -32,7 +37,12 @@ class Task:
     image: str
     mask: str | None
     bytes: int
+    """Of the image; -1 where it is no readable file. So in the other stamps."""
     mtime_ns: int
+    mask_bytes: int | None = None
+    mask_mtime_ns: int | None = None
+    digest: bool = False
+    """Take a digest of the image's bytes: another file is as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +54,19 @@ class Checked:
     """None where there are problems."""
     used_bits: int = 0
     """Bits that the largest number of the image needs; see `stpp.images.reading.used_bits`."""
+    orientation: int = 1
+    """EXIF orientation of the image file, 1 to 8, whether it is turned by it or not."""
     converted: str | None = None
     """The mask written anew, relative to the index's folder."""
     class_pixels: list[int] | None = None
     problems: tuple[str, ...] = ()
+    ignored: int = 0
+    """Pixels of the mask that are 255."""
+    stored: Stored | None = None
+    """How the mask stores its ids."""
+    edges: Edges | None = None
+    digest: str | None = None
+    """Of the image's bytes, where the task asks for it."""
 
 
 def check_all(tasks: list[Task], arguments: tuple, workers: int | None = None) -> Iterator[list[Checked]]:
@@ -98,39 +117,58 @@ def check(task: Task, root: str, out: str, classes: int, exif: bool, mask_map: M
         exif: the EXIF rule, see stpp.images.image_file.
         mask_map: what the numbers or colours of masks mean; None: they are class ids.
     """
-    found, used, mask, mask_turn, problems = None, 0, None, 1, []
+    seen, used, mask, problems = None, 0, None, []
     try:
-        found, used = _look(os.path.join(root, task.image))
+        seen, used = _look(os.path.join(root, task.image))
     except UserError as error:
         problems.append(_relative(error, root))
     if task.mask is not None:
         try:
-            mask, plain, mask_turn = read_mask(os.path.join(root, task.mask), exif=exif, mask_map=mask_map)
+            mask = read_mask(os.path.join(root, task.mask), exif=exif, mask_map=mask_map)
         except UserError as error:
             problems.append(_relative(error, root))
     counts = None
     if mask is not None:
-        counts = count_indices(mask)
-        wrong = [i for i in counts.nonzero()[0].tolist() if classes <= i != IGNORE]
-        if wrong:
-            ids = ", ".join(f"id {i} in {counts[i]} pixels" for i in wrong[:5]) + (", ..." if len(wrong) > 5 else "")
-            problems.append(f"{task.mask}: class {ids}; the class list has ids 0 to {classes - 1} (255 is ignore); "
-                            "--data.mask-map turns other ids into these")
-    if found is None:
+        counts = count_indices(mask.values)
+        problems += _mask_problems(task.mask, mask.stored, counts, classes)
+    if seen is None:
         return Checked(task, problems=tuple(problems))
-    reading, other = (found, found.as_stored()) if exif else (found.as_stored(), found)
-    if mask is not None and mask.shape != reading.size:
-        problems.append(_size_problem(task, reading, other, mask.shape[::-1], mask_turn, exif))
+    reading, other = (seen, seen.as_stored()) if exif else (seen.as_stored(), seen)
+    if mask is not None and mask.values.shape != reading.size:
+        problems.append(_size_problem(task, reading, other, mask.values.shape[::-1], mask.turn, exif))
     if problems:
         return Checked(task, problems=tuple(problems))
     converted = None
-    if mask is not None and not plain:
+    if mask is not None and not mask.plain:
         converted = f"masks/{task.key}.png"
         target = os.path.join(out, converted)
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        write_index_png(target, mask)
-    pixels = None if counts is None else counts[:classes].tolist()
-    return Checked(task, reading, used, converted, pixels)
+        with files.renamed(target, f"{target}.{os.getpid()}.tmp") as file:
+            write_index_png(file, mask.values)
+    digest = _digest(os.path.join(root, task.image)) if task.digest else None
+    picture = Checked(task, reading, used, seen.orientation, digest=digest)
+    if mask is None:
+        return picture
+    return replace(picture, converted=converted, class_pixels=counts[:classes].tolist(), ignored=int(counts[IGNORE]),
+                   stored=mask.stored, edges=edges(mask.values))
+
+
+def _mask_problems(path: str, stored: Stored, counts: np.ndarray, classes: int) -> list[str]:
+    """What is wrong with one mask alone."""
+    found = []
+    if stored.transparent:
+        found.append(f"{path}: {stored.transparent} pixels of the mask are transparent and others are not, so what they "
+                     "hold is not plain; flatten the image (without anti-aliasing) and save it without an alpha channel")
+    wrong = [i for i in counts.nonzero()[0].tolist() if classes <= i != IGNORE]
+    if len(wrong) > MANY:
+        found.append(f"{path}: {len(wrong)} ids from {wrong[0]} to {wrong[-1]} in {counts[wrong].sum()} pixels are "
+                     f"outside the class list (0 to {classes - 1}; 255 is ignore): soft edges or JPEG noise; save the mask "
+                     "as PNG without anti-aliasing, or give every pixel the nearest id in an image editor")
+    elif wrong:
+        ids = ", ".join(f"id {i} in {counts[i]} pixels" for i in wrong[:5]) + ", ..." * (len(wrong) > 5)
+        found.append(f"{path}: class {ids}; the class list has ids 0 to {classes - 1} (255 is ignore); "
+                     "--data.mask-map turns other ids into these")
+    return found
 
 
 def _look(path: str) -> tuple[Reading, int]:
@@ -150,6 +188,11 @@ def _look(path: str) -> tuple[Reading, int]:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
         raise UserError(f"{path}: cannot be read as an image ({reason}); replace or remove it") from error
     return found._replace(plain=found.plain and looks_whole(data)), used
+
+
+def _digest(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.blake2b(file.read(), digest_size=16).hexdigest()
 
 
 def _size_problem(task: Task, reading: Reading, other: Reading, mask_size: tuple[int, int], mask_turn: int,

@@ -6,13 +6,16 @@ They are read and checked like the masks of a data set before they are trained o
 import dataclasses
 import json
 import os
+import stat
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
 from stpp import files
 from stpp.dataset import splits
 from stpp.dataset.check import Task, check_all
-from stpp.dataset.index import Index
+from stpp.dataset.entries import Index
+from stpp.dataset.mask_judge import Judge
 from stpp.errors import UserError
 from stpp.loading.sample import Sample
 
@@ -52,11 +55,14 @@ def check(samples: Sequence[Sample], folder: Path, index: Index, out: Path, *, e
         return
     image_of = {sample.key: sample.image for sample in samples}
     tasks = [Task(key, image_of[key], path, 0, 0) for key, path in found.items()]
-    masks, problems = {}, []
+    masks, problems, judge = {}, [], Judge(index.classes, None)
     for chunk in check_all(tasks, (str(index.root), str(out), len(index.classes), index.exif)):
         for one in chunk:
             problems += one.problems
             masks[one.task.key] = str(out / one.converted) if one.converted else one.task.mask
+            if one.class_pixels is not None:
+                judge.add(one.task.mask, one.stored, [*one.class_pixels, one.ignored], one.edges)
+    problems += judge.stored_problems()  # teachers leave specks, and 255 where they are not sure
     if problems:
         more = f" (and {len(problems) - 1} more such masks)" if len(problems) > 1 else ""
         raise UserError(f"--pseudo-labels: {problems[0]}{more}; mend them, or name their images in --exclude")
@@ -80,8 +86,8 @@ def _found(samples: Sequence[Sample], folder: Path) -> dict[str, str]:
     """Masks by the samples' keys."""
     for below in (folder / "masks", folder):
         for dropped in (0, 1):
-            paths = {sample.key: str(below / f"{'/'.join(sample.key.split('/')[dropped:])}.png") for sample in samples}
-            found = {key: path for key, path in paths.items() if os.path.isfile(path)}
+            found = {sample.key: path for sample in samples
+                     if (path := _mask_file(below, "/".join(sample.key.split("/")[dropped:]))) is not None}
             if len(set(found.values())) < len(found):
                 raise UserError(f"--pseudo-labels {folder}: images of several folders share a mask there; keep the folders of the "
                                 "data root below it")
@@ -89,3 +95,28 @@ def _found(samples: Sequence[Sample], folder: Path) -> dict[str, str]:
                 return found
     example = f"{samples[0].key}.png" if samples else "the images that are not excluded"
     raise UserError(f"--pseudo-labels {folder}: no mask of an unlabelled image is in it; looked for {example}")
+
+
+def _mask_file(folder: Path, name: str) -> str | None:
+    """The PNG of this name, its accents and its extension written in any form.
+
+    Raises:
+        UserError: there are two: people save a mended mask beside the old one.
+    """
+    forms = dict.fromkeys(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
+    paths = [str(folder / f"{form}{ending}") for form in (name, *forms) for ending in (".png", ".PNG")]
+    # A file system may take several of these names for one file.
+    there = {(status.st_dev, status.st_ino): path for path in reversed(paths)
+             if (status := _status(path)) is not None}
+    if len(there) > 1:
+        first, second = sorted(there.values())
+        raise UserError(f"--pseudo-labels: {first} and {second} are masks of one image; remove the old one")
+    return next(iter(there.values()), None)
+
+
+def _status(path: str) -> os.stat_result | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None

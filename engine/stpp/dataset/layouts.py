@@ -1,39 +1,40 @@
 """Which image belongs to which mask: the folder layouts that data sets come in.
 
-`voc`: `JPEGImages/**` and `SegmentationClassAug/**.png`, or, where there is no such folder, `SegmentationClass/**.png`.
-`cityscapes`: `leftImg8bit/**/*_leftImg8bit.png` and `gtFine/**/*_gtFine_labelTrainIds.png`; or, where the original masks
-are more, `*_gtFine_labelIds.png`, whose ids are then mapped.
+`voc`: `JPEGImages/**` and `SegmentationClassAug/**.png`, or, where there is no such folder,
+`SegmentationClass/**.png`.
+`cityscapes`: `leftImg8bit/**/*_leftImg8bit.png` and `gtFine/**/*_gtFine_labelTrainIds.png`; or, where the
+original masks are more, `*_gtFine_labelIds.png`, whose ids are then mapped.
 `camvid`: `images/{train,val,...}/**` and `masks/<the same relative path>.png`.
-`globs`: two patterns, such as `photos/**/*.jpg` and `labels/**/*_mask.png`. An image and a mask belong together when
-what is left of their paths is equal, once the pattern's fixed folders and its fixed ending (`.jpg`, `_mask.png`) are
-taken away. Between wildcards too, if both patterns have fixed folders there: `*/photos/**/*` and `*/labels/**/*.png` pair
+`globs`: two patterns, such as `photos/**/*.jpg` and `labels/**/*_mask.png`. An image and a mask belong
+together when what is left of their paths is equal, once the pattern's fixed folders and its fixed ending
+(`.jpg`, `_mask.png`) are taken away. Between wildcards too, if both patterns have fixed folders there:
+`*/photos/**/*` and `*/labels/**/*.png` pair
 `a/photos/1.jpg` with `a/labels/1.png`.
 
-All paths here are relative to the root, with forward slashes. Hidden files are passed over; extensions match in any
-case.
+All paths here are relative to the root, with forward slashes. Hidden files, what systems leave behind, and
+masks among the images are passed over, and counted; extensions match in any case.
 """
 
 import os
-import re
-import stat
-import unicodedata
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
-from stpp import log
 from stpp.dataset import cityscapes
+from stpp.dataset.notes import Notes, counted
+from stpp.dataset.patterns import Side, parsed
+from stpp.dataset.search import Search
+from stpp.dataset.walk import walk
 from stpp.errors import UserError
+from stpp.images.folders import PassedOver, image_of_mask
 from stpp.images.image_file import IMAGE_EXTENSIONS
 
 LAYOUTS = ("auto", "voc", "cityscapes", "camvid", "globs")
 
 _VOC = ("JPEGImages", "SegmentationClass")
 _VOC_AUGMENTED = "SegmentationClassAug"
+VOC_AUGMENTED_MASKS = f"{_VOC_AUGMENTED}/**/*.png"
+"""The masks of a VOC root with such a folder; those that it lacks are then taken from SegmentationClass."""
 _CAMVID = ("images", "masks")
-_UNLISTABLE = {"Cc", "Cs", "Zl", "Zp"}
-"""Unicode categories of line breaks, control characters and undecodable bytes: no split file can hold such a name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +45,6 @@ class Found:
     """The image's path without its extension."""
     image: str
     mask: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Side:
-    """Where images, or masks, are looked for."""
-
-    prefix: str
-    """Folder below the root; "" is the root itself."""
-    pattern: re.Pattern | None
-    """What a path below the prefix must match, its group 1 being the name, and the further ones the name without the fixed
-    folders between wildcards; None: anything."""
-    extensions: tuple[str, ...] = IMAGE_EXTENSIONS
 
 
 def checked_root(root: str | os.PathLike, flag: str = "--data.root") -> Path:
@@ -92,18 +81,20 @@ def resolve(root: str | os.PathLike, layout: str, images: str | None = None, mas
         if (path / folder).is_dir():
             return name
     raise UserError(
-        f"--data.root {path}: no known layout: neither JPEGImages/ (voc), leftImg8bit/ (cityscapes) nor images/ (camvid) is there; "
+        f"--data.root {path}: no known layout: neither JPEGImages/ (voc), leftImg8bit/ (cityscapes) nor "
+        f"images/ (camvid) is there; "
         "give --data.images and --data.masks, patterns such as 'photos/**/*.jpg' and 'labels/**/*.png'"
     )
 
 
 def own_masks(root: str | os.PathLike, layout: str) -> str | None:
-    """The pattern of the masks that a resolved layout finds in this root; None: the first that the layout is known for."""
+    """The pattern of the masks that a resolved layout finds in this root; None: the first that the layout is
+    known for."""
     root = checked_root(root)
     if layout == "voc" and (root / _VOC_AUGMENTED).is_dir():
-        return f"{_VOC_AUGMENTED}/**/*.png"
+        return VOC_AUGMENTED_MASKS
     if layout == "cityscapes":
-        names = list(_walk(root, "gtFine", None))
+        names = list(walk(root, "gtFine"))
         train_ids, label_ids = (
             sum(name.endswith(ending) for name in names)
             for ending in (cityscapes.TRAIN_IDS_ENDING, cityscapes.LABEL_IDS_ENDING)
@@ -113,13 +104,16 @@ def own_masks(root: str | os.PathLike, layout: str) -> str | None:
 
 
 def own_mask_map(layout: str, masks: str | None) -> tuple[str, ...]:
-    """What the ids in the masks of a resolved layout mean, if they are not class ids: see stpp.dataset.mask_map."""
-    return cityscapes.LABEL_IDS_MAP if layout == "cityscapes" and (masks or "").endswith("_labelIds.png") else ()
+    """What the ids in the masks of a resolved layout mean, if they are not class ids: see
+    stpp.dataset.mask_map."""
+    return (
+        cityscapes.LABEL_IDS_MAP if layout == "cityscapes" and (masks or "").endswith("_labelIds.png") else ()
+    )
 
 
 def folders(layout: str, images: str | None = None, masks: str | None = None) -> list[str]:
     """The fixed folders in which a resolved layout looks; "" is the root."""
-    return [side.prefix for side in _sides(layout, images, masks) if side]
+    return [side.prefix for side in _sides(layout, images, masks, None) if side]
 
 
 def find(
@@ -130,8 +124,11 @@ def find(
     *,
     exclude: str | os.PathLike | None = None,
     flag: str = "--data.root",
+    follow_links: bool = False,
+    notes: Notes | None = None,
 ) -> list[Found]:
-    """Lists the images of a data set, sorted by path, each with its mask if it has one; says if masks are left over.
+    """Lists the images of a data set, sorted by path, each with its mask if it has one; says what is passed
+    over.
 
     Args:
         root: the data root.
@@ -140,184 +137,140 @@ def find(
         masks: pattern of masks; for the other layouts it replaces their own.
         exclude: a folder not to enter.
         flag: what gave the root.
+        follow_links: follow links out of the root.
+        notes: takes what there is to say.
 
     Raises:
-        UserError: missing root, no layout fits, no image found, two images or two masks of one name, masks of which
-            none belongs to an image, a path or a link that leaves the root, a name that no list file could hold.
+        UserError: missing root, no layout fits, no image found, two images or two masks of one name, masks of
+            which none belongs to an image, a layout whose masks lie elsewhere, a path or a link that leaves
+            the root, a name that no list file could hold.
     """
-    path = checked_root(root)
+    path, notes = checked_root(root), notes or Notes()
     layout = resolve(path, layout, images, masks)
+    given = masks
     images, masks = cityscapes.IMAGES if layout == "cityscapes" else images, masks or own_masks(path, layout)
-    image_side, mask_side = _sides(layout, images, masks)
-    skip = Path(exclude).resolve() if exclude is not None else None
+    image_side, mask_side = _sides(layout, images, masks, path)
+    search = Search(path, Path(exclude).resolve() if exclude is not None else None, follow_links)
 
     patterns = [side.pattern for side in (image_side, mask_side) if side and side.pattern]
     alike = len(patterns) == 2 and patterns[0].groups == patterns[1].groups
-    mask_of = dict(_named(path, mask_side, skip, "masks", alike)) if mask_side else {}
+    mask_of = dict(search.named(mask_side, "masks", alike, PassedOver())) if mask_side else {}
+    if layout == "voc" and masks == VOC_AUGMENTED_MASKS:
+        mask_of = _with_original(search, mask_of, notes)
+    passed = PassedOver()
+    taken = dict(search.named(image_side, "images", alike, passed, apart=set(mask_of.values())))
+    _leave_out_masks(taken, mask_of, notes)
     found, keys, matched = [], {}, 0
-    for name, image in _named(path, image_side, skip, "images", alike):
+    for name, image in taken.items():
         key = os.path.splitext(image)[0]
         if keys.setdefault(key, image) != image:
             raise UserError(f"{path}: duplicate key {key}: {keys[key]} and {image}; rename or remove one")
         mask = mask_of.pop(name, None)
         matched += mask is not None
         found.append(Found(key, image, mask))
+    _say_passed(passed, notes)
     if not found:
         looked = images or f"{image_side.prefix}/** ({' '.join(IMAGE_EXTENSIONS)})"
-        raise UserError(f"{flag} {path}: no image found; looked for {looked}")
+        unread = f"; {passed.lines()[0]}" if passed.extensions else ""
+        raise UserError(f"{flag} {path}: no image found; looked for {looked}{unread}")
     if mask_of and not matched:
         mask = next(iter(mask_of.values()))
         raise UserError(
-            f"{path}: no mask belongs to an image: for example {mask}, while images are named as {found[0].image}"
+            f"{path}: no mask belongs to an image: for example {mask}, while images are named as "
+            f"{found[0].image}"
         )
     if masks and not mask_of and not matched:
         raise UserError(f"--data.masks {masks}: no file matches it under {path}")
     if mask_of:
-        log.say(f"warning: {path}: masks that belong to no image: {len(mask_of)}, for example {next(iter(mask_of.values()))}")
+        notes.warn(
+            f"{path}: masks that belong to no image: {len(mask_of)}, for example "
+            f"{next(iter(mask_of.values()))}"
+        )
+    if not matched and not given and layout != "globs":
+        _look_for_masks(search, layout, image_side.prefix, f"{mask_side.prefix}/", notes)
     return sorted(found, key=lambda one: one.image)
 
 
-def _sides(layout: str, images: str | None, masks: str | None) -> tuple[_Side, _Side | None]:
+def _sides(layout: str, images: str | None, masks: str | None, root: Path | None) -> tuple[Side, Side | None]:
     if layout == "cityscapes":
         images, masks = cityscapes.IMAGES, masks or cityscapes.TRAIN_IDS
     if images:
-        return _parsed(images, "images"), _parsed(masks, "masks") if masks else None
+        return parsed(images, "images", root), parsed(masks, "masks", root) if masks else None
     image_folder, mask_folder = _VOC if layout == "voc" else _CAMVID
     if masks:
-        return _Side(image_folder, None), _parsed(masks, "masks")
-    return _Side(image_folder, None), _Side(mask_folder, None, (".png",))
+        return Side(image_folder, None), parsed(masks, "masks", root)
+    return Side(image_folder, None), Side(mask_folder, None, (".png",))
 
 
-def _parsed(pattern: str, flag: str) -> _Side:
-    """Splits a pattern into fixed folders and a regular expression whose group 1 is the name that pairs images with
-    masks."""
-    parts = pattern.replace("\\", "/").split("/")
-    if pattern.startswith(("/", "~")) or ".." in parts or not parts[-1]:
-        raise UserError(f"--data.{flag} {pattern}: must be a pattern of files below the data root, without '..'")
-    parts = [part for part in parts if part != "."]
-    fixed = 0
-    while fixed < len(parts) - 1 and not set(parts[fixed]) & set("*?["):
-        fixed += 1
-    rest = "/".join(parts[fixed:])
-    wild = max(rest.rfind(c) for c in "*?]")
-    if wild < 0:
-        raise UserError(f"--data.{flag} {pattern}: has no '*'; give a pattern such as 'photos/**/*.jpg'")
-    ending = rest[wild + 1 :]
-    # A pattern that ends in a wildcard, such as photos/*, pairs by the name without extension.
-    tail = re.escape(ending) if ending else r"(?:\.[^./]*)?"
-    lazy = "?" if not ending and rest.endswith("*") else ""
-    runs = groupby(rest[: wild + 1].split("/"), key=lambda part: bool(set(part) & set("*?[")))
-    *before, (_, last) = [(is_wild, "/".join(run)) for is_wild, run in runs]
-    folders = "".join(f"({_expression(run + '/')})" if is_wild else re.escape(run + "/") for is_wild, run in before)
-    expression = re.compile(f"({folders}({_expression(last)}{lazy})){tail}", re.IGNORECASE | re.DOTALL)
-    extensions = ("",) if ending else IMAGE_EXTENSIONS if flag == "images" else (".png",)
-    return _Side("/".join(parts[:fixed]), expression, extensions)
-
-
-def _expression(glob: str) -> str:
-    """A glob as a regular expression: `**/` any folders or none, `*` and `?` inside a name, `[...]` a set."""
-    out, i = [], 0
-    while i < len(glob):
-        if glob.startswith("**/", i):
-            out.append("(?:[^/]+/)*")
-            i += 3
-        elif glob.startswith("**", i):
-            out.append(".*")
-            i += 2
-        elif glob[i] == "*":
-            out.append("[^/]*")
-            i += 1
-        elif glob[i] == "?":
-            out.append("[^/]")
-            i += 1
-        elif glob[i] == "[" and (end := glob.find("]", i + 2)) > 0:
-            inside = glob[i + 1 : end].replace("\\", "\\\\").replace("[", "\\[")
-            out.append(f"[{'^' + inside[1:] if inside[0] == '!' else inside}]")
-            i = end + 1
-        else:
-            out.append(re.escape(glob[i]))
-            i += 1
-    return "".join(out)
-
-
-def _named(root: Path, side: _Side, skip: Path | None, what: str, alike: bool) -> Iterator[tuple[str, str]]:
-    """(pairing name, path) of the files of a side, refusing masks of equal name.
-
-    Args:
-        alike: both patterns have as many fixed folders between wildcards, which are then no part of the name.
-    """
-    seen: dict[str, str] = {}
-    for path in _walk(root, side.prefix, skip):
-        below = path[len(side.prefix) + 1 :] if side.prefix else path
-        if not below.lower().endswith(side.extensions):
-            continue
-        if side.pattern is None:
-            stem = os.path.splitext(below)[0]
-        else:
-            match = side.pattern.fullmatch(below)
-            if not match:
-                continue
-            stem = "/".join(match.groups()[1:]) if alike else match[1]
-        # Accents may be one code point or two: systems differ, so that an image and its mask can differ too.
-        name = unicodedata.normalize("NFC", stem)
-        if name in seen:
-            raise UserError(f"{root}: duplicate key {name} of {what}: {seen[name]} and {path}; rename or remove one")
-        seen[name] = path
-        yield name, path
-
-
-def _walk(root: Path, prefix: str, skip: Path | None) -> Iterator[str]:
-    """Relative paths of all files below root/prefix; links are followed as long as they stay inside the root."""
-    top = os.path.join(root, prefix)
-    if prefix:
-        _inside(root, Path(top))
-    if not os.path.isdir(top):
-        return
-    # The real folders on the way down: a link back to one of them would never end.
-    pending = [(top, prefix, (os.path.realpath(top),))]
-    while pending:
-        folder, relative, above = pending.pop()
-        try:
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be listed ({error.strerror})") from error
-        for entry in entries:
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
-                continue
-            path = f"{relative}/{entry.name}" if relative else entry.name
-            if not entry.name.isprintable() and any(unicodedata.category(c) in _UNLISTABLE for c in entry.name):
-                raise UserError(
-                    f"{root}: the name {path!r} holds a line break, a control character or bytes that are not UTF-8; "
-                    "rename it"
-                )
-            real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(above[-1], entry.name)
-            if entry.is_symlink():
-                _inside(root, Path(entry.path))
-            if entry.is_dir():
-                if real not in above and (skip is None or Path(real) != skip):
-                    pending.append((entry.path, path, (*above, real)))
-            else:
-                yield path
-
-
-def _inside(root: Path, path: Path) -> None:
-    """Refuses a path whose links lead out of the root."""
-    target = path.resolve()
-    if target != root and root not in target.parents:
-        raise UserError(
-            f"{path}: is a link to {target}, outside {root}, the folder that was given; put the files inside, or give that folder"
+def _with_original(search: Search, augmented: dict[str, str], notes: Notes) -> dict[str, str]:
+    """Masks of VOC's own folder where the augmented one has none: some mirrors of it hold the training images
+    alone."""
+    own = dict(search.named(Side(_VOC[1], None, (".png",)), "masks", False, PassedOver()))
+    lacking = {name: path for name, path in own.items() if name not in augmented}
+    if lacking:
+        notes.line(
+            f"{counted(len(lacking), 'mask')} from {_VOC[1]}/, as {_VOC_AUGMENTED}/ has none of these "
+            f"images, for example "
+            f"{next(iter(lacking.values()))}"
         )
+    return augmented | lacking
 
 
-def listing(root: Path, found: list[Found]) -> Iterator[tuple[str, int, int]]:
-    """(path, bytes, mtime_ns) of every image and mask; (path, -1, -1) for what is no readable file."""
-    for one in found:
-        for path in (one.image, one.mask):
-            if path is not None:
-                try:
-                    status = os.stat(root / path)
-                except OSError:
-                    yield path, -1, -1
-                    continue
-                regular = stat.S_ISREG(status.st_mode)
-                yield path, (status.st_size if regular else -1), (status.st_mtime_ns if regular else -1)
+def _leave_out_masks(taken: dict[str, str], mask_of: dict[str, str], notes: Notes) -> None:
+    """Removes masks from the images: files that both patterns match, and files that are called like a mask of
+    an image."""
+    masks = set(mask_of.values())
+    both = [name for name, path in taken.items() if path in masks]
+    for name in both:
+        del taken[name]
+    if both:
+        notes.line(f"masks, no images, though they match the patterns of both: {counted(len(both), 'file')}")
+    named = {os.path.splitext(path)[0]: name for name, path in taken.items()}
+    beside = {key: image for key in named if (image := image_of_mask(key, named)) is not None}
+    second = [key for key, image in beside.items() if named[image] in mask_of]
+    first = [key for key in beside if key not in second]
+    for kind, what in (
+        (second, "further masks of images that have one; draw all objects of an image into one mask"),
+        (first, "masks of images beside them; name masks with --data.masks, or give these files other names"),
+    ):
+        if kind:
+            notes.warn(
+                f"not read, as they are by their names {what}: {counted(len(kind), 'file')}, for example "
+                f"{taken[named[kind[0]]]} "
+                f"beside {taken[named[beside[kind[0]]]]}"
+            )
+    for key in beside:
+        del taken[named[key]]
+
+
+def _say_passed(passed: PassedOver, notes: Notes) -> None:
+    for line in passed.lines():
+        # Only pictures can be missed: people keep lists and notes beside their images.
+        missed = passed.pictures() and line.endswith("formats that are read")
+        (notes.warn if missed else notes.line)(f"passed over: {line}")
+
+
+def _look_for_masks(search: Search, layout: str, images: str, looked: str, notes: Notes) -> None:
+    """A known layout without a mask: refused where another folder holds what may be the masks, said else."""
+    pngs, texts = [], []
+    for folder in sorted(
+        entry.name for entry in os.scandir(search.root) if entry.is_dir() and not entry.name.startswith(".")
+    ):
+        if folder == images or search.skip == search.root / folder:
+            continue
+        names = list(walk(search.root, folder, search.skip, follow_links=search.follow_links))
+        pngs += [folder] * any(name.lower().endswith(".png") for name in names)
+        texts += [folder] * (
+            bool(names) and all(name.lower().endswith(".txt") for name in names) and folder == "labels"
+        )
+    what = f"{search.root}: {images}/ makes this the layout {layout}, but no mask is in {looked}"
+    if pngs:
+        raise UserError(
+            f"{what}, and {' and '.join(f'{name}/' for name in pngs[:3])} holds PNGs: if they are the "
+            f"masks, give "
+            f"--data.layout globs --data.images '{images}/**/*' --data.masks '{pngs[0]}/**/*.png'; if they "
+            f"are not, "
+            "leave --data.masks out"
+        )
+    polygons = "; labels/ holds text files (polygons or boxes), which are no masks" if texts else ""
+    notes.warn(f"{what}{polygons}; all images are unlabelled")

@@ -18,6 +18,8 @@ from stpp.images.masks import IGNORE
 MAX_ID = (1 << 16) - 1
 """Largest id that a PNG can hold."""
 _SHOWN = 5
+MANY = 24
+"""More unknown colours or ids in one mask are no forgotten entries of the map but noise."""
 _RANGE = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
 _HEX, _TRIPLE = re.compile(r"#([0-9a-fA-F]{6})"), re.compile(r"([0-9]{1,3}),([0-9]{1,3}),([0-9]{1,3})")
 
@@ -32,6 +34,8 @@ class MaskMap:
     """int16 [K]: class ids, 255 is ignore."""
     in_colour: bool
     """Whether it names colours; else ids."""
+    names_ignore: bool = False
+    """True where an entry names the id 255; else 255 stays 255."""
 
     def __call__(self, values: np.ndarray, path: str | os.PathLike) -> np.ndarray:
         """The class ids of a mask.
@@ -49,22 +53,33 @@ class MaskMap:
         if self.in_colour:
             red, green, blue = np.moveaxis(values.astype(np.int64), 2, 0)
             values = red << 16 | green << 8 | blue
-            found = self._classes_of(values)
+            found = self.classes_of(values)
         else:
-            found = self._classes_of(np.arange(MAX_ID + 1))[values]
+            found = self.classes_of(np.arange(MAX_ID + 1))[values]
         unknown = found < 0
         if unknown.any():
-            raise UserError(f"{path}: {self._named(values[unknown])} not in the mask map; add each to --data.mask-map, as a class "
-                            "or as ignore")
+            raise self._refusal(values[unknown], path)
         return found.astype(np.uint8)
 
-    def _classes_of(self, stored: np.ndarray) -> np.ndarray:
-        """int16, -1 for what is not named."""
+    def classes_of(self, stored: np.ndarray) -> np.ndarray:
+        """Class ids of stored ids or colours, int16; -1 for what is not named."""
         place = np.searchsorted(self.stored, stored).clip(max=len(self.stored) - 1)
         return np.where(self.stored[place] == stored, self.classes[place], np.int16(-1))
 
-    def _named(self, unknown: np.ndarray) -> str:
+    def _refusal(self, unknown: np.ndarray, path: str | os.PathLike) -> UserError:
         found, counts = np.unique(unknown, return_counts=True)
+        if len(found) <= MANY:
+            return UserError(f"{path}: {self._named(found, counts)} not in the mask map; add each to "
+                             f"--data.mask-map, as "
+                             "a class or as ignore")
+        what = "colours" if self.in_colour else "ids"
+        return UserError(f"{path}: {len(found)} {what} in {len(unknown)} pixels are not in the mask map: "
+                         f"soft edges or "
+                         "JPEG noise; save the mask as PNG without anti-aliasing, or give every pixel the "
+                         "nearest of the "
+                         f"map's {len(self.stored)} {what} in an image editor")
+
+    def _named(self, found: np.ndarray, counts: np.ndarray) -> str:
         first = np.argsort(-counts, kind="stable")[:_SHOWN]
         shown = ", ".join(f"{self._name(found[i])} in {counts[i]} pixels" for i in first)
         return f"{'colour' if self.in_colour else 'id'} {shown}{f' and {len(found) - _SHOWN} more' * (len(found) > _SHOWN)}"
@@ -103,10 +118,12 @@ def parse(entries: Sequence[str], classes: Sequence[str]) -> MaskMap | None:
             named[one] = target
     if len(kinds) == 2:
         raise UserError(f"--data.mask-map: {kinds[False]} is of ids and {kinds[True]} of colours; masks hold one or the other")
+    names_ignore = False in kinds and IGNORE in named
     if False in kinds:
         named.setdefault(IGNORE, IGNORE)
     ordered = sorted(named)
-    return MaskMap(np.array(ordered, dtype=np.int64), np.array([named[one] for one in ordered], dtype=np.int16), True in kinds)
+    targets = np.array([named[one] for one in ordered], dtype=np.int16)
+    return MaskMap(np.array(ordered, dtype=np.int64), targets, True in kinds, names_ignore)
 
 
 def _stored(text: str) -> tuple[Sequence[int], bool]:

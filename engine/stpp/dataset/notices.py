@@ -3,6 +3,7 @@
 from collections import Counter
 
 from stpp.dataset.check import Checked
+from stpp.dataset.notes import Notes
 from stpp.images.reading import FEW_BITS
 
 
@@ -36,21 +37,18 @@ class Notices:
                 count, first, bits = self._dark
                 self._dark = count + 1, first or one.task.image, max(bits, one.used_bits)
 
-    def lines(self) -> list[str]:
-        """What is to be said, a line each; none for a set of plain photographs."""
-        lines = [
-            f"{count} {'image is' if count == 1 else 'images are'} {kind}"
-            for kind, count in sorted(self._kinds.items())
-        ]
+    def say(self, notes: Notes) -> None:
+        """Says what is worth a word; nothing for a set of plain photographs."""
+        for kind, count in sorted(self._kinds.items()):
+            notes.line(f"{count} {'image is' if count == 1 else 'images are'} {kind}")
         count, first, bits = self._dark
         if count:
-            lines.append(
-                f"warning: {count} of the 16-bit images use at most {bits} bits (the first: {first}): to the network "
+            notes.warn(
+                f"{count} of the 16-bit images use at most {bits} bits (the first: {first}): to the network "
                 "they are nearly black; stretch them to the full range, all by the same factor"
             )
         if self._by_pil:
-            lines.append(
+            notes.line(
                 f"{self._by_pil} of {self._images} images are of kinds that decoders read differently: PIL decodes "
                 "them, whatever the loader, which is slower; JPEG and 8-bit PNG in gray or RGB are fastest"
             )
-        return lines

@@ -21,8 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
-from stpp import files, log
-from stpp.dataset.index import Entry, Index
+from stpp import files
+from stpp.dataset import official
+from stpp.dataset.entries import Entry, Index
+from stpp.dataset.notes import Notes, counted
 from stpp.errors import UserError
 from stpp.loading.sample import Sample
 
@@ -33,22 +35,24 @@ _DRAW_LABELED, _DRAW_VAL = 1, 2
 """Second words of the generator's key: each draw has numbers of its own."""
 
 
-def read_split(path: str | os.PathLike, index: Index, *, labelled: bool) -> list[Sample]:
+def read_split(path: str | os.PathLike, index: Index, *, labelled: bool,
+               notes: Notes | None = None) -> list[Sample]:
     """Reads a split file: samples in the order of the lines.
 
     Args:
-        path: the file, UTF-8.
+        path: the file, UTF-8, or UTF-16 with a byte order mark.
         index: the data set.
         labelled: whether every line must have a mask. Where False, `Sample.mask` is the data set's own mask if there is
             one: to report with, never to train on.
+        notes: takes what there is to warn of.
 
     Raises:
         UserError: the file is missing, is no text or has no line; a line names a file that is not in the index, or
             leaves the root; a labelled line has no mask. Names file and line.
     """
-    path = Path(path)
+    path, notes = Path(path), notes or Notes()
     try:
-        lines = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
+        lines = files.read_text(path).split("\n")
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such split file; write one with `stpp split`") from error
     except (OSError, ValueError) as error:
@@ -73,12 +77,10 @@ def read_split(path: str | os.PathLike, index: Index, *, labelled: bool) -> list
         raise UserError(f"{path}: lists no image; expected one 'image [mask]' a line")
     if unknown:
         number, mask = unknown[0]
-        log.say(
-            f"warning: {path}: {len(unknown)} masks of unlabelled images are not in the index, nor needed "
-            f"(line {number}: {mask})"
-        )
+        notes.warn(f"{path}: {len(unknown)} masks of unlabelled images are not in the index, nor needed "
+                   f"(line {number}: {mask})")
     if repeated:
-        log.say(f"warning: {path}: {len(repeated)} lines that name an image again are passed over ({repeated[0]})")
+        notes.warn(f"{path}: {len(repeated)} lines that name an image again are passed over ({repeated[0]})")
     return samples
 
 
@@ -152,7 +154,8 @@ def find_val(folder: str | os.PathLike) -> Path:
 
 
 def make_split(
-    index: Index, out_dir: str | os.PathLike, *, fraction: str = "1/8", seed: int = 0, val: float | None = None
+    index: Index, out_dir: str | os.PathLike, *, fraction: str = "1/8", seed: int = 0,
+    val: float | None = None, notes: Notes | None = None,
 ) -> None:
     """Draws a split and writes labeled.txt, unlabeled.txt and, if there is validation, val.txt.
 
@@ -160,9 +163,9 @@ def make_split(
     `val`, and is nested: the labelled images of 1/16 are among those of 1/8. All other images become unlabelled, with
     or without a mask.
 
-    Validation is the official one where there is one (see `official_val`), which is then never drawn from. Otherwise,
-    or if `val` is given, `val` times the images with masks are drawn; without either there is none. Images in a `test`
-    folder, or in VOC's test.txt, are in no list.
+    Validation is the official one where there is one (see stpp.dataset.official), which is then never drawn
+    from. Otherwise, or if `val` is given, `val` times the images with masks are drawn; without either there is
+    none. Images for test are in no list. Copies of validation images that are trained on are warned of.
 
     Args:
         index: the data set.
@@ -170,24 +173,29 @@ def make_split(
         fraction: labelled part, "1/8" or "0.125" (rounded up), or a number of images, "92".
         seed: of the draw.
         val: part of the images with masks to validate on instead of the official validation; 0 < val < 1.
+        notes: takes what there is to say.
 
     Raises:
-        UserError: fraction, seed or val impossible, or no image has a mask.
+        UserError: fraction, seed or val impossible, no image has a mask, or the lists cannot be written.
     """
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64:
         raise UserError(f"--seed {seed}: must be an integer from 0 to 2**64 - 1")
     if val is not None and not 0 < val < 1:
         raise UserError(f"--val {val}: must lie between 0 and 1, such as 0.1")
-    validation, test = official_val(index), _test(index)
+    notes = notes or Notes()
+    official.say(index, notes)
+    quiet = Notes(quiet=True)  # it has been said
+    validation, test = official.validation(index, quiet), official.test(index, quiet)
     pool = [image for image in sorted(index.entries) if image not in test]
     if val is None:
         pool = [image for image in pool if image not in validation]
         validation = {image for image in validation if index.entries[image].mask is not None}
-    with_mask = [image for image in pool if index.entries[image].mask is not None]
-    if val is not None:
+    else:
+        with_mask = [image for image in pool if index.entries[image].mask is not None]
         validation = set(_drawn(with_mask, max(1, math.floor(val * len(with_mask) + 0.5)), seed, _DRAW_VAL))
         pool = [image for image in pool if image not in validation]
-        with_mask = [image for image in with_mask if image not in validation]
+    _warn_of_copies(pool, validation, index, notes)
+    with_mask = [image for image in pool if index.entries[image].mask is not None]
     if not with_mask:
         raise UserError(f"{index.root}: no image that could be drawn has a mask; see the masks pattern")
     labelled = set(_drawn(with_mask, _count(fraction, len(with_mask)), seed, _DRAW_LABELED))
@@ -197,52 +205,33 @@ def make_split(
         UNLABELED: [image for image in pool if image not in labelled],
         VAL: sorted(validation),
     }
-    out_dir = Path(out_dir)
-    for name, images in lists.items():
-        if images or name != VAL:
-            files.write_text(out_dir / name, "".join(line(index.entries[image]) for image in images))
-        else:
-            # One of an earlier draw would be taken for this one's.
-            (out_dir / name).unlink(missing_ok=True)
-    _warn_missing(index, lists[LABELED])
+    texts = {name: "".join(line(index.entries[image]) for image in images) for name, images in lists.items()}
+    _write(Path(out_dir), texts)
+    _warn_missing(index, lists[LABELED], notes)
 
 
-def official_val(index: Index) -> set[str]:
-    """The validation images that the data set itself names; empty if it names none.
-
-    VOC: ImageSets/Segmentation/val.txt beside train.txt. Else: images in a folder `val`, if others lie in a folder
-        `train`.
-    """
-    lists = index.root / "ImageSets" / "Segmentation"
-    if index.layout == "voc" and (lists / "train.txt").is_file() and (lists / "val.txt").is_file():
-        return _voc_list(index, lists / "val.txt")
-    val = _in_folder(index, "val")
-    return val if _in_folder(index, "train") else set()
+def _warn_of_copies(pool: list[str], validation: set[str], index: Index, notes: Notes) -> None:
+    """Says that images of `pool`, which are trained on, are copies of some in `validation`."""
+    copied = {index.twins[image]: image for image in sorted(validation) if image in index.twins}
+    leaks = [image for image in pool if index.twins.get(image) in copied]
+    if leaks:
+        notes.warn(f"copies of validation images that are trained on: {counted(len(leaks), 'image')}, for "
+                   f"example "
+                   f"{leaks[0]} of {copied[index.twins[leaks[0]]]}; the mIoU will be too good: remove the "
+                   f"copies")
 
 
-def _test(index: Index) -> set[str]:
-    listed = index.root / "ImageSets" / "Segmentation" / "test.txt"
-    if index.layout == "voc":
-        return _voc_list(index, listed) if listed.is_file() else set()
-    return _in_folder(index, "test")
-
-
-def _in_folder(index: Index, name: str) -> set[str]:
-    """The data root's images in a folder of this name; those of further folders were given as unlabelled, wherever they lie."""
-    paths = {image: image.split("/") for image in index.entries}
-    return {image for image, path in paths.items() if name in path[:-1] and path[0] not in index.unlabelled}
-
-
-def _voc_list(index: Index, path: Path) -> set[str]:
-    """The images that one of VOC's own lists names by their bare names."""
+def _write(folder: Path, texts: dict[str, str]) -> None:
     try:
-        names = {f"JPEGImages/{name}" for name in path.read_text(encoding="utf-8-sig").split()}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as a list of image names ({error})") from error
-    images = {image for image in index.entries if os.path.splitext(image)[0] in names}
-    if len(images) < len(names):
-        log.say(f"warning: {path}: {len(names) - len(images)} of its {len(names)} images are not in the index")
-    return images
+        for name, text in texts.items():
+            if text or name != VAL:
+                files.write_text(folder / name, text)
+            else:
+                # One of an earlier draw would be taken for this one's.
+                (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        where = error.filename or folder
+        raise UserError(f"{where}: the lists cannot be written ({error.strerror or error})") from error
 
 
 def _count(fraction: str, total: int) -> int:
@@ -275,13 +264,18 @@ def line(entry: Entry) -> str:
     return f"{entry.image} {entry.mask}\n" if entry.mask is not None else f"{entry.image}\n"
 
 
-def _warn_missing(index: Index, labelled: list[str]) -> None:
+def _warn_missing(index: Index, labelled: list[str], notes: Notes) -> None:
     pixels = np.zeros(len(index.classes), dtype=np.int64)
-    for image in labelled:
-        pixels += np.asarray(index.entries[image].class_pixels)
+    everywhere = np.zeros(len(index.classes), dtype=np.int64)
+    drawn = set(labelled)
+    for image, entry in index.entries.items():
+        if entry.class_pixels is not None:
+            everywhere += np.asarray(entry.class_pixels)
+            if image in drawn:
+                pixels += np.asarray(entry.class_pixels)
     missing = [name for name, count in zip(index.classes, pixels, strict=True) if not count]
     if missing:
-        log.say(
-            f"warning: the {len(labelled)} labelled images hold no pixel of: {', '.join(missing)}; "
-            "another seed, or a larger fraction, may"
-        )
+        elsewhere = bool(((pixels == 0) & (everywhere > 0)).any())
+        advice = ("another seed, or a larger fraction, may" if elsewhere else
+                  "nor does any mask of the data set: are its ids right?")
+        notes.warn(f"the {len(labelled)} labelled images hold no pixel of: {', '.join(missing)}; {advice}")

@@ -47,6 +47,8 @@ def _schema(pa: ModuleType):
             pa.field("class_pixels", pa.list_(pa.int64())),
             pa.field("bytes", pa.int64(), nullable=False),
             pa.field("mtime_ns", pa.int64(), nullable=False),
+            pa.field("mask_bytes", pa.int64()),
+            pa.field("mask_mtime_ns", pa.int64()),
         ]
     )
 
@@ -87,6 +89,8 @@ class Writer:
                 "class_pixels": one.class_pixels,
                 "bytes": one.task.bytes,
                 "mtime_ns": one.task.mtime_ns,
+                "mask_bytes": one.task.mask_bytes,
+                "mask_mtime_ns": one.task.mask_mtime_ns,
             }
             for one in self._rows
         ]
@@ -147,8 +151,9 @@ def read(path: Path, entry: type, *, rows: int, classes: int) -> Rows:
     wrong = _wrong(pa, table, classes)
     if wrong:
         raise UserError(problem.format(wrong))
+    nullable = ("class_pixels", "mask_bytes", "mask_mtime_ns")
     columns = {
-        name: table.column(name) if name == "class_pixels" else _plain(table.column(name))
+        name: table.column(name) if name in nullable else _plain(table.column(name))
         for name in table.column_names
     }
     result = Rows(columns, entry)
@@ -216,6 +221,10 @@ def read_json(out: Path) -> dict | None:
     raise UserError(f"{path}: is not an index of this program, or is damaged; remove it, or choose another folder")
 
 
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
 def _well_formed(value: dict) -> bool:
     """Whether index.json holds what this version writes."""
     texts = all(isinstance(value.get(name), str) for name in ("root", "layout", "fingerprint"))
@@ -232,4 +241,7 @@ def _well_formed(value: dict) -> bool:
         and isinstance(settings.get("exif"), bool)
         and isinstance(folders := settings.get("unlabelled", []), list)
         and all(isinstance(folder, str) and os.path.isabs(folder) for folder in folders)
+        and _are_texts(value.get("warnings"))
+        and isinstance(twins := value.get("twins"), list)
+        and all(map(_are_texts, twins))
     )

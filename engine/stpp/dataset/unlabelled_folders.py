@@ -12,6 +12,7 @@ from pathlib import Path
 
 from stpp.dataset import layouts
 from stpp.dataset.layouts import Found
+from stpp.dataset.notes import Notes
 from stpp.errors import UserError
 
 FLAG = "--data.unlabelled"
@@ -44,12 +45,14 @@ def places(folders: Sequence[str]) -> dict[str, Path]:
     return {Path(folder).name: Path(folder).parent for folder in folders}
 
 
-def find(folders: Sequence[str], root: Path, found: Sequence[Found], *, exclude: Path) -> list[tuple[Path, list[Found]]]:
+def find(folders: Sequence[str], root: Path, found: Sequence[Found], *, exclude: Path,
+         follow_links: bool = False, notes: Notes | None = None) -> list[tuple[Path, list[Found]]]:
     """The images of each of the checked folders, and the folder that their names are relative to.
 
     Args:
         root, found: the data root, and what its layout found there.
         exclude: a folder not to enter.
+        follow_links, notes: see layouts.find.
 
     Raises:
         UserError: no image in a folder, images or masks of the data set in it, or a name that the root's images have too; see
@@ -58,7 +61,8 @@ def find(folders: Sequence[str], root: Path, found: Sequence[Found], *, exclude:
     groups = []
     for folder in map(Path, folders):
         _refuse_taken(folder, root, found)
-        images = layouts.find(folder, "globs", "**/*", exclude=exclude, flag=FLAG)
+        images = layouts.find(folder, "globs", "**/*", exclude=exclude, flag=FLAG, follow_links=follow_links,
+                              notes=notes)
         groups.append((folder.parent, [Found(f"{folder.name}/{one.key}", f"{folder.name}/{one.image}", None) for one in images]))
     return groups
 

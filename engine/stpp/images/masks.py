@@ -5,7 +5,8 @@ every mask passes through here once, and what is not plain is written anew.
 """
 
 import os
-from typing import IO, Protocol
+from dataclasses import dataclass
+from typing import IO, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
@@ -14,6 +15,7 @@ from stpp.errors import UserError
 from stpp.images.containers import (
     GRAY,
     GRAY_ALPHA,
+    PALETTE,
     PNG_HEADER_BYTES,
     PNG_SIGNATURE,
     RGB,
@@ -38,6 +40,48 @@ class Meaning(Protocol):
         ...
 
 
+class PaletteEntry(NamedTuple):
+    """An entry of a palette that pixels use."""
+
+    index: int
+    colour: int
+    """65536 * red + 256 * green + blue."""
+    only: bool
+    """True where no other entry of that palette has this colour."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stored:
+    """How a mask file stores its ids: what a whole data set of masks is judged by, see
+    stpp.dataset.mask_judge."""
+
+    kind: str
+    """"gray", "palette" or "colour"."""
+    bits: int
+    """Bits a channel."""
+    palette: tuple[PaletteEntry, ...] = ()
+    """Of a palette: the entries that pixels use."""
+    gray_palette: bool = False
+    """True for a palette that holds grays alone."""
+    numbers: tuple[int, ...] = ()
+    """Of grays with fewer than 8 bits: the numbers that pixels hold."""
+    transparent: int = 0
+    """Of an alpha channel that is not the same everywhere: pixels that are not fully opaque."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mask:
+    """A mask as `read_mask` found it."""
+
+    values: np.ndarray
+    """Class ids, uint8 [H, W]."""
+    plain: bool
+    """True for 8-bit grayscale with nothing to turn: any decoder reads the same from the file."""
+    turn: int
+    """Its EXIF orientation, 1 to 8."""
+    stored: Stored
+
+
 _EXACT_EXTRAS = {"dpi", "srgb", "interlace"}
 """Entries of Pillow's `info` that change no decoder's pixels; beside these a mask is written anew, to be safe."""
 
@@ -56,21 +100,15 @@ def read_index_mask(path: str | os.PathLike, *, exif: bool = True) -> np.ndarray
     Raises:
         UserError: not a PNG, broken, too large, in colour, or with numbers above 255. Names the file.
     """
-    return read_mask(path, exif=exif)[0]
+    return read_mask(path, exif=exif).values
 
 
-def read_mask(
-    path: str | os.PathLike, *, exif: bool = True, mask_map: Meaning | None = None
-) -> tuple[np.ndarray, bool, int]:
+def read_mask(path: str | os.PathLike, *, exif: bool = True, mask_map: Meaning | None = None) -> Mask:
     """As `read_index_mask`, and what the preparation needs besides.
 
     Args:
         mask_map: what the stored ids or colours mean. A map of colours takes those that are seen: a palette gives its
             colours, alpha is dropped.
-
-    Returns:
-        the mask, uint8 [H, W]; whether the file is plain (8-bit grayscale, nothing to turn), so that any decoder reads
-        the same from it; its EXIF orientation, 1 to 8.
 
     Raises:
         UserError: as `read_index_mask`; or the map does not name what the mask holds.
@@ -84,6 +122,8 @@ def read_mask(
             )
         extras = set(image.info) - _EXACT_EXTRAS
         turn = orientation(image)
+        image.load()
+        stored = _stored(image, bits, kind)
         values = np.asarray(image.convert("RGBA"))[..., :3] if in_colour else np.asarray(image)
         # Only read after the pixels: eXIf may follow them.
         turn = orientation(image) if turn == 1 else turn
@@ -96,7 +136,7 @@ def read_mask(
         values = upright(values, turn)
     upright_already = turn == 1 or not exif
     plain = mask_map is None and whole and kind == GRAY and bits == 8 and not extras and upright_already
-    return np.ascontiguousarray(values), plain, turn
+    return Mask(values=np.ascontiguousarray(values), plain=plain, turn=turn, stored=stored)
 
 
 def write_index_png(path_or_file: str | os.PathLike | IO[bytes], mask: np.ndarray, *, fast: bool = True) -> None:
@@ -140,6 +180,27 @@ def _png_header(path: str | os.PathLike) -> tuple[int, int, bool]:
     if found is None:
         raise UserError(f"{path}: the mask is cut short or damaged; replace or remove it")
     return found.bits, found.kind, looks_whole(tail)
+
+
+def _stored(image: Image.Image, bits: int, kind: int) -> Stored:
+    """How an image whose pixels are loaded stores its ids."""
+    if kind == PALETTE:
+        colours = np.asarray(image.getpalette("RGB") or (), dtype=np.int64).reshape(-1, 3) @ (65536, 256, 1)
+        used = [i for i, count in enumerate(image.histogram()) if count and i < len(colours)]
+        times = dict(zip(*(part.tolist() for part in np.unique(colours, return_counts=True)), strict=True))
+        entries = tuple(PaletteEntry(i, int(colours[i]), times[int(colours[i])] == 1) for i in used)
+        all_gray = bool((colours % 0x10101 == 0).all())
+        return Stored(kind="palette", bits=bits, palette=entries, gray_palette=all_gray)
+    if kind == GRAY:
+        step = 255 // ((1 << min(bits, 8)) - 1)  # Pillow shows the numbers stretched
+        histogram = image.histogram() if bits < 8 else ()
+        numbers = tuple(i // step for i, count in enumerate(histogram) if count)
+        return Stored(kind="gray", bits=bits, numbers=numbers)
+    transparent = 0
+    if kind in (GRAY_ALPHA, RGB_ALPHA) and bits == 8:
+        alpha = np.asarray(image.getchannel("A").histogram())
+        transparent = int(alpha[:255].sum()) if np.count_nonzero(alpha) > 1 else 0
+    return Stored(kind="colour", bits=bits, transparent=transparent)
 
 
 def _indices(values: np.ndarray, bits: int, kind: int, path: str | os.PathLike) -> np.ndarray:

@@ -20,7 +20,7 @@ from stpp.images import storage, tars
 from stpp.images.image_file import IMAGE_EXTENSIONS
 from stpp.images.names import mask_key, printable, quoted
 
-EXTENSIONS = (*IMAGE_EXTENSIONS, ".pgm")
+EXTENSIONS = IMAGE_EXTENSIONS
 """What counts as an image in folders and archives, in any case of letters. A list says itself what its images are."""
 _RUN = 50_000
 """Names of one folder that are sorted in memory; more are sorted in runs on disk."""

@@ -95,6 +95,9 @@ def _write(out: Path, folder: Path, run: Path | None, is_run: bool, labellings: 
     for score in scores.values():
         bins[labelling.bin_of(score)] += 1
     stages = runs.stages(folder) if is_run else []
+    card_text, sheet = runs.data_card(run) if run else ("", None)
+    if sheet:
+        shutil.copyfile(sheet, out / "pictures" / sheet.name)
     values = {
         "title": folder.resolve().name, "version": __version__, "is_run": is_run, "stages": stages,
         "iou": _iou_table(stages), "labellings": labellings, "drift": _drift(names, truth, labellings), "drift_unknown": unknown,
@@ -108,6 +111,7 @@ def _write(out: Path, folder: Path, run: Path | None, is_run: bool, labellings: 
         | {f"Labels {one.name}": runs.made_by(one.made_by) for one in labellings},
         "facts": {"classes": names[:num_classes], "labellings": [one.name for one in labellings], "threshold": threshold,
                   "id": str(folder.resolve())},
+        "card": card_text, "sheet": f"pictures/{sheet.name}" if sheet else None,
         "chart": {"width": charts.WIDTH, "height": charts.HEIGHT},
     }
     here = Path(__file__).parent

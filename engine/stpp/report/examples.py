@@ -8,10 +8,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from stpp import files
+from stpp.images.palette import colourise
 from stpp.inference.open import Teacher
 from stpp.loading.native import native_batches
 from stpp.loading.sample import Batch, Sample
-from stpp.report.palette import colourise
 from stpp_kernels import upsample_argmax
 
 CELL_PX = 160

@@ -12,10 +12,10 @@ from PIL import Image as Pillow
 from stpp.errors import UserError
 from stpp.images import pixels, storage, tars
 from stpp.images.image_file import DECODE_ERRORS, upright
+from stpp.images.palette import confidence_colours, ignored_overlay, overlay
 from stpp.images.sources import Item
 from stpp.label import confidence_map, rows
 from stpp.report.labelling import Image, Labelling
-from stpp.report.palette import confidence_colours, ignored_overlay, overlay
 
 SIDE_PX = 256
 """Longer side of a picture, at most."""

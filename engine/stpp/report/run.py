@@ -4,8 +4,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from stpp import files
 from stpp.config import flatten
-from stpp.dataset import index, splits
+from stpp.dataset import card, index, splits
 from stpp.errors import UserError
 from stpp.report.charts import Curve, curve
 from stpp.report.labelling import added, json_of
@@ -63,6 +64,16 @@ def labelled_pixels(run: Path) -> tuple[list[int], str | None]:
     for sample in samples:
         total = added(total, counts[sample.key] or [])
     return total, None
+
+
+def data_card(run: Path) -> tuple[str, Path | None]:
+    """Text and contact sheet of the data card of a run's index; "" and None where there are none."""
+    folder = Path(json_of(run / "config.json").get("data", {}).get("index") or run / "index")
+    try:
+        text = files.read_text(folder / card.TEXT)
+    except (OSError, ValueError):
+        return "", None
+    return text, folder / card.SHEET if (folder / card.SHEET).is_file() else None
 
 
 def provenance(run: Path) -> dict[str, dict[str, str]]:

@@ -32,7 +32,7 @@ def held(folder: Path, *, beat_s: float = BEAT_S, expiry_s: float = EXPIRY_S) ->
     path, mine = folder / NAME, {**_me(), "token": secrets.token_hex(8)}
     try:
         with files.locked(folder / ".lease.lock"):
-            _refuse_living(path, expiry_s)
+            refuse_living(folder, expiry_s)
             files.write_json(path, mine)
     except OSError as error:
         raise UserError(f"--out {folder}: {error.strerror}; choose a folder that can be written") from None
@@ -49,7 +49,13 @@ def held(folder: Path, *, beat_s: float = BEAT_S, expiry_s: float = EXPIRY_S) ->
                 path.unlink()
 
 
-def _refuse_living(path: Path, expiry_s: float) -> None:
+def refuse_living(folder: Path, expiry_s: float = EXPIRY_S) -> None:
+    """Refuses a folder that a living process holds.
+
+    Raises:
+        UserError: names the process and its host.
+    """
+    path = folder / NAME
     if not path.exists():
         return
     age_s, holder = _age_s(path), _read(path)

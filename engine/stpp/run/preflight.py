@@ -1,10 +1,10 @@
 """What would stop a run hours from now, found before its first step: every problem, not only the first."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from stpp import log
 from stpp.config import Config
+from stpp.dataset.notes import Notes
 from stpp.errors import UserError
 from stpp.images.image_file import opened
 from stpp.loading.sample import Sample
@@ -16,18 +16,22 @@ MASK_BITS = 1.0
 """Bits a pixel of a pseudo label on the disk, more than masks of photographs take."""
 
 
-def preflight(config: Config, *, lists: dict[str, Sequence[Sample]], weights: int, checks: Sequence[Callable[[], None]]) -> None:
+def preflight(config: Config, *, lists: dict[str, Sequence[Sample]], weights: int,
+              checks: Sequence[Callable[[], None]], twins: Mapping[str, int] | None = None,
+              notes: Notes | None = None) -> None:
     """Looks at everything once.
 
     Args:
         lists: samples by the name of their list.
         weights: bytes of one network.
         checks: further ones, each raising UserError.
+        twins: by the key of a sample that has copies, a number that its copies have too.
+        notes: takes what there is to warn of.
 
     Raises:
         UserError: names every problem found.
     """
-    _warn_of_overlaps(lists)
+    _warn_of_overlaps(lists, twins or {}, notes or Notes())
     problems = []
     unlabelled = lists.get("unlabeled.txt", ())
     for check in (*checks, lambda: _room(config, weights, unlabelled), lambda: _labelable(config, unlabelled), *(
@@ -47,12 +51,18 @@ OVERLAPS = (("labeled.txt", "val.txt", "their mIoU is that of images trained on"
             ("labeled.txt", "unlabeled.txt", "they are trained on twice, with their masks and with pseudo labels"))
 
 
-def _warn_of_overlaps(lists: dict[str, Sequence[Sample]]) -> None:
+def _warn_of_overlaps(lists: dict[str, Sequence[Sample]], twins: Mapping[str, int], notes: Notes) -> None:
     for first, second, what in OVERLAPS:
         known = {sample.key for sample in lists.get(first, ())}
         both = [sample.image for sample in lists.get(second, ()) if sample.key in known]
         if both:
-            log.say(f"warning: {len(both)} images of {second} stand in {first} too, {both[0]} the first; {what}")
+            notes.warn(f"{len(both)} images of {second} stand in {first} too, {both[0]} the first; {what}")
+        copied = {twins[sample.key]: sample.image for sample in lists.get(first, ()) if sample.key in twins}
+        copies = [sample for sample in lists.get(second, ())
+                  if sample.key not in known and twins.get(sample.key) in copied]
+        if copies:
+            notes.warn(f"{len(copies)} images of {second} are copies of images of {first} "
+                       f"({copies[0].image} of {copied[twins[copies[0].key]]} the first); {what}")
 
 
 def _room(config: Config, weights: int, unlabelled: Sequence[Sample]) -> None:

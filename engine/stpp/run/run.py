@@ -20,7 +20,8 @@ from stpp import checkpoint, distributed, files, log
 from stpp.config import Config
 from stpp.dataset import given_labels, splits
 from stpp.dataset import index as indices
-from stpp.dataset.index import Index
+from stpp.dataset.entries import Index
+from stpp.dataset.notes import Notes
 from stpp.distributed import World
 from stpp.errors import UserError
 from stpp.inference import several
@@ -89,6 +90,8 @@ def _run(config: Config, here: World) -> dict:
             f"{len(run.labelled)} labelled, {len(run.unlabelled)} unlabelled, {len(run.val)} validation images")
     log.say(f"operators: {described(here.device.type)}")
     distributed.on_main(here, run.preflight)
+    if config.strict:
+        distributed.on_main(here, run.refuse_warnings)
     METHODS[config.method].run(run)
     if config.control or (config.out / "stages" / "control" / "DONE.json").exists():
         run.control()
@@ -108,21 +111,23 @@ class Run:
 
     def __post_init__(self):
         config = self.config
+        self.notes = notes = Notes()
         folder = config.data.split or config.out / "split"
         if config.data.split is None:
             distributed.on_main(self.here, lambda: splits.make_split(
-                self.index, folder, fraction=config.data.fraction, seed=config.data.split_seed, val=config.data.val))
-        self.labelled = splits.read_split(folder / "labeled.txt", self.index, labelled=True)
+                self.index, folder, fraction=config.data.fraction, seed=config.data.split_seed,
+                val=config.data.val, notes=notes))
+        self.labelled = splits.read_split(folder / "labeled.txt", self.index, labelled=True, notes=notes)
         self.unlabelled: list[Sample] = []
         if METHODS[config.method].unlabelled:
-            self.unlabelled = splits.read_split(folder / "unlabeled.txt", self.index, labelled=False)
+            self.unlabelled = splits.read_split(folder / "unlabeled.txt", self.index, labelled=False, notes=notes)
             self._name_unused(folder)
         self.val: list[Sample] = []
         listed = splits.find_val(folder) if config.data.split else folder / splits.VAL
         if listed.exists():
             if listed.parent != folder:
                 log.say(f"validation list: {listed}")
-            self.val = splits.read_split(listed, self.index, labelled=True)
+            self.val = splits.read_split(listed, self.index, labelled=True, notes=notes)
         else:
             log.say(f"{folder} has no val.txt: no mIoU is known, and the last checkpoint of a stage is the teacher")
         self.split = folder
@@ -134,7 +139,8 @@ class Run:
         """Says which folders of unlabelled images a list of the user's passes over."""
         used = {sample.key.partition("/")[0] for sample in self.unlabelled}
         for name in sorted(self.index.unlabelled.keys() - used):
-            log.say(f"warning: {folder / 'unlabeled.txt'} names no image of --data.unlabelled {self.index.place(name) / name}, so "
+            self.notes.warn(f"{folder / 'unlabeled.txt'} names no image of --data.unlabelled "
+                            f"{self.index.place(name) / name}, so "
                     f"none is used; they are named {name}/...")
 
     def preflight(self) -> None:
@@ -143,8 +149,13 @@ class Run:
         network = build_model(model.name, model.backbone, len(self.index.classes), model.output_stride)
         preflight.preflight(
             self.config, lists={"labeled.txt": self.labelled, "unlabeled.txt": self.unlabelled, "val.txt": self.val},
-            weights=checkpoint.size_bytes(network.state_dict()),
+            weights=checkpoint.size_bytes(network.state_dict()), notes=self.notes,
+            twins={self.index.entries[image].key: number for image, number in self.index.twins.items()},
             checks=[self._check_lists, lambda: start_from(network, model, self.index.classes)])
+
+    def refuse_warnings(self) -> None:
+        """Refuses what the preparation, the lists and the checks warned of."""
+        Notes(warnings=list(dict.fromkeys([*indices.warned(self.index), *self.notes.warnings]))).refuse()
 
     def _check_lists(self) -> None:
         folder = self.split
@@ -327,12 +338,13 @@ def _prepared_index(config: Config, here: World) -> Index:
     data = config.data
     folder = data.index or config.out / "index"
     settings = {"layout": data.layout, "images": data.images, "masks": data.masks, "classes": data.classes,
-                "mask_map": data.mask_map, "exif": data.exif, "unlabelled": data.unlabelled}
+                "mask_map": data.mask_map, "exif": data.exif, "unlabelled": data.unlabelled,
+                "follow_links": data.follow_links}
 
     def renew() -> None:
         if indices.is_stale(folder, data.root, **settings):
             log.say(f"prepare: reading {data.root}")
-            indices.prepare(data.root, folder, **settings)
+            indices.prepare(data.root, folder, strict=config.strict, **settings)
 
     distributed.on_main(here, renew)
     return indices.load(folder)

@@ -1,0 +1,88 @@
+"""The contact sheet: a few images of a data set with their masks over them, as people look at it first."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from stpp import files
+from stpp.errors import UserError
+from stpp.images import pixels
+from stpp.images.image_file import DECODE_ERRORS, upright
+from stpp.images.masks import read_index_mask
+from stpp.images.palette import overlay, palette
+from stpp.loading.sample import Sample
+
+IMAGES, COLUMNS = 8, 4
+CELL_PX, TITLE_PX, GAP_PX, SWATCH_PX = 240, 16, 6, 14
+MOST_NAMES = 40
+
+
+def write(path: Path, samples: Sequence[Sample], classes: Sequence[str], *, exif: bool) -> None:
+    """Writes a PNG of up to eight samples, spread over the list, and the colours of the classes; nothing
+    without samples."""
+    spread = samples[:: math.ceil(len(samples) / IMAGES) or 1][:IMAGES]
+    cells = [cell for sample in spread if (cell := _cell(sample, len(classes), exif)) is not None]
+    if not cells:
+        return
+    columns = min(COLUMNS, len(cells))
+    rows = math.ceil(len(cells) / columns)
+    pitch = CELL_PX + GAP_PX
+    names = [*classes[:MOST_NAMES], *(["..."] if len(classes) > MOST_NAMES else [])]
+    legend_rows = math.ceil(len(names) / columns)
+    sheet = Image.new(
+        "RGB",
+        (
+            columns * pitch + GAP_PX,
+            rows * (pitch + TITLE_PX) + GAP_PX + legend_rows * (SWATCH_PX + 4) + GAP_PX,
+        ),
+        "white",
+    )
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    for i, (title, picture) in enumerate(cells):
+        left, top = GAP_PX + i % columns * pitch, GAP_PX + i // columns * (pitch + TITLE_PX)
+        draw.text((left, top), title, fill="black", font=font)
+        sheet.paste(picture, (left, top + TITLE_PX))
+    colours, top = palette(len(classes)), rows * (pitch + TITLE_PX) + GAP_PX
+    for i, name in enumerate(names):
+        left, y = GAP_PX + i % columns * pitch, top + i // columns * (SWATCH_PX + 4)
+        if name != "..." or i < len(classes):
+            draw.rectangle(
+                [left, y, left + SWATCH_PX, y + SWATCH_PX], fill=tuple(colours[i].tolist()), outline="gray"
+            )
+        draw.text((left + SWATCH_PX + 4, y), _plain(name, 30), fill="black", font=font)
+    with files.atomic(path) as file:
+        sheet.save(file, format="PNG")
+
+
+def _cell(sample: Sample, num_classes: int, exif: bool) -> tuple[str, Image.Image] | None:
+    """Name and picture; None for an image that has no colours."""
+    try:
+        stored_HWC, turn = _decoded(sample.image, exif)
+        image = Image.fromarray(np.ascontiguousarray(upright(stored_HWC, turn)))
+        mask = Image.fromarray(read_index_mask(sample.mask, exif=exif)) if sample.mask else None
+    except (UserError, pixels.BadImage, *DECODE_ERRORS):
+        return None
+    scale = CELL_PX / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    picture = image.resize(size, Image.Resampling.BOX if scale < 1 else Image.Resampling.NEAREST)
+    if mask is not None:
+        colours = Image.fromarray(
+            overlay(np.asarray(mask.resize(size, Image.Resampling.NEAREST)), num_classes)
+        )
+        colours.putalpha(colours.getchannel("A").point(lambda alpha: alpha // 2))
+        picture.paste(colours, (0, 0), colours)
+    return _plain(sample.key, 38), picture
+
+
+def _decoded(path: str, exif: bool) -> tuple[np.ndarray, int]:
+    data = Path(path).read_bytes()
+    return pixels.decode(data), pixels.header(data, exif=exif).orientation
+
+
+def _plain(text: str, most: int) -> str:
+    """The end of a text in what the built-in font can draw."""
+    text = text.encode("latin-1", "replace").decode("latin-1")
+    return text if len(text) <= most else f"...{text[3 - most :]}"

@@ -1,0 +1,137 @@
+"""Patterns of files below a folder, such as `photos/**/*.jpg`: a fixed folder, and an expression that names
+what it matches.
+
+`**/` any folders or none, `*` and `?` inside a name, `[...]` a set of characters, `{a,b}` and `{1..3}` words.
+A part of the pattern that is the name of a folder, brackets and all, means that folder.
+"""
+
+import os
+import re
+import unicodedata
+from dataclasses import dataclass
+from itertools import groupby, islice
+from pathlib import Path
+
+from braceexpand import UnbalancedBracesError, braceexpand
+
+from stpp.errors import UserError
+from stpp.images.image_file import IMAGE_EXTENSIONS
+
+_BRACES = re.compile(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}")
+MOST_WORDS = 10_000
+"""Words that braces may stand for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """Where images, or masks, are looked for."""
+
+    prefix: str
+    """Folder below the root; "" is the root itself."""
+    pattern: re.Pattern | None
+    """What a path below the prefix must match, its group 1 being the name, and the further ones the name
+    without the fixed folders between wildcards; None: anything."""
+    extensions: tuple[str, ...] = IMAGE_EXTENSIONS
+
+
+def parsed(pattern: str, flag: str, root: Path | None = None) -> Side:
+    """Splits a pattern into fixed folders and a regular expression whose group 1 is the name that pairs
+    images with masks.
+
+    Args:
+        flag: "images" or "masks", for messages, and for what a pattern that ends in a wildcard matches.
+        root: folder that is asked whether a part with brackets or braces is a folder's name.
+
+    Raises:
+        UserError: a pattern that leads outside, has no wildcard, or braces that cannot be read.
+    """
+    pattern_NFC = unicodedata.normalize("NFC", pattern)
+    parts = pattern_NFC.replace("\\", "/").split("/")
+    if pattern.startswith(("/", "~")) or ".." in parts or not parts[-1]:
+        raise UserError(
+            f"--data.{flag} {pattern}: must be a pattern of files below the data root, without '..'"
+        )
+    prefix, parts = _fixed([part for part in parts if part != "."], root)
+    for found in _BRACES.finditer("/".join(parts)):
+        if set(found[1]) & set("*?[/"):
+            raise UserError(
+                f"--data.{flag} {pattern}: braces hold words, such as {{train,val}}, no wildcards or folders"
+            )
+    rest = "/".join(parts)
+    wild = max(rest.rfind(c) for c in "*?]")
+    if wild < 0:
+        wild = max((found.end() - 1 for found in _BRACES.finditer(rest)), default=-1)
+    if wild < 0:
+        raise UserError(f"--data.{flag} {pattern}: has no '*'; give a pattern such as 'photos/**/*.jpg'")
+    ending = rest[wild + 1 :]
+    # A pattern that ends in a wildcard, such as photos/*, pairs by the name without extension.
+    tail = expression(ending, flag) if ending else r"(?:\.[^./]*)?"
+    lazy = "?" if not ending and rest.endswith("*") else ""
+    runs = groupby(rest[: wild + 1].split("/"), key=_is_wild)
+    *before, (_, last) = [(is_wild, "/".join(run)) for is_wild, run in runs]
+    folders = "".join(
+        f"({expression(run + '/', flag)})" if is_wild else re.escape(run + "/") for is_wild, run in before
+    )
+    compiled = re.compile(f"({folders}({expression(last, flag)}{lazy})){tail}", re.IGNORECASE | re.DOTALL)
+    extensions = ("",) if ending else IMAGE_EXTENSIONS if flag == "images" else (".png",)
+    return Side(prefix, compiled, extensions)
+
+
+def expression(glob: str, flag: str = "images") -> str:
+    """A glob as a regular expression."""
+    out, i = [], 0
+    while i < len(glob):
+        if glob.startswith("**/", i):
+            out.append("(?:[^/]+/)*")
+            i += 3
+        elif glob.startswith("**", i):
+            out.append(".*")
+            i += 2
+        elif glob[i] == "*":
+            out.append("[^/]*")
+            i += 1
+        elif glob[i] == "?":
+            out.append("[^/]")
+            i += 1
+        elif glob[i] == "[" and (end := glob.find("]", i + 2)) > 0:
+            inside = glob[i + 1 : end].replace("\\", "\\\\").replace("[", "\\[")
+            # The characters may be meant as they are: browsers call folders `photos [1]`.
+            out.append(
+                f"(?:[{'^' + inside[1:] if inside[0] == '!' else inside}]|{re.escape(glob[i : end + 1])})"
+            )
+            i = end + 1
+        elif found := _BRACES.match(glob, i):
+            out.append(f"(?:{'|'.join(map(re.escape, _words(found[0], flag)))})")
+            i = found.end()
+        else:
+            out.append(re.escape(glob[i]))
+            i += 1
+    return "".join(out)
+
+
+def _fixed(parts: list[str], root: Path | None) -> tuple[str, list[str]]:
+    """The folder that the first parts name, as it is written on the disk, and the other parts."""
+    prefix = ""
+    for number, part in enumerate(parts[:-1]):
+        forms = [
+            os.path.join(prefix, form) for form in dict.fromkeys((part, unicodedata.normalize("NFD", part)))
+        ]
+        there = next((form for form in forms if root is not None and (root / form).is_dir()), None)
+        if there is None and _is_wild(part):
+            return prefix, parts[number:]
+        prefix = there or forms[0]
+    return prefix, parts[-1:]
+
+
+def _is_wild(part: str) -> bool:
+    return bool(set(part) & set("*?[")) or bool(_BRACES.search(part))
+
+
+def _words(braces: str, flag: str) -> list[str]:
+    try:
+        found = list(dict.fromkeys(islice(braceexpand(braces), MOST_WORDS + 1)))
+    except (UnbalancedBracesError, ValueError) as error:
+        raise UserError(f"--data.{flag}: the braces {braces} cannot be read ({error})") from None
+    if len(found) > MOST_WORDS:
+        raise UserError(f"--data.{flag}: the braces {braces} stand for more than {MOST_WORDS} words")
+    return found

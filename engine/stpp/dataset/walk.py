@@ -1,0 +1,85 @@
+"""Files below a folder, as a person sees them: without what systems left there, links followed as far as they
+may be."""
+
+import os
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+
+from stpp.errors import UserError
+from stpp.images.folders import PassedOver
+
+FOLLOW = "--data.follow-links"
+_UNLISTABLE = {"Cc", "Cs", "Zl", "Zp"}
+"""Unicode categories of line breaks, control characters and undecodable bytes: no split file can hold such a
+name."""
+
+
+def walk(
+    root: Path,
+    prefix: str,
+    skip: Path | None = None,
+    *,
+    follow_links: bool = False,
+    passed: PassedOver | None = None,
+) -> Iterator[str]:
+    """Relative paths of all files below root/prefix, those of one folder together.
+
+    Args:
+        skip: a folder not to enter.
+        follow_links: follow links that lead out of the root; others are always followed.
+        passed: counts what is passed over.
+
+    Raises:
+        UserError: a folder that cannot be listed, or a link that leads out of the root.
+    """
+    passed = PassedOver() if passed is None else passed
+    top = os.path.join(root, prefix)
+    if prefix and not follow_links:
+        _inside(root, Path(top))
+    if not os.path.isdir(top):
+        return
+    # The real folders on the way down: a link back to one of them would never end.
+    pending = [(top, prefix, (os.path.realpath(top),))]
+    while pending:
+        folder, relative, above = pending.pop()
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be listed ({error.strerror})") from error
+        for entry in entries:
+            is_folder = entry.is_dir()
+            if passed.add(entry.name, is_folder=is_folder):
+                continue
+            path = f"{relative}/{entry.name}" if relative else entry.name
+            if entry.is_symlink() and not follow_links:
+                _inside(root, Path(entry.path))
+            if is_folder:
+                real = (
+                    os.path.realpath(entry.path)
+                    if entry.is_symlink()
+                    else os.path.join(above[-1], entry.name)
+                )
+                if real not in above and (skip is None or Path(real) != skip):
+                    pending.append((entry.path, path, (*above, real)))
+            else:
+                yield path
+
+
+def refuse_unlistable(root: Path, path: str) -> None:
+    """Refuses the path of an image or a mask that no list file could hold."""
+    if not path.isprintable() and any(unicodedata.category(c) in _UNLISTABLE for c in path):
+        raise UserError(
+            f"{root}: the name {path!r} holds a line break, a control character or bytes that are not "
+            f"UTF-8; rename it"
+        )
+
+
+def _inside(root: Path, path: Path) -> None:
+    """Refuses a path whose links lead out of the root."""
+    target = path.resolve()
+    if target != root and root not in target.parents:
+        raise UserError(
+            f"{path}: is a link to {target}, outside {root}, the folder that was given; {FOLLOW} reads what "
+            f"links lead to"
+        )

@@ -1,0 +1,44 @@
+"""Freshness: an index keeps copies of masks, and what is scored must be the masks of today."""
+
+from pathlib import Path
+
+from stpp import distributed, log
+from stpp.dataset import index as indices
+from stpp.dataset import splits
+from stpp.dataset.entries import Index
+from stpp.distributed import World
+from stpp.errors import UserError
+from stpp.run import lease
+
+
+def of_today(folder: Path, listed: Path, here: World) -> Index:
+    """The index in `folder`; made anew, by rank 0, where files of the images in a list changed since it was
+    made.
+
+    Args:
+        folder: of the index.
+        listed: lines `image mask`.
+
+    Raises:
+        UserError: no index, a list that does not fit it; files changed, and they cannot be used, the index
+            cannot be written, or a run that goes on trains on it.
+    """
+    distributed.on_main(here, lambda: _renew(folder, listed))
+    return indices.load(folder)
+
+
+def _renew(folder: Path, listed: Path) -> None:
+    known = indices.load(folder)
+    changed = known.changed(
+        sample.key
+        for sample in splits.read_split(listed, known, labelled=True, notes=splits.Notes(quiet=True))
+    )
+    if not changed:
+        return
+    what = f"{len(changed)} files of {listed} changed since {folder} was made, {changed[0]} the first"
+    try:
+        lease.refuse_living(folder.parent)
+    except UserError as error:
+        raise UserError(f"{what}, and a run trains on it ({error})") from None
+    log.say(f"{what}: reading {known.root} again")
+    indices.renewed(known)

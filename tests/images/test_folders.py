@@ -1,0 +1,95 @@
+"""What folders hold besides the user's images: leftovers of systems, hidden files, masks that lie beside
+their images."""
+
+import pytest
+
+from stpp.images.folders import PassedOver, image_of_mask, is_leftover, is_passed_over
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "@eaDir",
+        "#recycle",
+        "$RECYCLE.BIN",
+        "$Recycle.Bin",
+        "System Volume Information",
+        "lost+found",
+        "__MACOSX",
+        "@Recycle",
+        "#snapshot",
+        ".Trashes",
+        "Network Trash Folder",
+    ],
+)
+def test_folders_of_systems(name):
+    assert is_passed_over(name, is_folder=True) and is_leftover(name, is_folder=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["Thumbs.db", "desktop.ini", "Desktop.ini", "Icon\r", "._IMG_1.JPG", "ehthumbs.db"]
+)
+def test_files_of_systems(name):
+    assert is_leftover(name, is_folder=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_folder"),
+    [
+        ("recycle", True),
+        ("Icon", False),
+        ("thumbs.jpg", False),
+        ("@home", True),
+        ("#1.jpg", False),
+        ("$5 bill.png", False),
+        ("Thumbs.db", True),
+        ("_IMG.jpg", False),
+        ("lost", True),
+    ],
+)
+def test_what_is_only_called_alike_is_the_users(name, is_folder):
+    assert not is_passed_over(name, is_folder=is_folder)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        "a/7_mask",
+        "a/7-mask",
+        "a/7.mask",
+        "a/7_Mask_1",
+        "a/7_mask2",
+        "a/7_mask (2)",
+        "a/7_label",
+        "a/7_seg",
+        "a/7_segmentation",
+        "a/7_labelIds",
+        "a/7_gt",
+    ],
+)
+def test_masks_beside_their_images(mask):
+    assert image_of_mask(mask, {"a/7", "a/8"}) == "a/7"
+
+
+@pytest.mark.parametrize(
+    "other", ["a/7", "a/mask", "a/9_mask", "b/7_mask", "a/7mask", "a/7_masked", "a/7_2", "a/_mask"]
+)
+def test_other_names_are_images(other):
+    assert image_of_mask(other, {"a/7", "a/8"}) is None
+
+
+def test_what_is_passed_over_is_counted_and_named():
+    passed = PassedOver()
+    taken = [
+        name
+        for name in ("a.jpg", ".DS_Store", "._a.jpg", "Thumbs.db", "@eaDir")
+        if not passed.add(name, is_folder=name[0] == "@")
+    ]
+    for name in ("a.HEIC", "b.heic", "c.avif", "README", "notes.txt"):
+        passed.unread(name)
+    assert taken == ["a.jpg"] and passed.pictures() == 4
+    assert passed.lines() == [
+        "2 .heic, 1 .avif, 1 .txt, 1 without an extension: not image formats that are read",
+        "1 ._*, 1 @eaDir, 1 Thumbs.db: left by systems and file servers",
+        "1 hidden (names that begin with a dot)",
+    ]

@@ -1,0 +1,179 @@
+"""Scores are of today's masks; and what ends a command in one line: disks that are full or may not be written
+to."""
+
+import errno
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset_cases import data_set, ids, paletted, photo, prepare
+from stpp import cli, files, log
+from stpp.dataset import check, splits
+from stpp.distributed import World
+from stpp.errors import UserError
+from stpp.images.masks import read_index_mask
+from stpp.run import lease
+from stpp.run.freshness import of_today
+
+COLOURS = ((0, 0, 0), (128, 0, 0), (0, 128, 0))
+
+
+@pytest.fixture
+def known(tmp_path):
+    """Palette masks, of which the index keeps copies."""
+    return prepare(data_set(tmp_path / "data", {f"{i}": paletted(ids(1, 2), *COLOURS) for i in range(4)}))
+
+
+@pytest.fixture
+def here():
+    import torch
+
+    return World(device=torch.device("cpu"))
+
+
+def listed(known, *names):
+    path = known.out.parent / "val.txt"
+    path.write_text("".join(splits.line(known.entries[f"photos/{name}.jpg"]) for name in names))
+    return path
+
+
+def test_a_mended_mask_is_read_again_before_it_is_scored(known, here, capsys):
+    path = listed(known, "0", "1")
+    assert (
+        of_today(known.out, path, here).fingerprint == known.fingerprint
+        and "again" not in capsys.readouterr().err
+    )
+    paletted(ids(2), *COLOURS).save(known.root / "labels" / "1.png")
+    fresh = of_today(known.out, path, here)
+    assert (read_index_mask(fresh.sample("photos/1.jpg").mask) == ids(2)).all()
+    assert "1 files of" in (said := capsys.readouterr().err) and "labels/1.png the first" in said
+    assert (
+        of_today(known.out, path, here).fingerprint == fresh.fingerprint
+        and "again" not in capsys.readouterr().err
+    )
+
+
+def test_a_photograph_of_another_size_is_found_and_others_cost_nothing(known, here, capsys):
+    photo(known.root / "photos" / "3.jpg", 9)
+    assert of_today(known.out, listed(known, "0", "1"), here).fingerprint == known.fingerprint
+    photo(known.root / "photos" / "0.jpg", 9, (40, 30))
+    with pytest.raises(UserError, match=r"labels/0\.png: the mask has 32x24 pixels"):
+        of_today(known.out, listed(known, "0", "1"), here)
+
+
+def test_a_run_that_goes_on_keeps_its_masks(known, here):
+    """The index lies in the run's folder, and its masks are read while it trains."""
+    paletted(ids(2), *COLOURS).save(known.root / "labels" / "0.png")
+    path = listed(known, "0")
+    with (
+        lease.held(known.out.parent),
+        pytest.raises(UserError, match="a run trains on it .*in use by process"),
+    ):
+        of_today(known.out, path, here)
+    assert of_today(known.out, path, here).fingerprint != known.fingerprint
+
+
+def test_a_mask_that_went_away_is_named(known, here):
+    (known.root / "labels" / "0.png").unlink()
+    (known.root / "photos" / "1.jpg").unlink()
+    assert known.changed(["photos/0", "photos/1", "photos/2"]) == ["labels/0.png", "photos/1.jpg"]
+
+
+# --- disks
+
+
+def full(*_: object, **__: object):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/disk/file")
+
+
+def test_a_full_disk_leaves_no_half_mask_and_no_index(known, monkeypatch):
+    def half(file, values):
+        file.write(b"\x89PNG")
+        full()
+
+    monkeypatch.setattr(check, "write_index_png", half)
+    for path in (known.out / "masks").rglob("*.png"):
+        path.unlink()
+    with pytest.raises(UserError, match="the index cannot be written .No space left on device"):
+        prepare(known.root)
+    assert not (known.out / "index.json").exists() and not [
+        path for path in (known.out / "masks").rglob("*") if path.is_file()
+    ]
+
+
+def test_lists_that_cannot_be_written(known, monkeypatch, tmp_path):
+    monkeypatch.setattr(files, "write_text", full)
+    with pytest.raises(UserError, match="/disk/file: the lists cannot be written .No space left"):
+        splits.make_split(known, tmp_path / "split", fraction="1/2")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+def test_any_command_ends_in_one_line_on_such_a_disk(monkeypatch, capsys, number):
+    def command(_):
+        raise OSError(number, os.strerror(number), "/disk/scores.json")
+
+    monkeypatch.setitem(cli.COMMANDS, "evaluate", (command, ""))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["evaluate"])
+    said = capsys.readouterr().err
+    assert (
+        ended.value.code == 2
+        and said.startswith("stpp: /disk/scores.json: cannot be written (")
+        and said.count("\n") == 1
+    )
+    monkeypatch.setitem(cli.COMMANDS, "evaluate", (lambda _: open("/nowhere/x"), ""))
+    with pytest.raises(FileNotFoundError):
+        cli.main(["evaluate"])
+
+
+# --- text files of Windows
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-8"])
+def test_recipes_and_lists_with_byte_order_marks(known, tmp_path, capsys, encoding):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_bytes(
+        "method = 'st'\r\n[data]\r\nlayout = 'globs'\r\nimages = 'größe/*'\r\n".encode(encoding)
+    )
+    cli.main(["train", "--recipe", str(recipe), "--print-config"])
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["method"], shown["data"]["images"]) == ("st", "größe/*")
+    path = tmp_path / "list.txt"
+    path.write_bytes("photos/0.jpg labels/0.png\r\nphotos/1.jpg\r\n".encode(encoding))
+    assert len(splits.read_split(path, known, labelled=True)) == 2
+
+
+# --- strict runs
+
+
+def test_a_strict_run_refuses_a_data_set_that_was_warned_of(known, tmp_path, capsys):
+    Image.fromarray(np.zeros((24, 32, 3), np.uint8)).save(known.root / "photos" / "0_mask.png")
+    small = (
+        "--method supervised --device cpu --model.backbone resnet18 --model.output-stride 32 "
+        "--augment.crop-px 33 --augment.long-side "
+        "32 64 --train.epochs 1 --train.batch-global 2 --data.fraction 1/1 --data.layout globs "
+        "--data.images photos/**/* "
+        "--data.masks labels/**/*.png"
+    ).split()
+    log.set_speaker(True)
+    for again in range(2):  # the index is made by the first command, and read by the second
+        with pytest.raises(SystemExit) as ended:
+            cli.main(
+                [
+                    "train",
+                    *small,
+                    "--strict",
+                    "--data.root",
+                    str(known.root),
+                    "--data.index",
+                    str(known.out),
+                    "--out",
+                    str(tmp_path / f"run{again}"),
+                ]
+            )
+        assert ended.value.code == 2 and "--strict: not read" in capsys.readouterr().err
+        if not again:
+            prepare(known.root)
