@@ -9,10 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from stpp import files
 from stpp.errors import UserError
-from stpp.images import pixels
-from stpp.images.image_file import DECODE_ERRORS, upright
-from stpp.images.masks import read_index_mask
 from stpp.images.palette import overlay, palette
+from stpp.loading.decode import image_of, mask_of
 from stpp.loading.sample import Sample
 
 IMAGES, COLUMNS = 8, 4
@@ -20,11 +18,11 @@ CELL_PX, TITLE_PX, GAP_PX, SWATCH_PX = 240, 16, 6, 14
 MOST_NAMES = 40
 
 
-def write(path: Path, samples: Sequence[Sample], classes: Sequence[str], *, exif: bool) -> None:
+def write(path: Path, samples: Sequence[Sample], classes: Sequence[str]) -> None:
     """Writes a PNG of up to eight samples, spread over the list, and the colours of the classes; nothing
     without samples."""
     spread = samples[:: math.ceil(len(samples) / IMAGES) or 1][:IMAGES]
-    cells = [cell for sample in spread if (cell := _cell(sample, len(classes), exif)) is not None]
+    cells = [cell for sample in spread if (cell := _cell(sample, len(classes))) is not None]
     if not cells:
         return
     columns = min(COLUMNS, len(cells))
@@ -57,13 +55,12 @@ def write(path: Path, samples: Sequence[Sample], classes: Sequence[str], *, exif
         sheet.save(file, format="PNG")
 
 
-def _cell(sample: Sample, num_classes: int, exif: bool) -> tuple[str, Image.Image] | None:
+def _cell(sample: Sample, num_classes: int) -> tuple[str, Image.Image] | None:
     """Name and picture; None for an image that has no colours."""
     try:
-        stored_HWC, turn = _decoded(sample.image, exif)
-        image = Image.fromarray(np.ascontiguousarray(upright(stored_HWC, turn)))
-        mask = Image.fromarray(read_index_mask(sample.mask, exif=exif)) if sample.mask else None
-    except (UserError, pixels.BadImage, *DECODE_ERRORS):
+        image = Image.fromarray(np.ascontiguousarray(image_of(sample)))
+        mask = Image.fromarray(mask_of(sample)) if sample.mask else None
+    except UserError:
         return None
     scale = CELL_PX / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
@@ -75,11 +72,6 @@ def _cell(sample: Sample, num_classes: int, exif: bool) -> tuple[str, Image.Imag
         colours.putalpha(colours.getchannel("A").point(lambda alpha: alpha // 2))
         picture.paste(colours, (0, 0), colours)
     return _plain(sample.key, 38), picture
-
-
-def _decoded(path: str, exif: bool) -> tuple[np.ndarray, int]:
-    data = Path(path).read_bytes()
-    return pixels.decode(data), pixels.header(data, exif=exif).orientation
 
 
 def _plain(text: str, most: int) -> str:

@@ -102,7 +102,7 @@ def _described(index: Index, tally: card.Tally, notes: Notes) -> Index:
     )
     masked = [image for image, entry in index.entries.items() if entry.mask is not None]
     samples = [index.sample(image) for image in (masked or list(index.entries))]
-    contact_sheet.write(index.out / card.SHEET, samples, index.classes, exif=index.exif)
+    contact_sheet.write(index.out / card.SHEET, samples, index.classes)
     return index
 
 
