@@ -163,6 +163,15 @@ def test_masks_beside_unlabelled_images_are_no_images(root, tmp_path, capsys):
     assert "masks of images beside them" in capsys.readouterr().err
 
 
+def test_a_folder_of_masks_among_unlabelled_images_holds_no_images(root, tmp_path, capsys):
+    for i in range(3):
+        photo(tmp_path / "field" / "images" / f"{i}.jpg", 20 + i)
+        mask(tmp_path / "field" / "masks" / f"{i}.png")
+    made = prepare(root, unlabelled=[tmp_path / "field"])
+    assert [image for image in made.entries if image.startswith("field")] == [f"field/images/{i}.jpg" for i in range(3)]
+    assert "masks of images beside them; name masks" in capsys.readouterr().err
+
+
 def test_two_masks_of_one_image_name_the_newer(root):
     mask(root / "labels" / "1.PNG")
     os.utime(root / "labels" / "1.PNG", ns=(1, 1))

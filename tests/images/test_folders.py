@@ -3,7 +3,7 @@ their images."""
 
 import pytest
 
-from stpp.images.folders import PassedOver, image_of_mask, is_leftover, is_passed_over
+from stpp.images.folders import PassedOver, image_of_mask, images_of_mask_folders, is_leftover, is_passed_over
 
 
 @pytest.mark.parametrize(
@@ -76,6 +76,15 @@ def test_masks_beside_their_images(mask):
 )
 def test_other_names_are_images(other):
     assert image_of_mask(other, {"a/7", "a/8"}) is None
+
+
+@pytest.mark.parametrize(("keys", "found"), [
+    (["images/a/7", "masks/a/7", "masks/a/8"], {"masks/a/7": "images/a/7"}),
+    (["a/7", "a/Labels/7", "b/7"], {"a/Labels/7": "a/7"}), (["set/photos/7", "set/annotations/7"], {
+        "set/annotations/7": "set/photos/7"}),
+    (["labels/7", "bottles/8"], {}), (["masks/7", "labels/7"], {}), (["a/7", "b/7"], {}), (["mask", "7"], {})])
+def test_folders_of_masks_beside_folders_of_images(keys, found):
+    assert images_of_mask_folders(keys) == found
 
 
 def test_what_is_passed_over_is_counted_and_named():

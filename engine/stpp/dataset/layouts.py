@@ -25,7 +25,7 @@ from stpp.dataset.patterns import Side, parsed
 from stpp.dataset.search import Search
 from stpp.dataset.walk import walk
 from stpp.errors import UserError
-from stpp.images.folders import PassedOver, image_of_mask
+from stpp.images.folders import PassedOver, image_of_mask, images_of_mask_folders
 from stpp.images.image_file import IMAGE_EXTENSIONS
 
 LAYOUTS = ("auto", "voc", "cityscapes", "camvid", "globs")
@@ -87,14 +87,14 @@ def resolve(root: str | os.PathLike, layout: str, images: str | None = None, mas
     )
 
 
-def own_masks(root: str | os.PathLike, layout: str) -> str | None:
+def own_masks(root: str | os.PathLike, layout: str, *, follow_links: bool = False) -> str | None:
     """The pattern of the masks that a resolved layout finds in this root; None: the first that the layout is
     known for."""
     root = checked_root(root)
     if layout == "voc" and (root / _VOC_AUGMENTED).is_dir():
         return VOC_AUGMENTED_MASKS
     if layout == "cityscapes":
-        names = list(walk(root, "gtFine"))
+        names = list(walk(root, "gtFine", follow_links=follow_links))
         train_ids, label_ids = (
             sum(name.endswith(ending) for name in names)
             for ending in (cityscapes.TRAIN_IDS_ENDING, cityscapes.LABEL_IDS_ENDING)
@@ -148,7 +148,8 @@ def find(
     path, notes = checked_root(root), notes or Notes()
     layout = resolve(path, layout, images, masks)
     given = masks
-    images, masks = cityscapes.IMAGES if layout == "cityscapes" else images, masks or own_masks(path, layout)
+    images = cityscapes.IMAGES if layout == "cityscapes" else images
+    masks = masks or own_masks(path, layout, follow_links=follow_links)
     image_side, mask_side = _sides(layout, images, masks, path)
     search = Search(path, Path(exclude).resolve() if exclude is not None else None, follow_links)
 
@@ -226,7 +227,9 @@ def _leave_out_masks(taken: dict[str, str], mask_of: dict[str, str], notes: Note
     if both:
         notes.line(f"masks, no images, though they match the patterns of both: {counted(len(both), 'file')}")
     named = {os.path.splitext(path)[0]: name for name, path in taken.items()}
-    beside = {key: image for key in named if (image := image_of_mask(key, named)) is not None}
+    in_folders = images_of_mask_folders(named).items()
+    beside = {key: image for key, image in in_folders if taken[named[key]].lower().endswith(".png")}
+    beside |= {key: image for key in named if (image := image_of_mask(key, named)) is not None}
     second = [key for key, image in beside.items() if named[image] in mask_of]
     first = [key for key in beside if key not in second]
     for kind, what in (
@@ -236,8 +239,7 @@ def _leave_out_masks(taken: dict[str, str], mask_of: dict[str, str], notes: Note
         if kind:
             notes.warn(
                 f"not read, as they are by their names {what}: {counted(len(kind), 'file')}, for example "
-                f"{taken[named[kind[0]]]} "
-                f"beside {taken[named[beside[kind[0]]]]}"
+                f"{taken[named[kind[0]]]} beside {taken[named[beside[kind[0]]]]}"
             )
     for key in beside:
         del taken[named[key]]

@@ -52,6 +52,11 @@ MASK_ENDINGS = (
     "mask_color",
 )
 """Last words of names that masks have when they lie beside their images: `7.jpg` and `7_mask.png`."""
+MASK_FOLDERS = frozenset(
+    "mask masks label labels annotation annotations gt groundtruth ground_truth segmentation segmentations "
+    "segmentationclass segmentationclassaug segmentationobject labelled_masks gtfine".split()
+)
+"""Folders that hold masks where a folder beside them holds images of the same names, in lower case."""
 _BESIDE = re.compile(
     rf"(.+)[_.\- ](?:{'|'.join(MASK_ENDINGS)})(?:[_.\- ]?\(?\d+\)?)?", re.IGNORECASE | re.DOTALL
 )
@@ -80,6 +85,37 @@ def image_of_mask(key: str, keys: Collection[str]) -> str | None:
     """
     found = _BESIDE.fullmatch(key)
     return found[1] if found and found[1] in keys else None
+
+
+def images_of_mask_folders(keys: Collection[str]) -> dict[str, str]:
+    """The images that files in folders of masks belong to: "images/a/7" or "a/7" for "masks/a/7".
+
+    Args:
+        keys: paths without their extensions.
+
+    Returns:
+        the image's key by the mask's, for every mask whose image is among the keys.
+    """
+    split = {key: key.split("/") for key in keys}
+    inside = {
+        key: next((i for i, part in enumerate(parts[:-1]) if part.lower() in MASK_FOLDERS), None)
+        for key, parts in split.items()
+    }
+    if not any(place is not None for place in inside.values()):
+        return {}
+    beside = {}
+    for key, parts in split.items():
+        if inside[key] is None:
+            beside[(), tuple(parts)] = key
+            beside |= {(tuple(parts[:i]), tuple(parts[i + 1 :])): key for i in range(len(parts) - 1)}
+    found = {}
+    for key, place in inside.items():
+        if place is not None:
+            before, after = tuple(split[key][:place]), tuple(split[key][place + 1 :])
+            image = beside.get((before, after)) or beside.get(((), before + after))
+            if image is not None:
+                found[key] = image
+    return found
 
 
 @dataclass
