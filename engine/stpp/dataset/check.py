@@ -22,8 +22,8 @@ from stpp.errors import UserError
 from stpp.images.containers import looks_whole
 from stpp.images.image_file import DECODE_ERRORS, upright_size
 from stpp.images.masks import IGNORE, Stored, count_indices, read_mask, write_index_png
-from stpp.images.pixels import BadImage, decode
-from stpp.images.reading import Reading, look, used_bits
+from stpp.images.pixels import BadImage
+from stpp.images.reading import Reading, look, prove
 
 _CHUNK = 16
 """Images passed to a process at once: enough to make passing them cheap, few enough that no core idles at the end."""
@@ -53,7 +53,7 @@ class Checked:
     reading: Reading | None = None
     """None where there are problems."""
     used_bits: int = 0
-    """Bits that the largest number of the image needs; see `stpp.images.reading.used_bits`."""
+    """Bits that the image uses; see `stpp.images.reading.prove`."""
     orientation: int = 1
     """EXIF orientation of the image file, 1 to 8, whether it is turned by it or not."""
     converted: str | None = None
@@ -174,14 +174,13 @@ def _mask_problems(path: str, stored: Stored, counts: np.ndarray, classes: int) 
 def _look(path: str) -> tuple[Reading, int]:
     """How an image is read, turned upright, and the bits it uses; its data were decoded to the end.
 
-    Headers alone would pass files that are cut short. A JPEG is decoded at an eighth of its size: that reads
-    all its data but skips most of the arithmetic.
+    Headers alone would pass files that are cut short.
     """
     try:
         with open(path, "rb") as file:
             data = file.read()
         found = look(data, exif=True)
-        used = used_bits(decode(data, least=(1, 1)), found)
+        used = prove(data, found)
     except BadImage as bad:
         raise UserError(f"{path}: cannot be read as an image ({bad}); replace or remove it") from None
     except DECODE_ERRORS as error:

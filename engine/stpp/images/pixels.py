@@ -33,20 +33,28 @@ class BadImage(Exception):
     """An image that cannot be labelled; the message is the reason, in a few words without the name."""
 
 
-def decode(data: bytes, *, least: tuple[int, int] | None = None) -> np.ndarray:
-    """Colours of a whole file as they are stored, not turned: uint8 [H, W, 3].
+def require_decodable(data: bytes) -> None:
+    """Decodes a whole file; a JPEG at an eighth of its size, which reads all its data but skips most arithmetic.
 
-    Args:
-        least: (height, width) that suffice where the format offers less work for a smaller image, as JPEG
-            does.
+    Raises:
+        BadImage: no image, damaged, cut short, or too large.
+    """
+    try:
+        with opened_bytes(data) as image:
+            image.draft(None, (1, 1))
+            image.load()
+    except DECODE_ERRORS as error:
+        raise BadImage(why(error, data)) from None
+
+
+def decode(data: bytes) -> np.ndarray:
+    """Colours of a whole file as they are stored, not turned: uint8 [H, W, 3].
 
     Raises:
         BadImage: no image, damaged, cut short, too large, or of a kind that has no colours.
     """
     try:
         with opened_bytes(data) as image:
-            if least is not None:
-                image.draft(None, (least[1], least[0]))
             return colours(image)
     except DECODE_ERRORS as error:
         raise BadImage(why(error, data)) from None

@@ -27,7 +27,7 @@ from PIL import Image
 
 from stpp.images import containers
 from stpp.images.image_file import DECODE_ERRORS, exif_orientation, orientation, upright, upright_size
-from stpp.images.pixels import BadImage, decode, opened_bytes, why
+from stpp.images.pixels import BadImage, decode, opened_bytes, require_decodable, why
 
 FEW_BITS = 14
 """A 16-bit image whose largest number has no more bits uses at most a quarter of its range: a network sees it
@@ -126,6 +126,18 @@ def require_size(size: tuple[int, int], reading: Reading) -> None:
             f"it has {size[1]}x{size[0]} pixels where it had {reading.width}x{reading.height} when it was "
             "looked at"
         )
+
+
+def prove(data: bytes, reading: Reading) -> int:
+    """Decodes a whole file to see that it can be, and returns the bits that it uses: those of its form, if 8 at most.
+
+    Raises:
+        BadImage: see `decode`.
+    """
+    if reading.bits <= 8 and reading.colours in ("RGB", "gray"):
+        require_decodable(data)
+        return reading.bits
+    return used_bits(decode(data), reading)
 
 
 def used_bits(pixels_HWC: np.ndarray, reading: Reading) -> int:
