@@ -90,7 +90,9 @@ def accumulate(form: str, acc, logits, scaled_size, size, flip, pair=False) -> N
 
         return softmax_accumulate(acc, logits, list(scaled_size), list(size), flip, pair)
     if form == "reference":
-        return reference.softmax_accumulate(acc, logits, scaled_size, size, flip)
+        from stpp_kernels.softmax_accumulate import _accumulate_reference
+
+        return _accumulate_reference(acc, logits, list(scaled_size), list(size), flip, pair)
     return stpp_kernels.softmax_accumulate(acc, logits, scaled_size, size, flip, pair=pair)
 
 

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 HISTOGRAM_CLASSES = 45
-BLOCK = 4096
+HISTOGRAM_BLOCK = 4096
+RUNS_BLOCK = 1024
 
 
 @triton.jit
@@ -67,10 +68,11 @@ def confusion(
         pixels = target.numel() // images
         wrong = torch.zeros(1, dtype=torch.int32, device=target.device)
         bins = triton.next_power_of_2(num_classes * num_classes + 1) if num_classes <= HISTOGRAM_CLASSES else 0
+        block, warps = (HISTOGRAM_BLOCK, 8) if bins else (RUNS_BLOCK, 4)
         with torch.cuda.device_of(target):
-            _confusion_kernel[(triton.cdiv(pixels, BLOCK), images)](
+            _confusion_kernel[(triton.cdiv(pixels, block), images)](
                 pred, target, matrix, wrong, pixels, ignore_index, num_classes,
-                IGNORE_BOTH=ignore_both, BINS=bins, BLOCK=BLOCK, num_warps=8,
+                IGNORE_BOTH=ignore_both, BINS=bins, BLOCK=block, num_warps=warps,
             )  # fmt: skip
         message = f"a mask holds a value outside [0, {num_classes}) that is not the ignore index {ignore_index}"
         torch._assert_async(wrong[0] == 0, message)
