@@ -20,8 +20,11 @@ OLDER = ROOT / "build" / "triton-3.6.0"
 KERNELS = {"forward", "finish", "argmax_kernel", "logsumexp_kernel", "accumulate_kernel", "finalize_kernel", "confusion_kernel"}
 VERSIONS = [
     "",
-    pytest.param("3.6.0", marks=pytest.mark.skipif(not OLDER.is_dir(), reason=f"no {OLDER}: make triton-3.6 installs it")),
-]
+    pytest.param("3.6.0", marks=[
+        pytest.mark.slow,  # `.ci/run` installs it before the slow tests
+        pytest.mark.skipif(not OLDER.is_dir(), reason=f"no {OLDER}: make triton-3.6 installs it"),
+    ]),
+]  # fmt: skip
 
 
 def compiled(tmp_path: Path, version: str, *arguments: str, limit_s: float) -> list[dict]:

@@ -85,7 +85,7 @@ def test_a_pair_is_two_calls(form, data):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    ("classes", "source", "scaled", "size"), [(150, (9, 7), (9, 13), (7, 20)), (3, (65, 65), (9, 513), (12, 342))]
+    ("classes", "source", "scaled", "size"), [(150, (3, 5), (4, 13), (3, 20)), (3, (65, 65), (9, 513), (12, 342))]
 )
 def test_many_classes_and_maps_of_crop_513(form, classes, source, scaled, size):
     torch.manual_seed(7)
