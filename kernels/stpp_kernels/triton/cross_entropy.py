@@ -54,7 +54,7 @@ class Launch:
     """Elements of a [classes, cells] tile: the classes, filled up to a power of two, times the cells of a program,
     of which there are at least 1 and at most 64."""
     warps: int = 1
-    """Warps of a program. `tile / (32 * warps)` elements a thread: 8 take 128 to 230 registers, 16 spill. Two warps or
+    """Warps of a program. `tile / (32 * warps)` elements a thread: 8 take 95 to 230 registers, 16 all of them. Two warps or
     more share out the classes where a warp has fewer than 32 cells; reductions then pass through shared memory."""
     programs: int = 4096
     """Programs above which bands grow beyond one row of cells. A band reads and writes its border rows twice."""
