@@ -9,10 +9,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 SOURCES := $(wildcard kernels/stpp_kernels/csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu gpu-wheels bench fmt check clean
+.PHONY: help setup demo test test-slow test-gpu gpu-wheels triton-3.6 bench fmt check clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(VENV)/.installed  ## make .venv and install everything into it
 
@@ -33,6 +33,10 @@ gpu-wheels:  ## pure Python packages to carry to a GPU machine without a network
 	rm -rf build/gpu-wheels
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 \
 	    --dest build/gpu-wheels $(shell grep -o '^tyro==[0-9.]*' requirements.txt) docstring-parser==0.18.0 typeguard==4.6.1
+
+triton-3.6: build/triton-3.6.0/triton  ## Triton of torch 2.11, for the slow tests that compile the CUDA kernels with it
+build/triton-3.6.0/triton: | setup
+	$(BIN)/python -m pip install --quiet --no-deps --target build/triton-3.6.0 triton==3.6.0
 
 bench: setup  ## the quick benchmarks, about 20 minutes on two cores (benchmarks/results/last.jsonl)
 	rm -f benchmarks/results/last/*.jsonl

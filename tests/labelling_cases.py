@@ -84,14 +84,16 @@ def argmax(form: str, logits, size, confidence=True):
     return stpp_kernels.upsample_argmax(logits, size, confidence=confidence)
 
 
-def accumulate(form: str, acc, logits, scaled_size, size, flip) -> None:
+def accumulate(form: str, acc, logits, scaled_size, size, flip, pair=False) -> None:
     if form == "triton":
         from stpp_kernels.triton.softmax_accumulate import softmax_accumulate
 
-        return softmax_accumulate(acc, logits, list(scaled_size), list(size), flip)
+        return softmax_accumulate(acc, logits, list(scaled_size), list(size), flip, pair)
     if form == "reference":
-        return reference.softmax_accumulate(acc, logits, scaled_size, size, flip)
-    return stpp_kernels.softmax_accumulate(acc, logits, scaled_size, size, flip)
+        from stpp_kernels.softmax_accumulate import _accumulate_reference
+
+        return _accumulate_reference(acc, logits, list(scaled_size), list(size), flip, pair)
+    return stpp_kernels.softmax_accumulate(acc, logits, scaled_size, size, flip, pair=pair)
 
 
 def finalize(form: str, acc):

@@ -48,6 +48,17 @@ def test_fp32_masks_are_equal_to_eager_where_classes_are_apart(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("classes", "source", "size"), [(150, (9, 13), (17, 20)), (3, (65, 65), (40, 513))])
+def test_many_classes_and_maps_of_crop_513(form, classes, source, size):
+    torch.manual_seed(3)
+    logits = (torch.randn(1, classes, *source) * 5).contiguous(memory_format=torch.channels_last).to(device_of(form))
+    mask, confidence = argmax(form, logits, size)
+    full = resized(logits, size)
+    assert (full.amax(1) - full.gather(1, mask.long()[:, None])[:, 0]).max() <= logit_tolerance(logits)
+    assert (confidence - full.softmax(1).amax(1)).abs().max() <= probability_tolerance(logits)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_lowest_class_wins_a_tie(form):
     torch.manual_seed(2)
     if form != "reference":  # F.interpolate does not round every channel alike, so that equal classes come out unequal

@@ -156,6 +156,17 @@ def test_pairwise_iou(seed, shape, num_classes, ignored, dtype):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("num_classes", [45, 46, 150])
+@pytest.mark.parametrize("run", [1, 1000, 5000])
+def test_runs_across_the_pieces_of_a_mask(form, num_classes, run):
+    pred, target = masks(12, (2, 91, 101), num_classes, 0.0 if run > 1 else 0.3, run)  # 9191 pixels: pieces of 4096 or 1024
+    target[:, 40:43] = 255
+    expected = torch.stack([by_hand(p, t, num_classes, 255) for p, t in zip(pred, target, strict=True)])
+    found = confusion(form, pred.byte().to(device_of(form)), target.to(device_of(form)), num_classes, per_image=True)
+    assert torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("num_classes", [21, 70])
 def test_pixels_ignored_in_either_mask(form, num_classes):
     _, a = masks(10, (2, 11, 13), num_classes, 0.3)

@@ -63,6 +63,102 @@ def test_published_shapes(dtype, layout):
     check("cpu", LossCase(2, 21, (81, 81), (321, 321), dtype, torch.uint8, layout, 3.0, 0.1, False, 1))
 
 
+def _extreme(kind: str) -> torch.Tensor:
+    """Logits [1, 5, 5, 6] whose corners disagree: none of their maxima says much about the pixels between them."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, 5, 5, 6, generator=generator)
+    corner = torch.randint(5, (1, 1, 5, 6), generator=generator)
+    chosen = torch.zeros(1, 5, 5, 6).scatter_(1, corner, 1.0)
+    checkered = ((torch.arange(5)[:, None] + torch.arange(6)) % 2 * 2 - 1).float()
+    sign = torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0]).view(1, 5, 1, 1)
+    return {
+        "opposite corners": 1e4 * checkered * sign + noise,
+        "every corner its own class": 2e4 * chosen - 1e4 + noise,
+        "all below": 2e4 * chosen - 3e4 + noise,
+        "near the limit of the bound": 44.0 * chosen + noise,
+        "above the limit": 60.0 * chosen + noise,
+        "just out of float32's exponentials": 176.0 * chosen + noise,
+        "one cell of many": noise + torch.zeros(1, 5, 5, 6).index_fill_(3, torch.tensor([2]), 1.0) * 1e4 * sign,
+        "beyond 2^20": 1e7 * noise,
+        "equal classes far up": noise * 0 + 1e4,
+    }[kind]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", [
+    "opposite corners", "every corner its own class", "all below", "near the limit of the bound", "above the limit",
+    "just out of float32's exponentials", "one cell of many", "beyond 2^20", "equal classes far up",
+])  # fmt: skip
+def test_corners_that_disagree(form, kind):
+    logits = _extreme(kind).to(device_of(form))
+    size = (13, 17)  # pixels at the corners, at the middle of the cells and between
+    labels = torch.randint(5, (1, *size), generator=torch.Generator().manual_seed(1)).to(device_of(form))
+    loss, counted, gradient = fused_loss(form, logits, labels)
+    truth, true_gradient = eager_loss(logits, labels, compute=torch.float64)
+    eager, eager_gradient = eager_loss(logits, labels)
+    largest = logits.abs().max().item()
+    case = LossCase(1, 5, (5, 6), size, torch.float32, torch.int64, "contiguous", largest, 0.0, False, 0)
+    assert counted.item() == labels.numel()
+    assert_three_way("loss", loss, eager, truth, slack=2 * LOGIT_ULP * EPS * largest * labels.numel())
+    assert_three_way("gradient", gradient, eager_gradient, true_gradient, slack=case.slack())
+
+
+@pytest.mark.parametrize("form", [TRITON])
+@pytest.mark.parametrize("search", [False, True])
+def test_bound_and_search_agree(form, search, monkeypatch):
+    """Moderate logits whose corners' maxima differ by up to 40 nats: the bound is used, and is as good as the largest logit."""
+    from stpp_kernels.triton import cross_entropy
+
+    logits = 40.0 * torch.rand(1, 4, 4, 5, generator=torch.Generator().manual_seed(2))
+    labels = torch.randint(4, (1, 11, 14), generator=torch.Generator().manual_seed(3))
+    if search:
+        monkeypatch.setattr(cross_entropy, "MAX_GAP", cross_entropy.tl.constexpr(-1.0))
+    loss, _, gradient = fused_loss(form, logits, labels)
+    truth, true_gradient = eager_loss(logits, labels, compute=torch.float64)
+    torch.testing.assert_close(loss.double(), truth, rtol=2e-6, atol=0)
+    torch.testing.assert_close(gradient.double(), true_gradient, rtol=0, atol=4e-5)
+
+
+@pytest.mark.parametrize("form", [TRITON])
+@pytest.mark.parametrize("launch", [(8, 1, 1), (16, 2, 5), (512, 4, 8192)])
+def test_launch_settings_change_nothing_but_rounding(form, launch):
+    from stpp_kernels.triton.cross_entropy import Launch
+    from stpp_kernels.triton.cross_entropy import upsample_cross_entropy as raw
+
+    tile, warps, programs = launch
+    case = LossCase(1, 5, (5, 7), (9, 13), torch.float32, torch.uint8, "channels_last", 3.0, 0.2, True, 4)
+    logits, labels, weights = case.tensors()
+    arguments = (logits, labels, weights["class_weight"], weights["pixel_weight"], 255, True)
+    expected = raw(*arguments)
+    found = raw(*arguments, Launch(tile=tile, warps=warps, programs=programs))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", [TRITON])
+@pytest.mark.parametrize(("classes", "size"), [(150, (9, 14)), (255, (6, 5))])
+def test_many_classes_interpreted(form, classes, size):
+    check(form, LossCase(1, classes, (3, 5), size, torch.bfloat16, torch.uint8, "channels_last", 3.0, 0.2, True, 7))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [TRITON])
+@pytest.mark.parametrize("classes", [19, 150])
+def test_maps_of_crop_513_interpreted(form, classes):
+    from stpp_kernels.triton.cross_entropy import Launch
+    from stpp_kernels.triton.cross_entropy import upsample_cross_entropy as raw
+
+    case = LossCase(1, classes, (65, 65), (513, 513), torch.float32, torch.uint8, "channels_last", 3.0, 0.1, False, 8)
+    logits, labels, _ = case.tensors()
+    tile = 64 * 2 ** (classes - 1).bit_length()  # 64 cells: the interpreter takes its time for every pixel position of a block
+    loss, counted, gradient = raw(logits, labels, None, None, 255, True, Launch(tile=tile))
+    truth, true_gradient = eager_loss(logits, labels, compute=torch.float64)
+    eager, eager_gradient = eager_loss(logits, labels)
+    assert counted.item() == (labels != 255).sum().item()
+    assert_three_way("loss", loss, eager, truth, slack=2 * LOGIT_ULP * EPS * case.magnitude * labels.numel())
+    assert_three_way("gradient", gradient, eager_gradient, true_gradient, slack=case.slack())
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_all_ignored_is_zero_without_nan(form):
     logits = torch.full((2, 5, 3, 4), 1e4, device=device_of(form))
@@ -276,7 +372,7 @@ def test_compiles_without_a_graph_break():
         torch.testing.assert_close(gradient, 2 * expected / labels.numel())
 
 
-@pytest.mark.parametrize("form", ["cpu", "reference"])
+@pytest.mark.parametrize("form", ["cpu", "reference", TRITON])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_broken_network_is_not_hidden(form, bad):
     logits, labels = torch.randn(1, 5, 4, 4), torch.randint(5, (1, 9, 9))

@@ -67,9 +67,17 @@ def test_same_as_conv2d(form, device, n, i, o, h, w, dilation, dtype, layout, se
     check(form, device, (n, i, h, w), o, dilation, dtype, layout, seed)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(1, 16, 13, 17), (2, 3, 4, 9), (1, 1, 1, 1)])
+def test_float16_is_the_same_as_conv2d(form, device, layout, shape):
+    check(form, device, shape, 8, 5, torch.float16, layout)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("rate", [12, 24, 36])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rates_of_aspp(form, rate, dtype):
     check(form, "cpu", (2, 32, 41, 41), 8, rate, dtype, "channels_last")
 
@@ -78,6 +86,20 @@ def test_products_in_bfloat16_keep_the_three_way_rule(monkeypatch):
     monkeypatch.setattr(dilated_conv, "_cpu_multiplies", lambda dtype: True)  # as on a CPU with AMX
     for layout in LAYOUTS:
         check("taps", "cpu", (3, 64, 11, 13), 16, 4, torch.bfloat16, layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cudnn_s_output_comes_in_channels_last(layout, dtype):
+    """On a CPU conv2d's output of contiguous maps is contiguous, as cuDNN's is, so this path shows here what it shows on CUDA."""
+    torch.manual_seed(0)
+    x = laid_out(torch.randn(2, 4, 7, 9), layout).to(dtype).requires_grad_()
+    weight = torch.randn(5, 4, 3, 3, dtype=dtype, requires_grad=True)
+    out, plain = dilated_conv._cudnn(x, weight, 3), F.conv2d(x, weight, padding=3, dilation=3)
+    assert out.is_contiguous(memory_format=torch.channels_last) and torch.equal(out, plain)
+    gradient = torch.randn_like(plain)
+    for mine, theirs in zip(*(torch.autograd.grad(one, (x, weight), gradient) for one in (out, plain)), strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_zero_images_and_one_sided_gradients():

@@ -1,5 +1,7 @@
 """softmax_accumulate and finalize against the two-step eager form: values, mirrors, layouts, edges, tracing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 import stpp_kernels
 from kernels_cases import FORMS, device_of, laid_out
 from labelling_cases import QUICK, accumulate, cases, finalize, probability_tolerance, resized, worst
+from stpp.teacher import tta
 
 ACCUMULATE = torch.ops.stpp_kernels.softmax_accumulate.default
 FINALIZE = torch.ops.stpp_kernels.finalize.default
@@ -62,6 +65,54 @@ def test_mirrored_logits_give_the_mirrored_view(form):
     accumulate(form, straight, logits, (8, 11), (9, 14), False)
     accumulate(form, mirrored, logits.flip(3), (8, 11), (9, 14), True)
     torch.testing.assert_close(straight, mirrored, atol=3e-6, rtol=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(data=st.data())
+@settings(QUICK, max_examples=15)
+def test_a_pair_is_two_calls(form, data):
+    case, flip = data.draw(cases(form)), data.draw(st.booleans())
+    first, second = case.logits(device_of(form)), replace(case, seed=case.seed ^ 1).logits(device_of(form))
+    together, apart = (torch.ones(case.n, case.c, *case.size, device=first.device) for _ in range(2))
+    accumulate(form, together, laid_out(torch.cat([first, second]), case.layout), case.scaled, case.size, flip, pair=True)
+    accumulate(form, apart, first, case.scaled, case.size, flip)
+    accumulate(form, apart, second, case.scaled, case.size, not flip)
+    if form == "cuda":  # two kernels: the compiler may fuse products and sums differently
+        torch.testing.assert_close(together, apart, atol=1e-6, rtol=0)
+    else:
+        assert torch.equal(together, apart)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("classes", "source", "scaled", "size"), [(150, (3, 5), (4, 13), (3, 20)), (3, (65, 65), (9, 513), (12, 342))]
+)
+def test_many_classes_and_maps_of_crop_513(form, classes, source, scaled, size):
+    torch.manual_seed(7)
+    logits = (torch.randn(2, classes, *source) * 5).contiguous(memory_format=torch.channels_last).to(device_of(form))
+    acc = torch.zeros(1, classes, *size, device=logits.device)
+    accumulate(form, acc, logits, scaled, size, False, pair=True)
+    truth = eager(logits[:1], scaled, size, False) + eager(logits[1:], scaled, size, True)
+    assert (acc - truth).abs().max() <= 2 * probability_tolerance(logits), worst(acc, truth)
+    mask, mean, counts = finalize(form, acc)
+    assert torch.equal(acc.gather(1, mask.long()[:, None])[:, 0], acc.amax(1)) and counts.sum() == mask.numel()
+    torch.testing.assert_close(mean, (acc.amax(1) / acc.sum(1)).mean((1, 2)), atol=1e-5, rtol=0)
+
+
+def test_pairs_of_views_are_those_of_single_views():
+    def logits(view):
+        return 3 * torch.nn.functional.avg_pool2d(view, 4, ceil_mode=True)
+
+    torch.manual_seed(6)
+    images, size = torch.randn(2, 3, 37, 53), (37, 53)
+    expected = torch.zeros(2, 3, *size)
+    for scale in tta.VIEWS["stpp"][0]:
+        scaled = (int(37 * scale), int(53 * scale))
+        view = images if scaled == size else resized(images, scaled)
+        view = torch.cat([view, view.flip(3)]).contiguous(memory_format=torch.channels_last)
+        for flip, low in zip((False, True), logits(view).split(2), strict=True):
+            stpp_kernels.softmax_accumulate(expected, low, scaled, size, flip)
+    assert torch.equal(tta.accumulate(logits, images, "stpp", 3), expected)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -139,11 +190,18 @@ def test_wrong_arguments_are_named(acc, logits, scaled, size, error, text):
         stpp_kernels.softmax_accumulate(acc, logits, scaled, size, False)
 
 
+@pytest.mark.parametrize(("images", "text"), [(3, "2N, C, h, w"), (4, "the sum has shape")])
+def test_a_pair_of_a_wrong_number_is_named(images, text):
+    with pytest.raises(ValueError, match=text):
+        stpp_kernels.softmax_accumulate(torch.zeros(1, 3, 5, 6), torch.zeros(images, 3, 2, 2), (4, 4), (5, 6), pair=True)
+
+
+@pytest.mark.parametrize("pair", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_opcheck(dtype):
-    logits = torch.randn(2, 5, 4, 6).to(dtype)
+def test_opcheck(dtype, pair):
+    logits = torch.randn(4 if pair else 2, 5, 4, 6).to(dtype)
     acc = torch.rand(2, 5, 9, 7)
-    torch.library.opcheck(ACCUMULATE, (acc, logits, [8, 11], [9, 7], True))
+    torch.library.opcheck(ACCUMULATE, (acc, logits, [8, 11], [9, 7], True, pair))
     torch.library.opcheck(FINALIZE, (acc,))
 
 

@@ -300,6 +300,13 @@ for _name in ("dilated_conv3x3", "dilated_conv3x3_backward"):
     dispatch.note(_name, "cuda", _named.get(_forced_form(), "conv2d"))
 
 
+def _cudnn(x_NIHW: Tensor, weight_OI33: Tensor, dilation: int) -> Tensor:
+    """conv2d with its own autograd, without the operator's copies. cuDNN answers contiguous maps, and float64 in any format,
+    with contiguous ones."""
+    out_NOHW = reference.dilated_conv3x3(x_NIHW, weight_OI33, dilation)
+    return out_NOHW.contiguous(memory_format=torch.channels_last)
+
+
 def dilated_conv3x3(x_NIHW: Tensor, weight_OI33: Tensor, dilation: int) -> Tensor:
     """`F.conv2d(x, weight, padding=dilation, dilation=dilation)` for a 3x3 kernel, without multiplying padding.
 
@@ -333,5 +340,5 @@ def dilated_conv3x3(x_NIHW: Tensor, weight_OI33: Tensor, dilation: int) -> Tenso
     if dilation < 1:
         raise ValueError(f"dilation must be at least 1, got {dilation}")
     if x_NIHW.is_cuda and form("forward", x_NIHW, dilation) == "conv" and not torch.compiler.is_exporting():
-        return reference.dilated_conv3x3(x_NIHW, weight_OI33, dilation)  # cuDNN, without the operator's copies
+        return _cudnn(x_NIHW, weight_OI33, dilation)
     return torch.ops.stpp_kernels.dilated_conv3x3(x_NIHW, weight_OI33, dilation)

@@ -12,9 +12,15 @@ from stpp_kernels.dispatch import define
 
 
 def softmax_accumulate(
-    acc_NCHW: Tensor, logits_NChw: Tensor, scaled_size: tuple[int, int], size: tuple[int, int], flip: bool
+    acc_NCHW: Tensor,
+    logits_NChw: Tensor,
+    scaled_size: tuple[int, int],
+    size: tuple[int, int],
+    flip: bool = False,
+    *,
+    pair: bool = False,
 ) -> None:
-    """Adds one view of test-time augmentation to the sum of class probabilities, in place.
+    """Adds a view of test-time augmentation, or a view and its mirror image, to the sum of class probabilities, in place.
 
     Eager equivalent: `p = F.interpolate(logits.float(), scaled_size, mode="bilinear", align_corners=True).softmax(1)`;
     `acc += F.interpolate(p.flip(3) if flip else p, size, mode="bilinear", align_corners=True)`. Not differentiable.
@@ -22,10 +28,13 @@ def softmax_accumulate(
     Args:
         acc_NCHW: float32 sums so far, zeros at first. Any strides; contiguous is the fast layout, on the CPU and on
             CUDA, because both walk along the width (channels_last costs up to twice the time).
-        logits_NChw: float32, float16, bfloat16 or float64, C in 1..256, any strides. Finite.
+        logits_NChw: float32, float16, bfloat16 or float64, C in 1..256, any strides. Finite. [2N, C, h, w] with `pair`.
         scaled_size: (height, width) of the view the model saw; the softmax is taken at this size.
         size: (H, W) of `acc_NCHW`.
         flip: whether the view was mirrored left to right; its probabilities are mirrored back.
+        pair: the logits hold the view of every image and behind them, in the same order, those of its mirror image. The
+            same as two calls, to the bit on a CPU: `softmax_accumulate(acc, logits[:N], ..., flip)` and then
+            `softmax_accumulate(acc, logits[N:], ..., not flip)`. On CUDA the sums are read and written once.
 
     Raises:
         ValueError: shapes or devices that disagree, more than 256 classes, an empty size, or a sum that overlaps itself.
@@ -36,14 +45,16 @@ def softmax_accumulate(
     height, width = check_size("size", size)
     if acc_NCHW.dtype != torch.float32:
         raise TypeError(f"the sum is {acc_NCHW.dtype}; expected torch.float32")
-    expected = (logits_NChw.shape[0], logits_NChw.shape[1], height, width)
+    if pair and logits_NChw.shape[0] % 2:
+        raise ValueError(f"a pair needs logits [2N, C, h, w], got {tuple(logits_NChw.shape)}")
+    expected = (logits_NChw.shape[0] // (2 if pair else 1), logits_NChw.shape[1], height, width)
     if tuple(acc_NCHW.shape) != expected:
         raise ValueError(f"the sum has shape {tuple(acc_NCHW.shape)}; these logits and size need {expected}")
     if any(stride == 0 and size > 1 for stride, size in zip(acc_NCHW.stride(), acc_NCHW.shape, strict=True)):
         raise ValueError("the sum shares memory between its elements (an expanded tensor); make it with torch.zeros")
     if acc_NCHW.device != logits_NChw.device:
         raise ValueError(f"the sum is on {acc_NCHW.device} and the logits on {logits_NChw.device}; expected one device")
-    _accumulate_op(acc_NCHW, logits_NChw.detach(), [scaled_height, scaled_width], [height, width], flip)
+    _accumulate_op(acc_NCHW, logits_NChw.detach(), [scaled_height, scaled_width], [height, width], flip, pair)
 
 
 def finalize(acc_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,11 +83,15 @@ def finalize(acc_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _finalize_op(acc_NCHW.detach())
 
 
-def _accumulate_reference(acc: Tensor, logits: Tensor, scaled_size: list[int], size: list[int], flip: bool) -> None:
-    reference.softmax_accumulate(acc, logits, (scaled_size[0], scaled_size[1]), (size[0], size[1]), flip)
+def _accumulate_reference(
+    acc: Tensor, logits: Tensor, scaled_size: list[int], size: list[int], flip: bool, pair: bool
+) -> None:
+    views = logits.chunk(2) if pair else [logits]
+    for view, mirrored in zip(views, (flip, not flip), strict=False):
+        reference.softmax_accumulate(acc, view, (scaled_size[0], scaled_size[1]), (size[0], size[1]), mirrored)
 
 
-def _accumulate_fake(acc: Tensor, logits: Tensor, scaled_size: list[int], size: list[int], flip: bool) -> None:
+def _accumulate_fake(acc, logits, scaled_size, size, flip, pair) -> None:
     return None
 
 
@@ -88,7 +103,7 @@ def _finalize_fake(acc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 _accumulate_op = define(
     "softmax_accumulate",
-    "(Tensor(a!) acc, Tensor logits, SymInt[2] scaled_size, SymInt[2] size, bool flip) -> ()",
+    "(Tensor(a!) acc, Tensor logits, SymInt[2] scaled_size, SymInt[2] size, bool flip, bool pair) -> ()",
     reference=_accumulate_reference,
     fake=_accumulate_fake,
     triton="triton.softmax_accumulate:softmax_accumulate",

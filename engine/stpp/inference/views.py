@@ -44,9 +44,7 @@ def accumulate(logits: Callable[[torch.Tensor], torch.Tensor], images_NCHW: torc
         if mirrored:
             view = torch.cat([view, view.flip(3)])
         low = logits(view.contiguous(memory_format=torch.channels_last))
-        softmax_accumulate(sums_NCHW, low[:count], size, (height, width), False)
-        if mirrored:
-            softmax_accumulate(sums_NCHW, low[count:], size, (height, width), True)
+        softmax_accumulate(sums_NCHW, low, size, (height, width), pair=mirrored)
     return sums_NCHW
 
 

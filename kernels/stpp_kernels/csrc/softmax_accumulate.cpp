@@ -105,8 +105,8 @@ struct AccumulatorRow {
   }
 };
 
-void softmax_accumulate(at::Tensor& acc, const at::Tensor& logits, at::IntArrayRef scaled, at::IntArrayRef size,
-                        bool flip) {
+void accumulate_view(at::Tensor& acc, const at::Tensor& logits, at::IntArrayRef scaled, at::IntArrayRef size,
+                     bool flip) {
   const Map map(logits);
   const int64_t channels = map.channels, height = size[0], width = size[1];
   const Columns logit_columns(map.width, scaled[1], false), columns(scaled[1], width, flip);
@@ -136,6 +136,14 @@ void softmax_accumulate(at::Tensor& acc, const at::Tensor& logits, at::IntArrayR
       }
     }
   });
+}
+
+// A pair is added view by view, in the order of two calls.
+void softmax_accumulate(at::Tensor& acc, const at::Tensor& logits, at::IntArrayRef scaled, at::IntArrayRef size,
+                        bool flip, bool pair) {
+  const int64_t images = acc.size(0);
+  accumulate_view(acc, logits.narrow(0, 0, images), scaled, size, flip);
+  if (pair) accumulate_view(acc, logits.narrow(0, images, images), scaled, size, !flip);
 }
 
 // Writes the mask of one row, adds its pixels per class to four counters each, and returns the sum over the row of the

@@ -12,8 +12,11 @@ from torch import Tensor
 
 from stpp_kernels.triton.resize import block_width, source, step
 
+# Images differ in size: one compiled variant for all of them.
+SIZES = ["stride_n", "stride_c", "stride_h", "stride_w", "in_height", "in_width", "height", "width", "classes"]
 
-@triton.jit
+
+@triton.jit(do_not_specialize=SIZES)
 def _argmax_kernel(
     logits, mask, confidence,
     stride_n, stride_c, stride_h, stride_w,

@@ -1,14 +1,40 @@
 """upsample_cross_entropy for CUDA: loss, count and gradient of the low-resolution logits. Derivation: ../cross_entropy.py.
 
-A program owns a block of neighbouring cells along x and walks down a band of cell rows. Its tiles are [cells, classes] in
-registers: four corners' logits, four corners' gradients. For every pixel position inside a cell, one pixel of each cell is
-computed at once. The lower corners of one cell row are the upper ones of the next, so a corner row is read and written once
-a band.
+A program owns a block of neighbouring cells along x and walks down a band of cell rows. Its tiles are
+[classes, cells] in registers: four corners' logits, four corners' gradients. For every pixel position inside
+a cell, one pixel of each cell is computed at once. The lower corners of one cell row are the upper ones of
+the next, so a corner row is read and written once a band.
 
-No atomics, hence the same bits every run, whether or not deterministic algorithms were asked for: a cell's sums for its left and
-its right corners go to separate planes of a float32 workspace (2 times the logits), rows shared by two bands to a second one, and a
-second kernel adds what belongs to each corner in fixed order. It also adds up the programs' losses and counts.
+Layout. Logits and workspace are [N, C, h, w], so that cells lie next to each other in memory, and everything
+that a cell has once is [1, cells]. Then Triton gives tiles and vectors one layout, lanes over the cells first
+and over groups of classes with what is left: for 21 classes and 256 elements of one warp, 8 cells x 4 lanes
+of 8 classes each. A sum over the classes is 7 additions and 2 shuffles for 8 pixels, nothing changes its
+layout, and one warp needs no barrier. Logits in channels_last are copied first: a few microseconds, where
+lanes over the classes cost five shuffles a pixel and a barrier wherever a vector meets a tile.
+
+Shift of the exponentials. Softmax may subtract any number; the largest logit of a pixel p would take a
+reduction for every pixel. Let m_k = max_c x_k[c] be the largest logit of corner k, found once a cell. The
+bound b_p = sum_k w_pk m_k >= max_c z_p[c] needs none. With the shortfalls d_k[c] = m_k - x_k[c] >= 0 it lies
+above the largest logit by
+
+    b_p - max_c z_p[c] = min_c sum_k w_pk d_k[c] <= min_c max_k d_k[c] = G,
+
+one number a cell, 0 where one class is the largest at all four corners. Corners that disagree strongly make
+it large: with (1e4, -1e4) and (-1e4, 1e4) the middle has z = (0, 0) and b = 1e4, and all exponentials would
+be 0. So where G exceeds MAX_GAP = 44 in any cell of the program's row, the largest logits are searched after
+all. Below it the largest exponential is at least e^-44 > 2^-64, those that underflow (below 2^-126) are less
+than 2^-62 of it, and 1 / total is finite. The subtraction then rounds to 2^-24 of at most 44 nats, which are
+a part of the corners' spread; interpolating them rounds as much. Rounding may also put b below a logit by a
+few units of the last place of the largest corner, which is less than 1 nat up to MAX_BOUND = 2^20; beyond,
+and for NaN, the search is taken too.
+
+No atomics, hence the same bits every run, whether or not deterministic algorithms were asked for: a cell's
+sums for its left and its right corners go to separate planes of a float32 workspace (2 times the logits),
+rows shared by two bands to a second one, and a second kernel adds what belongs to each corner in fixed order.
+It also adds up the programs' losses and counts.
 """
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -16,41 +42,60 @@ import triton.language as tl
 from torch import Tensor
 
 from stpp_kernels import reference
-from stpp_kernels.triton.resize import step
+from stpp_kernels.triton.resize import begin, step
 
-TILE = 512  # elements of a [cells, classes] tile: with 4 warps about 150 registers a thread (1024 would take all 255)
-BAND = 4  # cell rows of a band, at least
-PROGRAMS = 2048  # enough to fill the largest GPU; beyond, bands grow
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Launch settings of the forward kernel; results differ in the last bits only. The defaults are what registers
+    suggest (benchmarks/NOTES.md) and wait for a measurement on a GPU."""
+
+    tile: int = 256
+    """Elements of a [classes, cells] tile: the classes, filled up to a power of two, times the cells of a program,
+    of which there are at least 1 and at most 64."""
+    warps: int = 1
+    """Warps of a program. `tile / (32 * warps)` elements a thread: 8 take 95 to 230 registers, 16 all of them. Two warps or
+    more share out the classes where a warp has fewer than 32 cells; reductions then pass through shared memory."""
+    programs: int = 4096
+    """Programs above which bands grow beyond one row of cells. A band reads and writes its border rows twice."""
+
+
 FAR_BELOW = tl.constexpr(-1e30)  # logit of the classes that fill a tile up to a power of two
+MAX_GAP = tl.constexpr(44.0)  # nats; see above
+MAX_BOUND = tl.constexpr(2.0**20)
+MAX_ELEMENTS = 2**31 - 1  # of an image's logits: offsets within an image are 32-bit
+# One compiled variant for all sizes: none of them is a stride that a compiler could use.
+SIZES = ["images", "h", "w", "height", "width", "ignore_index", "programs", "cells_per_band", "bands"]
+GRADIENT_STRIDES = ["grad_n", "grad_c", "grad_y", "grad_x"]
 
 
 @triton.jit
-def _low(index, cells, scale):
-    return tl.minimum(tl.cast(tl.cast(index, tl.float32) * scale, tl.int32), cells - 1)
+def _corner(tile, exists, is_class):
+    """(logits [classes, cells] of one corner of every cell, the largest of each cell [1, cells])."""
+    logits = tl.where(is_class, tl.load(tile, mask=exists & is_class, other=0.0).to(tl.float32), FAR_BELOW)
+    return logits, tl.max(logits, 0, keep_dims=True)
 
 
 @triton.jit
-def _begin(cell, cells, out, scale, inverse):
-    """First output that reads `cell` or a later one. The guess from the inverse scale is off by less than two."""
-    first = tl.minimum(tl.cast(tl.cast(cell, tl.float32) * inverse, tl.int32) + 2, out)
-    for _ in range(4):
-        first = tl.where((first > 0) & (_low(first - 1, cells, scale) >= cell), first - 1, first)
-    first = tl.where(scale == 0.0, tl.where(cell <= 0, 0, out), first)
-    return tl.where(cell >= cells, out, first)
+def _blend(near, a, b):
+    return (1.0 - near) * a + near * b
 
 
 @triton.jit
-def _corner(base, row, column, stride_y, columns, stride_x, classes, stride_c, ok):
-    at = base + row * stride_y + (column * stride_x)[:, None] + (classes * stride_c)[None, :]
-    inside = (column < columns)[:, None] & ok
-    return tl.where(ok, tl.load(at, mask=inside, other=0.0).to(tl.float32), FAR_BELOW)
+def _bound_fails(ul, ur, ll, lr, top_ul, top_ur, top_ll, top_lr):
+    """Scalar: some pixel of these cells may lie further below the bound than its exponentials keep their accuracy."""
+    above = tl.maximum(tl.maximum(top_ul - ul, top_ur - ur), tl.maximum(top_ll - ll, top_lr - lr))
+    gap = tl.min(above, 0, keep_dims=True)
+    largest = tl.maximum(tl.maximum(tl.abs(top_ul), tl.abs(top_ur)), tl.maximum(tl.abs(top_ll), tl.abs(top_lr)))
+    holds = (gap <= MAX_GAP) & (largest <= MAX_BOUND)  # false for NaN
+    return tl.min(holds.to(tl.int32)) == 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[name for name in SIZES if name != "programs"])
 def _forward(
     logits, labels, class_weight, pixel_weight, work, shared, partial_loss, partial_count, partial_bad,
-    h, w, height, width, scale_y, scale_x, inverse_y, inverse_x, ignore_index,
-    stride_n, stride_c, stride_y, stride_x, work_plane, work_n, work_c, work_y, work_x, cells_per_band, bands,
+    images, h, w, height, width, scale_y, scale_x, inverse_y, inverse_x, ignore_index,
+    cells_per_band, bands,
     C: tl.constexpr, CELLS: tl.constexpr, CLASSES: tl.constexpr,
     HAS_CLASS_WEIGHT: tl.constexpr, HAS_PIXEL_WEIGHT: tl.constexpr, WITH_GRADIENT: tl.constexpr,
 ):  # fmt: skip
@@ -59,92 +104,105 @@ def _forward(
     blocks = tl.cdiv(cells_x, CELLS)
     n = (program // (blocks * bands)).to(tl.int64)
     band = (program // blocks) % bands
-    x = (program % blocks) * CELLS + tl.arange(0, CELLS)
-    c = tl.arange(0, CLASSES)
-    is_class = (c < C)[None, :]
-    begin_x = _begin(x, cells_x, width, scale_x, inverse_x)
-    count_x = tl.where(x < cells_x, _begin(x + 1, cells_x, width, scale_x, inverse_x) - begin_x, 0)
-    most_x = tl.max(count_x, 0)
-    base = logits + n * stride_n
+    x = (program % blocks) * CELLS + tl.arange(0, CELLS)[None, :]
+    c = tl.arange(0, CLASSES)[:, None]
+    is_class = c < C
+    begin_x = begin(x, cells_x, width, scale_x, inverse_x)
+    count_x = tl.where(x < cells_x, begin(x + 1, cells_x, width, scale_x, inverse_x) - begin_x, 0)
+    most_x = tl.max(count_x)
+    has_left, has_right = x < w, x + 1 < w  # a map of one column has no right corners; their weight is zero
+    plane = h * w
+    base = logits + n * C * plane
+    work_left = work + n * C * plane
+    work_right = work_left + tl.cast(images, tl.int64) * C * plane
+    tile = c * plane + x  # below 2^31, as upsample_cross_entropy sees to
     y_first = band * cells_per_band
     y_last = tl.minimum(y_first + cells_per_band, cells_y)
 
-    upper_left = _corner(base, y_first, x, stride_y, w, stride_x, c, stride_c, is_class)
-    upper_right = _corner(base, y_first, tl.minimum(x + 1, w - 1), stride_y, w, stride_x, c, stride_c, is_class)
-    grad_upper_left = tl.zeros([CELLS, CLASSES], tl.float32)
-    grad_upper_right = tl.zeros([CELLS, CLASSES], tl.float32)
-    loss = tl.zeros([CELLS], tl.float32)
-    counted = tl.zeros([CELLS], tl.int32)
-    bad = tl.zeros([CELLS], tl.int32)
-    out = (x * work_x)[:, None] + (c * work_c)[None, :]
-    writes = (x < cells_x)[:, None] & is_class
+    ul, top_ul = _corner(base + y_first * w + tile, has_left, is_class)
+    ur, top_ur = _corner(base + y_first * w + 1 + tile, has_right, is_class)
+    grad_ul = tl.zeros([CLASSES, CELLS], tl.float32)
+    grad_ur = tl.zeros([CLASSES, CELLS], tl.float32)
+    loss = tl.zeros([1, CELLS], tl.float32)
+    counted = tl.zeros([1, CELLS], tl.int32)
+    bad = tl.zeros([1, CELLS], tl.int32)
+    writes = (x < cells_x) & is_class
 
     for y in range(y_first, y_last):
-        below = tl.minimum(y + 1, h - 1)
-        lower_left = _corner(base, below, x, stride_y, w, stride_x, c, stride_c, is_class)
-        lower_right = _corner(base, below, tl.minimum(x + 1, w - 1), stride_y, w, stride_x, c, stride_c, is_class)
-        grad_lower_left = tl.zeros([CELLS, CLASSES], tl.float32)
-        grad_lower_right = tl.zeros([CELLS, CLASSES], tl.float32)
-        begin_y = _begin(y, cells_y, height, scale_y, inverse_y)
-        end_y = _begin(y + 1, cells_y, height, scale_y, inverse_y)
+        upper, lower = y * w, tl.minimum(y + 1, h - 1) * w
+        ll, top_ll = _corner(base + lower + tile, has_left, is_class)
+        lr, top_lr = _corner(base + lower + 1 + tile, has_right, is_class)
+        search = _bound_fails(ul, ur, ll, lr, top_ul, top_ur, top_ll, top_lr)
+        grad_ll = tl.zeros([CLASSES, CELLS], tl.float32)
+        grad_lr = tl.zeros([CLASSES, CELLS], tl.float32)
+        begin_y = begin(y, cells_y, height, scale_y, inverse_y)
+        end_y = begin(y + 1, cells_y, height, scale_y, inverse_y)
         for i in range(begin_y, end_y):
             down = tl.minimum(tl.cast(i, tl.float32) * scale_y - tl.cast(y, tl.float32), 1.0)
-            left = (1.0 - down) * upper_left + down * lower_left
-            right = (1.0 - down) * upper_right + down * lower_right
-            grad_left = tl.zeros([CELLS, CLASSES], tl.float32)
-            grad_right = tl.zeros([CELLS, CLASSES], tl.float32)
+            left, right = _blend(down, ul, ll), _blend(down, ur, lr)
+            top_left, top_right = _blend(down, top_ul, top_ll), _blend(down, top_ur, top_lr)
+            grad_left = tl.zeros([CLASSES, CELLS], tl.float32)
+            grad_right = tl.zeros([CLASSES, CELLS], tl.float32)
+            row = (n * height + i) * width
             for j in range(0, most_x):
                 pixel = begin_x + j
                 exists = j < count_x
-                across = tl.minimum(pixel.to(tl.float32) * scale_x - x.to(tl.float32), 1.0)
-                at = (n * height + i) * width + pixel
-                label = tl.load(labels + at, mask=exists, other=0).to(tl.int64)
+                # Clamped below for cells without this pixel: outside the cell the bound is none, and inf * 0 would be NaN.
+                across = tl.maximum(tl.minimum(pixel.to(tl.float32) * scale_x - x.to(tl.float32), 1.0), 0.0)
+                label = tl.load(labels + row + pixel, mask=exists, other=0).to(tl.int64)
                 counts = exists & (label != ignore_index)
                 inside = (label >= 0) & (label < C)
                 bad += (counts & ~inside).to(tl.int32)
                 counts = counts & inside
+                label = label.to(tl.int32)
                 counted += counts.to(tl.int32)
                 weight = counts.to(tl.float32)
                 if HAS_CLASS_WEIGHT:
                     weight *= tl.load(class_weight + label, mask=counts, other=0.0)
                 if HAS_PIXEL_WEIGHT:
-                    weight *= tl.load(pixel_weight + at, mask=counts, other=0.0)
-                z = (1.0 - across)[:, None] * left + across[:, None] * right
-                top = tl.max(z, 1)
-                prob = tl.exp(z - top[:, None])
-                total = tl.sum(prob, 1)
-                is_label = c[None, :] == label.to(tl.int32)[:, None]
-                own = tl.sum(tl.where(is_label, z, 0.0), 1)
-                loss += tl.where(counts, weight * (tl.log(total) + (top - own)), 0.0)
+                    weight *= tl.load(pixel_weight + row + pixel, mask=counts, other=0.0)
+                # The label's own logit from its four corners: a sum over the classes to pick it would cost more.
+                own = label * plane + x
+                own_ul = tl.load(base + upper + own, mask=counts, other=0.0).to(tl.float32)
+                own_ll = tl.load(base + lower + own, mask=counts, other=0.0).to(tl.float32)
+                own_ur = tl.load(base + upper + 1 + own, mask=counts & has_right, other=0.0).to(tl.float32)
+                own_lr = tl.load(base + lower + 1 + own, mask=counts & has_right, other=0.0).to(tl.float32)
+                own_z = _blend(across, _blend(down, own_ul, own_ll), _blend(down, own_ur, own_lr))
+                z = _blend(across, left, right)
+                top = _blend(across, top_left, top_right)
+                if search:
+                    top = tl.max(z, 0, keep_dims=True)
+                prob = tl.exp(z - top)
+                total = tl.sum(prob, 0, keep_dims=True)
+                loss += tl.where(counts, weight * (tl.log(total) + (top - own_z)), 0.0)
                 if WITH_GRADIENT:
-                    grad = prob * (weight / total)[:, None] - tl.where(is_label, weight[:, None], 0.0)
-                    grad_left += grad * (1.0 - across)[:, None]
-                    grad_right += grad * across[:, None]
+                    grad = prob * (weight / total) - tl.where(c == label, weight, 0.0)
+                    grad_left += grad * (1.0 - across)
+                    grad_right += grad * across
             if WITH_GRADIENT:
-                grad_upper_left += (1.0 - down) * grad_left
-                grad_upper_right += (1.0 - down) * grad_right
-                grad_lower_left += down * grad_left
-                grad_lower_right += down * grad_right
+                grad_ul += (1.0 - down) * grad_left
+                grad_ur += (1.0 - down) * grad_right
+                grad_ll += down * grad_left
+                grad_lr += down * grad_right
         if WITH_GRADIENT:
-            row = work + n * work_n + y * work_y + out
-            tl.store(row, grad_upper_left, mask=writes)
-            tl.store(row + work_plane, grad_upper_right, mask=writes)
-        upper_left, upper_right = lower_left, lower_right
-        grad_upper_left, grad_upper_right = grad_lower_left, grad_lower_right
+            tl.store(work_left + upper + tile, grad_ul, mask=writes)
+            tl.store(work_right + upper + tile, grad_ur, mask=writes)
+        ul, ur, top_ul, top_ur = ll, lr, top_ll, top_lr
+        grad_ul, grad_ur = grad_ll, grad_lr
 
     if WITH_GRADIENT:  # [n, band, left or right, C, w]: the corner row below the band
-        row = shared + (n * bands + band) * 2 * C * w + x[:, None] + (c * w)[None, :]
-        tl.store(row, grad_upper_left, mask=writes)
-        tl.store(row + C * w, grad_upper_right, mask=writes)
-    tl.store(partial_loss + program, tl.sum(loss, 0))
-    tl.store(partial_count + program, tl.sum(counted, 0))
-    tl.store(partial_bad + program, tl.sum(bad, 0))
+        row = shared + (n * bands + band) * 2 * C * w + x + c * w
+        tl.store(row, grad_ul, mask=writes)
+        tl.store(row + C * w, grad_ur, mask=writes)
+    tl.store(partial_loss + program, tl.sum(loss))
+    tl.store(partial_count + program, tl.sum(counted))
+    tl.store(partial_bad + program, tl.sum(bad))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*SIZES, *GRADIENT_STRIDES])
 def _finish(
     work, shared, gradient, partial_loss, partial_count, partial_bad, loss, counted, valid, programs,
-    h, w, work_plane, work_n, work_c, work_y, work_x, grad_n, grad_c, grad_y, grad_x, cells_per_band, bands,
+    images, h, w, grad_n, grad_c, grad_y, grad_x, cells_per_band, bands,
     C: tl.constexpr, CHANNELS_LAST: tl.constexpr, WITH_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
@@ -167,11 +225,12 @@ def _finish(
         exists = index < C * w
         cells_x, cells_y = tl.maximum(w - 1, 1), tl.maximum(h - 1, 1)
         is_left, is_right = exists & (x < cells_x), exists & (x > 0)
+        plane = h * w
         total = tl.zeros([BLOCK], tl.float32)
         if y < cells_y:
-            at = work + n * work_n + y * work_y + c * work_c + x * work_x
+            at = work + n * C * plane + (c * plane + y * w + x)
             total += tl.load(at, mask=is_left, other=0.0)
-            total += tl.load(at + work_plane - work_x, mask=is_right, other=0.0)
+            total += tl.load(at + tl.cast(images, tl.int64) * C * plane - 1, mask=is_right, other=0.0)
         if (y > 0) & ((y == cells_y) | (y % cells_per_band == 0)):  # the row below a band: the last one, or the one above y's
             band = (y - 1) // cells_per_band
             at = shared + (n * bands + band) * 2 * C * w + c * w + x
@@ -187,47 +246,56 @@ def upsample_cross_entropy(
     pixel_weight: Tensor | None,
     ignore_index: int,
     with_gradient: bool,
+    launch: Launch = Launch(),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As reference.upsample_cross_entropy, for float32, bfloat16 and float16; no host sync."""
+    """As reference.upsample_cross_entropy, for float32, bfloat16 and float16; no host sync.
+
+    Args:
+        launch: settings of the forward kernel, for measurements; the operator takes the defaults.
+
+    Raises:
+        ValueError: an image with 2^31 or more low-resolution logits.
+    """
     num_images, num_classes, h, w = logits.shape
     height, width = labels.shape[1:]
     cells_y, cells_x = max(h - 1, 1), max(w - 1, 1)
     classes = triton.next_power_of_2(num_classes)
-    cells = max(1, min(TILE // classes, 64, triton.next_power_of_2(cells_x)))
+    cells = max(1, min(launch.tile // classes, 64, triton.next_power_of_2(cells_x)))
     blocks = triton.cdiv(cells_x, cells)
-    cells_per_band = max(BAND, cells_y * num_images * blocks // PROGRAMS)
+    cells_per_band = max(1, cells_y * num_images * blocks // launch.programs)
     bands = triton.cdiv(cells_y, cells_per_band)
     programs = num_images * bands * blocks
 
     device = logits.device
-    loss, counted, valid = (torch.zeros((), dtype=t, device=device) for t in (torch.float32, torch.int64, torch.int8))
+    loss, counted, valid = (torch.empty((), dtype=t, device=device) for t in (torch.float32, torch.int64, torch.int8))
     gradient_dtype = reference.gradient_dtype(logits.dtype)
     gradient = torch.empty_like(logits, dtype=gradient_dtype) if with_gradient else logits.new_empty(0, dtype=gradient_dtype)
     if logits.numel() == 0 or labels.numel() == 0:
-        return loss, counted, gradient.zero_()
+        return loss.zero_(), counted.zero_(), gradient.zero_()
+    if num_classes * h * w > MAX_ELEMENTS:
+        raise ValueError(f"logits have {num_classes * h * w} elements an image; on CUDA at most {MAX_ELEMENTS} will do")
     partials = [torch.empty(programs, dtype=t, device=device) for t in (torch.float32, torch.int32, torch.int32)]
-    work, shared, work_strides = loss, loss, (0,) * 5
+    work = shared = loss
     if with_gradient:
-        channels_last = logits.stride(1) == 1 and num_classes > 1
-        shape = (2, num_images, h, w, num_classes) if channels_last else (2, num_images, num_classes, h, w)
-        work = torch.empty(shape, device=device)
-        work_strides = (work.permute(0, 1, 4, 2, 3) if channels_last else work).stride()
+        work = torch.empty((2, num_images, num_classes, h, w), device=device)
         shared = torch.empty((num_images, bands, 2, num_classes, w), device=device)
 
     scale_y, scale_x = step(h, height), step(w, width)
     with torch.cuda.device_of(logits):
         _forward[(programs,)](
-            logits, labels.contiguous(), _weights(class_weight, logits), _weights(pixel_weight, logits), work, shared, *partials,
-            h, w, height, width, scale_y, scale_x, 1 / scale_y if scale_y else 0.0, 1 / scale_x if scale_x else 0.0,
-            ignore_index, *logits.stride(), *work_strides, cells_per_band, bands,
+            logits.contiguous(), labels.contiguous(), _weights(class_weight, logits), _weights(pixel_weight, logits),
+            work, shared, *partials, num_images, h, w, height, width,
+            scale_y, scale_x, 1 / scale_y if scale_y else 0.0, 1 / scale_x if scale_x else 0.0,
+            ignore_index, cells_per_band, bands,
             C=num_classes, CELLS=cells, CLASSES=classes, HAS_CLASS_WEIGHT=class_weight is not None,
-            HAS_PIXEL_WEIGHT=pixel_weight is not None, WITH_GRADIENT=with_gradient, num_warps=4,
+            HAS_PIXEL_WEIGHT=pixel_weight is not None, WITH_GRADIENT=with_gradient, num_warps=launch.warps,
+            maxnreg=255 if classes == 256 else None,  # or ptxas spills some to fit in more programs
         )  # fmt: skip
         block = 512
         grid = (num_images * h, triton.cdiv(num_classes * w, block)) if with_gradient else (1, 1)
         grad_strides = gradient.stride() if with_gradient else (0, 0, 0, 0)
         _finish[grid](
-            work, shared, gradient, *partials, loss, counted, valid, programs, h, w, *work_strides, *grad_strides,
+            work, shared, gradient, *partials, loss, counted, valid, programs, num_images, h, w, *grad_strides,
             cells_per_band, bands, C=num_classes, CHANNELS_LAST=logits.stride(1) == 1, WITH_GRADIENT=with_gradient,
             BLOCK=block, num_warps=4,
         )  # fmt: skip

@@ -1,6 +1,7 @@
 """Source pixels and weights of a bilinear resize with `align_corners=True`, in the fp32 arithmetic of PyTorch."""
 
-import torch
+import ctypes
+
 import triton
 import triton.language as tl
 
@@ -15,11 +16,27 @@ def source(position, step_size, length):
     return first, second, weight
 
 
+@triton.jit
+def _low(index, cells, scale):
+    return tl.minimum(tl.cast(tl.cast(index, tl.float32) * scale, tl.int32), cells - 1)
+
+
+@triton.jit
+def begin(cell, cells, out, scale, inverse):
+    """First output that reads `cell` or a later one. The guess from the inverse scale is off by less than two."""
+    first = tl.minimum(tl.cast(tl.cast(cell, tl.float32) * inverse, tl.int32) + 2, out)
+    for _ in tl.static_range(4):
+        first = tl.where((first > 0) & (_low(first - 1, cells, scale) >= cell), first - 1, first)
+    first = tl.where(scale == 0.0, tl.where(cell <= 0, 0, out), first)
+    return tl.where(cell >= cells, out, first)
+
+
 def step(length: int, out_length: int) -> float:
-    """Source pixels from one output pixel to the next, rounded to fp32 as PyTorch does."""
-    if out_length < 2:
-        return 0.0
-    return (torch.tensor(length - 1, dtype=torch.float32, device="cpu") / (out_length - 1)).item()
+    """Source pixels from one output pixel to the next, rounded to fp32 as PyTorch does.
+
+    The quotient of two integers below 2^24 in fp64, rounded to fp32, is their quotient in fp32: 53 bits are more than twice 24.
+    """
+    return ctypes.c_float((length - 1) / (out_length - 1)).value if out_length > 1 else 0.0
 
 
 def block_width(width: int) -> int:
