@@ -27,14 +27,15 @@ from stpp.errors import UserError
 from stpp.evaluate import evaluate, report
 from stpp.label import labeller, reliability, teachers
 from stpp.metrics import iou_per_class, mean_iou
-from stpp.models.build import build_model
+from stpp.models.build import network_of
+from stpp.models.pretrained import start_from
 from stpp.models.trained import load_network
 from stpp.precision import autocast_dtype
 from stpp.report.build import write_report
 from stpp.report.examples import Watch, write_examples
 from stpp.report.run import SCORES
 from stpp.teacher.engine import EagerTeacher
-from stpp.train import Schedule, Scores, Trainer, images_per_pass, start_from
+from stpp.train import Schedule, Scores, Trainer, images_per_pass
 from stpp_kernels import described
 
 FEW_LABELS = 200
@@ -160,7 +161,7 @@ class Run:
     def preflight(self) -> None:
         """Refuses what would fail only after hours of training."""
         model = self.config.model
-        network = build_model(model.name, model.backbone, len(self.index.classes), model.output_stride)
+        network = network_of(model, len(self.index.classes))
         preflight.preflight(
             self.config, lists={"labeled.txt": self.labelled, "unlabeled.txt": self.unlabelled, "val.txt": self.val},
             weights=checkpoint.size_bytes(network.state_dict()),

@@ -18,15 +18,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from stpp import checkpoint, distributed, log, signals
-from stpp.config import Config, ModelConfig, TrainConfig
+from stpp.config import Config, TrainConfig
 from stpp.data import loader
 from stpp.data.sample import Batch, Sample
 from stpp.data.sampler import StepSampler
 from stpp.distributed import World
 from stpp.errors import UserError
-from stpp.models import imagenet
-from stpp.models.build import build_model, parameter_groups
-from stpp.models.weights import load_backbone, load_model, read_checkpoint, state_dict_of
+from stpp.models.build import architecture_of, network_of, parameter_groups
+from stpp.models.pretrained import start_from
 from stpp.optimizer import make_optimizer, step_unless
 from stpp.precision import autocast_dtype
 from stpp.profiling import Bottleneck, Profile
@@ -92,8 +91,10 @@ class Trainer:
         self.sampler = StepSampler(len(samples), train.batch_global, seed=config.seed, stage=stage)
         per_pass = images_per_pass(train, here)
         torch.manual_seed(stream_seed(config.seed, stage))
-        self.network = build_model(config.model.name, config.model.backbone, len(classes), config.model.output_stride)
+        self.network = network_of(config.model, len(classes))
         start_from(self.network, config.model, classes)
+        if config.model.freeze_backbone:
+            self.network.freeze_backbone()
         if train.sync_bn:
             if here.device.type == "cpu":
                 raise UserError("--train.sync-bn needs CUDA: PyTorch has no synchronised batch norm on a CPU")
@@ -282,7 +283,7 @@ class Trainer:
         distributed.broadcast_buffers(self.network)
         if self.here.is_main:
             self.writer.save(self.folder / name, model=self.network.state_dict(), classes=list(self.classes),
-                            architecture=dataclasses.asdict(self.config.model), step=self.step, **scores)
+                            architecture=architecture_of(self.config.model), step=self.step, **scores)
 
     def _save(self) -> None:
         """Writes everything that the next step depends on."""
@@ -348,25 +349,6 @@ class _Window:
         spent = time.monotonic() - self._since
         return _Look(loss=sum(finite) / len(finite) if finite else math.nan, data_wait_pct=100 * self._wait_s / spent,
                      step_s=spent / self.steps, nonfinite=[step - self.steps + i for i, flag in enumerate(flags) if flag])
-
-
-def start_from(network: nn.Module, model: ModelConfig, classes: Sequence[str]) -> None:
-    """Loads `--model.pretrained` into a new network: a whole network if the file holds one, else its backbone.
-
-    Raises:
-        UserError: the file is unfit or cannot be downloaded, or a run of this project wrote it for other classes.
-    """
-    if model.pretrained == "none":
-        return
-    path = imagenet.weights_file(model.backbone) if model.pretrained == "imagenet" else model.pretrained
-    content = read_checkpoint(path)
-    theirs = content.get("classes")
-    if isinstance(theirs, list) and theirs != list(classes):
-        raise UserError(f"--model.pretrained {path} has {len(theirs)} classes ({', '.join(map(str, theirs))}), this "
-                        f"data set {len(classes)} ({', '.join(classes)}); give a checkpoint of the same classes, or a ResNet")
-    whole = any(key.startswith("backbone.") for key in state_dict_of(content))
-    report = load_model(network, path, strict=False) if whole else load_backbone(network, path)
-    log.say(f"  {report.summary()}")
 
 
 def images_per_pass(train: TrainConfig, here: World) -> int:

@@ -35,7 +35,7 @@ def mixed_samples(known: index.Index) -> list[Sample]:
 
 
 def main(root: str, folder: str, out: str, accumulate: str, steps: str) -> None:
-    train.build_model = Plain
+    train.network_of = Plain
     known = index.load(folder)
     samples = mixed_samples(known)
     config = Config(augment=AugmentConfig(crop_px=64, long_side=(40, 160)),

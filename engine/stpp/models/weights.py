@@ -1,4 +1,4 @@
-"""Weights from files: torchvision's ResNets, published ST++ networks, and our own checkpoints.
+"""Weights from files: published backbones, published networks, and our own checkpoints.
 
 Files come from strangers, so nothing but tensors and plain containers is ever unpickled.
 """
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stpp import checkpoint
 from stpp.errors import UserError
+from stpp.models.network import Network
 
 WRAPPERS = ("model", "state_dict")
 PREFIXES = ("module.", "_orig_mod.")
@@ -71,20 +72,25 @@ def state_dict_of(content: dict) -> dict[str, object]:
     return state
 
 
-def load_backbone(model: nn.Module, path: str | os.PathLike) -> LoadReport:
-    """Loads `model.backbone` from a torchvision ResNet, or from a whole network with keys `backbone.*`.
+def load_backbone(model: Network, path: str | os.PathLike) -> LoadReport:
+    """Loads `model.backbone` from a published file, or from a whole network with keys `backbone.*`.
 
-    The file's classifier (`fc.*`), or whatever of a network is not backbone, is left out and reported.
+    The file's classifier, or whatever of a network is not backbone, is left out and reported.
 
     Raises:
         UserError: the file is unfit (see `read_checkpoint`), lacks a tensor of the backbone, has one in another shape,
             or has tensors of another backbone.
     """
-    state = state_dict_of(read_checkpoint(path))
+    return load_backbone_state(model, state_dict_of(read_checkpoint(path)), path)
+
+
+def load_backbone_state(model: Network, state: dict[str, object], path: str | os.PathLike) -> LoadReport:
+    """As `load_backbone`, with what `state_dict_of` found in the file `path`."""
     prefix = "backbone." if any(key.startswith("backbone.") for key in state) else ""
+    classifier = model.backbone.classifier_keys
     inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    head = tuple(key for key in state if not key.startswith(prefix) or key.startswith("fc."))
-    inside = {key: value for key, value in inside.items() if not key.startswith("fc.")}
+    head = tuple(key for key in state if not key.startswith(prefix) or key.startswith(classifier))
+    inside = {key: value for key, value in inside.items() if not key.startswith(classifier)}
     fitting, report = _compare(model.backbone, inside, path)
     _refuse_unfit(report, "the backbone")
     _copy(model.backbone, fitting, path)
