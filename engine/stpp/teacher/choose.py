@@ -57,16 +57,17 @@ EAGER_FLOPS = {"cpu": {"fp32": 1.2e11, "bf16": 5e11}, "cuda": {"fp32": 3e13, "bf
 
 
 def flop_per_px(network: nn.Module, side: int = 321) -> float:
-    """Operations of the convolutions (two for a multiplication and addition) per input pixel; nothing is computed."""
+    """Operations of convolutions and linear layers per input pixel, two for a multiplication and addition; nothing
+    is computed."""
     shell = export.plain_copy(network).to("meta").eval()
     flop = 0
 
-    def count(convolution: nn.Conv2d, _, out_NCHW: torch.Tensor) -> None:
+    def count(layer: nn.Conv2d | nn.Linear, _, out: torch.Tensor) -> None:
         nonlocal flop
-        flop += 2 * out_NCHW.numel() * convolution.weight[0].numel()
+        flop += 2 * out.numel() * layer.weight[0].numel()
 
     for module in shell.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.register_forward_hook(count)
     with torch.no_grad():
         shell(torch.empty(1, 3, side, side, device="meta", dtype=next(shell.parameters()).dtype))
