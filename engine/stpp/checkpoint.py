@@ -102,8 +102,24 @@ def ours(content: Any, path: str | Path) -> dict:
     return content
 
 
+class _NumpyValue:
+    """Takes the place of NumPy's numbers in files of others, such as the score of a checkpoint: nothing here needs them.
+
+    NumPy's own constructors would make of a crafted file whatever it wants.
+    """
+
+    def __init__(self, *_: object):
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+NUMPY_NAMES = ("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtypes.Float64DType")
+
+
 def read(path: str | Path) -> Any:
-    """Reads a PyTorch file of anyone onto the CPU, without running any code in it.
+    """Reads a PyTorch file of anyone onto the CPU, without running any code in it; NumPy's numbers in it are lost.
 
     Raises:
         UserError: the file is missing, unreadable or damaged, or holds objects other than tensors and plain containers.
@@ -113,7 +129,7 @@ def read(path: str | Path) -> Any:
         found = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"checkpoint {path} {found}; give the path of a .pth or .pt file")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals([(_NumpyValue, name) for name in NUMPY_NAMES]):
             warnings.simplefilter("ignore")  # they advise to load without the protection
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:

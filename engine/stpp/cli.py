@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from stpp import config, signals
+from stpp import config, files, signals
 from stpp.config import Config, DataConfig, SourceConfig
 from stpp.errors import UserError
 
@@ -158,7 +158,7 @@ def _train(args: list[str]) -> None:
 
 def _evaluate(args: list[str]) -> None:
     options = config.parse(Evaluate, args, prog="stpp evaluate")
-    if not options.checkpoint.is_file():
+    if not files.and_part(options.checkpoint)[0].is_file():
         raise UserError(f"--checkpoint {options.checkpoint}: no such file")
     from stpp import distributed, log
     from stpp.data import index, splits
@@ -200,7 +200,7 @@ def _of_run(options: Evaluate) -> tuple[Path, Path]:
 
 def _compile(args: list[str]) -> None:
     options = config.parse(Compile, args, prog="stpp compile")
-    if not options.checkpoint.is_file():
+    if not files.and_part(options.checkpoint)[0].is_file():
         raise UserError(f"--checkpoint {options.checkpoint}: no such file")
     from stpp import distributed
     from stpp.models.trained import load_network

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from stpp import files
 from stpp.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def predict(options: Predict) -> None:
     network = options.checkpoint or options.engine
     if network is None or (options.checkpoint and options.engine):
         raise UserError("give either --checkpoint FILE or --engine DIR")
-    if not (network.is_dir() if options.engine else network.is_file()):
+    if not (network.is_dir() if options.engine else files.and_part(network)[0].is_file()):
         raise UserError(f"{network}: there is no such {'engine folder' if options.engine else 'checkpoint'}")
     if not options.images:
         raise UserError("name an image or a folder: stpp predict IMAGE|FOLDER ... --checkpoint FILE --out DIR")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from stpp import files
 from stpp.config import DataConfig, LabelConfig
 from stpp.errors import UserError
 
@@ -118,7 +119,7 @@ def _run(options: CorpusOptions, paths: Sequence[Path], mode: str, work: Callabl
     from stpp_kernels import described
 
     for path in paths:
-        if not path.exists():
+        if not files.and_part(path)[0].exists():
             raise UserError(f"{path}: there is no such checkpoint or engine")
     classes: list[str] = []
     with distributed.world(options.device) as here:

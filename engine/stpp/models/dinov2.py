@@ -166,7 +166,7 @@ class DINOv2(Backbone):
     def forward(self, images_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Images whose sides are multiples of 14 to four maps [N, D, H / 14, W / 14], channels_last."""
         rows, columns = (side // PATCH_PX for side in images_NCHW.shape[2:])
-        class_N1D = (self.cls_token + self.pos_embed[:, :1]).expand(len(images_NCHW), -1, -1)
+        class_N1D = (self.cls_token + self.pos_embed[:, :1]).expand(images_NCHW.shape[0], -1, -1)
         # Under autocast the stream of tokens is float32, as the parameters that are added to it.
         x_NTD = torch.cat([class_N1D, self.patch_embed(images_NCHW) + self._positions(rows, columns)], dim=1)
         maps = []
@@ -218,7 +218,7 @@ def cubic_matrix(size: int, surplus: Tensor) -> Tensor:
     """
     device = surplus.device
     centres = (torch.arange(size, device=device) + 0.5) * (
-        GRID / (torch.full((), float(size), device=device) + surplus)
+        GRID / (torch.full((), size, dtype=torch.float32, device=device) + surplus)
     ) - 0.5
     taps = centres.floor()[:, None] + torch.arange(-1.0, 3.0, device=device)
     x = (centres[:, None] - taps).abs()
@@ -231,11 +231,11 @@ def cubic_matrix(size: int, surplus: Tensor) -> Tensor:
 
 def _surplus(rows: int, columns: int, device: torch.device) -> Tensor:
     """0 for the trained grid, else what the published code adds to the sizes."""
-    high, wide = (torch.full((), float(side), device=device) == GRID for side in (rows, columns))
+    high, wide = (torch.full((), side, dtype=torch.float32, device=device) == GRID for side in (rows, columns))
     return torch.where(high & wide, 0.0, SURPLUS)
 
 
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Autocast off where it is on; nothing where it is not, as in a graph that is exported."""
-    on = torch.is_autocast_enabled(device.type)
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()

@@ -113,6 +113,12 @@ class DPT(Network):
         self.backbone = backbone
         self.head = DPTHead(backbone.channels[3], widths, width, num_classes)
 
+    @property
+    def least_px(self) -> int:
+        """Smallest side of images in an exported graph: three patches, because the coarsest map halves them."""
+        patch = self.backbone.strides[0]
+        return 3 * patch - patch // 2
+
     def features(self, images_NCHW: Tensor) -> tuple[Tensor, ...]:
         """Normalised images [N, 3, H, W] to four maps [N, D, h, w] with a cell for each patch.
 

@@ -40,6 +40,11 @@ class Network(nn.Module):
         """Normalised images [N, 3, H, W] to logits [N, num_classes, h, w]."""
         return self.decode(*self.features(images_NCHW))
 
+    @property
+    def least_px(self) -> int:
+        """Smallest side of images in an exported graph, whose maps need two cells a side."""
+        return max(self.backbone.strides) + 1
+
     def freeze_backbone(self) -> None:
         """Keeps the backbone as it is: no gradients, and batch norms that use and keep their stored
         statistics."""

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from stpp import checkpoint
+from stpp import checkpoint, files, log
 from stpp.errors import UserError
 from stpp.models.network import Network
 
-WRAPPERS = ("model", "state_dict")
+WRAPPERS = ("model_ema", "model", "state_dict")
+"""Keys under which a file may hold a state dict; of several the first is read. UniMatch V2 scores its `model_ema`."""
 PREFIXES = ("module.", "_orig_mod.")
 SHOWN = 5
 
@@ -46,14 +47,18 @@ class LoadReport:
 def read_checkpoint(path: str | os.PathLike) -> dict:
     """Reads a checkpoint onto the CPU without running any code in it.
 
+    Of a file with several networks, `model` and the mean `model_ema` of its weights, the mean is read and the other left
+    out, which is said; `best.pth#model` asks for the other.
+
     Returns:
-        The dict in the file, as it is: a state dict, or a dict that holds one under "model" or "state_dict".
+        The dict in the file: a state dict, or a dict that holds one under a key of `WRAPPERS`.
 
     Raises:
         UserError: the file is missing, unreadable or damaged, holds objects other than tensors and plain containers, or
             holds no dict with tensors.
     """
-    content = checkpoint.read(path)
+    file, part = files.and_part(path)
+    content = checkpoint.read(file)
     if not isinstance(content, dict):
         raise UserError(
             f"checkpoint {path} holds a {type(content).__name__} where a dict of tensors was expected; "
@@ -61,7 +66,18 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         )
     if not any(isinstance(value, Tensor) for value in _unwrapped(content).values()):
         raise UserError(f"checkpoint {path} holds no tensors; save model.state_dict()")
-    return content
+    return _one_network(content, file, part)
+
+
+def _one_network(content: dict, file: Path, part: str | None) -> dict:
+    """The content without the networks that are not read."""
+    found = [key for key in WRAPPERS if isinstance(content.get(key), dict)]
+    if part is not None and part not in found:
+        raise UserError(f"checkpoint {file} holds no {part!r}; it has {', '.join(found) or 'one state dict'}")
+    if part is None and len(found) > 1:
+        log.say(f"{file}: {found[0]} is read; {' or '.join(f'{file.name}#{key}' for key in found[1:])} names the other")
+    read = part or next(iter(found), None)
+    return {key: value for key, value in content.items() if key == read or key not in found}
 
 
 def state_dict_of(content: dict) -> dict[str, object]:
@@ -98,7 +114,7 @@ def load_backbone_state(model: Network, state: dict[str, object], path: str | os
 
 
 def load_model(model: nn.Module, path: str | os.PathLike, strict: bool = True) -> LoadReport:
-    """Loads a whole network: a state dict, plain or under "model" or "state_dict", "module." before its keys or not.
+    """Loads a whole network: a state dict, plain or under a key of `WRAPPERS`, "module." before its keys or not.
 
     Args:
         model: a network from `build_model`.
