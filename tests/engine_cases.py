@@ -1,5 +1,6 @@
 """Cases shared by the tests of teacher engines: a tiny network with its checkpoints, and the real models at their smallest."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -11,13 +12,23 @@ from stpp.models.layers import DilatedConv3x3, spread
 
 CPU = torch.device("cpu")
 CLASSES = ["road", "car", "sky"]
-MODELS = ("deeplabv3plus", "pspnet", "deeplabv2")
+MODELS = {
+    "deeplabv3plus": ("deeplabv3plus", "resnet18", 16),
+    "pspnet": ("pspnet", "resnet18", 16),
+    "deeplabv2": ("deeplabv2", "resnet18", 16),
+    "efficientnet-lite0": ("deeplabv3plus", "efficientnet-lite0", 16),
+    "dinov2-small": ("dpt", "dinov2-small", None),
+}
+"""Network, backbone and output stride by the name of a case."""
+QUICK = ("deeplabv3plus", "pspnet")
+"""Cases that are exported in seconds."""
 
 
 class Tiny(nn.Module):
     """The parts that engines stumble over: batch norms, a dilated convolution, a pooled branch, a small classifier."""
 
     classifier_name = "classifier"
+    least_px = 2
 
     def __init__(self, classes: int = len(CLASSES)):
         super().__init__()
@@ -36,6 +47,9 @@ def warmed(network: nn.Module, size: tuple[int, int] = (49, 65)) -> nn.Module:
     with torch.no_grad():
         for _ in range(2):
             network.train()(torch.randn(4, 3, *size) * 2 + 1)
+        for name, factor in network.named_parameters():
+            if name.endswith("gamma"):  # fresh ones are so small that the blocks would not count
+                factor.uniform_(0.5, 1.5)
         for module in network.get_submodule(network.classifier_name).modules():
             if isinstance(module, nn.Conv2d):
                 module.weight.mul_(4)
@@ -44,9 +58,20 @@ def warmed(network: nn.Module, size: tuple[int, int] = (49, 65)) -> nn.Module:
 
 
 def model(name: str, seed: int = 0, classes: int = 6) -> nn.Module:
-    """One of the real models, ResNet-18 at stride 16."""
+    """One of the real models, as `MODELS` says."""
     torch.manual_seed(seed)
-    return warmed(build_model(name, "resnet18", classes, 16))
+    kind, backbone, output_stride = MODELS[name]
+    return warmed(build_model(kind, backbone, classes, output_stride), (42, 70) if kind == "dpt" else (49, 65))
+
+
+def least_px(name: str) -> int:
+    """Smallest side of a model's graph: two cells of the last map at stride 16; three patches, of which DPT makes two cells."""
+    return 35 if name == "dinov2-small" else 17
+
+
+def sizes_from(least_px: int, sizes: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Those of the inputs (images, rows, columns) that a graph takes."""
+    return [size for size in sizes if min(size[1:]) >= least_px]
 
 
 def tiny(seed: int) -> nn.Module:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine_cases import CLASSES, CPU, MODELS, images, load, model, relative_error, save, tiny
+from engine_cases import CLASSES, CPU, MODELS, QUICK, images, least_px, load, model, relative_error, save, sizes_from, tiny
 from stpp import checkpoint, cli
 from stpp.errors import UserError
 from stpp.images.pixels import normalised
@@ -12,6 +12,7 @@ from stpp.inference import export, fold, gate, inductor
 from stpp.inference import record as records
 from stpp.inference.open import EagerTeacher, compile_teacher, open_teacher
 from stpp.inference.record import ANY_SIZE, Shapes
+from stpp.models.layers import DilatedConv3x3
 from stpp.models.trained import load_network
 
 SIZES = ((1, 33, 33), (1, 17, 17), (1, 200, 40), (3, 64, 201), (2, 17, 300), (5, 49, 49))
@@ -45,13 +46,15 @@ def operators(exported) -> set[str]:
     return {str(node.target) for node in exported.graph.nodes}
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name == "deeplabv2" else []) for name in MODELS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in MODELS])
 def test_one_graph_serves_every_size(name):
-    network = ready(model(name))
+    network, least = ready(model(name)), least_px(name)
     exported, shapes = export.program(network, shapes=ANY_SIZE, device=CPU, dtype=torch.float32, plain=False)
-    assert_equal(exported.module(), network)
-    assert ("stpp_kernels.dilated_conv3x3.default" in operators(exported)) == (name != "pspnet")
-    assert shapes.smallest == (1, 17, 17) and shapes.largest == ANY_SIZE.largest
+    assert_equal(exported.module(), network, sizes=(*sizes_from(least, SIZES), (1, least, least), (1, 518, 518)))
+    pyramid = any(isinstance(module, DilatedConv3x3) for module in network.modules())
+    assert ("stpp_kernels.dilated_conv3x3.default" in operators(exported)) == pyramid
+    assert pyramid == (name not in ("pspnet", "dinov2-small"))
+    assert shapes.smallest == (1, least, least) and shapes.largest == ANY_SIZE.largest
 
 
 def test_plain_graphs_hold_no_operator_of_ours_and_leave_the_network_alone():
@@ -131,8 +134,9 @@ def test_half_precision_packages_agree_with_eager_in_float32(tmp_path):
 def test_packages_of_the_models_equal_eager_with_any_weights(name, tmp_path):
     first, second = ready(model(name, 0)), ready(model(name, 1))
     inductor.build(first, tmp_path, shapes=ANY_SIZE, device=CPU, dtype=torch.float32, frozen=False)
-    assert_equal(inductor.load(tmp_path, device=CPU), first)
-    assert_equal(inductor.load(tmp_path, device=CPU, swapped=second), second)
+    sizes = sizes_from(least_px(name), SIZES)
+    assert_equal(inductor.load(tmp_path, device=CPU), first, sizes=sizes)
+    assert_equal(inductor.load(tmp_path, device=CPU, swapped=second), second, sizes=sizes)
 
 
 @pytest.mark.slow

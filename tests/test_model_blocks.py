@@ -206,7 +206,7 @@ def test_pyramid_pooling_and_its_head(training):
 
 @pytest.mark.parametrize("output_stride", [8, 32])
 def test_deeplabv2_head(output_stride):
-    model = scrambled(DeepLabV2("resnet18", 5, output_stride))
+    model = scrambled(DeepLabV2(ResNet("resnet18", output_stride), 5))
     c4 = images(2, 512, 9, 30)
     torch.testing.assert_close(model.decode(c4), Functional(model, False).deeplabv2(c4), **EXACT)
 
@@ -302,6 +302,6 @@ def test_a_small_map_is_multiplied_without_a_convolution(monkeypatch):
 
 
 def test_a_single_image_in_training_is_refused_by_global_pooling():
-    for part in (PooledContext(16, 2), ASPP(16, (1, 2, 3))):
+    for part in (PooledContext(16, 2), ASPP(16, (1, 2, 3), width=2, dropout=True)):
         with pytest.raises(ValueError, match="more than 1 value per channel"):
             part.train()(torch.randn(1, 16, 5, 5))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import stpp_kernels
 from kernels_cases import FORMS, device_of, laid_out
 from labelling_cases import QUICK, accumulate, cases, finalize, probability_tolerance, resized, worst
-from stpp.teacher import tta
+from stpp.inference import views
 
 ACCUMULATE = torch.ops.stpp_kernels.softmax_accumulate.default
 FINALIZE = torch.ops.stpp_kernels.finalize.default
@@ -106,13 +106,13 @@ def test_pairs_of_views_are_those_of_single_views():
     torch.manual_seed(6)
     images, size = torch.randn(2, 3, 37, 53), (37, 53)
     expected = torch.zeros(2, 3, *size)
-    for scale in tta.VIEWS["stpp"][0]:
+    for scale in views.VIEWS["stpp"][0]:
         scaled = (int(37 * scale), int(53 * scale))
         view = images if scaled == size else resized(images, scaled)
         view = torch.cat([view, view.flip(3)]).contiguous(memory_format=torch.channels_last)
         for flip, low in zip((False, True), logits(view).split(2), strict=True):
             stpp_kernels.softmax_accumulate(expected, low, scaled, size, flip)
-    assert torch.equal(tta.accumulate(logits, images, "stpp", 3), expected)
+    assert torch.equal(views.accumulate(logits, images, "stpp", 3), expected)
 
 
 @pytest.mark.parametrize("form", FORMS)

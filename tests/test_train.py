@@ -26,9 +26,10 @@ from stpp.loading import loader
 from stpp.loading.sample import Stream
 from stpp.loading.sampler import StepSampler
 from stpp.methods.supervised import Supervised
-from stpp.models.build import MODELS, build_model, parameter_groups
+from stpp.models.build import build_model, parameter_groups
+from stpp.models.pretrained import start_from
 from stpp.precision import autocast_dtype
-from stpp.training.assemble import fresh_network, images_per_pass, start_from, stream_seed
+from stpp.training.assemble import fresh_network, images_per_pass, stream_seed
 from stpp.training.trainer import Schedule, Scores, Trainer
 
 WORKER = str(Path(__file__).parent / "workers" / "steps.py")
@@ -393,19 +394,50 @@ def test_loss_falls(synthetic_index, tmp_path):
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
-@pytest.mark.parametrize("output_stride", [8, 16])
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
-@pytest.mark.parametrize("name", list(MODELS))
+TRAINED = [(name, backbone, output_stride) for name in ("deeplabv3plus", "pspnet", "deeplabv2")
+           for backbone in ("resnet18", "resnet50") for output_stride in (8, 16)]
+TRAINED += [("deeplabv3plus", "resnet50-deep-stem", None), ("deeplabv3plus", "efficientnet-lite0", None),
+            ("dpt", "dinov2-small", None)]
+
+
+@pytest.mark.parametrize(("name", "backbone", "output_stride"), TRAINED)
 def test_every_network_trains_a_step(synthetic_index, tmp_path, name, backbone, output_stride):
     known = index.load(synthetic_index)
     samples = [known.sample(image) for image in sorted(known.entries)]
-    config = dataclasses.replace(tiny(), model=ModelConfig(name=name, backbone=backbone, output_stride=output_stride))
+    model = ModelConfig(name=name, backbone=backbone, output_stride=output_stride)
+    crops = AugmentConfig(crop_px=42 if name == "dpt" else 33, long_side=(40, 80))
+    config = dataclasses.replace(tiny(), augment=crops, model=model)
     ours = trainer(config, samples, tmp_path, None)
-    before = {key: value.detach().clone() for key, value in ours.step.network.named_parameters()}
+    named = dict(ours.step.network.named_parameters())
+    before = {key: value.detach().clone() for key, value in named.items() if value.requires_grad}
+    assert len(before) == sum(map(len, parameter_groups(ours.step.network)))
+    fixed = named.keys() - before.keys()
+    assert all("mask_token" in key or "refinenet4.resConfUnit1" in key for key in fixed)
+    assert bool(fixed) == (name == "dpt")
     loss, nonfinite = ours.train_step(next(ours._passes())[0])
     assert loss.isfinite() and loss > 0 and not nonfinite
     for key, value in ours.step.network.named_parameters():
-        assert value.isfinite().all() and not torch.equal(value, before[key]), key
+        assert value.isfinite().all() and (key in fixed or not torch.equal(value, before[key])), key
+
+
+def test_a_frozen_backbone_stays_as_it_is_in_weights_and_statistics(synthetic_index, tmp_path):
+    known = index.load(synthetic_index)
+    samples = [known.sample(image) for image in sorted(known.entries)]
+    path = tmp_path / "backbone.pth"
+    torch.save(build_model("deeplabv3plus", "resnet18", 6, 16).backbone.state_dict(), path)
+    model = ModelConfig(backbone="resnet18", output_stride=16, freeze_backbone=True, pretrained=str(path))
+    config = dataclasses.replace(tiny(), model=model)
+    ours = trainer(config, samples, tmp_path, lambda network: 1.0, steps=2, period=1)
+    trained = parameter_groups(ours.step.network)[1]
+    assert [len(group["params"]) for group in ours.optimizer.param_groups] == [0, len(trained)]
+    before = {key: value.clone() for key, value in ours.step.network.state_dict().items()}
+    ours.run()  # a validation between the steps puts the network into evaluation mode and back
+    for key, value in ours.step.network.state_dict().items():
+        assert torch.equal(value, before[key]) == key.startswith("backbone."), key
+    assert torch.load(tmp_path / "best.pt", weights_only=True)["architecture"] == {
+        "name": "deeplabv3plus", "backbone": "resnet18", "output_stride": 16}
+    with pytest.raises(ValueError, match="--model.freeze-backbone"):
+        ModelConfig(freeze_backbone=True)
 
 
 def test_a_checkpoint_of_other_classes_is_no_start(synthetic_index, tmp_path):

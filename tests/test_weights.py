@@ -10,6 +10,7 @@ import re
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,9 +18,10 @@ from hypothesis import strategies as st
 
 from stpp.errors import UserError
 from stpp.models import trained, weights
-from stpp.models.build import MODELS, build_model
+from stpp.models.build import NETWORKS, PLAIN, build_model
 
 CLASSES = 5
+ON_RESNETS = [name for name, network in NETWORKS.items() if "resnet18" in network.backbones]
 
 
 @functools.cache
@@ -112,7 +114,7 @@ def test_backbone_of_another_depth_is_refused(tmp_path):
     assert_same(model.state_dict(), before)
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", ON_RESNETS)
 def test_another_number_of_classes_names_both(tmp_path, name):
     path = save({"model": network(name, num_classes=21).state_dict()}, tmp_path)
     message = refusal(weights.load_model, network(name, num_classes=19), path)
@@ -232,8 +234,8 @@ def test_a_refused_object_is_named(tmp_path):
     assert re.search(r"holds a Python object \(pathlib[\w.]*\.PosixPath\)", refusal(weights.read_checkpoint, path))
 
 
-@pytest.mark.parametrize("name", list(MODELS))
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "resnet101"])
+@pytest.mark.parametrize("name", ON_RESNETS)
+@pytest.mark.parametrize("backbone", PLAIN)
 def test_a_state_dict_tells_what_it_is_of(tmp_path, name, backbone):
     with torch.device("meta"):
         shapes = {key: value.shape for key, value in build_model(name, backbone, 7, 8).state_dict().items()}
@@ -244,6 +246,64 @@ def test_a_state_dict_tells_what_it_is_of(tmp_path, name, backbone):
     assert found.architecture == {"name": name, "backbone": backbone, "output_stride": 16} and found.classes == list("abcdefg")
     assert {key: value.shape for key, value in found.network.state_dict().items()} == shapes
     assert all(bool((value == 0.5).all()) for value in found.network.parameters())
+
+
+def published_like(name: str, backbone: str, value: float, num_classes: int = 7) -> dict[str, torch.Tensor]:
+    """A state dict of a few bytes: every tensor is one number."""
+    with torch.device("meta"):
+        shapes = {key: tensor.shape for key, tensor in build_model(name, backbone, num_classes).state_dict().items()}
+    return {key: torch.full((), value).expand(shape) for key, shape in shapes.items()}
+
+
+def of_public_training(**networks: dict) -> dict:
+    """What UniMatch and UniMatch V2 save: networks from DDP, the optimiser, and scores as NumPy makes them."""
+    wrapped = {key: {"module." + name: value for name, value in state.items()} for key, state in networks.items()}
+    optimizer = {"state": {0: {"step": torch.ones(()), "exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 5e-6, "params": [0]}]}
+    scores = {"previous_best": np.float64(79.5), "previous_best_ema": np.mean([80.5]), "best_epoch": 3, "epoch": 59}
+    return wrapped | {"optimizer": optimizer} | scores
+
+
+@pytest.mark.parametrize("backbone", ["dinov2-small", "dinov2-base", "dinov2-large"])
+def test_a_checkpoint_of_unimatch_v2_gives_the_mean_of_its_weights(tmp_path, capsys, backbone):
+    student, mean = (published_like("dpt", backbone, value) for value in (0.25, 0.75))
+    path = save(of_public_training(model=student, model_ema=mean), tmp_path, "best.pth")
+    for name, value, said in ((path, 0.75, True), (f"{path}#model_ema", 0.75, False), (f"{path}#model", 0.25, False)):
+        found = trained.load_network(name, class_names=list("abcdefg"))
+        assert found.architecture == {"name": "dpt", "backbone": backbone, "output_stride": None}
+        assert found.classes == list("abcdefg")
+        assert all(bool((tensor == value).all()) for tensor in found.network.parameters())
+        errors = capsys.readouterr().err
+        assert (f"{path}: model_ema is read; best.pth#model names the other" in errors) == said
+        assert f"dpt on {backbone}, 7 classes" in errors and "output stride" not in errors
+    assert "holds no 'x'; it has model_ema, model" in refusal(trained.load_network, f"{path}#x")
+    assert "leave it out" in refusal(trained.load_network, path, output_stride=8)
+    torch.save({}, tmp_path / "best.pth#model")  # a file of that name comes first
+    assert "no tensors" in refusal(trained.load_network, f"{path}#model")
+
+
+@pytest.mark.parametrize("backbone", ["resnet50-deep-stem", "resnet101-deep-stem"])
+def test_the_stride_of_unimatch_is_asked_for(tmp_path, backbone):
+    path = save(of_public_training(model=published_like("deeplabv3plus", backbone, 0.5)), tmp_path)
+    message = refusal(trained.load_network, path)
+    assert f"deeplabv3plus on {backbone}, by its keys" in message and "say it with --output-stride (16 is usual)" in message
+    found = trained.load_network(path, output_stride=16)
+    assert found.architecture == {"name": "deeplabv3plus", "backbone": backbone, "output_stride": 16}
+    assert all(bool((tensor == 0.5).all()) for tensor in found.network.parameters())
+    assert not any(isinstance(module, torch.nn.Dropout | torch.nn.Dropout2d) for module in found.network.modules())
+
+
+@pytest.mark.parametrize("backbone", ["efficientnet-lite1", "efficientnet-lite2"])
+def test_equal_keys_are_told_apart_by_shapes(tmp_path, backbone):
+    path = save(published_like("deeplabv3plus", backbone, 0.5), tmp_path)
+    assert trained.load_network(path, output_stride=32).architecture["backbone"] == backbone
+
+
+def test_numbers_of_numpy_are_not_made_of_a_file(tmp_path):
+    """NumPy would make an object of any eight bytes that a file gives as its address."""
+    content = weights.read_checkpoint(save({"w": torch.ones(1), "best": np.float64(3.5)}, tmp_path))
+    assert not isinstance(content["best"], float | np.generic)
+    message = refusal(weights.read_checkpoint, save({"w": torch.ones(1), "all": np.arange(3)}, tmp_path))
+    assert "holds a Python object (numpy" in message
 
 
 def test_a_state_dict_has_the_public_stride_and_numbers_for_names(tmp_path):

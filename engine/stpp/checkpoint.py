@@ -109,8 +109,24 @@ def peek(path: str | Path) -> Any:
     return read(path, mmap=zipfile.is_zipfile(path))
 
 
+class _NumpyValue:
+    """Takes the place of NumPy's numbers in files of others, such as the score of a checkpoint: nothing here needs them.
+
+    NumPy's own constructors would make of a crafted file whatever it wants.
+    """
+
+    def __init__(self, *_: object):
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+NUMPY_NAMES = ("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtypes.Float64DType")
+
+
 def read(path: str | Path, *, mmap: bool = False) -> Any:
-    """Reads a PyTorch file of anyone onto the CPU, without running any code in it.
+    """Reads a PyTorch file of anyone onto the CPU, without running any code in it; NumPy's numbers in it are lost.
 
     Args:
         mmap: map the file into memory instead of reading all of it; it must be a zip archive, as PyTorch's
@@ -124,7 +140,7 @@ def read(path: str | Path, *, mmap: bool = False) -> Any:
         found = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"checkpoint {path} {found}; give the path of a .pth or .pt file")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals([(_NumpyValue, name) for name in NUMPY_NAMES]):
             warnings.simplefilter("ignore")  # they advise to load without the protection
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError as error:

@@ -120,15 +120,28 @@ class DataConfig(LoaderConfig, SourceConfig):
 class ModelConfig:
     """The network."""
 
-    name: Literal["deeplabv3plus", "pspnet", "deeplabv2"] = "deeplabv3plus"
+    name: Literal["deeplabv3plus", "pspnet", "deeplabv2", "dpt"] = "deeplabv3plus"
     """Architecture."""
-    backbone: Literal["resnet18", "resnet50", "resnet101"] = "resnet50"
-    """Backbone."""
-    output_stride: Literal[8, 16, 32] = 8
-    """Input pixels per pixel of the backbone's last map."""
+    backbone: Literal["resnet18", "resnet50", "resnet101", "resnet50-deep-stem", "resnet101-deep-stem",
+                      "efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2", "dinov2-small",
+                      "dinov2-base", "dinov2-large", "dinov2-giant"] = "resnet50"
+    """Backbone; deep stems are UniMatch's and, as EfficientNet, for deeplabv3plus, DINOv2 is for dpt."""
+    output_stride: Literal[8, 16, 32] | None = None
+    """Input pixels per pixel of the backbone's last map; unset: 8 on a ResNet, 16 on a deep stem or EfficientNet."""
     pretrained: str = "none"
-    """Path of a torchvision ResNet file or of a checkpoint to start from; `imagenet`: torchvision's ResNet, downloaded once;
-    `none`: from scratch."""
+    """Path of a backbone's file or of a checkpoint to start from; `imagenet`: torchvision's ResNet, downloaded once, or
+    EfficientNet from an installed package; `dinov2`: the published encoder, downloaded once; `none`: from scratch."""
+    dropout: bool | None = None
+    """Dropout in the head of deeplabv3plus and pspnet; unset: on, but off on a deep stem."""
+    freeze_backbone: bool = False
+    """Train the head alone; the backbone keeps the weights and statistics it starts with."""
+    checkpoint_activations: bool = False
+    """Compute the inside of a transformer's blocks again in the backward pass instead of keeping it: less memory, but
+    more time."""
+
+    def __post_init__(self):
+        _check(not self.freeze_backbone or self.pretrained != "none", "model.freeze-backbone",
+               self.freeze_backbone, "given with --model.pretrained: a backbone from scratch is to be trained")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +206,7 @@ class TrainConfig(PrecisionConfig):
     lr: float = 0.001
     """Learning rate of the backbone at a global batch of 16; scales linearly with the batch."""
     head_lr_multiplier: float | None = None
-    """Learning rate of the head over that of the backbone; unset: 10, or 1 for deeplabv2."""
+    """Learning rate of the head over that of the backbone; unset: 10, 1 for deeplabv2, 40 for dpt."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises from zero, within the poly schedule."""
     momentum: float = 0.9

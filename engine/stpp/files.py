@@ -82,6 +82,13 @@ def append(path: str | os.PathLike, row: dict) -> None:
         file.write(json.dumps(row) + "\n")
 
 
+def and_part(path: str | os.PathLike) -> tuple[Path, str | None]:
+    """File and part of a name such as `best.pth#model`; no part where a file or folder has the whole name, or there is no `#`."""
+    path = Path(path)
+    name, _, part = path.name.rpartition("#")
+    return (path.with_name(name), part) if name and part and not path.exists() else (path, None)
+
+
 def sha256(path: str | os.PathLike) -> str:
     """Hash of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()

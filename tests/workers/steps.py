@@ -38,7 +38,7 @@ def mixed_samples(known: index.Index) -> list[Sample]:
 
 
 def main(root: str, folder: str, out: str, accumulate: str, steps: str) -> None:
-    assemble.build_model = Plain
+    assemble.network_of = Plain
     known = index.load(folder)
     samples = mixed_samples(known)
     config = Config(augment=AugmentConfig(crop_px=64, long_side=(40, 160)),

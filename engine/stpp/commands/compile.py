@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from stpp import config
+from stpp import config, files
 from stpp.commands.options import Compute, ComputeConfig, OutputStride
 from stpp.errors import UserError
 
@@ -40,7 +40,7 @@ def compile(args: Sequence[str]) -> None:
         UserError: no such checkpoint, or the backend cannot be had, or cannot compile it.
     """
     options = config.parse(Compile, args, prog="stpp compile")
-    if not options.checkpoint.is_file():
+    if not files.and_part(options.checkpoint)[0].is_file():
         raise UserError(f"--checkpoint {options.checkpoint}: no such file")
     from stpp import distributed
     from stpp.inference import exif_rule

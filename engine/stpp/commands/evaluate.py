@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stpp import config
+from stpp import config, files
 from stpp.commands.options import Compute, ComputeConfig, OutputStride, Reading
 from stpp.config import Config, DataConfig, LoaderConfig, Views
 from stpp.errors import UserError
@@ -43,7 +43,7 @@ def evaluate(args: Sequence[str]) -> None:
         UserError: no such checkpoint, index or list, or classes that do not match.
     """
     options = config.parse(Evaluate, args, prog="stpp evaluate")
-    if not options.checkpoint.is_file():
+    if not files.and_part(options.checkpoint)[0].is_file():
         raise UserError(f"--checkpoint {options.checkpoint}: no such file")
     from stpp import distributed, log
     from stpp.dataset import splits

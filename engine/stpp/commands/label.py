@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from stpp import config
+from stpp import config, files
 from stpp.commands.exif_flags import exif_asked
 from stpp.commands.options import Compute, ComputeConfig, OutputStride, Reading, TrustEngine
 from stpp.config import DataConfig, LabelConfig, LoaderConfig
@@ -120,7 +120,7 @@ def _run(options: CorpusOptions, paths: Sequence[Path], mode: str, work: Callabl
     from stpp_kernels import described
 
     for path in paths:
-        if not path.exists():
+        if not files.and_part(path)[0].exists():
             raise UserError(f"{path}: there is no such checkpoint or engine")
     classes: list[str] = []
     with distributed.world(options.compute.device) as here:

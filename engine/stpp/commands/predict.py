@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from stpp import config
+from stpp import config, files
 from stpp.commands.exif_flags import exif_asked
 from stpp.commands.options import Compute, ComputeConfig, OutputStride, TrustEngine
 from stpp.config import Views
@@ -53,7 +53,7 @@ def predict(args: Sequence[str]) -> None:
     network = options.checkpoint or options.engine
     if network is None or (options.checkpoint and options.engine):
         raise UserError("give either --checkpoint FILE or --engine DIR")
-    if not (network.is_dir() if options.engine else network.is_file()):
+    if not (network.is_dir() if options.engine else files.and_part(network)[0].is_file()):
         raise UserError(f"{network}: there is no such {'engine folder' if options.engine else 'checkpoint'}")
     if not options.images:
         raise UserError("name an image or a folder: stpp predict IMAGE|FOLDER ... --checkpoint FILE --out DIR")

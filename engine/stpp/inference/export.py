@@ -23,7 +23,6 @@ from stpp.inference.record import Shapes
 INPUT, OUTPUT = "images", "logits"
 LEAST_EXAMPLE_PX = 65
 """Sides of the example: at output stride 32 a smaller one ends in a map of one cell, and the graph would be for that alone."""
-EVERY_SIZE = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
 
 
 def program(ready: nn.Module, *, shapes: Shapes, device: torch.device, dtype: torch.dtype,
@@ -39,8 +38,10 @@ def program(ready: nn.Module, *, shapes: Shapes, device: torch.device, dtype: to
         images [N, 3, H, W] of `dtype` -> float32 logits [N, C, h, w]; and `shapes`, without the sizes too small for it.
     """
     example = torch.zeros(_example_shape(shapes), dtype=dtype, device=device).contiguous(memory_format=torch.channels_last)
+    side = Dim.DYNAMIC(min=ready.least_px)
+    every_size = {0: Dim.DYNAMIC, 2: side, 3: side}
     with quiet(), torch.no_grad():
-        exported = torch.export.export(plain_copy(ready) if plain else ready, (example,), dynamic_shapes=(EVERY_SIZE,))
+        exported = torch.export.export(plain_copy(ready) if plain else ready, (example,), dynamic_shapes=(every_size,))
     return exported, _without_too_small(shapes, exported)
 
 

@@ -24,21 +24,29 @@ def ready(network: nn.Module, *, device: torch.device, dtype: torch.dtype) -> nn
 def fold_batch_norm(network: nn.Module) -> nn.Module:
     """Replaces every convolution and the batch norm after it by one convolution, in place.
 
-    The pairs are neighbours in an `nn.Sequential`, or attributes `conv<i>` and `bn<i>` of a module.
+    The pairs are neighbours: networks register a batch norm right after what it follows, a convolution or an
+    `nn.Sequential` that ends in one.
 
     Raises:
         ValueError: a batch norm has no convolution before it.
     """
     for module in network.modules():
         names = [name for name, _ in module.named_children()]
-        for i, name in enumerate(names):
+        for before, name in zip([None, *names], names, strict=False):
             norm = getattr(module, name)
             if not isinstance(norm, nn.modules.batchnorm._BatchNorm):  # synchronised ones too
                 continue
-            before = names[i - 1] if isinstance(module, nn.Sequential) and i else name.replace("bn", "conv")
-            convolution = getattr(module, before, None)
-            if not isinstance(convolution, nn.Conv2d):
+            holder, place = (None, None) if before is None else _last(module, before)
+            if holder is None or not isinstance(getattr(holder, place), nn.Conv2d):
                 raise ValueError(f"batch norm {name} of {type(module).__name__} follows no convolution")
-            setattr(module, before, fusion.fuse_conv_bn_eval(convolution, norm))
+            setattr(holder, place, fusion.fuse_conv_bn_eval(getattr(holder, place), norm))
             setattr(module, name, nn.Identity())
     return network
+
+
+def _last(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Holder and name of a child, or of the last layer in it where it is a sequence."""
+    child = getattr(module, name)
+    if isinstance(child, nn.Sequential) and len(child):
+        return _last(child, str(len(child) - 1))
+    return module, name

@@ -82,7 +82,9 @@ def load(folder: Path, *, device: torch.device, swapped: nn.Module | None = None
     index = (device.index or 0) if device.type == "cuda" else -1
     model = torch._inductor.aoti_load_package(str(folder / FILE), device_index=index)
     if swapped is not None:
-        weights = {name: value.detach() for name, value in swapped.state_dict().items()}
+        # Buffers that no state dict has are constants of the package too.
+        tensors = (*swapped.named_parameters(), *swapped.named_buffers())
+        weights = {name: value.detach() for name, value in tensors}
         ours, theirs = set(model.get_constant_fqns()), set(weights)
         if ours != theirs:
             raise ValueError(f"engine and network differ in {sorted(ours ^ theirs)[:5]}: another architecture, or weights in "

@@ -11,11 +11,13 @@ from stpp_kernels import dilated_conv3x3
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution without bias, `padding == dilation`, that is one matrix product where the map is smaller than its weights.
+    """A 3x3 convolution without bias, `padding == dilation`, that is one matrix product where the map is
+    smaller than its weights.
 
-    It is an `nn.Conv2d` (same parameters, same function, same state-dict keys). On a CPU, a convolution lays its weights out anew
-    in every call. For 512 to 512 channels on eight maps of 2x2 that takes nine tenths of 29 ms, forward and backward; gathering
-    what each output reads and multiplying takes 5 (benchmarks/NOTES.md).
+    It is an `nn.Conv2d` (same parameters, same function, same state-dict keys). On a CPU, a convolution lays
+    its weights out anew in every call. For 512 to 512 channels on eight maps of 2x2 that takes nine tenths of
+    29 ms, forward and backward; gathering what each output reads and multiplying takes 5
+    (benchmarks/NOTES.md).
 
     Args:
         in_channels, out_channels: channels of the input and of the output.
@@ -24,7 +26,9 @@ class Conv3x3(nn.Conv2d):
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1, dilation: int = 1):
-        super().__init__(in_channels, out_channels, 3, stride=stride, padding=dilation, dilation=dilation, bias=False)
+        super().__init__(
+            in_channels, out_channels, 3, stride=stride, padding=dilation, dilation=dilation, bias=False
+        )
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """[N, in_channels, H, W] to [N, out_channels, H / stride, W / stride], rounded up."""
@@ -36,7 +40,10 @@ class Conv3x3(nn.Conv2d):
         dilation, stride = self.dilation[0], self.stride[0]
         padded_NHWI = F.pad(x_NCHW.permute(0, 2, 3, 1), (0, 0, dilation, dilation, dilation, dilation))
         shifts = [(ky * dilation, kx * dilation) for ky in range(3) for kx in range(3)]
-        taps = [padded_NHWI[:, y : y + rows * stride : stride, x : x + columns * stride : stride] for y, x in shifts]
+        taps = [
+            padded_NHWI[:, y : y + rows * stride : stride, x : x + columns * stride : stride]
+            for y, x in shifts
+        ]
         read_NHWK = torch.cat([tap[:, :rows, :columns] for tap in taps], dim=3)
         weight_OK = self.weight.permute(0, 2, 3, 1).flatten(1)  # a view of a channels_last weight
         return F.linear(read_NHWK, weight_OK).permute(0, 3, 1, 2)
@@ -45,9 +52,10 @@ class Conv3x3(nn.Conv2d):
 class DilatedConv3x3(nn.Conv2d):
     """A 3x3 convolution, stride 1, `padding == dilation`, that skips the taps lying in the padding.
 
-    It is an `nn.Conv2d` (same parameters, same function, same state-dict keys); only the way to the result differs. At
-    dilation 36 on a 41x41 map most of the nine taps touch nothing but zeros, and the operator does not multiply those.
-    Set `valid_taps` to False where a plain convolution is wanted, as in a graph for ONNX.
+    It is an `nn.Conv2d` (same parameters, same function, same state-dict keys); only the way to the result
+    differs. At dilation 36 on a 41x41 map most of the nine taps touch nothing but zeros, and the operator
+    does not multiply those. Set `valid_taps` to False where a plain convolution is wanted, as in a graph for
+    ONNX.
 
     Args:
         in_channels, out_channels: channels of the input and of the output.
@@ -74,14 +82,76 @@ class DilatedConv3x3(nn.Conv2d):
         return out_NCHW if bias is None else out_NCHW + bias.to(out_NCHW.dtype).view(1, -1, 1, 1)
 
 
+class SameConv(nn.Conv2d):
+    """A convolution without bias whose output has the size of the input over the stride, rounded up, as
+    TensorFlow pads.
+
+    The padding is split in two, and what cannot be split comes last. At stride 1, where an odd kernel has
+    nothing that cannot, it is the symmetric one of `nn.Conv2d`; at stride 2 the first row is padded by one
+    less where the number of rows is even.
+
+    Args:
+        in_channels, out_channels: channels of the input and of the output.
+        kernel: odd side of the kernel.
+        stride: 1 or 2.
+        dilation: distance between taps in cells.
+        groups: as in `nn.Conv2d`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+    ):
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel,
+            stride=stride,
+            dilation=dilation,
+            groups=groups,
+            bias=False,
+            padding=dilation * (kernel // 2) if stride == 1 else 0,
+        )
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """[N, in_channels, H, W] to [N, out_channels, H / stride, W / stride], rounded up."""
+        if self.stride[0] == 1:
+            return super().forward(x_NCHW)
+        after = self.dilation[0] * (self.kernel_size[0] // 2)
+        top, left = (after - 1 + size % 2 for size in x_NCHW.shape[2:])
+        return super().forward(F.pad(x_NCHW, (left, after, top, after)))
+
+
+class DepthwiseConv(SameConv):
+    """A convolution of every channel with a kernel of its own, padded as `SameConv`.
+
+    Args:
+        channels: of the input and of the output.
+        kernel, stride, dilation: as of `SameConv`.
+    """
+
+    def __init__(self, channels: int, kernel: int, *, stride: int = 1, dilation: int = 1):
+        super().__init__(channels, channels, kernel, stride=stride, dilation=dilation, groups=channels)
+
+
 def conv1x1_bn_relu(in_channels: int, out_channels: int) -> list[nn.Module]:
     """A 1x1 convolution without bias, batch norm and ReLU, as a list to put into `nn.Sequential`."""
-    return [nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
+    return [
+        nn.Conv2d(in_channels, out_channels, 1, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    ]
 
 
-def conv3x3_bn_relu(in_channels: int, out_channels: int) -> list[nn.Module]:
-    """A 3x3 convolution without bias (size kept), batch norm and ReLU, as a list to put into `nn.Sequential`."""
-    return [Conv3x3(in_channels, out_channels), nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
+def conv3x3_bn_relu(in_channels: int, out_channels: int, stride: int = 1) -> list[nn.Module]:
+    """A 3x3 convolution without bias, batch norm and ReLU, as a list to put into `nn.Sequential`."""
+    return [Conv3x3(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
 
 
 def global_average(x_NCHW: Tensor) -> Tensor:
@@ -89,8 +159,8 @@ def global_average(x_NCHW: Tensor) -> Tensor:
     half = x_NCHW.dtype in (torch.bfloat16, torch.float16)
     if torch.compiler.is_compiling() or not half or x_NCHW.device.type != "cpu":
         return x_NCHW.mean(dim=(2, 3), keepdim=True)
-    # On a CPU, PyTorch's mean of channels_last maps in bfloat16 takes ten times as long as this product. The factor is
-    # a power of two, hence exact, and keeps sums in float16's range.
+    # On a CPU, PyTorch's mean of channels_last maps in bfloat16 takes ten times as long as this product. The
+    # factor is a power of two, hence exact, and keeps sums in float16's range.
     width = x_NCHW.shape[3]
     factor = 2.0 ** -width.bit_length()
     x_NH1C = torch.full((1, width), factor, dtype=x_NCHW.dtype) @ x_NCHW.permute(0, 2, 3, 1)
@@ -99,9 +169,11 @@ def global_average(x_NCHW: Tensor) -> Tensor:
 
 
 def spread(x_NC11: Tensor, size: tuple[int, int]) -> Tensor:
-    """Repeats the only cell of a map `size` (rows, columns) times, which is what bilinear upsampling does with it.
+    """Repeats the only cell of a map `size` (rows, columns) times, which is what bilinear upsampling does
+    with it.
 
-    A copy, because a view of stride 0 among the inputs of `torch.cat` turns its output from channels_last to NCHW.
+    A copy, because a view of stride 0 among the inputs of `torch.cat` turns its output from channels_last to
+    NCHW.
     """
     return x_NC11.expand(-1, -1, *size).contiguous(memory_format=torch.channels_last)
 

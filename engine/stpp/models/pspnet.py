@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from stpp.models.layers import conv1x1_bn_relu, conv3x3_bn_relu, global_average, spread, upsample
-from stpp.models.resnet import ResNet
+from stpp.models.network import Backbone, Network
 
 BINS = (1, 2, 3, 6)
 
@@ -26,10 +26,12 @@ def pooling_matrix(size: int, bins: int, device: torch.device) -> Tensor:
 
 
 def average_pool(x_NCHW: Tensor, bins: int) -> Tensor:
-    """Adaptive average pooling to `bins` x `bins` regions: [N, C, H, W] to [N, C, bins, bins], kept in channels_last.
+    """Adaptive average pooling to `bins` x `bins` regions: [N, C, H, W] to [N, C, bins, bins], kept in
+    channels_last.
 
-    Two matrix products, columns first, so that W is a plain number when it is joined with another axis and split again:
-    export follows that with any H and W. Unlike the backward of adaptive pooling, theirs is deterministic on CUDA.
+    Two matrix products, columns first, so that W is a plain number when it is joined with another axis and
+    split again: export follows that with any H and W. Unlike the backward of adaptive pooling, theirs is
+    deterministic on CUDA.
     """
     height, width = x_NCHW.shape[2:]
     rows = pooling_matrix(height, bins, x_NCHW.device).to(x_NCHW.dtype)
@@ -42,7 +44,8 @@ def average_pool(x_NCHW: Tensor, bins: int) -> Tensor:
 class PyramidPooling(nn.Module):
     """c4 with its pyramid of averages appended: [N, C, H, W] to [N, 2 C, H, W].
 
-    In training mode batch norm of the 1x1 level sees one value per channel and image, so it needs at least two images.
+    In training mode batch norm of the 1x1 level sees one value per channel and image, so it needs at least
+    two images.
     """
 
     def __init__(self, channels: int):
@@ -62,12 +65,12 @@ class PyramidPooling(nn.Module):
 class PSPHead(nn.Module):
     """Pyramid pooling and the classifier: [N, C, H, W] to logits [N, num_classes, H, W]."""
 
-    def __init__(self, channels: int, num_classes: int):
+    def __init__(self, channels: int, num_classes: int, dropout: bool):
         super().__init__()
         self.conv5 = nn.Sequential(
             PyramidPooling(channels),
             *conv3x3_bn_relu(2 * channels, channels // 4),
-            nn.Dropout(0.1),
+            nn.Dropout(0.1) if dropout else nn.Identity(),
             nn.Conv2d(channels // 4, num_classes, 1),
         )
 
@@ -75,27 +78,27 @@ class PSPHead(nn.Module):
         return self.conv5(c4_NCHW)
 
 
-class PSPNet(nn.Module):
-    """PSPNet on a ResNet.
+class PSPNet(Network):
+    """PSPNet on a backbone whose last map it pools.
 
     Args:
-        backbone: key of `stpp.models.resnet.LAYOUTS`.
+        backbone: channels of its last map are a multiple of 4.
         num_classes: channels of the logits.
-        output_stride: 8, 16 or 32.
+        dropout: before the classifier, in training.
     """
 
     head_lr_multiplier = 10.0
     classifier_name = "head.conv5.5"
 
-    def __init__(self, backbone: str, num_classes: int, output_stride: int):
+    def __init__(self, backbone: Backbone, num_classes: int, *, dropout: bool = True):
         super().__init__()
-        self.backbone = ResNet(backbone, output_stride)
-        self.head = PSPHead(self.backbone.channels[3], num_classes)
+        self.backbone = backbone
+        self.head = PSPHead(backbone.channels[3], num_classes, dropout)
+
+    def features(self, images_NCHW: Tensor) -> tuple[Tensor]:
+        """Normalised images [N, 3, H, W] to c4 [N, C4, H / output_stride, W / output_stride], rounded up."""
+        return (self.backbone(images_NCHW)[3],)
 
     def decode(self, c4_NCHW: Tensor) -> Tensor:
         """Logits from c4: [N, C4, h, w] to [N, num_classes, h, w]."""
         return self.head(c4_NCHW)
-
-    def forward(self, images_NCHW: Tensor) -> Tensor:
-        """Normalised images [N, 3, H, W] to logits [N, num_classes, H / output_stride, W / output_stride]."""
-        return self.decode(self.backbone(images_NCHW)[3])

@@ -1,21 +1,24 @@
-"""ResNet-18, -50 and -101 with torchvision's layout and state-dict keys, and dilation in place of late strides.
+"""ResNet-18, -50 and -101 with torchvision's layout and state-dict keys, and dilation in place of late
+strides.
 
-The stride of a bottleneck is in its 3x3 convolution ("v1.5"). There is no classifier: four feature maps come out.
+Those with a deep stem, and its keys, are UniMatch's. The stride of a bottleneck is in its 3x3 convolution
+("v1.5"). There is no classifier: four feature maps come out.
 
-Dilation. An `output_stride` of 16 or 8 takes the stride away from layer 4, or from layers 3 and 4. A 3x3 convolution is
-then dilated by the product of the strides taken away *before* it; the one that lost its stride is not itself affected.
-For bottlenecks this is torchvision's rule: the first block of a dilated stage keeps the previous dilation. Basic
-blocks, which torchvision cannot dilate, have two 3x3 convolutions: in the first block of a dilated stage the first
-keeps the previous dilation and the second already has the new one. So defined, a dilated network equals the strided one
-wherever the latter has a value (c4 at stride 8, every fourth row and column, is c4 at stride 32), and ImageNet weights
-keep their meaning.
+Dilation. An `output_stride` of 16 or 8 takes the stride away from layer 4, or from layers 3 and 4. A 3x3
+convolution is then dilated by the product of the strides taken away *before* it; the one that lost its stride
+is not itself affected. For bottlenecks this is torchvision's rule: the first block of a dilated stage keeps
+the previous dilation. Basic blocks, which torchvision cannot dilate, have two 3x3 convolutions: in the first
+block of a dilated stage the first keeps the previous dilation and the second already has the new one. So
+defined, a dilated network equals the strided one wherever the latter has a value (c4 at stride 8, every
+fourth row and column, is c4 at stride 32), and ImageNet weights keep their meaning.
 """
+
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from stpp.models.layers import Conv3x3
-
-OUTPUT_STRIDES = (8, 16, 32)
+from stpp.models.layers import Conv3x3, conv3x3_bn_relu
+from stpp.models.network import Backbone
 
 
 class BasicBlock(nn.Module):
@@ -25,7 +28,8 @@ class BasicBlock(nn.Module):
         in_channels: channels of the input.
         width: channels of both convolutions and of the output.
         stride: of the first convolution.
-        dilation_before, dilation: see the top of this file; they differ in the first block of a dilated stage only.
+        dilation_before, dilation: see the top of this file; they differ in the first block of a dilated stage
+            only.
         downsample: the shortcut's projection, or None for the identity.
     """
 
@@ -57,7 +61,8 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions and a shortcut: [N, in_channels, H, W] to [N, 4 width, H / stride, W / stride].
+    """1x1, 3x3, 1x1 convolutions and a shortcut: [N, in_channels, H, W] to [N, 4 width, H / stride, W /
+    stride].
 
     Args:
         in_channels: channels of the input.
@@ -98,14 +103,25 @@ class Bottleneck(nn.Module):
         return self.relu(out_NCHW)
 
 
+class Layout(NamedTuple):
+    """Blocks of a ResNet."""
+
+    block: type[BasicBlock] | type[Bottleneck]
+    depths: tuple[int, int, int, int]
+    deep_stem: bool = False
+    """Three 3x3 convolutions, 64, 64 and 128 channels, in place of one of 7x7 with 64."""
+
+
 LAYOUTS = {
-    "resnet18": (BasicBlock, (2, 2, 2, 2)),
-    "resnet50": (Bottleneck, (3, 4, 6, 3)),
-    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+    "resnet18": Layout(BasicBlock, (2, 2, 2, 2)),
+    "resnet50": Layout(Bottleneck, (3, 4, 6, 3)),
+    "resnet101": Layout(Bottleneck, (3, 4, 23, 3)),
+    "resnet50-deep-stem": Layout(Bottleneck, (3, 4, 6, 3), deep_stem=True),
+    "resnet101-deep-stem": Layout(Bottleneck, (3, 4, 23, 3), deep_stem=True),
 }
 
 
-class ResNet(nn.Module):
+class ResNet(Backbone):
     """A residual network without its classifier.
 
     Args:
@@ -113,29 +129,26 @@ class ResNet(nn.Module):
         output_stride: 8, 16 or 32: size of the input over the size of c4.
 
     Attributes:
-        channels: of c1, c2, c3 and c4.
-
-    Raises:
-        ValueError: for an unknown name or stride.
+        channels, strides: of c1, c2, c3 and c4.
 
     Source: He et al., "Deep Residual Learning for Image Recognition", arXiv 1512.03385.
     """
 
+    classifier_keys = ("fc.",)
+
     def __init__(self, name: str, output_stride: int):
         super().__init__()
-        if name not in LAYOUTS:
-            raise ValueError(f"backbone {name!r} is unknown; choose one of {', '.join(LAYOUTS)}")
-        if output_stride not in OUTPUT_STRIDES:
-            raise ValueError(f"output_stride {output_stride!r} is not possible; choose one of {OUTPUT_STRIDES}")
-        block, depths = LAYOUTS[name]
+        block, depths, deep_stem = LAYOUTS[name]
         self.channels = tuple(width * block.expansion for width in (64, 128, 256, 512))
-        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
+        self.strides = (4, 8, min(16, output_stride), output_stride)
+        stem = 128 if deep_stem else 64
+        self.conv1 = _deep_stem(stem) if deep_stem else nn.Conv2d(3, stem, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         taken3 = output_stride == 8
         taken4 = output_stride in (8, 16)
-        self.layer1 = _stage(block, depths[0], 64, 64, stride=1, dilation_before=1, dilation=1)
+        self.layer1 = _stage(block, depths[0], stem, 64, stride=1, dilation_before=1, dilation=1)
         self.layer2 = _stage(block, depths[1], self.channels[0], 128, stride=2, dilation_before=1, dilation=1)
         self.layer3 = _stage(
             block,
@@ -158,7 +171,8 @@ class ResNet(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws weights for training from scratch: He's normal over the outputs; batch norm starts as the identity."""
+        """Draws weights for training from scratch: He's normal over the outputs; batch norm starts as the
+        identity."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -166,7 +180,8 @@ class ResNet(nn.Module):
                 module.reset_parameters()
 
     def forward(self, images_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Feature maps c1 (a quarter of the input's size), c2 (an eighth), c3, c4 (1 / output_stride), rounded up."""
+        """Feature maps c1 (a quarter of the input's size), c2 (an eighth), c3, c4 (1 / output_stride),
+        rounded up."""
         x_NCHW = self.maxpool(self.relu(self.bn1(self.conv1(images_NCHW))))
         c1 = self.layer1(x_NCHW)
         c2 = self.layer2(c1)
@@ -174,10 +189,17 @@ class ResNet(nn.Module):
         return c1, c2, c3, self.layer4(c3)
 
 
+def _deep_stem(out_channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        *conv3x3_bn_relu(3, 64, stride=2), *conv3x3_bn_relu(64, 64), Conv3x3(64, out_channels)
+    )
+
+
 def _stage(
     block: type, depth: int, in_channels: int, width: int, stride: int, dilation_before: int, dilation: int
 ) -> nn.Sequential:
-    """`depth` blocks; the first has the stride, the projection where shapes change, and the previous dilation."""
+    """`depth` blocks; the first has the stride, the projection where shapes change, and the previous
+    dilation."""
     out_channels = width * block.expansion
     downsample = None
     if stride != 1 or in_channels != out_channels:

@@ -1,4 +1,5 @@
-"""Networks from checkpoints: those of a training run, and state dicts of others, which do not say what they are."""
+"""Networks from checkpoints: those of a training run, and state dicts of others, which do not say what they
+are."""
 
 import functools
 from collections.abc import Sequence
@@ -10,12 +11,9 @@ from torch import Tensor, nn
 
 from stpp import checkpoint, log
 from stpp.errors import UserError
-from stpp.models.build import MODELS, build_model
-from stpp.models.resnet import LAYOUTS
+from stpp.models.build import BACKBONES, NETWORKS, build_model, stride_of
 from stpp.models.weights import load_state, named_keys, read_checkpoint, state_dict_of
 
-PUBLIC_STRIDE = 8
-"""Output stride of the published ST++ networks. No weight depends on it, so no state dict tells it."""
 MAX_CLASSES = 255
 """Ids that a mask holds besides 255, which is "ignore"."""
 UNCOUNTED = ".num_batches_tracked"
@@ -29,62 +27,113 @@ class Trained(NamedTuple):
     classes: list[str]
     """Names in the order of their ids; numbers where they are not known."""
     architecture: dict
-    """Its name, backbone and output_stride."""
+    """Its name, backbone and output_stride, which is None where patches fix it."""
 
 
-def load_network(path: str | Path, *, output_stride: int | None = None, class_names: Sequence[str] = ()) -> Trained:
-    """The network of a checkpoint: one of a training run, or a state dict with the public keys, as those of ST++ are.
+def load_network(
+    path: str | Path, *, output_stride: int | None = None, class_names: Sequence[str] = ()
+) -> Trained:
+    """The network of a checkpoint: one of a training run, or a state dict with the public keys of ST++,
+    UniMatch or UniMatch V2.
 
-    What network a state dict is of is seen in its keys and shapes; wrappers and prefixes are as in `load_model`.
+    What network a state dict is of is seen in its keys and shapes; wrappers and prefixes are as in
+    `load_model`.
 
     Args:
-        output_stride: of a state dict; None: 8, that of the published ST++ networks. A run's checkpoint tells its own.
+        output_stride: of a state dict, whose weights do not depend on it; None: that of all published
+            networks on such a backbone, if there is one. A run's checkpoint tells its own.
         class_names: for a state dict of as many classes.
 
     Raises:
-        UserError: the file is unfit (see `read_checkpoint`), holds no such network, or a run's of another stride.
+        UserError: the file is unfit (see `read_checkpoint`), holds no such network, a run's of another
+            stride, or one whose stride nobody told.
     """
     content = read_checkpoint(path)
     if "format" not in content:
-        return _published(state_dict_of(content), path, output_stride or PUBLIC_STRIDE, class_names)
+        return _published(state_dict_of(content), path, output_stride, class_names)
     saved = checkpoint.ours(content, path)
     try:
         architecture, classes = saved["architecture"], list(saved["classes"])
-        network = build_model(architecture["name"], architecture["backbone"], len(classes),
-                              architecture["output_stride"])
+        network = build_model(
+            architecture["name"], architecture["backbone"], len(classes), architecture["output_stride"]
+        )
         network.load_state_dict(saved["model"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: holds no network of this version ({reason}); give a best.pt or third-*.pt") from None
+        raise UserError(
+            f"{path}: holds no network of this version ({reason}); give a best.pt or third-*.pt"
+        ) from None
     if output_stride not in (None, architecture["output_stride"]):
-        raise UserError(f"--output-stride {output_stride}: {path} was trained at {architecture['output_stride']} and tells so; "
-                        "leave the flag out")
+        raise UserError(
+            f"--output-stride {output_stride}: {path} was trained at {architecture['output_stride']} and tells so; "
+            "leave the flag out"
+        )
     return Trained(network, classes, architecture)
 
 
-def _published(state: dict[str, object], path: str | Path, output_stride: int, class_names: Sequence[str]) -> Trained:
+def _published(
+    state: dict[str, object], path: str | Path, output_stride: int | None, class_names: Sequence[str]
+) -> Trained:
     """The network of a state dict."""
-    found = {key for key in state if not key.endswith(UNCOUNTED)}
-    (name, backbone), keys = min(_known_keys().items(), key=lambda known: len(known[1] ^ found))
-    if keys != found:
-        misfits = {"missing": sorted(keys - found), "superfluous": sorted(found - keys)}
-        raise UserError(f"{path}: holds no network that is known here; nearest is {name} on {backbone} ({named_keys(misfits)})")
-    classifier = MODELS[name].classifier_name
-    biases = [state[key] for key in sorted(keys) if key.startswith(classifier) and key.endswith(".bias")]
+    name, backbone = _nearest(state, path)
+    known = _known_shapes()[name, backbone]
+    classifier = NETWORKS[name].make.classifier_name
+    biases = [state[key] for key in sorted(known) if key.startswith(classifier) and key.endswith(".bias")]
     count = biases[0].numel() if isinstance(biases[0], Tensor) else 0
     if not 2 <= count <= MAX_CLASSES:
         raise UserError(f"{path}: its classifier has {count} classes; 2 to {MAX_CLASSES} are possible")
-    network = build_model(name, backbone, count, output_stride)
+    asked = output_stride or BACKBONES[backbone].published_stride
+    if asked is None and BACKBONES[backbone].output_stride is not None:
+        raise UserError(
+            f"{path}: {name} on {backbone}, by its keys, which do not tell the output stride; "
+            f"say it with --output-stride ({BACKBONES[backbone].output_stride} is usual)"
+        )
+    stride = stride_of(backbone, asked)
+    network = build_model(name, backbone, count, stride)
     load_state(network, state, path)
-    log.say(f"{path}: {name} on {backbone}, {count} classes, by its keys; output stride {output_stride} (--output-stride sets it)")
+    shown = f"; output stride {stride} (--output-stride sets it)" if stride else ""
+    log.say(f"{path}: {name} on {backbone}, {count} classes, by its keys{shown}")
     names = list(class_names) if len(class_names) == count else [str(i) for i in range(count)]
-    return Trained(network, names, {"name": name, "backbone": backbone, "output_stride": output_stride})
+    return Trained(network, names, {"name": name, "backbone": backbone, "output_stride": stride})
+
+
+def _nearest(state: dict[str, object], path: str | Path) -> tuple[str, str]:
+    """Name and backbone of the known network with the keys of a state dict and, of several, with its shapes.
+
+    Raises:
+        UserError: none has these keys.
+    """
+    found = {
+        key: getattr(value, "shape", None) for key, value in state.items() if not key.endswith(UNCOUNTED)
+    }
+
+    def distance(shapes: dict[str, torch.Size]) -> tuple[int, int]:
+        return len(shapes.keys() ^ found.keys()), sum(
+            found.get(key) != shape for key, shape in shapes.items()
+        )
+
+    (name, backbone), nearest = min(_known_shapes().items(), key=lambda known: distance(known[1]))
+    if nearest.keys() != found.keys():
+        misfits = {
+            "missing": sorted(nearest.keys() - found.keys()),
+            "superfluous": sorted(found.keys() - nearest.keys()),
+        }
+        raise UserError(
+            f"{path}: holds no network that is known here; nearest is {name} on {backbone} ({named_keys(misfits)})"
+        )
+    return name, backbone
 
 
 @functools.cache
-def _known_keys() -> dict[tuple[str, str], frozenset[str]]:
-    """What a state dict has to hold, by name and backbone."""
+def _known_shapes() -> dict[tuple[str, str], dict[str, torch.Size]]:
+    """What a state dict has to hold, by name and backbone; the classifier is for two classes."""
     with torch.device("meta"):  # shapes without memory
-        networks = {(name, backbone): build_model(name, backbone, 2, PUBLIC_STRIDE) for name in MODELS for backbone in LAYOUTS}
-    return {kind: frozenset(key for key in network.state_dict() if not key.endswith(UNCOUNTED))
-            for kind, network in networks.items()}
+        networks = {
+            (name, backbone): build_model(name, backbone, 2)
+            for name in NETWORKS
+            for backbone in NETWORKS[name].backbones
+        }
+    return {
+        kind: {key: value.shape for key, value in network.state_dict().items() if not key.endswith(UNCOUNTED)}
+        for kind, network in networks.items()
+    }

@@ -1,4 +1,4 @@
-"""Weights from files: torchvision's ResNets, published ST++ networks, and our own checkpoints.
+"""Weights from files: published backbones, published networks, and our own checkpoints.
 
 Files come from strangers, so nothing but tensors and plain containers is ever unpickled.
 """
@@ -11,10 +11,12 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from stpp import checkpoint
+from stpp import checkpoint, files, log
 from stpp.errors import UserError
+from stpp.models.network import Network
 
-WRAPPERS = ("model", "state_dict")
+WRAPPERS = ("model_ema", "model", "state_dict")
+"""Keys under which a file may hold a state dict; of several the first is read. UniMatch V2 scores its `model_ema`."""
 PREFIXES = ("module.", "_orig_mod.")
 SHOWN = 5
 
@@ -45,14 +47,18 @@ class LoadReport:
 def read_checkpoint(path: str | os.PathLike) -> dict:
     """Reads a checkpoint onto the CPU without running any code in it.
 
+    Of a file with several networks, `model` and the mean `model_ema` of its weights, the mean is read and the other left
+    out, which is said; `best.pth#model` asks for the other.
+
     Returns:
-        The dict in the file, as it is: a state dict, or a dict that holds one under "model" or "state_dict".
+        The dict in the file: a state dict, or a dict that holds one under a key of `WRAPPERS`.
 
     Raises:
         UserError: the file is missing, unreadable or damaged, holds objects other than tensors and plain containers, or
             holds no dict with tensors.
     """
-    content = checkpoint.read(path)
+    file, part = files.and_part(path)
+    content = checkpoint.read(file)
     if not isinstance(content, dict):
         raise UserError(
             f"checkpoint {path} holds a {type(content).__name__} where a dict of tensors was expected; "
@@ -60,7 +66,18 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         )
     if not any(isinstance(value, Tensor) for value in _unwrapped(content).values()):
         raise UserError(f"checkpoint {path} holds no tensors; save model.state_dict()")
-    return content
+    return _one_network(content, file, part)
+
+
+def _one_network(content: dict, file: Path, part: str | None) -> dict:
+    """The content without the networks that are not read."""
+    found = [key for key in WRAPPERS if isinstance(content.get(key), dict)]
+    if part is not None and part not in found:
+        raise UserError(f"checkpoint {file} holds no {part!r}; it has {', '.join(found) or 'one state dict'}")
+    if part is None and len(found) > 1:
+        log.say(f"{file}: {found[0]} is read; {' or '.join(f'{file.name}#{key}' for key in found[1:])} names the other")
+    read = part or next(iter(found), None)
+    return {key: value for key, value in content.items() if key == read or key not in found}
 
 
 def state_dict_of(content: dict) -> dict[str, object]:
@@ -71,20 +88,25 @@ def state_dict_of(content: dict) -> dict[str, object]:
     return state
 
 
-def load_backbone(model: nn.Module, path: str | os.PathLike) -> LoadReport:
-    """Loads `model.backbone` from a torchvision ResNet, or from a whole network with keys `backbone.*`.
+def load_backbone(model: Network, path: str | os.PathLike) -> LoadReport:
+    """Loads `model.backbone` from a published file, or from a whole network with keys `backbone.*`.
 
-    The file's classifier (`fc.*`), or whatever of a network is not backbone, is left out and reported.
+    The file's classifier, or whatever of a network is not backbone, is left out and reported.
 
     Raises:
         UserError: the file is unfit (see `read_checkpoint`), lacks a tensor of the backbone, has one in another shape,
             or has tensors of another backbone.
     """
-    state = state_dict_of(read_checkpoint(path))
+    return load_backbone_state(model, state_dict_of(read_checkpoint(path)), path)
+
+
+def load_backbone_state(model: Network, state: dict[str, object], path: str | os.PathLike) -> LoadReport:
+    """As `load_backbone`, with what `state_dict_of` found in the file `path`."""
     prefix = "backbone." if any(key.startswith("backbone.") for key in state) else ""
+    classifier = model.backbone.classifier_keys
     inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    head = tuple(key for key in state if not key.startswith(prefix) or key.startswith("fc."))
-    inside = {key: value for key, value in inside.items() if not key.startswith("fc.")}
+    head = tuple(key for key in state if not key.startswith(prefix) or key.startswith(classifier))
+    inside = {key: value for key, value in inside.items() if not key.startswith(classifier)}
     fitting, report = _compare(model.backbone, inside, path)
     _refuse_unfit(report, "the backbone")
     _copy(model.backbone, fitting, path)
@@ -92,7 +114,7 @@ def load_backbone(model: nn.Module, path: str | os.PathLike) -> LoadReport:
 
 
 def load_model(model: nn.Module, path: str | os.PathLike, strict: bool = True) -> LoadReport:
-    """Loads a whole network: a state dict, plain or under "model" or "state_dict", "module." before its keys or not.
+    """Loads a whole network: a state dict, plain or under a key of `WRAPPERS`, "module." before its keys or not.
 
     Args:
         model: a network from `build_model`.

@@ -35,14 +35,15 @@ from stpp.methods import METHODS
 from stpp.methods.stages import Trained
 from stpp.methods.supervised import Supervised, few_twice
 from stpp.metrics import iou_per_class, mean_iou
-from stpp.models.build import build_model
+from stpp.models.build import network_of
+from stpp.models.pretrained import start_from
 from stpp.models.trained import load_network
 from stpp.precision import autocast_dtype
 from stpp.report.build import write_report
 from stpp.report.examples import Watch, write_examples
 from stpp.report.run import SCORES
 from stpp.run import folder, lease, preflight
-from stpp.training.assemble import fresh_network, images_per_pass, start_from
+from stpp.training.assemble import fresh_network, images_per_pass
 from stpp.training.step import Step
 from stpp.training.trainer import Schedule, Scores, Trainer
 from stpp_kernels import described
@@ -146,7 +147,7 @@ class Run:
     def preflight(self) -> None:
         """Refuses what would fail only after hours of training."""
         model = self.config.model
-        network = build_model(model.name, model.backbone, len(self.index.classes), model.output_stride)
+        network = network_of(model, len(self.index.classes))
         preflight.preflight(
             self.config, lists={"labeled.txt": self.labelled, "unlabeled.txt": self.unlabelled, "val.txt": self.val},
             weights=checkpoint.size_bytes(network.state_dict()), notes=self.notes,

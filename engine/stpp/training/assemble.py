@@ -9,12 +9,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from stpp import log
-from stpp.config import Config, ModelConfig, TrainConfig
+from stpp.config import Config, TrainConfig
 from stpp.distributed import World
 from stpp.errors import UserError
-from stpp.models import imagenet
-from stpp.models.build import build_model
-from stpp.models.weights import load_backbone, load_model, read_checkpoint, state_dict_of
+from stpp.models.build import network_of
+from stpp.models.pretrained import start_from
 from stpp.training.step import Step
 
 FEW_IMAGES = 8
@@ -32,8 +31,10 @@ def fresh_network(config: Config, here: World, classes: Sequence[str], *, stage:
     """
     train, per_pass = config.train, images_per_pass(config.train, here)
     torch.manual_seed(stream_seed(config.seed, stage))
-    network = build_model(config.model.name, config.model.backbone, len(classes), config.model.output_stride)
+    network = network_of(config.model, len(classes))
     start_from(network, config.model, classes)
+    if config.model.freeze_backbone:
+        network.freeze_backbone()
     on_cuda = here.device.type == "cuda"
     if train.sync_bn and on_cuda:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -54,25 +55,6 @@ def over_ranks(step: Step, here: World, *, accumulate: int) -> nn.Module:
         return DistributedDataParallel(
             step, device_ids=[here.device] if here.device.type == "cuda" else None, broadcast_buffers=False,
             gradient_as_bucket_view=True, static_graph=accumulate == 1)
-
-
-def start_from(network: nn.Module, model: ModelConfig, classes: Sequence[str]) -> None:
-    """Loads `--model.pretrained` into a new network: a whole network if the file holds one, else its backbone.
-
-    Raises:
-        UserError: the file is unfit or cannot be downloaded, or a run of this project wrote it for other classes.
-    """
-    if model.pretrained == "none":
-        return
-    path = imagenet.weights_file(model.backbone) if model.pretrained == "imagenet" else model.pretrained
-    content = read_checkpoint(path)
-    theirs = content.get("classes")
-    if isinstance(theirs, list) and theirs != list(classes):
-        raise UserError(f"--model.pretrained {path} has {len(theirs)} classes ({', '.join(map(str, theirs))}), this "
-                        f"data set {len(classes)} ({', '.join(classes)}); give a checkpoint of the same classes, or a ResNet")
-    whole = any(key.startswith("backbone.") for key in state_dict_of(content))
-    report = load_model(network, path, strict=False) if whole else load_backbone(network, path)
-    log.say(f"  {report.summary()}")
 
 
 def images_per_pass(train: TrainConfig, here: World) -> int:

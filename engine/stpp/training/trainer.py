@@ -23,7 +23,7 @@ from stpp.errors import UserError
 from stpp.loading import loader
 from stpp.loading.sample import Batch, Stream
 from stpp.loading.sampler import stage_samplers
-from stpp.models.build import parameter_groups
+from stpp.models.build import architecture_of, parameter_groups
 from stpp.precision import autocast_dtype
 from stpp.training.assemble import over_ranks, stream_seed
 from stpp.training.optimizer import make_optimizer, step_unless
@@ -309,7 +309,7 @@ class Trainer:
         distributed.broadcast_buffers(deployed)
         if self.here.is_main:
             self.writer.save(self.folder / name, model=deployed.state_dict(), classes=list(self.classes),
-                             architecture=dataclasses.asdict(self.config.model), step=self.steps_done,
+                             architecture=architecture_of(self.config.model), step=self.steps_done,
                              reading={"exif": self.config.data.exif}, **scores)
 
     def _save(self) -> None:

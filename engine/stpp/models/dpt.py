@@ -1,0 +1,146 @@
+"""DPT on a vision transformer, as UniMatch V2 has it: four maps of one size, spread over four scales and
+fused from coarse to fine.
+
+Logits have 8 cells for 14 pixels of the input. There is no batch norm.
+
+Source: Ranftl et al., "Vision Transformers for Dense Prediction", arXiv 2103.13413; sizes as in UniMatch V2
+(Yang et al., arXiv 2410.10777). The 1x1 convolution after a fusion runs before its upsampling, where there
+are a quarter of the cells: bilinear weights sum to 1, so the function is the same.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stpp.models.layers import upsample
+from stpp.models.network import Backbone, Network
+
+
+class ResidualUnit(nn.Module):
+    """Two 3x3 convolutions, each after a ReLU, and a shortcut: [N, C, H, W] to the same."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        return x_NCHW + self.conv2(F.relu(self.conv1(F.relu(x_NCHW))))
+
+
+class Fusion(nn.Module):
+    """A map joined with what came of the coarser ones, and upsampled.
+
+    Args:
+        width: channels of all maps.
+        coarsest: there is nothing to join. Published files have the weights of that branch all the same; they
+            are never trained.
+    """
+
+    def __init__(self, width: int, *, coarsest: bool = False):
+        super().__init__()
+        self.out_conv = nn.Conv2d(width, width, 1)
+        self.resConfUnit1 = ResidualUnit(width).requires_grad_(not coarsest)
+        self.resConfUnit2 = ResidualUnit(width)
+
+    def forward(self, x_NCHW: Tensor, fine_NCHW: Tensor | None, size: tuple[int, int]) -> Tensor:
+        """What came of the coarser maps, and the map of the same size, to [N, width, *size]."""
+        if fine_NCHW is not None:
+            x_NCHW = x_NCHW + self.resConfUnit1(fine_NCHW)
+        return upsample(self.out_conv(self.resConfUnit2(x_NCHW)), size)
+
+
+class DPTHead(nn.Module):
+    """Four maps [N, in_channels, h, w] to logits [N, num_classes, 8 h, 8 w].
+
+    Args:
+        in_channels: of the maps.
+        widths: channels of the four scales, from fine to coarse.
+        width: channels of the fused maps.
+    """
+
+    def __init__(self, in_channels: int, widths: tuple[int, int, int, int], width: int, num_classes: int):
+        super().__init__()
+        self.projects = nn.ModuleList(nn.Conv2d(in_channels, scale, 1) for scale in widths)
+        self.resize_layers = nn.ModuleList(
+            [
+                nn.ConvTranspose2d(widths[0], widths[0], 4, stride=4),
+                nn.ConvTranspose2d(widths[1], widths[1], 2, stride=2),
+                nn.Identity(),
+                nn.Conv2d(widths[3], widths[3], 3, stride=2, padding=1),
+            ]
+        )
+        self.scratch = nn.Module()  # the name in the published keys
+        for i, scale in enumerate(widths, 1):
+            self.scratch.add_module(f"layer{i}_rn", nn.Conv2d(scale, width, 3, padding=1, bias=False))
+        for i in (1, 2, 3, 4):
+            self.scratch.add_module(f"refinenet{i}", Fusion(width, coarsest=i == 4))
+        self.scratch.output_conv = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(width, num_classes, 1)
+        )
+
+    def forward(self, *maps: Tensor) -> Tensor:
+        scales = [
+            resize(project(x))
+            for project, resize, x in zip(self.projects, self.resize_layers, maps, strict=True)
+        ]
+        one, two, three, four = (
+            self.scratch.get_submodule(f"layer{i}_rn")(x) for i, x in enumerate(scales, 1)
+        )
+        x = self.scratch.refinenet4(four, None, three.shape[2:])
+        x = self.scratch.refinenet3(x, three, two.shape[2:])
+        x = self.scratch.refinenet2(x, two, one.shape[2:])
+        x = self.scratch.refinenet1(x, one, (2 * one.shape[2], 2 * one.shape[3]))
+        return self.scratch.output_conv(x)
+
+
+class DPT(Network):
+    """DPT on an encoder whose four maps have one cell for each patch.
+
+    Args:
+        backbone: all its strides are the side of its patches.
+        num_classes: channels of the logits.
+        widths, width: see `DPTHead`.
+    """
+
+    head_lr_multiplier = 40.0
+    classifier_name = "head.scratch.output_conv.2"
+
+    def __init__(
+        self, backbone: Backbone, num_classes: int, *, widths: tuple[int, int, int, int], width: int
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.head = DPTHead(backbone.channels[3], widths, width, num_classes)
+
+    @property
+    def least_px(self) -> int:
+        """Smallest side of images in an exported graph: three patches, because the coarsest map halves them."""
+        patch = self.backbone.strides[0]
+        return 3 * patch - patch // 2
+
+    def features(self, images_NCHW: Tensor) -> tuple[Tensor, ...]:
+        """Normalised images [N, 3, H, W] to four maps [N, D, h, w] with a cell for each patch.
+
+        Sides that are no multiple of the patch are resized to the nearest, in evaluation as the public one
+        does: bilinear with corners aligned. Logits that are upsampled with corners aligned to the image's own
+        size lie on it as they should.
+
+        Raises:
+            ValueError: such a side in training, where a crop of the right size costs nothing.
+        """
+        patch = self.backbone.strides[0]
+        size = tuple(max(1, (side + patch // 2) // patch) * patch for side in images_NCHW.shape[2:])
+        if torch.compiler.is_compiling() or size != tuple(images_NCHW.shape[2:]):
+            if self.training and not torch.compiler.is_compiling():
+                raise ValueError(
+                    f"images of {tuple(images_NCHW.shape[2:])} pixels do not divide into patches of "
+                    f"{patch}; train on "
+                    f"crops of {size}"
+                )
+            images_NCHW = upsample(images_NCHW, size)
+        return self.backbone(images_NCHW)
+
+    def decode(self, *maps: Tensor) -> Tensor:
+        """Logits from the four maps: [N, D, h, w] each to [N, num_classes, 8 h, 8 w]."""
+        return self.head(*maps)

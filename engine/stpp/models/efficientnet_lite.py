@@ -1,0 +1,169 @@
+"""EfficientNet-Lite 0, 1 and 2 with the state-dict keys of the published PyTorch weights, and dilation in
+place of late strides.
+
+Inverted residual blocks with ReLU6, without squeeze and excitation. There is no classifier: four feature maps
+come out. The published training dropped whole blocks at random; that is left out.
+
+Padding is "same" as TensorFlow has it: at stride 2 it depends on the size whether the first row is padded, so
+that output i has its centre in row 2 i + 1 where the number of rows is even, and in row 2 i where it is odd.
+
+Dilation. An `output_stride` of 16 or 8 takes the stride away from the last, or the last two, of the strided
+blocks, and dilates the depthwise convolutions after it. As for the ResNets, a dilated network equals the
+strided one wherever the latter has a value.
+
+Inputs are normalised as everywhere here; the published weights want (x - 127) / 128 of bytes x. `forward`
+converts one to the other, so that the weights are used as they are, and mean the same at the border, where
+the padding is a zero of theirs.
+
+Source: Tan and Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks", arXiv
+1905.11946; the lite variants are of TensorFlow's repository (efficientnet/lite).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from stpp.models.layers import DepthwiseConv, SameConv
+from stpp.models.network import Backbone
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of ImageNet, by which the inputs are normalised."""
+EPS = 1e-3
+"""Of batch norm, as published."""
+
+
+class Stage(NamedTuple):
+    """Blocks with one map size; the first has the stride."""
+
+    depth: int
+    width: int
+    kernel: int
+    stride: int
+    expansion: int = 6
+
+
+def _stages(depths: tuple[int, ...], widths: tuple[int, ...]) -> tuple[Stage, ...]:
+    kernels, strides, expansions = (3, 3, 5, 3, 5, 5, 3), (1, 2, 2, 2, 1, 2, 1), (1, 6, 6, 6, 6, 6, 6)
+    return tuple(Stage(*facts) for facts in zip(depths, widths, kernels, strides, expansions, strict=True))
+
+
+LAYOUTS = {
+    "efficientnet-lite0": _stages((1, 2, 2, 3, 3, 4, 1), (16, 24, 40, 80, 112, 192, 320)),
+    "efficientnet-lite1": _stages((1, 3, 3, 4, 4, 5, 1), (16, 24, 40, 80, 112, 192, 320)),
+    "efficientnet-lite2": _stages((1, 3, 3, 4, 4, 5, 1), (16, 24, 48, 88, 120, 208, 352)),
+}
+STEM = 32
+"""Channels after the first convolution."""
+TAPPED = (1, 2, 4, 6)
+"""Stages whose outputs are c1, c2, c3 and c4: the last of each stride."""
+
+
+class InvertedResidual(nn.Module):
+    """1x1 expansion, depthwise convolution, 1x1 projection, and a shortcut where input and output are alike.
+
+    Args:
+        in_channels, out_channels: channels of the input and of the output.
+        expansion: of the channels between; at 1 there is no expansion.
+        kernel, stride, dilation: of the depthwise convolution.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        expansion: int,
+        kernel: int,
+        stride: int,
+        dilation: int,
+        shortcut: bool,
+    ):
+        super().__init__()
+        width = in_channels * expansion
+        if expansion != 1:
+            self._expand_conv = nn.Conv2d(in_channels, width, 1, bias=False)
+            self._bn0 = nn.BatchNorm2d(width, eps=EPS)
+        self._depthwise_conv = DepthwiseConv(width, kernel, stride=stride, dilation=dilation)
+        self._bn1 = nn.BatchNorm2d(width, eps=EPS)
+        self._project_conv = nn.Conv2d(width, out_channels, 1, bias=False)
+        self._bn2 = nn.BatchNorm2d(out_channels, eps=EPS)
+        self.relu = nn.ReLU6(inplace=True)
+        self.expands, self.shortcut = expansion != 1, shortcut
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """[N, in_channels, H, W] to [N, out_channels, H / stride, W / stride], rounded up."""
+        out_NCHW = self.relu(self._bn0(self._expand_conv(x_NCHW))) if self.expands else x_NCHW
+        out_NCHW = self.relu(self._bn1(self._depthwise_conv(out_NCHW)))
+        out_NCHW = self._bn2(self._project_conv(out_NCHW))
+        if self.shortcut:
+            out_NCHW += x_NCHW  # in place, as in the ResNets
+        return out_NCHW
+
+
+class EfficientNetLite(Backbone):
+    """An EfficientNet-Lite without its classifier.
+
+    Args:
+        name: a key of `LAYOUTS`.
+        output_stride: 8, 16 or 32: size of the input over the size of c4.
+    """
+
+    classifier_keys = ("_conv_head.", "_bn1.", "_fc.")
+
+    def __init__(self, name: str, output_stride: int):
+        super().__init__()
+        stages = LAYOUTS[name]
+        self.channels = tuple(stages[i].width for i in TAPPED)
+        self.strides = (4, 8, min(16, output_stride), output_stride)
+        scale = [255 / 128 * std for std in STD]
+        shift = [(255 * mean - 127) / 128 for mean in MEAN]
+        self.register_buffer("scale_1C11", torch.tensor(scale).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("shift_1C11", torch.tensor(shift).view(1, 3, 1, 1), persistent=False)
+        self._conv_stem = SameConv(3, STEM, 3, stride=2)
+        self._bn0 = nn.BatchNorm2d(STEM, eps=EPS)
+        self.relu = nn.ReLU6(inplace=True)
+        self._blocks = nn.ModuleList()
+        self.ends: tuple[int, ...] = ()
+        in_channels, stride, dilation = STEM, 2, 1
+        for i, stage in enumerate(stages):
+            kept = stage.stride if stride * stage.stride <= output_stride else 1
+            for first in (True,) + (False,) * (stage.depth - 1):
+                self._blocks.append(
+                    InvertedResidual(
+                        in_channels,
+                        stage.width,
+                        expansion=stage.expansion,
+                        kernel=stage.kernel,
+                        stride=kept if first else 1,
+                        dilation=dilation,
+                        shortcut=in_channels == stage.width and not (first and stage.stride > 1),
+                    )
+                )
+                if first:  # the one that lost its stride sees its neighbours as before
+                    stride, dilation = stride * kept, dilation * stage.stride // kept
+                in_channels = stage.width
+            if i in TAPPED:
+                self.ends += (len(self._blocks) - 1,)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws weights for training from scratch: He's normal over the outputs of a group; batch norm starts
+        as the identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                fan_out = module.out_channels // module.groups * module.weight[0, 0].numel()
+                nn.init.normal_(module.weight, 0.0, (2 / fan_out) ** 0.5)
+            elif isinstance(module, nn.BatchNorm2d):
+                module.reset_parameters()
+
+    def forward(self, images_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Feature maps c1 (a quarter of the input's size), c2 (an eighth), c3, c4 (1 / output_stride),
+        rounded up."""
+        x_NCHW = self.relu(self._bn0(self._conv_stem(images_NCHW * self.scale_1C11 + self.shift_1C11)))
+        maps = []
+        for i, block in enumerate(self._blocks):
+            x_NCHW = block(x_NCHW)
+            if i in self.ends:
+                maps.append(x_NCHW)
+        return tuple(maps)

