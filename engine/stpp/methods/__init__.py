@@ -29,7 +29,7 @@ class Method:
 METHODS = {
     "supervised": Method(run=supervised.train, unlabelled=0, labels=False, checkpoints=5),
     "st": Method(run=st.train, predictors=1, checkpoints=10),
-    "stpp": Method(run=stpp.training.trainer, unlabelled=2, predictors=5, checkpoints=18),
+    "stpp": Method(run=stpp.train, unlabelled=2, predictors=5, checkpoints=18),
     "retrain": Method(run=retrain.train, labels=False, checkpoints=5),
     "unimatch": Method(run=unimatch.train, labels=False, pairs=True, checkpoints=5),
     "unimatch-v2": Method(run=unimatch_v2.train, labels=False, pairs=True, checkpoints=8),
