@@ -45,12 +45,13 @@ class Notices:
         count, first, bits = self._dark
         if count:
             lines.append(
-                f"warning: {count} of the 16-bit images use at most {bits} bits (the first: {first}): to the network "
-                "they are nearly black; stretch them to the full range, all by the same factor"
+                f"warning: {count} of the 16-bit images use at most {bits} bits (the first: {first}): to "
+                "the network they are nearly black; stretch them to the full range, all by the same factor"
             )
         if self._by_pil:
             lines.append(
-                f"{self._by_pil} of {self._images} images are of kinds that decoders read differently: PIL decodes "
-                "them, whatever the loader, which is slower; JPEG and 8-bit PNG in gray or RGB are fastest"
+                f"{self._by_pil} of {self._images} images are of kinds that decoders read differently: "
+                "PIL decodes them, whatever the loader, which is slower; JPEG and 8-bit PNG in gray or RGB "
+                "are fastest"
             )
         return lines

@@ -44,8 +44,12 @@ _INPUTS = {
     "noise": (types.UINT8, 3, "HWC"),
 }
 _FED = {"fed": (types.BOOL, 0, ""), "pixels": (types.UINT8, 3, "HWC")}
-_TURNED = {"transposed": (types.BOOL, 0, ""), "flipped": (types.BOOL, 0, ""), "mirrored": (types.INT32, 0, ""),
-           "upended": (types.INT32, 0, "")}
+_TURNED = {
+    "transposed": (types.BOOL, 0, ""),
+    "flipped": (types.BOOL, 0, ""),
+    "mirrored": (types.INT32, 0, ""),
+    "upended": (types.INT32, 0, ""),
+}
 
 
 def train_inputs(*, fed: bool, turned: bool) -> dict[str, tuple]:
