@@ -29,6 +29,7 @@ from stpp.inference.evaluate import evaluate
 from stpp.inference.protocol import Identity
 from stpp.loading import loader, reference
 from stpp.loading.augment import draw
+from stpp.loading.native import native_batches
 from stpp.loading.sample import Sample, Stream
 from stpp.loading.sampler import MicroBatch
 
@@ -300,3 +301,26 @@ def test_a_file_that_pil_decodes_and_that_broke_is_named(tmp_path, name):
     )
     with pytest.raises(UserError, match=r"lossless_webp\.webp: none of the formats .*prepare"):
         list(stream)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not (has_dali() and torch.cuda.is_available()), reason="needs DALI and a CUDA device")
+def test_a_gpu_sees_nearly_these_pixels(made):
+    """JPEGs are decoded on the GPU, which rounds differently; all else is equal."""
+    side = zoo.WIDTH
+    numbers = np.arange(len(made.samples))
+    micro = MicroBatch(step=0, epoch=0, positions=numbers, indices=numbers)
+    augment = AugmentConfig(crop_px=side, long_side=(side, side))
+    settings = {"augment": augment, "seed": 0, "stage": 1, "threads": 2}
+    (ours,) = loader.pick("dali").train_batches(made.samples, [micro], device="cuda", **settings)
+    (truth,) = reference.train_batches(made.samples, [micro], device="cpu", **settings)
+    shown, expected = colours_of(ours.images_NCHW).astype(int), colours_of(truth.images_NCHW)
+    assert torch.equal(ours.labels_NHW.cpu(), truth.labels_NHW)
+    for row, sample in enumerate(made.samples):
+        assert np.abs(shown[row] - expected[row]).mean() <= 1.5, sample.key
+    whole = [[i] for i in numbers]
+    for batch in native_batches(made.samples, whole, device="cuda", loader="dali", threads=2):
+        (i,) = batch.indices.tolist()
+        found = colours_of(batch.images_NCHW)[0].astype(int)
+        assert found.shape == made.seen[i].shape, made.samples[i].key
+        assert np.abs(found - made.seen[i]).mean() <= 1.5, made.samples[i].key

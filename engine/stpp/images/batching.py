@@ -12,8 +12,8 @@ from stpp.images.sources import Item
 HEAD_BYTES = 1 << 14
 """What is read of a file to learn how to read it; where that is too little, all of it is read."""
 TAIL_BYTES = 1 << 16
-"""What is read of the end of a PNG, which may tell its orientation behind the pixels: an eXIf chunk farther from the end,
-behind the pixels of a PNG that `HEAD_BYTES` do not hold, is not seen."""
+"""What is read of the end of a PNG, which may tell its orientation behind the pixels: an eXIf chunk farther
+from the end, behind the pixels of a PNG that `HEAD_BYTES` do not hold, is not seen."""
 
 
 @dataclass(frozen=True, kw_only=True)

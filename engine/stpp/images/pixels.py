@@ -34,7 +34,7 @@ class BadImage(Exception):
 
 
 def require_decodable(data: bytes) -> None:
-    """Decodes a whole file; a JPEG at an eighth of its size, which reads all its data but skips most arithmetic.
+    """Decodes a whole file; a JPEG at an eighth of its size, which reads all data but saves most arithmetic.
 
     Raises:
         BadImage: no image, damaged, cut short, or too large.

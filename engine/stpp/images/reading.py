@@ -1,4 +1,4 @@
-"""The one decision of how an image file is read: made by `prepare` and by the plan of a corpus, which keep it.
+"""The one decision of how an image file is read: made by `prepare` and by a corpus's plan, which keep it.
 
 The rules:
 
@@ -129,7 +129,7 @@ def require_size(size: tuple[int, int], reading: Reading) -> None:
 
 
 def prove(data: bytes, reading: Reading) -> int:
-    """Decodes a whole file to see that it can be, and returns the bits that it uses: those of its form, if 8 at most.
+    """Decodes a whole file to see that it can be; returns the bits that it uses: its form's, if 8 at most.
 
     Raises:
         BadImage: see `decode`.

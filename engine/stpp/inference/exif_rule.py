@@ -43,8 +43,8 @@ def agreed(paths: Sequence[Path], asked: bool | None = None) -> bool:
     for path, rule in known.items():
         if asked not in (None, rule):
             raise UserError(
-                f"--{'exif' if asked else 'no-exif'}: {path} was trained on images {described(rule)} and tells so; "
-                "leave the flag out"
+                f"--{'exif' if asked else 'no-exif'}: {path} was trained on images {described(rule)} and "
+                "tells so; leave the flag out"
             )
         first, expected = next(iter(known.items()))
         if rule != expected:

@@ -225,8 +225,8 @@ class _Feeder:
             if self.stream.masked and (reason := _failure(sample.mask, decoded_mask, self.device)) is not None:
                 mask_of(sample)
                 raise UserError(
-                    f"{sample.mask}: DALI cannot decode it, though PIL can ({reason}); write it anew or leave it "
-                    "out"
+                    f"{sample.mask}: DALI cannot decode it, though PIL can ({reason}); write it anew or "
+                    "leave it out"
                 )
         return found
 

@@ -47,8 +47,12 @@ _BOX = {
 }
 _BOX_OF_MASK = {"box_start": (types.FLOAT, 1, ""), "box_size": (types.FLOAT, 1, "")}
 _FED = {"fed": (types.BOOL, 0, ""), "pixels": (types.UINT8, 3, "HWC")}
-_TURNED = {"transposed": (types.BOOL, 0, ""), "flipped": (types.BOOL, 0, ""), "mirrored": (types.INT32, 0, ""),
-           "upended": (types.INT32, 0, "")}
+_TURNED = {
+    "transposed": (types.BOOL, 0, ""),
+    "flipped": (types.BOOL, 0, ""),
+    "mirrored": (types.INT32, 0, ""),
+    "upended": (types.INT32, 0, ""),
+}
 
 
 def train_inputs(stream: Stream, *, fed: bool, turned: bool) -> dict[str, tuple]:

@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from stpp import files
+from stpp.images.image_file import IMAGENET_MEAN, IMAGENET_STD
 from stpp.images.palette import colourise
 from stpp.inference.open import Teacher
 from stpp.loading.native import native_batches
@@ -73,7 +74,7 @@ def _side_by_side(image_HWC: np.ndarray, *masks_HWC: np.ndarray) -> np.ndarray:
 
 def _shown(image_CHW: torch.Tensor) -> np.ndarray:
     """A normalised image as uint8 [H, W, 3]."""
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     image_HWC = image_CHW.float().cpu().permute(1, 2, 0) * std + mean
     return (image_HWC * 255).round().clamp(0, 255).to(torch.uint8).numpy()
 
