@@ -30,7 +30,9 @@ def test_positions_follow_the_published_rule(rows, columns):
     """The oracle: PyTorch's bicubic interpolation in float32 with the scale that the published code gives it."""
     trained = golden.waves("pos_embed", (1, 37, 37, 6)).float()
     scales = ((rows + 0.1) / 37, (columns + 0.1) / 37)
-    expected = F.interpolate(trained.permute(0, 3, 1, 2), scale_factor=scales, mode="bicubic").permute(0, 2, 3, 1)
+    expected = F.interpolate(trained.permute(0, 3, 1, 2), scale_factor=scales, mode="bicubic").permute(
+        0, 2, 3, 1
+    )
     if rows == columns == 37:
         expected = trained
     holder = type("Holder", (), {"pos_embed": torch.cat([torch.ones(1, 1, 6), trained.flatten(1, 2)], 1)})
@@ -46,7 +48,9 @@ def test_positions_follow_the_published_rule(rows, columns):
 
 
 def test_sides_are_taken_to_the_nearest_multiple_in_evaluation_only(network):
-    images_NCHW = golden.waves("input", (1, 3, 48, 77)).float()  # 48 is nearest to 42, 77 lies between 70 and 84: up
+    images_NCHW = golden.waves(
+        "input", (1, 3, 48, 77)
+    ).float()  # 48 is nearest to 42, 77 lies between 70 and 84: up
     with torch.no_grad():
         maps = network.features(images_NCHW)
         expected = network.backbone(upsample(images_NCHW, (42, 84)))
@@ -57,7 +61,9 @@ def test_sides_are_taken_to_the_nearest_multiple_in_evaluation_only(network):
         assert patches == max(1, int(side / 14 + 0.5))  # the public evaluation's rule
         with torch.no_grad():
             assert network.features(torch.zeros(1, 3, side, 14))[0].shape[2:] == (patches, 1)
-    with pytest.raises(ValueError, match=r"\(48, 77\) pixels do not divide into patches of 14; train on crops of \(42, 84\)"):
+    with pytest.raises(
+        ValueError, match=r"\(48, 77\) pixels do not divide into patches of 14; train on crops of \(42, 84\)"
+    ):
         small().train().features(images_NCHW)
 
 
@@ -94,7 +100,9 @@ def test_every_parameter_that_takes_a_gradient_gets_one():
     made(golden.waves("input", (2, 3, 42, 56)).float()).square().mean().backward()
     without = {key for key, value in made.named_parameters() if value.grad is None or not value.grad.any()}
     unit = "head.scratch.refinenet4.resConfUnit1."
-    unused = {unit + f"conv{i}.{part}" for i in (1, 2) for part in ("weight", "bias")} | {"backbone.mask_token"}
+    unused = {unit + f"conv{i}.{part}" for i in (1, 2) for part in ("weight", "bias")} | {
+        "backbone.mask_token"
+    }
     assert without == unused == {key for key, value in made.named_parameters() if not value.requires_grad}
 
 
@@ -125,7 +133,9 @@ def test_every_network_decodes_its_features(name, backbone):
         maps = made.features(images_NCHW)
         logits = made.decode(*maps)
         assert logits.shape == made(images_NCHW).shape and logits.shape[:2] == (2, 6)
-        assert made.decode(*(each * torch.empty(2, each.shape[1], 1, 1) for each in maps)).shape == logits.shape
+        assert (
+            made.decode(*(each * torch.empty(2, each.shape[1], 1, 1) for each in maps)).shape == logits.shape
+        )
     assert tuple(each.shape[1] for each in encoded) == made.backbone.channels
     for stride, each in zip(made.backbone.strides, encoded, strict=True):
         assert tuple(each.shape[2:]) == (-(-84 // stride), -(-112 // stride))
@@ -152,5 +162,7 @@ def test_work_is_estimated_from_linear_layers_too():
 def test_giant_has_the_published_size():
     with torch.device("meta"):
         encoder = build_model("dpt", "dinov2-giant", 21).backbone
-    assert encoder.blocks[0].mlp.w12.weight.shape == (8192, 1536) and encoder.blocks[0].mlp.w3.weight.shape == (1536, 4096)
+    assert encoder.blocks[0].mlp.w12.weight.shape == (8192, 1536) and encoder.blocks[
+        0
+    ].mlp.w3.weight.shape == (1536, 4096)
     assert round(sum(parameter.numel() for parameter in encoder.parameters()) / 1e6) == 1136

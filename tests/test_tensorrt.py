@@ -122,6 +122,10 @@ def test_engines_of_every_model_are_built_for_every_gpu(name, dtype, tmp_path):
     network, graph = ready(model(name), dtype), tmp_path / "model.onnx"
     shapes = export.onnx(network, graph, shapes=SHAPES, dtype=dtype)
     assert shapes.smallest == (1, least_px(name), least_px(name)) and shapes.largest == SHAPES.largest
+    if (name, dtype) == ("dinov2-small", torch.bfloat16):  # tensorrt-rtx 1.7 has no transposed convolution in it
+        with pytest.raises(UserError, match="--backend tensorrt: .* could not build the engine"):
+            assert_built(graph, network, dtype, shapes, capabilities=(GPUS[0],), rows=6)
+        return
     for gpu in GPUS:
         assert_built(graph, network, dtype, shapes, capabilities=(gpu,), rows=6)
     if dtype == torch.float16:  # ONNX Runtime computes no convolution in bfloat16

@@ -64,6 +64,7 @@ def load_network(
             f"{path}: holds no network of this version ({reason}); give a best.pt or third-*.pt"
         ) from None
     if output_stride not in (None, architecture["output_stride"]):
+        stride_of(architecture["backbone"], output_stride)
         raise UserError(
             f"--output-stride {output_stride}: {path} was trained at {architecture['output_stride']} and tells so; "
             "leave the flag out"
