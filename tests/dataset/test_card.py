@@ -10,6 +10,7 @@ from dataset_cases import data_set, ids, paletted, photo, prepare
 from stpp import cli
 from stpp.dataset import card
 from stpp.report import run as runs
+from stpp.report.build import write_report
 
 
 @pytest.fixture
@@ -116,5 +117,12 @@ def test_the_report_finds_the_card_of_a_run(root, tmp_path):
     (run / "config.json").write_text(json.dumps({"data": {"index": str(made.out)}}))
     text, sheet = runs.data_card(run)
     assert "CMYK (1)" in text and sheet == made.out / card.SHEET
+    (run / "stages").mkdir()
+    write_report(run, tmp_path / "report")
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "CMYK (1)" in page and 'src="pictures/contact-sheet.png"' in page
+    assert (tmp_path / "report" / "pictures" / card.SHEET).read_bytes() == sheet.read_bytes()
     (made.out / card.TEXT).unlink()
     assert runs.data_card(run) == ("", None)
+    write_report(run, tmp_path / "report")
+    assert 'id="data"' not in (tmp_path / "report" / "index.html").read_text()
