@@ -6,7 +6,7 @@ Legend: N images, H W size of the batch.
 
 import importlib.util
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,8 +16,9 @@ import torch
 
 from stpp.clock import Clock
 from stpp.images import storage
-from stpp.images.batching import Planned, padded
+from stpp.images.batching import Planned
 from stpp.images.image_file import IMAGENET_MEAN, IMAGENET_STD, upright
+from stpp.images.items import content_hash
 from stpp.images.pixels import BadImage, attempt
 
 AHEAD = 2
@@ -30,9 +31,11 @@ class Batch:
 
     planned: list[Planned]
     images_NCHW: torch.Tensor
-    """float32, channels_last, normalised, on the device; zero where padded, blank where there is no image."""
+    """float32, channels_last, normalised, on the device; blank (zero) where there is no image."""
     errors: dict[int, str]
     """Why there is none, by place in the batch."""
+    hashes: list[int | None]
+    """`content_hash` of each file's bytes as they were decoded; None where they could not be read."""
 
 
 class Decoder(Protocol):
@@ -54,7 +57,7 @@ class PilDecoder:
 
 
 def batches(tasks: Iterator[tuple[int, list[Planned]]], *, device: torch.device, kind: str, threads: int, most: int,
-            pad_to: int, clock: Clock) -> Iterator[tuple[int, Batch | None]]:
+            clock: Clock) -> Iterator[tuple[int, Batch | None]]:
     """Reads and decodes the given (shard, batch) pairs, in their order, `AHEAD` of them at once; None for an empty batch.
 
     Args:
@@ -73,21 +76,21 @@ def batches(tasks: Iterator[tuple[int, list[Planned]]], *, device: torch.device,
         else:
             decoder = PilDecoder(workers)
 
-        def prepared(planned: list[Planned], reads: list[Future]) -> tuple[torch.Tensor | None, dict[int, str]]:
+        def prepared(planned: list[Planned], reads: list[Future]) -> tuple:
             if not planned:
-                return None, {}
-            raw = [read.result() for read in reads]
+                return None, {}, []
+            raw, hashes = zip(*(read.result() for read in reads), strict=True)
             with clock("decode"):
-                return _assembled(planned, decoder.images(planned, raw), device, pad_to)
+                return *_assembled(planned, decoder.images(planned, list(raw)), device), list(hashes)
 
         def ready() -> tuple[int, Batch | None]:
             shard, planned, future = waiting.popleft()
             with clock("wait"):
-                pixels_NHWC, errors = future.result()
+                pixels_NHWC, errors, hashes = future.result()
             if not planned:
                 return shard, None
-            images_NCHW = normalised(pixels_NHWC, planned, errors, pad_to)
-            return shard, Batch(planned=planned, images_NCHW=images_NCHW, errors=errors)
+            images_NCHW = normalised(pixels_NHWC, errors)
+            return shard, Batch(planned=planned, images_NCHW=images_NCHW, errors=errors, hashes=hashes)
 
         try:
             for shard, planned in tasks:
@@ -109,35 +112,32 @@ def pick(name: str) -> str:
     return "dali" if name == "dali" or has_dali() else "pil"
 
 
-def normalised(pixels_NHWC: torch.Tensor, planned: list[Planned], errors: dict[int, str], pad_to: int) -> torch.Tensor:
+def normalised(pixels_NHWC: torch.Tensor, errors: Collection[int]) -> torch.Tensor:
     """uint8 [N, H, W, 3] to float32 [N, 3, H, W], channels_last, with ImageNet mean and deviation; blanks become zero."""
     scale = 1 / (255 * torch.tensor(IMAGENET_STD, device=pixels_NHWC.device))
     mean = 255 * torch.tensor(IMAGENET_MEAN, device=pixels_NHWC.device)
     images_NCHW = pixels_NHWC.float().sub_(mean).mul_(scale).permute(0, 3, 1, 2)
-    for i, one in enumerate(planned):
-        if i in errors:
-            images_NCHW[i] = 0
-        elif pad_to > 1:
-            images_NCHW[i, :, one.size[0]:] = 0
-            images_NCHW[i, :, :, one.size[1]:] = 0
+    for i in errors:
+        images_NCHW[i] = 0
     return images_NCHW
 
 
-def _read(one: Planned, clock: Clock) -> bytes | BadImage:
+def _read(one: Planned, clock: Clock) -> tuple[bytes | BadImage, int | None]:
+    """Bytes of a file, or why there are none; and their hash."""
     with clock("read"):
         try:
             data = one.item.read()
         except OSError as error:
-            return BadImage(storage.why(error))
+            return BadImage(storage.why(error)), None
+        found = content_hash(data)
     if 0 <= one.item.bytes != len(data):
-        return BadImage(f"cut short: {len(data)} of {one.item.bytes} bytes are there")
-    return data
+        return BadImage(f"cut short: {len(data)} of {one.item.bytes} bytes are there"), found
+    return data, found
 
 
-def _assembled(planned: list[Planned], images: list, device: torch.device,
-               pad_to: int) -> tuple[torch.Tensor, dict[int, str]]:
+def _assembled(planned: list[Planned], images: list, device: torch.device) -> tuple[torch.Tensor, dict[int, str]]:
     """Turns the images upright and stacks them: uint8 [N, H, W, 3] on the device, and the errors by place."""
-    height, width = padded(planned[0].size, pad_to)
+    height, width = planned[0].size
     on_device = device.type != "cpu" and any(isinstance(image, torch.Tensor) for image in images)
     stacked = torch.zeros(len(planned), height, width, 3, dtype=torch.uint8, device=device if on_device else "cpu")
     errors = {}
@@ -151,11 +151,10 @@ def _assembled(planned: list[Planned], images: list, device: torch.device,
             found, expected = "x".join(map(str, image.shape[1::-1])), "x".join(map(str, one.size[::-1]))
             errors[i] = f"it has {found} pixels where it had {expected} when it was planned"
             continue
-        place = stacked[i, : one.size[0], : one.size[1]]
         if array and not on_device:
-            place.numpy()[...] = image
+            stacked[i].numpy()[...] = image
         else:
-            place.copy_(torch.from_numpy(np.array(image)) if array else image)
+            stacked[i].copy_(torch.from_numpy(np.array(image)) if array else image)
     return stacked.to(device), errors
 
 

@@ -119,7 +119,8 @@ def upright(pixels: np.ndarray, value: int) -> np.ndarray:
         pixels = pixels[::-1]
     return pixels
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+"""Endings of images in folders and archives, in any case of letters; the same in every command."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 

@@ -72,7 +72,7 @@ class Predictor:
         Raises:
             BadImage: it cannot be read, has too many pixels, or a name that no mask can have.
         """
-        looked = examine(item, Cut(max_batch=1, batch_pixels=1, max_pixels=self.max_pixels, pad_to=0, exif=True))
+        looked = examine(item, Cut(max_batch=1, batch_pixels=1, max_pixels=self.max_pixels, exif=True))
         if looked.error is not None:
             raise BadImage(looked.error)
         try:

@@ -99,7 +99,7 @@ class Worker:
                 yield from ((shard, batch) for batch in cut or [[]])
 
         stream = batches.batches(tasks(), device=work.here.device, kind=work.decoder, threads=self._threads,
-                                most=work.plan.cut.max_batch, pad_to=work.plan.cut.pad_to, clock=self.clock)
+                                most=work.plan.cut.max_batch, clock=self.clock)
         current, ending = None, None
         with ThreadPoolExecutor(self._threads, "stpp-store") as pool, ThreadPoolExecutor(1, "stpp-close") as closer, \
                 closing(stream):

@@ -1,0 +1,100 @@
+"""Names in folders that people keep: what systems and file servers leave there, and masks that lie beside their images.
+
+One table for data sets and for corpora, so that both pass over the same files. Names are compared without regard to case.
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+SYSTEM_FOLDERS = frozenset({
+    "__macosx", "$recycle.bin", "recycler", "recycled", "system volume information", "found.000", "lost+found",
+    "@eadir", "@tmp", "@sharebin", "@sharesnap", "@synologydrive", "#recycle", "#snapshot", "@recycle", "@recently-snapshot",
+    "@transcode", ".@__thumb", "@__thumb", "network trash folder", "temporary items", "thevolumesettingsfolder",
+    ".trashes", ".trash", "~snapshot",
+})  # fmt: skip
+"""Recycle bins, thumbnails and snapshots: Windows, macOS, Linux, Synology, QNAP, NetApp."""
+SYSTEM_FILES = frozenset({"thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r"})
+"""Caches of thumbnails and settings of folders; `Icon` with a carriage return holds a folder's picture on macOS."""
+
+UNREAD_IMAGES = frozenset(
+    ".heic .heif .hif .avif .gif .jp2 .j2k .jpf .jpx .jxl .jxr .dng .cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .orf .rw2 .raf .pef "
+    ".raw .psd .psb .xcf .kra .svg .eps .ai .pdf .tga .exr .hdr .pcx .ico .icns .cur .dcm .nii .mha .npy .npz .mat .qoi .fit "
+    ".fits .ecw .sid .img .pbm .pnm .pfm .webm .mp4 .mov .avi".split()
+)
+"""Extensions of pictures and films that are not read: a folder of these is no empty folder."""
+
+MASK_ENDINGS = ("mask", "masks", "label", "labels", "seg", "segmentation", "gt", "annotation", "groundtruth", "labelids", "labeltrainids",
+                "instanceids", "trainids", "matte", "alpha", "color_mask", "mask_color")
+"""Last words of names that masks have when they lie beside their images: `7.jpg` and `7_mask.png`."""
+_BESIDE = re.compile(rf"(.+)[_.\- ](?:{'|'.join(MASK_ENDINGS)})(?:[_.\- ]?\(?\d+\)?)?", re.IGNORECASE | re.DOTALL)
+
+
+def is_leftover(name: str, *, is_folder: bool) -> bool:
+    """True for what a system left behind under this name (no path), which is never the user's image."""
+    return name.lower() in (SYSTEM_FOLDERS if is_folder else SYSTEM_FILES) or name.startswith("._")
+
+
+def is_passed_over(name: str, *, is_folder: bool) -> bool:
+    """True for leftovers and for hidden files and folders."""
+    return name.startswith(".") or is_leftover(name, is_folder=is_folder)
+
+
+def image_of_mask(key: str, keys: Collection[str]) -> str | None:
+    """The image that a file beside it is a mask of, by its name: "a/7" for "a/7_mask", "a/7-label_2" and "a/7_seg (1)".
+
+    Args:
+        key: the file's path without its extension.
+        keys: paths of images without their extensions.
+
+    Returns:
+        the image's key, if there is such an image; else None.
+    """
+    found = _BESIDE.fullmatch(key)
+    return found[1] if found and found[1] in keys else None
+
+
+@dataclass
+class PassedOver:
+    """Counts of what was not taken while folders were listed."""
+
+    system: Counter[str] = field(default_factory=Counter)
+    """Leftovers of systems by name."""
+    hidden: int = 0
+    """Files and folders whose names begin with a dot."""
+    extensions: Counter[str] = field(default_factory=Counter)
+    """Files among the images that are no image that is read, by extension in lower case; "" is none."""
+
+    def add(self, name: str, *, is_folder: bool) -> bool:
+        """Counts a name if it is passed over, and says whether it is."""
+        if is_leftover(name, is_folder=is_folder):
+            self.system["._*" if name.startswith("._") else name.strip()] += 1
+        elif name.startswith("."):
+            self.hidden += 1
+        else:
+            return False
+        return True
+
+    def unread(self, name: str) -> None:
+        """Counts a file among the images that is not read."""
+        self.extensions[os.path.splitext(name)[1].lower()] += 1
+
+    def pictures(self) -> int:
+        """Files that are pictures to people, or may be: of a known format that is not read, or without an extension."""
+        return sum(count for extension, count in self.extensions.items() if not extension or extension in UNREAD_IMAGES)
+
+    def lines(self) -> list[str]:
+        """What was passed over in words, a line for each kind."""
+        found = []
+        if self.extensions:
+            parts = [f"{count} {extension or 'without an extension'}" for extension, count in self.extensions.most_common()]
+            shown = ", ".join(parts[:12]) + (f" and {len(parts) - 12} more extensions" if len(parts) > 12 else "")
+            found.append(f"{shown}: not image formats that are read")
+        if self.system:
+            parts = [f"{count} {name}" for name, count in self.system.most_common(8)]
+            found.append(f"{', '.join(parts)}: left by systems and file servers")
+        if self.hidden:
+            found.append(f"{self.hidden} hidden (names that begin with a dot)")
+        return found
