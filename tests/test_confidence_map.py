@@ -28,6 +28,16 @@ def test_every_cell_is_the_share_of_the_largest_class_at_its_centre(height, widt
     assert confidence_map.read(found[1].tobytes() + b"0", height, width) is None
 
 
+def test_cells_are_placed_once_for_each_size():
+    confidence_map._centres.cache_clear()
+    with torch.inference_mode():
+        first = confidence_map.sampled(torch.ones(1, 2, 100, 130))
+    made = confidence_map._centres.cache_info().misses
+    assert torch.equal(confidence_map.sampled(torch.ones(1, 2, 100, 130)), first) and made == 2
+    assert confidence_map._centres.cache_info().misses == made
+    assert not confidence_map._centres(100, 3, torch.device("cpu")).is_inference()
+
+
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
 def test_what_is_no_confidence_counts_as_none(value):
     assert confidence_map.sampled(torch.full((1, 3, 2, 2), value)).tolist() == [[[0, 0], [0, 0]]]

@@ -4,7 +4,9 @@ Deviations are in grey levels (0..255) of the image before normalisation; docs/a
 measured.
 """
 
+import hashlib
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import stream_cases
 from stpp.config import AugmentConfig
 from stpp.errors import UserError
 from stpp.images.batches import has_dali
 from stpp.images.image_file import IMAGENET_STD
+from stpp.images.pixels import normalised, normalised_batch
 from stpp.loading import loader, reference
 from stpp.loading.augment import AugmentParams, draw
 from stpp.loading.sample import Batch, Sample
@@ -428,6 +432,97 @@ def test_has_dali_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia", None)
     monkeypatch.delitem(sys.modules, "nvidia.dali", raising=False)
     assert has_dali() is False
+
+
+NORMALISED = "d68dfe153708ad86bf727d5ff301114ad738ae8c3e5b2ad90ee3623255dd849f"
+"""SHA-256 of every colour, normalised."""
+
+
+def test_normalising_on_the_device_is_normalising_in_numpy():
+    values = np.arange(256, dtype=np.uint8)
+    pixels_NHWC = np.stack([values, values[::-1], np.roll(values, 99)], axis=1).reshape(2, 8, 16, 3)
+    found = normalised_batch(torch.from_numpy(pixels_NHWC))
+    assert found.shape == (2, 3, 8, 16) and found.is_contiguous(memory_format=torch.channels_last)
+    assert found.permute(0, 2, 3, 1).numpy().tobytes() == normalised(pixels_NHWC).tobytes()
+    assert hashlib.sha256(found.permute(0, 2, 3, 1).numpy().tobytes()).hexdigest() == NORMALISED
+
+
+def few(folder: Path, count: int = 8) -> list[Sample]:
+    return [write(folder, f"{i}.png", Image.fromarray(smooth(60, 80, seed=i)), strong=i % 2 == 1) for i in range(count)]
+
+
+def test_batches_of_the_reference_are_those_of_a_plain_loop(tmp_path):
+    samples = few(tmp_path)
+    steps = list(StepSampler(len(samples), 4, seed=0, stage=2).micro_batches(0, 5))
+    noise = reference.noise_image(reference.noise_side(64))
+    for step, batch in zip(steps, train("reference", samples, steps), strict=True):
+        chosen = [samples[i] for i in step.indices]
+        params = draw(chosen, step.positions, seed=0, stage=1, epoch=step.epoch, crop_px=64, long_side=(40, 160))
+        rows = [reference.augmented(*reference.decoded(sample, exif=True), params, row, side=64, noise=noise)
+                for row, sample in enumerate(chosen)]
+        images_NHWC = torch.from_numpy(np.stack([normalised(image) for image, _ in rows]))
+        assert torch.equal(batch.images_NCHW, images_NHWC.permute(0, 3, 1, 2))
+        assert batch.images_NCHW.stride() == images_NHWC.permute(0, 3, 1, 2).stride()
+        assert torch.equal(batch.labels_NHW, torch.from_numpy(np.stack([mask for _, mask in rows])))
+
+
+class AtOnce:
+    """A pool that does everything when it is submitted."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def submit(self, call, *args) -> Future:
+        future = Future()
+        try:
+            future.set_result(call(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, **_) -> None:
+        pass
+
+
+def test_a_batch_is_copied_while_the_one_before_it_is_used(tmp_path, monkeypatch):
+    samples = few(tmp_path, 4)
+    steps = [micro([step % 4, (step + 1) % 4], step=step) for step in range(5)]
+    plain = list(train("reference", samples, steps))
+    log = stream_cases.install(monkeypatch)
+    monkeypatch.setattr(reference, "side_stream", lambda device: stream_cases.Stream("side", log))
+    monkeypatch.setattr(reference, "ThreadPoolExecutor", AtOnce)
+    for number, batch in enumerate(train("reference", samples, steps), 1):
+        assert torch.equal(batch.images_NCHW, plain[number - 1].images_NCHW)
+        started = max(int(entry.split()[-1]) for entry in log if entry.startswith("side event"))
+        assert started == min(number + 1, len(steps)), "the next copy is queued before this batch is handed out"
+        waited = [f"main waits for side event {number}", "main uses 4-d uint8", "main uses 3-d uint8"]
+        at = log.index(waited[0])
+        assert log[at : at + 3] == waited, "the memory of both is kept until the main stream has used it"
+
+
+def test_a_broken_batch_is_raised_in_its_turn(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "ThreadPoolExecutor", AtOnce)
+    samples = [*few(tmp_path, 4), broken(tmp_path, "no picture")]
+    for batches in (train("reference", samples, [micro([0, 1]), micro([2, 3], step=1), micro([4, 0], step=2)]),
+                    evaluate("reference", samples, [[0, 1], [2, 3], [4]])):
+        assert [next(batches).indices.tolist() for _ in range(2)] == [[0, 1], [2, 3]]
+        with pytest.raises(UserError, match="bad.jpg"):
+            next(batches)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_reference_makes_the_same_batches_on_a_gpu(tmp_path):
+    samples = few(tmp_path)
+    steps = list(StepSampler(len(samples), 4, seed=0, stage=2).micro_batches(0, 40))
+    held = []
+    ours = train("reference", samples, steps, device="cuda")
+    for a, b in zip(ours, train("reference", samples, steps), strict=True):
+        assert a.images_NCHW.is_contiguous(memory_format=torch.channels_last)
+        held.append((a, b))
+        a.images_NCHW.sum()  # work that the copies overlap
+    for a, b in held:
+        assert torch.equal(a.images_NCHW.cpu(), b.images_NCHW) and torch.equal(a.labels_NHW.cpu(), b.labels_NHW)
 
 
 @pytest.mark.gpu

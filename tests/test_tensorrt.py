@@ -4,14 +4,17 @@ import contextlib
 import ctypes
 import importlib.util
 import sys
+import threading
 import types
 
 import pytest
 import torch
 
+import stream_cases
 from engine_cases import CPU, MODELS, images, model, relative_error, tiny
+from stpp.device import CAPTURING, Arriving, captured, in_turn, on, side_stream
 from stpp.errors import UserError
-from stpp.inference import export, fold, tensorrt, torch_tensorrt
+from stpp.inference import export, fold, tensorrt, tensorrt_run, torch_tensorrt
 from stpp.inference.record import ANY_SIZE, Shapes
 from stpp.inference.tensorrt_run import MAX_BUCKETS, Runner
 
@@ -249,6 +252,7 @@ class FakeContext:
 
     def execute_async_v3(self, stream):
         addresses, shape = dict(self.addresses), self.shape
+        self.engine.streams.append(stream)
         assert self.memory is not None or self.engine.recording is None
 
         def run():
@@ -274,6 +278,7 @@ class FakeEngine:
 
     def __init__(self, network, names=("images", "logits")):
         self.network, self.names, self.recording, self.executed, self.contexts = network, names, None, 0, 0
+        self.fails, self.streams = False, []
 
     def get_tensor_name(self, i):
         return self.names[i]
@@ -300,10 +305,15 @@ def engine(monkeypatch):
     found = FakeEngine(ready(tiny(0), torch.float32))
 
     @contextlib.contextmanager
-    def capture(graph):
+    def capture(graph, *, pool, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local" and CAPTURING.locked() and pool == (0, 1)
         found.recording = graph.runs
-        yield
-        found.recording = None
+        try:
+            yield
+        finally:
+            found.recording = None
+        if found.fails:
+            raise RuntimeError("operation failed due to a previous\nerror during capture")
 
     class Graph:
         def __init__(self):
@@ -315,7 +325,7 @@ def engine(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(synchronize=lambda: None, cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     return found
 
 
@@ -346,6 +356,84 @@ def test_results_are_not_overwritten_by_later_ones(engine):
         kept = [runner(images(1, 16, 16, seed=seed)) for seed in range(4)]
         for seed, logits in enumerate(kept):
             assert relative_error(logits, engine.network(images(1, 16, 16, seed=seed))) < 1e-5
+
+
+def test_a_capture_that_fails_is_said_once_and_the_engine_runs_without(engine, capsys):
+    engine.fails = True
+    runner = Runner(TRT, engine, device=CPU)
+    assert_runs(runner, engine, *[(2, 16, 16)] * 4, *[(1, 16, 16)] * 3)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "operation failed due to a previous error during capture" in said[0]
+    assert engine.executed == 4 + 1 + 3  # one of them for the capture, which is tried no more
+    assert not CAPTURING.locked()
+
+
+def test_a_capture_waits_for_threads_that_load(engine):
+    """`CAPTURING` is the lock that `stpp.images.batches` holds while it decodes and copies."""
+    runner = Runner(TRT, engine, device=CPU)
+    with CAPTURING:
+        waiting = threading.Thread(target=assert_runs, args=(runner, engine, *[(1, 16, 16)] * 2))
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive() and engine.executed == 1  # the first use needs no capture
+    waiting.join(20)
+    assert not waiting.is_alive() and engine.executed == 2
+
+
+def test_the_runner_has_a_stream_of_its_own_between_those_of_its_caller(engine, monkeypatch):
+    log = stream_cases.install(monkeypatch)
+    monkeypatch.setattr(tensorrt_run, "side_stream", lambda device: stream_cases.Stream("own", log, 7))
+    runner = Runner(TRT, engine, device=CPU)
+    assert_runs(runner, engine, *[(1, 16, 16)] * 3)
+    assert log == ["own waits for main", "main waits for own"] * 3 and set(engine.streams) == {7}
+    log.clear()
+    with pytest.raises(RuntimeError, match="65"):
+        runner(images(1, 65, 8))
+    assert log == ["own waits for main", "main waits for own"]
+    log.clear()
+    assert_runs(runner, engine, *[(1, 8, 8 + i) for i in range(MAX_BUCKETS)])
+    assert log.count("host waits for own") == 1  # one bucket goes: its memory may be in use
+
+
+def test_what_a_failed_capture_leaves_behind_is_undone(monkeypatch):
+    done = []
+
+    def end(index, pool):
+        done.append((index, pool))
+        raise RuntimeError("not currently recording")
+
+    generator = types.SimpleNamespace(clone_state=lambda: "fresh", graphsafe_set_state=done.append)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    monkeypatch.setattr(torch.cuda, "default_generators", (None, generator))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 5))
+
+    @contextlib.contextmanager
+    def capture(graph, **settings):
+        yield
+        raise RuntimeError("invalidated")
+
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    with pytest.raises(RuntimeError, match="invalidated"), captured(None, None, torch.device("cuda", 1)):
+        pass
+    assert done == [(1, (0, 5)), "fresh"] and not CAPTURING.locked()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_pytorch_goes_on_after_a_failed_capture():
+    device = torch.device("cuda", torch.cuda.current_device())
+    stream = side_stream(device)
+    with pytest.raises(RuntimeError), in_turn(stream, device), captured(torch.cuda.CUDAGraph(), stream, device):
+        torch.ones(3, device=device).sum().item()  # a capture does not allow waiting
+    assert torch.nn.functional.dropout(torch.ones(1000, device=device)).sum() > 0
+    before = torch.cuda.memory_allocated(device)
+    for _ in range(5):
+        with on(stream):
+            arriving = Arriving(torch.empty(1 << 20, device=device), stream=stream)
+        arriving.take()
+        del arriving
+        torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated(device) - before < 3 << 22
 
 
 def test_memory_is_bounded_and_shapes_come_back(engine):

@@ -349,6 +349,55 @@ def test_twenty_steps_follow_the_recipe_in_float32(synthetic_index, tmp_path, pr
     assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) <= FOLLOWS[precision] * theirs[0], (ours, theirs)
 
 
+class Looking(nn.Module):
+    """A network that writes down if cuDNN searches, in the forward and in the backward pass."""
+
+    def __init__(self, network: nn.Module, seen: list[tuple[str, bool]]):
+        super().__init__()
+        self.network, self.seen = network, seen
+
+    def forward(self, images_NCHW):
+        logits_NChw = self.network(images_NCHW)
+        self.seen.append(("forward", torch.backends.cudnn.benchmark))
+        logits_NChw.register_hook(lambda _: self.seen.append(("backward", torch.backends.cudnn.benchmark)))
+        return logits_NChw
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_cudnn_searches_in_steps_only_and_not_where_runs_must_repeat(synthetic_index, tmp_path, deterministic, accumulate):
+    known = index.load(synthetic_index)
+    samples = [known.sample(image) for image in sorted(known.entries)]
+    seen: list[tuple[str, bool]] = []
+
+    def validate(_: nn.Module) -> float:
+        seen.append(("validate", torch.backends.cudnn.benchmark))
+        return 30.0
+
+    ours = trainer(dataclasses.replace(tiny(accumulate=accumulate), deterministic=deterministic), samples, tmp_path, validate,
+                   steps=4, period=2)
+    ours.model = Looking(ours.network, seen)
+    ours.run()
+    step = [("forward", not deterministic), ("backward", not deterministic)] * accumulate
+    assert seen == [*step, *step, ("validate", False)] * 2
+    assert not torch.backends.cudnn.benchmark
+
+
+def test_a_step_that_fails_leaves_cudnn_as_it_was(synthetic_index, tmp_path):
+    known = index.load(synthetic_index)
+    samples = [known.sample(image) for image in sorted(known.entries)]
+    ours = trainer(dataclasses.replace(tiny(), deterministic=False), samples, tmp_path, None)
+
+    def fail() -> None:
+        assert torch.backends.cudnn.benchmark
+        raise RuntimeError("power cut")
+
+    ours.model = Calling(ours.network, {1: fail})
+    with pytest.raises(RuntimeError, match="power cut"):
+        ours.run()
+    assert not torch.backends.cudnn.benchmark
+
+
 def test_loss_falls(synthetic_index, tmp_path):
     known = index.load(synthetic_index)
     samples = [known.sample(image) for image in sorted(known.entries)][:4]

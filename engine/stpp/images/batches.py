@@ -15,11 +15,12 @@ import numpy as np
 import torch
 
 from stpp.clock import Clock
+from stpp.device import CAPTURING, Arriving, on, side_stream, staging
 from stpp.images import storage
 from stpp.images.batching import Planned
-from stpp.images.image_file import IMAGENET_MEAN, IMAGENET_STD, upright
+from stpp.images.image_file import upright
 from stpp.images.items import content_hash
-from stpp.images.pixels import BadImage, attempt
+from stpp.images.pixels import BadImage, attempt, normalised_batch
 
 AHEAD = 2
 """Batches in preparation while one is computed."""
@@ -76,19 +77,23 @@ def batches(tasks: Iterator[tuple[int, list[Planned]]], *, device: torch.device,
         else:
             decoder = PilDecoder(workers)
 
-        def prepared(planned: list[Planned], reads: list[Future]) -> tuple:
+        stream = side_stream(device)
+
+        def prepared(planned: list[Planned], reads: list[Future]) -> tuple[Arriving | None, dict[int, str], list]:
             if not planned:
                 return None, {}, []
             raw, hashes = zip(*(read.result() for read in reads), strict=True)
-            with clock("decode"):
-                return *_assembled(planned, decoder.images(planned, list(raw)), device), list(hashes)
+            with clock("decode"), CAPTURING, on(stream):
+                pixels_NHWC, errors = _assembled(planned, decoder.images(planned, list(raw)), device)
+                return Arriving(pixels_NHWC, stream=stream), errors, list(hashes)
 
         def ready() -> tuple[int, Batch | None]:
             shard, planned, future = waiting.popleft()
             with clock("wait"):
-                pixels_NHWC, errors, hashes = future.result()
+                arriving, errors, hashes = future.result()
             if not planned:
                 return shard, None
+            (pixels_NHWC,) = arriving.take()
             images_NCHW = normalised(pixels_NHWC, errors)
             return shard, Batch(planned=planned, images_NCHW=images_NCHW, errors=errors, hashes=hashes)
 
@@ -114,9 +119,7 @@ def pick(name: str) -> str:
 
 def normalised(pixels_NHWC: torch.Tensor, errors: Collection[int]) -> torch.Tensor:
     """uint8 [N, H, W, 3] to float32 [N, 3, H, W], channels_last, with ImageNet mean and deviation; blanks become zero."""
-    scale = 1 / (255 * torch.tensor(IMAGENET_STD, device=pixels_NHWC.device))
-    mean = 255 * torch.tensor(IMAGENET_MEAN, device=pixels_NHWC.device)
-    images_NCHW = pixels_NHWC.float().sub_(mean).mul_(scale).permute(0, 3, 1, 2)
+    images_NCHW = normalised_batch(pixels_NHWC)
     for i in errors:
         images_NCHW[i] = 0
     return images_NCHW
@@ -136,10 +139,13 @@ def _read(one: Planned, clock: Clock) -> tuple[bytes | BadImage, int | None]:
 
 
 def _assembled(planned: list[Planned], images: list, device: torch.device) -> tuple[torch.Tensor, dict[int, str]]:
-    """Turns the images upright and stacks them: uint8 [N, H, W, 3] on the device, and the errors by place."""
-    height, width = planned[0].size
+    """Turns the images upright and stacks them: uint8 [N, H, W, 3], queued to the device, and errors by place."""
+    shape = (len(planned), *planned[0].size, 3)
     on_device = device.type != "cpu" and any(isinstance(image, torch.Tensor) for image in images)
-    stacked = torch.zeros(len(planned), height, width, 3, dtype=torch.uint8, device=device if on_device else "cpu")
+    if on_device:
+        stacked = torch.zeros(shape, dtype=torch.uint8, device=device)
+    else:
+        stacked = staging(*shape, dtype=torch.uint8, device=device).zero_()
     errors = {}
     for i, (one, image) in enumerate(zip(planned, images, strict=True)):
         if isinstance(image, BadImage):
@@ -155,7 +161,7 @@ def _assembled(planned: list[Planned], images: list, device: torch.device) -> tu
             stacked[i].numpy()[...] = image
         else:
             stacked[i].copy_(torch.from_numpy(np.array(image)) if array else image)
-    return stacked.to(device), errors
+    return stacked.to(device, non_blocking=True), errors
 
 
 def _upright_tensor(image_HWC: torch.Tensor, orientation: int) -> torch.Tensor:

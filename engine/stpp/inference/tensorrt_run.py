@@ -1,6 +1,7 @@
-"""Runs a TensorRT engine on PyTorch's tensors and stream, without a copy through the host.
+"""Runs a TensorRT engine on PyTorch's tensors, without a copy through the host.
 
-Every shape of images has a bucket: an execution context and, from its second use on, fixed tensors and a CUDA graph that is
+It runs on a stream of its own, because TensorRT synchronises in every pass on the legacy stream, PyTorch's default. Every
+shape of images has a bucket: an execution context and, from its second use on, fixed tensors and a CUDA graph that is
 replayed. A context serves one graph only, because a graph holds the addresses that were bound when it was captured.
 """
 
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 
+from stpp import log
+from stpp.device import captured, in_turn, side_stream
 from stpp.inference.export import INPUT, OUTPUT
 
 MAX_BUCKETS = 16
@@ -51,18 +54,23 @@ class Runner:
         self._trt, self._engine, self._device, self._keep = trt, engine, device, keep
         types = {trt.DataType.FLOAT: torch.float32, trt.DataType.HALF: torch.float16, trt.DataType.BF16: torch.bfloat16}
         self._in_dtype, self._out_dtype = (types[engine.get_tensor_dtype(name)] for name in (INPUT, OUTPUT))
+        self._stream, self._captures = side_stream(device), captures
         self._memory: torch.Tensor | None = None
         self._buckets: OrderedDict[tuple[int, ...], Bucket] = OrderedDict()
         self._one_context = None if captures else self._with_own_graphs()
 
     def __call__(self, images_NCHW: torch.Tensor) -> torch.Tensor:
-        """Logits in a tensor of their own."""
+        """Logits in a tensor of their own, in the order of the current stream."""
+        with in_turn(self._stream, self._device):
+            return self._run(images_NCHW)
+
+    def _run(self, images_NCHW: torch.Tensor) -> torch.Tensor:
         bucket = self._bucket(tuple(images_NCHW.shape))
         bucket.uses += 1
-        if self._one_context is not None or bucket.uses == 1:
-            return self._execute(bucket.context, self._as_input(images_NCHW))
-        if bucket.graph is None:
+        if bucket.graph is None and bucket.uses > 1 and self._captures:
             self._capture(bucket)
+        if bucket.graph is None:
+            return self._execute(bucket.context, self._as_input(images_NCHW))
         bucket.images_NCHW.copy_(images_NCHW)
         bucket.graph.replay()
         return bucket.logits_NChw.clone()
@@ -71,7 +79,8 @@ class Runner:
         if shape not in self._buckets:
             self._buckets[shape] = self._new_bucket(shape)
             if len(self._buckets) > MAX_BUCKETS:
-                torch.cuda.current_stream(self._device).synchronize()  # sync: nothing may still run in what is let go
+                if self._stream is not None:
+                    self._stream.synchronize()  # sync: nothing may still run in what is let go
                 self._buckets.popitem(last=False)
         self._buckets.move_to_end(shape)
         return self._buckets[shape]
@@ -97,23 +106,30 @@ class Runner:
         return images_NCHW.to(self._in_dtype).contiguous()
 
     def _execute(self, context: Any, images_NCHW: torch.Tensor) -> torch.Tensor:
-        """Queues one pass on the current stream."""
+        """Queues one pass on the runner's stream."""
         if tuple(context.get_tensor_shape(INPUT)) != tuple(images_NCHW.shape):
             _set(context, tuple(images_NCHW.shape))
         logits_NChw = torch.empty(tuple(context.get_tensor_shape(OUTPUT)), dtype=self._out_dtype, device=self._device)
         context.set_tensor_address(INPUT, images_NCHW.data_ptr())
         context.set_tensor_address(OUTPUT, logits_NChw.data_ptr())
-        stream = torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else 0
-        if not context.execute_async_v3(stream):
+        if not context.execute_async_v3(0 if self._stream is None else self._stream.cuda_stream):
             raise RuntimeError(f"TensorRT failed on images of shape {tuple(images_NCHW.shape)}")
         return logits_NChw
 
     def _capture(self, bucket: Bucket) -> None:
+        """Captures the graph of a bucket; where that fails, this runner does without graphs from then on, and says so."""
         shape = tuple(bucket.context.get_tensor_shape(INPUT))
-        bucket.images_NCHW = torch.zeros(shape, dtype=self._in_dtype, device=self._device)
-        bucket.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(bucket.graph):
-            bucket.logits_NChw = self._execute(bucket.context, bucket.images_NCHW)
+        images_NCHW = torch.zeros(shape, dtype=self._in_dtype, device=self._device)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with captured(graph, self._stream, self._device):
+                logits_NChw = self._execute(bucket.context, images_NCHW)
+        except RuntimeError as error:
+            self._captures = False
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            log.say(f"TensorRT: no CUDA graph could be captured ({reason}); the engine runs without")
+            return
+        bucket.images_NCHW, bucket.logits_NChw, bucket.graph = images_NCHW, logits_NChw, graph
 
 
 def _set(context: Any, shape: tuple[int, ...]) -> Any:

@@ -1,5 +1,7 @@
 """Where in an image a label is sure: the confidence at the centres of a coarse grid, small enough to stand in the image's row."""
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,18 +16,30 @@ def sampled(sums_NCHW: Tensor) -> Tensor:
     Returns:
         uint8 [N, rows, columns], 0 to 255; 0 where the sum is zero or not finite.
     """
-    ys, xs = (torch.tensor(centres, device=sums_NCHW.device) for centres in _centres(*sums_NCHW.shape[-2:]))
+    height, width = sums_NCHW.shape[-2:]
+    side = _side(height, width)
+    ys, xs = (_centres(length, side, sums_NCHW.device) for length in (height, width))
     at_NCrc = sums_NCHW[:, :, ys[:, None], xs]
     return (at_NCrc.amax(1) / at_NCrc.sum(1)).nan_to_num(0, 0, 0).mul(255).round().clamp(0, 255).byte()
 
 
 def read(data: bytes, height: int, width: int) -> np.ndarray | None:
     """The map, uint8 [rows, columns], from the row of an image of `height` x `width`; None if it has another number of cells."""
-    ys, xs = _centres(height, width)
-    return np.frombuffer(data, np.uint8).reshape(len(ys), len(xs)) if len(data) == len(ys) * len(xs) else None
+    side = _side(height, width)
+    rows, columns = (-(-length // side) for length in (height, width))
+    return np.frombuffer(data, np.uint8).reshape(rows, columns) if len(data) == rows * columns else None
 
 
-def _centres(height: int, width: int) -> tuple[list[int], list[int]]:
-    """Rows and columns of the pixels in the middle of square cells; those at the far edges may be cut."""
-    side = -(-max(height, width) // MOST_CELLS)
-    return tuple([min(start + side // 2, length - 1) for start in range(0, length, side)] for length in (height, width))
+def _side(height: int, width: int) -> int:
+    """Of a square cell, pixels."""
+    return -(-max(height, width) // MOST_CELLS)
+
+
+@lru_cache(maxsize=256)
+def _centres(length: int, side: int, device: torch.device) -> Tensor:
+    """Pixels in the middle of the cells along an axis, int64; the cell at the far edge may be cut.
+
+    They are computed where they are used, because copying them there would wait for the device, and kept.
+    """
+    with torch.inference_mode(False):
+        return torch.arange(side // 2, length + side // 2, side, device=device).clamp_(max=length - 1)

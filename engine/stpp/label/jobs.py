@@ -3,7 +3,8 @@
 Legend: N images, C classes, H W size of the batch.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from stpp.clock import Clock
+from stpp.device import Readback
 from stpp.images.batches import Batch
 from stpp.images.batching import Planned
 from stpp.images.masks import IGNORE
@@ -19,7 +21,7 @@ from stpp.inference import views
 from stpp.inference.open import Teacher
 from stpp.label import confidence_map, rows
 from stpp.label.sinks import Sink, Stored, open_sink
-from stpp_kernels import finalize, pairwise_iou, upsample_argmax
+from stpp_kernels import confusion, finalize, pairwise_iou, upsample_argmax
 
 NOT_FINITE = "the network's answer is not finite"
 
@@ -38,8 +40,13 @@ class Job(Protocol):
     settings: dict
     """What decides the result, for the fingerprint: JSON values."""
 
-    def compute(self, batch: Batch) -> list[Any]:
-        """What becomes of each image of a batch that is no blank (None for a blank), on the CPU."""
+    def compute(self, batch: Batch) -> Callable[[], list[Any]]:
+        """Queues the work on a batch.
+
+        Returns:
+            What waits for it, and returns what becomes of each image that is no blank (None for a blank), on the CPU. It
+            holds no memory of the device.
+        """
         ...
 
     def sink(self, out: Path, shard: int, clock: Clock) -> Sink | None:
@@ -91,36 +98,26 @@ class Labels:
         return {"job": "label", "teacher": self.teacher, "tta": self.mode, "min_confidence": self.min_confidence,
                 "output": self.output}
 
-    def compute(self, batch: Batch) -> list[Labelled | str | None]:
+    def compute(self, batch: Batch) -> Callable[[], list[Labelled | str | None]]:
         """See `Job`; a text is why an image has no label although it could be read."""
         sums_NCHW = views.accumulate(self.network.logits, batch.images_NCHW, self.mode, self.network.num_classes)
-        sizes = [one.size for one in batch.planned]
-        whole = all(size == tuple(sums_NCHW.shape[-2:]) for size in sizes)
-        if whole:
-            return self._of_sums(sums_NCHW, batch.errors, 0)
-        found = []
-        for i, (height, width) in enumerate(sizes):
-            found += self._of_sums(sums_NCHW[i : i + 1, :, :height, :width].contiguous(), batch.errors, i)
-        return found
+        queued, errors = self._queued(sums_NCHW), batch.errors
 
-    def _of_sums(self, sums_NCHW: torch.Tensor, errors: dict[int, str], first: int) -> list[Labelled | str | None]:
+        def results() -> list[Labelled | str | None]:
+            return [None if i in errors else label for i, label in enumerate(_labels(*queued.read()))]
+
+        return results
+
+    def _queued(self, sums_NCHW: torch.Tensor) -> Readback:
+        """Masks, mean confidences, pixels by class and maps of confidence, on their way to the host."""
         masks_NHW, confidence_N, pixels_NC = finalize(sums_NCHW)
         if self.min_confidence > 0:
             unsure_NHW = sums_NCHW.amax(1) < self.min_confidence * sums_NCHW.sum(1)
             masks_NHW = masks_NHW.masked_fill(unsure_NHW, IGNORE)
-            classes = torch.arange(self.network.num_classes, device=masks_NHW.device)
-            pixels_NC = torch.stack([(masks_NHW == c).flatten(1).sum(1) for c in classes], dim=1)
-        confidence, pixels = confidence_N.tolist(), pixels_NC.tolist()  # sync: the results leave the device here
-        maps_Nrc = confidence_map.sampled(sums_NCHW).cpu().numpy()
-        found: list[Labelled | str | None] = []
-        for i, mask_HW in enumerate(masks_NHW.cpu().numpy()):
-            if first + i in errors:
-                found.append(None)
-            elif not np.isfinite(confidence[i]):
-                found.append(NOT_FINITE)
-            else:
-                found.append(Labelled(mask_HW, confidence[i], pixels[i], maps_Nrc[i].tobytes()))
-        return found
+            # A mask against itself counts its classes in one pass.
+            pixels_NCC = confusion(masks_NHW, masks_NHW, self.network.num_classes, per_image=True)
+            pixels_NC = pixels_NCC.diagonal(dim1=1, dim2=2)
+        return Readback(masks_NHW, confidence_N, pixels_NC, confidence_map.sampled(sums_NCHW))
 
     def sink(self, out: Path, shard: int, clock: Clock) -> Sink:
         return open_sink(self.output, out, shard, clock)
@@ -149,7 +146,7 @@ class Scores:
         """See `Job`."""
         return {"job": "select", "teacher": self.teacher}
 
-    def compute(self, batch: Batch) -> list[float | None]:
+    def compute(self, batch: Batch) -> Callable[[], list[float | None]]:
         """See `Job`: the mean over the earlier teachers of their mask's mean IoU with the last one's."""
         *earlier, last = self.networks
         size = batch.images_NCHW.shape[-2:]
@@ -157,22 +154,32 @@ class Scores:
         total_N = torch.zeros(len(batch.planned), dtype=torch.float64, device=reference_NHW.device)
         for network in earlier:
             total_N += pairwise_iou(self._masks(network, batch, size), reference_NHW, last.num_classes)
-        scores = (total_N / len(earlier)).tolist()
-        return [None if i in batch.errors else score for i, score in enumerate(scores)]
+        queued, errors = Readback(total_N / len(earlier)), batch.errors
+
+        def results() -> list[float | None]:
+            (scores_N,) = queued.read()
+            return [None if i in errors else score for i, score in enumerate(scores_N.tolist())]
+
+        return results
 
     def _masks(self, network: Teacher, batch: Batch, size: torch.Size) -> torch.Tensor:
-        """uint8 [N, H, W]; 255, which no IoU counts, where an image was padded."""
-        masks_NHW = upsample_argmax(network.logits(batch.images_NCHW), size)
-        for i, one in enumerate(batch.planned):
-            masks_NHW[i, one.size[0]:] = IGNORE
-            masks_NHW[i, :, one.size[1]:] = IGNORE
-        return masks_NHW
+        """uint8 [N, H, W]."""
+        return upsample_argmax(network.logits(batch.images_NCHW), size)
 
     def sink(self, out: Path, shard: int, clock: Clock) -> None:
         return None
 
     def row(self, one: Planned, result: float, stored: None) -> dict:
         return _row(one, self.teacher) | {"reliability": result}
+
+
+def _labels(masks_NHW: torch.Tensor, confidence_N: torch.Tensor, pixels_NC: torch.Tensor,
+            maps_Nrc: torch.Tensor) -> Iterator[Labelled | str]:
+    """What becomes of each image, from results on the CPU."""
+    columns = masks_NHW.numpy(), confidence_N.tolist(), pixels_NC.tolist(), maps_Nrc.numpy()
+    for mask_HW, confidence, pixels, map_rc in zip(*columns, strict=True):
+        known = math.isfinite(confidence)
+        yield Labelled(mask_HW, confidence, pixels, map_rc.tobytes()) if known else NOT_FINITE
 
 
 def bad_row(one: Planned, error: str, columns: dict[str, str], teacher: str) -> dict:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from stpp import distributed, log
+from stpp import distributed
 from stpp.config import DataConfig, LabelConfig
 from stpp.distributed import World
 from stpp.errors import UserError
@@ -51,10 +51,6 @@ def label_corpus(open_teacher: Open, source: Source, here: World, *, config: Lab
         UserError: the source, or an output that another run began.
         OSError: the output cannot be written.
     """
-    if config.pad_to > 1:
-        log.say(f"  --pad-to {config.pad_to}: images are padded at the right and below up to multiples of {config.pad_to} "
-                "pixels; more of them fit one batch, but views are scaled with their padding, and masks change near borders")
-
     def job(images: int) -> Labels:
         (opened,) = open_teacher(images)
         return Labels(network=opened.network, teacher=opened.identity, mode=config.tta, output=output,
@@ -87,7 +83,7 @@ def label(open_teacher: Open, samples: Sequence[Sample], here: World, *, config:
 def cut(config: LabelConfig, data: DataConfig) -> Cut:
     """How the settings cut shards into batches."""
     return Cut(max_batch=config.batch_per_rank, batch_pixels=config.batch_pixels, max_pixels=config.max_pixels,
-               pad_to=config.pad_to, exif=data.exif)
+               exif=data.exif)
 
 
 def require_none_bad(summary: Summary, out: Path) -> None:

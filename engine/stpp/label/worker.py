@@ -6,10 +6,11 @@ A shard counts when its marker is written: after its masks, its rows, and a sync
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,54 +101,62 @@ class Worker:
 
         stream = batches.batches(tasks(), device=work.here.device, kind=work.decoder, threads=self._threads,
                                 most=work.plan.cut.max_batch, clock=self.clock)
-        current, ending = None, None
+        line = _Line()
         with ThreadPoolExecutor(self._threads, "stpp-store") as pool, ThreadPoolExecutor(1, "stpp-close") as closer, \
                 closing(stream):
             try:
                 for shard, batch in stream:
-                    if current is None or current.shard != shard:
-                        ending = self._close(current, ending, closer)
-                        current = _Shard(shard, planned_of.pop(shard), work, pool, self.clock)
-                    if batch is not None:
-                        self._compute(current, batch)
-                ending = self._close(current, ending, closer)
-                if ending is not None:
-                    ending.result()
+                    if not line.opened or line.opened[-1].shard != shard:
+                        line.opened.append(_Shard(shard, planned_of.pop(shard), work, pool, self.clock))
+                    self._advance(line, batch, closer)
+                self._advance(line, None, closer)
+                self._close(line, closer)
+                if line.ending is not None:
+                    line.ending.result()
             except BaseException:
-                if current is not None:
-                    current.abandon()
+                for one in line.opened:
+                    one.abandon()
                 raise
 
-    def _compute(self, current: "_Shard", batch: batches.Batch) -> None:
+    def _advance(self, line: "_Line", batch: batches.Batch | None, closer: ThreadPoolExecutor) -> None:
+        """Queues the next batch, then takes the results of the one before, so that host and device work at once.
+
+        What the one before ended with is kept also where the next one fails.
+        """
+        before, line.in_flight = line.in_flight, None
         try:
-            with self.clock("compute"):
-                results = self._work.job.compute(batch)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
-                raise
-            count, _, height, width = batch.images_NCHW.shape
-            if count == 1:
-                if batch.images_NCHW.is_cuda:
-                    torch.cuda.empty_cache()
-                current.add(batch, [TOO_LITTLE_MEMORY.format(width=width, height=height)])
-                self._count(1, current.take_bad())
-                return
-            raise UserError(f"{count} images of {width}x{height} pixels need more memory than there is (the first: "
-                            f"{batch.planned[0].item.source}); lower --batch-pixels, --batch-per-rank or --max-pixels, with "
-                            "another --out") from error
-        with self.clock("wait"):
-            current.add(batch, results)
-        self._count(len(batch.planned), current.take_bad())
-
-    def _close(self, shard: "_Shard | None", before: Future | None, closer: ThreadPoolExecutor) -> Future | None:
-        """Ends a shard in a thread of its own, after the one before has ended."""
-        with self.clock("wait"):
+            if batch is not None:
+                line.in_flight = self._queued(line.opened[-1], batch)
+        finally:
             if before is not None:
-                before.result()
-        if shard is None:
-            return None
-        self._count(shard.unplanned, shard.unplanned)
-        return closer.submit(shard.close, self._markers)
+                self._deliver(before)
+            while len(line.opened) > 1:  # nothing of the first is in flight any more
+                self._close(line, closer)
+
+    def _queued(self, shard: "_Shard", batch: batches.Batch) -> "_InFlight":
+        with self.clock("compute"):
+            try:
+                results = self._work.job.compute(batch)
+            except RuntimeError as error:
+                results = partial(list, [_alone_too_large(batch, error)])
+        return _InFlight(shard=shard, planned=batch.planned, errors=batch.errors, results=results)
+
+    def _deliver(self, one: "_InFlight") -> None:
+        with self.clock("compute"):
+            results = one.results()
+        with self.clock("wait"):
+            one.shard.add(one.planned, one.errors, results)
+        self._count(len(one.planned), one.shard.take_bad())
+
+    def _close(self, line: "_Line", closer: ThreadPoolExecutor) -> None:
+        """Ends the first open shard, if there is one, in a thread of its own, after the one before has ended."""
+        with self.clock("wait"):
+            if line.ending is not None:
+                line.ending.result()
+        if line.opened:
+            shard = line.opened.popleft()
+            self._count(shard.unplanned, shard.unplanned)
+            line.ending = closer.submit(shard.close, self._markers)
 
     def _is_done(self, shard: int) -> bool:
         if not self._markers.done(shard):
@@ -170,6 +179,27 @@ class Worker:
             self._shown = total
 
 
+@dataclass(frozen=True, kw_only=True)
+class _InFlight:
+    """A batch that the device works on; without its images, whose memory the next one needs."""
+
+    shard: "_Shard"
+    planned: list[Planned]
+    errors: dict[int, str]
+    results: Callable[[], list]
+
+
+@dataclass(kw_only=True)
+class _Line:
+    """What is under way, oldest first."""
+
+    opened: "deque[_Shard]" = field(default_factory=deque)
+    """Shards that images are added to: one, or two while the last batch of the first is in flight."""
+    in_flight: _InFlight | None = None
+    ending: Future | None = None
+    """The close of the shard before."""
+
+
 class _Shard:
     """One shard being labelled."""
 
@@ -185,10 +215,10 @@ class _Shard:
         self.unplanned = len(never)
         self._fresh_bad = 0
 
-    def add(self, batch: batches.Batch, results: list) -> None:
+    def add(self, planned: list[Planned], errors: dict[int, str], results: list) -> None:
         """Takes what a batch ended with; waits while too many masks wait to be stored."""
-        for i, (one, result) in enumerate(zip(batch.planned, results, strict=True)):
-            error = batch.errors.get(i, result if isinstance(result, str) else None)
+        for i, (one, result) in enumerate(zip(planned, results, strict=True)):
+            error = errors.get(i, result if isinstance(result, str) else None)
             if error is not None:
                 self._bad(one, error)
                 continue
@@ -239,6 +269,25 @@ class _Shard:
             if stored is not None:
                 self._sink.take(one.item.key, stored)
             self._rows[one.position] = self._work.job.row(one, result, stored)
+
+
+def _alone_too_large(batch: batches.Batch, error: RuntimeError) -> str:
+    """Why the one image of a batch has no label, if what failed is for want of memory.
+
+    Raises:
+        UserError: there are several images.
+        RuntimeError: something else failed.
+    """
+    if not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
+        raise error
+    count, _, height, width = batch.images_NCHW.shape
+    if count > 1:
+        raise UserError(f"{count} images of {width}x{height} pixels need more memory than there is (the first: "
+                        f"{batch.planned[0].item.source}); lower --batch-pixels, --batch-per-rank or --max-pixels, "
+                        "with another --out") from error
+    if batch.images_NCHW.is_cuda:
+        torch.cuda.empty_cache()
+    return TOO_LITTLE_MEMORY.format(width=width, height=height)
 
 
 def _marker(table: list[dict], name: str, data: bytes, files: list[dict]) -> dict:

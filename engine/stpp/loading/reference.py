@@ -8,17 +8,21 @@ Legend: N samples, H W pixels, C colours.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter
 
 from stpp.config import AugmentConfig
+from stpp.device import Arriving, on, side_stream, staging
 from stpp.errors import UserError
 from stpp.images.image_file import opened, orientation, upright
 from stpp.images.masks import IGNORE, read_index_mask
-from stpp.images.pixels import normalised
+from stpp.images.pixels import normalised_batch
 from stpp.loading.augment import (
     BRIGHTNESS,
     CONTRAST,
@@ -33,7 +37,7 @@ from stpp.loading.sample import Batch, Sample
 from stpp.loading.sampler import MicroBatch
 
 Decoded = tuple[np.ndarray, np.ndarray | None]
-"""Image, uint8 or float32 [H, W, 3], and mask, uint8 [H, W], or None."""
+"""Image, uint8 [H, W, 3], and mask, uint8 [H, W], or None."""
 
 
 def train_batches(
@@ -50,7 +54,7 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Decodes, augments and normalises the given micro-batches: see `stpp.loading.dali.train_batches`.
 
-    All work is done on the CPU, in a pool of `threads` threads; batches are then moved to the device.
+    A pool of `threads` threads decodes and augments; batches are normalised on the device, while the next one is on its way.
     """
     for sample in samples:
         if sample.mask is None:
@@ -60,19 +64,18 @@ def train_batches(
     noise = noise_image(noise_side(side))
 
     def one(sample: Sample, params: AugmentParams, row: int) -> Decoded:
-        image, mask = augmented(*decoded(sample, exif=exif), params, row, side=side, noise=noise)
-        return normalised(image), mask
+        return augmented(*decoded(sample, exif=exif), params, row, side=side, noise=noise)
 
-    def tasks() -> Iterator[tuple[MicroBatch, list[tuple]]]:
+    def tasks() -> Iterator[_Task]:
         for micro in micro_batches:
             chosen = [samples[i] for i in micro.indices]
             params = draw(chosen, micro.positions, seed=seed, stage=stage, epoch=micro.epoch, crop_px=side,
                           long_side=augment.long_side)  # fmt: skip
-            yield micro, [(one, sample, params, row) for row, sample in enumerate(chosen)]
+            yield _Task(micro, (side, side), [(one, sample, params, row) for row, sample in enumerate(chosen)])
 
     return (
-        _batch(rows, micro.indices, device, step=micro.step, epoch=micro.epoch)
-        for micro, rows in _pooled(tasks(), threads, prefetch)
+        Batch(images_NCHW=images, labels_NHW=labels, indices=micro.indices, step=micro.step, epoch=micro.epoch)
+        for micro, images, labels in _pooled(tasks(), threads, prefetch, torch.device(device))
     )
 
 
@@ -93,12 +96,17 @@ def eval_batches(
             raise ValueError(f"batch {batch.tolist()} is empty or holds images of different sizes")
     labelled = all(sample.mask is not None for sample in samples)
 
-    def one(sample: Sample) -> Decoded:
-        image, mask = decoded(sample, exif=exif, masked=labelled)
-        return normalised(image), mask
+    one = partial(decoded, exif=exif, masked=labelled)
 
-    tasks = ((batch, [(one, samples[i]) for i in batch]) for batch in batches)
-    return (_batch(rows, batch, device) for batch, rows in _pooled(tasks, threads, prefetch))
+    def tasks() -> Iterator[_Task]:
+        for batch in batches:
+            size = samples[batch[0]].height, samples[batch[0]].width
+            yield _Task(batch, size, [(one, samples[i]) for i in batch], labelled)
+
+    return (
+        Batch(images_NCHW=images, labels_NHW=labels, indices=batch)
+        for batch, images, labels in _pooled(tasks(), threads, prefetch, torch.device(device))
+    )
 
 
 def decoded(sample: Sample, *, exif: bool, masked: bool = True) -> Decoded:
@@ -199,34 +207,83 @@ def _check(threads: int, prefetch: int) -> None:
         raise ValueError(f"threads is {threads} and prefetch is {prefetch}, expected both at least 1")
 
 
-def _pooled(
-    tasks: Iterable[tuple[object, list[tuple[Callable, ...]]]], threads: int, prefetch: int
-) -> Iterator[tuple[object, list[Decoded]]]:
-    """Runs each batch's calls in a pool of threads; yields batches in order, `prefetch` of them being worked on.
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A batch to be loaded."""
 
-    PIL and NumPy release the interpreter's lock in most of what they do here, so threads are enough.
+    label: Any
+    """Says which it is."""
+    size: tuple[int, int]
+    """Height and width of its images."""
+    calls: list[tuple]
+    """A function that returns `Decoded`, and its arguments, for each image."""
+    masked: bool = True
+
+
+class _Loading:
+    """A batch that threads load, image by image, into memory that the device can copy from."""
+
+    def __init__(
+        self, task: _Task, pool: ThreadPoolExecutor, device: torch.device, stream: torch.cuda.Stream | None
+    ):
+        self.label, self._device, self._stream = task.label, device, stream
+        shape, settings = (len(task.calls), *task.size), {"dtype": torch.uint8, "device": device}
+        self._pixels_NHWC = staging(*shape, 3, **settings)
+        self._labels_NHW = staging(*shape, **settings) if task.masked else None
+        self._rows = [pool.submit(self._fill, row, *call) for row, call in enumerate(task.calls)]
+        self._arriving: Arriving | None = None
+
+    def _fill(self, row: int, load: Callable[..., Decoded], *args: Any) -> None:
+        image, mask = load(*args)
+        self._pixels_NHWC.numpy()[row] = image
+        if self._labels_NHW is not None:
+            self._labels_NHW.numpy()[row] = mask
+
+    def is_good(self) -> bool:
+        """Whether all of it is loaded, and nothing failed."""
+        return all(row.done() and row.exception() is None for row in self._rows)
+
+    def send(self) -> None:
+        """Queues the copy to the device, once; waits for what is not loaded yet, and raises what failed."""
+        if self._arriving is None:
+            for row in self._rows:
+                row.result()
+            there = [staged for staged in (self._pixels_NHWC, self._labels_NHW) if staged is not None]
+            with on(self._stream):
+                copies = [staged.to(self._device, non_blocking=True) for staged in there]
+                self._arriving = Arriving(*copies, stream=self._stream)
+
+    def take(self) -> tuple[Any, torch.Tensor, torch.Tensor | None]:
+        """Label, normalised images and labels, on the device."""
+        self.send()
+        pixels_NHWC, *labels = self._arriving.take()
+        return self.label, normalised_batch(pixels_NHWC), labels[0] if labels else None
+
+
+def _pooled(
+    tasks: Iterable[_Task], threads: int, prefetch: int, device: torch.device
+) -> Iterator[tuple[Any, torch.Tensor, torch.Tensor | None]]:
+    """Loads batches in a pool of threads; yields them in order, `prefetch` of them being worked on.
+
+    PIL and NumPy release the interpreter's lock in most of what they do here, so threads are enough. A batch that is
+    loaded when the one before it is asked for is copied then, beside what the device computes; one that is late or broken
+    waits for its turn.
     """
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="stpp-load")
-    ahead: deque[tuple[object, list[Future]]] = deque()
+    pool, stream = ThreadPoolExecutor(threads, thread_name_prefix="stpp-load"), side_stream(device)
+    ahead: deque[_Loading] = deque()
+
+    def next_one() -> tuple[Any, torch.Tensor, torch.Tensor | None]:
+        taken = ahead.popleft().take()
+        if ahead and ahead[0].is_good():
+            ahead[0].send()
+        return taken
+
     try:
-        for label, calls in tasks:
-            ahead.append((label, [pool.submit(*call) for call in calls]))
+        for task in tasks:
+            ahead.append(_Loading(task, pool, device, stream))
             if len(ahead) > prefetch:
-                label, futures = ahead.popleft()
-                yield label, [future.result() for future in futures]
+                yield next_one()
         while ahead:
-            label, futures = ahead.popleft()
-            yield label, [future.result() for future in futures]
+            yield next_one()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _batch(
-    rows: list[Decoded], indices: np.ndarray, device: torch.device | str, *, step: int = 0, epoch: int = 0
-) -> Batch:
-    images, masks = zip(*rows, strict=True)
-    labels = None if masks[0] is None else torch.from_numpy(np.stack(masks)).to(device)
-    images_NHWC = torch.from_numpy(np.stack(images)).to(device)
-    return Batch(
-        images_NCHW=images_NHWC.permute(0, 3, 1, 2), labels_NHW=labels, indices=indices, step=step, epoch=epoch
-    )

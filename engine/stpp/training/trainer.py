@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stpp import checkpoint, distributed, log, signals
 from stpp.config import Config, ModelConfig, TrainConfig
+from stpp.device import cudnn_search
 from stpp.distributed import World
 from stpp.errors import UserError
 from stpp.loading import loader
@@ -139,7 +140,7 @@ class Trainer:
         loss = torch.zeros((), device=self.here.device)
         for i, batch in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
-            with self._gradient_sync(last):
+            with self._gradient_sync(last), cudnn_search(not self.config.deterministic):  # crops are of one size
                 with torch.autocast(self.here.device.type, self.autocast_dtype,
                                     enabled=self.autocast_dtype != torch.float32):
                     logits_NChw = self.model(batch.images_NCHW)
