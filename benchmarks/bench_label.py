@@ -23,14 +23,15 @@ from torch.utils.data import DataLoader, Dataset
 from harness import Report, arguments, freed_memory_kept
 from stpp import checkpoint, distributed
 from stpp.commands import synthetic
-from stpp.config import DataConfig, LabelConfig
+from stpp.config import LabelConfig
 from stpp.images.image_file import IMAGENET_MEAN, IMAGENET_STD
 from stpp.images.masks import read_index_mask
 from stpp.images.sources import EXTENSIONS, open_source
 from stpp.inference import export
 from stpp.inference.several import from_paths
 from stpp.inference.views import VIEWS
-from stpp.label.labeller import label_corpus
+from stpp.label.assignment import Assignment
+from stpp.label.labels import label_corpus
 from stpp.models.build import build_model
 from stpp.models.trained import load_network
 
@@ -142,8 +143,9 @@ def compare(report: Report, options, mode: str, paths: list[Path], source: Path,
 
     def engine(out: Path, corpus: Path) -> None:
         with freed_memory_kept():
-            summary = label_corpus(lambda _: [opened], open_source(str(corpus)), here, out=out,
-                                   config=LabelConfig(tta=mode, batch_per_rank=options.batch), data=DataConfig())
+            config = LabelConfig(tta=mode, batch_per_rank=options.batch)
+            task = Assignment(source=open_source(str(corpus)), out=out, config=config)
+            summary = label_corpus(lambda _: [opened], task, here)
         seconds.update(summary.seconds)
 
     few = folder / "few"

@@ -26,6 +26,7 @@ from stpp.inference import views
 from stpp.inference.record import Agreement
 from stpp.inference.several import ready
 from stpp.label import confidence_map, reliability, rows
+from stpp.label.assignment import Assignment
 from stpp.label.shards import Part
 
 WORKERS = Path(__file__).parent / "workers"
@@ -207,8 +208,11 @@ def test_another_source_is_refused(corpus, tmp_path):
     shutil.copytree(corpus, source)
     cases.run(source, tmp_path / "out")
     cases.as_folder(source, {"new.jpg": cases.encoded(cases.picture(1))})
-    with pytest.raises(UserError, match="source.files: 12 -> 13"):
+    with pytest.raises(UserError, match=r"1 new \(new\.jpg\); add --update"):
         cases.run(source, tmp_path / "out")
+    shutil.copytree(corpus, tmp_path / "other")
+    with pytest.raises(UserError, match="source.path: .*/in -> .*/other"):
+        cases.run(tmp_path / "other", tmp_path / "out")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "run.json").write_text("{}")
     with pytest.raises(UserError, match="foreign"):
@@ -418,8 +422,9 @@ def test_selection_ranks_by_agreement(corpus, tmp_path):
     bad = cases.as_folder(tmp_path / "in", cases.good_files(9) | {"bad.jpg": b"x"})
 
     def select(out: Path, networks=teachers):
-        return reliability.select_corpus(ready(*networks, identity="three"), open_source(str(bad)), cases.HERE, out=out,
-                                         config=LabelConfig(batch_per_rank=3, shard_size=4), data=DataConfig(threads=1))
+        task = Assignment(source=open_source(str(bad)), out=out, config=LabelConfig(batch_per_rank=3, shard_size=4),
+                          data=DataConfig(threads=1), table="scores")
+        return reliability.select_corpus(ready(*networks, identity="three"), task, cases.HERE)
 
     summary = select(tmp_path / "out")
     assert (summary.images, summary.bad) == (10, 1)

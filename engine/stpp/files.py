@@ -63,8 +63,9 @@ def plain(path: str | os.PathLike) -> IO[bytes]:
 
 
 @contextlib.contextmanager
-def renamed(path: str | os.PathLike, temporary: str | os.PathLike) -> Iterator[IO[bytes]]:
-    """Opens `temporary`, which takes the name `path` when the block ends well; not synced."""
+def renamed(path: str | os.PathLike, temporary: str | os.PathLike | None = None) -> Iterator[IO[bytes]]:
+    """Opens `temporary` (by default a hidden file beside `path`), which takes its name when the block ends well; not synced."""
+    temporary = _beside(Path(path)) if temporary is None else temporary
     try:
         with plain(temporary) as file:
             yield file
@@ -120,6 +121,12 @@ def replace_folder(made: Path, folder: Path) -> None:
         os.replace(folder, old)
     os.replace(made, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def why(error: OSError) -> str:
+    """The reason of a failed reading or writing in a few words, and the file if the error names one."""
+    words = error.strerror or " ".join(str(error).split())[:200] or type(error).__name__
+    return f"{words} ({os.fsdecode(error.filename)})" if isinstance(error.filename, (str, bytes)) else words
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from stpp.errors import UserError
 from stpp.images import storage
@@ -26,7 +26,7 @@ class Item:
     """Length; -1: as long as the file."""
     error: str | None = None
     """Why it cannot be labelled, where the name alone tells."""
-    mark: str = ""
+    mark: str = field(default="", compare=False)
     """Size and time of change of the file when it was listed (`storage.mark`); empty where they are not looked at."""
 
     def read(self, length: int = -1) -> bytes:

@@ -25,7 +25,7 @@ from stpp.errors import UserError
 from stpp.inference import several
 from stpp.inference.evaluate import evaluate, report
 from stpp.inference.open import EagerTeacher
-from stpp.label import labeller, reliability
+from stpp.label import labels, reliability
 from stpp.loading import loader
 from stpp.loading.sample import Sample
 from stpp.loading.sampler import StepSampler
@@ -189,7 +189,7 @@ class Run:
     def pseudo(self, stage: str, samples: Sequence[Sample]) -> list[Sample]:
         """`samples` with the masks that a labelling stage wrote, to be augmented strongly."""
         folder = self._folder(stage)
-        return [dataclasses.replace(sample, mask=str(folder / labeller.mask_name(sample)), strong=True)
+        return [dataclasses.replace(sample, mask=str(folder / labels.mask_name(sample)), strong=True)
                 for sample in samples]
 
     def given(self) -> list[Sample]:
@@ -242,7 +242,7 @@ class Run:
 
         def do() -> dict:
             teacher = self._opening([self._folder(trained) / "best.pt"], samples, config.label.tta)
-            labelled = labeller.label(teacher, samples, self.here, config=config.label, data=config.data,
+            labelled = labels.label(teacher, samples, self.here, config=config.label, data=config.data,
                                       out=self._folder(name), title=name)
             return {"images": labelled.images, "pseudo_label_miou": labelled.miou}
 
