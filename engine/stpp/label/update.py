@@ -50,6 +50,7 @@ def finish(out: Path, table: str) -> None:
     try:
         listing = json.loads(intent.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        (out / "plan" / "update.parquet").unlink(missing_ok=True)  # not decided on, or carried out
         return
     except (OSError, ValueError) as error:
         raise UserError(f"{intent}: cannot be read ({error}); choose another --out") from None
