@@ -123,7 +123,7 @@ def test_a_touch_labels_nothing_again(source, tmp_path, capsys, updated):
         os.utime(path)
     summary, seen = label(source, out, update=updated)
     assert seen == 0 and summary.images == 13
-    assert "13 images were touched, but hold what they held" in capsys.readouterr().err
+    assert "files were touched, but hold what they held: 13" in capsys.readouterr().err
     changed = {name for name, digest in cases.contents(out).items() if before[name] != digest}
     assert all(name == "run.json" or name.startswith("plan/listing") for name in changed)
     label(source, out)

@@ -1,9 +1,8 @@
 """`stpp label` and `stpp select`: their flags, and what they say. Nothing heavy is imported before one runs."""
 
 import errno
-import itertools
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -37,7 +36,7 @@ class CorpusOptions(LabelConfig):
     verify: bool = False
     """Also look for missing, truncated or altered files of finished shards, and do those again."""
     update: bool = False
-    """Label the images that are new or changed since the source was listed, and remove masks and rows of those that are gone."""
+    """Label just the images that are new or changed since the source was listed; masks of those that are gone are removed."""
     list_only: bool = False
     """Only list the source and check its names: one process does that, and needs no GPU. Then the same command without this."""
     max_bad_fraction: float = 0.01
@@ -165,7 +164,8 @@ def _run(options: CorpusOptions, paths: Sequence[Path], mode: str, work: Callabl
             summary = work(opened, task, here)
         except OSError as error:
             if error.errno in _DENIED:
-                raise UserError(f"--out {options.out}: {files.why(error)}; choose a folder that can be written") from None
+                raise UserError(f"--out {options.out}: {files.why(error)}; choose a folder that can be "
+                                "written") from None
             if error.errno not in _NO_ROOM:
                 raise
             print(f"stpp: --out {options.out}: {error.strerror}; make room and run the same command again: finished shards "
@@ -177,33 +177,24 @@ def _run(options: CorpusOptions, paths: Sequence[Path], mode: str, work: Callabl
 
 def _end(options: CorpusOptions, summary: "Summary", mean: str, classes: list[str]) -> None:
     """Says how a run ended; exits with 1 if too many images are bad."""
+    from stpp import log
+
     if options.list_only:
         print(f"{options.out}: {summary.listed} images listed, {summary.shards_left} shards to do, {summary.wall_s:.1f} s",
               flush=True)
         return
     print(report(summary, options.out, mean, classes), flush=True)
-    if summary.bad:
-        tell_bad(_failed(options.out), summary.bad, f"all are in {options.out / 'failed.parquet'}")
-    if summary.bad > options.max_bad_fraction * summary.images:
-        print(f"stpp: {summary.bad} of {summary.images} images are bad, more than --max-bad-fraction {options.max_bad_fraction}; "
-              f"the good ones are done, the bad ones are listed with their reasons in {options.out / 'failed.parquet'}",
-              file=sys.stderr, flush=True)
-        sys.exit(1)
-
-
-def tell_bad(reasons: Iterable[tuple[str, str]], count: int, rest: str) -> None:
-    """Says of the first images that have no mask why, and where the rest is told of.
-
-    Args:
-        reasons: (image, reason).
-    """
-    from stpp import log
-
-    shown = list(itertools.islice(reasons, REASONS))
-    for name, reason in shown:
+    failed = _failed(options.out) if summary.bad else []
+    for name, reason in failed[:REASONS]:
         log.say(f"  no mask: {name}: {reason}")
-    if len(shown) < count:
-        log.say(f"  no mask: {count - len(shown)} more; {rest}")
+    if len(failed) > REASONS:
+        log.say(f"  no mask: {len(failed) - REASONS} more, in {options.out / 'failed.parquet'}")
+    if summary.bad > options.max_bad_fraction * summary.images:
+        first = f", the first: {failed[0][0]}: {failed[0][1]}" if failed else ""
+        print(f"stpp: {summary.bad} of {summary.images} images are bad, more than --max-bad-fraction "
+              f"{options.max_bad_fraction}{first}; the good ones are done, the bad ones are listed with their reasons in "
+              f"{options.out / 'failed.parquet'}", file=sys.stderr, flush=True)
+        sys.exit(1)
 
 
 def _failed(out: Path) -> list[tuple[str, str]]:
@@ -211,7 +202,8 @@ def _failed(out: Path) -> list[tuple[str, str]]:
     from stpp.label import rows
 
     path = out / "failed.parquet"
-    return [(row["source"], row["error"]) for row in rows.read(path, ("source", "error"))] if path.exists() else []
+    table = rows.read(path, ("source", "error")) if path.exists() else []
+    return [(row["source"], row["error"]) for row in table]
 
 
 def refuse_inside(out: Path, source: str, called: str = "--source") -> None:

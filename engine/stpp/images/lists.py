@@ -13,6 +13,8 @@ from stpp.images import storage
 from stpp.images.image_file import IMAGE_EXTENSIONS
 from stpp.images.items import Item, Passed, named, unnamed
 
+_IMAGE_END = rf"({'|'.join(map(re.escape, IMAGE_EXTENSIONS))})\s+(?=\S)"
+
 
 class ListSource:
     """The images that a text file names, one a line (`image`, or `image mask` as split files have it)."""
@@ -33,10 +35,10 @@ class ListSource:
             return named(text.partition("://")[2].lstrip("/"), text, text)
         mark = self._mark(text)
         if mark == storage.ABSENT and len(text.split()) > 1:
-            # `image mask`: names may hold spaces, so the image is what ends like one.
-            cut = re.match(rf"(.*?({'|'.join(map(re.escape, IMAGE_EXTENSIONS))}))\s+\S.*$", text, re.IGNORECASE)
-            if cut:
-                text, mark = cut[1], self._mark(cut[1])
+            # `image mask`: names may hold spaces, so the image is what ends like one, and is there.
+            cuts = [text[: found.end(1)] for found in re.finditer(_IMAGE_END, text, re.IGNORECASE)]
+            text = next((cut for cut in cuts if self._mark(cut) != storage.ABSENT), cuts[0] if cuts else text)
+            mark = self._mark(text)
         name = text.lstrip("/") if os.path.isabs(text) else text
         found = named(name, text, self._file(text), mark=mark)
         if mark == storage.ABSENT and found.error is None and (form := _other_form(text)):
@@ -70,7 +72,7 @@ class ListSource:
 
 
 def _lines(file: IO[bytes], path: str) -> Iterator[str]:
-    """Lines of a text file: UTF-8, or what its byte order mark says; bytes that are no UTF-8 come as surrogates.
+    """Lines of a text file: UTF-8, or what its byte order mark says. Bytes that are no UTF-8 come as surrogates.
 
     Raises:
         UserError: UTF-16 without a mark, or damaged.
@@ -83,12 +85,12 @@ def _lines(file: IO[bytes], path: str) -> Iterator[str]:
             for line in io.TextIOWrapper(file, "utf-32" if wide else "utf-16"):
                 yield line.strip("\r\n")
         except UnicodeError as error:
-            raise UserError(f"--source {path}: not readable as the UTF-{32 if wide else 16} that it begins as "
-                            f"({error}); save it as UTF-8") from None
+            raise UserError(f"--source {path}: begins as UTF-{32 if wide else 16}, but cannot be read as that ({error}); "
+                            "save it as UTF-8") from None
         return
     if b"\0" in head:
-        raise UserError(f"--source {path}: not a text in UTF-8: it begins with zero bytes, as UTF-16 without a mark; "
-                        "save it as UTF-8")
+        raise UserError(f"--source {path}: no text in UTF-8: it begins with zero bytes, as UTF-16 without a mark "
+                        "does; save it as UTF-8")
     for number, raw in enumerate(file):
         yield raw.decode("utf-8-sig" if number == 0 else "utf-8", "surrogateescape").strip("\r\n")
 
@@ -98,5 +100,5 @@ def _other_form(text: str) -> str | None:
     if text[0] == text[-1] and text[0] in "\"'" and len(text) > 1:
         return "the line stands in quotes, and there is no file of this name; give paths as they are"
     if re.search(r"[,;\t]", text):
-        return "there is no such file; a list has one image a line, or an image, a space and a mask: it is no table (CSV)"
+        return "there is no such file; a list is no table (CSV): one image a line, or image, space and mask"
     return None

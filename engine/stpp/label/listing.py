@@ -74,9 +74,9 @@ def _follow(task: Assignment, listing: dict, stamp: dict) -> None:
     fresh = _NewShards(plan, listing["shard_size"], write=task.update)
     changes = compare(task.source, plan, hashes, fresh.add)
     if changes and not task.update:
-        raise UserError(f"--source: images are not those that were listed for --out {task.out}: {changes.words()}; add --update to "
-                        "label just the new and changed ones (masks and rows of those that are gone are removed), or choose "
-                        "another --out")
+        raise UserError(f"--source: images are not those that were listed for --out {task.out}: {changes.words()}; add "
+                        "--update to label just the new and changed ones (masks and rows of those that are gone are "
+                        "removed), or choose another --out")
     fresh.flush()
     gone = len(changes.changed) + len(changes.gone)
     items = listing["items"] + fresh.items - gone
@@ -86,7 +86,7 @@ def _follow(task: Assignment, listing: dict, stamp: dict) -> None:
         log.say(f"  {task.title}: {changes.words()}")
         _say_passed(task)
     elif changes.touched:
-        log.say(f"  {task.title}: {changes.touched} images were touched, but hold what they held")
+        log.say(f"  {task.title}: files were touched, but hold what they held: {changes.touched}")
     update.begin(task.out, changes.edits, listing | {"items": items, "shards": fresh.shards, "source": stamp})
     update.finish(task.out, task.table)
 
