@@ -17,9 +17,10 @@ from stpp.errors import UserError
 from stpp.label import fingerprint, rows
 from stpp.label import listing as listings
 from stpp.label.assignment import Assignment
+from stpp.label.open_shard import Job
 from stpp.label.plan import Plan
 from stpp.label.shards import PATIENCE_S, Board, Ledger, Markers
-from stpp.label.worker import Job, Worker
+from stpp.label.worker import Worker
 
 _LAST_WORDS_S = 3.0
 """How long rank 0 waits for the other ranks' times, which are only shown."""
