@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 SOURCES := $(wildcard kernels/stpp_kernels/csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu bench fmt check clean
+.PHONY: help setup demo test test-slow test-gpu gpu-wheels bench fmt check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +27,12 @@ test-slow: setup  ## the slow tests
 
 test-gpu: setup  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu -q
+
+# tyro and its needs, for Python 3.12: what a machine with PyTorch and the usual packages is likely to lack. docs/gpu.md.
+gpu-wheels:  ## pure Python packages to carry to a GPU machine without a network (build/gpu-wheels)
+	rm -rf build/gpu-wheels
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 \
+	    --dest build/gpu-wheels $(shell grep -o '^tyro==[0-9.]*' requirements.txt) docstring-parser==0.18.0 typeguard==4.6.1
 
 bench: setup  ## the quick benchmarks, about 20 minutes on two cores (benchmarks/results/last.jsonl)
 	rm -f benchmarks/results/last/*.jsonl

@@ -36,7 +36,7 @@ def main() -> None:
 
         def steps(save: bool) -> None:
             for number in range(STEPS):
-                trainer.train_step([batch])
+                trainer.train_step([(batch,)])
                 if save and number == 0:
                     trainer._save()
             writer.wait()

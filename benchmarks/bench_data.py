@@ -8,10 +8,12 @@ threads, or as many worker processes. The peer is the public recipe: a Dataset w
 the public code does (resize, pad, crop, flip; jitter, gray, blur, cutout), and PyTorch's DataLoader.
 
 A loader keeps preparing after its turn until its queue is full. So a turn starts with batches outside the clock, which empty the
-loader's queue and give the one before it time to fill its own; then `--batches` are timed. Summary: `data.dali_vs_pil_ratio`.
+loader's queue and give the one before it time to fill its own; then `--batches` are timed. Where DALI is not installed, it is left
+out. Summaries: images a second of each, `data.dali_vs_pil_ratio`, `data.reference_vs_pil_ratio`.
 """
 
 import argparse
+import importlib.util
 import random
 import tempfile
 from collections.abc import Iterator
@@ -35,8 +37,14 @@ from stpp.loading.sampler import StepSampler
 PICTURES = 96
 SIDE_PX = (320, 480)
 FOREVER = 1 << 30
-UNTIMED = 6
-"""Batches before the clock starts: more than any loader queues."""
+MANY_CORES = 8
+"""From so many on, a DataLoader's queue, two batches a worker, holds more than a short measurement takes."""
+SMALL = {"rounds": 1, "batch": 2, "batches": 1, "crop": 33, "pictures": 4}
+
+
+def untimed_batches(workers: int) -> int:
+    """Batches to take before the clock starts: more than any loader of so many workers has in its queue."""
+    return 2 * workers + 8 if workers >= MANY_CORES else 6
 
 
 class Public(Dataset):
@@ -107,22 +115,24 @@ def samples_of(options: argparse.Namespace, folder: Path) -> list[Sample]:
     root, layout = options.root, options.layout
     if root is None:
         root, layout = folder / "data", "voc"
-        synthetic.generate(root, train=PICTURES, val=1, difficulty=synthetic.Difficulty(side_px=SIDE_PX))
+        synthetic.generate(root, train=options.pictures, val=1, difficulty=synthetic.Difficulty(side_px=SIDE_PX))
     known = index.prepare(root, folder / "index", layout=layout, progress=False)
     with_mask = [image for image, entry in known.entries.items() if entry.mask is not None]
     return [known.sample(image, strong=i % 2 == 1) for i, image in enumerate(sorted(with_mask))]
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0])
+    parser = arguments(__doc__.splitlines()[0], SMALL)
     parser.add_argument("--root", type=Path, help="data set; unset: drawn pictures of 320 to 480 pixels")
     parser.add_argument("--layout", default="auto")
+    parser.add_argument("--pictures", type=int, default=PICTURES, help="how many are drawn")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--crop", type=int, default=321, help="pixels")
-    parser.add_argument("--batches", type=int, default=12, help="batches of one measurement")
+    parser.add_argument("--batches", type=int, default=0, help="batches of one measurement; 0: 12, or 100 on many cores")
     options = parser.parse_args()
     report, device = Report(options), torch.device(options.device)
     threads = options.threads or cores()
+    count = options.batches or (100 if threads >= MANY_CORES else 12)
     augment = AugmentConfig(crop_px=options.crop)
     with tempfile.TemporaryDirectory() as name:
         samples = samples_of(options, Path(name))
@@ -133,18 +143,21 @@ def main() -> None:
 
         peer = DataLoader(Public(samples, options.crop, augment.long_side), options.batch, num_workers=threads, prefetch_factor=2,
                           pin_memory=device.type == "cuda", persistent_workers=True)
-        streams = {"dali": ours("dali"), "reference": ours("reference"), "pil workers": iter(peer)}
+        streams = {"reference": ours("reference"), "pil workers": iter(peer)}
+        if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
+            streams = {"dali": ours("dali"), **streams}
 
         def take(label: str, batches: int) -> None:
             for _ in range(batches):
                 next(streams[label])
 
-        shape = f"{options.batches} x {options.batch},3,{options.crop},{options.crop}"
-        rows = report.compare("data.train", shape, "uint8", {label: lambda label=label: take(label, options.batches)
-                                                             for label in streams}, before=lambda label: take(label, UNTIMED))
+        rows = report.compare("data.train", f"{count} x {options.batch},3,{options.crop},{options.crop}", "uint8",
+                              {label: lambda label=label: take(label, count) for label in streams},
+                              before=lambda label: take(label, untimed_batches(threads)))
     for label, row in rows.items():
-        report.summary(f"data.{label.replace(' ', '_')}_images_per_s", 1000 * options.batch * options.batches / row["median"])
-    report.summary("data.dali_vs_pil_ratio", rows["pil workers"]["median"] / rows["dali"]["median"])
+        report.summary(f"data.{label.replace(' ', '_')}_images_per_s", 1000 * options.batch * count / row["median"])
+    for label in streams.keys() - {"pil workers"}:
+        report.summary(f"data.{label}_vs_pil_ratio", rows["pil workers"]["median"] / rows[label]["median"])
     report.finish()
 
 

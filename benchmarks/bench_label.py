@@ -1,13 +1,18 @@
 """Labelling from files to files: the engine against the public recipe, in one run, on the same images and views.
 
 The public recipe: batch 1, fp32, eager, NCHW, logits and probabilities of every view at full size, PIL in a DataLoader, a
-palette PNG each. Weights are random: they cost the same, and the masks of both are compared before anything is timed.
+palette PNG each. Weights are random: they cost the same, and the masks of both are compared.
 
-Rows: `label.end_to_end.<views>`, milliseconds an image (variants engine and public), `label.time.<views>.<part>` (seconds of
-the engine's run, added over threads), `label.agreement.<views>` (share of equal pixels), `label.ratio.<views>`. The summary row
-`label.engine_vs_public_ratio` is the ratio of ST++'s ten views.
+On a GPU a new size costs a plan for each convolution, and sometimes a kernel: labelling once before the clock starts
+(`--warm-up all`, the default there) leaves that out, `--warm-up none` with images of all sizes measures it. `--size` gives
+all images one size. `--public-images` lets the public recipe label fewer, or none.
+
+Rows: `label.end_to_end.<views>`, milliseconds an image (variants engine and public), `label.images_per_s.<views>`,
+`label.time.<views>.<part>` (seconds of the engine's run, added over threads), `label.agreement.<views>` (share of equal
+pixels), `label.ratio.<views>`. The summary row `label.engine_vs_public_ratio` is the ratio of ST++'s ten views.
 """
 
+import argparse
 import shutil
 import statistics
 import tempfile
@@ -24,9 +29,9 @@ from harness import Report, arguments, freed_memory_kept
 from stpp import checkpoint, distributed
 from stpp.commands import synthetic
 from stpp.config import LabelConfig
-from stpp.images.image_file import IMAGENET_MEAN, IMAGENET_STD
+from stpp.images.image_file import IMAGE_EXTENSIONS, IMAGENET_MEAN, IMAGENET_STD
 from stpp.images.masks import read_index_mask
-from stpp.images.sources import EXTENSIONS, open_source
+from stpp.images.sources import open_source
 from stpp.inference import export
 from stpp.inference.several import from_paths
 from stpp.inference.views import VIEWS
@@ -36,6 +41,7 @@ from stpp.models.build import build_model
 from stpp.models.trained import load_network
 
 CLASSES = 11
+SMALL = {"rounds": 1, "images": 2, "size": (33, 49), "backbone": "resnet18", "workers": 1, "backend": "eager"}
 
 
 class Pictures(Dataset):
@@ -113,14 +119,18 @@ def untrained_checkpoint(path: Path, backbone: str, pictures: Pictures) -> Path:
     return path
 
 
-def copied(source: Path | None, count: int, folder: Path) -> list[Path]:
-    """The first images below `source`, or drawn ones, in `folder/source`, which holds nothing else."""
+def copied(source: Path | None, count: int, folder: Path, size: tuple[int, int] | None = None) -> list[Path]:
+    """The first images below `source`, or drawn ones, in `folder/source`, which holds nothing else; all of one size (H, W)."""
     if source is None:
         synthetic.generate(folder / "data", train=count, val=0, difficulty=synthetic.Difficulty(side_px=(320, 480)))
         source = folder / "data" / "JPEGImages"
     (folder / "source").mkdir()
     found = sorted(path for path in source.rglob("*") if path.suffix.lower() in EXTENSIONS)[:count]
-    return [Path(shutil.copy(path, folder / "source")) for path in found]
+    paths = [Path(shutil.copy(path, folder / "source")) for path in found]
+    for path in paths if size else ():
+        with Image.open(path) as image:
+            image.convert("RGB").resize(size[::-1]).save(path)
+    return paths
 
 
 def agreement(ours: Path, theirs: Path) -> float:
@@ -132,13 +142,15 @@ def agreement(ours: Path, theirs: Path) -> float:
     return same / total
 
 
-def compare(report: Report, options, mode: str, paths: list[Path], source: Path, trained: Path, folder: Path) -> float:
-    """Measures both in turn; returns public over engine."""
+def compare(report: "LabelReport", options: argparse.Namespace, mode: str, paths: list[Path], trained: Path,
+            folder: Path) -> None:
+    """Measures both in turn."""
     here = distributed.World(device=report.device)
     opening = from_paths([trained], report.device, mode=mode, backend=options.backend, precision=options.precision)
     (opened,) = opening(len(paths))
     network = plain(trained, report.device)
-    times: dict[str, list[float]] = {"engine": [], "public": []}
+    theirs = paths if options.public_images is None else paths[: options.public_images]
+    times: dict[str, list[float]] = {"engine": []} | ({"public": []} if theirs else {})
     seconds: dict[str, float] = {}
 
     def engine(out: Path, corpus: Path) -> None:
@@ -148,31 +160,45 @@ def compare(report: Report, options, mode: str, paths: list[Path], source: Path,
             summary = label_corpus(lambda _: [opened], task, here)
         seconds.update(summary.seconds)
 
-    few = folder / "few"
-    few.mkdir(exist_ok=True)
-    shutil.copy(paths[0], few)
-    engine(folder / f"warm-{mode}", few)
-    public(network, paths[:1], folder / f"warm-public-{mode}", mode, report.device, options.workers)
-    for number in range(report.rounds):
-        for label, run in (("engine", lambda out: engine(out, source)),
-                           ("public", lambda out: public(network, paths, out, mode, report.device, options.workers))):
+    def turn(name: str, ours: Path, others: list[Path], clock: bool) -> None:
+        counts = {"engine": len(list(ours.iterdir())), "public": len(others)}
+        for label in times:
             start = time.perf_counter()
-            run(folder / f"{label}-{mode}-{number}")
-            times[label].append((time.perf_counter() - start) * 1000 / len(paths))
-    equal = agreement(folder / f"engine-{mode}-0" / "masks", folder / f"public-{mode}-0")
-    assert equal > (0.98 if opened.identity.endswith("fp32") else 0.9), f"{mode}: only {equal:.4f} of the pixels agree"
-    with Image.open(paths[0]) as image:
-        shape = f"{len(paths)} x {image.height}x{image.width}"
+            if label == "engine":
+                engine(folder / f"engine-{mode}-{name}", ours)
+            else:
+                public(network, others, folder / f"public-{mode}-{name}", mode, report.device, options.workers)
+            if clock:
+                times[label].append((time.perf_counter() - start) * 1000 / counts[label])
+
+    if options.warm_up == "one":
+        few = folder / "few"
+        few.mkdir(exist_ok=True)
+        shutil.copy(paths[0], few)
+        turn("warm", few, theirs[:1], clock=False)
+    elif options.warm_up == "all":
+        turn("warm", folder / "source", theirs, clock=False)
+    for number in range(report.rounds):
+        turn(str(number), folder / "source", theirs, clock=True)
+    sizes = {Image.open(path).size for path in paths}
+    width, height = max(sizes)
+    shape = f"{len(paths)} x {height}x{width}" + (f", {len(sizes)} sizes" if len(sizes) > 1 else "")
     for label, found in times.items():
-        report.add({"name": f"label.end_to_end.{mode}", "variant": label, "shape": shape,
+        report.add({"name": f"label.end_to_end.{mode}", "variant": label, "shape": shape, "warm_up": options.warm_up,
                     "dtype": opened.identity.partition("-")[2] if label == "engine" else "fp32", "median": statistics.median(found),
                     "p20": min(found), "p80": max(found), "unit": "ms", "peak_mib": None, "backbone": options.backbone})
+    report.summary(f"label.images_per_s.{mode}", 1000 / statistics.median(times["engine"]))
     for part, value in seconds.items():
         report.summary(f"label.time.{mode}.{part}", value)
-    report.summary(f"label.agreement.{mode}", equal)
+    if not theirs:
+        return
     ratio = statistics.median(times["public"]) / statistics.median(times["engine"])
     report.summary(f"label.ratio.{mode}", ratio)
-    return ratio
+    equal = agreement(folder / f"engine-{mode}-0" / "masks", folder / f"public-{mode}-0")
+    report.summary(f"label.agreement.{mode}", equal)
+    assert equal > (0.98 if opened.identity.endswith("fp32") else 0.9), f"{mode}: only {equal:.4f} of the pixels agree"
+    if mode == "stpp":
+        report.summary("label.engine_vs_public_ratio", ratio)
 
 
 class LabelReport(Report):
@@ -183,10 +209,20 @@ class LabelReport(Report):
         self._add(row)
 
 
+def size_of(text: str) -> tuple[int, int]:
+    """`360x480` as (360, 480)."""
+    height, width = map(int, text.split("x"))
+    return height, width
+
+
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0])
+    parser = arguments(__doc__.splitlines()[0], SMALL)
     parser.add_argument("--source", type=Path, help="folder of images; unset: drawn pictures of 320 to 480 pixels")
     parser.add_argument("--images", type=int, default=24, help="how many of them; all where there are fewer")
+    parser.add_argument("--size", type=size_of, metavar="HxW", help="size that all images are brought to; unset: their own")
+    parser.add_argument("--public-images", type=int, help="how many the public recipe labels; unset: all")
+    parser.add_argument("--warm-up", choices=["none", "one", "all"], help="images labelled before the clock starts; "
+                        "unset: all on a GPU, else one")
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--tta", nargs="+", default=["none", "flip", "stpp"], choices=list(VIEWS))
     parser.add_argument("--precision", default="auto")
@@ -196,14 +232,13 @@ def main() -> None:
     parser.set_defaults(rounds=1)
     options = parser.parse_args()
     report = LabelReport(options)
+    options.warm_up = options.warm_up or ("all" if report.device.type == "cuda" else "one")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        paths = copied(options.source, options.images, folder)
+        paths = copied(options.source, options.images, folder, options.size)
         trained = untrained_checkpoint(folder / "best.pt", options.backbone, Pictures(paths))
         for mode in options.tta:
-            ratio = compare(report, options, mode, paths, folder / "source", trained, folder)
-            if mode == "stpp":
-                report.summary("label.engine_vs_public_ratio", ratio)
+            compare(report, options, mode, paths, trained, folder)
     report.finish()
 
 

@@ -4,17 +4,32 @@
 
 Peer: `F.cross_entropy(F.interpolate(logits, size, mode="bilinear", align_corners=True), labels)`, as the public recipes have it,
 and the same under torch.compile. Labels are random (worst for branch prediction and caches) and a tenth is ignored.
+
+`--graphs` times all but the compiled form once more from a CUDA graph: what the GPU takes where the host's launches do
+not count. `--launches` times the Triton kernels with several tiles, warps and programs (`LAUNCHES`), likewise from a
+graph; on a CPU they are interpreted, which says nothing of their speed.
 """
 
 import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-from harness import Report, arguments, copy_bandwidth, minimum_ratio
+if "--launches" in sys.argv and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which others do
+
+from harness import Report, arguments, copy_bandwidth, graphed, minimum_ratio
 from stpp_kernels import implementations, upsample_cross_entropy
 
 SHAPES = [((16, 21, 81, 81), 321), ((16, 19, 181, 181), 721), ((4, 150, 128, 128), 512)]
+SMALL = {"rounds": 1, "no_compile": True, "shapes": [((1, 5, 5, 6), 17)]}
+LAUNCHES = ({"tile": 512, "warps": 4, "programs": 2048}, {"tile": 256, "warps": 2, "programs": 4096},
+            {"tile": 256, "warps": 1, "programs": 4096}, {"tile": 128, "warps": 1, "programs": 8192})
+"""Fields of stpp_kernels.triton.cross_entropy.Launch."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -28,6 +43,16 @@ def fused(logits, labels):
     return loss / counted
 
 
+def training(loss: Callable, logits: torch.Tensor, labels: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """A loss with its backward pass."""
+    def run() -> torch.Tensor:
+        value = loss(logits, labels)
+        torch.autograd.grad(value, logits)  # dropped at once: a gradient kept from run to run would hide in "before"
+        return value.detach()
+
+    return run
+
+
 def measure(report: Report, shape: tuple[int, ...], size: int, options: argparse.Namespace) -> dict[str, dict]:
     """Rows of one shape, by variant; checks that the variants agree first."""
     torch.manual_seed(0)
@@ -36,37 +61,68 @@ def measure(report: Report, shape: tuple[int, ...], size: int, options: argparse
     labels = torch.randint(shape[1], (shape[0], size, size), device=report.device)
     labels[torch.rand(labels.shape, device=report.device) < 0.1] = 255
     small_labels = labels.to(torch.uint8)
-
-    def training(loss, target):
-        def run():
-            value = loss(logits, target)
-            torch.autograd.grad(value, logits)  # dropped at once: a gradient kept from run to run would hide in "before"
-            return value.detach()
-
-        return run
-
-    variants = {"fused": training(fused, small_labels), "eager": training(eager, labels)}
+    variants = {"fused": training(fused, logits, small_labels), "eager": training(eager, logits, labels)}
+    named = f"{','.join(map(str, shape))} to {size}"
+    quick = dict(variants)
     if not options.no_compile:
         torch._dynamo.reset()
-        variants["compiled eager"] = training(torch.compile(eager), labels)
+        variants["compiled eager"] = training(torch.compile(eager), logits, labels)
+    agreeing(variants)
+    rows = report.compare("loss.forward_backward", named, options.dtype, variants)
+    if options.graphs:
+        found = report.compare("loss.forward_backward.graph", named, options.dtype, graphed(quick, report.device)).values()
+        if shape == options.shapes[0][0] and len(found) == len(quick):
+            fused_row, eager_row = found
+            report.summary("loss.graph_fused_vs_eager_ratio", eager_row["median"] / fused_row["median"])
+    if options.launches and (launched := launches(logits, small_labels, report.device)):
+        report.compare("loss.launch", named, options.dtype, launched)
+    return rows
+
+
+def agreeing(variants: dict[str, Callable[[], torch.Tensor]]) -> None:
+    """Compares what the variants compute."""
     values = [variant() for variant in variants.values()]
     for value in values[1:]:
         torch.testing.assert_close(value, values[0], rtol=1e-3, atol=1e-3)
-    name = f"{','.join(map(str, shape))} to {size}"
-    return report.compare("loss.forward_backward", name, options.dtype, variants)
+
+
+def launches(logits: torch.Tensor, labels: torch.Tensor, device: torch.device) -> dict[str, Callable[[], object]]:
+    """The Triton operator under each of `LAUNCHES`; none, said in a line, where it takes no such settings."""
+    module = importlib.import_module("stpp_kernels.triton.cross_entropy")
+    if not hasattr(module, "Launch"):
+        print(f"launch settings are left out: {module.__name__} has no Launch", flush=True)
+        return {}
+
+    def under(settings: dict[str, int]) -> Callable[[], torch.Tensor]:
+        launch = module.Launch(**settings)
+
+        def run() -> torch.Tensor:
+            loss, counted, _ = module.upsample_cross_entropy(logits.detach(), labels, None, None, 255, True, launch)
+            return loss / counted
+
+        return run
+
+    kind = "" if device.type == "cuda" else ", interpreted"
+    variants = {f"tile {settings['tile']}, {settings['warps']} warps, {settings['programs']} programs{kind}": under(settings)
+                for settings in LAUNCHES}
+    agreeing(variants)
+    return graphed(variants, device)
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0])
+    parser = arguments(__doc__.splitlines()[0], SMALL)
+    parser.set_defaults(shapes=SHAPES)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--channels-last", action="store_true", help="logits as the engine's models give them")
     parser.add_argument("--no-compile", action="store_true", help="leave out compiled eager (it takes minutes on a CPU)")
+    parser.add_argument("--graphs", action="store_true", help="also from CUDA graphs")
+    parser.add_argument("--launches", action="store_true", help="also with other launch settings")
     options = parser.parse_args()
     report = Report(options)
     print("implementations:", implementations(report.device.type))
     pairs, compiled_pairs, shares = [], [], []
     bandwidth = copy_bandwidth(report.device)
-    for shape, size in SHAPES:
+    for shape, size in options.shapes:
         rows = measure(report, shape, size, options)
         pairs.append((rows["fused"], rows["eager"]))
         if "compiled eager" in rows:

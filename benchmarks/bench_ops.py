@@ -17,6 +17,7 @@ from stpp_kernels import dilated_conv3x3, implementations
 
 ASPP_RATES = (12, 24, 36)
 ASPP_MAPS = ("41x41", "63x63", "90x120")
+SMALL = {"rounds": 1, "no_compile": True, "maps": ["9x9"]}
 
 
 def dilated_conv(report: Report, options: argparse.Namespace) -> None:
@@ -73,11 +74,12 @@ SECTIONS = {
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0])
+    parser = arguments(__doc__.splitlines()[0], SMALL)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--conv-dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--maps", nargs="+", default=ASPP_MAPS, help="of the dilated convolution, HxW")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled peers")
+    parser.add_argument("--graphs", action="store_true", help="the ten views also from a CUDA graph")
     options = parser.parse_args()
     torch._dynamo.config.cache_size_limit = 64  # a view of test-time augmentation is a shape, and each is compiled
     report = Report(options)

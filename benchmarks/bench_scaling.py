@@ -36,8 +36,8 @@ def rank(out: str, device: str, crop: str, per_rank: str, rounds: str) -> None:
                         augment=AugmentConfig(crop_px=crop), train=TrainConfig(batch_global=per_rank * here.size))
         trainer = bare_trainer(config, here, Path(name), CLASSES)
         batch = random_batch(per_rank, crop, CLASSES, here.device)
-        step_ms = timed(lambda: trainer.train_step([batch]), here.device, rounds)
-        gradients = torch.zeros(sum(weight.numel() for weight in trainer.network.parameters()), device=here.device)
+        step_ms = timed(lambda: trainer.train_step([(batch,)]), here.device, rounds)
+        gradients = torch.zeros(sum(weight.numel() for weight in trainer.step.network.parameters()), device=here.device)
         reduce_ms = timed(lambda: distributed.sum_over_ranks(gradients), here.device, rounds)
         if here.is_main:
             Path(out).write_text(json.dumps({"step_ms": step_ms, "reduce_ms": reduce_ms, "bytes": gradients.nbytes}))

@@ -7,17 +7,18 @@ Peers, as their users run them: *public*: float32, NCHW, dilated convolutions as
 logits, plain SGD. *tuned*: the same with autocast in the engine's precision, channels_last and fused SGD; *compiled*: tuned
 under torch.compile. The engine's step is the Trainer's own. All start from equal weights and take the same images and labels;
 before the clock starts, their first losses are compared. On files the engine has its own loader, and public and tuned have a
-DataLoader with as many worker processes as there are cores and PIL, half of the samples strong (`bench_data.py`).
+DataLoader with as many worker processes as there are cores and PIL, half of the samples strong (`bench_data.py`); where many
+cores queue many batches, these are used up first and then a hundred steps in a row are timed.
 
-Rows: milliseconds a step, `.files` with loading. Summaries: the parts of the engine's step, `step.engine_vs_public_ratio`,
-`step.engine_vs_tuned_ratio` (against the faster of tuned and compiled), both again as `step.files_...`, images a second, the share
-of the measured rate of a large matrix product that the step's nominal operations reach, and of the engine's step on files the
-share that waits for data (`step.data_wait_pct`).
+Rows: milliseconds a step; `.compiled` engine and compiled peer, measured last, because compiling takes minutes;
+`.files` with loading. Summaries: the parts of the engine's step, `step.engine_vs_public_ratio`,
+`step.engine_vs_tuned_ratio` (against the faster of tuned and compiled), both again as `step.files_...`, images a
+second, the share of the measured rate of a large matrix product that the step's nominal operations reach, and of the
+engine's step on files the share that waits for data (`step.data_wait_pct`).
 """
 
 import argparse
 import copy
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -28,10 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 
 import bench_data
-from harness import Report, arguments, bare_trainer, random_batch
+from harness import Report, arguments, bare_trainer, call_ms, nominal_flop, random_batch
 from stpp.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
 from stpp.distributed import World, cores
 from stpp.inference import export
@@ -43,6 +43,9 @@ from stpp_kernels import upsample_cross_entropy
 
 CLASSES = 21
 IGNORED = 0.1
+TIMED_ON_MANY_CORES, TURNS_ON_MANY_CORES = 100, 2
+"""Steps in a row on files, and how often each variant takes them, where cores are many."""
+SMALL = {"rounds": 1, "backbone": "resnet18", "output_stride": 32, "crop": 33, "batch": 2, "no_compile": True, "pictures": 4}
 
 
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -54,7 +57,8 @@ def engine(options: argparse.Namespace, device: torch.device, folder: Path, samp
     config = Config(
         data=DataConfig(root=folder), out=folder,
         model=ModelConfig(name=options.model, backbone=options.backbone, output_stride=options.output_stride, pretrained="none"),
-        augment=AugmentConfig(crop_px=options.crop), train=TrainConfig(batch_global=options.batch, precision=options.precision))
+        augment=AugmentConfig(crop_px=options.crop), train=TrainConfig(batch_global=options.batch, precision=options.precision),
+        deterministic=not options.cudnn_benchmark)  # of a step alone it only keeps cuDNN from trying
     return bare_trainer(config, World(device=device), folder, CLASSES, samples)
 
 
@@ -82,29 +86,39 @@ def peer(network: nn.Module, *, dtype: torch.dtype, channels_last: bool, compile
 def on_files(report: Report, options: argparse.Namespace, name: str, dtype: torch.dtype, peers: dict[str, Step],
              folder: Path) -> None:
     """Steps with loading, by the engine and by peers."""
-    device, samples = report.device, bench_data.samples_of(options, folder)
+    device, samples, workers = report.device, bench_data.samples_of(options, folder), cores()
     trainer = engine(options, device, folder, samples)
-    batches, waits = trainer._batches(), []
+    batches, waits = trainer._passes(), []
     public = bench_data.Public(samples, options.crop, trainer.config.augment.long_side)
 
     def ours() -> None:
-        micro_batches, wait_s = next(batches)
-        trainer.train_step(micro_batches)
+        passes, wait_s = next(batches)
+        trainer.train_step(passes)
         waits.append(wait_s)
 
     def theirs(label: str) -> None:
         images, labels = next(streams[label])
         peers[label](images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
 
-    streams = {label: iter(DataLoader(public, options.batch, num_workers=cores(), pin_memory=device.type == "cuda"))
+    streams = {label: iter(DataLoader(public, options.batch, num_workers=workers, pin_memory=device.type == "cuda"))
                for label in peers}
     variants = {"engine": ours, **{label: partial(theirs, label) for label in peers}}
-    rows = report.compare(f"{name}.files", f"{options.batch},3,{options.crop},{options.crop}", str(dtype).removeprefix("torch."),
-                          variants)
+    many = workers >= bench_data.MANY_CORES and not options.small
+    untimed, timed = (bench_data.untimed_batches(workers), TIMED_ON_MANY_CORES) if many else (0, 1)
+    times: dict[str, list[float]] = {label: [] for label in variants}
+    for variant in variants.values():
+        variant()
+    for _ in range(min(report.rounds, TURNS_ON_MANY_CORES) if many else report.rounds):
+        for label, variant in variants.items():
+            for _ in range(untimed):
+                variant()
+            times[label].append(call_ms(variant, device, calls=timed))
+    shape, kind = f"{options.batch},3,{options.crop},{options.crop}", str(dtype).removeprefix("torch.")
+    rows = {label: report.measured(f"{name}.files", label, shape, kind, found) for label, found in times.items()}
     step_ms = rows["engine"]["median"]
     for label in peers:
         report.summary(f"step.files_engine_vs_{label}_ratio", rows[label]["median"] / step_ms)
-    report.summary("step.data_wait_pct", 100 * statistics.median(waits[-report.rounds:]) / (step_ms / 1000))
+    report.summary("step.data_wait_pct", 100 * sum(waits[-timed:]) / (timed * times["engine"][-1] / 1000))
 
 
 def parts(trainer: Trainer, batch: Batch, device: torch.device, rounds: int) -> dict[str, float]:
@@ -113,7 +127,7 @@ def parts(trainer: Trainer, batch: Batch, device: torch.device, rounds: int) -> 
     for _ in range(rounds):
         marks = [_now(device)]
         with torch.autocast(device.type, trainer.autocast_dtype, enabled=trainer.autocast_dtype != torch.float32):
-            logits = trainer.model(batch.images_NCHW)
+            logits = trainer.step.network(batch.images_NCHW)
         marks.append(_now(device))
         total, counted = upsample_cross_entropy(logits, batch.labels_NHW)
         marks.append(_now(device))
@@ -139,22 +153,15 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / best
 
 
-def flop_of(network: nn.Module, images: torch.Tensor) -> int:
-    """Nominal operations of a forward and backward pass: those of plain convolutions, padding counted."""
-    shell = export.plain_copy(network).to("meta")
-    with FlopCounterMode(display=False) as counter:
-        shell(torch.empty_like(images, device="meta")).sum().backward()
-    return counter.get_total_flops()
-
-
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def main() -> None:
-    parser = arguments(__doc__.splitlines()[0])
+def parsed(description: str = __doc__) -> argparse.Namespace:
+    """The command line, for every benchmark of a training step."""
+    parser = arguments(description.splitlines()[0], SMALL)
     parser.add_argument("--model", default="deeplabv3plus", choices=["deeplabv3plus", "pspnet", "deeplabv2"])
     parser.add_argument("--backbone", default="resnet50", choices=["resnet18", "resnet50", "resnet101"])
     parser.add_argument("--output-stride", type=int, default=8, choices=[8, 16, 32])
@@ -163,48 +170,69 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"])
     parser.add_argument("--root", type=Path, help="data set for the steps on files; unset: drawn pictures")
     parser.add_argument("--layout", default="auto")
+    parser.add_argument("--pictures", type=int, default=bench_data.PICTURES, help="how many are drawn")
     parser.add_argument("--no-files", action="store_true", help="leave out the steps on files")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled peer")
+    parser.add_argument("--cudnn-benchmark", action=argparse.BooleanOptionalAction, default=True,
+                        help="let cuDNN try its algorithms, as the engine and tuned users do; for all variants")
     options = parser.parse_args()
+    options.batch = options.batch or (16 if options.device.startswith("cuda") else 2)
+    return options
+
+
+def agreeing(variants: dict[str, Callable[[], torch.Tensor]]) -> None:
+    """Takes one step of each and compares the losses."""
+    losses = {label: variant().item() for label, variant in variants.items()}
+    print("first losses:", {label: round(loss, 4) for label, loss in losses.items()}, flush=True)
+    assert max(losses.values()) - min(losses.values()) < 0.05 * losses["engine"], losses  # dropout draws differ
+
+
+def main() -> None:
+    options = parsed()
     report = Report(options)
     device = report.device
-    options.batch = options.batch or (16 if device.type == "cuda" else 2)
+    torch.backends.cudnn.benchmark = options.cudnn_benchmark
     dtype = autocast_dtype(options.precision, device)
     torch.manual_seed(0)
     network = build_model(options.model, options.backbone, CLASSES, options.output_stride).to(device)
     batch = random_batch(options.batch, options.crop, CLASSES, device, ignored=IGNORED)
-    images, labels = batch.images_NCHW, batch.labels_NHW
+    images, targets = batch.images_NCHW, batch.labels_NHW.long()
+    shape, kind = f"{options.batch},3,{options.crop},{options.crop}", str(dtype).removeprefix("torch.")
+    name = f"step.{options.model}_{options.backbone}_os{options.output_stride}"
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = engine(options, device, Path(folder))
-        trainer.network.load_state_dict(network.state_dict())
+        trainer.step.network.load_state_dict(network.state_dict())
         lr = trainer.optimizer.param_groups[0]["base_lr"]
-        variants = {"engine": lambda: trainer.train_step([batch])[0]}
-        targets, steps = labels.long(), {}
-        settings = {"public": (torch.float32, False, False), "tuned": (dtype, True, False)}
-        if not options.no_compile:
-            settings["compiled"] = (dtype, True, True)
-        for label, (kind, channels_last, compiled) in settings.items():
-            steps[label] = peer(copy.deepcopy(network).train(), dtype=kind, channels_last=channels_last, compiled=compiled, lr=lr)
+
+        def other(dtype: torch.dtype, channels_last: bool, compiled: bool = False) -> tuple[Step, Callable[[], torch.Tensor]]:
+            step = peer(copy.deepcopy(network).train(), dtype=dtype, channels_last=channels_last, compiled=compiled, lr=lr)
             theirs = images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-            variants[label] = lambda step=steps[label], theirs=theirs: step(theirs, targets)
-        losses = {label: variant().item() for label, variant in variants.items()}
-        print("first losses:", {label: round(loss, 4) for label, loss in losses.items()})
-        assert max(losses.values()) - min(losses.values()) < 0.05 * losses["public"], losses  # dropout draws differ
-        shape = f"{options.batch},3,{options.crop},{options.crop}"
-        name = f"step.{options.model}_{options.backbone}_os{options.output_stride}"
-        rows = report.compare(name, shape, str(dtype).removeprefix("torch."), variants)
+            return step, lambda: step(theirs, targets)
+
+        steps, variants = {}, {"engine": lambda: trainer.train_step([(batch,)])[0]}
+        for label, layout in (("public", (torch.float32, False)), ("tuned", (dtype, True))):
+            steps[label], variants[label] = other(*layout)
+        agreeing(variants)
+        rows = report.compare(name, shape, kind, variants)
+        step_ms = rows["engine"]["median"]
+        report.summary("step.engine_images_per_s", 1000 * options.batch / step_ms)
+        report.summary("step.public_images_per_s", 1000 * options.batch / rows["public"]["median"])
+        report.summary("step.engine_vs_public_ratio", rows["public"]["median"] / step_ms)
+        share = nominal_flop(network, images, backward=True) / (step_ms / 1000) / matmul_rate(device, dtype)
+        report.summary("step.engine_share_of_matmul_rate", share)
         for part, value in parts(trainer, batch, device, options.rounds).items():
             report.summary(f"step.engine_{part}_ms", value)
+        ratio = rows["tuned"]["median"] / step_ms
+        if not options.no_compile:
+            trainer.step.network.load_state_dict(network.state_dict())
+            both = {"engine": variants["engine"], "compiled": other(dtype, True, compiled=True)[1]}
+            agreeing(both)
+            compiled = report.compare(f"{name}.compiled", shape, kind, both)
+            ratio = min(ratio, compiled["compiled"]["median"] / compiled["engine"]["median"])
+        report.summary("step.engine_vs_tuned_ratio", ratio)
         if not options.no_files:
-            on_files(report, options, name, dtype, {label: steps[label] for label in ("public", "tuned")}, Path(folder))
-    step_ms = rows["engine"]["median"]
-    report.summary("step.engine_images_per_s", 1000 * options.batch / step_ms)
-    report.summary("step.public_images_per_s", 1000 * options.batch / rows["public"]["median"])
-    report.summary("step.engine_share_of_matmul_rate", flop_of(network, images) / (step_ms / 1000) / matmul_rate(device, dtype))
-    report.summary("step.engine_vs_public_ratio", rows["public"]["median"] / step_ms)
-    tuned = min(rows[label]["median"] for label in ("tuned", "compiled") if label in rows)
-    report.summary("step.engine_vs_tuned_ratio", tuned / step_ms)
+            on_files(report, options, name, dtype, steps, Path(folder))
     report.finish()
 
 

@@ -1,15 +1,16 @@
 """Teachers of every backend that is present against eager and the public recipe: time by batch and size, compile time, agreement.
 
     python benchmarks/bench_teacher.py --out benchmarks/results/last.jsonl
-    python benchmarks/bench_teacher.py --model deeplabv3plus --backbone resnet18 --output-stride 16 --precision fp32 --batches 1 8
+    python benchmarks/bench_teacher.py --backbone resnet18 --output-stride 16 --precision fp32 --batches 1 8
 
 Peers: `eager`, the folded network in the same precision, as the engine's teachers are without a compiler; `public`, float32,
 NCHW, dilated convolutions as PyTorch gives them, image by image, measured beside the first batch of every size. The network has
 random weights: time does not depend on them. Its agreement with eager in float32 is measured on smooth random images.
 
-Rows: milliseconds of one forward pass over a batch. Summaries: seconds to compile, and to take another teacher's weights,
-agreement, the least ratio to eager over all shapes, after how many images of the first size (one view) compiling has paid for
-itself, and `teacher.best_vs_public_ratio`: images a second of the best variant and batch, the least of all sizes.
+Rows: milliseconds of one forward pass over a batch, `teacher.forward` eager and public, `teacher.forward.NAME` a compiled
+teacher beside eager. Summaries: operations a second of eager; seconds to compile, and to take another teacher's weights;
+agreement, the least ratio to eager over all shapes, after how many images of the first size (one view) compiling has
+paid for itself; and `teacher.best_vs_public_ratio`: images a second of the best variant and batch, the least of all sizes.
 """
 
 import argparse
@@ -17,19 +18,23 @@ import math
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from harness import Report, arguments, minimum_ratio
+from harness import Report, arguments, minimum_ratio, nominal_flop
 from stpp.inference import build, export, gate
 from stpp.inference.build import BACKENDS, PRECISIONS, Plan
+from stpp.inference.protocol import Teacher
 from stpp.inference.record import ANY_SIZE, Shapes, weights_sha256
 from stpp.models.build import build_model
 from stpp.precision import autocast_dtype
 
 CLASSES = 21
+Forward = Callable[[torch.Tensor], torch.Tensor]
+SMALL = {"rounds": 1, "backbone": "resnet18", "output_stride": 32, "batches": [1], "sizes": ["33x49"]}
 
 
 def plan_of(options: argparse.Namespace, device: torch.device, seed: int = 0) -> Plan:
@@ -60,14 +65,13 @@ def smooth(count: int, height: int, width: int, device: torch.device) -> torch.T
     return images_NCHW.contiguous(memory_format=torch.channels_last)
 
 
-def compiled(report: Report, plan: Plan, options: argparse.Namespace) -> dict:
-    """Teachers by the name of their variant; each is compiled here, in a folder that is deleted."""
+def compiled(report: Report, plan: Plan, options: argparse.Namespace) -> Iterator[tuple[str, Teacher]]:
+    """Teachers by the name of their variant; each is compiled when asked for, in a folder that is deleted."""
     sizes = [tuple(map(int, size.split("x"))) for size in options.sizes]
     largest = (max(options.batches), *(max(size[i] for size in sizes) for i in (0, 1)))
     shapes = Shapes(smallest=(1, 33, 33), typical=(options.batches[len(options.batches) // 2], *sizes[0]), largest=largest)
-    variants = {}
     for backend in options.backends or build.present(report.device):
-        for frozen in (False, True) if backend == "inductor" else (True,):
+        for frozen in (False, True) if backend == "inductor" and not options.frozen else (True,):
             label = f"{backend} unfrozen" if not frozen else backend
             chosen = Plan(**{**vars(plan), "backend": backend, "frozen": frozen, "shapes": shapes})
             with tempfile.TemporaryDirectory() as folder:
@@ -84,47 +88,76 @@ def compiled(report: Report, plan: Plan, options: argparse.Namespace) -> dict:
             report.summary(f"teacher.agreement_raw.{label}", found.raw)
             report.summary(f"teacher.agreement_outside_near_ties.{label}", found.outside)
             report.summary(f"teacher.decided.{label}", found.decided)
-            variants[label] = teacher
-    return variants
+            yield label, teacher
 
 
-@torch.inference_mode()
-def main() -> None:
-    parser = arguments(__doc__.splitlines()[0])
+def parsed() -> argparse.Namespace:
+    """The command line."""
+    parser = arguments(__doc__.splitlines()[0], SMALL)
     parser.add_argument("--model", default="deeplabv3plus")
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--output-stride", type=int, default=8)
     parser.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="default: all that are present")
+    parser.add_argument("--frozen", action="store_true", help="of inductor only the form that holds its weights")
+    parser.add_argument("--no-compile", action="store_true", help="eager and public only")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--sizes", nargs="+", default=["360x480", "720x960"], help="HxW")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+class Measured:
+    """Forward passes by batch and size, and what an image takes with the batch that suits a variant."""
+
+    def __init__(self, report: Report, options: argparse.Namespace, precision: str):
+        self._report, self._options, self._precision = report, options, precision
+        self.rows: dict[str, list[dict]] = defaultdict(list)
+        self.image_ms: list[dict[str, float]] = [defaultdict(lambda: math.inf) for _ in options.sizes]
+
+    def measure(self, name: str, teachers: dict[str, Forward], plain: torch.nn.Module | None = None) -> None:
+        """Times teachers, and beside the first batch of every size the public recipe's network image by image."""
+        for size, image_ms in zip(self._options.sizes, self.image_ms, strict=True):
+            for count in self._options.batches:
+                images_NCHW = smooth(count, *map(int, size.split("x")), self._report.device)
+                calls = {label: lambda run=run, x=images_NCHW: run(x) for label, run in teachers.items()}
+                if plain is not None and count == self._options.batches[0]:
+                    ones = [image.contiguous() for image in images_NCHW.split(1)]
+                    calls["public"] = lambda ones=ones: [plain(one) for one in ones]
+                found = self._report.compare(name, f"{count},3,{size.replace('x', ',')}", self._precision, calls)
+                for label, row in found.items():
+                    self.rows[f"{name}: {label}"].append(row)
+                    image_ms[label] = min(image_ms[label], row["median"] / count)
+
+
+@torch.inference_mode()
+def main() -> None:
+    options = parsed()
     report = Report(options)
     plan = plan_of(options, report.device)
     with torch.inference_mode(False):
-        variants = {"eager": plan.eager(), **compiled(report, plan, options)}
+        eager = plan.eager()
         plain = export.plain_copy(plan.network).eval().to(report.device)
-    rows: dict[str, list[dict]] = defaultdict(list)
-    best_ms: list[dict[str, float]] = []  # an image, by variant, with the batch that suits it; one entry a size
-    for size in options.sizes:
-        image_ms: dict[str, float] = defaultdict(lambda: math.inf)
-        for count in options.batches:
-            images_NCHW = smooth(count, *map(int, size.split("x")), report.device)
-            forward = {label: lambda teacher=teacher, x=images_NCHW: teacher.logits(x) for label, teacher in variants.items()}
-            if count == options.batches[0]:
-                ones = [image.contiguous() for image in images_NCHW.split(1)]
-                forward["public"] = lambda ones=ones: [plain(one) for one in ones]
-            found = report.compare("teacher.forward", f"{count},3,{size.replace('x', ',')}", plan.precision, forward)
-            for label, row in found.items():
-                rows[label].append(row)
-                image_ms[label] = min(image_ms[label], row["median"] / count)
-        best_ms.append(image_ms)
-    report.summary("teacher.best_vs_public_ratio", min(ms["public"] / min(ms[label] for label in variants) for ms in best_ms))
-    for label, teacher in list(variants.items())[1:]:
-        report.summary(f"teacher.ratio.{label}", minimum_ratio(list(zip(rows[label], rows["eager"], strict=True))))
-        ours, eager = best_ms[0][label], best_ms[0]["eager"]
-        if ours < eager:
-            report.summary(f"teacher.images_that_repay.{label}", 1000 * teacher.record.compile_s / (eager - ours))
+    measured = Measured(report, options, plan.precision)
+    measured.measure("teacher.forward", {"eager": eager.logits}, plain)
+    image = smooth(1, *map(int, options.sizes[0].split("x")), torch.device("cpu"))
+    flop = nominal_flop(plan.network, image, backward=False)
+    report.summary("teacher.eager_tflop_per_s", flop / measured.image_ms[0]["eager"] / 1e9)
+    report.summary("teacher.eager_vs_public_ratio", min(ms["public"] / ms["eager"] for ms in measured.image_ms))
+    labels = ["eager"]
+    with torch.inference_mode(False):
+        teachers = () if options.no_compile else compiled(report, plan, options)
+        for label, teacher in teachers:
+            with torch.inference_mode():
+                name = f"teacher.forward.{label}"
+                measured.measure(name, {label: teacher.logits, "eager": eager.logits})
+            pairs = zip(measured.rows[f"{name}: {label}"], measured.rows[f"{name}: eager"], strict=True)
+            report.summary(f"teacher.ratio.{label}", minimum_ratio(list(pairs)))
+            ours_ms, eager_ms = measured.image_ms[0][label], measured.image_ms[0]["eager"]
+            if ours_ms < eager_ms:
+                report.summary(f"teacher.images_that_repay.{label}", 1000 * teacher.record.compile_s / (eager_ms - ours_ms))
+            labels.append(label)
+    report.summary("teacher.best_vs_public_ratio",
+                   min(ms["public"] / min(ms[label] for label in labels) for ms in measured.image_ms))
     report.finish()
 
 

@@ -5,7 +5,9 @@ on a CPU, events on a GPU. Memory: in a run of its own, the highest use above wh
 results), as the kernel counts this process's pages on a CPU and as the caching allocator counts on a GPU.
 
 A row of the JSONL file: name, variant, shape, dtype, median, p20, p80, unit, peak_mib, device, threads, versions, git, date.
-A summary row: {"name": ..., "value": ...} and the last five.
+A summary row: {"name": ..., "value": ...} and the last five. Two more: `part`, named by run_gpu.sh in STPP_PART, where
+several runs share a file; `cudnn_benchmark` on a GPU, whether cuDNN tried its algorithms. STPP_GIT names the commit
+where there is no repository.
 """
 
 import argparse
@@ -14,19 +16,26 @@ import ctypes
 import datetime
 import gc
 import json
+import os
 import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from stpp import distributed
 from stpp.config import Config
 from stpp.distributed import World
+from stpp.inference import export
 from stpp.loading.sample import Batch, Sample
+from stpp.methods.supervised import Supervised
+from stpp.training.assemble import fresh_network
 from stpp.training.trainer import Schedule, Trainer
 
 MIB = 1024 * 1024
@@ -34,10 +43,30 @@ GPU_MEASUREMENT_MS = 20
 """A timed run on a GPU repeats a call until it lasts about as long."""
 
 
-def arguments(description: str) -> argparse.ArgumentParser:
-    """Parser with the options that every benchmark has."""
-    parser = argparse.ArgumentParser(description=description)
+class _Parser(argparse.ArgumentParser):
+    """Parser whose --small overrules other options."""
+
+    def __init__(self, small: dict[str, Any], **settings):
+        super().__init__(**settings)
+        self._small = small
+
+    def parse_args(self, args=None, namespace=None):
+        options = super().parse_args(args, namespace)
+        if options.small:
+            vars(options).update(self._small)
+        return options
+
+
+def arguments(description: str, small: dict[str, Any] | None = None) -> argparse.ArgumentParser:
+    """Parser with the options that every benchmark has.
+
+    Args:
+        small: options that make the run as short as it can be, by name: values under --small, whatever else is asked for.
+    """
+    parser = _Parser(small or {}, description=description)
     parser.add_argument("--out", type=Path, help="JSONL file to write (replaced)")
+    parser.add_argument("--append", action="store_true", help="add to the file instead of replacing it")
+    parser.add_argument("--small", action="store_true", help="everything at its smallest, to see that it runs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")
     parser.add_argument("--rounds", type=int, default=7, help="timed runs of each variant")
@@ -54,14 +83,17 @@ class Report:
         self.rows: list[dict] = []
         if self.out:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.out.write_text("")
+            if not options.append:
+                self.out.write_text("")
         self._common = {
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _cpu_name(),
             "threads": torch.get_num_threads(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "git": _git_hash(),
+            "git": os.environ.get("STPP_GIT") or _git_hash(),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
+        if part := os.environ.get("STPP_PART"):
+            self._common["part"] = part
 
     def compare(self, name: str, shape: str, dtype: str, variants: dict[str, Callable[[], object]],
                 before: Callable[[str], object] = lambda label: None) -> dict[str, dict]:
@@ -72,7 +104,7 @@ class Report:
         for _ in range(self.rounds):
             for label, variant in variants.items():
                 before(label)
-                times[label].append(_run(variant, self.device, calls[label]))
+                times[label].append(call_ms(variant, self.device, calls[label]))
         return {label: self.measured(name, label, shape, dtype, found, peaks[label]) for label, found in times.items()}
 
     def measured(self, name: str, variant: str, shape: str, dtype: str, times_ms: list[float],
@@ -85,10 +117,10 @@ class Report:
 
     def _calls(self, variant: Callable[[], object]) -> int:
         """Calls of one measurement, after a warm-up: on a GPU enough to hide the first launch and the steps of the clock."""
-        _run(variant, self.device)
+        call_ms(variant, self.device)
         if self.device.type != "cuda":
             return 1
-        return max(1, min(1000, round(GPU_MEASUREMENT_MS / max(_run(variant, self.device), 1e-3))))
+        return max(1, min(1000, round(GPU_MEASUREMENT_MS / max(call_ms(variant, self.device), 1e-3))))
 
     def summary(self, name: str, value: float) -> None:
         """Adds one number that stands for the run."""
@@ -110,6 +142,8 @@ class Report:
 
     def _add(self, row: dict) -> None:
         row = {**row, **self._common}
+        if self.device.type == "cuda":
+            row["cudnn_benchmark"] = torch.backends.cudnn.benchmark
         self.rows.append(row)
         if self.out:
             with self.out.open("a") as file:
@@ -122,7 +156,7 @@ class Report:
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-            _run(variant, self.device)
+            call_ms(variant, self.device)
             return (torch.cuda.max_memory_allocated() - before) / MIB
         return _peak_resident_mib(variant)
 
@@ -148,8 +182,10 @@ def bare_trainer(config: Config, here: World, folder: Path, num_classes: int, sa
     """The Trainer of a run that is never started: only its step and its batches are used, these where it has samples."""
     side, classes = config.augment.crop_px, tuple(map(str, range(num_classes)))
     none = Sample(key="none", image="none", mask="none", width=side, height=side)
-    return Trainer(config, here, samples or [none] * config.train.batch_global, stage=1, title="bench", classes=classes,
-                   folder=folder, schedule=Schedule(steps=1 << 30, validate_steps=1 << 30), validate=None)
+    step = Supervised(fresh_network(config, here, classes, stage=1), config)
+    streams = step.streams(config, samples or [none] * config.train.batch_global)
+    return Trainer(config, here, step, streams, key=1, title="bench", classes=classes, folder=folder,
+                   schedule=Schedule(steps=1 << 30, validate_steps=1 << 30), validate=None)
 
 
 def random_batch(count: int, side: int, num_classes: int, device: torch.device, *, ignored: float = 0.0) -> Batch:
@@ -158,6 +194,49 @@ def random_batch(count: int, side: int, num_classes: int, device: torch.device, 
     labels = torch.randint(num_classes, (count, side, side), dtype=torch.uint8, device=device)
     labels[torch.rand(labels.shape, device=device) < ignored] = 255
     return Batch(images_NCHW=images, labels_NHW=labels, indices=None)
+
+
+def nominal_flop(network: nn.Module, images: torch.Tensor, *, backward: bool) -> int:
+    """Operations of a forward pass, or of one with its backward pass: those of plain convolutions, padding counted."""
+    shell = export.plain_copy(network).to("meta")
+    with FlopCounterMode(display=False) as counter, torch.inference_mode(False), torch.set_grad_enabled(backward):
+        logits = shell(torch.empty(images.shape, device="meta"))
+        if backward:
+            logits.sum().backward()
+    return counter.get_total_flops()
+
+
+def graphed(variants: dict[str, Callable[[], object]], device: torch.device) -> dict[str, Callable[[], object]]:
+    """The same computations replayed from a CUDA graph, without the host's share; on a CPU as they are, and named so.
+
+    One that cannot be captured is left out, with a line that says why.
+    """
+    if device.type != "cuda":
+        return {f"{label}, no graph on a CPU": variant for label, variant in variants.items()}
+    found = {}
+    for label, variant in variants.items():
+        try:
+            found[f"{label}, CUDA graph"] = _captured(variant)
+        except RuntimeError as error:
+            print(f"{label}: no CUDA graph: {str(error).splitlines()[0]}", flush=True)
+    return found
+
+
+def _captured(variant: Callable[[], object]) -> Callable[[], None]:
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # libraries make their workspaces and Triton its kernels outside the capture
+        for _ in range(3):
+            variant()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        variant()
+
+    def replay(_held=variant) -> None:  # the graph reads the tensors of the variant
+        graph.replay()
+
+    return replay
 
 
 def minimum_ratio(pairs: list[tuple[dict, dict]], key: str = "median") -> float:
@@ -169,11 +248,11 @@ def copy_bandwidth(device: torch.device) -> float:
     """Bytes a second, read and written, of a large copy: the limit against which memory traffic is judged."""
     source = torch.ones(64 * MIB, device=device)
     target = torch.empty_like(source)
-    best_ms = min(_run(lambda: target.copy_(source), device) for _ in range(5))
+    best_ms = min(call_ms(lambda: target.copy_(source), device) for _ in range(5))
     return 2 * source.numel() * source.element_size() / (best_ms / 1000)
 
 
-def _run(variant: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+def call_ms(variant: Callable[[], object], device: torch.device, calls: int = 1) -> float:
     """Milliseconds of one call, the mean of `calls` in a row."""
     if device.type == "cuda":
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

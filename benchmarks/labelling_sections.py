@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from harness import Report, minimum_ratio
+from harness import Report, graphed, minimum_ratio
 from stpp_kernels import confusion, finalize, pairwise_iou, softmax_accumulate, upsample_argmax
 
 SIZE = (360, 480)
@@ -96,6 +96,9 @@ def augmentation(report: Report, options: argparse.Namespace) -> None:
             },
         )  # fmt: skip
         pairs += [(rows["fused"], rows["eager"])]
+        if options.graphs:  # eager's bincount waits for the device, which a graph cannot
+            report.compare("ten_views.graph", f"1,{classes},{SIZE[0]},{SIZE[1]}", "float32",
+                           graphed({"fused": fused}, report.device))
     report.summary("softmax_accumulate.fused_vs_eager_ratio", minimum_ratio(pairs))
 
 

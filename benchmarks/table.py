@@ -11,6 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 MACHINES = {"AVX-512": "cpu", "AVX-512 with bf16": "cpu-bf16"}
 """Two cores each, by what they compute with; files of rows end in the word on the right."""
+GPUS = {"H100": "h100", "H200": "h200"}
+"""Machines with one GPU; a column is shown once there are rows of it, and so are the lines of `ON_GPUS`."""
 RATIOS = (
     ("upsampling cross-entropy, forward and backward, smallest of three shapes", "eager", "loss", "loss.fused_vs_eager_ratio"),
     ("the same", "`torch.compile`d eager", "loss", "loss.fused_vs_compiled_ratio"),
@@ -31,6 +33,19 @@ RATIOS = (
     ("all stages of ST++, a third of the demo", "public recipe", "selftrain", "selftrain.engine_vs_public_ratio"),
 )
 """What, against what, files of rows, name of the summary row."""
+ON_GPUS = (
+    ("the loss from a CUDA graph, 16 x 21 classes x 321 px", "eager, likewise", "loss", "loss.graph_fused_vs_eager_ratio"),
+    ("training step, DeepLabV3+ ResNet-101, 8 x 721 px", "public recipe", "step-r101-721", "step.engine_vs_public_ratio"),
+    ("share of a large matrix product's rate, ResNet-50, 16 x 321 px", "", "step", "step.engine_share_of_matmul_rate"),
+    ("labelling with ten views, images of 360x480, images a second", "", "label", "label.images_per_s.stpp"),
+    ("the same, each image of another size", "", "label-mixed", "label.images_per_s.stpp"),
+)
+"""Lines of `RATIOS` that only GPUs have."""
+GPU_SIZES = {
+    "step": "GPU: 16 x 321 px",
+    "teacher": "GPU: ResNet-50, stride 8",
+}
+"""Of files of rows, what GPUs measure otherwise than the line says."""
 RUNS = (
     ("demo, seed 0", "demo-cpu-bf16", "demo-seed0"),
     ("demo, seed 1", "demo-cpu-bf16", "demo-seed1"),
@@ -48,12 +63,19 @@ def ratios() -> str:
     Raises:
         KeyError: a line has no row.
     """
-    lines = [f"| what | against | {' | '.join(MACHINES)} | rows |", "|---" * (3 + len(MACHINES)) + "|"]
-    for what, against, files, name in RATIOS:
-        found = [values(f"{files}-{machine}").get(name) for machine in MACHINES.values()]
-        if not any(found):
+    gpus = {name: word for name, word in GPUS.items() if any(values(f"{line[2]}-{word}") for line in (*RATIOS, *ON_GPUS))}
+    machines = {**MACHINES, **gpus}
+    lines = [f"| what | against | {' | '.join(machines)} | rows |", "|---" * (3 + len(machines)) + "|"]
+    for line in (*RATIOS, *(ON_GPUS if gpus else ())):
+        what, against, files, name = line
+        found = {word: values(f"{files}-{word}").get(name) for word in machines.values()}
+        if not any(found.values()):
+            if line in ON_GPUS:
+                continue
             raise KeyError(f"no row {name}")
-        shown = ["" if value is None else _figures(value) for value in found]
+        if line in RATIOS and files in GPU_SIZES and any(found[word] for word in gpus.values()):
+            what += f" ({GPU_SIZES[files]})"
+        shown = ["" if value is None else _figures(value) for value in found.values()]
         lines.append(f"| {what} | {against} | {' | '.join(shown)} | `{files}`: `{name}` |")
     return "\n".join(lines)
 

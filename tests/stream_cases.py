@@ -1,4 +1,4 @@
-"""Stand-ins for CUDA's streams and events on a machine without a GPU: they do nothing and write down who waited for what."""
+"""Stand-ins for CUDA's streams and events where there is no GPU: they only write down who waited for what."""
 
 import contextlib
 import threading

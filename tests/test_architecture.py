@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = {"stpp": ROOT / "engine", "stpp_kernels": ROOT / "kernels"}
 
-LOOSE = {"clock", "checkpoint", "config", "device", "distributed", "errors", "files", "log", "metrics", "parquet", "precision",
-         "signals", "versions"}
+LOOSE = {"clock", "checkpoint", "config", "device", "distributed", "errors", "files", "log", "metrics", "parquet",
+         "precision", "settings", "signals", "versions"}
 # From the ground up: what stands on a floor imports only itself and the floors below. A new room needs a place here.
 FLOORS = (
     {"stpp_kernels"},
@@ -41,7 +41,7 @@ WRAPPERS = {
     "apex": {"stpp.training.optimizer": False},
     "fsspec": {"stpp.images.storage": False},
 }
-LIGHT = ("stpp", "stpp.config", "stpp.cli", "stpp.errors", "stpp.files", "stpp.signals")
+LIGHT = ("stpp", "stpp.config", "stpp.cli", "stpp.errors", "stpp.files", "stpp.settings", "stpp.signals")
 
 
 @dataclass(frozen=True)

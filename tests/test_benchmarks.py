@@ -10,6 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import bench_data  # noqa: E402
+import harness  # noqa: E402
 import table  # noqa: E402
 
 RESULTS = sorted((ROOT / "benchmarks" / "results").rglob("*.jsonl"))
@@ -29,6 +31,45 @@ def test_a_figure_without_a_row_is_noticed(monkeypatch):
         table.scores()
 
 
+def test_columns_of_gpus_come_with_their_rows(monkeypatch):
+    assert "H100" not in table.ratios()
+    on_cpus = table.values
+    rows = {"step-h100": {"step.engine_vs_public_ratio": 3.25, "step.engine_share_of_matmul_rate": 0.41},
+            "loss-h100": {"loss.fused_vs_eager_ratio": 7.0}}
+    monkeypatch.setattr(table, "values", lambda file: rows.get(file) or on_cpus(file))
+    head, _, *lines = table.ratios().splitlines()
+    assert head == "| what | against | AVX-512 | AVX-512 with bf16 | H100 | rows |"
+    assert all(line.count("|") == head.count("|") for line in lines)
+    (step,) = (line for line in lines if line.endswith("| `step`: `step.engine_vs_public_ratio` |"))
+    assert "(GPU: 16 x 321 px)" in step and step.split("|")[5].strip() == "3.2"
+    (share,) = (line for line in lines if "share_of_matmul" in line)
+    assert share.split("|")[5].strip() == "0.41"
+    assert not any("r101" in line for line in lines)  # no row, no line
+
+
+def test_a_row_names_its_part_and_the_commit_of_a_copy(tmp_path, monkeypatch):
+    monkeypatch.setenv("STPP_GIT", "abc")
+    monkeypatch.setenv("STPP_PART", "some-part")
+    out = tmp_path / "rows.jsonl"
+    parser = harness.arguments("x", {"rounds": 1})
+    for more in ([], ["--append"], ["--append", "--small", "--rounds", "5"]):
+        options = parser.parse_args(["--out", str(out), "--device", "cpu", *more])
+        report = harness.Report(options)
+        report.summary("x.y", 2.0)
+        assert json.loads(out.read_text().splitlines()[-1])["value"] == 2.0  # at once, not at the end
+    assert report.rounds == 1  # --small overrules
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["part"], row["git"]) for row in rows] == [("some-part", "abc")] * 3
+    harness.Report(parser.parse_args(["--out", str(out), "--device", "cpu"]))
+    assert out.read_text() == ""
+
+
+@pytest.mark.parametrize("workers", [8, 16, 64])
+def test_more_batches_are_drained_than_a_loader_queues(workers):
+    prefetched_by_each = 2  # PyTorch's default, which the peers have
+    assert bench_data.untimed_batches(workers) > prefetched_by_each * workers
+
+
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_rows_say_where_they_come_from(path):
     for line in path.read_text().splitlines():
@@ -41,14 +82,17 @@ SMALLEST = {
     "agreement": "--images 1 --tta none --engines eager:fp32",
     "checkpoint": "--rounds 1 --crop 33",
     "corpus": "--counts 40 --shard-size 16",
-    "data": "--rounds 1 --batch 2 --batches 1 --crop 33",
-    "label": "--images 1 --backbone resnet18 --tta none stpp --backend eager --workers 1",
-    "loss": "--rounds 1 --no-compile",
-    "ops": "--rounds 1 --no-compile --only dilated_conv --maps 9x9",
+    "data": "--small",
+    "fused_conv": "--small",
+    "label": "--small --tta none stpp",
+    "loss": "--small --graphs",
+    "ops": "--small --only dilated_conv",
+    "profile": "--small",
     "scaling": "--rounds 1 --crop 33 --per-rank 2",
     "selftrain": "--shorten 80 --pictures 32",
-    "step": "--rounds 1 --backbone resnet18 --output-stride 32 --crop 33 --no-compile",
-    "teacher": "--rounds 1 --backbone resnet18 --output-stride 32 --batches 1 --sizes 33x49 --backends inductor",
+    "shapes": "--small",
+    "step": "--small",
+    "teacher": "--small --backends inductor",
 }
 """Arguments that make a benchmark short, by its name."""
 

@@ -5,7 +5,7 @@ import torch
 
 import stream_cases
 from stpp import device
-from stpp.images.pixels import normalised_batch
+from stpp.images.pixels import normalised
 
 CPU = torch.device("cpu")
 
@@ -35,20 +35,30 @@ def test_a_constant_is_made_once_and_serves_training_too():
     weights = torch.ones(3, requires_grad=True)
     (weights * first).sum().backward()  # an inference tensor cannot be saved for this
     assert weights.grad.tolist() == [1.5, 2.0, 3.0]
-    normalised_batch(torch.zeros(1, 2, 2, 3, dtype=torch.uint8))
+    normalised(torch.zeros(1, 2, 2, 3, dtype=torch.uint8))
     made = device.constant.cache_info().misses
-    normalised_batch(torch.zeros(4, 5, 6, 3, dtype=torch.uint8))
+    normalised(torch.zeros(4, 5, 6, 3, dtype=torch.uint8))
     assert device.constant.cache_info().misses == made
 
 
 def test_on_a_cpu_nothing_is_copied():
-    assert device.side_stream(CPU) is None
+    assert device.side_stream(CPU) is None and device.copy_stream(CPU) is None
     staged = device.staging(2, 3, dtype=torch.uint8, device=CPU)
     assert staged.shape == (2, 3) and staged.dtype == torch.uint8 and not staged.is_pinned()
     with device.on(None), device.in_turn(None, CPU):
         (taken,) = device.Arriving(staged, stream=None).take()
     (read,) = device.Readback(staged).read()
     assert taken is staged and read is staged
+
+
+def test_all_copies_to_a_device_share_a_stream(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream_cases.Stream(str(device), []))
+    device.copy_stream.cache_clear()
+    zero, one = (torch.device("cuda", index) for index in (0, 1))
+    assert device.copy_stream(zero) is device.copy_stream(torch.device("cuda:0"))
+    assert device.copy_stream(one).name == "cuda:1"
+    assert device.side_stream(zero) is not device.side_stream(zero)
+    device.copy_stream.cache_clear()
 
 
 def test_who_takes_what_arrives_waits_on_the_device_and_keeps_its_memory(monkeypatch):

@@ -1,11 +1,19 @@
-"""What a process claims of its machine before it computes."""
+"""A process among others: what it claims of its machine, and how ranks wait for the first."""
 
 import os
 import platform
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+
+from conftest import torchrun
+from stpp import distributed
+
+WORKER = str(Path(__file__).parent / "workers" / "on_main.py")
 
 HELD = """
 import torch
@@ -30,3 +38,57 @@ def test_freed_memory_is_kept_unless_the_user_set_it_up(variables, kept):
     done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, timeout=120, env=os.environ | variables)
     assert done.returncode == 0, done.stderr
     assert (float(done.stdout) > 150) == kept
+
+
+def without_torchrun(case: str) -> list[tuple[int, str, str]]:
+    """Exit code and output of two ranks that find each other by the environment alone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                           "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    ranks = [subprocess.Popen([sys.executable, WORKER, case], env=shared | {"RANK": rank, "LOCAL_RANK": rank},
+                              text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in "01"]
+    try:
+        said = [rank.communicate(timeout=120) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [(rank.returncode, *each) for rank, each in zip(ranks, said, strict=True)]
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_ranks_wait_for_the_first_longer_than_for_a_collective():
+    ran = torchrun(2, WORKER, "slow")
+    assert ran.returncode == 0, ran.stderr
+    assert sorted(ran.stdout.splitlines()) == ["rank 0 ends", "rank 1 ends"]
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_where_the_first_rank_fails_all_end_and_it_alone_says_why():
+    ran = torchrun(2, WORKER, "failing")
+    assert ran.returncode != 0 and "went on" not in ran.stdout
+    assert ran.stderr.count("stpp: the data is not there") == 1
+
+    (first_code, _, first_errors), (code, out, errors) = without_torchrun("failing")
+    assert (first_code, code) == (2, 2) and "stpp: the data is not there" in first_errors
+    assert "Traceback" not in errors and "the data" not in errors and out == ""
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_each_call_has_a_part_of_the_store_to_itself():
+    ran = torchrun(2, WORKER, "parts")
+    outputs = [ran.stdout, "".join(out for _, out, _ in without_torchrun("parts"))]
+    for output in outputs:
+        assert sorted(output.splitlines()) == ["rank 0 counts [2, 2, 2]", "rank 0 ends", "rank 1 counts [2, 2, 2]", "rank 1 ends"]
+
+
+def test_alone_an_action_is_just_run():
+    here, done = distributed.World(device=torch.device("cpu")), []
+    distributed.on_main(here, lambda: done.append(1))
+    assert done == [1] and distributed.store_of_this_call(here) is None
+    with pytest.raises(KeyError):
+        distributed.on_main(here, lambda: {}["absent"])

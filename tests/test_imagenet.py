@@ -17,7 +17,7 @@ from stpp.config import ModelConfig
 from stpp.errors import UserError
 from stpp.models import imagenet
 from stpp.models.build import build_model
-from stpp.training import trainer
+from stpp.training.assemble import start_from
 
 MODEL = ModelConfig(name="deeplabv2", backbone="resnet18", output_stride=16, pretrained="imagenet")
 
@@ -59,7 +59,7 @@ def refusal() -> str:
 def is_loaded() -> bool:
     made = network()
     head = made.classifier[0].weight.clone()
-    trainer.start_from(made, MODEL, list("abc"))
+    start_from(made, MODEL, list("abc"))
     assert torch.equal(made.classifier[0].weight, head)
     return all(bool((value == 0.25).all()) for value in made.backbone.parameters())
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image, ImageOps
 
-from stpp.dataset import check, index, layouts
+from stpp.dataset import check, index, layouts, table
 from stpp.errors import UserError
 from stpp.images import masks
 from stpp.images.image_file import opened, orientation, upright, upright_size
@@ -541,7 +541,8 @@ def test_damaged_and_foreign_indices_are_refused(tmp_path):
         pq.write_table(columns, file)
         return file.getvalue()
 
-    for bad in ("", "{", "[]", "null", "[" * 100000, '{"format": "other"}', '{"format": "stpp-index", "version": 1}',
+    for bad in ("", "{", "[]", "null", "[" * 100000, '{"format": "other"}',
+                json.dumps({"format": "stpp-index", "version": table.VERSION}),
                 good_json.replace('"images": 3', '"images": "3"'), good_json.replace('"exif": true', '"exif": 1'),
                 good_json.replace(str(root), "somewhere"), "\udcff"):  # fmt: skip
         (out / "index.json").write_bytes(bad.encode("utf-8", "surrogateescape"))
@@ -549,8 +550,8 @@ def test_damaged_and_foreign_indices_are_refused(tmp_path):
             index.load(out)
         with pytest.raises(UserError, match=r"index\.json"):
             prepare(root, out)
-    (out / "index.json").write_text(good_json.replace('"version": 1', '"version": 2'))
-    with pytest.raises(UserError, match="version 2"):
+    (out / "index.json").write_text(good_json.replace(f'"version": {table.VERSION}', '"version": 99'))
+    with pytest.raises(UserError, match="version 99"):
         index.load(out)
     assert index.is_stale(out, root, classes=CLASSES)
     (out / "index.json").write_text(good_json)

@@ -11,7 +11,8 @@ from PIL import Image
 import label_cases as cases
 from stpp.images import batching, pixels
 from stpp.images.batching import Cut, Planned
-from stpp.images.pixels import BadImage, Header
+from stpp.images.pixels import BadImage
+from stpp.images.reading import Reading, look
 from stpp.images.sources import Item, open_source
 from stpp.label import plan
 from stpp.label.plan import Plan
@@ -20,8 +21,8 @@ CUT = Cut(max_batch=4, batch_pixels=10_000, max_pixels=1 << 20, exif=True)
 
 
 def examined(size, error=None) -> Planned:
-    found = None if error else Header(size[1], size[0], 1, True)
-    return Planned(item=Item(key="k", source="k", file="k"), position=-1, header=found, batch=0, error=error)
+    found = None if error else Reading(size[1], size[0], 1, True)
+    return Planned(item=Item(key="k", source="k", file="k"), position=-1, reading=found, batch=0, error=error)
 
 
 @settings(deadline=None)
@@ -61,7 +62,7 @@ def test_a_header_longer_than_what_is_read_first(tmp_path):
     long = cases.encoded(picture, icc_profile=b"x" * 200_000)
     path = cases.as_folder(tmp_path, {"long.jpg": long}) / "long.jpg"
     with pytest.raises(BadImage):
-        pixels.header(long[: batching.HEAD_BYTES], exif=True)
+        look(long[: batching.HEAD_BYTES], exif=True)
     found = batching.examine(Item(key="long", source="long", file=str(path)), CUT)
     assert found.error is None and found.size == (48, 64)
 
@@ -71,10 +72,10 @@ def test_the_size_is_that_of_the_upright_image(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = cases.encoded(cases.picture(1, (40, 56)), exif=exif)
-    turned = pixels.header(data, exif=True)
+    turned = look(data, exif=True)
     assert (turned.width, turned.height) == ((40, 56) if orientation >= 5 else (56, 40))
     assert turned.orientation == orientation
-    assert pixels.header(data, exif=False)[:3] == (56, 40, 1)
+    assert look(data, exif=False)[:3] == (56, 40, 1)
 
 
 def test_bad_headers_say_why(tmp_path):
@@ -99,9 +100,9 @@ def test_what_every_decoder_reads_alike():
                                (picture.convert("P"), "PNG", False), (picture.convert("RGBA"), "PNG", False), (deep, "PNG", False),
                                (picture, "BMP", False), (picture, "WEBP", False), (picture.convert("1"), "PNG", False)):
         data = cases.encoded(image, kind)
-        assert pixels.header(data, exif=True).plain is plain
+        assert look(data, exif=True).plain is plain
     clear = cases.encoded(picture.convert("L"), "PNG", transparency=3)
-    assert not pixels.header(clear, exif=True).plain
+    assert not look(clear, exif=True).plain
 
 
 def test_deep_images_keep_their_upper_bits():

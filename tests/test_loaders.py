@@ -4,6 +4,7 @@ Deviations are in grey levels (0..255) of the image before normalisation; docs/a
 measured.
 """
 
+import dataclasses
 import hashlib
 import sys
 from concurrent.futures import Future
@@ -19,11 +20,14 @@ from PIL import Image
 import stream_cases
 from stpp.config import AugmentConfig
 from stpp.errors import UserError
+from stpp.images import batches
 from stpp.images.batches import has_dali
 from stpp.images.image_file import IMAGENET_STD
-from stpp.images.pixels import normalised, normalised_batch
+from stpp.images.pixels import normalised
+from stpp.images.reading import look
 from stpp.loading import loader, reference
 from stpp.loading.augment import AugmentParams, draw
+from stpp.loading.native import native_batches
 from stpp.loading.sample import Batch, Sample
 from stpp.loading.sampler import MicroBatch, StepSampler, equal_size_batches
 
@@ -66,8 +70,8 @@ def train(name: str, samples: list[Sample], micro_batches=None, *, crop_px=64, l
     return module(name).train_batches(samples, micro_batches, augment=config, **settings)
 
 
-def evaluate(name: str, samples: list[Sample], batches, **settings):
-    return module(name).eval_batches(samples, batches, **{"device": "cpu", "threads": 2, **settings})
+def evaluate(name: str, samples: list[Sample], cut, **settings):
+    return native_batches(samples, cut, **{"device": "cpu", "threads": 2, "loader": name, **settings})
 
 
 def deviations(a: Batch, b: Batch) -> torch.Tensor:
@@ -88,16 +92,17 @@ def near_boundary(labels: torch.Tensor) -> torch.Tensor:
 
 
 def write(
-    folder: Path, name: str, image: Image.Image, *, strong: bool = False, turned: bool = False, **options
+    folder: Path, name: str, image: Image.Image, *, strong: bool = False, turned: bool = True, **options
 ) -> Sample:
     """An image file and a mask of blocks of 16 pixels beside it."""
-    width, height = image.size[::-1] if turned else image.size
     image.save(folder / name, **options)
+    reading = look((folder / name).read_bytes(), exif=turned)
+    width, height = reading.width, reading.height
     blocks = np.random.default_rng(len(name)).integers(0, 5, (height // 16 + 1, width // 16 + 1), dtype=np.uint8)
     mask = np.kron(blocks, np.ones((16, 16), np.uint8))[:height, :width]
     Image.fromarray(mask).save(folder / f"{name}.mask.png")
     return Sample(key=name, image=str(folder / name), mask=str(folder / f"{name}.mask.png"), width=width, height=height,
-                  strong=strong)  # fmt: skip
+                  orientation=reading.orientation, plain=reading.plain, strong=strong)  # fmt: skip
 
 
 def smooth(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -118,6 +123,7 @@ def street(camvid) -> list[Sample]:
             mask=str(camvid / "masks" / "train" / f"{path.stem}.png"),
             width=480,
             height=360,
+            plain=True,
             strong=number % 2 == 1,
         )  # fmt: skip
         for number, path in enumerate(images)
@@ -216,7 +222,7 @@ def test_operations_do_something(monkeypatch, street):
 @needs_dali
 @pytest.mark.parametrize("crop_px", [256, 321])
 def test_weak_batches_agree(street, crop_px):
-    weak = [Sample(key=s.key, image=s.image, mask=s.mask, width=s.width, height=s.height) for s in street]
+    weak = [dataclasses.replace(s, strong=False) for s in street]
     steps = [micro(range(len(weak)), step=step) for step in range(2)]
     pairs = zip(*(train(name, weak, steps, crop_px=crop_px, long_side=(200, 800)) for name in ("dali", "reference")),
                 strict=True)  # fmt: skip
@@ -277,15 +283,15 @@ def test_odd_images_agree(tmp_path, exif):
     samples = [write(tmp_path, name, *(made := make())[:1], **made[1]) for name, make in ODD.items()]
     for value in range(2, 9):
         image, options = oriented(value)
-        samples.append(write(tmp_path, f"exif{value}.jpg", image, turned=exif and value >= 5, **options))
+        samples.append(write(tmp_path, f"exif{value}.jpg", image, turned=exif, **options))
     singles = [[index] for index in range(len(samples))]
-    pairs = zip(*(evaluate(name, samples, singles, exif=exif) for name in ("dali", "reference")), strict=True)
+    pairs = zip(*(evaluate(name, samples, singles) for name in ("dali", "reference")), strict=True)
     for sample, (a, b) in zip(samples, pairs, strict=True):
         assert a.images_NCHW.shape == (1, 3, sample.height, sample.width)
         assert deviations(a, b).max() <= 1.01 and (a.labels_NHW == b.labels_NHW).all(), sample.key
     steps = [micro(range(len(samples)), step=step) for step in range(4)]
     for crop_px in (32, 200):  # 200 is larger than every image
-        settings = {"crop_px": crop_px, "long_side": (24, 150), "exif": exif}
+        settings = {"crop_px": crop_px, "long_side": (24, 150)}
         for a, b in zip(*(train(name, samples, steps, **settings) for name in ("dali", "reference")), strict=True):
             assert all(mean <= 1.5 and percentile <= 8 for mean, percentile in per_image(deviations(a, b)))
             different = a.labels_NHW != b.labels_NHW
@@ -397,7 +403,8 @@ def broken(folder: Path, kind: str) -> Sample:
         path.write_bytes({"cut in half": data[: len(data) // 2], "no end": data[:-300], "no picture": b"hello" * 99,
                           "empty": b"", "cut mask": mask[:60], "other size": data}[kind])  # fmt: skip
     image, mask = (good.image, str(path)) if kind == "cut mask" else (str(path), good.mask)
-    return Sample(key="bad", image=image, mask=mask, width=200, height=121 if kind == "other size" else 120)
+    height = 121 if kind == "other size" else 120
+    return Sample(key="bad", image=image, mask=mask, width=200, height=height, plain=True)
 
 
 @pytest.mark.timeout(60)
@@ -407,9 +414,9 @@ def test_a_broken_file_is_named(name, kind, tmp_path):
     good = [write(tmp_path, f"{i}.jpg", Image.fromarray(smooth(120, 200, seed=i))) for i in range(5)]
     samples = [*good, broken(tmp_path, kind)]
     steps = [micro([0, 1]), micro([2, 3], step=1), micro([4, 5], step=2), micro([0, 1], step=3)]
-    for batches in (train(name, samples, steps), evaluate(name, samples, [[0, 1], [2, 3], [5], [4]])):
+    for stream in (train(name, samples, steps), evaluate(name, samples, [[0, 1], [2, 3], [5], [4]])):
         with pytest.raises(UserError, match=r"bad\.(jpg|png)") as caught:
-            list(batches)
+            list(stream)
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
@@ -420,7 +427,7 @@ def test_loaders_are_picked(monkeypatch, capsys):
     if dali is not None:
         assert loader.pick() is loader.pick("dali") is dali
         assert capsys.readouterr().err == ""
-    monkeypatch.setattr(loader, "has_dali", lambda: False)
+    monkeypatch.setattr(batches, "has_dali", lambda: False)
     monkeypatch.setattr(loader, "_noticed", False)
     with pytest.raises(UserError, match=r"pip install stpp\[cuda12\]"):
         loader.pick("dali")
@@ -441,14 +448,15 @@ NORMALISED = "d68dfe153708ad86bf727d5ff301114ad738ae8c3e5b2ad90ee3623255dd849f"
 def test_normalising_on_the_device_is_normalising_in_numpy():
     values = np.arange(256, dtype=np.uint8)
     pixels_NHWC = np.stack([values, values[::-1], np.roll(values, 99)], axis=1).reshape(2, 8, 16, 3)
-    found = normalised_batch(torch.from_numpy(pixels_NHWC))
+    found = normalised(torch.from_numpy(pixels_NHWC)).permute(0, 3, 1, 2)
     assert found.shape == (2, 3, 8, 16) and found.is_contiguous(memory_format=torch.channels_last)
     assert found.permute(0, 2, 3, 1).numpy().tobytes() == normalised(pixels_NHWC).tobytes()
     assert hashlib.sha256(found.permute(0, 2, 3, 1).numpy().tobytes()).hexdigest() == NORMALISED
 
 
 def few(folder: Path, count: int = 8) -> list[Sample]:
-    return [write(folder, f"{i}.png", Image.fromarray(smooth(60, 80, seed=i)), strong=i % 2 == 1) for i in range(count)]
+    images = [Image.fromarray(smooth(60, 80, seed=i)) for i in range(count)]
+    return [write(folder, f"{i}.png", image, strong=i % 2 == 1) for i, image in enumerate(images)]
 
 
 def test_batches_of_the_reference_are_those_of_a_plain_loop(tmp_path):
@@ -457,8 +465,10 @@ def test_batches_of_the_reference_are_those_of_a_plain_loop(tmp_path):
     noise = reference.noise_image(reference.noise_side(64))
     for step, batch in zip(steps, train("reference", samples, steps), strict=True):
         chosen = [samples[i] for i in step.indices]
-        params = draw(chosen, step.positions, seed=0, stage=1, epoch=step.epoch, crop_px=64, long_side=(40, 160))
-        rows = [reference.augmented(*reference.decoded(sample, exif=True), params, row, side=64, noise=noise)
+        params = draw(
+            chosen, step.positions, seed=0, stage=1, epoch=step.epoch, crop_px=64, long_side=(40, 160)
+        )
+        rows = [reference.augmented(*reference.decoded(sample), params, row, side=64, noise=noise)
                 for row, sample in enumerate(chosen)]
         images_NHWC = torch.from_numpy(np.stack([normalised(image) for image, _ in rows]))
         assert torch.equal(batch.images_NCHW, images_NHWC.permute(0, 3, 1, 2))
@@ -489,12 +499,12 @@ def test_a_batch_is_copied_while_the_one_before_it_is_used(tmp_path, monkeypatch
     steps = [micro([step % 4, (step + 1) % 4], step=step) for step in range(5)]
     plain = list(train("reference", samples, steps))
     log = stream_cases.install(monkeypatch)
-    monkeypatch.setattr(reference, "side_stream", lambda device: stream_cases.Stream("side", log))
+    monkeypatch.setattr(reference, "copy_stream", lambda device: stream_cases.Stream("side", log))
     monkeypatch.setattr(reference, "ThreadPoolExecutor", AtOnce)
     for number, batch in enumerate(train("reference", samples, steps), 1):
         assert torch.equal(batch.images_NCHW, plain[number - 1].images_NCHW)
         started = max(int(entry.split()[-1]) for entry in log if entry.startswith("side event"))
-        assert started == min(number + 1, len(steps)), "the next copy is queued before this batch is handed out"
+        assert started == min(number + 1, len(steps)), "the next copy is queued before this batch is given"
         waited = [f"main waits for side event {number}", "main uses 4-d uint8", "main uses 3-d uint8"]
         at = log.index(waited[0])
         assert log[at : at + 3] == waited, "the memory of both is kept until the main stream has used it"
@@ -503,11 +513,11 @@ def test_a_batch_is_copied_while_the_one_before_it_is_used(tmp_path, monkeypatch
 def test_a_broken_batch_is_raised_in_its_turn(tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "ThreadPoolExecutor", AtOnce)
     samples = [*few(tmp_path, 4), broken(tmp_path, "no picture")]
-    for batches in (train("reference", samples, [micro([0, 1]), micro([2, 3], step=1), micro([4, 0], step=2)]),
-                    evaluate("reference", samples, [[0, 1], [2, 3], [4]])):
-        assert [next(batches).indices.tolist() for _ in range(2)] == [[0, 1], [2, 3]]
-        with pytest.raises(UserError, match="bad.jpg"):
-            next(batches)
+    steps = [micro([0, 1]), micro([2, 3], step=1), micro([4, 0], step=2)]
+    stream = train("reference", samples, steps)
+    assert [next(stream).indices.tolist() for _ in range(2)] == [[0, 1], [2, 3]]
+    with pytest.raises(UserError, match="bad.jpg"):
+        next(stream)
 
 
 @pytest.mark.gpu
@@ -522,7 +532,8 @@ def test_the_reference_makes_the_same_batches_on_a_gpu(tmp_path):
         held.append((a, b))
         a.images_NCHW.sum()  # work that the copies overlap
     for a, b in held:
-        assert torch.equal(a.images_NCHW.cpu(), b.images_NCHW) and torch.equal(a.labels_NHW.cpu(), b.labels_NHW)
+        assert torch.equal(a.images_NCHW.cpu(), b.images_NCHW)
+        assert torch.equal(a.labels_NHW.cpu(), b.labels_NHW)
 
 
 @pytest.mark.gpu

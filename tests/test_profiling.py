@@ -14,8 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 from stpp import config, distributed
 from stpp.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
 from stpp.dataset import index
-from stpp.training import profiling, trainer
+from stpp.methods.supervised import Supervised
+from stpp.training import profiling
+from stpp.training.assemble import fresh_network
 from stpp.training.profiling import Bottleneck
+from stpp.training.trainer import Schedule, Trainer
 
 STEPS = profiling.WARM_UP + profiling.TRACED + 1
 
@@ -28,11 +31,11 @@ def ran(synthetic_index, folder: Path, *, profile: bool, steps: int = STEPS, sta
                       model=ModelConfig(backbone="resnet18", output_stride=16),
                       augment=AugmentConfig(crop_px=33, long_side=(40, 80)),
                       train=TrainConfig(batch_global=4, lr=0.05, precision="fp32"))
-    ours = trainer.Trainer(settings, distributed.World(device=torch.device("cpu")), samples, stage=1, title="t",
-                         classes=tuple("abcdef"), folder=folder, validate=None,
-                         schedule=trainer.Schedule(steps=steps, validate_steps=1000))
-    ours.run()
-    return ours.network.state_dict()
+    here, classes = distributed.World(device=torch.device("cpu")), tuple("abcdef")
+    step = Supervised(fresh_network(settings, here, classes, stage=1), settings)
+    Trainer(settings, here, step, step.streams(settings, samples), key=1, title="t", classes=classes, folder=folder, validate=None,
+            schedule=Schedule(steps=steps, validate_steps=1000)).run()
+    return step.network.state_dict()
 
 
 def test_a_profile_has_a_trace_and_a_table_and_changes_nothing(synthetic_index, tmp_path, capsys):

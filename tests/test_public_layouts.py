@@ -182,7 +182,8 @@ def test_st_runs_on_a_miniature_of_cityscapes_with_public_lists_and_goes_on_from
     exclude = tmp_path / "exclude.txt"
     exclude.write_text(line(*BARE[1]))
     cli.main([*train, "--out", str(tmp_path / "run")])
-    cli.main([*train, "--out", str(tmp_path / "again"), "--pseudo-labels", str(tmp_path / "run" / "stages" / "2-label"),
+    cli.main([*train, "--out", str(tmp_path / "again"), "--method", "retrain", "--pseudo-labels",
+              str(tmp_path / "run" / "stages" / "2-label"),
               "--exclude", str(exclude)])
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert [stage["name"] for stage in results["stages"]] == ["1-supervised", "2-label", "3-retrain"]

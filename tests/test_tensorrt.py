@@ -423,7 +423,8 @@ def test_what_a_failed_capture_leaves_behind_is_undone(monkeypatch):
 def test_pytorch_goes_on_after_a_failed_capture():
     device = torch.device("cuda", torch.cuda.current_device())
     stream = side_stream(device)
-    with pytest.raises(RuntimeError), in_turn(stream, device), captured(torch.cuda.CUDAGraph(), stream, device):
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError), in_turn(stream, device), captured(graph, stream, device):
         torch.ones(3, device=device).sum().item()  # a capture does not allow waiting
     assert torch.nn.functional.dropout(torch.ones(1000, device=device)).sum() > 0
     before = torch.cuda.memory_allocated(device)

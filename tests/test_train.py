@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -23,9 +24,11 @@ from stpp.errors import UserError
 from stpp.inference import export
 from stpp.loading import loader
 from stpp.loading.sampler import StepSampler
+from stpp.methods.supervised import Supervised
 from stpp.models.build import MODELS, build_model, parameter_groups
 from stpp.precision import autocast_dtype
-from stpp.training.trainer import Schedule, Scores, Trainer, images_per_pass, start_from, stream_seed
+from stpp.training.assemble import fresh_network, images_per_pass, start_from, stream_seed
+from stpp.training.trainer import Schedule, Scores, Trainer
 
 WORKER = str(Path(__file__).parent / "workers" / "steps.py")
 STEPS = 3
@@ -100,9 +103,10 @@ def tiny(**changes) -> Config:
 
 def trainer(config: Config, samples, folder: Path, validate, steps=6, period=2) -> Trainer:
     here = distributed.World(device=torch.device("cpu"))
-    return Trainer(config, here, samples, stage=1, title="t", classes=tuple("abcdef"), folder=folder,
-                         schedule=Schedule(steps=steps, validate_steps=period, keep_steps=(2, 4, 6)),
-                         validate=validate and (lambda network: Scores(miou=validate(network))))
+    step = Supervised(fresh_network(config, here, tuple("abcdef"), stage=1), config)
+    return Trainer(config, here, step, step.streams(config, samples), key=1, title="t", classes=tuple("abcdef"), folder=folder,
+                   schedule=Schedule(steps=steps, validate_steps=period, keep_steps=(2, 4, 6)),
+                   validate=validate and (lambda network: Scores(miou=validate(network))))
 
 
 def weights_of(path: Path) -> dict:
@@ -143,7 +147,7 @@ def test_a_run_broken_off_after_its_best_and_before_its_checkpoint_keeps_the_sam
     save = broken._save
 
     def once() -> None:
-        if broken.step > 2:
+        if broken.steps_done > 2:
             broken.writer.wait()  # best.pt of step 4 is there
             raise RuntimeError("power cut")
         save()
@@ -162,36 +166,29 @@ def test_a_run_broken_off_after_its_best_and_before_its_checkpoint_keeps_the_sam
         assert all(torch.equal(ours["model"][key], theirs["model"][key]) for key in theirs["model"]), name
 
 
-class Spoiled(nn.Module):
-    """A network whose output is not finite in some of its calls."""
-
-    def __init__(self, network: nn.Module, calls: set[int]):
-        super().__init__()
-        self.network, self.calls, self.count = network, calls, 0
-
-    def forward(self, images_NCHW):
-        logits_NChw = self.network(images_NCHW)
-        self.count += 1
-        return logits_NChw * float("nan") if self.count - 1 in self.calls else logits_NChw
+def spoil(network: nn.Module, calls: set[int]) -> None:
+    """Makes the output of a network not finite in some of its calls."""
+    forward, count = network.forward, itertools.count()
+    network.forward = lambda images_NCHW: forward(images_NCHW) * (float("nan") if next(count) in calls else 1.0)
 
 
 def spoiled(policy: str, synthetic_index, folder: Path, calls: set[int]) -> Trainer:
     known = index.load(synthetic_index)
     samples = [known.sample(image) for image in sorted(known.entries)]
     ours = trainer(tiny(on_nonfinite=policy), samples, folder, None)
-    ours.model = Spoiled(ours.network, calls)
+    spoil(ours.step.network, calls)
     return ours
 
 
 @pytest.mark.parametrize("calls", [{0}, {2, 3}])
 def test_a_step_that_is_not_finite_is_passed_over(synthetic_index, tmp_path, calls):
     ours = spoiled("skip", synthetic_index, tmp_path, calls)
-    for number, (micro_batches, _) in enumerate(ours._batches()):
-        weights = {name: value.detach().clone() for name, value in ours.network.named_parameters()}
-        _, nonfinite = ours.train_step(micro_batches)
-        same = all(torch.equal(weights[name], value) for name, value in ours.network.named_parameters())
+    for number, (passes, _) in enumerate(ours._passes()):
+        weights = {name: value.detach().clone() for name, value in ours.step.network.named_parameters()}
+        _, nonfinite = ours.train_step(passes)
+        same = all(torch.equal(weights[name], value) for name, value in ours.step.network.named_parameters())
         assert (bool(nonfinite), same) == (number in calls, number in calls)
-        assert all(value.isfinite().all() for value in ours.network.parameters())
+        assert all(value.isfinite().all() for value in ours.step.network.parameters())
     assert all(state["momentum_buffer"].isfinite().all() for state in ours.optimizer.state.values())
 
 
@@ -199,8 +196,8 @@ def test_images_of_a_step_that_is_not_finite_are_named(synthetic_index, tmp_path
     ours = spoiled("skip", synthetic_index, tmp_path / "skip", {3})
     ours.run()
     (row,) = [json.loads(line) for line in (tmp_path / "skip" / "nonfinite.jsonl").read_text().splitlines()]
-    drawn = next(ours.sampler.micro_batches(3, 4))
-    assert row == {"step": 3, "keys": [ours.samples[i].key for i in drawn.indices]}
+    drawn = next(ours.samplers[0].micro_batches(3, 4))
+    assert row == {"step": 3, "keys": [ours.streams[0].samples[i].key for i in drawn.indices]}
     stopped = spoiled("stop", synthetic_index, tmp_path / "stop", {3})
     with pytest.raises(UserError, match=r"not finite at step 3 .*nonfinite.jsonl.*--train.on-nonfinite skip"):
         stopped.run()
@@ -212,24 +209,12 @@ def test_a_run_that_is_told_to_stop_saves_first(synthetic_index, tmp_path):
     known = index.load(synthetic_index)
     samples = [known.sample(image) for image in sorted(known.entries)]
     ours = trainer(tiny(), samples, tmp_path, None, period=6)
-    ours.model = Calling(ours.network, {3: lambda: signal.raise_signal(signal.SIGTERM)})
+    count = itertools.count()
+    ours.step.network.register_forward_pre_hook(lambda *_: signal.raise_signal(signal.SIGTERM) if next(count) == 3 else None)
     with pytest.raises(SystemExit) as ended:
         ours.run()
     assert ended.value.code == 143
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 4
-
-
-class Calling(nn.Module):
-    """A network that does something before some of its calls."""
-
-    def __init__(self, network: nn.Module, before: dict):
-        super().__init__()
-        self.network, self.before, self.count = network, before, 0
-
-    def forward(self, images_NCHW):
-        self.before.get(self.count, lambda: None)()
-        self.count += 1
-        return self.network(images_NCHW)
 
 
 def test_checkpoints_come_by_steps_and_by_minutes(synthetic_index, tmp_path):
@@ -241,7 +226,7 @@ def test_checkpoints_come_by_steps_and_by_minutes(synthetic_index, tmp_path):
         saved.clear()
         ours = trainer(tiny(**changes), samples, tmp_path / folder, None, steps=24, period=24)
         ours.schedule = dataclasses.replace(ours.schedule, keep_steps=())
-        kept, ours._save = ours._save, lambda: (saved.append(ours.step), kept())
+        kept, ours._save = ours._save, lambda: (saved.append(ours.steps_done), kept())
         ours.run()
         return list(saved)
 
@@ -306,10 +291,10 @@ def test_all_ignored_pixels_give_no_nan(synthetic_index, tmp_path):
     known = index.load(synthetic_index)
     samples = [known.sample(image) for image in sorted(known.entries)]
     ours = trainer(tiny(), samples, tmp_path, None)
-    micro_batches, _ = next(ours._batches())
-    blank = [dataclasses.replace(batch, labels_NHW=torch.full_like(batch.labels_NHW, 255)) for batch in micro_batches]
+    passes, _ = next(ours._passes())
+    blank = [(dataclasses.replace(batch, labels_NHW=torch.full_like(batch.labels_NHW, 255)),) for batch, in passes]
     assert ours.train_step(blank)[0].item() == 0
-    assert all(torch.isfinite(value).all() for value in ours.network.state_dict().values())
+    assert all(torch.isfinite(value).all() for value in ours.step.network.state_dict().values())
 
 
 FOLLOWS = {"fp32": 0.01, "bf16": 0.03}
@@ -324,17 +309,17 @@ def test_twenty_steps_follow_the_recipe_in_float32(synthetic_index, tmp_path, pr
     config = Config(model=ModelConfig(backbone="resnet18", output_stride=16), augment=AugmentConfig(crop_px=65, long_side=(48, 96)),
                     train=TrainConfig(batch_global=8, lr=0.0005, precision=precision))
     found = trainer(config, [known.sample(image) for image in sorted(known.entries)], tmp_path, None, steps=steps)
-    for module in found.network.modules():
+    for module in found.step.network.modules():
         if isinstance(module, (nn.Dropout, nn.Dropout2d)):
             module.p = 0.0  # their draws differ from layout to layout
-    network = export.plain_copy(copy.deepcopy(found.network)).to(memory_format=torch.contiguous_format)
+    network = export.plain_copy(copy.deepcopy(found.step.network)).to(memory_format=torch.contiguous_format)
     backbone, head = parameter_groups(network)
     lr = 0.0005 * 8 / 16
     optimizer = torch.optim.SGD([{"params": backbone, "base": lr}, {"params": head, "base": 10 * lr}], lr=lr, momentum=0.9,
                                 weight_decay=1e-4)
     ours, theirs = [], []
-    for step, (micro_batches, _) in enumerate(found._batches()):
-        (batch,) = micro_batches
+    for step, (passes, _) in enumerate(found._passes()):
+        ((batch,),) = passes
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * (1 - step / steps) ** 0.9
         size = batch.labels_NHW.shape[1:]
@@ -344,28 +329,27 @@ def test_twenty_steps_follow_the_recipe_in_float32(synthetic_index, tmp_path, pr
         loss.backward()
         optimizer.step()
         theirs.append(loss.item())
-        ours.append(found.train_step(micro_batches)[0].item())
+        ours.append(found.train_step(passes)[0].item())
     assert len(ours) == steps and theirs[-1] < 0.8 * theirs[0]
     assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) <= FOLLOWS[precision] * theirs[0], (ours, theirs)
 
 
-class Looking(nn.Module):
-    """A network that writes down if cuDNN searches, in the forward and in the backward pass."""
+def looked_into(network: nn.Module, seen: list[tuple[str, bool]]) -> None:
+    """Makes a network write down if cuDNN searches, in the forward and in the backward pass."""
+    forward = network.forward
 
-    def __init__(self, network: nn.Module, seen: list[tuple[str, bool]]):
-        super().__init__()
-        self.network, self.seen = network, seen
-
-    def forward(self, images_NCHW):
-        logits_NChw = self.network(images_NCHW)
-        self.seen.append(("forward", torch.backends.cudnn.benchmark))
-        logits_NChw.register_hook(lambda _: self.seen.append(("backward", torch.backends.cudnn.benchmark)))
+    def looking(images_NCHW):
+        logits_NChw = forward(images_NCHW)
+        seen.append(("forward", torch.backends.cudnn.benchmark))
+        logits_NChw.register_hook(lambda _: seen.append(("backward", torch.backends.cudnn.benchmark)))
         return logits_NChw
+
+    network.forward = looking
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_cudnn_searches_in_steps_only_and_not_where_runs_must_repeat(synthetic_index, tmp_path, deterministic, accumulate):
+def test_cudnn_searches_in_steps_only_unless_deterministic(synthetic_index, tmp_path, deterministic, accumulate):
     known = index.load(synthetic_index)
     samples = [known.sample(image) for image in sorted(known.entries)]
     seen: list[tuple[str, bool]] = []
@@ -374,9 +358,9 @@ def test_cudnn_searches_in_steps_only_and_not_where_runs_must_repeat(synthetic_i
         seen.append(("validate", torch.backends.cudnn.benchmark))
         return 30.0
 
-    ours = trainer(dataclasses.replace(tiny(accumulate=accumulate), deterministic=deterministic), samples, tmp_path, validate,
-                   steps=4, period=2)
-    ours.model = Looking(ours.network, seen)
+    config = dataclasses.replace(tiny(accumulate=accumulate), deterministic=deterministic)
+    ours = trainer(config, samples, tmp_path, validate, steps=4, period=2)
+    looked_into(ours.step.network, seen)
     ours.run()
     step = [("forward", not deterministic), ("backward", not deterministic)] * accumulate
     assert seen == [*step, *step, ("validate", False)] * 2
@@ -388,11 +372,11 @@ def test_a_step_that_fails_leaves_cudnn_as_it_was(synthetic_index, tmp_path):
     samples = [known.sample(image) for image in sorted(known.entries)]
     ours = trainer(dataclasses.replace(tiny(), deterministic=False), samples, tmp_path, None)
 
-    def fail() -> None:
+    def fail(*_) -> None:
         assert torch.backends.cudnn.benchmark
         raise RuntimeError("power cut")
 
-    ours.model = Calling(ours.network, {1: fail})
+    ours.step.network.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="power cut"):
         ours.run()
     assert not torch.backends.cudnn.benchmark
@@ -402,7 +386,7 @@ def test_loss_falls(synthetic_index, tmp_path):
     known = index.load(synthetic_index)
     samples = [known.sample(image) for image in sorted(known.entries)][:4]
     ours = trainer(tiny(), samples, tmp_path, None, steps=30, period=30)
-    losses = [ours.train_step(micro_batches)[0].item() for micro_batches, _ in ours._batches()]
+    losses = [ours.train_step(passes)[0].item() for passes, _ in ours._passes()]
     assert all(math.isfinite(loss) for loss in losses)
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
@@ -415,10 +399,10 @@ def test_every_network_trains_a_step(synthetic_index, tmp_path, name, backbone, 
     samples = [known.sample(image) for image in sorted(known.entries)]
     config = dataclasses.replace(tiny(), model=ModelConfig(name=name, backbone=backbone, output_stride=output_stride))
     ours = trainer(config, samples, tmp_path, None)
-    before = {key: value.detach().clone() for key, value in ours.network.named_parameters()}
-    loss, nonfinite = ours.train_step(next(ours._batches())[0])
+    before = {key: value.detach().clone() for key, value in ours.step.network.named_parameters()}
+    loss, nonfinite = ours.train_step(next(ours._passes())[0])
     assert loss.isfinite() and loss > 0 and not nonfinite
-    for key, value in ours.network.named_parameters():
+    for key, value in ours.step.network.named_parameters():
         assert value.isfinite().all() and not torch.equal(value, before[key]), key
 
 

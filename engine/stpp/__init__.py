@@ -9,7 +9,8 @@ __version__ = "0.1.0"
 
 
 def load(path, *, tta: str = "none", device: str = "auto", precision: str = "auto", max_pixels: int = 1 << 24,
-         trust_engine: bool = False, output_stride: int | None = None) -> "Predictor":
+         trust_engine: bool = False, output_stride: int | None = None,
+         exif: bool | None = None) -> "Predictor":
     """Opens a trained network, to make masks of single images: `stpp.load("best.pt").predict("photo.jpg")`.
 
     Args:
@@ -20,13 +21,15 @@ def load(path, *, tta: str = "none", device: str = "auto", precision: str = "aut
         max_pixels: images of more pixels are refused: they need much memory.
         trust_engine: run an engine that you did not build on this machine: it is a program.
         output_stride: 8, 16 or 32, of a checkpoint that does not tell it, such as a published one; None: 8.
+        exif: turn images upright by their EXIF orientation; None: as those that the network was trained on.
 
     Returns:
         An object with `predict(image) -> uint8 [H, W]`, where `image` is a path, a PIL image or a uint8 array [H, W, 3],
         and `classes`, the names of the ids (numbers where the checkpoint has none).
 
     Raises:
-        UserError: there is no such network, or it does not run here.
+        UserError: there is no such network, it does not run here, or it was trained with another rule than
+            `exif`.
         ValueError: an unknown `tta` or `output_stride`.
     """
     import torch
@@ -36,4 +39,4 @@ def load(path, *, tta: str = "none", device: str = "auto", precision: str = "aut
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return open_predictor(path, mode=tta, device=torch.device(device), precision=precision, max_pixels=max_pixels,
-                          trust=trust_engine, output_stride=output_stride)
+                          trust=trust_engine, output_stride=output_stride, exif=exif)

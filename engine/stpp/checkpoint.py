@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import warnings
+import zipfile
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -102,8 +103,18 @@ def ours(content: Any, path: str | Path) -> dict:
     return content
 
 
-def read(path: str | Path) -> Any:
+def peek(path: str | Path) -> Any:
+    """As `read`, but tensors are left on the disk, if the file's form allows it, until somebody looks at
+    them."""
+    return read(path, mmap=zipfile.is_zipfile(path))
+
+
+def read(path: str | Path, *, mmap: bool = False) -> Any:
     """Reads a PyTorch file of anyone onto the CPU, without running any code in it.
+
+    Args:
+        mmap: map the file into memory instead of reading all of it; it must be a zip archive, as PyTorch's
+            are today.
 
     Raises:
         UserError: the file is missing, unreadable or damaged, or holds objects other than tensors and plain containers.
@@ -115,7 +126,7 @@ def read(path: str | Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they advise to load without the protection
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError as error:
         raise UserError(f"checkpoint {path} cannot be read ({error.strerror}); check its permissions") from error
     except Exception as error:  # a damaged or hostile file makes the reader fail in any way there is

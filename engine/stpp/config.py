@@ -1,7 +1,6 @@
-"""What a run is told: frozen dataclasses, filled from a recipe (TOML or JSON), then from the command line.
+"""The settings of a run: frozen dataclasses, filled from a recipe (TOML or JSON), then from the command line.
 
-Flags are the field names: `train.epochs` in a recipe is `--train.epochs` on the command line. Every value passes
-through tyro once, so that a recipe and a flag are checked by the same rules and answered with the same words.
+Flags are the field names: `train.epochs` in a recipe is `--train.epochs` on the command line.
 """
 
 import contextlib
@@ -9,16 +8,17 @@ import dataclasses
 import io
 import json
 import math
-import re
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from stpp import settings
 from stpp.errors import UserError
+from stpp.settings import flatten
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -26,7 +26,10 @@ else:
     import tomli as tomllib
 
 T = TypeVar("T")
-Method = Literal["supervised", "st", "stpp"]
+Method = Literal["supervised", "st", "stpp", "retrain"]
+Views = Annotated[Literal["none", "flip", "stpp"], tyro.conf.arg(
+    help="Views whose probabilities are summed: the image alone; with its mirror image; "
+         "five scales, each with its mirror image.")]
 MAY_CHANGE = ("out", "control", "device", "timeout_minutes", "data.threads", "data.index", "profile",
               "train.checkpoint_steps", "train.checkpoint_minutes", "train.on_nonfinite")
 """Keys that a run may be continued with although they differ: they do not change what is computed."""
@@ -34,7 +37,37 @@ MAY_CHANGE = ("out", "control", "device", "timeout_minutes", "data.threads", "da
 
 def _check(condition: bool, flag: str, value: Any, allowed: str) -> None:
     if not condition:
-        raise ValueError(f"--{flag} is {value}: it must be {allowed}")
+        raise UserError(f"--{flag} is {value}: it must be {allowed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceConfig:
+    """The device."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to compute; auto: on CUDA where there is a GPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """The floating type."""
+
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Floating type of the network; auto: bf16 where the device has it, else fp16 on CUDA, fp32 on a CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """Who reads images."""
+
+    loader: Literal["auto", "dali", "reference"] = "auto"
+    """Who decodes and augments: DALI, or PIL and NumPy worker threads; auto: DALI where it is installed."""
+    threads: int = 0
+    """Threads that read images and write masks, per rank; 0: the machine's cores divided among its ranks."""
+    _section = ""
+
+    def __post_init__(self):
+        _check(self.threads >= 0, f"{self._section}threads", self.threads, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +93,7 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(SourceConfig):
+class DataConfig(LoaderConfig, SourceConfig):
     """Where the images are, which of them are labelled, and who loads them."""
 
     index: Path | None = None
@@ -73,14 +106,11 @@ class DataConfig(SourceConfig):
     """Seed of the drawn split."""
     val: float | None = None
     """Share of the training images drawn for validation; unset: the data set's own validation list."""
-    loader: Literal["auto", "dali", "reference"] = "auto"
-    """Who decodes and augments: DALI, or PIL and NumPy worker threads."""
-    threads: int = 0
-    """Threads that decode and augment, per rank; 0: the machine's cores divided among its ranks."""
+    _section = "data."
 
     def __post_init__(self):
+        super().__post_init__()
         _check(self.val is None or 0 < self.val < 1, "data.val", self.val, "between 0 and 1")
-        _check(self.threads >= 0, "data.threads", self.threads, "0 or more")
         _check(0 <= self.split_seed < 2**64, "data.split-seed", self.split_seed, "from 0 to 2^64 - 1")
 
 
@@ -115,7 +145,7 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(PrecisionConfig):
     """One training run; every stage that trains uses it."""
 
     epochs: int = 80
@@ -136,8 +166,6 @@ class TrainConfig:
     """L2 penalty on all parameters."""
     optimizer: Literal["sgd", "apex"] = "sgd"
     """Fused SGD of PyTorch, or FusedSGD of NVIDIA apex."""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Autocast type; auto: bf16 where the device has it, else fp16 on CUDA and fp32 on a CPU."""
     sync_bn: bool = False
     """Batch-norm statistics over all ranks instead of one rank's images."""
     validate_every: int = 1
@@ -171,8 +199,7 @@ class TrainConfig:
 class LabelConfig:
     """How pseudo labels are computed."""
 
-    tta: Literal["stpp", "flip", "none"] = "stpp"
-    """Views whose probabilities are summed: five scales, each with its mirror image; 1 with mirror; 1."""
+    tta: Views = "stpp"
     batch_per_rank: int = 8
     """Images of equal size that one rank labels at once, at most."""
     batch_pixels: int = 1 << 22
@@ -185,35 +212,34 @@ class LabelConfig:
     """Images of a shard, the unit of work that an interrupted run keeps or repeats; 0: a 32nd of all, from 16 to 1000."""
     backend: Literal["auto", "tensorrt", "torch-tensorrt", "inductor", "eager"] = "auto"
     """What computes: a compiled teacher, or PyTorch as it is; auto: by the amount of work."""
-    _flags = "label."
+    _section = "label."
 
     def __post_init__(self):
         for name in ("batch_per_rank", "batch_pixels", "max_pixels"):
-            _check(getattr(self, name) >= 1, f"{self._flags}{name.replace('_', '-')}", getattr(self, name), "at least 1")
-        _check(self.shard_size >= 0, f"{self._flags}shard-size", self.shard_size, "0 or more")
-        _check(0 <= self.min_confidence < 1, f"{self._flags}min-confidence", self.min_confidence, "from 0 to below 1")
+            _check(getattr(self, name) >= 1, f"{self._section}{name.replace('_', '-')}", getattr(self, name), "at least 1")
+        _check(self.shard_size >= 0, f"{self._section}shard-size", self.shard_size, "0 or more")
+        _check(0 <= self.min_confidence < 1, f"{self._section}min-confidence", self.min_confidence, "from 0 to below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(DeviceConfig):
     """A whole run."""
 
     out: Path | None = None
     """Folder of the run; the same command on it goes on where it stopped."""
     method: Method = "stpp"
-    """supervised: labels only; st: one round of pseudo labels; stpp: reliable images first."""
+    """supervised: labels only; st: one round of pseudo labels; stpp: reliable images first; retrain: one stage on the labels and
+    the masks of --pseudo-labels."""
     pseudo_labels: Path | None = None
-    """Instead of the method: one stage on the labels and the masks in this folder, of `stpp label` or a run's labelling stage."""
+    """With method retrain: folder of the masks, of `stpp label` or a run's labelling stage."""
     exclude: Path | None = None
-    """With pseudo_labels: a list of images whose masks are not used, lines as in a split."""
+    """With method retrain: a list of images whose masks are not used, lines as in a split."""
     control: bool = False
     """Also train on the labels alone for as many steps as the last stage has."""
     seed: int = 0
     """Key of every random number of the run."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where to compute."""
     deterministic: bool = False
-    """The same bits in every run on the same machine, at some cost in speed."""
+    """The same bits in every run on the same machine, at some cost in speed: cuDNN searches no algorithms, for one."""
     timeout_minutes: float = 30.0
     """A rank that waits so long for another in training ends, and torchrun with it (or starts all again)."""
     profile: bool = False
@@ -227,20 +253,15 @@ class Config:
     def __post_init__(self):
         _check(0 <= self.seed < 2**64, "seed", self.seed, "from 0 to 2^64 - 1")
         _check(0 < self.timeout_minutes < math.inf, "timeout-minutes", self.timeout_minutes, "above 0")
-        _check(self.exclude is None or self.pseudo_labels is not None, "exclude", self.exclude, "given with --pseudo-labels")
+        retrain = self.method == "retrain"
+        _check(retrain or self.pseudo_labels is None, "pseudo-labels", self.pseudo_labels, "given with --method retrain")
+        _check(retrain or self.exclude is None, "exclude", self.exclude, "given with --method retrain")
+        _check(not retrain or self.pseudo_labels is not None, "method", self.method, "given with --pseudo-labels FOLDER")
 
 
 def to_dict(config: Any) -> dict:
     """A dataclass as plain JSON values, nested by section."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
-
-
-def flatten(values: dict, prefix: str = "") -> dict[str, Any]:
-    """Nested values by their dotted key: `{"train": {"lr": 1}}` -> `{"train.lr": 1}`."""
-    flat = {}
-    for key, value in values.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat
 
 
 def differing_keys(ours: dict, theirs: dict, *, may_change: Collection[str] = MAY_CHANGE) -> list[str]:
@@ -250,24 +271,22 @@ def differing_keys(ours: dict, theirs: dict, *, may_change: Collection[str] = MA
     return [f"{key}: {theirs.get(key)} -> {ours.get(key)}" for key in keys if ours.get(key) != theirs.get(key)]
 
 
-def parse(cls: type[T], args: Sequence[str], *, prog: str, default: T | None = None, recipe: Path | None = None) -> T:
-    """Reads `args` into a dataclass; `--help` prints and exits.
-
-    In a recipe's arguments a switch has a value, `--data.exif=False`; on the command line it is `--data.no-exif`.
+def parse(cls: type[T], args: Sequence[str], *, prog: str, default: T | None = None) -> T:
+    """Reads the flags of a command line into a dataclass; `--help` prints and exits.
 
     Raises:
-        UserError: an unknown flag or an impossible value, in one line; the recipe's name stands before it.
+        UserError: an unknown or missing flag, or an impossible value, in one line.
     """
-    output = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(output):
-            return tyro.cli(cls, args=list(args), prog=prog, default=default,
-                            config=(tyro.conf.FlagConversionOff,) if recipe else ())
-    except SystemExit as exit_:
-        if not exit_.code and not recipe:
-            raise
-        where = f"--recipe {recipe}: " if recipe else ""
-        raise UserError(where + (_sentence(output.getvalue()) or "holds a key that is no setting (help?)")) from None
+    with contextlib.redirect_stderr(io.StringIO()):
+        try:
+            return tyro.cli(cls, args=list(args), prog=prog, default=default)
+        except SystemExit as exit_:
+            if not exit_.code:
+                raise
+            error: BaseException | None = exit_
+    while error is not None and not isinstance(error, UserError):  # of `__post_init__`, which tyro caught
+        error = error.__context__
+    raise UserError(str(error) if error else settings.mistake(cls, args)) from None
 
 
 def load_recipe(cls: type[T], path: Path) -> T:
@@ -277,7 +296,7 @@ def load_recipe(cls: type[T], path: Path) -> T:
         UserError: no such file, not TOML or JSON, an unknown key, an impossible value.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a byte-order mark
         values = json.loads(text) if str(path).endswith(".json") else tomllib.loads(text)
     except OSError as error:
         raise UserError(f"--recipe {path}: {error.strerror}; give the path of a .toml file") from None
@@ -286,33 +305,7 @@ def load_recipe(cls: type[T], path: Path) -> T:
                         f"({str(error).splitlines()[0]})") from None
     if not isinstance(values, dict):
         raise UserError(f"--recipe {path}: expected a table of settings, found {type(values).__name__}")
-    return parse(cls, _as_flags(values), prog="stpp", recipe=path)
-
-
-def _as_flags(values: dict) -> list[str]:
-    flags = []
-    for key, value in flatten(values).items():
-        if isinstance(value, (list, tuple)):
-            flags += [f"--{key}", *(str(item) for item in value)]
-        elif value is not None:
-            flags.append(f"--{key}={value}")
-    return flags
-
-
-def _sentence(box: str) -> str:
-    """The words of tyro's framed message, without the frame, its title and the pointers to --help."""
-    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
-    parts, part = [], []
-    for line in [*lines, "─"]:
-        if line and not line.strip("─"):
-            parts.append(" ".join(part))
-            part = []
-        else:
-            part.append(line)
-    kept = []
-    for text in (" ".join(part.split()) for part in parts):
-        if text.startswith("Perhaps you meant"):
-            kept.append("perhaps you meant " + " or ".join(re.findall(r"--[\w.-]+", text)[:3]))
-        elif text and not text.startswith(("For full helptext", "Argument helptext")):
-            kept.append(re.sub(r"^Error parsing \w+: (?=--)", "", text))
-    return "; ".join(kept) or " ".join(box.split())
+    try:
+        return settings.filled(cls, values)
+    except UserError as error:
+        raise UserError(f"--recipe {path}: {error}") from None

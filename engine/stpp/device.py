@@ -1,6 +1,6 @@
-"""What keeps a GPU busy: copies that the host does not wait for, constants that are made once, and cuDNN's search.
+"""Means to keep a GPU busy: copies that no host waits for, constants that are made once, and cuDNN's search.
 
-A CPU runs the same calls: there a stream is None, memory is not pinned, and tensors are where they are wanted.
+A CPU runs the same calls: there a stream is None, memory is not pinned, and tensors are where they belong.
 """
 
 import contextlib
@@ -11,18 +11,19 @@ from collections.abc import Iterator
 import torch
 
 CAPTURING = threading.Lock()
-"""Held while a CUDA graph is captured, and by threads that load while they call CUDA, which may break a capture."""
+"""Held while a CUDA graph is captured, and by threads that load, whose calls of CUDA may break a capture."""
 
 
 @contextlib.contextmanager
-def cudnn_search(on: bool) -> Iterator[None]:
-    """Sets if cuDNN times its algorithms for a shape that it meets first, and takes the fastest, inside the block.
+def cudnn_search(enabled: bool) -> Iterator[None]:
+    """Switches cuDNN's search inside the block: it times its algorithms for a new shape and takes the fastest.
 
-    It pays where few shapes return often, as in training; a search costs up to a second a shape (estimate), so native
-    sizes, as in validation and labelling, do better without. Two searches may choose, and so round, differently.
+    It pays where few shapes return often, as in training; a search costs up to a second a shape (estimate),
+    so native sizes, as in validation and labelling, do better without. Two searches may choose, and so round,
+    differently.
     """
     before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = on
+    torch.backends.cudnn.benchmark = enabled
     try:
         yield
     finally:
@@ -31,19 +32,25 @@ def cudnn_search(on: bool) -> Iterator[None]:
 
 @functools.cache
 def constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """float32 values on a device, for reading only; made once, because copying a list there waits for the device."""
+    """float32 values on a device, for reading only; made once: copying a list there waits for the device."""
     with torch.inference_mode(False):  # an inference tensor could not be used in training later
         return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def staging(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Uninitialised host memory, pinned where `device` is a GPU, so that no copy from or to it need be waited for."""
+    """Uninitialised host memory, pinned where `device` is a GPU: no copy from or to it need be waited for."""
     return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
 
 
 def side_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """A stream beside the one that computes; None on a CPU."""
+    """A new stream beside the one that computes; None on a CPU."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+@functools.cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """The side stream of all copies to a device: one, because a stream's memory serves that stream alone."""
+    return side_stream(device)
 
 
 def on(stream: torch.cuda.Stream | None) -> contextlib.AbstractContextManager:
@@ -70,11 +77,12 @@ def in_turn(stream: torch.cuda.Stream | None, device: torch.device) -> Iterator[
 
 
 @contextlib.contextmanager
-def captured(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream | None, device: torch.device) -> Iterator[None]:
+def captured(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream | None,
+             device: torch.device) -> Iterator[None]:
     """Captures the block in `graph` on `stream`, while threads that know of `CAPTURING` wait.
 
-    Other threads' calls, such as DALI's own, concern a capture of mode "thread_local" less than one of the default mode, but
-    may still make it fail.
+    Calls of other threads, such as DALI's own, concern a capture of mode "thread_local" less than one of the
+    default mode, but may still make it fail.
 
     Raises:
         RuntimeError: it failed. PyTorch goes on as if nothing had been tried.
@@ -92,8 +100,8 @@ def captured(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream | None, devi
 def _forget_capture(device: torch.device, pool: tuple[int, int]) -> None:
     """Undoes what a failed capture leaves behind, because `CUDAGraph::capture_end` gives up half way.
 
-    The allocator would keep all memory that a second stream has used, and the generator would refuse random numbers, as those
-    of dropout ("Offset increment outside graph capture").
+    The allocator would keep all memory that a second stream has used, and the generator would refuse the
+    random numbers of dropout ("Offset increment outside graph capture").
     """
     index = torch.cuda.current_device() if device.index is None else device.index
     with contextlib.suppress(RuntimeError):  # it had been ended
@@ -125,14 +133,15 @@ class Arriving:
 
 
 class Readback:
-    """Results on their way to the host, behind what the current stream holds; only reading them waits for the device."""
+    """Results on their way to the host, behind what the current stream holds; only reading them waits."""
 
     def __init__(self, *results: torch.Tensor):
         device = results[0].device
         self._results, self._there = results, None
         if device.type == "cuda":
-            self._results = tuple(staging(*one.shape, dtype=one.dtype, device=device).copy_(one, non_blocking=True)
-                                  for one in results)
+            self._results = tuple(staging(*one.shape, dtype=one.dtype, device=device) for one in results)
+            for host, one in zip(self._results, results, strict=True):
+                host.copy_(one, non_blocking=True)
             self._there = torch.cuda.current_stream(device).record_event()
 
     def read(self) -> tuple[torch.Tensor, ...]:
@@ -140,4 +149,4 @@ class Readback:
         if self._there is None:
             return self._results
         self._there.synchronize()  # sync: the host needs the results now
-        return tuple(one.clone() for one in self._results)  # PyTorch never gives pinned memory back: so little of it is used
+        return tuple(one.clone() for one in self._results)  # PyTorch never gives pinned memory back

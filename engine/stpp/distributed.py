@@ -21,6 +21,9 @@ from stpp.errors import UserError
 TIMEOUT_MINUTES = 30.0
 """A rank that waits longer than this for the others fails, and torchrun ends the job."""
 
+_POLL_S, _LAST_WORD_S = 0.05, 3.0
+"""How often a rank looks for a word of another; how long rank 0 waits until its last one is read."""
+
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 """Names of parameters in glibc's malloc.h."""
 
@@ -34,6 +37,8 @@ class World:
     local_size: int = 1
     """Ranks on this machine."""
     device: torch.device
+    store: dist.Store | None = None
+    """Small values that ranks leave each other without a collective; empty at each start. None in a world of one."""
 
     @property
     def is_main(self) -> bool:
@@ -67,24 +72,29 @@ def world(device: str = "auto", *, timeout_minutes: float = TIMEOUT_MINUTES) -> 
         torch.set_num_threads(max(1, cores() // local_size))
         keep_freed_memory()
     timeout = datetime.timedelta(minutes=timeout_minutes)
+    store = _fresh_store(rank, size, timeout) if "RANK" in os.environ and size > 1 else None
     if "RANK" in os.environ:
-        meeting = {}  # as the environment says
-        if size > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            meeting = {"store": _fresh_store(rank, size, timeout), "rank": rank, "world_size": size}
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timeout, device_id=here if use_cuda else None, **meeting)
-    yield World(rank=rank, size=size, local_size=local_size, device=here)
+        meeting = {} if store is None else {"store": store, "rank": rank, "world_size": size}
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timeout, device_id=here if use_cuda else None,
+                                **meeting)
+    shared = None if store is None else dist.PrefixStore("stpp", store)
+    yield World(rank=rank, size=size, local_size=local_size, device=here, store=shared)
     # Not after an exception: NCCL would wait for the other ranks, and torchrun would not see this one end.
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _fresh_store(rank: int, size: int, timeout: datetime.timedelta) -> dist.Store:
-    """A part of the agents' store that no earlier start of these ranks has written to.
+    """A store that no earlier start of these ranks has written to: rank 0's own, or a part of that of torchrun's agents.
 
     torchrun may keep its store when it restarts ranks, and they would meet the addresses of the dead. So rank 0 draws a name and
     tells it to every rank that says hello with a number that it has just drawn itself.
     """
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_master=False, timeout=timeout)
+    is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size,
+                          is_master=rank == 0 and not is_agents, timeout=timeout)
+    if not is_agents:
+        return store
     mine, deadline = secrets.token_hex(8), time.monotonic() + timeout.total_seconds()
     others = range(1, size)
 
@@ -158,17 +168,44 @@ def broadcast_buffers(model: torch.nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
+def store_of_this_call(here: World) -> dist.Store | None:
+    """A part of the ranks' store that nothing has written to; None in a world of one.
+
+    All ranks must make the same calls in the same order: the n-th call of one meets the n-th of the others. Nobody waits.
+    """
+    if here.store is None:
+        return None
+    number = here.store.add(f"calls/{here.rank}", 1)
+    return dist.PrefixStore(f"call/{number}", here.store)
+
+
 def on_main(here: World, action: Callable[[], None]) -> None:
-    """Rank 0 runs `action` while the others wait; if it fails, they all end, and only rank 0 says why.
+    """Rank 0 runs `action` while the others wait, for as long as it takes; if it fails, all end, and only rank 0 says why.
 
     Raises:
         SystemExit: with code 2, on the other ranks, when rank 0 failed.
     """
-    failed = None
+    store = store_of_this_call(here)
     if here.is_main:
         try:
             action()
-        except Exception as error:
-            failed = error
-    if gather(failed is not None)[0]:
-        raise failed or SystemExit(2)
+        except BaseException:
+            if store is not None:
+                _tell_failure(store, here)
+            raise
+        if store is not None:
+            store.set("end", "done")
+    elif store is not None:
+        while not store.check(["end"]):
+            time.sleep(_POLL_S)
+        if store.get("end") == b"failed":
+            store.add("read", 1)
+            raise SystemExit(2)
+
+
+def _tell_failure(store: dist.Store, here: World) -> None:
+    """Leaves word, and waits a little until the other ranks have read it: the store may end with rank 0."""
+    store.set("end", "failed")
+    end = time.monotonic() + _LAST_WORD_S
+    while store.add("read", 0) < here.size - 1 and time.monotonic() < end:
+        time.sleep(_POLL_S)

@@ -38,9 +38,9 @@ def main(events: str, bomb: str, fired: str, args: list[str]) -> None:
 
     step, save, replace = trainer.Trainer.train_step, torch.save, os.replace
 
-    def traced_step(self, micro_batches):
-        event(f"step {self.title} {self.step}")
-        return step(self, micro_batches)
+    def traced_step(self, passes):
+        event(f"step {self.title} {self.steps_done}")
+        return step(self, passes)
 
     def traced_save(content, file):
         path = Path(file.name)

@@ -13,7 +13,9 @@ from stpp import distributed
 from stpp.config import AugmentConfig, Config, TrainConfig
 from stpp.dataset import index
 from stpp.loading.sample import Sample
-from stpp.training import trainer
+from stpp.methods.supervised import Supervised
+from stpp.training import assemble
+from stpp.training.trainer import Schedule, Trainer
 
 
 class Plain(nn.Module):
@@ -36,20 +38,20 @@ def mixed_samples(known: index.Index) -> list[Sample]:
 
 
 def main(root: str, folder: str, out: str, accumulate: str, steps: str) -> None:
-    trainer.build_model = Plain
+    assemble.build_model = Plain
     known = index.load(folder)
     samples = mixed_samples(known)
     config = Config(augment=AugmentConfig(crop_px=64, long_side=(40, 160)),
                     train=TrainConfig(batch_global=8, accumulate=int(accumulate), lr=0.05, precision="fp32"))
     with distributed.world("cpu") as here:
-        ours = trainer.Trainer(config, here, samples, stage=1, title="steps", classes=known.classes,
-                                folder=Path(out).parent, validate=None,
-                                schedule=trainer.Schedule(steps=int(steps), validate_steps=int(steps)))
+        step = Supervised(assemble.fresh_network(config, here, known.classes, stage=1), config)
+        ours = Trainer(config, here, step, step.streams(config, samples), key=1, title="steps", classes=known.classes,
+                       folder=Path(out).parent, validate=None, schedule=Schedule(steps=int(steps), validate_steps=int(steps)))
         losses = []
-        for micro_batches, _ in ours._batches():
-            losses.append(distributed.sum_over_ranks(ours.train_step(micro_batches)[0]).item())
+        for passes, _ in ours._passes():
+            losses.append(distributed.sum_over_ranks(ours.train_step(passes)[0]).item())
         if here.is_main:
-            torch.save({"weights": ours.network.state_dict(), "losses": losses}, out)
+            torch.save({"weights": step.network.state_dict(), "losses": losses}, out)
 
 
 if __name__ == "__main__":

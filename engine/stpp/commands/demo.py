@@ -1,14 +1,15 @@
-"""The demonstration: a synthetic data set, and ST++ on it under torchrun."""
+"""`stpp demo`: a synthetic data set, and ST++ on it under torchrun. Nothing heavy is imported before it runs."""
 
 import dataclasses
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from stpp import files
-from stpp.commands import synthetic
-from stpp.config import AugmentConfig, Config, DataConfig, LabelConfig, ModelConfig, TrainConfig, load_recipe, to_dict
+from stpp import config, files
+from stpp.config import AugmentConfig, Config, DataConfig, LabelConfig, ModelConfig, TrainConfig
 from stpp.errors import UserError
 
 RANKS = 2
@@ -24,26 +25,42 @@ DEMO = Config(
 """Few labels, many steps of a small network: what two cores can do in five minutes."""
 
 
-def demo(out: Path, *, seed: int, control: bool) -> None:
-    """Generates the data below `out/data` and trains in `out/run`.
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Make a small synthetic data set and run ST++ on it with two processes."""
+
+    out: Path
+    """Folder of the run."""
+    seed: int = 0
+    """Seed of the data, the split and the training."""
+    control: bool = False
+    """Also train on the labels alone for as many steps as the last stage has."""
+
+
+def demo(args: Sequence[str]) -> None:
+    """Runs `stpp demo`: generates the data below `out/data` and trains in `out/run`.
 
     Raises:
         UserError: `out` holds another demo.
         SystemExit: with torchrun's exit code, when the training failed.
     """
+    options = config.parse(Demo, args, prog="stpp demo")
+    out, seed = options.out, options.seed
     root, recipe_path = out / "data", out / "recipe.json"
     recipe = dataclasses.replace(DEMO, seed=seed, data=dataclasses.replace(DEMO.data, split_seed=seed))
-    if recipe_path.exists() and load_recipe(Config, recipe_path) != recipe:
+    if recipe_path.exists() and config.load_recipe(Config, recipe_path) != recipe:
         raise UserError(f"--out {out} holds a demo of another seed or version; choose another --out")
-    files.write_json(recipe_path, to_dict(recipe))
+    files.write_json(recipe_path, config.to_dict(recipe))
     if not root.exists():
+        from stpp.commands import synthetic
+
         print(f"demo: drawing a data set in {root}", file=sys.stderr)
         partial = out / "data.partial"
         shutil.rmtree(partial, ignore_errors=True)
         synthetic.generate(partial, seed=seed)
         partial.rename(root)
     train = ["-m", "stpp", "train", "--recipe", str(recipe_path), "--data.root", str(root), "--out",
-             str(out / "run")] + ["--control"] * control
+             str(out / "run")] + ["--control"] * options.control
     if code := torchrun(train):
         sys.exit(code)
 

@@ -9,11 +9,11 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from stpp.images.batches import has_dali
+from stpp import config
 from stpp.versions import version_of
 
 LEAST_DISK_GIB, LEAST_SHARED_GIB, LEAST_FILES = 10.0, 1.0, 4096
@@ -50,12 +50,13 @@ class Finding:
         return f"{self.state:<5} {self.part:<15} {self.text}" + (f" -> {self.advice}" if self.advice else "")
 
 
-def doctor(options: Doctor) -> None:
+def doctor(args: Sequence[str]) -> None:
     """Runs `stpp doctor`.
 
     Raises:
         SystemExit: 1 where a part that is needed fails.
     """
+    options = config.parse(Doctor, args, prog="stpp doctor")
     found = []
     for finding in findings(self_test=options.self_test):
         found.append(finding)
@@ -146,9 +147,10 @@ def collectives() -> Finding:
 
 def dali() -> Finding:
     """The fast loader."""
+    from stpp.images import batches
 
     names = [name for name in ("nvidia-dali-cuda120", "nvidia-dali-cuda130") if version_of(name)]
-    if not has_dali():
+    if not batches.has_dali():
         return Finding("dali", "warn", "not installed; PIL reads the images, which is slower",
                        "pip install stpp[cuda12] or stpp[cuda13]; it needs no GPU")
     text = ", ".join(f"{name} {version_of(name)}" for name in names) or "of an unknown version"
@@ -281,6 +283,7 @@ def _trials() -> Iterator[Finding]:
 
     from stpp import log
     from stpp.commands import selftest
+    from stpp.images import batches
     from stpp.inference import tensorrt
 
     log.set_speaker(False)  # what the parts say to users of their own
@@ -293,7 +296,7 @@ def _trials() -> Iterator[Finding]:
             ("train step", True, lambda: selftest.train_step(device), "look at the lines above"),
             ("engine", False, lambda: selftest.engine(device), "label with --backend eager"),
         ]
-        if has_dali():
+        if batches.has_dali():
             trials.append(("dali", False, lambda: selftest.decode(device, dali=True), "use --loader reference"))
         if found and found[0] == "tensorrt-rtx" and device.type == "cpu":
             trials.append(("tensorrt", False, selftest.tensorrt_build, "install tensorrt-rtx again"))

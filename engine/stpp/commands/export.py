@@ -2,10 +2,13 @@
 
 import contextlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from stpp import config
+from stpp.commands.options import OutputStride
 from stpp.errors import UserError
 
 
@@ -17,13 +20,12 @@ class Export:
     """A best.pt or third-*.pt of a run, or a published state dict."""
     out: Path
     """The .onnx file; one that is there is replaced."""
-    output_stride: Literal[8, 16, 32] | None = None
-    """Of a checkpoint that does not tell it, such as a published one; unset: 8."""
+    output_stride: OutputStride = None
     precision: Literal["fp32", "fp16"] = "fp32"
     """Type of weights, images and feature maps; the logits are fp32."""
 
 
-def export(options: Export) -> None:
+def export(args: Sequence[str]) -> None:
     """Runs `stpp export`.
 
     The graph takes `images` [N, 3, H, W]: red, green and blue in 0..1, less ImageNet's mean, over its deviation. It gives
@@ -33,6 +35,7 @@ def export(options: Export) -> None:
     Raises:
         UserError: no such checkpoint, a package is missing, or the file cannot be written.
     """
+    options = config.parse(Export, args, prog="stpp export")
     if options.out.is_dir():
         raise UserError(f"--out {options.out} is a folder; give the path of the .onnx file")
     import torch

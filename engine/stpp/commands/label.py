@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from stpp.config import DataConfig, LabelConfig
+import tyro
+
+from stpp import config
+from stpp.commands.exif_flags import exif_asked
+from stpp.commands.options import Compute, ComputeConfig, OutputStride, Reading, TrustEngine
+from stpp.config import DataConfig, LabelConfig, LoaderConfig
 from stpp.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,29 +46,24 @@ class CorpusOptions(LabelConfig):
     """Only list the source and check its names: one process does that, and needs no GPU. Then the same command without this."""
     max_bad_fraction: float = 0.01
     """With more bad images than this share, exit with 1 at the end; the good ones are done all the same."""
-    exif: bool = True
-    """Turn images upright by their EXIF orientation; off: read them as stored."""
-    loader: Literal["auto", "dali", "reference"] = "auto"
-    """Who decodes: DALI, or PIL."""
-    threads: int = 0
-    """Threads that load and that store, per rank; 0: the machine's cores divided among its ranks."""
+    exif: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Turn images upright by their EXIF orientation. Without this and --no-exif: as the network was trained,
+    which a checkpoint of a run tells; upright where it tells nothing."""
+    no_exif: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Read images as they are stored."""
     compute_threads: int = 0
     """Threads that compute on a CPU, per rank; 0: those the run was begun with, or the cores divided among the ranks."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where to compute."""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Floating type of the network."""
-    trust_engine: bool = False
-    """Run engines that you did not build on this machine: they are programs."""
-    _flags = ""
+    trust_engine: TrustEngine = False
+    compute: Compute = ComputeConfig()
+    reading: Reading = LoaderConfig()
+    _section = ""
 
     def __post_init__(self):
         super().__post_init__()
-        for name, value in (("threads", self.threads), ("compute-threads", self.compute_threads)):
-            if value < 0:
-                raise ValueError(f"--{name} is {value}: it must be 0 or more")
+        if self.compute_threads < 0:
+            raise UserError(f"--compute-threads is {self.compute_threads}: it must be 0 or more")
         if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"--max-bad-fraction is {self.max_bad_fraction}: it must be from 0 to 1")
+            raise UserError(f"--max-bad-fraction is {self.max_bad_fraction}: it must be from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +72,7 @@ class Label(CorpusOptions):
 
     teacher: Path
     """A best.pt or third-*.pt of a run, a published state dict, or the folder of an engine that `stpp compile` made."""
-    output_stride: Literal[8, 16, 32] | None = None
-    """Of a checkpoint that does not tell it, such as a published one; unset: 8."""
+    output_stride: OutputStride = None
     output: Literal["png", "tar"] = "png"
     """A PNG file for every mask, or one tar archive for every shard."""
 
@@ -86,8 +85,10 @@ class Select(CorpusOptions):
     """Checkpoints of one run in the order of training; the last one judges. ST++ takes third-1.pt third-2.pt third-3.pt."""
 
 
-def label(options: Label) -> None:
+def label(args: Sequence[str]) -> None:
     """Runs `stpp label`."""
+    options = config.parse(Label, args, prog="stpp label")
+
     def work(open_teachers, task, here) -> "Summary":
         from stpp.label.labels import label_corpus
 
@@ -97,8 +98,9 @@ def label(options: Label) -> None:
          output=options.output)
 
 
-def select(options: Select) -> None:
+def select(args: Sequence[str]) -> None:
     """Runs `stpp select`."""
+    options = config.parse(Select, args, prog="stpp select")
     if len(options.checkpoints) < 2:
         raise UserError(f"--checkpoints: {len(options.checkpoints)} given; two or more are compared")
 
@@ -124,7 +126,7 @@ def _run(options: CorpusOptions, paths: Sequence[Path], mode: str, work: Callabl
     from stpp import distributed, files, log
     from stpp.images.items import require_readable_name
     from stpp.images.sources import open_source
-    from stpp.inference import several
+    from stpp.inference import exif_rule, several
     from stpp.label.assignment import Assignment
     from stpp.label.shards import Part
     from stpp_kernels import described
@@ -133,7 +135,7 @@ def _run(options: CorpusOptions, paths: Sequence[Path], mode: str, work: Callabl
         if not path.exists():
             raise UserError(f"{path}: there is no such checkpoint or engine")
     classes: list[str] = []
-    with distributed.world(options.device) as here:
+    with distributed.world(options.compute.device) as here:
         log.set_speaker(here.is_main)
         log.say(f"operators: {described(here.device.type)}")
         if options.compute_threads:
@@ -145,11 +147,12 @@ def _run(options: CorpusOptions, paths: Sequence[Path], mode: str, work: Callabl
             source = open_source(options.source, root=options.root, tar_folders=options.tar_folders)
             part = Part.parse(options.part)
             refuse_inside(options.out, options.source)
+            exif = exif_rule.agreed(paths, exif_asked(options.exif, options.no_exif))
         except UserError:
             if here.is_main:
                 raise
             sys.exit(2)  # every rank finds the same; one says it
-        open_all = several.from_paths(paths, here.device, mode=mode, backend=options.backend, precision=options.precision,
+        open_all = several.from_paths(paths, here.device, mode=mode, backend=options.backend, precision=options.compute.precision,
                                        trust=options.trust_engine, output_stride=output_stride)
 
         def opened(images: int) -> list:
@@ -158,7 +161,7 @@ def _run(options: CorpusOptions, paths: Sequence[Path], mode: str, work: Callabl
             return found
 
         task = Assignment(source=source, out=options.out, config=options, part=part, verify=options.verify,
-                          data=DataConfig(exif=options.exif, loader=options.loader, threads=options.threads),
+                          data=DataConfig(exif=exif, loader=options.reading.loader, threads=options.reading.threads),
                           update=options.update, list_only=options.list_only, **more)
         try:
             summary = work(opened, task, here)

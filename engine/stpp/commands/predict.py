@@ -1,12 +1,16 @@
 """`stpp predict`: masks of a few images, and pictures of them over the images. Nothing heavy is imported before it runs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import tyro
 
+from stpp import config
+from stpp.commands.exif_flags import exif_asked
+from stpp.commands.options import Compute, ComputeConfig, OutputStride, TrustEngine
+from stpp.config import Views
 from stpp.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,26 +30,26 @@ class Predict:
     """A best.pt or third-*.pt of a run, or a published state dict."""
     engine: Path | None = None
     """Instead of a checkpoint: the folder of an engine that `stpp compile` made."""
-    output_stride: Literal[8, 16, 32] | None = None
-    """Of a checkpoint that does not tell it, such as a published one; unset: 8."""
-    tta: Literal["none", "flip", "stpp"] = "none"
-    """Views whose probabilities are summed: 1; 1 with its mirror image; five scales, each with its mirror image."""
+    output_stride: OutputStride = None
+    tta: Views = "none"
+    exif: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Turn images upright by their EXIF orientation. Without this and --no-exif: as the network was trained,
+    which a checkpoint of a run tells; upright where it tells nothing."""
+    no_exif: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Read images as they are stored."""
     max_pixels: int = 1 << 24
     """Images of more pixels get no mask: they need much memory."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where to compute."""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Floating type of the network."""
-    trust_engine: bool = False
-    """Run an engine that you did not build on this machine: it is a program."""
+    trust_engine: TrustEngine = False
+    compute: Compute = ComputeConfig()
 
 
-def predict(options: Predict) -> None:
+def predict(args: Sequence[str]) -> None:
     """Runs `stpp predict`.
 
     Raises:
         UserError: nothing to do, or no network to do it; images that could not be read, after all others are done.
     """
+    options = config.parse(Predict, args, prog="stpp predict")
     network = options.checkpoint or options.engine
     if network is None or (options.checkpoint and options.engine):
         raise UserError("give either --checkpoint FILE or --engine DIR")
@@ -53,16 +57,17 @@ def predict(options: Predict) -> None:
         raise UserError(f"{network}: there is no such {'engine folder' if options.engine else 'checkpoint'}")
     if not options.images:
         raise UserError("name an image or a folder: stpp predict IMAGE|FOLDER ... --checkpoint FILE --out DIR")
+    asked = exif_asked(options.exif, options.no_exif)
     from stpp import distributed, files, log
     from stpp.inference.single_images import open_predictor
 
     items = list(_items(options))
-    with distributed.world(options.device) as here:
+    with distributed.world(options.compute.device) as here:
         if here.size > 1:
             raise UserError("stpp predict runs in one process; start it without torchrun, or use stpp label")
-        predictor = open_predictor(network, mode=options.tta, device=here.device, precision=options.precision,
+        predictor = open_predictor(network, mode=options.tta, device=here.device, precision=options.compute.precision,
                                    max_pixels=options.max_pixels, trust=options.trust_engine,
-                                   output_stride=options.output_stride)
+                                   output_stride=options.output_stride, exif=asked)
         try:
             bad = _write_all(predictor, items, options.out)
         except OSError as error:
@@ -111,9 +116,10 @@ def _write_all(predictor: "Predictor", items: list["Item"], out: Path) -> list[s
     """Writes masks, overlays and classes.json; returns a line for every image that has no mask."""
     from PIL import Image
 
-    from stpp import files
+    from stpp import files, log
     from stpp.images.masks import write_index_png
     from stpp.images.pixels import BadImage
+    from stpp.images.reading import is_dark
     from stpp.report.palette import overlaid, palette
 
     count = len(predictor.classes)
@@ -122,10 +128,13 @@ def _write_all(predictor: "Predictor", items: list["Item"], out: Path) -> list[s
     bad = []
     for item in items:
         try:
-            colours_HWC = predictor.read(item)
+            colours_HWC, reading = predictor.read(item)
         except BadImage as error:
             bad.append(f"{item.file}: {error}")
             continue
+        if is_dark(colours_HWC, reading):
+            log.say(f"warning: {item.file}: 16 bits a channel, of which it uses few: to the network it is nearly "
+                    "black; stretch it to the full range")
         mask_HW = predictor.mask(colours_HWC)
         mask_path, overlay_path = (out / folder / f"{item.key}.png" for folder in ("masks", "overlays"))
         for path in (mask_path, overlay_path):

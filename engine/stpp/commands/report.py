@@ -1,10 +1,12 @@
 """`stpp report`: its flags, and what it says. Nothing heavy is imported before it runs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
+from stpp import config
 from stpp.errors import UserError
 
 
@@ -24,12 +26,13 @@ class Report:
     """Images to draw, at most: the worst by every measure, and random ones."""
 
 
-def report(options: Report) -> None:
+def report(args: Sequence[str]) -> None:
     """Runs `stpp report`.
 
     Raises:
         UserError: a folder or file is not what it should be.
     """
+    options = config.parse(Report, args, prog="stpp report")
     for flag, path in (("", options.folder), ("--run ", options.run), ("--reliability ", options.reliability)):
         if path is not None and not path.exists():
             raise UserError(f"{flag}{path}: there is no such file or folder")

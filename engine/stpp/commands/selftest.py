@@ -19,11 +19,14 @@ from stpp.distributed import World
 from stpp.errors import UserError
 from stpp.images import pixels
 from stpp.images.batching import Planned
+from stpp.images.reading import look
 from stpp.images.sources import Item
 from stpp.inference import build, choose, export, fold, tensorrt
 from stpp.inference.record import Shapes
 from stpp.loading.sample import Batch, Sample
+from stpp.methods.supervised import Supervised
 from stpp.precision import autocast_dtype
+from stpp.training.assemble import fresh_network
 from stpp.training.trainer import Schedule, Trainer
 from stpp_kernels import reference
 
@@ -59,8 +62,8 @@ def decode(device: torch.device, *, dali: bool) -> str:
     if dali:
         from stpp.images.decode_dali import DaliDecoder
 
-        planned = Planned(item=Item(key="a", source="a.jpg", file="a.jpg"), position=0, header=pixels.header(data, exif=False),
-                          batch=0, error=None)
+        planned = Planned(item=Item(key="a", source="a.jpg", file="a.jpg"), position=0,
+                          reading=look(data, exif=False), batch=0, error=None)
         with ThreadPoolExecutor(1) as pool:
             (found,) = DaliDecoder(device, 1, 1, pool).images([planned], [data])
         if not isinstance(found, torch.Tensor):  # it hands to PIL what it fails on
@@ -78,13 +81,15 @@ def train_step(device: torch.device) -> str:
     """One step of a small network on random pixels."""
     config = Config(model=ModelConfig(backbone="resnet18", output_stride=32), train=TrainConfig(batch_global=2))
     samples = [Sample(key=name, image=name, mask=name, width=65, height=65) for name in "ab"]
-    trainer = Trainer(config, World(device=device), samples, stage=1, title="selftest", classes=("a", "b", "c"), folder=Path(),
+    here, classes = World(device=device), ("a", "b", "c")
+    step = Supervised(fresh_network(config, here, classes, stage=1), config)
+    trainer = Trainer(config, here, step, step.streams(config, samples), key=1, title="selftest", classes=classes, folder=Path(),
                       schedule=Schedule(steps=1, validate_steps=1), validate=None)
     images_NCHW = torch.randn(2, 3, 65, 65, device=device).contiguous(memory_format=torch.channels_last)
     labels_NHW = torch.randint(0, 3, (2, 65, 65), dtype=torch.uint8, device=device)
-    before = next(trainer.network.parameters()).detach().clone()
-    loss, _ = trainer.train_step([Batch(images_NCHW=images_NCHW, labels_NHW=labels_NHW, indices=np.arange(2))])
-    if not loss.isfinite() or torch.equal(before, next(trainer.network.parameters())):
+    before = next(step.network.parameters()).detach().clone()
+    loss, _ = trainer.train_step([(Batch(images_NCHW=images_NCHW, labels_NHW=labels_NHW, indices=np.arange(2)),)])
+    if not loss.isfinite() or torch.equal(before, next(step.network.parameters())):
         raise UserError(f"a training step ended with loss {loss.item()} and did not move the weights")
     return f"one training step in {str(autocast_dtype('auto', device)).removeprefix('torch.')}"
 

@@ -14,8 +14,11 @@ from itertools import islice
 
 from stpp.dataset.mask_map import MaskMap
 from stpp.errors import UserError
-from stpp.images.image_file import opened, orientation, upright_size
+from stpp.images.containers import looks_whole
+from stpp.images.image_file import DECODE_ERRORS, upright_size
 from stpp.images.masks import IGNORE, count_indices, read_mask, write_index_png
+from stpp.images.pixels import BadImage, decode
+from stpp.images.reading import Reading, look, used_bits
 
 _CHUNK = 16
 """Images passed to a process at once: enough to make passing them cheap, few enough that no core idles at the end."""
@@ -37,8 +40,10 @@ class Checked:
     """What was found: an entry of the index, or problems."""
 
     task: Task
-    width: int = 0
-    height: int = 0
+    reading: Reading | None = None
+    """None where there are problems."""
+    used_bits: int = 0
+    """Bits that the largest number of the image needs; see `stpp.images.reading.used_bits`."""
     converted: str | None = None
     """The mask written anew, relative to the index's folder."""
     class_pixels: list[int] | None = None
@@ -93,9 +98,9 @@ def check(task: Task, root: str, out: str, classes: int, exif: bool, mask_map: M
         exif: the EXIF rule, see stpp.images.image_file.
         mask_map: what the numbers or colours of masks mean; None: they are class ids.
     """
-    stored, turn, mask, mask_turn, problems = None, 1, None, 1, []
+    found, used, mask, mask_turn, problems = None, 0, None, 1, []
     try:
-        stored, turn = _look(os.path.join(root, task.image))
+        found, used = _look(os.path.join(root, task.image))
     except UserError as error:
         problems.append(_relative(error, root))
     if task.mask is not None:
@@ -111,11 +116,11 @@ def check(task: Task, root: str, out: str, classes: int, exif: bool, mask_map: M
             ids = ", ".join(f"id {i} in {counts[i]} pixels" for i in wrong[:5]) + (", ..." if len(wrong) > 5 else "")
             problems.append(f"{task.mask}: class {ids}; the class list has ids 0 to {classes - 1} (255 is ignore); "
                             "--data.mask-map turns other ids into these")
-    if stored is None:
+    if found is None:
         return Checked(task, problems=tuple(problems))
-    width, height = upright_size(*stored, turn) if exif else stored
-    if mask is not None and mask.shape != (height, width):
-        problems.append(_size_problem(task, (width, height), mask.shape[::-1], stored, turn, mask_turn, exif))
+    reading, other = (found, found.as_stored()) if exif else (found.as_stored(), found)
+    if mask is not None and mask.shape != reading.size:
+        problems.append(_size_problem(task, reading, other, mask.shape[::-1], mask_turn, exif))
     if problems:
         return Checked(task, problems=tuple(problems))
     converted = None
@@ -125,36 +130,46 @@ def check(task: Task, root: str, out: str, classes: int, exif: bool, mask_map: M
         os.makedirs(os.path.dirname(target), exist_ok=True)
         write_index_png(target, mask)
     pixels = None if counts is None else counts[:classes].tolist()
-    return Checked(task, width, height, converted, pixels)
+    return Checked(task, reading, used, converted, pixels)
 
 
-def _look(path: str) -> tuple[tuple[int, int], int]:
-    """(width, height) as stored, and EXIF orientation, of an image whose data were decoded to the end.
+def _look(path: str) -> tuple[Reading, int]:
+    """How an image is read, turned upright, and the bits it uses; its data were decoded to the end.
 
-    Headers alone would pass files that are cut short, and one of those stops a whole DALI pipeline. A JPEG is decoded
-    at an eighth of its size: that reads all its data but skips most of the arithmetic.
+    Headers alone would pass files that are cut short. A JPEG is decoded at an eighth of its size: that reads
+    all its data but skips most of the arithmetic.
     """
-    with opened(path) as image:
-        size = image.size
-        turn = orientation(image)
-        if image.format == "JPEG" or image.format == "MPO":
-            image.draft(None, (max(1, size[0] // 8), max(1, size[1] // 8)))
-        image.load()
-        return size, orientation(image) if turn == 1 else turn
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+        found = look(data, exif=True)
+        used = used_bits(decode(data, least=(1, 1)), found)
+    except BadImage as bad:
+        raise UserError(f"{path}: cannot be read as an image ({bad}); replace or remove it") from None
+    except DECODE_ERRORS as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+        raise UserError(f"{path}: cannot be read as an image ({reason}); replace or remove it") from error
+    return found._replace(plain=found.plain and looks_whole(data)), used
 
 
-def _size_problem(task, size, mask_size, stored, turn, mask_turn, exif) -> str:
-    """Says that the sizes differ, and whether they would not under the other EXIF rule."""
-    other = stored if exif else upright_size(*stored, turn)
+def _size_problem(task: Task, reading: Reading, other: Reading, mask_size: tuple[int, int], mask_turn: int,
+                  exif: bool) -> str:
+    """Says that the sizes differ, and whether they would not under the other EXIF rule.
+
+    Args:
+        other: the reading under the other rule.
+        mask_size: (width, height).
+    """
     # The mask has been turned under exif=True only; a turn by 90 degrees is its own inverse as far as the size goes.
     mask_other = upright_size(*mask_size, mask_turn)
     hint = ""
-    if other == mask_other:
+    if (other.width, other.height) == mask_other:
+        turn = max(reading.orientation, other.orientation)
         switch = "off (--data.no-exif)" if exif else "on"
         hint = f"; they match with --data.exif {switch}, as the image's EXIF orientation is {turn}"
     return (
         f"{task.mask}: the mask has {mask_size[0]}x{mask_size[1]} pixels, "
-        f"but its image {task.image} has {size[0]}x{size[1]}{hint or '; they must be equal'}"
+        f"but its image {task.image} has {reading.width}x{reading.height}{hint or '; they must be equal'}"
     )
 
 

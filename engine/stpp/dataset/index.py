@@ -22,6 +22,7 @@ from stpp.dataset import layouts, table, unlabelled_folders
 from stpp.dataset import mask_map as mapping
 from stpp.dataset.check import Task, check_all
 from stpp.dataset.classes import class_list
+from stpp.dataset.notices import Notices
 from stpp.errors import UserError
 from stpp.loading.sample import Sample
 
@@ -41,6 +42,15 @@ class Entry:
     width: int
     """Pixels, after the EXIF rule."""
     height: int
+    orientation: int
+    """This and the next five: see stpp.images.reading.Reading."""
+    plain: bool
+    format: str
+    colours: str
+    alpha: bool
+    bits: int
+    used_bits: int
+    """Bits that the largest number of the image needs; see stpp.images.reading.used_bits."""
     class_pixels: list[int] | None
     """Pixels of each class in the mask; None without a mask."""
     bytes: int
@@ -105,6 +115,8 @@ class Index:
             mask=mask,
             width=entry.width,
             height=entry.height,
+            orientation=entry.orientation,
+            plain=entry.plain,
             strong=strong,
         )
 
@@ -286,7 +298,7 @@ def _run(tasks: list[tuple[Path, list[Task]]], out: Path, settings: dict, worker
     counts = {"images": 0, "masks": 0, "converted": 0}
     pixels = [0] * len(settings["classes"])
     mask_map = mapping.parse(settings["mask_map"], settings["classes"])
-    arguments = (str(out), len(pixels), settings["exif"], mask_map)
+    arguments, notices = (str(out), len(pixels), settings["exif"], mask_map), Notices()
     checked = (chunk for place, members in tasks for chunk in check_all(members, (str(place), *arguments), workers))
     root, total = tasks[0][0], sum(len(members) for _, members in tasks)
     with files.atomic(out / "index.parquet") as file, table.Writer(file) as writer:
@@ -300,6 +312,8 @@ def _run(tasks: list[tuple[Path, list[Task]]], out: Path, settings: dict, worker
                     counts["converted"] += one.converted is not None
                     if one.class_pixels is not None:
                         pixels = [a + b for a, b in zip(pixels, one.class_pixels, strict=True)]
+                    if one.reading is not None:
+                        notices.add(one)
                 if not problems:
                     writer.add(chunk)
         if problems:
@@ -307,6 +321,8 @@ def _run(tasks: list[tuple[Path, list[Task]]], out: Path, settings: dict, worker
     if counts["converted"]:
         # Masks are plain writes: they must be on the disk before index.json says so.
         os.sync()
+    for line in notices.lines():
+        log.say(line)
     empty = [name for name, count in zip(settings["classes"], pixels, strict=True) if not count]
     if empty and counts["masks"]:
         log.say(f"warning: no mask of {root} holds a pixel of: {', '.join(empty)}")

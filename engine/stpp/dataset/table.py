@@ -13,12 +13,14 @@ from stpp import parquet
 from stpp.dataset.check import Checked
 from stpp.errors import UserError
 
-FORMAT, VERSION = "stpp-index", 1
+FORMAT, VERSION = "stpp-index", 2
 _OUTSIDE = re.compile(r"(^|/)\.\.(/|$)|^/|\x00|\n")
 
 
 _COLUMNS = {"key": "string", "image": "string", "mask": "string", "converted": "string", "width": "int32",
-            "height": "int32", "class_pixels": "list<int64>", "bytes": "int64", "mtime_ns": "int64"}
+            "height": "int32", "orientation": "int8", "plain": "bool", "format": "string", "colours": "string",
+            "alpha": "bool", "bits": "int8", "used_bits": "int8", "class_pixels": "list<int64>", "bytes": "int64",
+            "mtime_ns": "int64"}
 _REQUIRED = _COLUMNS.keys() - {"mask", "converted", "class_pixels"}
 
 
@@ -38,8 +40,8 @@ class Writer:
         """Appends rows."""
         for one in checked:
             task = {name: getattr(one.task, name) for name in ("key", "image", "mask", "bytes", "mtime_ns")}
-            found = {name: getattr(one, name) for name in ("converted", "width", "height", "class_pixels")}
-            self._table.add(task | found)
+            found = {name: getattr(one, name) for name in ("converted", "used_bits", "class_pixels")}
+            self._table.add(task | found | one.reading._asdict())
 
 
 class Rows(Mapping):
@@ -126,6 +128,9 @@ def _wrong(pa: ModuleType, table, classes: int) -> str | None:
     for name in ("width", "height"):
         if table.num_rows and pc.min(table.column(name)).as_py() < 1:
             return f"a {name} below 1"
+    turns = table.column("orientation")
+    if table.num_rows and not (1 <= pc.min(turns).as_py() and pc.max(turns).as_py() <= 8):
+        return "an orientation that is not 1 to 8"
     pixels = table.column("class_pixels")
     lengths = pc.list_value_length(pixels)
     if pc.any(pc.not_equal(lengths, classes)).as_py():

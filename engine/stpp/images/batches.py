@@ -5,6 +5,7 @@ Legend: N images, H W size of the batch.
 """
 
 import importlib.util
+import threading
 from collections import deque
 from collections.abc import Collection, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -14,13 +15,16 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from stpp import log
 from stpp.clock import Clock
-from stpp.device import CAPTURING, Arriving, on, side_stream, staging
+from stpp.device import CAPTURING, Arriving, copy_stream, on, staging
+from stpp.errors import UserError
 from stpp.images import storage
 from stpp.images.batching import Planned
 from stpp.images.image_file import upright
 from stpp.images.items import content_hash
-from stpp.images.pixels import BadImage, attempt, normalised_batch
+from stpp.images.pixels import BadImage, attempt, normalised
+from stpp.images.reading import is_dark, require_size
 
 AHEAD = 2
 """Batches in preparation while one is computed."""
@@ -67,6 +71,7 @@ def batches(tasks: Iterator[tuple[int, list[Planned]]], *, device: torch.device,
         most: images of the longest batch.
     """
     waiting: deque[tuple[int, list[Planned], Future]] = deque()
+    warned = threading.Event()
     with ThreadPoolExecutor(threads, "stpp-read") as readers, ThreadPoolExecutor(threads, "stpp-decode") as workers, \
             ThreadPoolExecutor(1, "stpp-batch") as one_by_one:
         decoder: Decoder
@@ -77,14 +82,16 @@ def batches(tasks: Iterator[tuple[int, list[Planned]]], *, device: torch.device,
         else:
             decoder = PilDecoder(workers)
 
-        stream = side_stream(device)
+        stream = copy_stream(device)
 
         def prepared(planned: list[Planned], reads: list[Future]) -> tuple[Arriving | None, dict[int, str], list]:
             if not planned:
                 return None, {}, []
             raw, hashes = zip(*(read.result() for read in reads), strict=True)
             with clock("decode"), CAPTURING, on(stream):
-                pixels_NHWC, errors = _assembled(planned, decoder.images(planned, list(raw)), device)
+                images = decoder.images(planned, list(raw))
+                _warn_of_dark(planned, images, warned)
+                pixels_NHWC, errors = _assembled(planned, images, device)
                 return Arriving(pixels_NHWC, stream=stream), errors, list(hashes)
 
         def ready() -> tuple[int, Batch | None]:
@@ -94,7 +101,7 @@ def batches(tasks: Iterator[tuple[int, list[Planned]]], *, device: torch.device,
             if not planned:
                 return shard, None
             (pixels_NHWC,) = arriving.take()
-            images_NCHW = normalised(pixels_NHWC, errors)
+            images_NCHW = network_input(pixels_NHWC, errors)
             return shard, Batch(planned=planned, images_NCHW=images_NCHW, errors=errors, hashes=hashes)
 
         try:
@@ -111,15 +118,27 @@ def batches(tasks: Iterator[tuple[int, list[Planned]]], *, device: torch.device,
 
 
 def pick(name: str) -> str:
-    """ "dali" or "pil" for `--loader` "auto", "dali" or "reference"."""
+    """ "dali" or "pil" for `--loader` "auto", "dali" or "reference".
+
+    Raises:
+        UserError: "dali" is asked for but not installed.
+        ValueError: another name.
+    """
+    if name not in ("auto", "dali", "reference"):
+        raise ValueError(f"name is {name!r}, expected 'auto', 'dali' or 'reference'")
     if name == "reference":
         return "pil"
-    return "dali" if name == "dali" or has_dali() else "pil"
+    if has_dali():
+        return "dali"
+    if name == "dali":
+        raise UserError("--data.loader dali: NVIDIA DALI is not installed; pip install stpp[cuda12] (or "
+                        "stpp[cuda13]), or use --data.loader reference")
+    return "pil"
 
 
-def normalised(pixels_NHWC: torch.Tensor, errors: Collection[int]) -> torch.Tensor:
-    """uint8 [N, H, W, 3] to float32 [N, 3, H, W], channels_last, with ImageNet mean and deviation; blanks become zero."""
-    images_NCHW = normalised_batch(pixels_NHWC)
+def network_input(pixels_NHWC: torch.Tensor, errors: Collection[int]) -> torch.Tensor:
+    """uint8 [N, H, W, 3] to float32 [N, 3, H, W], channels_last, normalised; blanks become zero."""
+    images_NCHW = normalised(pixels_NHWC).permute(0, 3, 1, 2)
     for i in errors:
         images_NCHW[i] = 0
     return images_NCHW
@@ -138,8 +157,17 @@ def _read(one: Planned, clock: Clock) -> tuple[bytes | BadImage, int | None]:
     return data, found
 
 
+def _warn_of_dark(planned: list[Planned], images: list, warned: threading.Event) -> None:
+    """Says once that a 16-bit image looks nearly black."""
+    for one, image in zip(planned, images, strict=True):
+        if not warned.is_set() and isinstance(image, np.ndarray) and is_dark(image, one.reading):
+            warned.set()
+            log.say(f"warning: {one.item.source}: 16 bits a channel, of which it uses few: to the network it is "
+                    "nearly black, as others like it may be; stretch such images to the full range, all by the same factor")
+
+
 def _assembled(planned: list[Planned], images: list, device: torch.device) -> tuple[torch.Tensor, dict[int, str]]:
-    """Turns the images upright and stacks them: uint8 [N, H, W, 3], queued to the device, and errors by place."""
+    """Turns the images upright and stacks them: uint8 [N, H, W, 3], sent to the device, and errors by place."""
     shape = (len(planned), *planned[0].size, 3)
     on_device = device.type != "cpu" and any(isinstance(image, torch.Tensor) for image in images)
     if on_device:
@@ -151,25 +179,17 @@ def _assembled(planned: list[Planned], images: list, device: torch.device) -> tu
         if isinstance(image, BadImage):
             errors[i] = str(image)
             continue
-        array = isinstance(image, np.ndarray)
-        image = (upright if array else _upright_tensor)(image, one.header.orientation)
-        if image.shape[:2] != one.size:
-            found, expected = "x".join(map(str, image.shape[1::-1])), "x".join(map(str, one.size[::-1]))
-            errors[i] = f"it has {found} pixels where it had {expected} when it was planned"
+        array, image = isinstance(image, np.ndarray), upright(image, one.reading.orientation)
+        try:
+            require_size(image.shape[:2], one.reading)
+        except BadImage as bad:
+            errors[i] = str(bad)
             continue
         if array and not on_device:
             stacked[i].numpy()[...] = image
         else:
             stacked[i].copy_(torch.from_numpy(np.array(image)) if array else image)
     return stacked.to(device, non_blocking=True), errors
-
-
-def _upright_tensor(image_HWC: torch.Tensor, orientation: int) -> torch.Tensor:
-    """`stpp.images.image_file.upright` of a tensor."""
-    if orientation >= 5:
-        image_HWC = image_HWC.transpose(0, 1)
-    flipped = [axis for axis, turned in ((1, (2, 3, 6, 7)), (0, (3, 4, 7, 8))) if orientation in turned]
-    return image_HWC.flip(flipped) if flipped else image_HWC
 
 
 def has_dali() -> bool:

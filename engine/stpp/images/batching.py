@@ -4,11 +4,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from stpp.images import storage
-from stpp.images.pixels import BadImage, Header, header
+from stpp.images.containers import PNG_SIGNATURE
+from stpp.images.pixels import BadImage
+from stpp.images.reading import Reading, look
 from stpp.images.sources import Item
 
 HEAD_BYTES = 1 << 14
-"""What is read of a file to learn its size; where that is too little, all of it is read."""
+"""What is read of a file to learn how to read it; where that is too little, all of it is read."""
+TAIL_BYTES = 1 << 16
+"""What is read of the end of a PNG, which may tell its orientation behind the pixels: an eXIf chunk farther from the end,
+behind the pixels of a PNG that `HEAD_BYTES` do not hold, is not seen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +37,7 @@ class Planned:
     item: Item
     position: int
     """Place in the listing of its shard."""
-    header: Header | None
+    reading: Reading | None
     """None where it could not be read."""
     batch: int
     """Number of its batch in the shard; -1: it is in none."""
@@ -42,28 +47,34 @@ class Planned:
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the mask."""
-        return self.header.height, self.header.width
+        return self.reading.size
 
 
 def examine(item: Item, cut: Cut) -> Planned:
-    """Reads the header of an image; it has no batch yet (0), or never will (-1)."""
+    """Decides how an image is read; it has no batch yet (0), or never will (-1)."""
     found, error = None, item.error
     if error is None:
         try:
-            head = item.read(HEAD_BYTES)
-            try:
-                found = header(head, exif=cut.exif)
-            except BadImage:
-                if len(head) < HEAD_BYTES:
-                    raise
-                found = header(item.read(), exif=cut.exif)
+            found = _looked(item, cut)
             if found.width * found.height > cut.max_pixels:
                 error = f"{found.width}x{found.height} pixels are more than --max-pixels {cut.max_pixels}"
         except BadImage as bad:
             error = str(bad)
         except OSError as failed:
             error = storage.why(failed)
-    return Planned(item=item, position=-1, header=found, batch=-1 if error else 0, error=error)
+    return Planned(item=item, position=-1, reading=found, batch=-1 if error else 0, error=error)
+
+
+def _looked(item: Item, cut: Cut) -> Reading:
+    head = item.read(HEAD_BYTES)
+    whole = len(head) < HEAD_BYTES
+    try:
+        tail = item.read_end(TAIL_BYTES) if cut.exif and not whole and head.startswith(PNG_SIGNATURE) else b""
+        return look(head, exif=cut.exif, tail=tail)
+    except BadImage:
+        if whole:
+            raise
+        return look(item.read(), exif=cut.exif)
 
 
 def cut_batches(examined: Sequence[Planned], cut: Cut) -> list[Planned]:
@@ -100,4 +111,4 @@ def batches(planned: Sequence[Planned]) -> Iterator[list[Planned]]:
 
 
 def _numbered(one: Planned, position: int, batch: int) -> Planned:
-    return Planned(item=one.item, position=position, header=one.header, batch=batch, error=one.error)
+    return Planned(item=one.item, position=position, reading=one.reading, batch=batch, error=one.error)

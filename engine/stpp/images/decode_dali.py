@@ -1,8 +1,9 @@
 """NVIDIA DALI as a decoder of files in memory: on a GPU JPEGs are decoded there.
 
-DALI gets what every decoder reads alike (`Header.plain`, whole at its end); PIL decodes the rest. A file that DALI fails on
-makes its pipeline unusable: the files of that batch are tried one by one, what DALI refuses goes to PIL, and a new pipeline
-is built. So PIL alone says what is bad. With a CPU both read the same pixels.
+DALI gets what every decoder reads alike (`Reading.plain`, whole at its end); PIL decodes the rest. A file
+that DALI fails on makes its pipeline unusable: the files of that batch are tried one by one, what DALI
+refuses goes to PIL, and a new pipeline is built. So PIL alone says what is bad. With a CPU both read the same
+pixels.
 """
 
 from concurrent.futures import Executor
@@ -14,7 +15,8 @@ import torch
 from nvidia.dali import Pipeline, pipeline_def
 
 from stpp.images.batching import Planned
-from stpp.images.pixels import BadImage, attempt, looks_whole
+from stpp.images.containers import looks_whole
+from stpp.images.pixels import BadImage, attempt
 
 
 class DaliDecoder:
@@ -34,7 +36,7 @@ class DaliDecoder:
     def images(self, planned: list[Planned], raw: list[bytes | BadImage]) -> list[np.ndarray | torch.Tensor | BadImage]:
         found: list = [None] * len(raw)
         ours = [i for i, (one, data) in enumerate(zip(planned, raw, strict=True))
-                if not isinstance(data, BadImage) and one.header.plain and looks_whole(data)]
+                if not isinstance(data, BadImage) and one.reading.plain and looks_whole(data)]
         others = [i for i in range(len(raw)) if i not in ours]
         if ours:
             decoded = self._run([raw[i] for i in ours], self._most)

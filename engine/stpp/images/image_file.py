@@ -2,7 +2,7 @@
 
 The rule: with `exif=True` the pixels of an image are taken upright (its EXIF orientation is applied), and its mask is
 expected upright too; a mask that carries an orientation of its own is turned by it. With `exif=False` both are read as
-they are stored. The orientation is read from the EXIF block alone: an orientation in XMP is not looked at.
+they are stored. What counts as an orientation stands in `stpp.images.reading`.
 
 H and W: pixels. This module imports neither torch nor pyarrow, so that worker processes start quickly.
 """
@@ -13,11 +13,18 @@ import struct
 import warnings
 import zlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from stpp.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+Pixels = TypeVar("Pixels", np.ndarray, "torch.Tensor")
+"""An array or a tensor of pixels."""
 
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM")
 """What is opened at all: Pillow knows formats that start other programs."""
@@ -46,6 +53,8 @@ ORIENTATION_TAG = 0x0112
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 # `opened` refuses where Pillow only warns, up to twice its limit.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Of damaged EXIF blocks and transparent palettes, which are read by the rules of `stpp.images.reading`.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 @contextlib.contextmanager
@@ -86,21 +95,32 @@ def reason(path: str | os.PathLike, error: Exception, formats: tuple[str, ...]) 
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF orientation of an opened image, 1 to 8; 1 (upright) where it has none or a senseless one."""
+    """EXIF orientation of an opened image, 1 to 8; 1 (upright) where it has none or a senseless one.
+
+    Of a TIFF Pillow reads no more once it is loaded: it has then been turned. Of a PNG whose eXIf chunk
+    follows the pixels Pillow reads it only once they are loaded.
+    """
     if image.format == "TIFF":
-        value = image.tag_v2.get(ORIENTATION_TAG, 1)
-    else:
-        block = image.info.get("exif")
-        if not block:
-            return 1
-        tags = Image.Exif()
-        try:
-            tags.load(block)
-            value = tags.get(ORIENTATION_TAG, 1)
-        except DECODE_ERRORS:
-            # A damaged EXIF block does not damage the pixels: cameras and editors write many.
-            return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+        return _sensible(image.tag_v2.get(ORIENTATION_TAG))
+    block = image.info.get("exif")
+    return exif_orientation(block) if block else 1
+
+
+def exif_orientation(block: bytes) -> int:
+    """The orientation in an EXIF block, 1 to 8; 1 where it has none, or is damaged: cameras and editors write
+    many that are."""
+    tags = Image.Exif()
+    try:
+        tags.load(block)
+        return _sensible(tags.get(ORIENTATION_TAG))
+    except DECODE_ERRORS:
+        return 1
+
+
+def _sensible(value: object) -> int:
+    """One number from 1 to 8, of whatever numeric type, as Pillow takes it where it turns by itself; 1 for
+    all else."""
+    return next((turn for turn in range(1, 9) if value == turn), 1)
 
 
 def upright_size(width: int, height: int, value: int) -> tuple[int, int]:
@@ -108,16 +128,16 @@ def upright_size(width: int, height: int, value: int) -> tuple[int, int]:
     return (height, width) if value >= 5 else (width, height)
 
 
-def upright(pixels: np.ndarray, value: int) -> np.ndarray:
-    """Turns pixels [H, W] or [H, W, C] upright from EXIF orientation `value`; a view, no copy."""
+def upright(pixels: Pixels, value: int) -> Pixels:
+    """Turns pixels [H, W] or [H, W, C] upright from EXIF orientation `value`: a view of an array, without a
+    copy; or a tensor."""
     if value >= 5:
         pixels = pixels.swapaxes(0, 1)
     # After the transposition of 5..8: 6 is turned clockwise, so columns are reversed; 8 reverses rows; 7 both.
-    if value in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    if value in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    return pixels
+    flipped = [axis for axis, turned in ((1, (2, 3, 6, 7)), (0, (3, 4, 7, 8))) if value in turned]
+    if not flipped:
+        return pixels
+    return np.flip(pixels, flipped) if isinstance(pixels, np.ndarray) else pixels.flip(flipped)
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 """Endings of images in folders and archives, in any case of letters; the same in every command."""

@@ -38,6 +38,16 @@ class Item:
         wanted = self.bytes if length < 0 else length if self.bytes < 0 else min(length, self.bytes)
         return storage.read(self.file, self.offset, wanted)
 
+    def read_end(self, length: int) -> bytes:
+        """Its last `length` bytes, or all of them where it has fewer.
+
+        Raises:
+            OSError: they cannot be read.
+        """
+        size = self.bytes if self.bytes >= 0 else storage.size(self.file)
+        start = max(size - length, 0)
+        return storage.read(self.file, max(self.offset, 0) + start, size - start)
+
 
 @dataclass
 class Passed(PassedOver):

@@ -11,6 +11,16 @@ import numpy as np
 from PIL import Image
 
 from stpp.errors import UserError
+from stpp.images.containers import (
+    GRAY,
+    GRAY_ALPHA,
+    PNG_HEADER_BYTES,
+    PNG_SIGNATURE,
+    RGB,
+    RGB_ALPHA,
+    looks_whole,
+    png_header,
+)
 from stpp.images.image_file import opened, orientation, upright
 
 IGNORE = 255
@@ -28,9 +38,6 @@ class Meaning(Protocol):
         ...
 
 
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-_GRAY, _RGB, _PALETTE, _GRAY_ALPHA, _RGB_ALPHA = 0, 2, 3, 4, 6
 _EXACT_EXTRAS = {"dpi", "srgb", "interlace"}
 """Entries of Pillow's `info` that change no decoder's pixels; beside these a mask is written anew, to be safe."""
 
@@ -71,7 +78,7 @@ def read_mask(
     bits, kind, whole = _png_header(path)
     in_colour = mask_map is not None and mask_map.in_colour
     with opened(path, ("PNG",)) as image:
-        if bits == 16 and (in_colour or kind != _GRAY):
+        if bits == 16 and (in_colour or kind != GRAY):
             raise UserError(
                 f"{path}: a mask with 16 bits a channel and colour or alpha is not read; save 8-bit class indices"
             )
@@ -87,7 +94,8 @@ def read_mask(
         values = _narrow(values, path) if mask_map is None else mask_map(values, path)
     if exif and turn != 1:
         values = upright(values, turn)
-    plain = mask_map is None and whole and kind == _GRAY and bits == 8 and not extras and (turn == 1 or not exif)
+    upright_already = turn == 1 or not exif
+    plain = mask_map is None and whole and kind == GRAY and bits == 8 and not extras and upright_already
     return np.ascontiguousarray(values), plain, turn
 
 
@@ -118,28 +126,29 @@ def _png_header(path: str | os.PathLike) -> tuple[int, int, bool]:
     """
     try:
         with open(path, "rb") as file:
-            head = file.read(26)
-            file.seek(-min(len(_PNG_END), len(head)), os.SEEK_END)
+            head = file.read(PNG_HEADER_BYTES)
+            file.seek(-min(12, len(head)), os.SEEK_END)
             tail = file.read()
     except OSError as error:
         raise UserError(f"{path}: the mask cannot be opened ({error.strerror})") from error
     if not head:
         raise UserError(f"{path}: the mask is empty (0 bytes); replace or remove it")
-    if head[:8] != _PNG_SIGNATURE:
+    if head[:8] != PNG_SIGNATURE:
         lossy = " (JPEG changes class indices: draw the mask anew)" if head[:2] == b"\xff\xd8" else ""
         raise UserError(f"{path}: the mask is not a PNG; save masks as PNG files of class indices{lossy}")
-    if len(head) < 26 or head[12:16] != b"IHDR":
+    found = png_header(head)
+    if found is None:
         raise UserError(f"{path}: the mask is cut short or damaged; replace or remove it")
-    return head[24], head[25], tail == _PNG_END
+    return found.bits, found.kind, looks_whole(tail)
 
 
 def _indices(values: np.ndarray, bits: int, kind: int, path: str | os.PathLike) -> np.ndarray:
     """The stored numbers, integer [H, W], from what Pillow made of them."""
-    if kind in (_RGB, _RGB_ALPHA, _GRAY_ALPHA):
+    if kind in (RGB, RGB_ALPHA, GRAY_ALPHA):
         values = _one_channel(values, path)
-    if kind == _GRAY and bits == 1:
+    if kind == GRAY and bits == 1:
         return values.astype(np.uint8)
-    if kind == _GRAY and bits in (2, 4):
+    if kind == GRAY and bits in (2, 4):
         # Pillow stretches these to 0..255: by 85 for 2 bits, by 17 for 4.
         return values // np.uint8(255 // ((1 << bits) - 1))
     return values

@@ -59,6 +59,15 @@ def children(folder: str) -> Iterator[Child]:
             yield Child(name, entry["type"] == "directory", _remote_mark(entry))
 
 
+def size(path: str) -> int:
+    """Bytes of a file.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    return int(mark(path).partition(" ")[0])
+
+
 def mark(path: str) -> str:
     """Size and time of change of a file, as a text that changes when the file is written anew, as far as the store tells.
 

@@ -52,6 +52,9 @@ class Plan:
     """Key of `PRECISIONS`."""
     device: torch.device
     shapes: Shapes
+    exif: bool | None = None
+    """EXIF rule that the network was trained with, for the folder's checkpoint; see
+    `stpp.inference.exif_rule`."""
 
     def versions(self) -> dict[str, str]:
         """Of everything that the engine depends on."""
@@ -142,8 +145,9 @@ def eager_folder(plan: Plan, folder: Path) -> None:
 
 def _write_folder(plan: Plan, record: EngineRecord, folder: Path) -> None:
     """Writes `checkpoint.pt` and a signed `engine.json`."""
+    rule = {} if plan.exif is None else {"reading": {"exif": plan.exif}}
     checkpoints.save(folder / records.WEIGHTS, model=plan.network.state_dict(), classes=list(plan.classes),
-                     architecture=plan.architecture)
+                     architecture=plan.architecture, **rule)
     records.write(folder, record, trust.sign(record))
 
 

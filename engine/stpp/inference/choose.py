@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from stpp.inference import export
+from stpp_kernels import flops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,26 +56,17 @@ COSTS: dict[str, dict[tuple[str, bool], Cost]] = {
 EAGER_FLOPS = {"cpu": {"fp32": 1.2e11, "bf16": 5e11}, "cuda": {"fp32": 3e13, "bf16": 2.8e14, "fp16": 2.8e14}}
 """Operations a second of the eager network, by precision: of one core (bf16: of one with AMX), of one GPU.
 
-CUDA: estimates, from the bytes and operations of ResNet-50 on an H100. A row of `bench_teacher.py` replaces them: nominal
-operations of an image times images a second.
+CUDA: estimates, from the bytes and operations of ResNet-50 on an H100. A row of `bench_teacher.py` replaces
+them: nominal operations of an image times images a second.
 """
 
 
 def flop_per_px(network: nn.Module, side: int = 321) -> float:
-    """Operations of the convolutions (two for a multiplication and addition) per input pixel; nothing is computed."""
+    """Operations (two for a multiplication and addition) per input pixel; nothing is computed."""
     shell = export.plain_copy(network).to("meta").eval()
-    flop = 0
-
-    def count(convolution: nn.Conv2d, _, out_NCHW: torch.Tensor) -> None:
-        nonlocal flop
-        flop += 2 * out_NCHW.numel() * convolution.weight[0].numel()
-
-    for module in shell.modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(count)
-    with torch.no_grad():
+    with torch.no_grad(), flops.counter() as counted:
         shell(torch.empty(1, 3, side, side, device="meta", dtype=next(shell.parameters()).dtype))
-    return flop / side**2
+    return counted.get_total_flops() / side**2
 
 
 def fastest(present: Sequence[str], kind: str) -> str:

@@ -4,7 +4,7 @@ N images, C classes, H W size of the image.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from stpp.distributed import World
 from stpp.inference import views
 from stpp.inference.open import Teacher
 from stpp.loading import loader
+from stpp.loading.native import native_batches
 from stpp.loading.sample import Batch, Sample
 from stpp.metrics import iou_per_class, mean_iou
 from stpp_kernels import confusion
@@ -36,7 +37,8 @@ def evaluate(teacher: Teacher, samples: Sequence[Sample], here: World, data: Dat
         int64 [C, C] on the CPU, rows truth, columns prediction, in pixels; the same on every rank.
     """
     matrix = torch.zeros(teacher.num_classes, teacher.num_classes, dtype=torch.int64, device=here.device)
-    for batch in loader.native_batches(samples, here, data):
+    share, threads = loader.native_share(samples, here), distributed.threads_per_rank(here, data.threads)
+    for batch in native_batches(samples, share, device=here.device, loader=data.loader, threads=threads):
         masks_NHW = views.masks(teacher.logits, batch.images_NCHW, mode, teacher.num_classes, crop_px=crop_px)
         matrix += confusion(masks_NHW, batch.labels_NHW, teacher.num_classes)
         if seen is not None:
@@ -46,11 +48,14 @@ def evaluate(teacher: Teacher, samples: Sequence[Sample], here: World, data: Dat
 
 def report(matrix: torch.Tensor, classes: Sequence[str], *, images: int, out: Path | None = None) -> str:
     """A table of the scores, which are also written to `out` (JSON, percent) if it is given."""
-    iou = (100 * iou_per_class(matrix)).tolist()
+    iou = dict(zip(classes, (100 * iou_per_class(matrix)).tolist(), strict=True))
     if out is not None:
-        files.write_json(out, {"images": images, "miou": mean_iou(matrix),
-                               "iou": {name: None if math.isnan(value) else value
-                                       for name, value in zip(classes, iou, strict=True)}})
-    rows = [("class", "IoU")] + [(name, "-" if math.isnan(value) else f"{value:.2f}")
-                                 for name, value in zip(classes, iou, strict=True)]
+        write_scores(out, images=images, miou=mean_iou(matrix), iou=iou)
+    rows = [("class", "IoU")] + [(name, "-" if math.isnan(value) else f"{value:.2f}") for name, value in iou.items()]
     return log.table([*rows, ("mean", f"{mean_iou(matrix):.2f}")]) + f"\n{images} images"
+
+
+def write_scores(out: Path, *, images: int, miou: float, iou: Mapping[str, float]) -> None:
+    """Writes scores in percent as JSON; null for a class that occurs neither in truth nor in predictions."""
+    files.write_json(out, {"images": images, "miou": miou,
+                           "iou": {name: None if math.isnan(value) else value for name, value in iou.items()}})

@@ -12,7 +12,7 @@ from torch import nn
 
 from stpp import log
 from stpp.errors import UserError
-from stpp.inference import build, choose, gate
+from stpp.inference import build, choose, exif_rule, gate
 from stpp.inference import record as records
 from stpp.inference import trust as trusting
 from stpp.inference.build import BACKENDS, PRECISIONS, Plan
@@ -52,6 +52,7 @@ def compile_teacher(checkpoint: Path, out: Path, *, load: Load, device: torch.de
         backend = choose.fastest(found, device.type)
         log.say(f"backend {backend}: the fastest of {', '.join([*found, 'eager'])} on {device.type}")
     plan = _plan(checkpoint, load, device, backend=backend, precision=precision, shapes=shapes)
+    plan = dataclasses.replace(plan, exif=exif_rule.told(checkpoint))
     if backend == "eager":
         build.eager_folder(plan, out)
         return plan.eager()

@@ -5,7 +5,7 @@ H W: pixels.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,10 +16,11 @@ from PIL import Image
 from stpp.errors import UserError
 from stpp.images import storage
 from stpp.images.batching import Cut, examine
-from stpp.images.image_file import DECODE_ERRORS, orientation, upright
-from stpp.images.pixels import BadImage, colours, decode, normalised
-from stpp.images.sources import Item
-from stpp.inference import views
+from stpp.images.image_file import DECODE_ERRORS, MAX_PIXELS, orientation, upright
+from stpp.images.pixels import BadImage, colours, normalised
+from stpp.images.reading import Reading, upright_pixels
+from stpp.images.sources import FolderSource, Item
+from stpp.inference import exif_rule, views
 from stpp.inference.open import Teacher, open_teacher
 from stpp.models.trained import load_network
 
@@ -33,10 +34,12 @@ class Predictor:
         device: where the network computes.
         mode: views whose probabilities are summed, key of `views.VIEWS`.
         max_pixels: images of more pixels are refused: they need much memory.
+        exif: turn images upright by their EXIF orientation, as those were that the network was trained on.
     """
 
-    def __init__(self, network: Teacher, classes: Sequence[str], device: torch.device, *, mode: str, max_pixels: int):
-        self.classes, self.mode, self.max_pixels = tuple(classes), mode, max_pixels
+    def __init__(self, network: Teacher, classes: Sequence[str], device: torch.device, *, mode: str,
+                 max_pixels: int, exif: bool = True):
+        self.classes, self.mode, self.max_pixels, self.exif = tuple(classes), mode, max_pixels, exif
         self._network, self._device = network, device
 
     def predict(self, image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarray:
@@ -44,7 +47,8 @@ class Predictor:
 
         Args:
             image: path of an image file; an image opened with PIL; or its colours, uint8 [H, W, 3] in 0..255, red, green
-                and blue. Files and PIL images are turned upright by their EXIF orientation, arrays are taken as they are.
+                and blue. Files and PIL images are read by the rules of `stpp.images.reading` (turned upright
+                by their EXIF orientation unless `exif` is False), arrays are taken as they are.
 
         Returns:
             uint8 [H, W]: class ids, positions in `classes`.
@@ -62,52 +66,91 @@ class Predictor:
         if not isinstance(image, (str, os.PathLike)):
             raise TypeError(f"image is a {type(image).__name__}; expected a path, a PIL image or a uint8 array [H, W, 3]")
         try:
-            return self.mask(self.read(Item(key="", source=os.fspath(image), file=os.path.abspath(image))))
+            return self.mask(self.read(Item(key="", source=os.fspath(image), file=os.path.abspath(image)))[0])
         except BadImage as bad:
             raise UserError(f"{image}: {bad}") from None
 
-    def read(self, item: Item) -> np.ndarray:
-        """Colours of an image of a corpus, upright: uint8 [H, W, 3].
+    def read(self, item: Item) -> tuple[np.ndarray, Reading]:
+        """Colours of an image of a corpus, turned by the network's rule, uint8 [H, W, 3]; and how it was
+        read.
 
         Raises:
             BadImage: it cannot be read, has too many pixels, or a name that no mask can have.
         """
-        looked = examine(item, Cut(max_batch=1, batch_pixels=1, max_pixels=self.max_pixels, exif=True))
-        if looked.error is not None:
-            raise BadImage(looked.error)
-        try:
-            return upright(decode(item.read()), looked.header.orientation)
-        except OSError as error:
-            raise BadImage(storage.why(error)) from None
+        return read(item, exif=self.exif, max_pixels=self.max_pixels)
 
     @torch.inference_mode()
     def mask(self, colours_HWC: np.ndarray) -> np.ndarray:
         """uint8 [H, W, 3] to class ids, uint8 [H, W]."""
-        images_NHWC = torch.from_numpy(np.ascontiguousarray(normalised(colours_HWC)))[None]
-        images_NCHW = images_NHWC.to(self._device).permute(0, 3, 1, 2)
+        images_NCHW = _network_input(colours_HWC, self._device)
         return views.masks(self._network.logits, images_NCHW, self.mode, self._network.num_classes)[0].cpu().numpy()
 
     def _of_pil(self, image: Image.Image) -> np.ndarray:
         if image.width * image.height > self.max_pixels:
             raise UserError(f"image has {image.width}x{image.height} pixels, more than max_pixels {self.max_pixels}")
         try:
+            before = orientation(image)
             found = colours(image)
-            return upright(found, orientation(image))
+            # Loaded, a TIFF has lost its tag, and a PNG may have gained one from behind its pixels.
+            turn = max(before, orientation(image))
         except (BadImage, *DECODE_ERRORS) as error:
             raise UserError(f"image: {' '.join(str(error).split()) or type(error).__name__}; it cannot be decoded") from error
+        return upright(found, turn) if self.exif else found
+
+
+def read(item: Item, *, exif: bool, max_pixels: int) -> tuple[np.ndarray, Reading]:
+    """Colours of an image of a corpus, uint8 [H, W, 3]; and how it was read.
+
+    Raises:
+        BadImage: it cannot be read, has too many pixels, or a name that no mask can have.
+    """
+    looked = examine(item, Cut(max_batch=1, batch_pixels=1, max_pixels=max_pixels, exif=exif))
+    if looked.error is not None:
+        raise BadImage(looked.error)
+    try:
+        return upright_pixels(item.read(), looked.reading), looked.reading
+    except OSError as error:
+        raise BadImage(storage.why(error)) from None
+
+
+def sample_images(folder: Path, device: torch.device, *, exif: bool) -> Iterator[torch.Tensor]:
+    """The normalised images [1, 3, H, W] of a folder and its sub-folders, as they are labelled.
+
+    Raises:
+        UserError: at once, if there is none; while iterating, for one that cannot be read.
+    """
+    items = list(FolderSource(str(folder.absolute())).items()) if folder.is_dir() else []
+    if not items:
+        raise UserError(f"--sample {folder}: no images found")
+
+    def one(item: Item) -> torch.Tensor:
+        try:
+            return _network_input(read(item, exif=exif, max_pixels=MAX_PIXELS)[0], device)
+        except BadImage as bad:
+            raise UserError(f"--sample {item.file}: {bad}") from None
+
+    return map(one, items)
+
+
+def _network_input(colours_HWC: np.ndarray, device: torch.device) -> torch.Tensor:
+    """uint8 [H, W, 3] to float32 [1, 3, H, W], channels_last, normalised, on the device."""
+    images_NHWC = torch.from_numpy(np.ascontiguousarray(normalised(colours_HWC)))[None]
+    return images_NHWC.to(device).permute(0, 3, 1, 2)
 
 
 def open_predictor(path: str | os.PathLike, *, mode: str, device: torch.device, precision: str, max_pixels: int,
-                   trust: bool, output_stride: int | None = None) -> Predictor:
+                   trust: bool, output_stride: int | None = None, exif: bool | None = None) -> Predictor:
     """A predictor with the network of a checkpoint, as PyTorch runs it, or with an engine.
 
     Args:
         path: a best.pt or third-*.pt of a run, a published state dict, or the folder of an engine.
         trust: run an engine that this user did not build.
         output_stride: see `load_network`.
+        exif: turn images upright by their EXIF orientation; None: the rule that the network was trained with.
 
     Raises:
-        UserError: there is no such network, or it does not run here.
+        UserError: there is no such network, it does not run here, or it was trained with another rule than
+            `exif`.
         ValueError: an unknown mode or output stride.
     """
     if mode not in views.VIEWS:
@@ -116,4 +159,5 @@ def open_predictor(path: str | os.PathLike, *, mode: str, device: torch.device, 
     load = partial(load_network, output_stride=output_stride)
     network = open_teacher(path, load=load, device=device, backend="auto" if path.is_dir() else "eager",
                            precision=precision, trust=trust)
-    return Predictor(network, network.identity.classes, device, mode=mode, max_pixels=max_pixels)
+    return Predictor(network, network.identity.classes, device, mode=mode, max_pixels=max_pixels,
+                     exif=exif_rule.agreed([path], exif))

@@ -1,8 +1,8 @@
 """Runs a TensorRT engine on PyTorch's tensors, without a copy through the host.
 
-It runs on a stream of its own, because TensorRT synchronises in every pass on the legacy stream, PyTorch's default. Every
-shape of images has a bucket: an execution context and, from its second use on, fixed tensors and a CUDA graph that is
-replayed. A context serves one graph only, because a graph holds the addresses that were bound when it was captured.
+It runs on a stream of its own, because TensorRT synchronises in every pass on the legacy stream, PyTorch's default.
+Every shape of images has a bucket: an execution context and, from its second use on, fixed tensors and a CUDA graph
+that is replayed. A context serves one graph only: a graph holds the addresses that were bound when it was captured.
 """
 
 from collections import OrderedDict
@@ -117,7 +117,7 @@ class Runner:
         return logits_NChw
 
     def _capture(self, bucket: Bucket) -> None:
-        """Captures the graph of a bucket; where that fails, this runner does without graphs from then on, and says so."""
+        """Captures the graph of a bucket; where that fails, the runner does without from then on, and says so."""
         shape = tuple(bucket.context.get_tensor_shape(INPUT))
         images_NCHW = torch.zeros(shape, dtype=self._in_dtype, device=self._device)
         graph = torch.cuda.CUDAGraph()

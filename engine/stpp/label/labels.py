@@ -212,7 +212,7 @@ def agreement(samples: Sequence[Sample], out: Path, here: World, num_classes: in
         return None
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     for sample in samples[here.rank :: here.size]:
-        found, truth = (torch.from_numpy(read_index_mask(path).copy())[None]
+        found, truth = (torch.from_numpy(read_index_mask(path, exif=False).copy())[None]
                         for path in (out / mask_name(sample), sample.mask))
         counted = torch.where(found == 255, 255, truth)
         matrix += confusion(found.clamp(max=num_classes - 1), counted, num_classes)

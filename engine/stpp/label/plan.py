@@ -11,7 +11,7 @@ from pathlib import Path
 from stpp.errors import UserError
 from stpp.images.batching import Cut, Planned, cut_batches, examine
 from stpp.images.names import Collisions, is_among
-from stpp.images.pixels import Header
+from stpp.images.reading import Reading
 from stpp.images.sources import Item, Source
 from stpp.label import rows
 
@@ -133,12 +133,12 @@ def part_path(folder: Path, shard: int) -> Path:
 
 
 def _row(one: Planned) -> dict:
-    found = one.header._asdict() if one.header else dict.fromkeys(Header._fields)
+    found = one.reading._asdict() if one.reading else dict.fromkeys(Reading._fields)
     place = {name: getattr(one.item, name) for name in rows.PLACE}
     return {"position": one.position, **place, **found, "batch": one.batch, "error": one.error}
 
 
 def _planned(row: dict) -> Planned:
-    found = None if row["width"] is None else Header(*(row[name] for name in Header._fields))
+    found = None if row["width"] is None else Reading(*(row[name] for name in Reading._fields))
     item = Item(**{name: row[name] for name in rows.PLACE if name != "error"})
-    return Planned(item=item, position=row["position"], header=found, batch=row["batch"], error=row["error"])
+    return Planned(item=item, position=row["position"], reading=found, batch=row["batch"], error=row["error"])

@@ -14,7 +14,7 @@ PLACE = {"key": "string", "source": "string", "file": "string", "offset": "int64
 LISTING = {**PLACE, "mark": "string"}
 """Columns of `plan/listing-*.parquet`: the items of a shard as the source yields them."""
 PLAN = {"position": "int64", **PLACE, "width": "int32", "height": "int32", "orientation": "int8", "plain": "bool",
-        "batch": "int32"}
+        "format": "string", "colours": "string", "alpha": "bool", "bits": "int8", "batch": "int32"}
 """Columns of `plan/part-*.parquet`: the items of a shard in the order that they are labelled."""
 EDITS = {"shard": "int32", "dropped": "bool", **LISTING}
 """Columns of `plan/update.parquet`: items that a shard loses, or whose place changed."""
@@ -50,7 +50,8 @@ def read_parts(folder: Path) -> Iterator[dict]:
 def good(one: Planned, teacher: str) -> dict:
     """The beginning of the row of an image that was labelled."""
     return {"key": one.item.key, "source": one.item.source, "status": "ok", "error": None,
-            "width": one.header and one.header.width, "height": one.header and one.header.height, "teacher": teacher}
+            "width": one.reading and one.reading.width, "height": one.reading and one.reading.height,
+            "teacher": teacher}
 
 
 def bad(one: Planned, error: str, teacher: str) -> dict:

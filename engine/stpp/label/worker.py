@@ -105,7 +105,7 @@ class Worker:
         return OpenShard(shard, planned, self._task, self._job, pool, self.clock)
 
     def _advance(self, line: "_Line", batch: batches.Batch | None, closer: ThreadPoolExecutor) -> None:
-        """Queues the next batch, then takes the results of the one before, so that host and device work at once.
+        """Queues the next batch, then takes the results of the one before: host and device work at once.
 
         What the one before ended with is kept also where the next one fails.
         """
@@ -136,7 +136,7 @@ class Worker:
         self._count(len(one.planned), one.shard.take_bad())
 
     def _close(self, line: "_Line", closer: ThreadPoolExecutor) -> None:
-        """Ends the first open shard, if there is one, in a thread of its own, after the one before has ended."""
+        """Ends the first open shard, if there is one, in a thread of its own, after the one before."""
         with self.clock("wait"):
             if line.ending is not None:
                 line.ending.result()
@@ -200,8 +200,8 @@ def _alone_too_large(batch: batches.Batch, error: RuntimeError) -> str:
     count, _, height, width = batch.images_NCHW.shape
     if count > 1:
         raise UserError(f"{count} images of {width}x{height} pixels need more memory than there is (the first: "
-                        f"{batch.planned[0].item.source}); lower --batch-pixels, --batch-per-rank or --max-pixels, "
-                        "with another --out") from error
+                        f"{batch.planned[0].item.source}); lower --batch-pixels, --batch-per-rank or "
+                        "--max-pixels, with another --out") from error
     if batch.images_NCHW.is_cuda:
         torch.cuda.empty_cache()
     return TOO_LITTLE_MEMORY.format(width=width, height=height)

@@ -2,34 +2,41 @@
 
 The numbers of `stpp.loading.augment` go in beside the paths; `stpp.loading.dali_graph` says what is computed. By how much it
 differs from `stpp.loading.reference`, which computes the same with PIL, is measured in docs/augmentation.md.
+
+Plain images are read and decoded in the graph. The others are decoded by PIL in a pool of threads, some
+batches ahead, and are fed to it as pixels. A plain image that DALI fails on all the same is found, goes to
+PIL from then on, and a new pipeline takes up where the one that failed stood: batches stay what they are.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import numpy as np
 import nvidia.dali.fn as fn
+import nvidia.dali.types as types
 import torch
 from nvidia.dali import Pipeline, pipeline_def
 
+from stpp import log
 from stpp.config import AugmentConfig
 from stpp.errors import UserError
-from stpp.images.image_file import opened
 from stpp.loading.augment import draw, noise_image, noise_side
-from stpp.loading.dali_graph import EVAL_INPUTS, TRAIN_INPUTS, eval_graph, path_rows, train_graph, train_rows
+from stpp.loading.dali_graph import (
+    decoded_image,
+    decoded_mask,
+    path_rows,
+    train_graph,
+    train_inputs,
+    train_rows,
+)
+from stpp.loading.decode import image_of, mask_of
 from stpp.loading.sample import Batch, Sample
 from stpp.loading.sampler import MicroBatch
 
-
-@dataclass(frozen=True, slots=True)
-class _Fed:
-    """A batch on its way through a pipeline: who it is, and what the graph is fed for it."""
-
-    indices: np.ndarray
-    step: int
-    epoch: int
-    rows: tuple
+_NOT_FED = np.zeros((1, 1, 3), dtype=np.uint8)
+"""In the place of pixels of an image that the graph decodes."""
 
 
 def train_batches(
@@ -41,7 +48,6 @@ def train_batches(
     stage: int,
     device: torch.device | str,
     threads: int,
-    exif: bool = True,
     prefetch: int = 2,
 ) -> Iterator[Batch]:
     """Decodes, augments and normalises the given micro-batches, in their order.
@@ -53,7 +59,6 @@ def train_batches(
         seed, stage: key of the augmentation, with each micro-batch's epoch and positions.
         device: where the batches come out. On "cuda" JPEGs are decoded and everything is computed there.
         threads: CPU threads that decode (and compute, on the CPU), at least 1.
-        exif: turn images upright by their EXIF orientation.
         prefetch: batches in preparation while one is used, at least 1.
 
     Returns:
@@ -70,64 +75,13 @@ def train_batches(
     side = augment.crop_px
     noise = noise_image(noise_side(side))
 
-    def feed() -> Iterator[_Fed]:
-        for micro in micro_batches:
-            chosen = [samples[i] for i in micro.indices]
-            params = draw(chosen, micro.positions, seed=seed, stage=stage, epoch=micro.epoch, crop_px=side,
-                          long_side=augment.long_side)  # fmt: skip
-            rows = train_rows(chosen, params, side, noise)
-            yield _Fed(micro.indices, micro.step, micro.epoch, tuple(rows[name] for name in TRAIN_INPUTS))
+    def rows(micro: MicroBatch) -> dict:
+        chosen = [samples[i] for i in micro.indices]
+        params = draw(chosen, micro.positions, seed=seed, stage=stage, epoch=micro.epoch, crop_px=side,
+                      long_side=augment.long_side)  # fmt: skip
+        return train_rows(chosen, params, side, noise)
 
-    def graph(x: dict):
-        return train_graph(x, device.type == "cuda", side=side, exif=exif)
-
-    return _run(samples, feed(), TRAIN_INPUTS, graph, device, threads, prefetch, exif)
-
-
-def eval_batches(
-    samples: Sequence[Sample],
-    batches: Iterable[Sequence[int]],
-    *,
-    device: torch.device | str,
-    threads: int,
-    exif: bool = True,
-    prefetch: int = 2,
-) -> Iterator[Batch]:
-    """Decodes and normalises the given batches at native size, in their order.
-
-    Args:
-        samples: the list that the batches index.
-        batches: positions in `samples`; the images of one batch are of equal size (`equal_size_batches`).
-        device, threads, exif, prefetch: as for `train_batches`.
-
-    Returns:
-        Batches; `labels_NHW` is None throughout if any sample of the list has no mask.
-
-    Raises:
-        ValueError: at once, for an empty batch, one with images of different sizes, or impossible numbers.
-        UserError: as for `train_batches`.
-    """
-    device = _checked(device, threads, prefetch)
-    # The longest first: a pipeline takes no batch longer than what it is built for, so all must be known.
-    batches = [np.asarray(batch, dtype=np.int64) for batch in batches]
-    for batch in batches:
-        if len({(samples[i].height, samples[i].width) for i in batch}) != 1:
-            raise ValueError(f"batch {batch.tolist()} is empty or holds images of different sizes")
-    labelled = all(sample.mask is not None for sample in samples)
-    inputs = EVAL_INPUTS if labelled else {"image_path": EVAL_INPUTS["image_path"]}
-
-    def feed() -> Iterator[_Fed]:
-        for batch in batches:
-            rows = [path_rows(samples[i].image for i in batch)]
-            if labelled:
-                rows.append(path_rows(samples[i].mask for i in batch))
-            yield _Fed(batch, 0, 0, tuple(rows))
-
-    def graph(x: dict):
-        return eval_graph(x, device.type == "cuda", exif=exif)
-
-    most = max(map(len, batches), default=0)
-    return _run(samples, feed(), inputs, graph, device, threads, prefetch, exif, most)
+    return _Stream(samples, device, side, threads, prefetch).batches(micro_batches, rows)
 
 
 def _checked(device: torch.device | str, threads: int, prefetch: int) -> torch.device:
@@ -141,78 +95,171 @@ def _checked(device: torch.device | str, threads: int, prefetch: int) -> torch.d
     return device
 
 
-def _run(
-    samples: Sequence[Sample],
-    feed: Iterator[_Fed],
+@dataclass(frozen=True, slots=True)
+class _Fed:
+    """A batch on its way through a pipeline: who it is, and what the graph is fed for it."""
+
+    micro: MicroBatch
+    rows: dict
+    pixels: dict[int, Future] = field(default_factory=dict)
+    """Of the images that PIL decodes, by their place in the batch."""
+
+
+@dataclass
+class _Stream:
+    """Micro-batches through pipelines of the training graph."""
+
+    samples: Sequence[Sample]
+    device: torch.device
+    side: int
+    threads: int
+    prefetch: int
+
+    def __post_init__(self):
+        self._foreign = {i for i, sample in enumerate(self.samples) if not sample.plain}
+        """Positions in the list of what PIL decodes."""
+        self._turned = any(sample.orientation != 1 for sample in self.samples)
+        self._waiting: deque[_Fed] = deque()
+        """Drawn, and in no pipeline."""
+        self._flying: deque[_Fed] = deque()
+        """In the pipeline."""
+
+    def batches(
+        self, micro_batches: Iterable[MicroBatch], rows: Callable[[MicroBatch], dict]
+    ) -> Iterator[Batch]:
+        drawn = (_Fed(micro, rows(micro)) for micro in micro_batches)
+        with ThreadPoolExecutor(self.threads, "stpp-load") as pool:
+            try:
+                yield from self._run(drawn, pool)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _run(self, drawn: Iterator[_Fed], pool: Executor) -> Iterator[Batch]:
+        if not self._draw(drawn, pool, 1):
+            return
+        most = len(self._waiting[0].micro.indices)
+        pipeline = self._pipeline(drawn, pool, most)
+        stream = [torch.cuda.current_stream(self.device)] if self.device.type == "cuda" else []
+        while True:
+            try:
+                outputs = pipeline.run(*stream)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not self._give_to_pil({i for fed in self._flying for i in fed.micro.indices.tolist()}):
+                    raise error
+                self._waiting.extendleft(reversed(self._flying))
+                self._flying.clear()
+                for fed in self._waiting:
+                    self._decode(fed, pool)
+                pipeline = self._pipeline(drawn, pool, most)
+                continue
+            yield self._batch(self._flying.popleft().micro, outputs)
+
+    def _draw(self, drawn: Iterator[_Fed], pool: Executor, count: int) -> bool:
+        """Draws until `count` batches wait, if there are as many, and has their pixels decoded; whether one
+        waits."""
+        while len(self._waiting) < count and (fed := next(drawn, None)) is not None:
+            self._decode(fed, pool)
+            self._waiting.append(fed)
+        return bool(self._waiting)
+
+    def _decode(self, fed: _Fed, pool: Executor) -> None:
+        """Begins to decode what PIL decodes of a batch, if it has not begun."""
+        for row, i in enumerate(fed.micro.indices.tolist()):
+            if i in self._foreign and row not in fed.pixels:
+                fed.pixels[row] = pool.submit(image_of, self.samples[i])
+
+    def _pipeline(self, drawn: Iterator[_Fed], pool: Executor, most: int) -> Pipeline:
+        fed_pixels, gpu = bool(self._foreign), self.device.type == "cuda"
+        inputs = train_inputs(fed=fed_pixels, turned=self._turned)
+
+        def source() -> tuple:
+            # Where PIL decodes, it works on the batches after those that DALI has.
+            if not self._draw(drawn, pool, 1 + self.prefetch * fed_pixels):
+                raise StopIteration
+            fed = self._waiting.popleft()
+            self._flying.append(fed)
+            rows = fed.rows
+            if fed_pixels:
+                count = range(len(fed.micro.indices))
+                rows = rows | {
+                    "fed": np.array([row in fed.pixels for row in count]),
+                    "pixels": [
+                        np.ascontiguousarray(fed.pixels[row].result()) if row in fed.pixels else _NOT_FED
+                        for row in count
+                    ],
+                }
+            return tuple(rows[name] for name in inputs)
+
+        def graph(x: dict):
+            return train_graph(x, gpu, side=self.side)
+
+        return _built(source, inputs, graph, self.device, self.threads, self.prefetch, most)
+
+    def _batch(self, micro: MicroBatch, outputs) -> Batch:
+        images, labels, shapes = outputs
+        _check_shapes([self.samples[i] for i in micro.indices], shapes)
+        return Batch(
+            images_NCHW=torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2),
+            labels_NHW=torch.from_dlpack(labels.as_tensor()).squeeze(3),
+            indices=micro.indices,
+            step=micro.step,
+            epoch=micro.epoch,
+        )
+
+    def _give_to_pil(self, suspects: set[int]) -> bool:
+        """Finds which images DALI cannot decode and gives them to PIL; whether there are any.
+
+        DALI does not say which file it failed on, and a pipeline that failed once serves no more: each is
+        decoded alone.
+
+        Raises:
+            UserError: PIL cannot decode one of them either, or DALI cannot decode a mask.
+        """
+        found = False
+        for i in sorted(suspects):
+            sample = self.samples[i]
+            if i not in self._foreign and _failure(sample.image, decoded_image, self.device) is not None:
+                image_of(sample)
+                log.say(f"{sample.image}: DALI cannot decode it, PIL does")
+                self._foreign.add(i)
+                found = True
+            if (reason := _failure(sample.mask, decoded_mask, self.device)) is not None:
+                mask_of(sample)
+                raise UserError(
+                    f"{sample.mask}: DALI cannot decode it, though PIL can ({reason}); write it anew or leave it "
+                    "out"
+                )
+        return found
+
+
+def _built(
+    source: Callable[[], tuple],
     inputs: dict[str, tuple],
     graph: Callable,
     device: torch.device,
     threads: int,
     prefetch: int,
-    exif: bool,
-    most: int = 0,
-) -> Iterator[Batch]:
-    """Runs a graph over what `feed` yields.
+    most: int,
+) -> Pipeline:
+    """A pipeline that is ready to run.
 
     Args:
-        inputs: what `feed` yields: name -> (type, dimensions, layout).
-        graph: function from the inputs by name to (images, labels or None, shapes as decoded).
-        most: longest batch; 0 for the length of the first.
+        inputs: what `source` yields: name -> (type, dimensions, layout).
+        graph: function from the inputs by name to the outputs.
+        most: longest batch.
     """
-    first = next(feed, None)
-    if first is None:
-        return
-    queue = deque([first])
-    pending: deque[_Fed] = deque()
-
-    def source() -> tuple:
-        # A StopIteration of `feed` tells DALI that this was all.
-        pending.append(queue.popleft() if queue else next(feed))
-        return pending[-1].rows
-
-    pipeline = _pipeline(source, inputs, graph, device, threads, prefetch, most or len(first.indices))
-    while True:
-        try:
-            outputs = pipeline.run(*([torch.cuda.current_stream(device)] if device.type == "cuda" else []))
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            culprit = _culprit([samples[i] for fed in pending for i in fed.indices], device, exif)
-            if culprit is not None:
-                raise culprit from error
-            raise
-        fed = pending.popleft()
-        _check_shapes([samples[i] for i in fed.indices], outputs[-1])
-        yield Batch(
-            images_NCHW=torch.from_dlpack(outputs[0].as_tensor()).permute(0, 3, 1, 2),
-            labels_NHW=torch.from_dlpack(outputs[1].as_tensor()).squeeze(3) if len(outputs) == 3 else None,
-            indices=fed.indices,
-            step=fed.step,
-            epoch=fed.epoch,
-        )
-
-
-def _pipeline(
-    source: Callable[[], tuple],
-    inputs: dict[str, tuple],
-    graph: Callable,
-    device: torch.device | None,
-    threads: int,
-    prefetch: int,
-    batch: int,
-) -> Pipeline:
-    """A built pipeline that returns the graph's outputs without its Nones."""
     kinds, dimensions, layouts = map(list, zip(*inputs.values(), strict=True))
 
     @pipeline_def(enable_conditionals=True)
     def build():
         nodes = fn.external_source(source=source, num_outputs=len(inputs), batch=True, dtype=kinds, ndim=dimensions,
                                    layout=layouts)  # fmt: skip
-        outputs = graph({name: nodes[i] for i, name in enumerate(inputs)})
-        return tuple(output for output in outputs if output is not None)
+        return graph({name: nodes[i] for i, name in enumerate(inputs)})
 
     pipeline = build(
-        batch_size=batch,
+        batch_size=most,
         num_threads=threads,
         device_id=device.index if device.type == "cuda" else None,
         prefetch_queue_depth=prefetch,
@@ -227,10 +274,12 @@ def _check_shapes(samples: Sequence[Sample], shapes) -> None:
 
     Args:
         samples: N samples.
-        shapes: DALI list of N int32 [3] or [6]: height, width, channels of the image, then of the mask.
+        shapes: DALI list of N int32 [6]: height, width, channels of the image, then of the mask.
     """
     for sample, shape in zip(samples, np.asarray(shapes.as_array()), strict=True):
-        for path, (height, width, _) in zip((sample.image, sample.mask), shape.reshape(-1, 3).tolist(), strict=False):
+        for path, (height, width, _) in zip(
+            (sample.image, sample.mask), shape.reshape(-1, 3).tolist(), strict=True
+        ):
             if (height, width) != (sample.height, sample.width):
                 raise UserError(
                     f"{path}: is {width}x{height} pixels where the index says {sample.width}x{sample.height}; "
@@ -238,33 +287,20 @@ def _check_shapes(samples: Sequence[Sample], shapes) -> None:
                 )
 
 
-def _culprit(samples: Iterable[Sample], device: torch.device, exif: bool) -> UserError | None:
-    """What names the first file among these samples' that DALI cannot decode; None if it can decode each.
-
-    DALI does not say which file it failed on, and a pipeline that failed once serves no more: each is decoded alone.
-    """
-    for path in (path for sample in samples for path in (sample.image, sample.mask) if path is not None):
-        try:
-            with opened(path) as file:
-                file.load()
-        except UserError as error:
-            return error
-        try:
-            _decode_alone(path, device, exif)
-        except RuntimeError as error:
-            reason = str(error).partition("encountered:")[2].split("\n\n")[1:2] or [str(error)]
-            reason = " ".join(reason[0].split())[:200]
-            return UserError(f"{path}: DALI cannot decode it, though PIL can ({reason}); write it anew or leave it out")
+def _failure(path: str, decoded: Callable, device: torch.device) -> str | None:
+    """Why DALI cannot decode a file alone; None if it can."""
+    pipeline = _built(
+        lambda: (path_rows([path]),),
+        {"path": (types.UINT8, 1, "")},
+        lambda x: decoded(x["path"], device.type == "cuda"),
+        device,
+        1,
+        1,
+        1,
+    )
+    try:
+        pipeline.run()
+    except RuntimeError as error:
+        reason = str(error).partition("encountered:")[2].split("\n\n")[1:2] or [str(error)]
+        return " ".join(reason[0].split())[:200]
     return None
-
-
-def _decode_alone(path: str, device: torch.device, exif: bool) -> None:
-    """Raises RuntimeError if DALI cannot decode this file."""
-
-    def source() -> tuple:
-        return (path_rows([path]),)
-
-    def graph(x: dict):
-        return eval_graph(x, device.type == "cuda", exif=exif)
-
-    _pipeline(source, {"image_path": EVAL_INPUTS["image_path"]}, graph, device, 1, 1, 1).run()

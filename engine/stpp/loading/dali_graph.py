@@ -1,8 +1,9 @@
-"""The DALI graphs of training and evaluation, and the numbers they are fed.
+"""The DALI graph of training, and the numbers it is fed.
 
-A graph is a function from named input nodes to (images, labels or None, shapes as decoded). It holds no randomness, and
-is the same for CPU and GPU builds but for where JPEGs are decoded and how contrast is computed. What only some samples
-undergo runs on those alone: the `if`s below are DALI conditionals, which split the batch and merge it again.
+The graph is a function from named input nodes to (images, labels, shapes upright). It holds no randomness,
+and is the same for CPU and GPU builds but for where JPEGs are decoded and how contrast is computed. What only
+some samples undergo runs on those alone: the `if`s below are DALI conditionals, which split the batch and
+merge it again.
 
 Legend: N samples, H W pixels, C colours. Images inside the graph are uint8 HWC, masks uint8 HW1.
 """
@@ -18,10 +19,9 @@ from stpp.images.masks import IGNORE
 from stpp.loading.augment import BRIGHTNESS, CONTRAST, HUE, LUMA, SATURATION, AugmentParams
 from stpp.loading.sample import Sample
 
-EVAL_INPUTS = {"image_path": (types.UINT8, 1, ""), "mask_path": (types.UINT8, 1, "")}
-"""What a graph is fed, one row a sample: name -> (type, dimensions, layout). Evaluation can do without masks."""
-
-TRAIN_INPUTS = EVAL_INPUTS | {
+_INPUTS = {
+    "image_path": (types.UINT8, 1, ""),
+    "mask_path": (types.UINT8, 1, ""),
     "roi_start": (types.FLOAT, 1, ""),
     "roi_end": (types.FLOAT, 1, ""),
     "size": (types.FLOAT, 1, ""),
@@ -43,11 +43,32 @@ TRAIN_INPUTS = EVAL_INPUTS | {
     "box_size": (types.FLOAT, 1, ""),
     "noise": (types.UINT8, 3, "HWC"),
 }
+_FED = {"fed": (types.BOOL, 0, ""), "pixels": (types.UINT8, 3, "HWC")}
+_TURNED = {"transposed": (types.BOOL, 0, ""), "flipped": (types.BOOL, 0, ""), "mirrored": (types.INT32, 0, ""),
+           "upended": (types.INT32, 0, "")}
 
 
-def train_graph(x: dict, gpu: bool, *, side: int, exif: bool):
-    """Files and numbers (`train_rows`) to float32 [side, side, 3] images, uint8 [side, side, 1] masks, shapes."""
-    image, mask, shapes = _decoded(x, gpu, exif)
+def train_inputs(*, fed: bool, turned: bool) -> dict[str, tuple]:
+    """What the graph is fed, one row a sample: name -> (type, dimensions, layout).
+
+    Args:
+        fed: some images come as pixels, upright: those of rows with `fed`. The others are read from their
+            paths.
+        turned: some images that are read are turned upright.
+    """
+    return _INPUTS | (_FED if fed else {}) | (_TURNED if turned else {})
+
+
+def train_graph(x: dict, gpu: bool, *, side: int):
+    """Files and numbers (`train_rows`) to float32 [side, side, 3] images, uint8 [side, side, 1] masks,
+    shapes.
+
+    Shapes: int32 [6], height, width and channels of the upright image and of the mask.
+    """
+    image, mask = _image(x, gpu), decoded_mask(x["mask_path"], gpu)
+    shapes = fn.cat(image.shape(dtype=types.INT32), mask.shape(dtype=types.INT32))
+    if gpu:
+        mask = mask.gpu()
     # Only the part of the resized image that the crop shows is computed; a reversed region comes out mirrored.
     roi = {"roi_start": x["roi_start"], "roi_end": x["roi_end"], "size": x["size"]}
     image = fn.resize(image, antialias=True, **roi)
@@ -73,27 +94,42 @@ def train_graph(x: dict, gpu: bool, *, side: int, exif: bool):
     return _normalised(image), fn.copy(mask), shapes
 
 
-def eval_graph(x: dict, gpu: bool, *, exif: bool):
-    """Files to float32 HWC images, uint8 HW1 masks (None if not fed), and shapes, at native size."""
-    image, mask, shapes = _decoded(x, gpu, exif)
-    return _normalised(image), mask, shapes
-
-
-def _decoded(x: dict, gpu: bool, exif: bool):
-    """RGB image, index mask or None, and the int32 shapes of what was decoded, side by side."""
-    file = fn.io.file.read(x["image_path"])
+def decoded_image(path, gpu: bool):
+    """uint8 RGB as stored, of a path."""
     # Fancy upsampling is what libjpeg does on the CPU: without it GPU images differ at colour edges.
-    image = fn.decoders.image(file, device="mixed" if gpu else "cpu", output_type=types.RGB, adjust_orientation=exif,
-                              jpeg_fancy_upsampling=True)  # fmt: skip
-    shapes = image.shape(dtype=types.INT32)
-    mask = None
-    if "mask_path" in x:
-        mask = fn.decoders.image(fn.io.file.read(x["mask_path"]), device="cpu", output_type=types.GRAY,
-                                 adjust_orientation=exif)  # fmt: skip
-        shapes = fn.cat(shapes, mask.shape(dtype=types.INT32))
+    return fn.decoders.image(fn.io.file.read(path), device="mixed" if gpu else "cpu", output_type=types.RGB,
+                             adjust_orientation=False, jpeg_fancy_upsampling=True)  # fmt: skip
+
+
+def decoded_mask(path, gpu: bool):
+    """uint8 [H, W, 1] on the CPU, of a path; a mask that had to be turned was written anew when it was
+    prepared."""
+    file = fn.io.file.read(path)
+    return fn.decoders.image(file, device="cpu", output_type=types.GRAY, adjust_orientation=False)
+
+
+def _image(x: dict, gpu: bool):
+    """The upright RGB image: as it was fed, or read."""
+    if "fed" not in x:
+        return _upright(decoded_image(x["image_path"], gpu), x)
+    if x["fed"]:
+        image = x["pixels"]
         if gpu:
-            mask = mask.gpu()
-    return image, mask, shapes
+            image = image.gpu()
+    else:
+        image = _upright(decoded_image(x["image_path"], gpu), x)
+    return image
+
+
+def _upright(image, x: dict):
+    """`stpp.images.image_file.upright`."""
+    if "transposed" not in x:
+        return image
+    if x["transposed"]:
+        image = fn.transpose(image, perm=[1, 0, 2], transpose_layout=False, output_layout="HWC")
+    if x["flipped"]:
+        image = fn.flip(image, horizontal=x["mirrored"], vertical=x["upended"])
+    return image
 
 
 def _jitter(image, x: dict, gpu: bool):
@@ -141,7 +177,8 @@ def path_rows(paths: Iterable[str]) -> list[np.ndarray]:
 
 
 def train_rows(samples: Sequence[Sample], params: AugmentParams, side: int, noise: np.ndarray) -> dict:
-    """The training graph's inputs, by the names of TRAIN_INPUTS: each an array or list with one entry a sample.
+    """The graph's inputs but for pixels, by their names (`train_inputs`): each an array or list with one
+    entry a sample.
 
     Args:
         samples, params: N samples and what happens to them.
@@ -168,6 +205,7 @@ def train_rows(samples: Sequence[Sample], params: AugmentParams, side: int, nois
     return {
         "image_path": path_rows(sample.image for sample in samples),
         "mask_path": path_rows(sample.mask for sample in samples),
+        **_turn_rows(samples),
         "roi_start": roi_start.astype(np.float32),
         "roi_end": roi_end.astype(np.float32),
         "size": shown.astype(np.float32),
@@ -187,6 +225,14 @@ def train_rows(samples: Sequence[Sample], params: AugmentParams, side: int, nois
             for (ny, nx), (y, x, h, w) in zip(params.noise_offset.tolist(), box.tolist(), strict=True)
         ],
     }
+
+
+def _turn_rows(samples: Sequence[Sample]) -> dict[str, np.ndarray]:
+    """How each image that the graph reads is turned upright; see `stpp.images.image_file.upright`."""
+    turns = np.array([sample.orientation for sample in samples])
+    mirrored, upended = np.isin(turns, (2, 3, 6, 7)), np.isin(turns, (3, 4, 7, 8))
+    return {"transposed": turns >= 5, "flipped": mirrored | upended, "mirrored": mirrored.astype(np.int32),
+            "upended": upended.astype(np.int32)}
 
 
 def _blur_kernel(sigma: float) -> np.ndarray:

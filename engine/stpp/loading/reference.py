@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,11 +17,9 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter
 
 from stpp.config import AugmentConfig
-from stpp.device import Arriving, on, side_stream, staging
-from stpp.errors import UserError
-from stpp.images.image_file import opened, orientation, upright
-from stpp.images.masks import IGNORE, read_index_mask
-from stpp.images.pixels import normalised_batch
+from stpp.device import Arriving, copy_stream, on, staging
+from stpp.images.masks import IGNORE
+from stpp.images.pixels import normalised
 from stpp.loading.augment import (
     BRIGHTNESS,
     CONTRAST,
@@ -33,11 +30,12 @@ from stpp.loading.augment import (
     noise_image,
     noise_side,
 )
+from stpp.loading.decode import image_of, mask_of
 from stpp.loading.sample import Batch, Sample
 from stpp.loading.sampler import MicroBatch
 
-Decoded = tuple[np.ndarray, np.ndarray | None]
-"""Image, uint8 [H, W, 3], and mask, uint8 [H, W], or None."""
+Decoded = tuple[np.ndarray, np.ndarray]
+"""Image, uint8 [H, W, 3], and mask, uint8 [H, W]."""
 
 
 def train_batches(
@@ -49,12 +47,11 @@ def train_batches(
     stage: int,
     device: torch.device | str,
     threads: int,
-    exif: bool = True,
     prefetch: int = 2,
 ) -> Iterator[Batch]:
     """Decodes, augments and normalises the given micro-batches: see `stpp.loading.dali.train_batches`.
 
-    A pool of `threads` threads decodes and augments; batches are normalised on the device, while the next one is on its way.
+    A pool of `threads` threads decodes and augments; batches are normalised on the device.
     """
     for sample in samples:
         if sample.mask is None:
@@ -64,69 +61,29 @@ def train_batches(
     noise = noise_image(noise_side(side))
 
     def one(sample: Sample, params: AugmentParams, row: int) -> Decoded:
-        return augmented(*decoded(sample, exif=exif), params, row, side=side, noise=noise)
+        return augmented(*decoded(sample), params, row, side=side, noise=noise)
 
     def tasks() -> Iterator[_Task]:
         for micro in micro_batches:
             chosen = [samples[i] for i in micro.indices]
             params = draw(chosen, micro.positions, seed=seed, stage=stage, epoch=micro.epoch, crop_px=side,
                           long_side=augment.long_side)  # fmt: skip
-            yield _Task(micro, (side, side), [(one, sample, params, row) for row, sample in enumerate(chosen)])
+            calls = [(one, sample, params, row) for row, sample in enumerate(chosen)]
+            yield _Task(micro, (side, side), calls)
 
     return (
-        Batch(images_NCHW=images, labels_NHW=labels, indices=micro.indices, step=micro.step, epoch=micro.epoch)
-        for micro, images, labels in _pooled(tasks(), threads, prefetch, torch.device(device))
+        Batch(images_NCHW=images, labels_NHW=labels, indices=it.indices, step=it.step, epoch=it.epoch)
+        for it, images, labels in _pooled(tasks(), threads, prefetch, torch.device(device))
     )
 
 
-def eval_batches(
-    samples: Sequence[Sample],
-    batches: Iterable[Sequence[int]],
-    *,
-    device: torch.device | str,
-    threads: int,
-    exif: bool = True,
-    prefetch: int = 2,
-) -> Iterator[Batch]:
-    """Decodes and normalises the given batches at native size: see `stpp.loading.dali.eval_batches`."""
-    _check(threads, prefetch)
-    batches = [np.asarray(batch, dtype=np.int64) for batch in batches]
-    for batch in batches:
-        if len({(samples[i].height, samples[i].width) for i in batch}) != 1:
-            raise ValueError(f"batch {batch.tolist()} is empty or holds images of different sizes")
-    labelled = all(sample.mask is not None for sample in samples)
-
-    one = partial(decoded, exif=exif, masked=labelled)
-
-    def tasks() -> Iterator[_Task]:
-        for batch in batches:
-            size = samples[batch[0]].height, samples[batch[0]].width
-            yield _Task(batch, size, [(one, samples[i]) for i in batch], labelled)
-
-    return (
-        Batch(images_NCHW=images, labels_NHW=labels, indices=batch)
-        for batch, images, labels in _pooled(tasks(), threads, prefetch, torch.device(device))
-    )
-
-
-def decoded(sample: Sample, *, exif: bool, masked: bool = True) -> Decoded:
-    """Reads a sample's files: uint8 [H, W, 3] colours and, if it has one and `masked`, its uint8 [H, W] mask.
+def decoded(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+    """Reads a sample's files: uint8 [H, W, 3] colours and its uint8 [H, W] mask.
 
     Raises:
         UserError: a file that is missing, broken, or of another size than the sample says.
     """
-    with opened(sample.image) as file:
-        image = np.asarray(file.convert("RGB"))
-        if exif:
-            image = upright(image, orientation(file))
-    mask = read_index_mask(sample.mask, exif=exif) if masked and sample.mask is not None else None
-    for path, pixels in ((sample.image, image), (sample.mask, mask)):
-        if pixels is not None and pixels.shape[:2] != (sample.height, sample.width):
-            raise UserError(
-                f"{path}: is {pixels.shape[1]}x{pixels.shape[0]} pixels where the index says "
-                f"{sample.width}x{sample.height}; run `stpp prepare` again"
-            )
-    return image, mask
+    return image_of(sample), mask_of(sample)
 
 
 def augmented(
@@ -257,7 +214,7 @@ class _Loading:
         """Label, normalised images and labels, on the device."""
         self.send()
         pixels_NHWC, *labels = self._arriving.take()
-        return self.label, normalised_batch(pixels_NHWC), labels[0] if labels else None
+        return self.label, normalised(pixels_NHWC).permute(0, 3, 1, 2), labels[0] if labels else None
 
 
 def _pooled(
@@ -266,10 +223,10 @@ def _pooled(
     """Loads batches in a pool of threads; yields them in order, `prefetch` of them being worked on.
 
     PIL and NumPy release the interpreter's lock in most of what they do here, so threads are enough. A batch that is
-    loaded when the one before it is asked for is copied then, beside what the device computes; one that is late or broken
-    waits for its turn.
+    loaded when the one before it is asked for is copied then, beside what the device computes; one that is late or
+    broken waits for its turn.
     """
-    pool, stream = ThreadPoolExecutor(threads, thread_name_prefix="stpp-load"), side_stream(device)
+    pool, stream = ThreadPoolExecutor(threads, thread_name_prefix="stpp-load"), copy_stream(device)
     ahead: deque[_Loading] = deque()
 
     def next_one() -> tuple[Any, torch.Tensor, torch.Tensor | None]:

@@ -1,9 +1,12 @@
-"""What the loaders read: one image, and its mask if there is one."""
+"""What the loaders read (samples), what a step is fed (streams), and what arrives (batches)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from stpp.images.reading import Reading
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,8 +23,24 @@ class Sample:
     """Pixels, after the EXIF rule of the data set."""
     height: int
     """Pixels, after the EXIF rule of the data set."""
+    orientation: int = 1
+    """EXIF orientation that the image is turned upright from, see `stpp.images.reading`."""
+    plain: bool = False
+    """Whether every decoder makes the same of the image; PIL decodes what is not."""
     strong: bool = False
     """Whether training augments it strongly: True for unlabelled images with a pseudo label."""
+
+    @property
+    def reading(self) -> Reading:
+        """How the image is read."""
+        return Reading(self.width, self.height, self.orientation, self.plain)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stream:
+    """A list of samples as a step is fed it: one batch a pass."""
+
+    samples: Sequence[Sample]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,9 +8,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from stpp import files
-from stpp.images.masks import read_index_mask
 from stpp.inference.open import Teacher
-from stpp.loading import loader
+from stpp.loading.native import native_batches
 from stpp.loading.sample import Batch, Sample
 from stpp.report.palette import colourise
 from stpp_kernels import upsample_argmax
@@ -23,8 +22,8 @@ PICTURE_PX = 192
 
 
 @torch.inference_mode()
-def write_examples(path: Path, samples: Sequence[Sample], teachers: dict[str, Teacher], device: torch.device, *,
-                   exif: bool) -> None:
+def write_examples(path: Path, samples: Sequence[Sample], teachers: dict[str, Teacher],
+                   device: torch.device) -> None:
     """Writes a PNG: one row a sample; columns image, truth, and one for each teacher by its title.
 
     Args:
@@ -32,11 +31,10 @@ def write_examples(path: Path, samples: Sequence[Sample], teachers: dict[str, Te
     """
     columns: dict[str, list[np.ndarray]] = {"image": [], "truth": []} | {title: [] for title in teachers}
     batches = [[i] for i in range(len(samples))]
-    for batch in loader.pick("reference").eval_batches(samples, batches, device=device, threads=1, exif=exif):
-        sample = samples[batch.indices[0]]
+    for batch in native_batches(samples, batches, device=device, loader="reference"):
         num_classes = next(iter(teachers.values())).num_classes
         columns["image"].append(_shown(batch.images_NCHW[0]))
-        columns["truth"].append(colourise(read_index_mask(sample.mask, exif=exif), num_classes))
+        columns["truth"].append(colourise(batch.labels_NHW[0].cpu().numpy(), num_classes))
         for title, teacher in teachers.items():
             mask_NHW = upsample_argmax(teacher.logits(batch.images_NCHW), batch.images_NCHW.shape[-2:])
             columns[title].append(colourise(mask_NHW[0].cpu().numpy(), num_classes))

@@ -8,14 +8,12 @@ from stpp.config import Config
 from stpp.errors import UserError
 from stpp.images.image_file import opened
 from stpp.loading.sample import Sample
+from stpp.methods import METHODS
 
 SAMPLED = 16
 """Images and masks of a list that are decoded."""
 MASK_BITS = 1.0
 """Bits a pixel of a pseudo label on the disk, more than masks of photographs take."""
-COPIES = {"supervised": 5, "st": 10, "stpp": 18}
-"""Networks on the disk at the end: a stage that trains keeps its best one and, to go on from, its last one with momentum (two),
-and writes one more before an old one goes; the first stage of ST++ keeps three others."""
 
 
 def preflight(config: Config, *, lists: dict[str, Sequence[Sample]], weights: int, checks: Sequence[Callable[[], None]]) -> None:
@@ -60,7 +58,7 @@ def _warn_of_overlaps(lists: dict[str, Sequence[Sample]]) -> None:
 def _room(config: Config, weights: int, unlabelled: Sequence[Sample]) -> None:
     """Disk for checkpoints and pseudo labels; a run that goes on already has a part of it."""
     masks = sum(sample.width * sample.height for sample in unlabelled) * MASK_BITS / 8
-    copies = COPIES[config.method] + 5 * config.control
+    copies = METHODS[config.method].checkpoints + METHODS["supervised"].checkpoints * config.control
     needed, free = copies * weights + masks, shutil.disk_usage(config.out).free
     if needed > free:  # only then is it worth looking through what may be millions of masks
         needed -= sum(path.stat().st_size for path in config.out.glob("stages/**/*") if path.is_file())
@@ -73,7 +71,7 @@ def _labelable(config: Config, unlabelled: Sequence[Sample]) -> None:
     """Images that no stage could label: found there, they would end the run, and the time of earlier stages be lost."""
     most = config.label.max_pixels
     large = [sample for sample in unlabelled if sample.width * sample.height > most]
-    if large and config.method != "supervised" and not config.pseudo_labels:
+    if large and METHODS[config.method].labels:
         largest = max(sample.width * sample.height for sample in large)
         first = large[0]
         raise UserError(f"unlabeled.txt: {len(large)} images have more than --label.max-pixels {most} (the first: {first.image}, "

@@ -1,6 +1,6 @@
-"""The stages of supervised training, ST and ST++, in one run directory.
+"""A run: its lists, its folder, and the stages that a method asks of it.
 
-Source: ST++ (arXiv 2106.05095). A stage that has its DONE.json is not done again.
+A stage that has its DONE.json is not done again.
 """
 
 import contextlib
@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,12 +24,14 @@ from stpp.dataset.index import Index
 from stpp.distributed import World
 from stpp.errors import UserError
 from stpp.inference import several
-from stpp.inference.evaluate import evaluate, report
+from stpp.inference.evaluate import evaluate, write_scores
 from stpp.inference.open import EagerTeacher
 from stpp.label import labels, reliability
 from stpp.loading import loader
 from stpp.loading.sample import Sample
-from stpp.loading.sampler import StepSampler
+from stpp.methods import METHODS
+from stpp.methods.stages import Trained
+from stpp.methods.supervised import Supervised, few_twice
 from stpp.metrics import iou_per_class, mean_iou
 from stpp.models.build import build_model
 from stpp.models.trained import load_network
@@ -37,19 +40,17 @@ from stpp.report.build import write_report
 from stpp.report.examples import Watch, write_examples
 from stpp.report.run import SCORES
 from stpp.run import folder, lease, preflight
-from stpp.training.trainer import Schedule, Scores, Trainer, images_per_pass, start_from
+from stpp.training.assemble import fresh_network, images_per_pass, start_from
+from stpp.training.step import Step
+from stpp.training.trainer import Schedule, Scores, Trainer, samplers
 from stpp_kernels import described
 
-FEW_LABELS = 200
-"""A labelled list shorter than this is repeated twice in stage 1."""
 EXAMPLES = 6
 """Validation images in `examples.png`, at most."""
 WATCHED = 4
 """Validation images that TensorBoard shows, at most; they are the same in every validation."""
 PICTURES = 120
 """Images that the report at the end of a run draws; `stpp report` draws more."""
-TEACHERS = {"st": 1, "stpp": 5}
-"""Networks that rank or label in a run: three checkpoints of stage 1, and the teachers of the labelling stages."""
 CONTROL = 7
 """Key of the control's random numbers; the stages use their own numbers, 1 to 6."""
 
@@ -79,46 +80,18 @@ def _run(config: Config, here: World) -> dict:
     distributed.on_main(here, lambda: folder.record_provenance(
         config.out, index.fingerprint, index.classes))
     run = Run(config, here, index)
-    method = "retrain" if config.pseudo_labels else config.method
-    log.say(f"{method} in {config.out}: {here.size} x {here.device.type}, "
+    log.say(f"{config.method} in {config.out}: {here.size} x {here.device.type}, "
             f"{str(autocast_dtype(config.train.precision, here.device)).removeprefix('torch.')}, "
             f"{len(run.labelled)} labelled, {len(run.unlabelled)} unlabelled, {len(run.val)} validation images")
     log.say(f"operators: {described(here.device.type)}")
     distributed.on_main(here, run.preflight)
-    METHODS[method](run)
+    METHODS[config.method].run(run)
     if config.control or (config.out / "stages" / "control" / "DONE.json").exists():
         run.control()
-    results = {"method": method, "stages": run.stages} | ({"control": run.controlled} if run.controlled else {})
+    results = {"method": config.method, "stages": run.stages} | ({"control": run.controlled} if run.controlled else {})
     distributed.on_main(here, lambda: run.finish(results))
     log.say(summary(results))
     return results
-
-
-def _supervised(run: "Run") -> None:
-    run.train(1, "1-supervised", run.supervised_list(), epochs=run.supervised_epochs)
-
-
-def _st(run: "Run") -> None:
-    _supervised(run)
-    run.label("2-label", "1-supervised", run.unlabelled)
-    run.train(3, "3-retrain", run.joint_list(run.pseudo("2-label", run.unlabelled)))
-
-
-def _stpp(run: "Run") -> None:
-    run.train(1, "1-supervised", run.supervised_list(), epochs=run.supervised_epochs, keep_thirds=True)
-    reliable, unreliable = run.select("2-select", "1-supervised", run.unlabelled)
-    run.label("3-label", "1-supervised", reliable)
-    pseudo = run.pseudo("3-label", reliable)
-    run.train(4, "4-retrain", run.joint_list(pseudo))
-    run.label("5-label", "4-retrain", unreliable)
-    run.train(6, "6-retrain", run.joint_list(pseudo + run.pseudo("5-label", unreliable)))
-
-
-def _retrain(run: "Run") -> None:
-    run.train(6, "1-retrain", run.joint_list(run.given()))
-
-
-METHODS: dict[str, Callable[["Run"], None]] = {"supervised": _supervised, "st": _st, "stpp": _stpp, "retrain": _retrain}
 
 
 @dataclass
@@ -137,7 +110,7 @@ class Run:
                 self.index, folder, fraction=config.data.fraction, seed=config.data.split_seed, val=config.data.val))
         self.labelled = splits.read_split(folder / "labeled.txt", self.index, labelled=True)
         self.unlabelled: list[Sample] = []
-        if config.method != "supervised" or config.pseudo_labels:
+        if METHODS[config.method].unlabelled:
             self.unlabelled = splits.read_split(folder / "unlabeled.txt", self.index, labelled=False)
             self._name_unused(folder)
         self.val: list[Sample] = []
@@ -171,26 +144,14 @@ class Run:
 
     def _check_lists(self) -> None:
         folder = self.split
-        if self.config.method == "stpp" and not self.config.pseudo_labels and len(self.unlabelled) < 2:
-            raise UserError(f"{folder / 'unlabeled.txt'}: one image; ST++ halves the list, use --method st")
+        least = METHODS[self.config.method].unlabelled
+        if len(self.unlabelled) < least:
+            raise UserError(f"{folder / 'unlabeled.txt'}: {len(self.unlabelled)} images, and --method {self.config.method} needs "
+                            f"{least}; add images, or choose another method")
         pixels = {entry.key: sum(entry.class_pixels or ()) for entry in self.index.entries.values()}
         for name, samples in (("labeled.txt", self.labelled), ("val.txt", self.val)):
             if samples and not any(pixels[sample.key] for sample in samples):
                 raise UserError(f"{folder / name}: every pixel of its masks is 255 (ignore); nothing can be learned or scored")
-
-    def supervised_list(self) -> list[Sample]:
-        """The labelled samples, twice if they are few."""
-        return self.labelled * (2 if len(self.labelled) < FEW_LABELS else 1)
-
-    def joint_list(self, pseudo: Sequence[Sample]) -> list[Sample]:
-        """The labelled samples, repeated until they are no fewer than `pseudo`, and `pseudo`."""
-        return self.labelled * math.ceil(len(pseudo) / len(self.labelled)) + list(pseudo)
-
-    def pseudo(self, stage: str, samples: Sequence[Sample]) -> list[Sample]:
-        """`samples` with the masks that a labelling stage wrote, to be augmented strongly."""
-        folder = self._folder(stage)
-        return [dataclasses.replace(sample, mask=str(folder / labels.mask_name(sample)), strong=True)
-                for sample in samples]
 
     def given(self) -> list[Sample]:
         """The unlabelled samples that have a mask in `--pseudo-labels`, with it."""
@@ -200,54 +161,59 @@ class Run:
                                                            exclude=config.exclude, began=began))
         return given_labels.attach(self.unlabelled, out)
 
-    def train(self, number: int, name: str, samples: list[Sample], *, epochs: int | None = None,
-              keep_thirds: bool = False) -> None:
-        """Trains on `samples` from the pre-trained weights; the teacher is the folder's `best.pt`."""
+    def train(self, name: str, step: type[Step], *lists: Sequence[Sample], epochs: int | None = None, keep_thirds: bool = False,
+              key: int | None = None) -> Trained:
+        """See `Stages`."""
+        key = key if key is not None else int(re.match(r"\d+", name)[0])
         epochs, train = epochs or self.config.train.epochs, self.config.train
-        per_epoch = StepSampler(len(samples), train.batch_global, seed=self.config.seed, stage=number).steps_per_epoch
+        streams = step.streams(self.config, *lists)
+        per_epoch = samplers(self.config, streams, key=key)[0].steps_per_epoch
         thirds = tuple(max(1, epoch) * per_epoch for epoch in (epochs // 3, 2 * epochs // 3, epochs))
         validate_epochs = max(train.validate_every, math.ceil(train.validate_min_steps / per_epoch))
         schedule = Schedule(steps=epochs * per_epoch, validate_steps=validate_epochs * per_epoch,
                             keep_steps=thirds if keep_thirds else ())
-        what = f"train on {len(samples)} entries, {epochs} epochs of {per_epoch} steps"
-        self.stages.append(self._once(name, what, lambda: self._fit(number, name, samples, schedule)))
+        entries = " + ".join(str(len(stream.samples)) for stream in streams)
+        what = f"train on {entries} entries, {epochs} epochs of {per_epoch} steps"
+        self.stages.append(self._once(name, what, lambda: self._fit(name, step, lists, schedule, key)))
+        place = self._folder(name)
+        return Trained(best=place / "best.pt", thirds=tuple(place / f"third-{i}.pt" for i in (1, 2, 3)) if keep_thirds else ())
 
     def control(self) -> None:
         """Trains on the labels alone for as many steps, validated as often, as the last stage."""
         last = next(stage for stage in reversed(self.stages) if "validate_steps" in stage)
         schedule = Schedule(steps=last["steps"], validate_steps=last["validate_steps"])
         what = f"train on the labels alone for as many steps as {last['name']}"
-        self.controlled = self._once("control", what,
-                                     lambda: self._fit(CONTROL, "control", self.supervised_list(), schedule))
+        self.controlled = self._once("control", what, lambda: self._fit(
+            "control", Supervised, (few_twice(self.labelled),), schedule, CONTROL))
 
-    def select(self, name: str, trained: str, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
-        """Ranks `samples` by how well the three kept checkpoints agree: the reliable half, and the rest."""
-        folder = self._folder(name)
+    def select(self, name: str, checkpoints: Sequence[Path], samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
+        """See `Stages`."""
+        place = self._folder(name)
 
         def do() -> dict:
             entries = {entry.key: entry for entry in self.index.entries.values()}
             lines = [splits.line(entries[sample.key]) for sample in samples]
-            paths = [self._folder(trained) / f"third-{i}.pt" for i in (1, 2, 3)]
-            mean = reliability.select(self._opening(paths, samples, "none"), samples, lines, self.here, out=folder, title=name,
+            mean = reliability.select(self._opening(checkpoints, samples, "none"), samples, lines, self.here, out=place, title=name,
                                       config=self.config.label, data=self.config.data)
             return {"mean_reliability": mean}
 
-        self.stages.append(self._once(name, f"rank {len(samples)} images by the agreement of three checkpoints", do))
-        return tuple(splits.read_split(folder / file, self.index, labelled=False)
+        self.stages.append(self._once(name, f"rank {len(samples)} images by the agreement of {len(checkpoints)} checkpoints", do))
+        return tuple(splits.read_split(place / file, self.index, labelled=False)
                      for file in ("reliable_ids.txt", "unreliable_ids.txt"))
 
-    def label(self, name: str, trained: str, samples: list[Sample]) -> None:
-        """Writes pseudo labels of `samples` with the teacher of stage `trained`."""
-        config = self.config
+    def label(self, name: str, checkpoint: Path, samples: Sequence[Sample]) -> list[Sample]:
+        """See `Stages`."""
+        config, place = self.config, self._folder(name)
 
         def do() -> dict:
-            teacher = self._opening([self._folder(trained) / "best.pt"], samples, config.label.tta)
-            labelled = labels.label(teacher, samples, self.here, config=config.label, data=config.data,
-                                      out=self._folder(name), title=name)
+            opening = self._opening([checkpoint], samples, config.label.tta)
+            labelled = labels.label(opening, samples, self.here, config=config.label, data=config.data, out=place,
+                                    title=name)
             return {"images": labelled.images, "pseudo_label_miou": labelled.miou}
 
-        what = f"label {len(samples)} images with the teacher of {trained}, {config.label.tta} views"
+        what = f"label {len(samples)} images with the teacher of {checkpoint.parent.name}, {config.label.tta} views"
         self.stages.append(self._once(name, what, do))
+        return [dataclasses.replace(sample, mask=str(place / labels.mask_name(sample)), strong=True) for sample in samples]
 
     def finish(self, results: dict) -> None:
         """Writes `results.json`, `examples.png` (what the first and the last network make of a few images) and the report."""
@@ -256,8 +222,7 @@ class Run:
             trained = [stage["name"] for stage in self.stages if stage["steps"]]
             teachers = {name: self._teacher(self._folder(name) / "best.pt") for name in (trained[0], trained[-1])}
             spread = self.val[:: math.ceil(len(self.val) / EXAMPLES)]
-            write_examples(self.config.out / "examples.png", spread, teachers, self.here.device,
-                           exif=self.config.data.exif)
+            write_examples(self.config.out / "examples.png", spread, teachers, self.here.device)
         out = self.config.out
         try:
             write_report(out, out / "report", most_pictures=PICTURES)
@@ -267,25 +232,24 @@ class Run:
         else:
             log.say(f"report: {out / 'report' / 'index.html'}")
 
-    def _fit(self, number: int, name: str, samples: list[Sample], schedule: Schedule) -> dict:
-        matrices: dict[float, torch.Tensor] = {}
-
-        def validate(network: torch.nn.Module) -> Scores:
-            watch = Watch(self.val, self._watched(), len(self.index.classes))
-            matrix = evaluate(self._eager(network), self.val, self.here, self.config.data,
-                              seen=watch.see if self.here.is_main else None)
-            miou = mean_iou(matrix)
-            matrices[miou] = matrix
-            iou = dict(zip(self.index.classes, (100 * iou_per_class(matrix)).tolist(), strict=True))
-            return Scores(miou=miou, iou=iou, pictures=watch.pictures)
-
-        trainer = Trainer(self.config, self.here, samples, stage=number, title=name, classes=self.index.classes,
-                          folder=self._folder(name), schedule=schedule, validate=validate if self.val else None)
+    def _fit(self, name: str, step: type[Step], lists: Sequence[Sequence[Sample]], schedule: Schedule, key: int) -> dict:
+        network = fresh_network(self.config, self.here, self.index.classes, stage=key)
+        trainer = Trainer(self.config, self.here, step(network, self.config), step.streams(self.config, *lists), key=key,
+                          title=name, classes=self.index.classes, folder=self._folder(name), schedule=schedule,
+                          validate=self._validated if self.val else None)
         result = trainer.run()
-        if self.here.is_main and result.miou in matrices:  # not where the best is from before an interruption
-            report(matrices[result.miou], self.index.classes, images=len(self.val), out=self._folder(name) / SCORES)
+        if self.here.is_main and result.iou:
+            write_scores(self._folder(name) / SCORES, images=len(self.val), miou=result.miou, iou=result.iou)
         return {"miou": result.miou, "best_step": result.step, "steps": result.steps,
                 "validate_steps": schedule.validate_steps, "seconds": round(result.seconds, 1)}
+
+    def _validated(self, network: torch.nn.Module) -> Scores:
+        """Scores of a network on the validation list."""
+        watch = Watch(self.val, self._watched(), len(self.index.classes))
+        matrix = evaluate(self._eager(network), self.val, self.here, self.config.data,
+                          seen=watch.see if self.here.is_main else None)
+        iou = dict(zip(self.index.classes, (100 * iou_per_class(matrix)).tolist(), strict=True))
+        return Scores(miou=mean_iou(matrix), iou=iou, pictures=watch.pictures)
 
     def _watched(self) -> list[int]:
         """Positions of a few validation images, spread over those that this rank evaluates anyway."""
@@ -299,7 +263,7 @@ class Run:
         pixels = sum(sample.width * sample.height for sample in samples) // len(samples)
         return several.from_paths(paths, self.here.device, mode=mode, backend=backend,
                                    precision=self.config.train.precision, image_px=pixels,
-                                   teachers=TEACHERS.get(self.config.method))
+                                   teachers=METHODS[self.config.method].predictors)
 
     def _teacher(self, path: Path) -> EagerTeacher:
         return self._eager(load_network(path)[0])

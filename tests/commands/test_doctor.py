@@ -12,8 +12,8 @@ import torch
 from stpp import cli
 from stpp.commands import doctor, selftest
 from stpp.commands.doctor import Finding
+from stpp.images import batches
 from stpp.images.batches import has_dali
-from stpp.loading import loader
 
 CPU = torch.device("cpu")
 
@@ -46,13 +46,13 @@ def test_a_genuine_apex_is_told_too(fake_apex):
 
 
 def test_missing_dali_is_said_with_what_to_install(monkeypatch):
-    monkeypatch.setattr(loader, "has_dali", lambda: False)
+    monkeypatch.setattr(batches, "has_dali", lambda: False)
     found = doctor.dali()
     assert found.state == "warn" and "stpp[cuda12]" in found.advice
 
 
 def test_two_dalis_are_one_too_many(monkeypatch):
-    monkeypatch.setattr(loader, "has_dali", lambda: True)
+    monkeypatch.setattr(batches, "has_dali", lambda: True)
     monkeypatch.setattr(doctor, "version_of", lambda name: "2.4.0" if "dali" in name else None)
     assert "pip uninstall" in doctor.dali().advice
 

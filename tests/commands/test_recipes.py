@@ -1,4 +1,4 @@
-"""The recipes: all resolve. Those of published settings: their values are the method's, and what their headers say is right."""
+"""`stpp recipes`, and the recipes: all resolve; the published ones have the published values, and headers that are right."""
 
 import dataclasses
 import json
@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from cli_cases import ended, refused
 from stpp import cli, config
+from stpp.commands import recipes, train
 from stpp.config import Config, tomllib
 from stpp.dataset import splits
 from stpp.dataset.classes import class_list
 from stpp.loading.sampler import StepSampler
 
-RECIPES = Path(__file__).parents[1] / "launch" / "recipes"
+RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
 # Classes, learning rate of the backbone at a batch of 16, epochs, crop, long side; from the paper and its public code.
 PUBLISHED = {"pascal": (21, 0.001, 80, 321, (200, 800)), "cityscapes": (19, 0.004, 240, 721, (1024, 4096))}
 TRAINING_IMAGES = {"pascal": 10582, "cityscapes": 2975}
@@ -86,12 +88,43 @@ def test_the_header_names_the_published_results_and_marks_estimates(name):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_launch_line_and_its_variants_resolve(name):
+def test_the_launch_line_and_its_variants_resolve(name, monkeypatch):
     text = (RECIPES / f"{name}.toml").read_text()
     line = re.search(r"-m stpp train (.*?)\n#\n", text, re.DOTALL)[1].replace("\\\n#", " ").split()
-    path, flags = cli._take(line, "--recipe")
+    path = line[line.index("--recipe") + 1]
     assert RECIPES / Path(path).name == RECIPES / f"{name}.toml"
+    monkeypatch.chdir(RECIPES.parents[1])
     for more in ([], ["--model.backbone", "resnet101"], ["--method", "supervised"], ["--method", "st"], ["--train.accumulate", "2"],
                  ["--data.fraction", "1/4"]):
-        resolved = config.parse(Config, [*flags, *more], prog="stpp train", default=recipe(name))
+        resolved = train.parse([*line, *more]).config
         assert resolved.data.layout == {"pascal": "voc"}.get(name, name) and resolved.data.split is not None
+
+
+def test_recipes_are_listed_with_what_they_train(capsys):
+    code, out, _ = ended(capsys, "recipes")
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert code == 0 and lines.keys() == {path.stem for path in RECIPES.glob("*.toml")}
+    assert lines["cityscapes"].startswith("Cityscapes (19 classes") and all(len(line) < 140 for line in out.splitlines())
+
+
+@pytest.mark.parametrize("spelled", [["--recipe", "pascal"], ["--recipe=pascal"], ["--train.epochs", "80", "--recipe", "pascal"]])
+def test_a_recipe_is_found_by_its_name(spelled, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pascal").mkdir()  # as the data may be called
+    assert train.parse(spelled).config == recipe("pascal")
+    (tmp_path / "pascal").rmdir()
+    (tmp_path / "pascal").write_text("seed = 7")
+    assert train.parse(spelled).config.seed == 7  # a file of this name comes first
+
+
+@pytest.mark.parametrize("name", ["nowhere", "pascal.toml", "../pascal", ""])
+def test_an_unknown_recipe_is_refused_with_the_names(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    said = refused(capsys, "train", "--recipe", name, "--print-config")
+    assert f"--recipe {name}: no such file" in said and "camvid_stpp, cityscapes, pascal" in said
+
+
+def test_without_a_checkout_a_path_is_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(recipes, "FOLDER", tmp_path / "absent")
+    assert "no recipes in" in ended(capsys, "recipes")[1]
+    assert refused(capsys, "train", "--recipe", "pascal").endswith("give the path of a .toml file")

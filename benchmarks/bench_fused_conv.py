@@ -1,0 +1,101 @@
+"""A folded bottleneck by cuDNN's fused convolutions against PyTorch's: values and time.
+
+    python benchmarks/bench_fused_conv.py --out benchmarks/results/last.jsonl
+
+With batch norm folded, a block is three convolutions with bias, each followed by ReLU, the last after adding
+the shortcut. PyTorch launches the convolution, the bias, the ReLU and the sum one by one;
+`torch.cudnn_convolution_relu` and `torch.cudnn_convolution_add_relu` do it in one pass each. Where they do
+not serve a type or layout (their message is printed), and on a CPU, which has no cuDNN, the fused form is
+composed of plain operators, and its variant says so.
+
+Rows: `fused_conv.bottleneck`, by type. Summaries, by type: `fused_conv.served` (1: by cuDNN), `.ratio` of
+times, and the largest errors against float64, relative to the largest value: `.error`, `.eager_error`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from harness import Report, arguments
+from stpp.inference import fold
+from stpp.models.resnet import Bottleneck
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SMALL = {"rounds": 1, "batch": 1, "width": 8, "map": "5x6", "dtypes": ["bf16", "fp32"]}
+
+
+def bottleneck(width: int, dilation: int) -> nn.Module:
+    """A folded block as layer 3 has it at stride 8, in float64."""
+    torch.manual_seed(0)
+    block = Bottleneck(4 * width, width, 1, dilation, dilation, None)
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    return fold.fold_batch_norm(block.double().eval().requires_grad_(False))
+
+
+def by_cudnn(block: nn.Module, x_NCHW: Tensor) -> Tensor:
+    """The block in three calls of cuDNN."""
+    one, two, three = block.conv1, block.conv2, block.conv3
+    y_NCHW = torch.cudnn_convolution_relu(x_NCHW, one.weight, one.bias, one.stride, one.padding, one.dilation, 1)
+    y_NCHW = torch.cudnn_convolution_relu(y_NCHW, two.weight, two.bias, two.stride, two.padding, two.dilation, 1)
+    return torch.cudnn_convolution_add_relu(y_NCHW, three.weight, x_NCHW, 1.0, three.bias, three.stride, three.padding,
+                                            three.dilation, 1)
+
+
+def composed(block: nn.Module, x_NCHW: Tensor) -> Tensor:
+    """The same arguments to plain operators."""
+    one, two, three = block.conv1, block.conv2, block.conv3
+    y_NCHW = F.conv2d(x_NCHW, one.weight, one.bias, one.stride, one.padding, one.dilation).relu_()
+    y_NCHW = F.conv2d(y_NCHW, two.weight, two.bias, two.stride, two.padding, two.dilation).relu_()
+    y_NCHW = F.conv2d(y_NCHW, three.weight, three.bias, three.stride, three.padding, three.dilation)
+    return y_NCHW.add_(x_NCHW).relu_()
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    """Largest difference over the largest magnitude of the truth."""
+    return ((found.double() - truth).abs().max() / truth.abs().max()).item()
+
+
+def measure(report: Report, exact: nn.Module, images_NCHW: Tensor, name: str) -> None:
+    """Rows and summaries of one type."""
+    dtype = DTYPES[name]
+    block = bottleneck(exact.conv1.out_channels, exact.conv2.dilation[0])
+    block.to(report.device, dtype=dtype, memory_format=torch.channels_last)
+    x_NCHW = images_NCHW.to(dtype).contiguous(memory_format=torch.channels_last)
+    fused, label = by_cudnn, "cudnn_convolution_(add_)relu"
+    try:
+        by_cudnn(block, x_NCHW)
+    except (RuntimeError, NotImplementedError) as refusal:
+        print(f"{name}: cuDNN's fused convolutions do not serve it: {str(refusal).splitlines()[0][:160]}", flush=True)
+        fused, label = composed, "composed"
+    report.summary(f"fused_conv.served.{name}", float(fused is by_cudnn))
+    truth = exact(x_NCHW.double())
+    report.summary(f"fused_conv.error.{name}", error(fused(block, x_NCHW), truth))
+    report.summary(f"fused_conv.eager_error.{name}", error(block(x_NCHW), truth))
+    rows = report.compare("fused_conv.bottleneck", ",".join(map(str, x_NCHW.shape)), name,
+                          {"eager": lambda: block(x_NCHW), label: lambda: fused(block, x_NCHW)})
+    report.summary(f"fused_conv.ratio.{name}", rows["eager"]["median"] / rows[label]["median"])
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = arguments(__doc__.splitlines()[0], SMALL)
+    parser.add_argument("--batch", type=int, default=16, help="images: eight, each with its mirror image")
+    parser.add_argument("--map", default="45x60", help="HxW of the feature map")
+    parser.add_argument("--width", type=int, default=256, help="channels of the 3x3 convolution")
+    parser.add_argument("--dilation", type=int, default=2)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    options = parser.parse_args()
+    report = Report(options)
+    exact = bottleneck(options.width, options.dilation).to(report.device)
+    height, width = map(int, options.map.split("x"))
+    images_NCHW = torch.randn(options.batch, 4 * options.width, height, width, device=report.device).relu()
+    for name in options.dtypes:
+        measure(report, exact, images_NCHW, name)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Cost of an image size met for the first time: first against second forward pass of a folded teacher.
+
+    python benchmarks/bench_shapes.py --out benchmarks/results/last.jsonl
+
+cuDNN plans each convolution anew for every shape, and a Triton kernel may be compiled for one: labelling
+images of many sizes pays for that, in the first batch of each. Sizes are drawn once and differ all; a pass is
+waited for. Before them one more size warms up what does not depend on sizes.
+
+Rows: `shapes.forward` (the network), `shapes.ten_views` (all of labelling but the files), variants first and
+second, each over all sizes. Summaries: the medians' difference, `..._first_costs_ms`, and of a whole set what
+the plans cost beside the passes, `..._first_over_second_ratio`.
+"""
+
+import random
+import time
+from collections.abc import Callable
+
+import torch
+
+import bench_teacher
+from harness import Report, arguments
+from stpp.inference.views import masks
+
+SIDES_PX = (320, 500)
+SMALL = {**bench_teacher.SMALL, "sizes": 2, "views_sizes": 1, "batch": 1, "sides": (33, 49)}
+
+
+def drawn(count: int, sides: tuple[int, int]) -> list[tuple[int, int]]:
+    """Different sizes (H, W)."""
+    generator, found = random.Random(0), {}
+    while len(found) < count:
+        found[generator.randint(*sides), generator.randint(*sides)] = None
+    return list(found)
+
+
+def pass_ms(run: Callable[[torch.Tensor], object], images_NCHW: torch.Tensor) -> float:
+    """Milliseconds until everything is computed, the host's share included."""
+    if images_NCHW.is_cuda:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    run(images_NCHW)
+    if images_NCHW.is_cuda:
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - began)
+
+
+def first_and_second(report: Report, name: str, precision: str, run: Callable[[torch.Tensor], object],
+                     sizes: list[tuple[int, int]], batch: int) -> None:
+    """Adds rows and summaries of one kind of pass; the first of the sizes warms up."""
+    times: dict[str, list[float]] = {"first": [], "second": []}
+    for number, size in enumerate(sizes):
+        images_NCHW = bench_teacher.smooth(batch, *size, report.device)
+        for found in times.values():
+            took = pass_ms(run, images_NCHW)
+            if number:
+                found.append(took)
+    shape = f"{batch},3, {len(sizes) - 1} sizes"
+    rows = {label: report.measured(name, label, shape, precision, found) for label, found in times.items()}
+    report.summary(f"{name}_first_costs_ms", rows["first"]["median"] - rows["second"]["median"])
+    report.summary(f"{name}_first_over_second_ratio", sum(times["first"]) / sum(times["second"]))
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = arguments(__doc__.splitlines()[0], SMALL)
+    parser.add_argument("--model", default="deeplabv3plus")
+    parser.add_argument("--backbone", default="resnet50")
+    parser.add_argument("--output-stride", type=int, default=8)
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--batch", type=int, default=2, help="images of a pass")
+    parser.add_argument("--sizes", type=int, default=12, help="for passes of the network")
+    parser.add_argument("--views-sizes", type=int, default=4, help="for ten views")
+    parser.set_defaults(sides=SIDES_PX)
+    options = parser.parse_args()
+    report = Report(options)
+    with torch.inference_mode(False):
+        plan = bench_teacher.plan_of(options, report.device)
+        teacher = plan.eager()
+    sizes = drawn(options.sizes + options.views_sizes + 2, options.sides)
+    once, views = sizes[: options.sizes + 1], sizes[options.sizes + 1 :]
+    first_and_second(report, "shapes.forward", plan.precision, teacher.logits, once, options.batch)
+    first_and_second(report, "shapes.ten_views", plan.precision,
+                     lambda images_NCHW: masks(teacher.logits, images_NCHW, "stpp", bench_teacher.CLASSES), views,
+                     options.batch)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Sorts the rows of run_gpu.sh into the files of the README's table, one for each part and kind of GPU.
+
+    python benchmarks/take.py FOLDER/rows.jsonl ...     # then: python benchmarks/table.py
+
+A row of part `step`, measured on an H100, goes to `results/step-h100.jsonl`. Of a part that was run more than
+once, in one file or in several, the last run counts: that of the latest date. The files of parts that are not
+there stay.
+"""
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import table
+from summary import whole_rows
+
+RESULTS = table.ROOT / "benchmarks" / "results"
+
+
+def kept(rows: list[dict]) -> dict[str, list[dict]]:
+    """Rows of the last run of each part, by name of the file; those of other devices than `table.GPUS` are left out."""
+    runs: dict[str, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        word = next((word for name, word in table.GPUS.items() if name in row.get("device", "")), None)
+        if word is not None and "part" in row:
+            runs[f"{row['part']}-{word}"][row["date"]].append(row)
+    return {name: by_date[max(by_date)] for name, by_date in runs.items()}
+
+
+if __name__ == "__main__":
+    if not sys.argv[1:]:
+        sys.exit(__doc__)
+    for name, rows in kept([row for path in sys.argv[1:] for row in whole_rows(Path(path))]).items():
+        (RESULTS / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        print(f"{name}.jsonl: {len(rows)} rows of {rows[0]['date']}")

@@ -1,0 +1,60 @@
+"""`stpp compile`: an engine made of a checkpoint. Nothing heavy is imported before it runs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from stpp import config
+from stpp.commands.options import Compute, ComputeConfig, OutputStride
+from stpp.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compile:
+    """Compile a checkpoint into an engine that labels faster: see docs/engines.md."""
+
+    checkpoint: Path
+    """A best.pt or third-*.pt of a run, or a published state dict."""
+    out: Path
+    """Folder of the engine; an engine that is there is replaced."""
+    output_stride: OutputStride = None
+    backend: Literal["auto", "tensorrt", "torch-tensorrt", "inductor", "eager"] = "auto"
+    """Compiler; auto: the fastest that is installed."""
+    shapes: tuple[str, ...] = ()
+    """Smallest, typical and largest input as NxHxW, for example 1x32x32 4x360x480 16x1024x2048; views for
+    test-time augmentation are up to twice as large as the images. By default any (inductor), or these."""
+    sample: Path | None = None
+    """Folder of images on which the engine must agree with eager; unset: the first images that it labels."""
+    compute: Compute = ComputeConfig()
+
+
+def compile(args: Sequence[str]) -> None:
+    """Runs `stpp compile`.
+
+    Raises:
+        UserError: no such checkpoint, or the backend cannot be had, or cannot compile it.
+    """
+    options = config.parse(Compile, args, prog="stpp compile")
+    if not options.checkpoint.is_file():
+        raise UserError(f"--checkpoint {options.checkpoint}: no such file")
+    from stpp import distributed
+    from stpp.inference import exif_rule
+    from stpp.inference.open import Shapes, compile_teacher
+    from stpp.inference.single_images import sample_images
+    from stpp.models.trained import load_network
+
+    shapes = Shapes.parse(options.shapes) if options.shapes else None
+    with distributed.world(options.compute.device) as here:
+        if here.size > 1:
+            raise UserError("stpp compile runs in one process; start it without torchrun")
+        rule = exif_rule.agreed([options.checkpoint])
+        sample = options.sample and sample_images(options.sample, here.device, exif=rule)
+        load = partial(load_network, output_stride=options.output_stride)
+        compile_teacher(options.checkpoint, options.out, load=load, device=here.device, shapes=shapes,
+                        backend=options.backend, precision=options.compute.precision, sample=sample)
+    print(options.out)

@@ -1,0 +1,93 @@
+"""`stpp evaluate`: the scores of a checkpoint. Nothing heavy is imported before it runs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stpp import config
+from stpp.commands.options import Compute, ComputeConfig, OutputStride, Reading
+from stpp.config import Config, DataConfig, LoaderConfig, Views
+from stpp.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Score a checkpoint: mIoU and IoU of every class at native size."""
+
+    checkpoint: Path
+    """A best.pt or third-*.pt of a run, or a published state dict."""
+    index: Path | None = None
+    """Folder of a prepared index; by default that of the run that the checkpoint lies in."""
+    list: Path | None = None
+    """Lines `image mask`; by default val.txt of the run that the checkpoint lies in."""
+    output_stride: OutputStride = None
+    tta: Views = "none"
+    sliding_window: int | None = None
+    """Side in pixels of the crops that the network sees instead of the whole image (each in the views of
+    --tta), as is usual for Cityscapes. One begins at every two thirds of the side; probabilities are averaged
+    where they overlap."""
+    out: Path | None = None
+    """Also write the scores to this JSON file."""
+    compute: Compute = ComputeConfig()
+    reading: Reading = LoaderConfig()
+
+    def __post_init__(self):
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise UserError(f"--sliding-window is {self.sliding_window}: it must be at least 1")
+
+
+def evaluate(args: Sequence[str]) -> None:
+    """Runs `stpp evaluate`.
+
+    Raises:
+        UserError: no such checkpoint, index or list, or classes that do not match.
+    """
+    options = config.parse(Evaluate, args, prog="stpp evaluate")
+    if not options.checkpoint.is_file():
+        raise UserError(f"--checkpoint {options.checkpoint}: no such file")
+    from stpp import distributed, log
+    from stpp.dataset import index, splits
+    from stpp.inference import evaluate as scoring
+    from stpp.inference import exif_rule
+    from stpp.inference.open import EagerTeacher
+    from stpp.models.trained import load_network
+    from stpp.precision import autocast_dtype
+
+    folder, listed = _of_run(options)
+    with distributed.world(options.compute.device) as here:
+        log.set_speaker(here.is_main)
+        known = index.load(folder)
+        data = DataConfig(exif=known.exif, loader=options.reading.loader, threads=options.reading.threads)
+        samples = splits.read_split(listed, known, labelled=True)
+        network, classes, _ = load_network(options.checkpoint, output_stride=options.output_stride,
+                                           class_names=known.classes)
+        if (rule := exif_rule.told(options.checkpoint)) not in (None, known.exif):
+            raise UserError(f"{options.checkpoint} was trained on images {exif_rule.described(rule)}, and {folder} is "
+                            f"of images {exif_rule.described(known.exif)}; prepare an index with "
+                            f"--data.{'' if rule else 'no-'}exif")
+        if tuple(classes) != tuple(known.classes):
+            raise UserError(
+                f"{options.checkpoint} was trained on {len(classes)} classes ({', '.join(classes)}) but "
+                f"{folder} has {len(known.classes)} ({', '.join(known.classes)}); use the matching index")
+        teacher = EagerTeacher(network, num_classes=len(classes), device=here.device,
+                               dtype=autocast_dtype(options.compute.precision, here.device))
+        matrix = scoring.evaluate(teacher, samples, here, data, mode=options.tta,
+                                  crop_px=options.sliding_window)
+        if here.is_main:
+            print(scoring.report(matrix, classes, images=len(samples), out=options.out))
+
+
+def _of_run(options: Evaluate) -> tuple[Path, Path]:
+    """Index folder and list to score: as given, else those of the run that the checkpoint lies in."""
+    from stpp.dataset import splits
+
+    above = options.checkpoint.resolve().parents
+    run = next((folder for folder in above if (folder / "config.json").exists()), None)
+    data = config.load_recipe(Config, run / "config.json").data if run else None
+    folder = options.index or (data and (data.index or run / "index"))
+    listed = options.list or (
+        data and (splits.find_val(data.split) if data.split else run / "split" / splits.VAL))
+    if folder is None or listed is None:
+        raise UserError(f"--checkpoint {options.checkpoint} lies in no run; name a prepared index with "
+                        "--index and a file with lines `image mask` with --list")
+    return folder, listed

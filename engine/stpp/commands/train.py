@@ -1,0 +1,56 @@
+"""`stpp train`: a whole run, from a recipe and flags. Nothing heavy is imported before it runs."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from stpp import config
+from stpp.commands.options import need_root
+from stpp.commands.recipes import find
+from stpp.config import Config
+from stpp.errors import UserError
+from stpp.settings import INLINE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Run supervised training, ST or ST++; the same command on the same --out goes on where it stopped."""
+
+    recipe: str | None = None
+    """Settings to begin with: a name that `stpp recipes` lists, or the path of a .toml or config.json."""
+    print_config: bool = False
+    """Print all settings as JSON, and run nothing."""
+    config: Annotated[Config, INLINE] = Config()
+
+
+def train(args: Sequence[str]) -> None:
+    """Runs `stpp train`.
+
+    Raises:
+        UserError: the flags, the recipe, the data or the run's folder do not allow the run.
+    """
+    options = parse(args)
+    if options.print_config:
+        print(json.dumps(config.to_dict(options.config), indent=2))
+        return
+    if options.config.out is None:
+        raise UserError("--out is missing: name the folder of the run")
+    need_root(options.config.data)
+    from stpp import distributed, log
+    from stpp.run.run import selftrain
+
+    with distributed.world(options.config.device, timeout_minutes=options.config.timeout_minutes) as here:
+        log.set_speaker(here.is_main)
+        selftrain(options.config, here)
+
+
+def parse(args: Sequence[str]) -> Train:
+    """Reads the recipe, and then the flags, which win."""
+    recipe = None
+    for place, arg in enumerate(args, 1):
+        name, is_joined, value = arg.partition("=")
+        if name == "--recipe":
+            recipe = value if is_joined else next(iter(args[place:]), None)  # none: refused below
+    default = Train(config=config.load_recipe(Config, find(recipe))) if recipe is not None else None
+    return config.parse(Train, args, prog="stpp train", default=default)

@@ -1,0 +1,190 @@
+"""The one decision of how an image file is read: made by `prepare` and by the plan of a corpus, which keep it.
+
+The rules:
+
+- **Orientation** is the EXIF tag 0x0112 of the first EXIF block of the file, wherever that lies: the first
+  EXIF segment of a JPEG, the first eXIf chunk of a PNG (before or after its pixels), the EXIF chunk of a
+  WebP, the first directory of a TIFF. It counts if it is a number from 1 to 8, of whatever numeric type, the
+  first where there are several; text, bytes and damaged blocks do not. XMP and text chunks are not looked at.
+  Only the first picture of a file is.
+- **Colours** become 8-bit RGB: of 16 bits the upper 8; gray three times; palettes by their table; alpha is
+  dropped. A CMYK JPEG with Adobe's marker holds inverted inks, one without holds inks as they are (as
+  libjpeg's manual, libvips, img2pdf and DALI have it; Pillow and browsers take both for inverted); in a TIFF
+  inks are never inverted. Floating-point numbers, negative numbers and numbers of more than 16 bits are
+  refused.
+- **Plain** is what DALI and PIL decode to the same pixels: 8-bit JPEG, baseline or progressive,
+  Huffman-coded, gray or YCbCr in 4:4:4, 4:2:2 or 4:2:0, of one picture; 8-bit PNG, gray or RGB, not
+  interlaced, without transparency or animation; whole, with nothing behind their end. Everything else is
+  decoded by PIL alone, whichever loader is used.
+
+Width and height: pixels. This module imports neither torch nor pyarrow.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from stpp.images import containers
+from stpp.images.image_file import DECODE_ERRORS, exif_orientation, orientation, upright, upright_size
+from stpp.images.pixels import BadImage, decode, opened_bytes, why
+
+FEW_BITS = 14
+"""A 16-bit image whose largest number has no more bits uses at most a quarter of its range: a network sees it
+dark."""
+_GRAY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N")
+_DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+_ALPHA_MODES = ("LA", "PA", "RGBA", "RGBa", "La")
+_SAMPLINGS = (((1, 1),), ((1, 1),) * 3, ((2, 1), (1, 1), (1, 1)), ((2, 2), (1, 1), (1, 1)))
+_IDENTIFIERS = ((1,), (0,), (1, 2, 3), (0, 1, 2))
+_NOT_PLAIN_CHUNKS = frozenset((b"tRNS", b"acTL", b"fcTL", b"fdAT", b"CgBI"))
+
+
+class Reading(NamedTuple):
+    """How a file is read, and what it is."""
+
+    width: int
+    """After the turn."""
+    height: int
+    """After the turn."""
+    orientation: int
+    """EXIF orientation to turn it by, 1 to 8; 1 where EXIF is not looked at."""
+    plain: bool
+    """Whether every decoder makes the same of it."""
+    format: str = ""
+    """Pillow's name of the format: JPEG, PNG, BMP, TIFF, WEBP, PPM; MPO is a JPEG of several pictures."""
+    colours: str = ""
+    """gray, RGB, palette, CMYK, inverted CMYK, or another mode of Pillow's."""
+    alpha: bool = False
+    """Whether it has an alpha channel or a transparent colour, which is dropped."""
+    bits: int = 8
+    """A channel, as stored."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) after the turn."""
+        return self.height, self.width
+
+    def as_stored(self) -> "Reading":
+        """The reading without the turn."""
+        width, height = upright_size(self.width, self.height, self.orientation)
+        return self._replace(width=width, height=height, orientation=1)
+
+
+def look(data: bytes, *, exif: bool, tail: bytes = b"") -> Reading:
+    """Decides how a file is to be read, from its bytes or its beginning.
+
+    Args:
+        data: the file, or so much of its beginning that its header is whole.
+        exif: turn it upright by its EXIF orientation.
+        tail: the end of the file, where `data` is its beginning alone: a PNG may have its orientation there.
+
+    Raises:
+        BadImage: no image, damaged, or of more pixels than are ever decoded.
+    """
+    try:
+        with opened_bytes(data) as image:
+            turn = _turn(image, data, tail)
+            # Of a TIFF Pillow tells the upright size, of the others the stored one.
+            stored = upright_size(*image.size, turn) if image.format == "TIFF" else image.size
+            width, height = upright_size(*stored, turn)
+            plain = image.format in ("JPEG", "PNG") and _is_plain(data)
+            found = Reading(
+                width,
+                height,
+                turn,
+                plain,
+                image.format,
+                _colours(image),
+                image.mode in _ALPHA_MODES or "transparency" in image.info,
+                _bits(image, data),
+            )
+    except DECODE_ERRORS as error:
+        raise BadImage(why(error, data)) from None
+    return found if exif else found.as_stored()
+
+
+def upright_pixels(data: bytes, reading: Reading) -> np.ndarray:
+    """The pixels of a file by its reading: uint8 [H, W, 3], a view.
+
+    Raises:
+        BadImage: see `decode`; or the file is of another size than its reading says.
+    """
+    pixels = upright(decode(data), reading.orientation)
+    require_size(pixels.shape[:2], reading)
+    return pixels
+
+
+def require_size(size: tuple[int, int], reading: Reading) -> None:
+    """Refuses pixels of another size (height, width) than their reading says.
+
+    Raises:
+        BadImage: they are.
+    """
+    if tuple(size) != reading.size:
+        raise BadImage(
+            f"it has {size[1]}x{size[0]} pixels where it had {reading.width}x{reading.height} when it was "
+            "looked at"
+        )
+
+
+def used_bits(pixels_HWC: np.ndarray, reading: Reading) -> int:
+    """Bits that the largest number of an image needs; of 16 bits at least 8, because the lower ones are not
+    looked at."""
+    largest = int(pixels_HWC.max())
+    return 8 + largest.bit_length() if reading.bits == 16 else largest.bit_length()
+
+
+def is_dark(pixels_HWC: np.ndarray, reading: Reading) -> bool:
+    """Whether a 16-bit image uses so little of its range that it looks nearly black, as 12 bits in 16 do."""
+    return reading.bits == 16 and used_bits(pixels_HWC, reading) <= FEW_BITS
+
+
+def _turn(image: Image.Image, data: bytes, tail: bytes) -> int:
+    if image.format == "PNG":
+        block = containers.png_exif(data, tail)
+        return exif_orientation(block) if block else 1
+    return orientation(image)
+
+
+def _colours(image: Image.Image) -> str:
+    if image.mode == "CMYK":
+        return "inverted CMYK" if "adobe" in image.info else "CMYK"
+    if image.mode in _GRAY_MODES:
+        return "gray"
+    return {"P": "palette", "PA": "palette", "F": "float", "RGBA": "RGB", "RGBa": "RGB", "RGBX": "RGB"}.get(
+        image.mode, image.mode
+    )
+
+
+def _bits(image: Image.Image, data: bytes) -> int:
+    if image.format == "PNG":
+        return containers.png_header(data).bits
+    if image.format == "TIFF":
+        bits = image.tag_v2.get(258, 1)
+        bits = bits[0] if isinstance(bits, tuple) and bits else bits
+        return bits if isinstance(bits, int) and 1 <= bits <= 64 else 8
+    if image.mode == "1":
+        return 1
+    return 16 if image.mode in _DEEP_MODES else 8
+
+
+def _is_plain(data: bytes) -> bool:
+    """See the rules above; the end of the file is judged where all of it is there
+    (`stpp.images.containers.looks_whole`)."""
+    if (png := containers.png_header(data)) is not None:
+        return (
+            png.bits == 8
+            and png.kind in (containers.GRAY, containers.RGB)
+            and not png.interlaced
+            and not any(name in _NOT_PLAIN_CHUNKS for name, _, _ in containers.png_chunks(data))
+        )
+    frame = containers.jpeg_frame(data)
+    return (
+        frame is not None
+        and frame.huffman
+        and frame.bits == 8
+        and frame.adobe in (None, 1)
+        and tuple(part[1:] for part in frame.components) in _SAMPLINGS
+        and tuple(part[0] for part in frame.components) in _IDENTIFIERS
+    )

@@ -1,0 +1,43 @@
+"""The files of a sample as PIL reads them, by the decision that its index keeps.
+
+H W: pixels.
+"""
+
+import numpy as np
+
+from stpp.errors import UserError
+from stpp.images import storage
+from stpp.images.masks import read_index_mask
+from stpp.images.pixels import BadImage
+from stpp.images.reading import upright_pixels
+from stpp.loading.sample import Sample
+
+
+def image_of(sample: Sample) -> np.ndarray:
+    """Colours of a sample's image, upright: uint8 [H, W, 3].
+
+    Raises:
+        UserError: it is missing, broken, or of another size than the sample says. Names the file.
+    """
+    try:
+        return upright_pixels(storage.read(sample.image), sample.reading)
+    except BadImage as bad:
+        raise UserError(f"{sample.image}: {bad}; run `stpp prepare` again") from None
+    except OSError as error:
+        raise UserError(f"{sample.image}: {storage.why(error)}; run `stpp prepare` again") from None
+
+
+def mask_of(sample: Sample) -> np.ndarray:
+    """Class ids of a sample's mask: uint8 [H, W]. It is plain: what had to be turned was written anew when it
+    was prepared.
+
+    Raises:
+        UserError: it is missing, broken, or of another size than the sample says. Names the file.
+    """
+    mask_HW = read_index_mask(sample.mask, exif=False)
+    if mask_HW.shape != (sample.height, sample.width):
+        raise UserError(
+            f"{sample.mask}: is {mask_HW.shape[1]}x{mask_HW.shape[0]} pixels where the index says "
+            f"{sample.width}x{sample.height}; run `stpp prepare` again"
+        )
+    return mask_HW

@@ -1,0 +1,18 @@
+"""ST++: ST in two rounds, the images first whose predictions were stable while the first network trained.
+
+Source: ST++ (arXiv 2106.05095), section 3.3.
+"""
+
+from stpp.methods.st import joint
+from stpp.methods.stages import Stages
+from stpp.methods.supervised import Supervised, few_twice
+
+
+def stpp(run: Stages) -> None:
+    """Six stages; each training starts from the pre-trained weights."""
+    first = run.train("1-supervised", Supervised, few_twice(run.labelled), epochs=run.supervised_epochs, keep_thirds=True)
+    reliable, rest = run.select("2-select", first.thirds, run.unlabelled)
+    easy = run.label("3-label", first.best, reliable)
+    second = run.train("4-retrain", Supervised, joint(run.labelled, easy))
+    hard = run.label("5-label", second.best, rest)
+    run.train("6-retrain", Supervised, joint(run.labelled, easy + hard))

@@ -1,0 +1,45 @@
+"""Supervised training: cross-entropy on masks, which may be pseudo labels. Every stage of ST and ST++ that trains is this.
+
+Source: ST++ (arXiv 2106.05095).
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from stpp.config import Config
+from stpp.images.masks import IGNORE
+from stpp.loading.sample import Batch, Sample, Stream
+from stpp.methods.stages import Stages
+from stpp.training.step import Step
+from stpp_kernels import upsample_cross_entropy
+
+FEW_LABELS = 200
+"""A labelled list shorter than this is repeated twice."""
+
+
+class Supervised(Step):
+    """Mean cross-entropy over the counted pixels of the global batch."""
+
+    weights = {"loss": 1.0}
+
+    @classmethod
+    def streams(cls, config: Config, samples: Sequence[Sample]) -> tuple[Stream, ...]:
+        return (Stream(samples=samples),)
+
+    def pixels(self, batch: Batch) -> torch.Tensor:
+        return (batch.labels_NHW != IGNORE).sum()[None]
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        loss, _ = upsample_cross_entropy(self.network(batch.images_NCHW), batch.labels_NHW, ignore_index=IGNORE)
+        return loss[None]
+
+
+def supervised(run: Stages) -> None:
+    """Trains on the labels alone."""
+    run.train("1-supervised", Supervised, few_twice(run.labelled), epochs=run.supervised_epochs)
+
+
+def few_twice(labelled: Sequence[Sample]) -> list[Sample]:
+    """The labelled samples, twice if they are few."""
+    return list(labelled) * (2 if len(labelled) < FEW_LABELS else 1)

@@ -1,0 +1,96 @@
+"""A network ready to train: fresh weights, those to start from, its place on the device, and the ranks around its step."""
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from stpp import log
+from stpp.config import Config, ModelConfig, TrainConfig
+from stpp.distributed import World
+from stpp.errors import UserError
+from stpp.models import imagenet
+from stpp.models.build import build_model
+from stpp.models.weights import load_backbone, load_model, read_checkpoint, state_dict_of
+from stpp.training.step import Step
+
+FEW_IMAGES = 8
+"""Images of a pass below which batch norm of one rank is noisy."""
+
+
+def fresh_network(config: Config, here: World, classes: Sequence[str], *, stage: int) -> nn.Module:
+    """Builds the network that a stage starts from, channels_last on the device.
+
+    Args:
+        stage: key of its random weights, with the config's seed.
+
+    Raises:
+        UserError: the weights to start from do not fit.
+    """
+    train, per_pass = config.train, images_per_pass(config.train, here)
+    torch.manual_seed(stream_seed(config.seed, stage))
+    network = build_model(config.model.name, config.model.backbone, len(classes), config.model.output_stride)
+    start_from(network, config.model, classes)
+    on_cuda = here.device.type == "cuda"
+    if train.sync_bn and on_cuda:
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    elif train.sync_bn:
+        log.say("  --train.sync-bn: PyTorch has no synchronised batch norm on a CPU; each rank normalises over its own images")
+    elif here.size > 1 and per_pass < FEW_IMAGES:
+        log.say(f"  each rank normalises over {per_pass} images" + ("; --train.sync-bn normalises over all" if on_cuda else ""))
+    return network.to(here.device, memory_format=torch.channels_last)
+
+
+def over_ranks(step: Step, here: World, *, accumulate: int) -> nn.Module:
+    """Wraps a step so that its gradients are averaged over ranks; the step itself where there is one."""
+    if here.size == 1:
+        return step
+    with warnings.catch_warnings():
+        # Newer PyTorch renames the flag; older PyTorch does not know the new name.
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+        return DistributedDataParallel(
+            step, device_ids=[here.device] if here.device.type == "cuda" else None, broadcast_buffers=False,
+            gradient_as_bucket_view=True, static_graph=accumulate == 1)
+
+
+def start_from(network: nn.Module, model: ModelConfig, classes: Sequence[str]) -> None:
+    """Loads `--model.pretrained` into a new network: a whole network if the file holds one, else its backbone.
+
+    Raises:
+        UserError: the file is unfit or cannot be downloaded, or a run of this project wrote it for other classes.
+    """
+    if model.pretrained == "none":
+        return
+    path = imagenet.weights_file(model.backbone) if model.pretrained == "imagenet" else model.pretrained
+    content = read_checkpoint(path)
+    theirs = content.get("classes")
+    if isinstance(theirs, list) and theirs != list(classes):
+        raise UserError(f"--model.pretrained {path} has {len(theirs)} classes ({', '.join(map(str, theirs))}), this "
+                        f"data set {len(classes)} ({', '.join(classes)}); give a checkpoint of the same classes, or a ResNet")
+    whole = any(key.startswith("backbone.") for key in state_dict_of(content))
+    report = load_model(network, path, strict=False) if whole else load_backbone(network, path)
+    log.say(f"  {report.summary()}")
+
+
+def images_per_pass(train: TrainConfig, here: World) -> int:
+    """Images of one stream in one backward pass of one rank.
+
+    Raises:
+        UserError: the global batch does not divide, or one image would be normalised alone.
+    """
+    parts = here.size * train.accumulate
+    if train.batch_global % parts:
+        raise UserError(f"--train.batch-global {train.batch_global} does not divide into {here.size} ranks x "
+                        f"{train.accumulate} passes; choose a multiple of {parts}")
+    if train.batch_global == parts:
+        raise UserError(f"--train.batch-global {train.batch_global} leaves one image per rank and pass, and batch norm "
+                        f"after global pooling needs two; choose at least {2 * parts}")
+    return train.batch_global // parts
+
+
+def stream_seed(*key: int) -> int:
+    """A 63-bit seed for torch's generator from (seed, stage[, step, rank]): equal keys, equal numbers."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)

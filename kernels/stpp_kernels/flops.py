@@ -1,0 +1,39 @@
+"""Operations of networks: PyTorch's counter, taught the operators here that multiply matrices."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from stpp_kernels import dilated_conv  # noqa: F401  defines the operators
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
+
+
+def counter() -> "FlopCounterMode":
+    """A context that counts operations, two for a multiplication and addition; `get_total_flops()` has the
+    sum.
+
+    Counted are matrix products, attention and convolutions as if nothing were skipped: taps that meet only
+    padding too, which `dilated_conv3x3` does not multiply. Tensors on the meta device are counted without
+    computing.
+    """
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton
+
+    formulas = {
+        torch.ops.stpp_kernels.dilated_conv3x3: _dilated_conv3x3,
+        torch.ops.stpp_kernels.dilated_conv3x3_backward: _dilated_conv3x3_backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+def _dilated_conv3x3(x_shape: torch.Size, weight_shape: torch.Size, dilation: int, **_) -> int:
+    images, _, height, width = x_shape
+    return 2 * images * height * width * weight_shape.numel()
+
+
+def _dilated_conv3x3_backward(
+    grad_shape: torch.Size, x_shape: torch.Size, weight_shape: torch.Size, dilation: int,
+    need_x: bool, need_weight: bool, **_,
+) -> int:
+    return (need_x + need_weight) * _dilated_conv3x3(x_shape, weight_shape, dilation)

@@ -1,0 +1,174 @@
+"""The decision of how a file is read: from its beginning, of hostile bytes; what `prepare` says of it."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import zoo_files as zoo
+from stpp.dataset import index
+from stpp.images import batching, containers
+from stpp.images.batching import Cut
+from stpp.images.image_file import upright
+from stpp.images.pixels import BadImage, decode, normalised
+from stpp.images.reading import FEW_BITS, look, upright_pixels, used_bits
+from stpp.images.sources import Item
+
+CUT = Cut(max_batch=1, batch_pixels=1, max_pixels=1 << 24, exif=True)
+EXIF_CHUNK = zoo.chunk(b"eXIf", zoo.exif_block(6, prefix=b""))
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [b"", zoo.chunk(b"tEXt", b"Comment\0" + b"eXIf" * 400), zoo.chunk(b"tEXt", b"Comment\0" + b"x" * 60_000)],
+)
+def test_a_long_png_tells_its_orientation_behind_its_pixels(tmp_path, behind):
+    """More than is read of its beginning; where another chunk's text spells the name, the checksum tells."""
+    data = zoo.png(noise(90, 120), 8, 2, after=EXIF_CHUNK + behind)
+    assert len(data) > batching.HEAD_BYTES
+    (tmp_path / "a.png").write_bytes(b"before" + data + b"behind")
+    inside = Item(key="a", source="a", file=str(tmp_path / "a.png"), offset=6, bytes=len(data))
+    (tmp_path / "b.png").write_bytes(data)
+    alone = Item(key="b", source="b", file=str(tmp_path / "b.png"))
+    for item in (inside, alone):
+        found = batching.examine(item, CUT)
+        assert found.reading == look(data, exif=True) and (found.reading.orientation, found.size) == (
+            6,
+            (120, 90),
+        )
+        assert batching.examine(item, Cut(**{**CUT.__dict__, "exif": False})).size == (90, 120)
+
+
+def test_pixels_that_spell_a_chunk_are_no_orientation():
+    false = b"\0\0\0\x1aeXIf" + zoo.exif_block(6, prefix=b"") + b"\0\0\0\0"
+    assert containers.png_exif(b"", b"pixels" + false) is None
+    assert containers.png_exif(b"", b"pixels" + false + EXIF_CHUNK) == zoo.exif_block(6, prefix=b"")
+    assert containers.png_exif(b"", false[4:]) is None
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    data=st.binary(max_size=200),
+    start=st.sampled_from([b"", containers.PNG_SIGNATURE, b"\xff\xd8", b"\xff\xd8\xff\xe0", b"II*\0"]),
+)
+def test_hostile_bytes_give_no_image(data, start):
+    found = start + data
+    containers.png_header(found), containers.jpeg_frame(found), containers.png_exif(found, found)
+    list(containers.png_chunks(found))
+    with pytest.raises(BadImage) as caught:
+        look(found, exif=True)
+        decode(found)
+    assert "\n" not in str(caught.value)
+
+
+@settings(max_examples=60, deadline=None)
+@given(place=st.integers(0, 10**6), byte=st.integers(0, 255), form=st.sampled_from(["jpeg", "png"]))
+def test_a_changed_byte_never_ends_the_program(place, byte, form):
+    data = bytearray(
+        zoo.jpeg(exif=zoo.exif_block(6)) if form == "jpeg" else zoo.png(zoo.picture(), 8, 2, after=EXIF_CHUNK)
+    )
+    data[place % len(data)] = byte
+    try:
+        reading = look(bytes(data), exif=True)
+        pixels = upright_pixels(bytes(data), reading)
+    except BadImage as bad:
+        assert "\n" not in str(bad)
+    else:
+        assert pixels.shape == (*reading.size, 3) and pixels.dtype == np.uint8
+
+
+@pytest.mark.parametrize("value", range(1, 9))
+def test_arrays_and_tensors_are_turned_and_normalised_alike(value):
+    import torch
+
+    pixels = noise(5, 7)
+    tensor = torch.from_numpy(pixels)
+    assert np.array_equal(upright(tensor, value).numpy(), upright(pixels, value))
+    assert np.array_equal(normalised(tensor).numpy(), normalised(pixels))
+    assert np.array_equal(upright(np.ascontiguousarray(zoo.TURNS[value](pixels)), value), pixels)
+
+
+def test_the_bits_that_are_used():
+    for top, bits in ((4095, 12), (16383, 14), (16384, 15), (65535, 16), (200, 8)):
+        values = np.full((3, 4), top, np.uint16)
+        data = zoo.png(values, 16, 0)
+        reading = look(data, exif=True)
+        assert reading.bits == 16 and used_bits(decode(data), reading) == bits
+    assert FEW_BITS == 14
+
+
+def said(capsys, folder: Path, files: dict[str, bytes]) -> str:
+    """What `prepare` says of these files and a few plain ones."""
+    photos = folder / "data" / "photos"
+    photos.mkdir(parents=True)
+    (folder / "data" / "labels").mkdir()
+    for name, data in {"plain.jpg": zoo.jpeg(), "other.png": zoo.png(zoo.picture(), 8, 2), **files}.items():
+        (photos / name).write_bytes(data)
+    Image.fromarray(np.zeros((zoo.HEIGHT, zoo.WIDTH), np.uint8)).save(
+        folder / "data" / "labels" / "plain.png"
+    )
+    capsys.readouterr()
+    index.prepare(
+        folder / "data",
+        folder / "index",
+        layout="globs",
+        images="photos/*",
+        masks="labels/*.png",
+        classes=("a", "b"),
+        workers=1,
+        progress=False,
+    )
+    found = capsys.readouterr()
+    return found.out + found.err
+
+
+def test_prepare_says_what_looks_other_than_people_expect(capsys, tmp_path):
+    cmyk = zoo.saved(Image.fromarray(zoo.picture()).convert("CMYK"), "JPEG")
+    twelve = zoo.png(zoo.gray().astype(np.uint16) * 16, 16, 0)
+    words = said(
+        capsys,
+        tmp_path,
+        {
+            "a.jpg": cmyk,
+            "b.jpg": cmyk,
+            "c.jpg": zoo.without_segment(cmyk, 0xEE),
+            "d.png": twelve,
+            "e.png": zoo.png(zoo.gray().astype(np.uint16) * 257, 16, 0),
+            "f.png": zoo.png(np.dstack([zoo.picture(), zoo.gray()]), 8, 6),
+        },
+    )
+    assert "2 images are CMYK with Adobe's marker: inks are stored inverted" in words
+    assert "1 image is CMYK without Adobe's marker: inks are stored as they are" in words
+    assert "1 of the 16-bit images use at most 12 bits (the first: photos/d.png)" in words
+    assert "1 image is partly transparent" in words
+    assert "6 of 8 images are of kinds that decoders read differently" in words
+
+
+def test_prepare_says_nothing_of_plain_photographs(capsys, tmp_path):
+    words = said(
+        capsys, tmp_path, {"turned.jpg": zoo.jpeg(zoo.TURNS[6](zoo.picture()), exif=zoo.exif_block(6))}
+    )
+    assert [line for line in words.splitlines() if "holds a pixel of" not in line] == []
+
+
+def test_a_tiff_whose_tag_has_an_odd_type_is_turned_once():
+    """Pillow turns it by the same rule, whatever the type: the pixels are those of the plain file."""
+    for entry, turn in (
+        (struct.pack("<HHII", zoo.ORIENTATION, 4, 1, 3), 3),
+        (struct.pack("<HHIBBBB", zoo.ORIENTATION, 1, 1, 3, 0, 0, 0), 1),
+        (struct.pack("<HHIHH", zoo.ORIENTATION, 3, 2, 3, 3), 3),
+        (struct.pack("<HHIHH", zoo.ORIENTATION, 3, 1, 12, 0), 1),
+    ):
+        data = zoo.tiff(zoo.TURNS[turn](zoo.picture()), orientation=entry)
+        reading = look(data, exif=True)
+        assert reading.orientation == turn
+        assert np.array_equal(upright_pixels(data, reading), zoo.picture())
+        assert np.array_equal(upright_pixels(data, look(data, exif=False)), zoo.TURNS[turn](zoo.picture()))

@@ -1,0 +1,38 @@
+"""Counted operations: those of our operators are those of the convolution they stand for."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from stpp_kernels import dilated_conv3x3, flops
+
+
+def counted(function, x, weight, *, backward: bool) -> int:
+    with flops.counter() as found:
+        out = function(x, weight, 3)
+        if backward:
+            out.sum().backward()
+    return found.get_total_flops()
+
+
+def plain(x, weight, dilation):
+    return F.conv2d(x, weight, padding=dilation, dilation=dilation)
+
+
+@pytest.mark.parametrize(("for_x", "for_weight"), [(False, False), (True, False), (False, True), (True, True)])
+def test_a_dilated_convolution_counts_as_a_plain_one(for_x, for_weight):
+    x = torch.randn(2, 4, 7, 9, requires_grad=for_x)
+    weight = torch.randn(5, 4, 3, 3, requires_grad=for_weight)
+    backward = for_x or for_weight
+    found = counted(dilated_conv3x3, x, weight, backward=backward)
+    assert found == counted(plain, x, weight, backward=backward)
+    assert found == (1 + for_x + for_weight) * 2 * 2 * 5 * 7 * 9 * 4 * 9
+
+
+def test_importing_the_operators_does_not_import_the_counter():
+    import subprocess
+    import sys
+
+    code = "import sys, stpp_kernels.flops; print('torch.utils.flop_counter' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ran.stdout.split() == ["False"], ran.stderr

@@ -1,0 +1,193 @@
+"""Settings from plain values and from flags: both take the same values, and what they refuse is named in one
+line."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import tyro
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stpp import config
+from stpp.config import Config
+from stpp.errors import UserError
+from stpp.settings import allowed, filled, fitted, flag, flatten, known, mistake
+
+# A flag's value that begins with a dash must be joined with `=`, which a list cannot be.
+TEXT = st.text(min_size=1, max_size=6).filter(lambda text: not text.startswith("-"))
+PLAIN = (st.none() | st.booleans() | st.integers(-5, 5) | st.integers() | st.floats() | TEXT
+         | st.sampled_from(["None", "1/8", "voc", "st", "auto", "8", "true", "1e-3", "imagenet"]))
+VALUES = PLAIN | st.lists(PLAIN, max_size=3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kitchen:
+    """One field of every type."""
+
+    whole: int = 1
+    number: float = 1.5
+    text: str = "text"
+    path: Path = Path("path")
+    switch: bool = True
+    choice: Literal["a", 8, "b"] = "a"
+    pair: tuple[int, float] = (1, 2.0)
+    words: tuple[str, ...] = ()
+    paths: tuple[Path, ...] = ()
+    perhaps: float | None = None
+    perhaps_text: str | None = "set"
+    perhaps_choice: Literal[8, 16] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class House:
+    """A section."""
+
+    seed: int = 0
+    kitchen_sink: Kitchen = field(default_factory=Kitchen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tool:
+    """Flags, some of which must be there."""
+
+    images: tyro.conf.Positional[tuple[Path, ...]] = ()
+    out: Path
+    checkpoints: tuple[Path, ...]
+    switch: bool = False
+    pair: tuple[int, int] = (1, 2)
+
+
+def as_flags(key: str, value: object) -> list[str]:
+    """The command line that says the same as a plain value."""
+    if isinstance(value, bool):
+        section, dot, name = key.replace("_", "-").rpartition(".")
+        return [f"--{section}{dot}{name}" if value else f"--{section}{dot}no-{name}"]
+    if isinstance(value, list):
+        return [flag(key), *map(str, value)]
+    return [f"{flag(key)}={value}"]
+
+
+def nested(key: str, value: object) -> dict:
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
+
+
+def outcome(action) -> object:
+    """What an action returns, or the line it refuses with; nan is never equal to itself."""
+    try:
+        return repr(action())
+    except UserError as refused:
+        assert "\n" not in str(refused)
+        return str(refused)
+
+
+@pytest.mark.parametrize("cls", [House, Config])
+@given(data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_an_accepted_value_is_what_its_flag_gives(cls, data):
+    types = known(cls)
+    key = data.draw(st.sampled_from(sorted(types)))
+    value = data.draw(VALUES)
+    try:
+        fitted(types[key], value)
+    except ValueError:
+        with pytest.raises(UserError, match=flag(key)):
+            filled(cls, nested(key, value))
+        return
+    told = outcome(lambda: filled(cls, nested(key, value)))
+    assert told == outcome(lambda: config.parse(cls, as_flags(key, value), prog="stpp"))
+
+
+ARGUMENTS = ["--out", "--checkpoints", "--switch", "--no-switch", "--pair", "--out=x", "--switch=y", "--pair=3",
+             "--nope", "--no-out", "x", "3", "", "-1", "-x", "--", "--pa", "None", "é\n"]
+
+
+@given(st.lists(st.sampled_from(ARGUMENTS), max_size=7))
+@settings(max_examples=100, deadline=None)
+def test_any_arguments_are_flags_or_one_line(args):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stpp.settings.mistake", lambda *given: (asked.append(given), mistake(*given))[1])
+        asked = []
+        try:
+            found = config.parse(Tool, args, prog="stpp tool")
+        except UserError as refused:
+            assert "\n" not in str(refused) and "not understood" not in str(refused) and asked
+        else:
+            assert isinstance(found, Tool) and not asked
+
+
+@pytest.mark.parametrize(("args", "line"), [
+    (["--pair", "1"], "--pair is 1: it must be 2 values, each a whole number"),
+    (["--pair", "1", "b"], "--pair is 1 b: it must be 2 values, each a whole number"),
+    (["--pair"], "--pair needs a value"),
+    (["--out"], "--out needs a value"),
+    ([], "--out and --checkpoints are missing"),
+    (["photo.png", "--out", "x"], "--checkpoints is missing"),
+    (["--outt", "x"], "there is no setting --outt; perhaps you meant --out"),
+    (["--checkpoints", "a", "b", "--out", "x", "--zebra"], "there is no setting --zebra"),
+])
+def test_a_mistake_is_named(args, line):
+    with pytest.raises(UserError) as refused:
+        config.parse(Tool, args, prog="stpp tool")
+    assert str(refused.value) == line
+
+
+@pytest.mark.parametrize(("values", "line"), [
+    ({"seed": "3"}, '--seed is "3": it must be a whole number'),
+    ({"seed": 3.0}, "--seed is 3.0: it must be a whole number"),
+    ({"seed": True}, "--seed is true: it must be a whole number"),
+    ({"seed": {"a": 1}}, "there is no setting --seed.a; perhaps you meant --seed"),
+    ({"kitchen-sink": {"pair": [1]}}, "--kitchen-sink.pair is [1]: it must be 2 values, each a whole number"),
+    ({"kitchen_sink": {"choice": "8"}}, '--kitchen-sink.choice is "8": it must be one of a, 8, b'),
+    ({"kitchen_sink": {"words": "one"}}, '--kitchen-sink.words is "one": it must be a list, each text'),
+    ({"kitchen_sink": {"perhaps": "low"}}, '--kitchen-sink.perhaps is "low": it must be a number'),
+    ({"kitchen_sink": 3},
+     "--kitchen-sink is a section, not a setting; set what is in it, such as --kitchen-sink.whole"),
+    ({"kitchen": {"whole": 3}},
+     "there is no setting --kitchen.whole; perhaps you meant --kitchen-sink.whole or --kitchen-sink.choice"),
+    ({"kitchen_sink": {"whole": 3}, "kitchen-sink": {"whole": 3}},
+     "--kitchen-sink.whole is there twice, spelled with - and with _; keep one"),
+    ({"seed": "a\nb"}, '--seed is "a\\nb": it must be a whole number'),
+    ({"x" * 500: 3}, f"there is no setting --{'x' * 78}..."),
+])
+def test_a_value_that_does_not_fit_is_named(values, line):
+    with pytest.raises(UserError) as refused:
+        filled(House, values)
+    assert str(refused.value) == line
+
+
+def test_values_get_the_types_of_their_fields():
+    values = {"number": 3, "text": 0.125, "path": "a b", "pair": [4, 5], "paths": ["x", "y"], "switch": False,
+              "perhaps_text": None, "perhaps_choice": 16}
+    found = filled(House, {"kitchen-sink": values}).kitchen_sink
+    assert (found.number, found.text, found.path, found.pair) == (3.0, "0.125", Path("a b"), (4, 5.0))
+    assert isinstance(found.number, float) and isinstance(found.pair[1], float)
+    assert (found.paths, found.perhaps_text) == ((Path("x"), Path("y")), None)
+    assert (found.perhaps_choice, found.switch) == (16, False)
+    assert filled(House, {}) == House()
+    with pytest.raises(ValueError):
+        fitted(float, 10**400)
+    assert math.isnan(fitted(float | None, math.nan))
+
+
+def test_every_setting_of_a_run_has_a_type_that_is_known():
+    types = known(Config)
+    assert types.keys() == flatten(config.to_dict(Config())).keys()
+    assert all(allowed(annotation) for annotation in types.values())
+
+
+def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path):
+    for name, text in (("a.toml", "seed = 7"), ("a.json", json.dumps({"seed": 7}))):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert config.load_recipe(Config, tmp_path / name).seed == 7
+
+
+def test_a_list_in_a_recipe_cannot_hold_flags(tmp_path):
+    (tmp_path / "a.toml").write_text('[data]\nclasses = ["--seed=5", "--help"]')
+    found = config.load_recipe(Config, tmp_path / "a.toml")
+    assert found.data.classes == ("--seed=5", "--help") and found.seed == 0
