@@ -125,7 +125,7 @@ def copied(source: Path | None, count: int, folder: Path, size: tuple[int, int] 
         synthetic.generate(folder / "data", train=count, val=0, difficulty=synthetic.Difficulty(side_px=(320, 480)))
         source = folder / "data" / "JPEGImages"
     (folder / "source").mkdir()
-    found = sorted(path for path in source.rglob("*") if path.suffix.lower() in EXTENSIONS)[:count]
+    found = sorted(path for path in source.rglob("*") if path.suffix.lower() in IMAGE_EXTENSIONS)[:count]
     paths = [Path(shutil.copy(path, folder / "source")) for path in found]
     for path in paths if size else ():
         with Image.open(path) as image:
