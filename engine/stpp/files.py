@@ -64,7 +64,10 @@ def plain(path: str | os.PathLike) -> IO[bytes]:
 
 @contextlib.contextmanager
 def renamed(path: str | os.PathLike, temporary: str | os.PathLike | None = None) -> Iterator[IO[bytes]]:
-    """Opens `temporary` (by default a hidden file beside `path`), which takes its name when the block ends well; not synced."""
+    """Opens `temporary` (unset: a hidden file beside `path`), which takes its name when the block ends well.
+
+    Nothing is synced.
+    """
     temporary = _beside(Path(path)) if temporary is None else temporary
     try:
         with plain(temporary) as file:

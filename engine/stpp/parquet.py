@@ -45,7 +45,7 @@ def schema(columns: Mapping[str, str], required: Collection[str] = ()):
 
 
 class TableWriter:
-    """Writes rows as they come, a row group for every few thousand, so that memory does not grow with the table."""
+    """Writes rows as they come, a group for every few thousand: memory does not grow with the table."""
 
     def __init__(self, file: IO[bytes], columns: Mapping[str, str], required: Collection[str] = ()):
         self._pa, self._schema = pyarrow(), schema(columns, required)
@@ -98,7 +98,8 @@ def read(path: Path, columns: Iterable[str] | None = None) -> list[dict]:
     try:
         with pa.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            return file.read(None if columns is None else [name for name in names if name in columns]).to_pylist()
+            wanted = names if columns is None else [name for name in names if name in columns]
+            return file.read(wanted).to_pylist()
     except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: text that is not UTF-8
         raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
 

@@ -12,8 +12,12 @@ import pytest
 
 import label_cases as cases
 from conftest import torchrun
+from stpp.config import DataConfig, LabelConfig
 from stpp.errors import UserError
-from stpp.label import changes, rows, update
+from stpp.images.sources import open_source
+from stpp.inference.several import ready
+from stpp.label import changes, reliability, rows, update
+from stpp.label.assignment import Assignment
 
 WORKERS = Path(__file__).parents[1] / "workers"
 OUTPUTS = ("png", "tar")
@@ -346,3 +350,26 @@ def test_an_update_that_was_decided_on_is_carried_out_by_any_call(source, tmp_pa
     assert (out / "plan" / "update.json").exists()
     summary, seen = label(source, out)
     assert seen == 5 and summary.images == 14
+
+
+def test_a_selection_is_updated_like_labels(source, tmp_path):
+    def select(out: Path, *, updated: bool = False):
+        teachers = [cases.Tiny(), cases.Tiny()]
+        teachers[0]._weight = teachers[0]._weight.flip(0)
+        task = Assignment(source=open_source(str(source)), out=out, config=LabelConfig(batch_per_rank=3, shard_size=4),
+                          data=DataConfig(threads=1, loader="reference"), table="scores", update=updated)
+        return reliability.select_corpus(ready(*teachers, identity="two"), task, cases.HERE), teachers[0].seen
+
+    out = tmp_path / "out"
+    select(out)
+    change(source)
+    with pytest.raises(UserError, match="--update"):
+        select(out)
+    summary, seen = select(out, updated=True)
+    assert seen == 5 and (summary.images, summary.bad) == (14, 2)
+    select(tmp_path / "fresh")
+    found, fresh = ({row["key"]: row for row in rows.read(one / "reliability.parquet")} for one in (out, tmp_path / "fresh"))
+    assert found == fresh and len(found) == 12
+    lists = [[sorted((one / name).read_text().splitlines()) for name in ("reliable_ids.txt", "unreliable_ids.txt")]
+             for one in (out, tmp_path / "fresh")]
+    assert lists[0] == lists[1]

@@ -41,7 +41,7 @@ class CorpusOptions(LabelConfig):
     verify: bool = False
     """Also look for missing, truncated or altered files of finished shards, and do those again."""
     update: bool = False
-    """Label just the images that are new or changed since the source was listed; masks of those that are gone are removed."""
+    """Label just what is new or changed since the source was listed; masks of images that are gone go."""
     list_only: bool = False
     """Only list the source and check its names: one process does that, and needs no GPU. Then the same command without this."""
     max_bad_fraction: float = 0.01
@@ -94,8 +94,8 @@ def label(args: Sequence[str]) -> None:
 
         return label_corpus(open_teachers, task, here)
 
-    _run(options, [options.teacher], options.tta, work, "mean confidence", output_stride=options.output_stride,
-         output=options.output)
+    _run(options, [options.teacher], options.tta, work, "mean confidence", output=options.output,
+         output_stride=options.output_stride)
 
 
 def select(args: Sequence[str]) -> None:
@@ -161,7 +161,8 @@ def _run(options: CorpusOptions, paths: Sequence[Path], mode: str, work: Callabl
             return found
 
         task = Assignment(source=source, out=options.out, config=options, part=part, verify=options.verify,
-                          data=DataConfig(exif=exif, loader=options.reading.loader, threads=options.reading.threads),
+                          data=DataConfig(exif=exif, loader=options.reading.loader,
+                                          threads=options.reading.threads),
                           update=options.update, list_only=options.list_only, **more)
         try:
             summary = work(opened, task, here)
@@ -195,8 +196,8 @@ def _end(options: CorpusOptions, summary: "Summary", mean: str, classes: list[st
     if summary.bad > options.max_bad_fraction * summary.images:
         first = f", the first: {failed[0][0]}: {failed[0][1]}" if failed else ""
         print(f"stpp: {summary.bad} of {summary.images} images are bad, more than --max-bad-fraction "
-              f"{options.max_bad_fraction}{first}; the good ones are done, the bad ones are listed with their reasons in "
-              f"{options.out / 'failed.parquet'}", file=sys.stderr, flush=True)
+              f"{options.max_bad_fraction}{first}; the good ones are done, the bad ones are listed with "
+              f"their reasons in {options.out / 'failed.parquet'}", file=sys.stderr, flush=True)
         sys.exit(1)
 
 

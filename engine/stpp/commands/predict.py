@@ -71,7 +71,8 @@ def predict(args: Sequence[str]) -> None:
         try:
             bad = _write_all(predictor, items, options.out)
         except OSError as error:
-            raise UserError(f"--out {options.out}: {files.why(error)}; make room, or choose another --out") from None
+            raise UserError(f"--out {options.out}: {files.why(error)}; make room, or choose another "
+                            "--out") from None
     print(f"{options.out}: {len(items) - len(bad)} masks")
     for line in bad[1:]:
         log.say(line)

@@ -18,9 +18,9 @@ _OUTSIDE = re.compile(r"(^|/)\.\.(/|$)|^/|\x00|\n")
 
 
 _COLUMNS = {"key": "string", "image": "string", "mask": "string", "converted": "string", "width": "int32",
-            "height": "int32", "orientation": "int8", "plain": "bool", "format": "string", "colours": "string",
-            "alpha": "bool", "bits": "int8", "used_bits": "int8", "class_pixels": "list<int64>", "bytes": "int64",
-            "mtime_ns": "int64"}
+            "height": "int32", "orientation": "int8", "plain": "bool", "format": "string",
+            "colours": "string", "alpha": "bool", "bits": "int8", "used_bits": "int8",
+            "class_pixels": "list<int64>", "bytes": "int64", "mtime_ns": "int64"}
 _REQUIRED = _COLUMNS.keys() - {"mask", "converted", "class_pixels"}
 
 

@@ -84,7 +84,8 @@ def batches(tasks: Iterator[tuple[int, list[Planned]]], *, device: torch.device,
 
         stream = copy_stream(device)
 
-        def prepared(planned: list[Planned], reads: list[Future]) -> tuple[Arriving | None, dict[int, str], list]:
+        def prepared(planned: list[Planned],
+                     reads: list[Future]) -> tuple[Arriving | None, dict[int, str], list[int | None]]:
             if not planned:
                 return None, {}, []
             raw, hashes = zip(*(read.result() for read in reads), strict=True)
@@ -166,7 +167,8 @@ def _warn_of_dark(planned: list[Planned], images: list, warned: threading.Event)
                     "nearly black, as others like it may be; stretch such images to the full range, all by the same factor")
 
 
-def _assembled(planned: list[Planned], images: list, device: torch.device) -> tuple[torch.Tensor, dict[int, str]]:
+def _assembled(planned: list[Planned], images: list,
+               device: torch.device) -> tuple[torch.Tensor, dict[int, str]]:
     """Turns the images upright and stacks them: uint8 [N, H, W, 3], sent to the device, and errors by place."""
     shape = (len(planned), *planned[0].size, 3)
     on_device = device.type != "cpu" and any(isinstance(image, torch.Tensor) for image in images)

@@ -27,7 +27,7 @@ class Item:
     error: str | None = None
     """Why it cannot be labelled, where the name alone tells."""
     mark: str = field(default="", compare=False)
-    """Size and time of change of the file when it was listed (`storage.mark`); empty where they are not looked at."""
+    """Size and time of change of the file when it was listed (`storage.mark`); empty: not looked at."""
 
     def read(self, length: int = -1) -> bytes:
         """Its bytes, or only the first `length`.
@@ -72,7 +72,7 @@ def content_hash(data: bytes) -> int:
 
 
 def named(name: str, source: str, file: str, *, offset: int = -1, length: int = -1, mark: str = "") -> Item:
-    """The item of an image called `name`; one with its error if the name cannot become a path below the output.
+    """The item of an image called `name`; one with an error if the name cannot be a path below the output.
 
     Raises:
         UserError: the shell's locale hides names that are not plain ASCII.
@@ -84,7 +84,8 @@ def named(name: str, source: str, file: str, *, offset: int = -1, length: int = 
     except ValueError as error:
         reason = "its name is not UTF-8" if isinstance(error, UnicodeError) else str(error)
         return unnamed(source, file, reason, mark)
-    return Item(key=key, source=printable(source), file=printable_file, offset=offset, bytes=length, mark=mark)
+    return Item(key=key, source=printable(source), file=printable_file, offset=offset, bytes=length,
+                mark=mark)
 
 
 def unnamed(source: str, file: str, reason: str, mark: str = "") -> Item:
@@ -99,5 +100,5 @@ def require_readable_name(name: str, called: str) -> None:
         UserError: tells how to set the locale.
     """
     if sys.getfilesystemencoding().lower().replace("-", "") != "utf8" and not name.isascii():
-        raise UserError(f"{called} is called {printable(name)}, which needs UTF-8, and this shell's locale has "
-                        f"{sys.getfilesystemencoding()}; set PYTHONUTF8=1 or LC_ALL=C.UTF-8")
+        raise UserError(f"{called} is called {printable(name)}, which needs UTF-8, and this shell's locale "
+                        f"has {sys.getfilesystemencoding()}; set PYTHONUTF8=1 or LC_ALL=C.UTF-8")

@@ -72,7 +72,7 @@ class ListSource:
 
 
 def _lines(file: IO[bytes], path: str) -> Iterator[str]:
-    """Lines of a text file: UTF-8, or what its byte order mark says. Bytes that are no UTF-8 come as surrogates.
+    """Lines of a text file: UTF-8, or what its byte order mark says; surrogates for bytes that are neither.
 
     Raises:
         UserError: UTF-16 without a mark, or damaged.
@@ -85,12 +85,12 @@ def _lines(file: IO[bytes], path: str) -> Iterator[str]:
             for line in io.TextIOWrapper(file, "utf-32" if wide else "utf-16"):
                 yield line.strip("\r\n")
         except UnicodeError as error:
-            raise UserError(f"--source {path}: begins as UTF-{32 if wide else 16}, but cannot be read as that ({error}); "
-                            "save it as UTF-8") from None
+            raise UserError(f"--source {path}: begins as UTF-{32 if wide else 16}, but cannot be read as "
+                            f"that ({error}); save it as UTF-8") from None
         return
     if b"\0" in head:
-        raise UserError(f"--source {path}: no text in UTF-8: it begins with zero bytes, as UTF-16 without a mark "
-                        "does; save it as UTF-8")
+        raise UserError(f"--source {path}: no text in UTF-8: it begins with zero bytes, as UTF-16 without a "
+                        "mark does; save it as UTF-8")
     for number, raw in enumerate(file):
         yield raw.decode("utf-8-sig" if number == 0 else "utf-8", "surrogateescape").strip("\r\n")
 

@@ -1,4 +1,7 @@
-"""Corpora: folders, lists and tar archives as a stream of items, in memory that does not grow with their number."""
+"""Corpora: folders, lists and tar archives as a stream of items.
+
+Memory does not grow with their number.
+"""
 
 import hashlib
 import heapq
@@ -45,8 +48,8 @@ def open_source(spec: str, *, root: Path | None = None, tar_folders: bool = Fals
     """The corpus that `--source` names.
 
     Args:
-        spec: a folder, a list file, or tar archives (`shards/{000..127}.tar`); a local path or a URL of fsspec. A folder that is
-            there is a folder, whatever its name.
+        spec: a folder, a list file, or tar archives (`shards/{000..127}.tar`); a local path or a URL of
+            fsspec. A folder that is there is a folder, whatever its name.
         root: what relative paths of a list are relative to; None: the folder that the list lies in.
         tar_folders: put the masks of each archive into a folder of the archive's name.
 
@@ -144,7 +147,8 @@ class TarSource:
 
     def _item(self, path: str, member: tars.Member, mark: str) -> Item:
         archive = path.rstrip("/").rpartition("/")[2]
-        source, place = f"{archive}::{member.name}", {"offset": member.offset, "length": member.bytes, "mark": mark}
+        place = {"offset": member.offset, "length": member.bytes, "mark": mark}
+        source = f"{archive}::{member.name}"
         if member.problem is not None:
             return unnamed(source, path, member.problem, mark)
         item = named(member.name, source, path, **place)
@@ -167,7 +171,7 @@ class TarSource:
 
 
 class _ImagesOf:
-    """The names of an archive's images without extension; read from it when first asked, so for few archives."""
+    """The names of an archive's images without extension; read when first asked, so of few archives."""
 
     def __init__(self, path: str):
         self._path, self._names = path, None
@@ -176,7 +180,8 @@ class _ImagesOf:
         if self._names is None:
             stems = {_stem(member.name) for member in tars.members(self._path) if _is_image(member.name)}
             # The fields of a sample may both have names (WebDataset): x.rgb.png and x.mask.png.
-            self._names = stems | {stem.rpartition(".")[0] for stem in stems if stem.lower().endswith(_IMAGE_FIELDS)}
+            self._names = stems | {stem.rpartition(".")[0] for stem in stems
+                                   if stem.lower().endswith(_IMAGE_FIELDS)}
         return name in self._names
 
 

@@ -50,7 +50,8 @@ def children(folder: str) -> Iterator[Child]:
         with os.scandir(folder) as entries:
             for entry in entries:
                 with contextlib.suppress(OSError):  # an entry that went away meanwhile
-                    yield Child(entry.name, False, _local_mark(entry)) if not entry.is_dir() else Child(entry.name, True, "")
+                    is_folder = entry.is_dir()
+                    yield Child(entry.name, is_folder, "" if is_folder else _local_mark(entry))
         return
     fs, inside = _remote(folder)
     for entry in _asked(folder, lambda: fs.ls(inside, detail=True)):
@@ -69,7 +70,7 @@ def size(path: str) -> int:
 
 
 def mark(path: str) -> str:
-    """Size and time of change of a file, as a text that changes when the file is written anew, as far as the store tells.
+    """Size and time of change of a file: a text that changes when it is written anew, if the store tells.
 
     Raises:
         OSError: there is no such file.

@@ -10,8 +10,8 @@ from stpp.errors import UserError
 from stpp.images import storage
 
 _BLOCK = 512
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip",
-               b"\x04\x22\x4d\x18": "lz4", b"7z\xbc\xaf\x27\x1c": "7-Zip"}
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd",
+               b"PK\3\4": "zip", b"\x04\x22\x4d\x18": "lz4", b"7z\xbc\xaf\x27\x1c": "7-Zip"}
 """First bytes of files that are often given a name in `.tar` all the same."""
 
 
@@ -23,7 +23,7 @@ class Member(NamedTuple):
     offset: int
     bytes: int
     problem: str | None
-    """Why it is no plain file with its bytes in the archive; None if it is one, or a hard link to one before it."""
+    """Why it is no file with its bytes in the archive; None if it is one, or a hard link to one."""
 
 
 def members(path: str) -> Iterator[Member]:
@@ -39,8 +39,8 @@ def members(path: str) -> Iterator[Member]:
         if found.islnk():
             links = _link_targets(path) if links is None else links
             target = links.get(posixpath.normpath(found.linkname))
-            yield Member(found.name, *(target or (0, 0)),
-                         None if target else f"it is a hard link to {found.linkname!r}, which is no file of the archive")
+            lost = f"it is a hard link to {found.linkname!r}, which is no file of the archive"
+            yield Member(found.name, *(target or (0, 0)), None if target else lost)
         else:
             yield Member(found.name, found.offset_data, found.size, _problem(found))
 
@@ -62,8 +62,8 @@ def _entries(path: str) -> Iterator[tarfile.TarInfo]:
             head = file.read(8)
             kind = next((kind for magic, kind in _COMPRESSED.items() if head.startswith(magic)), None)
             if kind:
-                raise UserError(f"{path}: compressed with {kind}, though its name ends in .tar; unpack it into a plain .tar "
-                                "(images are compressed already)")
+                raise UserError(f"{path}: compressed with {kind}, though its name ends in .tar; unpack it into "
+                                "a plain .tar (images are compressed already)")
             start: int | None = 0
             while start is not None:
                 end = yield from _archive(file, start, size)
@@ -93,8 +93,8 @@ def _next_archive(file: IO[bytes], end: int, size: int, *, since: int) -> int | 
     `tarfile` takes a damaged header after the first, and the end of the file, for the end of the archive.
     """
     if end >= size:
-        raise tarfile.ReadError(f"it stops after {size} bytes without the zeros that end an archive: it was cut there, or is still "
-                                "being written")
+        raise tarfile.ReadError(f"it stops after {size} bytes without the zeros that end an archive: it was "
+                                "cut there, or is still being written")
     file.seek(end)
     if file.read(_BLOCK).strip(b"\0"):
         raise tarfile.ReadError(f"it goes on at byte {end} with what is no archive" if end == since
@@ -108,10 +108,11 @@ def _next_archive(file: IO[bytes], end: int, size: int, *, since: int) -> int | 
 
 
 def _link_targets(path: str) -> dict[str, tuple[int, int]]:
-    """(offset, bytes) of the files that hard links of an archive name, by name: its headers are read twice for it."""
+    """(offset, bytes) of the files that hard links of an archive name; its headers are read twice for it."""
     wanted = {posixpath.normpath(found.linkname) for found in _entries(path) if found.islnk()}
-    return {name: (found.offset_data, found.size) for found in _entries(path)
-            if (name := posixpath.normpath(found.name)) in wanted and not found.islnk() and _problem(found) is None}
+    files = (found for found in _entries(path) if not found.islnk() and _problem(found) is None)
+    return {name: (found.offset_data, found.size) for found in files
+            if (name := posixpath.normpath(found.name)) in wanted}
 
 
 def entry(name: str, data: bytes) -> bytes:

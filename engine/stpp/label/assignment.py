@@ -31,7 +31,7 @@ class Assignment:
     verify: bool = False
     """Look at what finished shards left, and do damaged ones again."""
     update: bool = False
-    """Take images that are new or changed since the source was listed into the plan, and out of it those that are gone."""
+    """Take what is new or changed since the source was listed into the plan, and what is gone out of it."""
     list_only: bool = False
     """Only list the source: that is work of one process, and needs no GPU."""
 

@@ -1,7 +1,8 @@
 """What changed in a corpus since it was listed.
 
-An image is known by its place: file, and name in it. One whose size or time of change differs is read and compared with
-the hash in its row, so that a mere touch is no change. Memory grows with what changed, not with the corpus.
+An image is known by its place: file, and name in it. One whose size or time of change differs is read and
+compared with the hash in its row, so that a mere touch is no change. Memory grows with what changed, not with
+the corpus.
 """
 
 import hashlib
@@ -33,7 +34,7 @@ class Edit(NamedTuple):
 
     shard: int
     dropped: bool
-    """The image is gone or has another content: its mask and row go. Otherwise only its place is written anew."""
+    """The image is gone or has another content: its mask and row go. Else only its place is written anew."""
     item: Item
 
 
@@ -93,7 +94,8 @@ def compare(source: Source, plan: Plan, hashes: Hashes, fresh: Callable[[Item], 
                     found.touched += 1
         collided = keys.repeated()
     if collided:
-        raise collision(*first_pair(collided, ((item.key, item.source) for item in source.items())), len(collided))
+        named = ((item.key, item.source) for item in source.items())
+        raise collision(*first_pair(collided, named), len(collided))
     for shard in sorted(set(gone.values())):
         left = [item for item in plan.listed(shard) if identity(item) in gone]
         found.gone += [item.source for item in left]
@@ -101,8 +103,9 @@ def compare(source: Source, plan: Plan, hashes: Hashes, fresh: Callable[[Item], 
     return found
 
 
-def _differences(source: Source, plan: Plan) -> tuple[set[bytes], dict[bytes, int], dict[bytes, int], set[bytes]]:
-    """Places that are new; places that are gone, and those with another mark, with their shards; places met twice."""
+def _differences(source: Source,
+                 plan: Plan) -> tuple[set[bytes], dict[bytes, int], dict[bytes, int], set[bytes]]:
+    """Places that are new; that are gone or have another mark, with their shards; that are met twice."""
     new, gone, differing, repeated = set(), {}, {}, set()
     with _Buckets(plan.folder) as listed, _Buckets(plan.folder) as present:
         for shard in range(plan.shards):

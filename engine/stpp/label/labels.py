@@ -71,12 +71,13 @@ class Labels:
     @property
     def settings(self) -> dict:
         """See `Job`."""
-        return {"job": "label", "teacher": self.teacher, "tta": self.mode, "min_confidence": self.min_confidence,
-                "output": self.output}
+        return {"job": "label", "teacher": self.teacher, "tta": self.mode, "output": self.output,
+                "min_confidence": self.min_confidence}
 
     def compute(self, batch: Batch) -> Callable[[], list[PseudoLabel | str | None]]:
         """See `Job`; a text is why an image has no label although it could be read."""
-        sums_NCHW = views.accumulate(self.network.logits, batch.images_NCHW, self.mode, self.network.num_classes)
+        sums_NCHW = views.accumulate(self.network.logits, batch.images_NCHW, self.mode,
+                                     self.network.num_classes)
         queued, errors = self._queued(sums_NCHW), batch.errors
 
         def results() -> list[PseudoLabel | str | None]:
@@ -149,15 +150,15 @@ class Labelled:
 
     images: int
     miou: float | None
-    """Agreement with the masks of the images, percent, where all of them have one: reported, never trained on."""
+    """Agreement with the masks of the images, percent, where all have one: reported, never trained on."""
 
 
 def label_corpus(open_teacher: Open, task: Assignment, here: World) -> Summary:
-    """Writes a mask (8-bit class indices, 255 below the confidence floor) of every image, and rows that describe it.
+    """Writes a mask (8-bit class indices, 255 below the confidence floor) of every image, and its row.
 
-    Below `task.out`: `masks/<key>.png` or `masks/shard-*.tar`, `labels/part-*.parquet` (columns: `rows.LABELS`), at the
-    end `failed.parquet` and `summary.json`; `run.json`, `plan/` and `shards/` are the run's own. The same call goes on
-    where it was interrupted, on any number of ranks, and ends with the same bytes.
+    Below `task.out`: `masks/<key>.png` or `masks/shard-*.tar`, `labels/part-*.parquet` (`rows.LABELS`), at the
+    end `failed.parquet` and `summary.json`; `run.json`, `plan/` and `shards/` are the run's own. The same call
+    goes on where it was interrupted, on any number of ranks, and ends with the same bytes.
 
     Args:
         open_teacher: opens one teacher.
@@ -168,14 +169,14 @@ def label_corpus(open_teacher: Open, task: Assignment, here: World) -> Summary:
     """
     def job(images: int) -> Labels:
         (opened,) = open_teacher(images)
-        return Labels(network=opened.network, teacher=opened.identity, mode=task.config.tta, output=task.output,
-                      min_confidence=task.config.min_confidence)
+        return Labels(network=opened.network, teacher=opened.identity, mode=task.config.tta,
+                      output=task.output, min_confidence=task.config.min_confidence)
 
     return execute(task, job, here)
 
 
-def label(open_teacher: Open, samples: Sequence[Sample], here: World, *, config: LabelConfig, data: DataConfig,
-          out: Path, title: str) -> Labelled:
+def label(open_teacher: Open, samples: Sequence[Sample], here: World, *, config: LabelConfig,
+          data: DataConfig, out: Path, title: str) -> Labelled:
     """Labels the samples of a stage with `label_corpus`.
 
     Raises:
@@ -202,12 +203,13 @@ def require_none_bad(summary: Summary, out: Path) -> None:
     """
     if summary.bad:
         first = rows.read(out / "failed.parquet")[0]
-        raise UserError(f"{summary.bad} images cannot be labelled, the first: {first['source']}: {first['error']}; "
-                        f"replace them or take them off the list, and remove {out} (all are in its failed.parquet)")
+        raise UserError(f"{summary.bad} images cannot be labelled, the first: {first['source']}: "
+                        f"{first['error']}; replace them or take them off the list, and remove {out} (all are "
+                        "in its failed.parquet)")
 
 
 def agreement(samples: Sequence[Sample], out: Path, here: World, num_classes: int) -> float | None:
-    """Mean IoU, percent, of the pseudo labels in `out` with the samples' own masks; None unless all have one."""
+    """Mean IoU, percent, of the pseudo labels in `out` with the samples' masks; None unless all have one."""
     if any(sample.mask is None for sample in samples):
         return None
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)

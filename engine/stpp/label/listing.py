@@ -29,10 +29,10 @@ def read(out: Path) -> dict | None:
 
 
 def ensure(task: Assignment) -> None:
-    """Lists the source into the plan, or checks that the listing that is there is of this source as it is now.
+    """Lists the source into the plan, or checks that the listing is of this source as it is now.
 
     Raises:
-        UserError: there is no image; another source; or images are new, changed or gone and `task.update` is not set.
+        UserError: there is no image; another source; or images changed, and `task.update` is not set.
         OSError: the output cannot be written.
     """
     update.finish(task.out, task.table)
@@ -74,9 +74,9 @@ def _follow(task: Assignment, listing: dict, stamp: dict) -> None:
     fresh = _NewShards(plan, listing["shard_size"], write=task.update)
     changes = compare(task.source, plan, hashes, fresh.add)
     if changes and not task.update:
-        raise UserError(f"--source: images are not those that were listed for --out {task.out}: {changes.words()}; add "
-                        "--update to label just the new and changed ones (masks and rows of those that are gone are "
-                        "removed), or choose another --out")
+        raise UserError(f"--source: images are not those that were listed for --out {task.out}: "
+                        f"{changes.words()}; add --update to label just the new and changed ones (masks and "
+                        "rows of those that are gone are removed), or choose another --out")
     fresh.flush()
     gone = len(changes.changed) + len(changes.gone)
     items = listing["items"] + fresh.items - gone
@@ -118,7 +118,8 @@ class _NewShards:
     def flush(self) -> None:
         """Writes the last shard."""
         if self._waiting:
-            rows.write(listing_path(self._folder, self.shards), map(rows.listing_row, self._waiting), rows.LISTING)
+            table = map(rows.listing_row, self._waiting)
+            rows.write(listing_path(self._folder, self.shards), table, rows.LISTING)
             self.shards, self._waiting = self.shards + 1, []
 
 

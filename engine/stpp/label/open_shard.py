@@ -36,8 +36,8 @@ class Job(Protocol):
         """Queues the work on a batch.
 
         Returns:
-            What waits for it, and returns what becomes of each image that is no blank (None for a blank), on the CPU. It
-            holds no memory of the device.
+            What waits for it, and returns what becomes of each image that is no blank (None for a blank), on
+            the CPU. It holds no memory of the device.
         """
         ...
 
@@ -58,8 +58,8 @@ class OpenShard:
         pool: stores masks.
     """
 
-    def __init__(self, shard: int, planned: list[Planned], task: Assignment, job: Job, pool: ThreadPoolExecutor,
-                 clock: Clock):
+    def __init__(self, shard: int, planned: list[Planned], task: Assignment, job: Job,
+                 pool: ThreadPoolExecutor, clock: Clock):
         self.shard, self._task, self._job, self._pool, self._clock = shard, task, job, pool, clock
         self._sink: Sink | None = job.sink(task.out, shard, clock)
         self._rows: dict[int, dict] = {}
@@ -68,7 +68,8 @@ class OpenShard:
         self._never = [one for one in planned if one.batch < 0]
         self.unplanned = len(self._never)
 
-    def add(self, planned: list[Planned], errors: dict[int, str], hashes: list[int | None], results: list) -> None:
+    def add(self, planned: list[Planned], errors: dict[int, str], hashes: list[int | None],
+            results: list) -> None:
         """Takes what a batch ended with; waits while too many masks wait to be stored."""
         for i, (one, found, result) in enumerate(zip(planned, hashes, results, strict=True)):
             error = errors.get(i, result if isinstance(result, str) else None)

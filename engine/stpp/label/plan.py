@@ -92,9 +92,10 @@ def make(source: Source, folder: Path, *, shard_size: int) -> dict:
 def collision(key: str, one: str, other: str, count: int) -> UserError:
     """The refusal of two images that would have the same mask."""
     if one == other:
-        return UserError(f"--source: {one} is there twice ({count} such names); write the archive anew without repetitions")
-    return UserError(f"--source: {one} and {other} would both be labelled as {key}.png ({count} such names); rename one, "
-                     "or label them into two --out (for archives: --tar-folders)")
+        return UserError(f"--source: {one} is there twice ({count} such names); write the archive anew "
+                         "without repetitions")
+    return UserError(f"--source: {one} and {other} would both be labelled as {key}.png ({count} such names); "
+                     "rename one, or label them into two --out (for archives: --tar-folders)")
 
 
 def _drop_repeated(folder: Path, shards: int, repeated: set[bytes]) -> int:

@@ -66,7 +66,8 @@ class Reliability:
         return rows.good(one, self.teacher) | {"reliability": result}
 
 
-def select_corpus(open_teachers: Open, task: Assignment, here: World, *, order: Sequence[str] | None = None) -> Summary:
+def select_corpus(open_teachers: Open, task: Assignment, here: World, *,
+                  order: Sequence[str] | None = None) -> Summary:
     """Writes `reliability.parquet`, `reliable_ids.txt` and `unreliable_ids.txt`: the reliable half, and the rest.
 
     Reliability is the mean IoU between the last teacher's prediction and each earlier one's. Shards, markers and
@@ -79,7 +80,8 @@ def select_corpus(open_teachers: Open, task: Assignment, here: World, *, order: 
     """
     def job(images: int) -> Reliability:
         opened = open_teachers(images)
-        return Reliability(networks=[one.network for one in opened], teacher="+".join(one.identity for one in opened))
+        return Reliability(networks=[one.network for one in opened],
+                           teacher="+".join(one.identity for one in opened))
 
     return execute(task, job, here, conclude=lambda: write_selection(task.out, order))
 
@@ -97,7 +99,8 @@ def select(open_teachers: Open, samples: Sequence[Sample], lines: Sequence[str],
     Raises:
         UserError: an image cannot be read.
     """
-    task = Assignment(source=SampleSource(samples, lines), out=out, config=config, data=data, title=title, table="scores")
+    task = Assignment(source=SampleSource(samples, lines), out=out, config=config, data=data, title=title,
+                      table="scores")
     summary = select_corpus(open_teachers, task, here, order=[sample.key for sample in samples])
     require_none_bad(summary, out)
     return summary.mean

@@ -10,20 +10,24 @@ from stpp.parquet import encoded as encoded
 from stpp.parquet import read as read
 from stpp.parquet import write as write
 
-PLACE = {"key": "string", "source": "string", "file": "string", "offset": "int64", "bytes": "int64", "error": "string"}
+PLACE = {"key": "string", "source": "string", "file": "string", "offset": "int64", "bytes": "int64",
+         "error": "string"}
+"""Columns of an item: where its bytes lie."""
 LISTING = {**PLACE, "mark": "string"}
 """Columns of `plan/listing-*.parquet`: the items of a shard as the source yields them."""
-PLAN = {"position": "int64", **PLACE, "width": "int32", "height": "int32", "orientation": "int8", "plain": "bool",
-        "format": "string", "colours": "string", "alpha": "bool", "bits": "int8", "batch": "int32"}
+PLAN = {"position": "int64", **PLACE, "width": "int32", "height": "int32", "orientation": "int8",
+        "plain": "bool", "format": "string", "colours": "string", "alpha": "bool", "bits": "int8",
+        "batch": "int32"}
 """Columns of `plan/part-*.parquet`: the items of a shard in the order that they are labelled."""
 EDITS = {"shard": "int32", "dropped": "bool", **LISTING}
 """Columns of `plan/update.parquet`: items that a shard loses, or whose place changed."""
-LABELS = {"key": "string", "source": "string", "status": "string", "error": "string", "width": "int32", "height": "int32",
-          "mean_confidence": "float64", "ignored_fraction": "float64", "class_pixels": "list<int64>",
-          "confidence_map": "binary", "size": "int64", "crc": "int64", "teacher": "string", "image_hash": "int64"}
-"""Columns of `labels/part-*.parquet` and `failed.parquet`."""
-SCORES = {"key": "string", "source": "string", "status": "string", "error": "string", "width": "int32", "height": "int32",
-          "reliability": "float64", "teacher": "string", "image_hash": "int64"}
+_IMAGE = {"key": "string", "source": "string", "status": "string", "error": "string", "width": "int32",
+          "height": "int32"}
+LABELS = {**_IMAGE, "mean_confidence": "float64", "ignored_fraction": "float64",
+          "class_pixels": "list<int64>", "confidence_map": "binary", "size": "int64", "crc": "int64",
+          "teacher": "string", "image_hash": "int64"}
+"""Columns of `labels/part-*.parquet` and `failed.parquet`; `image_hash` is `content_hash` of the image."""
+SCORES = {**_IMAGE, "reliability": "float64", "teacher": "string", "image_hash": "int64"}
 """Columns of `scores/part-*.parquet`."""
 RELIABILITY = {"key": "string", "reliability": "float64", "reliable": "bool"}
 """Columns of `reliability.parquet`."""

@@ -54,7 +54,7 @@ class Summary:
 
 def execute(task: Assignment, open_job: Callable[[int], Job], here: World, *,
             conclude: Callable[[], None] | None = None) -> Summary:
-    """Does the work, or what is left of it, on all ranks that call this; returns when every shard of the part is done.
+    """Does what is left of the work on all ranks that call this, until every shard of the part is done.
 
     Args:
         open_job: makes the networks ready for so many images; every rank calls it once.
@@ -116,7 +116,8 @@ def _claim(task: Assignment, job: Job, listing: dict, kind: str, threads: int) -
     """Takes the output for this run, or checks that it is this run's."""
     existing = fingerprint.read(task.out)
     ours = {"source": listing["source"], **job.settings, "cut": dataclasses.asdict(task.cut),
-            "shard_size": listing["shard_size"], "decoder": task.decoder, "device_kind": kind, "threads": threads}
+            "shard_size": listing["shard_size"], "decoder": task.decoder, "device_kind": kind,
+            "threads": threads}
     ours = json.loads(json.dumps(ours))
     if existing:
         # The source may have grown since: `listing.ensure` judges it.

@@ -1,4 +1,4 @@
-"""Who labels which shard: a counter in torchrun's store, static parts without one, and markers on disk as the truth.
+"""Shards among ranks: a counter in torchrun's store, static parts without one, markers on disk as the truth.
 
 No collective is called while shards are labelled, so a rank that is slow, stopped or dead holds up no other. A shard is
 done when its marker exists. The counter only spares ranks from meeting: should two label the same shard, they write the
@@ -231,7 +231,7 @@ def marker_of(table: list[dict], name: str, data: bytes, archives: list[dict]) -
 
 
 def damage(out: Path, table: str, shard: int) -> str | None:
-    """The first file of a finished shard that is missing, cut short or altered, in words; None if all is as it was.
+    """The first file of a finished shard that is missing, cut short or altered, in words; or None.
 
     Args:
         table: folder of the rows, "labels" or "scores".
@@ -241,8 +241,9 @@ def damage(out: Path, table: str, shard: int) -> str | None:
         part = out / table / marker["rows"]["path"]
         found = _differs(part, marker["rows"])
         if found is None and table == "labels":
-            masks = marker["files"] or [{"path": f"masks/{row['key']}.png", "bytes": row["size"], "crc": row["crc"]}
-                                        for row in rows.read(part) if row["status"] == "ok"]
+            masks = marker["files"] or [
+                {"path": f"masks/{row['key']}.png", "bytes": row["size"], "crc": row["crc"]}
+                for row in rows.read(part) if row["status"] == "ok"]
             found = next((text for file in masks if (text := _differs(out / file["path"], file))), None)
         return found
     except (UserError, KeyError, TypeError) as error:

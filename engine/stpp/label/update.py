@@ -1,8 +1,8 @@
 """Taking changes of a corpus into a labelling: whole or not at all, however often it is interrupted.
 
-What is to be done is written down first (`plan/update.parquet`, then `plan/update.json`); from then on every call carries
-it out before anything else, and each step may be done twice. Masks that still hold are kept; new and changed images stand
-in new shards; masks and rows of changed images and of those that are gone are removed.
+What is to be done is written down first (`plan/update.parquet`, then `plan/update.json`); from then on every
+call carries it out before anything else, and each step may be done twice. Masks that still hold are kept;
+new and changed images stand in new shards; masks and rows of images that changed or are gone are removed.
 """
 
 import json
@@ -20,7 +20,8 @@ from stpp.label.plan import listing_path, part_path
 from stpp.label.shards import Markers, marker_of
 from stpp.label.sinks import repacked
 
-CONCLUSIONS = ("summary.json", "failed.parquet", "reliability.parquet", "reliable_ids.txt", "unreliable_ids.txt")
+CONCLUSIONS = ("summary.json", "failed.parquet", "reliability.parquet", "reliable_ids.txt",
+               "unreliable_ids.txt")
 """Files that speak of the whole corpus: they go until all of it is labelled again."""
 
 
@@ -78,7 +79,8 @@ def _edit(out: Path, table: str, shard: int, edits: list[dict]) -> None:
     """Carries out the edits of one shard; what was carried out before stays as it is."""
     dropped = {row["key"] for row in edits if row["dropped"]}
     moved = {row["key"]: row for row in edits if not row["dropped"]}
-    _rewrite(listing_path(out / "plan", shard), dropped, moved, rows.LISTING, ("file", "offset", "bytes", "mark"))
+    place = ("file", "offset", "bytes")
+    _rewrite(listing_path(out / "plan", shard), dropped, moved, rows.LISTING, (*place, "mark"))
     markers, planned = Markers(out), part_path(out / "plan", shard)
     old = labelled(out, table, shard)
     if old is None:
@@ -87,7 +89,7 @@ def _edit(out: Path, table: str, shard: int, edits: list[dict]) -> None:
         planned.unlink(missing_ok=True)  # sizes may have changed with the content
     else:
         if planned.exists():
-            _rewrite(planned, dropped, moved, rows.PLAN, ("file", "offset", "bytes"))
+            _rewrite(planned, dropped, moved, rows.PLAN, place)
         if dropped:
             _drop(out, table, shard, markers, [row for row in old if row["key"] not in dropped], dropped)
     # Of a shard that was interrupted, masks of what is now other content may be there.
@@ -96,7 +98,7 @@ def _edit(out: Path, table: str, shard: int, edits: list[dict]) -> None:
 
 
 def labelled(out: Path, table: str, shard: int) -> list[dict] | None:
-    """The rows of a shard that is done; None where it is not, or where they are lost and it must be labelled again."""
+    """The rows of a shard that is done; None where it is not, or must be labelled again as they are lost."""
     if Markers(out).done(shard):
         with suppress(UserError):
             return rows.read(rows.part(out, table, shard))

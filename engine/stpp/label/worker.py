@@ -82,8 +82,8 @@ class Worker:
                 cut = list(batching.batches(planned))
                 yield from ((shard, batch) for batch in cut or [[]])
 
-        stream = batches.batches(tasks(), device=self._here.device, kind=self._task.decoder, threads=self._threads,
-                                 most=self._plan.cut.max_batch, clock=self.clock)
+        stream = batches.batches(tasks(), device=self._here.device, kind=self._task.decoder,
+                                 threads=self._threads, most=self._plan.cut.max_batch, clock=self.clock)
         line = _Line()
         with ThreadPoolExecutor(self._threads, "stpp-store") as pool, ThreadPoolExecutor(1, "stpp-close") as closer, \
                 closing(stream):
