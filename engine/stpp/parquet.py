@@ -85,11 +85,12 @@ def encoded(rows: Iterable[dict], columns: Mapping[str, str]) -> bytes:
     return file.getvalue()
 
 
-def read(path: Path, columns: Iterable[str] | None = None) -> list[dict]:
+def read(path: Path, columns: Iterable[str] | None = None, *, most: int | None = None) -> list[dict]:
     """The rows of a Parquet file.
 
     Args:
         columns: of those that are there, the ones to read; None: all.
+        most: read only so many, the first; None: all.
 
     Raises:
         UserError: missing or damaged.
@@ -99,7 +100,10 @@ def read(path: Path, columns: Iterable[str] | None = None) -> list[dict]:
         with pa.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             wanted = names if columns is None else [name for name in names if name in columns]
-            return file.read(wanted).to_pylist()
+            if most is None:
+                return file.read(wanted).to_pylist()
+            batch = next(file.iter_batches(batch_size=most, columns=wanted), None)
+            return [] if batch is None else batch.to_pylist()
     except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: text that is not UTF-8
         raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
 

@@ -9,6 +9,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import label_cases as cases
 from conftest import torchrun
@@ -235,6 +236,20 @@ def test_archives_that_grew_and_were_added(tmp_path):
     assert masks(out) == masks(tmp_path / "fresh") and len(before) == 7
 
 
+def test_a_name_that_an_archive_holds_twice_since_it_grew_is_refused(tmp_path):
+    files, out = cases.good_files(4), tmp_path / "out"
+    path = cases.as_tar(tmp_path / "s.tar", files)
+    label(path, out)
+    for name in (next(iter(files)), "new.jpg"):
+        with tarfile.open(path, "a") as archive:
+            for seed in (8, 9):
+                cases.add_to(archive, {name: cases.encoded(cases.picture(seed))})
+        for updated in (False, True):
+            with pytest.raises(UserError, match="is there twice"):
+                label(path, out, update=updated)
+        cases.as_tar(path, files)
+
+
 def test_a_list_that_grew_and_an_image_of_it_that_changed(source, tmp_path):
     listed, out = tmp_path / "list.txt", tmp_path / "out"
     names = sorted(str(path.relative_to(source)) for path in source.rglob("*.jpg"))
@@ -355,7 +370,8 @@ def test_an_update_that_was_decided_on_is_carried_out_by_any_call(source, tmp_pa
 def test_a_selection_is_updated_like_labels(source, tmp_path):
     def select(out: Path, *, updated: bool = False):
         teachers = [cases.Tiny(), cases.Tiny()]
-        teachers[0]._weight = teachers[0]._weight.flip(0)
+        noise = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+        teachers[0]._weight = teachers[0]._weight + 0.3 * noise  # scores differ, so that no order of ties counts
         task = Assignment(source=open_source(str(source)), out=out, config=LabelConfig(batch_per_rank=3, shard_size=4),
                           data=DataConfig(threads=1, loader="reference"), table="scores", update=updated)
         return reliability.select_corpus(ready(*teachers, identity="two"), task, cases.HERE), teachers[0].seen
@@ -369,7 +385,7 @@ def test_a_selection_is_updated_like_labels(source, tmp_path):
     assert seen == 5 and (summary.images, summary.bad) == (14, 2)
     select(tmp_path / "fresh")
     found, fresh = ({row["key"]: row for row in rows.read(one / "reliability.parquet")} for one in (out, tmp_path / "fresh"))
-    assert found == fresh and len(found) == 12
+    assert found == fresh and len({row["reliability"] for row in found.values()}) == 12
     lists = [[sorted((one / name).read_text().splitlines()) for name in ("reliable_ids.txt", "unreliable_ids.txt")]
              for one in (out, tmp_path / "fresh")]
     assert lists[0] == lists[1]

@@ -189,10 +189,10 @@ def _end(options: CorpusOptions, summary: "Summary", mean: str, classes: list[st
         return
     print(report(summary, options.out, mean, classes), flush=True)
     failed = _failed(options.out) if summary.bad else []
-    for name, reason in failed[:REASONS]:
+    for name, reason in failed:
         log.say(f"  no mask: {name}: {reason}")
-    if len(failed) > REASONS:
-        log.say(f"  no mask: {len(failed) - REASONS} more, in {options.out / 'failed.parquet'}")
+    if failed and summary.bad > len(failed):
+        log.say(f"  no mask: {summary.bad - len(failed)} more, in {options.out / 'failed.parquet'}")
     if summary.bad > options.max_bad_fraction * summary.images:
         first = f", the first: {failed[0][0]}: {failed[0][1]}" if failed else ""
         print(f"stpp: {summary.bad} of {summary.images} images are bad, more than --max-bad-fraction "
@@ -202,11 +202,11 @@ def _end(options: CorpusOptions, summary: "Summary", mean: str, classes: list[st
 
 
 def _failed(out: Path) -> list[tuple[str, str]]:
-    """(image, reason) of the bad images; empty while other parts are still to be done."""
+    """(image, reason) of the first bad images; none while other parts are still to be done."""
     from stpp.label import rows
 
     path = out / "failed.parquet"
-    table = rows.read(path, ("source", "error")) if path.exists() else []
+    table = rows.read(path, ("source", "error"), most=REASONS) if path.exists() else []
     return [(row["source"], row["error"]) for row in table]
 
 

@@ -71,14 +71,16 @@ def compare(source: Source, plan: Plan, hashes: Hashes, fresh: Callable[[Item], 
         UserError: two images would have the same mask.
     """
     new, gone, differing, repeated = _differences(source, plan)
-    known, found, seen = lru_cache(maxsize=4)(hashes), Changes(), set()
+    known, found, seen = lru_cache(maxsize=4)(hashes), Changes(), {}
     with Collisions(plan.folder) as keys:
         for item in source.items():
             one = identity(item)
             if one in repeated:
+                if one in seen and seen[one] == item.offset:
+                    continue  # a line of a list
                 if one in seen:
-                    continue
-                seen.add(one)
+                    raise collision(item.key, item.source, item.source, 1)
+                seen[one] = item.offset
             keys.add(item.key)
             if one in new:
                 found.new.append(item.source)
