@@ -1,6 +1,8 @@
-"""Names in folders that people keep: what systems and file servers leave there, and masks that lie beside their images.
+"""Names in folders that people keep: what systems and file servers leave there, and masks that lie beside
+their images.
 
-One table for data sets and for corpora, so that both pass over the same files. Names are compared without regard to case.
+One table for data sets and for corpora, so that both pass over the same files. Names are compared without
+regard to case.
 """
 
 import os
@@ -10,26 +12,54 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 SYSTEM_FOLDERS = frozenset({
-    "__macosx", "$recycle.bin", "recycler", "recycled", "system volume information", "found.000", "lost+found",
-    "@eadir", "@tmp", "@sharebin", "@sharesnap", "@synologydrive", "#recycle", "#snapshot", "@recycle", "@recently-snapshot",
-    "@transcode", ".@__thumb", "@__thumb", "network trash folder", "temporary items", "thevolumesettingsfolder",
-    ".trashes", ".trash", "~snapshot",
+    "__macosx", "$recycle.bin", "recycler", "recycled", "system volume information", "found.000",
+    "lost+found", "@eadir", "@tmp", "@sharebin", "@sharesnap", "@synologydrive", "#recycle", "#snapshot",
+    "@recycle",
+    "@recently-snapshot", "@transcode", ".@__thumb", "@__thumb", "network trash folder", "temporary items",
+    "thevolumesettingsfolder", ".trashes", ".trash", "~snapshot",
 })  # fmt: skip
 """Recycle bins, thumbnails and snapshots: Windows, macOS, Linux, Synology, QNAP, NetApp."""
 SYSTEM_FILES = frozenset({"thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r"})
-"""Caches of thumbnails and settings of folders; `Icon` with a carriage return holds a folder's picture on macOS."""
+"""Caches of thumbnails and settings of folders; `Icon` with a carriage return holds a folder's picture on
+macOS."""
 
 UNREAD_IMAGES = frozenset(
-    ".heic .heif .hif .avif .gif .jp2 .j2k .jpf .jpx .jxl .jxr .dng .cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .orf .rw2 .raf .pef "
-    ".raw .psd .psb .xcf .kra .svg .eps .ai .pdf .tga .exr .hdr .pcx .ico .icns .cur .dcm .nii .mha .npy .npz .mat .qoi .fit "
+    ".heic .heif .hif .avif .gif .jp2 .j2k .jpf .jpx .jxl .jxr .dng .cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 "
+    ".orf .rw2 .raf .pef "
+    ".raw .psd .psb .xcf .kra .svg .eps .ai .pdf .tga .exr .hdr .pcx .ico .icns .cur .dcm .nii .mha .npy "
+    ".npz .mat .qoi .fit "
     ".fits .ecw .sid .img .pbm .pnm .pfm .webm .mp4 .mov .avi".split()
 )
 """Extensions of pictures and films that are not read: a folder of these is no empty folder."""
 
-MASK_ENDINGS = ("mask", "masks", "label", "labels", "seg", "segmentation", "gt", "annotation", "groundtruth", "labelids", "labeltrainids",
-                "instanceids", "trainids", "matte", "alpha", "color_mask", "mask_color")
+MASK_ENDINGS = (
+    "mask",
+    "masks",
+    "label",
+    "labels",
+    "seg",
+    "segmentation",
+    "gt",
+    "annotation",
+    "groundtruth",
+    "labelids",
+    "labeltrainids",
+    "instanceids",
+    "trainids",
+    "matte",
+    "alpha",
+    "color_mask",
+    "mask_color",
+)
 """Last words of names that masks have when they lie beside their images: `7.jpg` and `7_mask.png`."""
-_BESIDE = re.compile(rf"(.+)[_.\- ](?:{'|'.join(MASK_ENDINGS)})(?:[_.\- ]?\(?\d+\)?)?", re.IGNORECASE | re.DOTALL)
+MASK_FOLDERS = frozenset(
+    "mask masks label labels annotation annotations gt groundtruth ground_truth segmentation segmentations "
+    "segmentationclass segmentationclassaug segmentationobject labelled_masks gtfine".split()
+)
+"""Folders that hold masks where a folder beside them holds images of the same names, in lower case."""
+_BESIDE = re.compile(
+    rf"(.+)[_.\- ](?:{'|'.join(MASK_ENDINGS)})(?:[_.\- ]?\(?\d+\)?)?", re.IGNORECASE | re.DOTALL
+)
 
 
 def is_leftover(name: str, *, is_folder: bool) -> bool:
@@ -43,7 +73,8 @@ def is_passed_over(name: str, *, is_folder: bool) -> bool:
 
 
 def image_of_mask(key: str, keys: Collection[str]) -> str | None:
-    """The image that a file beside it is a mask of, by its name: "a/7" for "a/7_mask", "a/7-label_2" and "a/7_seg (1)".
+    """The image that a file beside it is a mask of, by its name: "a/7" for "a/7_mask", "a/7-label_2" and
+    "a/7_seg (1)".
 
     Args:
         key: the file's path without its extension.
@@ -54,6 +85,37 @@ def image_of_mask(key: str, keys: Collection[str]) -> str | None:
     """
     found = _BESIDE.fullmatch(key)
     return found[1] if found and found[1] in keys else None
+
+
+def images_of_mask_folders(keys: Collection[str]) -> dict[str, str]:
+    """The images that files in folders of masks belong to: "images/a/7" or "a/7" for "masks/a/7".
+
+    Args:
+        keys: paths without their extensions.
+
+    Returns:
+        the image's key by the mask's, for every mask whose image is among the keys.
+    """
+    split = {key: key.split("/") for key in keys}
+    inside = {
+        key: next((i for i, part in enumerate(parts[:-1]) if part.lower() in MASK_FOLDERS), None)
+        for key, parts in split.items()
+    }
+    if not any(place is not None for place in inside.values()):
+        return {}
+    beside = {}
+    for key, parts in split.items():
+        if inside[key] is None:
+            beside[(), tuple(parts)] = key
+            beside |= {(tuple(parts[:i]), tuple(parts[i + 1 :])): key for i in range(len(parts) - 1)}
+    found = {}
+    for key, place in inside.items():
+        if place is not None:
+            before, after = tuple(split[key][:place]), tuple(split[key][place + 1 :])
+            image = beside.get((before, after)) or beside.get(((), before + after))
+            if image is not None:
+                found[key] = image
+    return found
 
 
 @dataclass
@@ -82,19 +144,33 @@ class PassedOver:
         self.extensions[os.path.splitext(name)[1].lower()] += 1
 
     def pictures(self) -> int:
-        """Files that are pictures to people, or may be: of a known format that is not read, or without an extension."""
-        return sum(count for extension, count in self.extensions.items() if not extension or extension in UNREAD_IMAGES)
+        """Files that are pictures to people, or may be: of a known format that is not read, or without an
+        extension."""
+        return sum(
+            count
+            for extension, count in self.extensions.items()
+            if not extension or extension in UNREAD_IMAGES
+        )
 
     def lines(self) -> list[str]:
         """What was passed over in words, a line for each kind."""
         found = []
         if self.extensions:
-            parts = [f"{count} {extension or 'without an extension'}" for extension, count in self.extensions.most_common()]
-            shown = ", ".join(parts[:12]) + (f" and {len(parts) - 12} more extensions" if len(parts) > 12 else "")
+            parts = [
+                f"{count} {extension or 'without an extension'}"
+                for extension, count in _most_first(self.extensions)
+            ]
+            shown = ", ".join(parts[:12]) + (
+                f" and {len(parts) - 12} more extensions" if len(parts) > 12 else ""
+            )
             found.append(f"{shown}: not image formats that are read")
         if self.system:
-            parts = [f"{count} {name}" for name, count in self.system.most_common(8)]
+            parts = [f"{count} {name}" for name, count in _most_first(self.system)[:8]]
             found.append(f"{', '.join(parts)}: left by systems and file servers")
         if self.hidden:
             found.append(f"{self.hidden} hidden (names that begin with a dot)")
         return found
+
+
+def _most_first(counts: Counter[str]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0] or "~"))
