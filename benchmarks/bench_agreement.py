@@ -20,13 +20,14 @@ from tqdm import tqdm
 from bench_label import Pictures, copied, plain, public_probabilities, untrained_checkpoint
 from harness import Report, arguments
 from stpp import distributed
-from stpp.config import DataConfig, LabelConfig
+from stpp.config import LabelConfig
 from stpp.images.masks import read_index_mask
 from stpp.images.sources import open_source
 from stpp.inference.gate import MARGIN
 from stpp.inference.several import from_paths
 from stpp.inference.views import VIEWS
-from stpp.label.labeller import label_corpus
+from stpp.label.assignment import Assignment
+from stpp.label.labels import label_corpus
 
 
 def main() -> None:
@@ -48,8 +49,9 @@ def main() -> None:
         for engine in options.engines:
             backend, _, precision = engine.partition(":")
             opening = from_paths([teacher], report.device, mode=options.tta, backend=backend, precision=precision)
-            label_corpus(opening, open_source(str(folder / "source")), here, out=folder / engine,
-                         config=LabelConfig(tta=options.tta), data=DataConfig())
+            task = Assignment(source=open_source(str(folder / "source")), out=folder / engine,
+                              config=LabelConfig(tta=options.tta))
+            label_corpus(opening, task, here)
         network = plain(teacher, report.device)
         equal, equal_decided = torch.zeros(2, len(options.engines), dtype=torch.int64)
         pixels, decided, classes = 0, 0, set()

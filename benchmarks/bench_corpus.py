@@ -27,11 +27,12 @@ from torch import nn
 
 from harness import Report, arguments
 from stpp import distributed
-from stpp.config import DataConfig, LabelConfig
+from stpp.config import LabelConfig
 from stpp.images.sources import open_source
 from stpp.inference.several import ready
 from stpp.label import plan
-from stpp.label.labeller import label_corpus
+from stpp.label.assignment import Assignment
+from stpp.label.labels import label_corpus
 
 PER_FOLDER = 1000
 SIDE = 32
@@ -92,14 +93,15 @@ def child(source: str, out: str, output: str, shard_size: str) -> None:
         finally:
             listing["s"] = time.perf_counter() - start
 
-    from stpp.label import run
+    from stpp.label import listing as listings
 
-    run.make = timed
+    listings.make = timed
     here = distributed.World(device=torch.device("cpu"))
     distributed.keep_freed_memory()  # as `stpp label` has it: what is held must not grow all the same
     start = time.perf_counter()
-    summary = label_corpus(ready(Small(), identity="small"), open_source(source), here, out=Path(out), output=output,
-                           config=LabelConfig(tta="none", batch_per_rank=64, shard_size=int(shard_size)), data=DataConfig())
+    config = LabelConfig(tta="none", batch_per_rank=64, shard_size=int(shard_size))
+    task = Assignment(source=open_source(source), out=Path(out), output=output, config=config)
+    summary = label_corpus(ready(Small(), identity="small"), task, here)
     print(json.dumps({"wall_s": time.perf_counter() - start, "list_s": listing.get("s"), "images": summary.images,
                       "bad": summary.bad, "labelled": summary.labelled, "seconds": summary.seconds,
                       "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))

@@ -28,14 +28,15 @@ from torch.utils.data import DataLoader, Dataset
 from harness import Report, arguments, freed_memory_kept
 from stpp import checkpoint, distributed
 from stpp.commands import synthetic
-from stpp.config import DataConfig, LabelConfig
-from stpp.images.image_file import IMAGENET_MEAN, IMAGENET_STD
+from stpp.config import LabelConfig
+from stpp.images.image_file import IMAGE_EXTENSIONS, IMAGENET_MEAN, IMAGENET_STD
 from stpp.images.masks import read_index_mask
-from stpp.images.sources import EXTENSIONS, open_source
+from stpp.images.sources import open_source
 from stpp.inference import export
 from stpp.inference.several import from_paths
 from stpp.inference.views import VIEWS
-from stpp.label.labeller import label_corpus
+from stpp.label.assignment import Assignment
+from stpp.label.labels import label_corpus
 from stpp.models.build import build_model
 from stpp.models.trained import load_network
 
@@ -124,7 +125,7 @@ def copied(source: Path | None, count: int, folder: Path, size: tuple[int, int] 
         synthetic.generate(folder / "data", train=count, val=0, difficulty=synthetic.Difficulty(side_px=(320, 480)))
         source = folder / "data" / "JPEGImages"
     (folder / "source").mkdir()
-    found = sorted(path for path in source.rglob("*") if path.suffix.lower() in EXTENSIONS)[:count]
+    found = sorted(path for path in source.rglob("*") if path.suffix.lower() in IMAGE_EXTENSIONS)[:count]
     paths = [Path(shutil.copy(path, folder / "source")) for path in found]
     for path in paths if size else ():
         with Image.open(path) as image:
@@ -154,8 +155,9 @@ def compare(report: "LabelReport", options: argparse.Namespace, mode: str, paths
 
     def engine(out: Path, corpus: Path) -> None:
         with freed_memory_kept():
-            summary = label_corpus(lambda _: [opened], open_source(str(corpus)), here, out=out,
-                                   config=LabelConfig(tta=mode, batch_per_rank=options.batch), data=DataConfig())
+            config = LabelConfig(tta=mode, batch_per_rank=options.batch)
+            task = Assignment(source=open_source(str(corpus)), out=out, config=config)
+            summary = label_corpus(lambda _: [opened], task, here)
         seconds.update(summary.seconds)
 
     def turn(name: str, ours: Path, others: list[Path], clock: bool) -> None:

@@ -16,7 +16,9 @@ from stpp import distributed
 from stpp.config import DataConfig, LabelConfig
 from stpp.images.sources import open_source
 from stpp.inference.several import ready
-from stpp.label.labeller import label_corpus
+from stpp.label.assignment import Assignment
+from stpp.label.labels import label_corpus
+from stpp.label.shards import WHOLE
 
 HERE = distributed.World(device=torch.device("cpu"))
 SIZES = [(48, 64), (64, 48), (40, 56)]
@@ -115,10 +117,7 @@ def as_folder(root: Path, files: dict[str, bytes]) -> Path:
 def as_tar(path: Path, files: dict[str, bytes], links: dict[str, str] | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as archive:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
+        add_to(archive, files)
         for name, target in (links or {}).items():
             member = tarfile.TarInfo(name)
             member.type, member.linkname = tarfile.SYMTYPE, target
@@ -126,14 +125,23 @@ def as_tar(path: Path, files: dict[str, bytes], links: dict[str, str] | None = N
     return path
 
 
-def run(source, out: Path, *, here=HERE, teacher=None, output: str = "png", loader: str = "reference", tar_folders: bool = False,
-        root=None, identity: str = "tiny", part=None, verify: bool = False, exif: bool = True, **config):
+def add_to(archive: tarfile.TarFile, files: dict[str, bytes]) -> None:
+    for name, data in files.items():
+        member = tarfile.TarInfo(name)
+        member.size = len(data)
+        archive.addfile(member, io.BytesIO(data))
+
+
+def run(source, out: Path, *, here=HERE, teacher=None, output: str = "png", loader: str = "reference",
+        tar_folders: bool = False, root=None, identity: str = "tiny", part=WHOLE, verify: bool = False, exif: bool = True,
+        update: bool = False, **config):
     """Labels in this process."""
     given = {"tta": "flip", "batch_per_rank": 3, "shard_size": 5, "max_pixels": 1 << 20} | config
-    more = {} if part is None else {"part": part}
-    opened = open_source(str(source), root=root, tar_folders=tar_folders) if isinstance(source, (str, Path)) else source
-    return label_corpus(ready(teacher or Tiny(), identity=identity), opened, here, config=LabelConfig(**given),
-                        data=DataConfig(threads=1, loader=loader, exif=exif), out=out, output=output, verify=verify, **more)
+    if isinstance(source, (str, Path)):
+        source = open_source(str(source), root=root, tar_folders=tar_folders)
+    task = Assignment(source=source, out=out, config=LabelConfig(**given), output=output, part=part, verify=verify,
+                      update=update, data=DataConfig(threads=1, loader=loader, exif=exif))
+    return label_corpus(ready(teacher or Tiny(), identity=identity), task, here)
 
 
 def contents(out: Path) -> dict[str, str]:

@@ -26,6 +26,7 @@ from stpp.inference import views
 from stpp.inference.record import Agreement
 from stpp.inference.several import ready
 from stpp.label import confidence_map, reliability, rows
+from stpp.label.assignment import Assignment
 from stpp.label.shards import Part
 
 WORKERS = Path(__file__).parent / "workers"
@@ -190,22 +191,10 @@ def test_unsure_pixels_are_ignored(corpus, whole, tmp_path):
     assert 0 < ignored < json.loads((whole / "summary.json").read_text())["pixels"]
 
 
-def test_padding_keeps_sizes_and_says_what_it_changes(corpus, whole, tmp_path, capsys):
-    cases.run(corpus, tmp_path / "out", pad_to=64, tta="none")
-    assert "--pad-to 64" in capsys.readouterr().err
-    planned = [row for path in sorted((tmp_path / "out" / "plan").glob("part-*")) for row in rows.read(path)]
-    assert len({(row["height"], row["width"]) for row in planned if row["batch"] == 0}) > 1
-    for row, plain in zip(rows.read_parts(tmp_path / "out" / "labels"), rows.read_parts(whole / "labels"), strict=True):
-        mask = read_index_mask(tmp_path / "out" / "masks" / f"{row['key']}.png")
-        assert mask.shape == (plain["height"], plain["width"])
-        assert sum(row["class_pixels"]) == mask.size
-
-
 @pytest.mark.parametrize(("change", "named"), [
     ({"tta": "none"}, "tta: flip -> none"), ({"identity": "other"}, "teacher: tiny -> other"),
     ({"batch_per_rank": 2}, "cut.max_batch: 3 -> 2"), ({"min_confidence": 0.5}, "min_confidence: 0.0 -> 0.5"),
-    ({"output": "tar"}, "output: png -> tar"), ({"shard_size": 4}, "shard_size: 5 -> 4"), ({"exif": False}, "cut.exif"),
-    ({"pad_to": 32}, "cut.pad_to: 0 -> 32")])
+    ({"output": "tar"}, "output: png -> tar"), ({"shard_size": 4}, "shard_size: 5 -> 4"), ({"exif": False}, "cut.exif")])
 def test_another_run_is_refused_with_the_difference(corpus, whole, change, named):
     before = cases.contents(whole)
     with pytest.raises(UserError, match=named) as refused:
@@ -219,8 +208,11 @@ def test_another_source_is_refused(corpus, tmp_path):
     shutil.copytree(corpus, source)
     cases.run(source, tmp_path / "out")
     cases.as_folder(source, {"new.jpg": cases.encoded(cases.picture(1))})
-    with pytest.raises(UserError, match="source.files: 12 -> 13"):
+    with pytest.raises(UserError, match=r"1 new \(new\.jpg\); add --update"):
         cases.run(source, tmp_path / "out")
+    shutil.copytree(corpus, tmp_path / "other")
+    with pytest.raises(UserError, match="source.path: .*/in -> .*/other"):
+        cases.run(tmp_path / "other", tmp_path / "out")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "run.json").write_text("{}")
     with pytest.raises(UserError, match="foreign"):
@@ -430,8 +422,9 @@ def test_selection_ranks_by_agreement(corpus, tmp_path):
     bad = cases.as_folder(tmp_path / "in", cases.good_files(9) | {"bad.jpg": b"x"})
 
     def select(out: Path, networks=teachers):
-        return reliability.select_corpus(ready(*networks, identity="three"), open_source(str(bad)), cases.HERE, out=out,
-                                         config=LabelConfig(batch_per_rank=3, shard_size=4), data=DataConfig(threads=1))
+        task = Assignment(source=open_source(str(bad)), out=out, config=LabelConfig(batch_per_rank=3, shard_size=4),
+                          data=DataConfig(threads=1), table="scores")
+        return reliability.select_corpus(ready(*networks, identity="three"), task, cases.HERE)
 
     summary = select(tmp_path / "out")
     assert (summary.images, summary.bad) == (10, 1)
@@ -464,7 +457,7 @@ def test_a_batch_that_is_decoded_is_normalised_like_the_loader(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (1, 5, 6, 3), dtype=np.uint8)
     from stpp.images.pixels import normalised
 
-    found = batches.network_input(torch.from_numpy(image), [object()], {}, 0)
+    found = batches.network_input(torch.from_numpy(image), {})
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(found.permute(0, 2, 3, 1)[0], torch.from_numpy(normalised(image[0])))
     assert F.relu(found).shape == (1, 3, 5, 6)

@@ -7,12 +7,13 @@ from PIL import Image
 
 import label_cases as cases
 from stpp import checkpoint
-from stpp.config import DataConfig, LabelConfig
+from stpp.config import DataConfig
 from stpp.images.masks import read_index_mask
 from stpp.images.sources import open_source
 from stpp.inference import views
 from stpp.inference.several import from_paths
-from stpp.label.labeller import label_corpus
+from stpp.label.assignment import Assignment
+from stpp.label.labels import label_corpus
 from stpp.models.build import build_model
 from stpp.models.trained import load_network
 
@@ -57,7 +58,7 @@ def test_photographs_of_mixed_sizes_get_the_masks_of_the_method(camvid, tmp_path
     checkpoint.save(trained, model=network.state_dict(), classes=[f"c{i}" for i in range(CLASSES)],
                     architecture={"name": "deeplabv3plus", "backbone": "resnet18", "output_stride": 16})
     label_corpus(from_paths([trained], torch.device("cpu"), mode="stpp", backend="eager", precision="fp32"),
-                 open_source(str(source)), cases.HERE, config=LabelConfig(), data=DataConfig(threads=1), out=tmp_path / "out")
+                 Assignment(source=open_source(str(source)), out=tmp_path / "out", data=DataConfig(threads=1)), cases.HERE)
     plain, same, total, classes = Plain(load_network(trained)[0]), 0, 0, set()
     for path in sorted(source.iterdir()):
         mask = read_index_mask(tmp_path / "out" / "masks" / path.name)

@@ -11,7 +11,7 @@ import stream_cases
 from stpp.device import CAPTURING, Readback
 from stpp.errors import UserError
 from stpp.images import batches
-from stpp.label import jobs, rows
+from stpp.label import labels, rows
 from stpp.label.shards import Markers
 
 
@@ -51,7 +51,7 @@ def watch_results(monkeypatch, log: list[str]) -> None:
             log.append(f"read {self._number}")
             return super().read()
 
-    monkeypatch.setattr(jobs, "Readback", Watching)
+    monkeypatch.setattr(labels, "Readback", Watching)
 
 
 @pytest.mark.parametrize("shard_size", [12, 6, 2])
@@ -70,14 +70,14 @@ def test_a_batch_is_queued_before_the_one_before_is_read(corpus, tmp_path, monke
 def test_a_batch_in_flight_holds_none_of_its_images(corpus, tmp_path, monkeypatch):
     """The device's memory must do for one batch, as it is what --batch-pixels was chosen for."""
     seen: list[weakref.ref] = []
-    compute = jobs.Labels.compute
+    compute = labels.Labels.compute
 
     def watching(self, batch):
         assert all(images() is None for images in seen)
         seen.append(weakref.ref(batch.images_NCHW))
         return compute(self, batch)
 
-    monkeypatch.setattr(jobs.Labels, "compute", watching)
+    monkeypatch.setattr(labels.Labels, "compute", watching)
     cases.run(corpus, tmp_path / "out", batch_per_rank=1)
     assert len(seen) == 12
 
@@ -118,7 +118,7 @@ def test_results_that_cannot_be_read_end_the_run(corpus, tmp_path, monkeypatch):
                 raise RuntimeError("an illegal memory access was encountered")
             return super().read()
 
-    monkeypatch.setattr(jobs, "Readback", Failing)
+    monkeypatch.setattr(labels, "Readback", Failing)
     options = {"tta": "none", "batch_per_rank": 1, "shard_size": 3}
     with pytest.raises(RuntimeError, match="illegal memory access"):
         cases.run(corpus, tmp_path / "out", **options)
@@ -151,9 +151,8 @@ def test_too_little_memory_for_several_images_is_said_after_the_batch_before(cor
     assert log[-2:] == ["compute 3", "read 2"]
 
 
-@pytest.mark.parametrize("pad_to", [0, 32])
-def test_images_come_over_a_stream_beside_the_one_that_computes(corpus, tmp_path, monkeypatch, pad_to):
-    options = {"batch_per_rank": 2, "pad_to": pad_to}
+def test_images_come_over_a_stream_beside_the_one_that_computes(corpus, tmp_path, monkeypatch):
+    options = {"batch_per_rank": 2}
     cases.run(corpus, tmp_path / "plain", **options)
     log = stream_cases.install(monkeypatch)
     assemble = batches._assembled

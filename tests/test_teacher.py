@@ -16,7 +16,7 @@ from stpp.inference.evaluate import evaluate, report
 from stpp.inference.fold import fold_batch_norm
 from stpp.inference.open import EagerTeacher
 from stpp.inference.several import ready
-from stpp.label import labeller, reliability, rows
+from stpp.label import labels, reliability, rows
 from stpp.models.build import build_model
 from stpp.models.trained import load_network
 
@@ -114,14 +114,14 @@ def test_views_add_up_as_described(mode, size):
 
 
 def test_pseudo_labels_equal_the_plain_form(samples, tmp_path):
-    result = labeller.label(ready(teacher(), identity="one"), samples, HERE, config=LabelConfig(batch_per_rank=3),
+    result = labels.label(ready(teacher(), identity="one"), samples, HERE, config=LabelConfig(batch_per_rank=3),
                             data=DataConfig(threads=1), out=tmp_path, title="label")
     same = pixels = 0
     net = network(0)
     for sample in samples:
         with torch.no_grad():
             total = plain_probabilities(net, normalised(sample.image), *views.VIEWS["stpp"])[0]
-        mask = read_index_mask(tmp_path / labeller.mask_name(sample))
+        mask = read_index_mask(tmp_path / labels.mask_name(sample))
         same += (total.argmax(0).numpy() == mask).sum()
         pixels += mask.size
     assert result.images == len(samples)

@@ -272,8 +272,6 @@ class LabelConfig:
     """Pixels of the images that one rank labels at once, at most, but for one image that alone has more."""
     max_pixels: int = 1 << 24
     """Images of more pixels are not labelled but listed as bad: the views of a large image need much memory."""
-    pad_to: int = 0
-    """Pad images up to multiples of this many pixels, so that nearly equal sizes share a batch; 0: never. It changes masks."""
     min_confidence: float = 0.0
     """Pixels whose class has less than this share of the summed probabilities become 255 (ignore)."""
     shard_size: int = 0
@@ -285,8 +283,7 @@ class LabelConfig:
     def __post_init__(self):
         for name in ("batch_per_rank", "batch_pixels", "max_pixels"):
             _check(getattr(self, name) >= 1, f"{self._section}{name.replace('_', '-')}", getattr(self, name), "at least 1")
-        for name in ("pad_to", "shard_size"):
-            _check(getattr(self, name) >= 0, f"{self._section}{name.replace('_', '-')}", getattr(self, name), "0 or more")
+        _check(self.shard_size >= 0, f"{self._section}shard-size", self.shard_size, "0 or more")
         _check(0 <= self.min_confidence < 1, f"{self._section}min-confidence", self.min_confidence, "from 0 to below 1")
 
 

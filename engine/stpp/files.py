@@ -64,8 +64,12 @@ def plain(path: str | os.PathLike) -> IO[bytes]:
 
 
 @contextlib.contextmanager
-def renamed(path: str | os.PathLike, temporary: str | os.PathLike) -> Iterator[IO[bytes]]:
-    """Opens `temporary`, which takes the name `path` when the block ends well; not synced."""
+def renamed(path: str | os.PathLike, temporary: str | os.PathLike | None = None) -> Iterator[IO[bytes]]:
+    """Opens `temporary` (unset: a hidden file beside `path`), which takes its name when the block ends well.
+
+    Nothing is synced.
+    """
+    temporary = _beside(Path(path)) if temporary is None else temporary
     try:
         with plain(temporary) as file:
             yield file
@@ -141,6 +145,12 @@ def read_text(path: str | os.PathLike) -> str:
     data = Path(path).read_bytes()
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return data.decode("utf-16" if wide else "utf-8-sig").replace("\r\n", "\n")
+
+
+def why(error: OSError) -> str:
+    """The reason of a failed reading or writing in a few words, and the file if the error names one."""
+    words = error.strerror or " ".join(str(error).split())[:200] or type(error).__name__
+    return f"{words} ({os.fsdecode(error.filename)})" if isinstance(error.filename, (str, bytes)) else words
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -18,7 +18,7 @@ from stpp.images.pixels import BadImage, decode, normalised
 from stpp.images.reading import FEW_BITS, look, upright_pixels, used_bits
 from stpp.images.sources import Item
 
-CUT = Cut(max_batch=1, batch_pixels=1, max_pixels=1 << 24, pad_to=0, exif=True)
+CUT = Cut(max_batch=1, batch_pixels=1, max_pixels=1 << 24, exif=True)
 EXIF_CHUNK = zoo.chunk(b"eXIf", zoo.exif_block(6, prefix=b""))
 
 

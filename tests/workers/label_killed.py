@@ -1,7 +1,8 @@
 """Kills a labelling before each of its commits in turn, lets another process finish, and compares with an undisturbed run.
 
-Arguments: source, folder to work in, png or tar, report (JSON). Every run is a fork of this process, which computes nothing
-itself. Commits are the calls that make something count: renaming, and syncing of files, folders and everything.
+Arguments: source, folder to work in, png or tar, report (JSON); perhaps the output of a labelling of what the source was
+before, which every run then updates. Every run is a fork of this process, which computes nothing itself. Commits are the calls
+that make something count or vanish: renaming, removing, and syncing of files, folders and everything.
 """
 
 import json
@@ -19,11 +20,11 @@ from PIL import Image  # noqa: E402
 
 import label_cases as cases  # noqa: E402
 from stpp.images import names  # noqa: E402
-from stpp.label import rows  # noqa: E402
+from stpp.label import changes, rows  # noqa: E402
 
 Image.init()
-names._BUCKETS = 4  # so that little of the time goes into opening files
-COMMITS = ("replace", "fsync", "sync")
+names._BUCKETS = changes._BUCKETS = 4  # so that little of the time goes into opening files
+COMMITS = ("replace", "fsync", "sync", "unlink")
 
 
 def forked(action) -> tuple[int, str]:
@@ -47,7 +48,7 @@ def forked(action) -> tuple[int, str]:
     return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0, text
 
 
-def label(source: str, out: Path, output: str, kill_before: int = -1) -> str:
+def label(source: str, out: Path, output: str, update: bool, kill_before: int = -1) -> str:
     """Labels; with every commit written down, and death before one of them."""
     seen = []
 
@@ -57,31 +58,37 @@ def label(source: str, out: Path, output: str, kill_before: int = -1) -> str:
         def call(*args, **kwargs):
             if len(seen) == kill_before:
                 os.kill(os.getpid(), signal.SIGKILL)
-            target = args[-1] if name == "replace" else ""
+            target = args[-1] if name == "replace" else args[0] if name == "unlink" else ""
             seen.append(f"{name} {Path(target).name if target else ''}".strip())
             # A killed process loses nothing that the system has: syncing would only take time here.
-            return real(*args, **kwargs) if name == "replace" else None
+            return real(*args, **kwargs) if name in ("replace", "unlink") else None
 
         return call
 
     for name in COMMITS:
         setattr(os, name, traced(name))
     teacher = cases.Tiny()
-    cases.run(source, out, teacher=teacher, output=output, shard_size=4, tta="none")
+    cases.run(source, out, teacher=teacher, output=output, shard_size=4, tta="none", update=update)
     return json.dumps({"commits": seen, "seen": teacher.seen})
 
 
-def main(source: str, folder: str, output: str, report: str) -> None:
-    expected_out = Path(folder) / "whole"
-    _, text = forked(lambda: label(source, expected_out, output))
-    expected, commits = cases.contents(expected_out), json.loads(text)["commits"]
+def main(source: str, folder: str, output: str, report: str, before: str = "") -> None:
+    def begun(name: str) -> Path:
+        out = Path(folder) / name
+        shutil.rmtree(out, ignore_errors=True)
+        if before:
+            shutil.copytree(before, out)
+        return out
+
+    whole = begun("whole")
+    _, text = forked(lambda: label(source, whole, output, bool(before)))
+    expected, commits = cases.contents(whole), json.loads(text)["commits"]
     found = []
     for number, commit in enumerate(commits):
-        out = Path(folder) / "killed"
-        shutil.rmtree(out, ignore_errors=True)
-        ended, _ = forked(lambda out=out, number=number: label(source, out, output, number))
+        out = begun("killed")
+        ended, _ = forked(lambda out=out, number=number: label(source, out, output, bool(before), number))
         assert ended == signal.SIGKILL, f"not killed before {commit}"
-        _, text = forked(lambda out=out: label(source, out, output))
+        _, text = forked(lambda out=out: label(source, out, output, bool(before)))
         found.append({"before": commit, "same": cases.contents(out) == expected, "recomputed": json.loads(text)["seen"],
                       "keys": sorted(row["key"] for row in rows.read_parts(out / "labels"))})
     Path(report).write_text(json.dumps(found))

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from stpp.label.run import Summary
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DENIED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)
+REASONS = 5
+"""Bad images that are named on the terminal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,8 @@ class CorpusOptions(LabelConfig):
     """i/n: only every n-th shard, where machines share no torchrun; all n parts make the whole."""
     verify: bool = False
     """Also look for missing, truncated or altered files of finished shards, and do those again."""
+    update: bool = False
+    """Label just what is new or changed since the source was listed; masks of images that are gone go."""
     list_only: bool = False
     """Only list the source and check its names: one process does that, and needs no GPU. Then the same command without this."""
     max_bad_fraction: float = 0.01
@@ -84,12 +89,13 @@ def label(args: Sequence[str]) -> None:
     """Runs `stpp label`."""
     options = config.parse(Label, args, prog="stpp label")
 
-    def work(open_teachers, here, shared: dict) -> "Summary":
-        from stpp.label.labeller import label_corpus
+    def work(open_teachers, task, here) -> "Summary":
+        from stpp.label.labels import label_corpus
 
-        return label_corpus(open_teachers, here=here, output=options.output, **shared)
+        return label_corpus(open_teachers, task, here)
 
-    _run(options, [options.teacher], options.tta, work, "mean confidence", output_stride=options.output_stride)
+    _run(options, [options.teacher], options.tta, work, "mean confidence", output=options.output,
+         output_stride=options.output_stride)
 
 
 def select(args: Sequence[str]) -> None:
@@ -98,24 +104,30 @@ def select(args: Sequence[str]) -> None:
     if len(options.checkpoints) < 2:
         raise UserError(f"--checkpoints: {len(options.checkpoints)} given; two or more are compared")
 
-    def work(open_teachers, here, shared: dict) -> "Summary":
+    def work(open_teachers, task, here) -> "Summary":
         from stpp.label.reliability import select_corpus
 
-        return select_corpus(open_teachers, here=here, **shared)
+        return select_corpus(open_teachers, task, here)
 
-    _run(options, options.checkpoints, "none", work, "mean reliability")
+    _run(options, options.checkpoints, "none", work, "mean reliability", title="select", table="scores")
 
 
 def _run(options: CorpusOptions, paths: Sequence[Path], mode: str, work: Callable[..., "Summary"], mean: str, *,
-         output_stride: int | None = None) -> None:
+         output_stride: int | None = None, **more: str) -> None:
     """Runs a command on this rank and says how it ended.
 
+    Args:
+        more: fields of the `Assignment` that are the command's own.
+
     Raises:
-        SystemExit: 1 if too many images are bad, or the output cannot be written.
+        UserError: a mistake in what was given, or an output that may not be written.
+        SystemExit: 1 if too many images are bad, or there is no room for the output.
     """
     from stpp import distributed, log
+    from stpp.images.items import require_readable_name
     from stpp.images.sources import open_source
     from stpp.inference import exif_rule, several
+    from stpp.label.assignment import Assignment
     from stpp.label.shards import Part
     from stpp_kernels import described
 
@@ -131,6 +143,7 @@ def _run(options: CorpusOptions, paths: Sequence[Path], mode: str, work: Callabl
 
             torch.set_num_threads(options.compute_threads)
         try:
+            require_readable_name(str(options.out.absolute()), "--out")
             source = open_source(options.source, root=options.root, tar_folders=options.tar_folders)
             part = Part.parse(options.part)
             refuse_inside(options.out, options.source)
@@ -147,12 +160,16 @@ def _run(options: CorpusOptions, paths: Sequence[Path], mode: str, work: Callabl
             classes.extend(found[0].classes)
             return found
 
-        shared = {"source": source, "config": options, "out": options.out, "part": part, "verify": options.verify,
-                  "data": DataConfig(exif=exif, loader=options.reading.loader, threads=options.reading.threads),
-                  "list_only": options.list_only}
+        task = Assignment(source=source, out=options.out, config=options, part=part, verify=options.verify,
+                          data=DataConfig(exif=exif, loader=options.reading.loader,
+                                          threads=options.reading.threads),
+                          update=options.update, list_only=options.list_only, **more)
         try:
-            summary = work(opened, here, shared)
+            summary = work(opened, task, here)
         except OSError as error:
+            if error.errno in _DENIED:
+                raise UserError(f"--out {options.out}: {files.why(error)}; choose a folder that can be "
+                                "written") from None
             if error.errno not in _NO_ROOM:
                 raise
             print(f"stpp: --out {options.out}: {error.strerror}; make room and run the same command again: finished shards "
@@ -164,16 +181,33 @@ def _run(options: CorpusOptions, paths: Sequence[Path], mode: str, work: Callabl
 
 def _end(options: CorpusOptions, summary: "Summary", mean: str, classes: list[str]) -> None:
     """Says how a run ended; exits with 1 if too many images are bad."""
+    from stpp import log
+
     if options.list_only:
         print(f"{options.out}: {summary.listed} images listed, {summary.shards_left} shards to do, {summary.wall_s:.1f} s",
               flush=True)
         return
     print(report(summary, options.out, mean, classes), flush=True)
+    failed = _failed(options.out) if summary.bad else []
+    for name, reason in failed:
+        log.say(f"  no mask: {name}: {reason}")
+    if failed and summary.bad > len(failed):
+        log.say(f"  no mask: {summary.bad - len(failed)} more, in {options.out / 'failed.parquet'}")
     if summary.bad > options.max_bad_fraction * summary.images:
-        print(f"stpp: {summary.bad} of {summary.images} images are bad, more than --max-bad-fraction {options.max_bad_fraction}; "
-              f"the good ones are done, the bad ones are listed with their reasons in {options.out / 'failed.parquet'}",
-              file=sys.stderr, flush=True)
+        first = f", the first: {failed[0][0]}: {failed[0][1]}" if failed else ""
+        print(f"stpp: {summary.bad} of {summary.images} images are bad, more than --max-bad-fraction "
+              f"{options.max_bad_fraction}{first}; the good ones are done, the bad ones are listed with "
+              f"their reasons in {options.out / 'failed.parquet'}", file=sys.stderr, flush=True)
         sys.exit(1)
+
+
+def _failed(out: Path) -> list[tuple[str, str]]:
+    """(image, reason) of the first bad images; none while other parts are still to be done."""
+    from stpp.label import rows
+
+    path = out / "failed.parquet"
+    table = rows.read(path, ("source", "error"), most=REASONS) if path.exists() else []
+    return [(row["source"], row["error"]) for row in table]
 
 
 def refuse_inside(out: Path, source: str, called: str = "--source") -> None:

@@ -58,7 +58,7 @@ def predict(args: Sequence[str]) -> None:
     if not options.images:
         raise UserError("name an image or a folder: stpp predict IMAGE|FOLDER ... --checkpoint FILE --out DIR")
     asked = exif_asked(options.exif, options.no_exif)
-    from stpp import distributed, log
+    from stpp import distributed, files, log
     from stpp.inference.single_images import open_predictor
 
     items = list(_items(options))
@@ -71,7 +71,8 @@ def predict(args: Sequence[str]) -> None:
         try:
             bad = _write_all(predictor, items, options.out)
         except OSError as error:
-            raise UserError(f"--out {options.out}: {error.strerror or error} ({error.filename})") from None
+            raise UserError(f"--out {options.out}: {files.why(error)}; make room, or choose another "
+                            "--out") from None
     print(f"{options.out}: {len(items) - len(bad)} masks")
     for line in bad[1:]:
         log.say(line)
@@ -86,14 +87,20 @@ def _items(options: Predict) -> Iterator["Item"]:
     Raises:
         UserError: an argument that is not there, or a folder without an image; two images whose masks would be one file.
     """
+    from stpp import log
     from stpp.commands.label import refuse_inside
-    from stpp.images.sources import FolderSource, named
+    from stpp.images.items import named, require_readable_name
+    from stpp.images.sources import FolderSource
 
+    require_readable_name(str(options.out.absolute()), "--out")
     seen: dict[str, str] = {}
     for path in options.images:
         if path.is_dir():
             refuse_inside(options.out, str(path), "the folder")
-            found = list(FolderSource(str(path.absolute())).items())
+            source = FolderSource(str(path.absolute()))
+            found, passed = list(source.items()), source.passed.line()
+            if passed:
+                log.say(f"  {path}: {passed}")
         elif path.is_file():
             found = [named(path.name, str(path), str(path.absolute()))]
         else:
@@ -110,7 +117,7 @@ def _write_all(predictor: "Predictor", items: list["Item"], out: Path) -> list[s
     """Writes masks, overlays and classes.json; returns a line for every image that has no mask."""
     from PIL import Image
 
-    from stpp import files, log
+    from stpp import log
     from stpp.images.masks import write_index_png
     from stpp.images.palette import overlaid, palette
     from stpp.images.pixels import BadImage
@@ -133,6 +140,8 @@ def _write_all(predictor: "Predictor", items: list["Item"], out: Path) -> list[s
         mask_path, overlay_path = (out / folder / f"{item.key}.png" for folder in ("masks", "overlays"))
         for path in (mask_path, overlay_path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        write_index_png(mask_path, mask_HW)
-        Image.fromarray(overlaid(colours_HWC, mask_HW, count)).save(overlay_path, compress_level=1)
+        with files.renamed(mask_path) as file:
+            write_index_png(file, mask_HW)
+        with files.renamed(overlay_path) as file:
+            Image.fromarray(overlaid(colours_HWC, mask_HW, count)).save(file, "PNG", compress_level=1)
     return bad

@@ -1,7 +1,4 @@
-"""An index on disk: index.json, and the rows of index.parquet as a mapping in memory.
-
-The one module of the data part that uses pyarrow.
-"""
+"""An index on disk: index.json, and the rows of index.parquet as a mapping in memory."""
 
 import contextlib
 import json
@@ -12,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO
 
+from stpp import parquet
 from stpp.dataset.check import Checked
 from stpp.errors import UserError
 
@@ -19,84 +17,33 @@ FORMAT, VERSION = "stpp-index", 2
 _OUTSIDE = re.compile(r"(^|/)\.\.(/|$)|^/|\x00|\n")
 
 
-def _pyarrow() -> ModuleType:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"the index needs pyarrow ({error}); install it with `pip install pyarrow`") from error
-    return pyarrow
-
-
-def _schema(pa: ModuleType):
-    return pa.schema(
-        [
-            pa.field("key", pa.string(), nullable=False),
-            pa.field("image", pa.string(), nullable=False),
-            pa.field("mask", pa.string()),
-            pa.field("converted", pa.string()),
-            pa.field("width", pa.int32(), nullable=False),
-            pa.field("height", pa.int32(), nullable=False),
-            pa.field("orientation", pa.int8(), nullable=False),
-            pa.field("plain", pa.bool_(), nullable=False),
-            pa.field("format", pa.string(), nullable=False),
-            pa.field("colours", pa.string(), nullable=False),
-            pa.field("alpha", pa.bool_(), nullable=False),
-            pa.field("bits", pa.int8(), nullable=False),
-            pa.field("used_bits", pa.int8(), nullable=False),
-            pa.field("class_pixels", pa.list_(pa.int64())),
-            pa.field("bytes", pa.int64(), nullable=False),
-            pa.field("mtime_ns", pa.int64(), nullable=False),
-            pa.field("mask_bytes", pa.int64()),
-            pa.field("mask_mtime_ns", pa.int64()),
-        ]
-    )
+_COLUMNS = {"key": "string", "image": "string", "mask": "string", "converted": "string", "width": "int32",
+            "height": "int32", "orientation": "int8", "plain": "bool", "format": "string",
+            "colours": "string", "alpha": "bool", "bits": "int8", "used_bits": "int8",
+            "class_pixels": "list<int64>", "bytes": "int64", "mtime_ns": "int64", "mask_bytes": "int64",
+            "mask_mtime_ns": "int64"}
+_REQUIRED = _COLUMNS.keys() - {"mask", "converted", "class_pixels", "mask_bytes", "mask_mtime_ns"}
+_OF_TASK = ("key", "image", "mask", "bytes", "mtime_ns", "mask_bytes", "mask_mtime_ns")
 
 
 class Writer:
-    """Writes rows as they come, a row group for every few thousand, so that memory does not grow with the data set."""
+    """Writes rows as they come."""
 
-    def __init__(self, file: IO[bytes], rows_per_group: int = 8192) -> None:
-        self._pa = _pyarrow()
-        self._schema = _schema(self._pa)
-        self._writer = self._pa.parquet.ParquetWriter(file, self._schema)
-        self._rows: list[Checked] = []
-        self._rows_per_group = rows_per_group
+    def __init__(self, file: IO[bytes]) -> None:
+        self._table = parquet.TableWriter(file, _COLUMNS, _REQUIRED)
 
     def __enter__(self) -> "Writer":
         return self
 
-    def __exit__(self, kind, *_: object) -> None:
-        if kind is None:
-            self._flush()
-        self._writer.close()
+    def __exit__(self, *raised: object) -> None:
+        self._table.__exit__(*raised)
 
     def add(self, checked: list[Checked]) -> None:
         """Appends rows."""
-        self._rows += checked
-        if len(self._rows) >= self._rows_per_group:
-            self._flush()
-
-    def _flush(self) -> None:
-        rows = [
-            {
-                "key": one.task.key,
-                "image": one.task.image,
-                "mask": one.task.mask,
-                "converted": one.converted,
-                **one.reading._asdict(),
-                "used_bits": one.used_bits,
-                "class_pixels": one.class_pixels,
-                "bytes": one.task.bytes,
-                "mtime_ns": one.task.mtime_ns,
-                "mask_bytes": one.task.mask_bytes,
-                "mask_mtime_ns": one.task.mask_mtime_ns,
-            }
-            for one in self._rows
-        ]
-        self._rows = []
-        if rows:
-            self._writer.write_table(self._pa.Table.from_pylist(rows, schema=self._schema))
+        for one in checked:
+            task = {name: getattr(one.task, name) for name in _OF_TASK}
+            found = {name: getattr(one, name) for name in ("converted", "used_bits", "class_pixels")}
+            self._table.add(task | found | one.reading._asdict())
 
 
 class Rows(Mapping):
@@ -132,11 +79,11 @@ def read(path: Path, entry: type, *, rows: int, classes: int) -> Rows:
     Raises:
         UserError: missing, damaged, of another form, or with paths that lead outside. Names the file.
     """
-    pa = _pyarrow()
+    pa = parquet.pyarrow()
     problem = f"{path}: the index is damaged ({{}}); run `stpp prepare` again"
     try:
         with pa.parquet.ParquetFile(path) as file:
-            if not file.schema_arrow.equals(_schema(pa)):
+            if not file.schema_arrow.equals(parquet.schema(_COLUMNS, _REQUIRED)):
                 raise UserError(problem.format("its columns are not those of an index"))
             if file.metadata.num_rows != rows:
                 raise UserError(problem.format(f"{file.metadata.num_rows} rows instead of {rows}"))
@@ -173,8 +120,7 @@ def _value(value):
 
 def _wrong(pa: ModuleType, table, classes: int) -> str | None:
     """What no index that was written here can hold."""
-    import pyarrow.compute as pc
-
+    pc = parquet.compute()
     for field in table.schema:
         if not field.nullable and table.column(field.name).null_count:
             return f"empty values in {field.name}"

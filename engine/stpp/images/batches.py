@@ -7,7 +7,7 @@ Legend: N images, H W size of the batch.
 import importlib.util
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,8 +20,9 @@ from stpp.clock import Clock
 from stpp.device import CAPTURING, Arriving, copy_stream, on, staging
 from stpp.errors import UserError
 from stpp.images import storage
-from stpp.images.batching import Planned, padded
+from stpp.images.batching import Planned
 from stpp.images.image_file import upright
+from stpp.images.items import content_hash
 from stpp.images.pixels import BadImage, attempt, normalised
 from stpp.images.reading import is_dark, require_size
 
@@ -35,9 +36,11 @@ class Batch:
 
     planned: list[Planned]
     images_NCHW: torch.Tensor
-    """float32, channels_last, normalised, on the device; zero where padded, blank where there is no image."""
+    """float32, channels_last, normalised, on the device; blank (zero) where there is no image."""
     errors: dict[int, str]
     """Why there is none, by place in the batch."""
+    hashes: list[int | None]
+    """`content_hash` of each file's bytes as they were decoded; None where they could not be read."""
 
 
 class Decoder(Protocol):
@@ -59,7 +62,7 @@ class PilDecoder:
 
 
 def batches(tasks: Iterator[tuple[int, list[Planned]]], *, device: torch.device, kind: str, threads: int, most: int,
-            pad_to: int, clock: Clock) -> Iterator[tuple[int, Batch | None]]:
+            clock: Clock) -> Iterator[tuple[int, Batch | None]]:
     """Reads and decodes the given (shard, batch) pairs, in their order, `AHEAD` of them at once; None for an empty batch.
 
     Args:
@@ -81,25 +84,26 @@ def batches(tasks: Iterator[tuple[int, list[Planned]]], *, device: torch.device,
 
         stream = copy_stream(device)
 
-        def prepared(planned: list[Planned], reads: list[Future]) -> tuple[Arriving | None, dict[int, str]]:
+        def prepared(planned: list[Planned],
+                     reads: list[Future]) -> tuple[Arriving | None, dict[int, str], list[int | None]]:
             if not planned:
-                return None, {}
-            raw = [read.result() for read in reads]
+                return None, {}, []
+            raw, hashes = zip(*(read.result() for read in reads), strict=True)
             with clock("decode"), CAPTURING, on(stream):
-                images = decoder.images(planned, raw)
+                images = decoder.images(planned, list(raw))
                 _warn_of_dark(planned, images, warned)
-                pixels_NHWC, errors = _assembled(planned, images, device, pad_to)
-                return Arriving(pixels_NHWC, stream=stream), errors
+                pixels_NHWC, errors = _assembled(planned, images, device)
+                return Arriving(pixels_NHWC, stream=stream), errors, list(hashes)
 
         def ready() -> tuple[int, Batch | None]:
             shard, planned, future = waiting.popleft()
             with clock("wait"):
-                arriving, errors = future.result()
+                arriving, errors, hashes = future.result()
             if not planned:
                 return shard, None
             (pixels_NHWC,) = arriving.take()
-            images_NCHW = network_input(pixels_NHWC, planned, errors, pad_to)
-            return shard, Batch(planned=planned, images_NCHW=images_NCHW, errors=errors)
+            images_NCHW = network_input(pixels_NHWC, errors)
+            return shard, Batch(planned=planned, images_NCHW=images_NCHW, errors=errors, hashes=hashes)
 
         try:
             for shard, planned in tasks:
@@ -133,29 +137,25 @@ def pick(name: str) -> str:
     return "pil"
 
 
-def network_input(pixels_NHWC: torch.Tensor, planned: list[Planned], errors: dict[int, str],
-                  pad_to: int) -> torch.Tensor:
-    """uint8 [N, H, W, 3] to float32 [N, 3, H, W], channels_last, normalised; blanks and padding become
-    zero."""
+def network_input(pixels_NHWC: torch.Tensor, errors: Collection[int]) -> torch.Tensor:
+    """uint8 [N, H, W, 3] to float32 [N, 3, H, W], channels_last, normalised; blanks become zero."""
     images_NCHW = normalised(pixels_NHWC).permute(0, 3, 1, 2)
-    for i, one in enumerate(planned):
-        if i in errors:
-            images_NCHW[i] = 0
-        elif pad_to > 1:
-            images_NCHW[i, :, one.size[0]:] = 0
-            images_NCHW[i, :, :, one.size[1]:] = 0
+    for i in errors:
+        images_NCHW[i] = 0
     return images_NCHW
 
 
-def _read(one: Planned, clock: Clock) -> bytes | BadImage:
+def _read(one: Planned, clock: Clock) -> tuple[bytes | BadImage, int | None]:
+    """Bytes of a file, or why there are none; and their hash."""
     with clock("read"):
         try:
             data = one.item.read()
         except OSError as error:
-            return BadImage(storage.why(error))
+            return BadImage(storage.why(error)), None
+        found = content_hash(data)
     if 0 <= one.item.bytes != len(data):
-        return BadImage(f"cut short: {len(data)} of {one.item.bytes} bytes are there")
-    return data
+        return BadImage(f"cut short: {len(data)} of {one.item.bytes} bytes are there"), found
+    return data, found
 
 
 def _warn_of_dark(planned: list[Planned], images: list, warned: threading.Event) -> None:
@@ -168,10 +168,10 @@ def _warn_of_dark(planned: list[Planned], images: list, warned: threading.Event)
                     "by the same factor")
 
 
-def _assembled(planned: list[Planned], images: list, device: torch.device,
-               pad_to: int) -> tuple[torch.Tensor, dict[int, str]]:
+def _assembled(planned: list[Planned], images: list,
+               device: torch.device) -> tuple[torch.Tensor, dict[int, str]]:
     """Turns the images upright and stacks them: uint8 [N, H, W, 3], sent to the device, and errors by place."""
-    shape = (len(planned), *padded(planned[0].size, pad_to), 3)
+    shape = (len(planned), *planned[0].size, 3)
     on_device = device.type != "cpu" and any(isinstance(image, torch.Tensor) for image in images)
     if on_device:
         stacked = torch.zeros(shape, dtype=torch.uint8, device=device)
@@ -188,11 +188,10 @@ def _assembled(planned: list[Planned], images: list, device: torch.device,
         except BadImage as bad:
             errors[i] = str(bad)
             continue
-        place = stacked[i, : one.size[0], : one.size[1]]
         if array and not on_device:
-            place.numpy()[...] = image
+            stacked[i].numpy()[...] = image
         else:
-            place.copy_(torch.from_numpy(np.array(image)) if array else image)
+            stacked[i].copy_(torch.from_numpy(np.array(image)) if array else image)
     return stacked.to(device, non_blocking=True), errors
 
 

@@ -26,8 +26,6 @@ class Cut:
     """Pixels of a batch, at most; one image may have more."""
     max_pixels: int
     """An image of more pixels is not labelled."""
-    pad_to: int
-    """Sides are padded up to a multiple of this many pixels; 0 or 1: not at all."""
     exif: bool
     """Turn images upright by their EXIF orientation."""
 
@@ -85,7 +83,7 @@ def cut_batches(examined: Sequence[Planned], cut: Cut) -> list[Planned]:
     bad = []
     for position, one in enumerate(examined):
         if one.error is None:
-            groups.setdefault(padded(one.size, cut.pad_to), []).append((position, one))
+            groups.setdefault(one.size, []).append((position, one))
         else:
             bad.append(_numbered(one, position, -1))
     planned, batch = [], 0
@@ -110,11 +108,6 @@ def batches(planned: Sequence[Planned]) -> Iterator[list[Planned]]:
             batch.append(one)
     if batch:
         yield batch
-
-
-def padded(size: tuple[int, int], multiple: int) -> tuple[int, int]:
-    """Both sides rounded up to a multiple of `multiple`; as they are where it is 0."""
-    return tuple(-(-side // multiple) * multiple for side in size) if multiple > 1 else size
 
 
 def _numbered(one: Planned, position: int, batch: int) -> Planned:

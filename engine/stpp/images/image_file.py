@@ -139,9 +139,9 @@ def upright(pixels: Pixels, value: int) -> Pixels:
         return pixels
     return np.flip(pixels, flipped) if isinstance(pixels, np.ndarray) else pixels.flip(flipped)
 
-IMAGE_EXTENSIONS = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm",
-)  # fmt: skip
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm",
+                    ".pgm")
+"""Endings of images in folders and archives, in any case of letters; the same in every command."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 

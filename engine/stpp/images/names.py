@@ -107,6 +107,11 @@ def first_pair(repeated: set[bytes], named: Iterable[tuple[str, str]]) -> tuple[
     raise AssertionError("a repeated key is not in the listing")
 
 
+def is_among(key: str, repeated: set[bytes]) -> bool:
+    """Whether a key is one of those whose digests `Collisions` found repeated."""
+    return _digest(key) in repeated
+
+
 def _digest(key: str) -> bytes:
     return hashlib.blake2b(key.encode(), digest_size=_DIGEST_BYTES).digest()
 

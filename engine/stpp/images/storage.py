@@ -16,6 +16,8 @@ T = TypeVar("T")
 ATTEMPTS = 4
 """How often a remote read is tried, with a pause that doubles from PAUSE_S."""
 PAUSE_S = 0.5
+ABSENT = "-1 "
+"""Mark of a file that is not there."""
 _OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """Failures of this process, not of the file that it was about to open."""
 
@@ -25,6 +27,8 @@ class Child(NamedTuple):
 
     name: str
     is_folder: bool
+    mark: str
+    """See `mark`; empty for folders."""
 
 
 def is_url(path: str) -> bool:
@@ -46,27 +50,49 @@ def children(folder: str) -> Iterator[Child]:
         with os.scandir(folder) as entries:
             for entry in entries:
                 with contextlib.suppress(OSError):  # an entry that went away meanwhile
-                    yield Child(entry.name, entry.is_dir())
+                    is_folder = entry.is_dir()
+                    yield Child(entry.name, is_folder, "" if is_folder else _local_mark(entry))
         return
     fs, inside = _remote(folder)
     for entry in _asked(folder, lambda: fs.ls(inside, detail=True)):
         name = entry["name"].rstrip("/").rpartition("/")[2]
         if entry["name"].strip("/") != inside.strip("/") and name:
-            yield Child(name, entry["type"] == "directory")
+            yield Child(name, entry["type"] == "directory", _remote_mark(entry))
 
 
-def stamp(path: str) -> tuple[int, str]:
-    """(bytes, mark) of a file; the mark changes when the file is written anew, as far as the store tells.
+def size(path: str) -> int:
+    """Bytes of a file.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    return int(mark(path).partition(" ")[0])
+
+
+def mark(path: str) -> str:
+    """Size and time of change of a file: a text that changes when it is written anew, if the store tells.
 
     Raises:
         OSError: there is no such file.
     """
     if not is_url(path):
         found = os.stat(path)
-        return found.st_size, str(found.st_mtime_ns)
+        return f"{found.st_size} {found.st_mtime_ns}"
     fs, inside = _remote(path)
-    info = _retried(lambda: fs.info(inside))
-    return info.get("size") or 0, str(info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("created") or "")
+    return _remote_mark(_retried(lambda: fs.info(inside)))
+
+
+def _local_mark(entry: os.DirEntry) -> str:
+    try:
+        found = entry.stat()
+    except OSError:  # a link to nowhere
+        return ABSENT
+    return f"{found.st_size} {found.st_mtime_ns}"
+
+
+def _remote_mark(info: dict) -> str:
+    changed = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("created") or ""
+    return f"{info.get('size') or 0} {changed}"
 
 
 def opened(path: str) -> IO[bytes]:

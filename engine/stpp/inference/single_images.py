@@ -104,7 +104,7 @@ def read(item: Item, *, exif: bool, max_pixels: int) -> tuple[np.ndarray, Readin
     Raises:
         BadImage: it cannot be read, has too many pixels, or a name that no mask can have.
     """
-    looked = examine(item, Cut(max_batch=1, batch_pixels=1, max_pixels=max_pixels, pad_to=0, exif=exif))
+    looked = examine(item, Cut(max_batch=1, batch_pixels=1, max_pixels=max_pixels, exif=exif))
     if looked.error is not None:
         raise BadImage(looked.error)
     try:

@@ -45,10 +45,18 @@ def require_same(out: Path, theirs: dict, ours: dict) -> None:
     Raises:
         UserError: names what differs, and both values.
     """
-    differing = differing_keys(ours, theirs, may_change=())
+    differing = differing_keys(_comparable(ours), _comparable(theirs), may_change=())
     if differing:
         raise UserError(f"--out {out} holds masks of another run ({'; '.join(differing)}); choose another --out, or what it "
                         "was begun with")
+
+
+def _comparable(fingerprint: dict) -> dict:
+    """Without what a version before wrote that makes no difference."""
+    cut = fingerprint.get("cut")
+    if not cut or cut.get("pad_to") not in (0, 1):
+        return fingerprint
+    return fingerprint | {"cut": {name: value for name, value in cut.items() if name != "pad_to"}}
 
 
 def device_kind(device: torch.device) -> str:

@@ -1,10 +1,122 @@
-"""Pseudo labels of the samples of a data set: their source, the job, the result."""
+"""Pseudo labels: of a corpus, and of the samples of a self-training stage.
+
+Legend: N images, C classes, H W size of the batch.
+"""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from stpp.images.sources import Item
+import numpy as np
+import torch
+
+from stpp import distributed
+from stpp.clock import Clock
+from stpp.config import DataConfig, LabelConfig
+from stpp.device import Readback
+from stpp.distributed import World
+from stpp.errors import UserError
+from stpp.images.batches import Batch
+from stpp.images.batching import Planned
+from stpp.images.items import Item, Passed
+from stpp.images.masks import IGNORE, read_index_mask
+from stpp.inference import views
+from stpp.inference.open import Teacher
+from stpp.inference.several import Open, Opened
+from stpp.label import confidence_map, rows
+from stpp.label.assignment import Assignment
+from stpp.label.run import Summary, execute
+from stpp.label.sinks import Sink, Stored, open_sink
 from stpp.loading.sample import Sample
+from stpp.metrics import mean_iou
+from stpp_kernels import confusion, finalize
+
+NOT_FINITE = "the network's answer is not finite"
+
+
+@dataclass(frozen=True, slots=True)
+class PseudoLabel:
+    """The pseudo label of an image."""
+
+    mask_HW: np.ndarray
+    """uint8 class indices; 255 where the confidence is below the floor."""
+    mean_confidence: float
+    """Of all pixels, those below the floor too."""
+    class_pixels: list[int]
+    """Pixels of each class in the mask."""
+    confidence_map: bytes
+    """See stpp.label.confidence_map."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """Pseudo labels of one teacher."""
+
+    network: Teacher
+    teacher: str
+    mode: str
+    """Views: key of `views.VIEWS`."""
+    min_confidence: float
+    """Pixels whose class has a smaller share of the summed probabilities become 255."""
+    output: str
+    """ "png" or "tar"."""
+
+    @property
+    def networks(self) -> Sequence[Teacher]:
+        """See `Job`."""
+        return [self.network]
+
+    @property
+    def settings(self) -> dict:
+        """See `Job`."""
+        return {"job": "label", "teacher": self.teacher, "tta": self.mode, "output": self.output,
+                "min_confidence": self.min_confidence}
+
+    def compute(self, batch: Batch) -> Callable[[], list[PseudoLabel | str | None]]:
+        """See `Job`; a text is why an image has no label although it could be read."""
+        sums_NCHW = views.accumulate(self.network.logits, batch.images_NCHW, self.mode,
+                                     self.network.num_classes)
+        queued, errors = self._queued(sums_NCHW), batch.errors
+
+        def results() -> list[PseudoLabel | str | None]:
+            return [None if i in errors else label for i, label in enumerate(_labels(*queued.read()))]
+
+        return results
+
+    def _queued(self, sums_NCHW: torch.Tensor) -> Readback:
+        """Masks, mean confidences, pixels by class and maps of confidence, on their way to the host."""
+        masks_NHW, confidence_N, pixels_NC = finalize(sums_NCHW)
+        if self.min_confidence > 0:
+            unsure_NHW = sums_NCHW.amax(1) < self.min_confidence * sums_NCHW.sum(1)
+            masks_NHW = masks_NHW.masked_fill(unsure_NHW, IGNORE)
+            # A mask against itself counts its classes in one pass.
+            pixels_NCC = confusion(masks_NHW, masks_NHW, self.network.num_classes, per_image=True)
+            pixels_NC = pixels_NCC.diagonal(dim1=1, dim2=2)
+        return Readback(masks_NHW, confidence_N, pixels_NC, confidence_map.sampled(sums_NCHW))
+
+    def sink(self, out: Path, shard: int, clock: Clock) -> Sink:
+        """See `Job`."""
+        return open_sink(self.output, out, shard, clock)
+
+    def row(self, one: Planned, result: PseudoLabel, stored: Stored) -> dict:
+        """See `Job`."""
+        height, width = one.size
+        return rows.good(one, self.teacher) | {
+            "mean_confidence": result.mean_confidence,
+            "ignored_fraction": 1 - sum(result.class_pixels) / (height * width),
+            "class_pixels": result.class_pixels, "confidence_map": result.confidence_map,
+            "size": stored.size, "crc": stored.crc}
+
+
+def _labels(masks_NHW: torch.Tensor, confidence_N: torch.Tensor, pixels_NC: torch.Tensor,
+            maps_Nrc: torch.Tensor) -> Iterator[PseudoLabel | str]:
+    """What becomes of each image, from results on the CPU."""
+    columns = masks_NHW.numpy(), confidence_N.tolist(), pixels_NC.tolist(), maps_Nrc.numpy()
+    for mask_HW, confidence, pixels, map_rc in zip(*columns, strict=True):
+        known = math.isfinite(confidence)
+        yield PseudoLabel(mask_HW, confidence, pixels, map_rc.tobytes()) if known else NOT_FINITE
 
 
 class SampleSource:
@@ -17,13 +129,98 @@ class SampleSource:
     def __init__(self, samples: Sequence[Sample], lines: Sequence[str] | None = None):
         named_by = zip(samples, lines if lines is not None else [sample.image for sample in samples], strict=True)
         self._samples = sorted(named_by, key=lambda pair: (pair[0].height, pair[0].width))
+        self.passed = Passed()
 
     def items(self) -> Iterator[Item]:
+        """See `Source`."""
         for sample, line in self._samples:
             yield Item(key=sample.key, source=line.rstrip("\n"), file=sample.image)
 
     def stamp(self) -> dict:
+        """See `Source`; samples were checked when they were prepared."""
         digest = hashlib.sha256()
         for sample, _ in self._samples:
             digest.update(f"{sample.key}\0{sample.image}\n".encode())
         return {"kind": "samples", "files": len(self._samples), "digest": digest.hexdigest()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelled:
+    """What labelling the samples of a stage ended with."""
+
+    images: int
+    miou: float | None
+    """Agreement with the masks of the images, percent, where all have one: reported, never trained on."""
+
+
+def label_corpus(open_teacher: Open, task: Assignment, here: World) -> Summary:
+    """Writes a mask (8-bit class indices, 255 below the confidence floor) of every image, and its row.
+
+    Below `task.out`: `masks/<key>.png` or `masks/shard-*.tar`, `labels/part-*.parquet` (`rows.LABELS`), at the
+    end `failed.parquet` and `summary.json`; `run.json`, `plan/` and `shards/` are the run's own. The same call
+    goes on where it was interrupted, on any number of ranks, and ends with the same bytes.
+
+    Args:
+        open_teacher: opens one teacher.
+
+    Raises:
+        UserError: the source, or an output that another run began.
+        OSError: the output cannot be written.
+    """
+    def job(images: int) -> Labels:
+        (opened,) = open_teacher(images)
+        return Labels(network=opened.network, teacher=opened.identity, mode=task.config.tta,
+                      output=task.output, min_confidence=task.config.min_confidence)
+
+    return execute(task, job, here)
+
+
+def label(open_teacher: Open, samples: Sequence[Sample], here: World, *, config: LabelConfig,
+          data: DataConfig, out: Path, title: str) -> Labelled:
+    """Labels the samples of a stage with `label_corpus`.
+
+    Raises:
+        UserError: an image cannot be labelled; training would miss its mask.
+    """
+    classes = []
+
+    def opened(images: int) -> list[Opened]:
+        found = open_teacher(images)
+        classes.append(found[0].network.num_classes)
+        return found
+
+    task = Assignment(source=SampleSource(samples), out=out, config=config, data=data, title=title)
+    summary = label_corpus(opened, task, here)
+    require_none_bad(summary, out)
+    return Labelled(images=summary.images, miou=agreement(samples, out, here, classes[0]))
+
+
+def require_none_bad(summary: Summary, out: Path) -> None:
+    """Refuses to go on with a list of which some images could not be used.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    if summary.bad:
+        first = rows.read(out / "failed.parquet")[0]
+        raise UserError(f"{summary.bad} images cannot be labelled, the first: {first['source']}: "
+                        f"{first['error']}; replace them or take them off the list, and remove {out} (all are "
+                        "in its failed.parquet)")
+
+
+def agreement(samples: Sequence[Sample], out: Path, here: World, num_classes: int) -> float | None:
+    """Mean IoU, percent, of the pseudo labels in `out` with the samples' masks; None unless all have one."""
+    if any(sample.mask is None for sample in samples):
+        return None
+    matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    for sample in samples[here.rank :: here.size]:
+        found, truth = (torch.from_numpy(read_index_mask(path, exif=False).copy())[None]
+                        for path in (out / mask_name(sample), sample.mask))
+        counted = torch.where(found == 255, 255, truth)
+        matrix += confusion(found.clamp(max=num_classes - 1), counted, num_classes)
+    return mean_iou(distributed.sum_over_ranks(matrix.to(here.device)).cpu())
+
+
+def mask_name(sample: Sample) -> str:
+    """Path of a sample's pseudo label below the folder of its labelling."""
+    return f"masks/{sample.key}.png"

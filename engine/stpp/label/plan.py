@@ -10,7 +10,7 @@ from pathlib import Path
 
 from stpp.errors import UserError
 from stpp.images.batching import Cut, Planned, cut_batches, examine
-from stpp.images.names import Collisions, first_pair
+from stpp.images.names import Collisions, is_among
 from stpp.images.reading import Reading
 from stpp.images.sources import Item, Source
 from stpp.label import rows
@@ -30,11 +30,11 @@ class Plan:
 
     def listed(self, shard: int) -> list[Item]:
         """The items of a shard in the order of the source."""
-        return [Item(**row) for row in rows.read(_listing(self.folder, shard))]
+        return [Item(**row) for row in rows.read(listing_path(self.folder, shard))]
 
     def planned(self, shard: int, pool: Executor) -> list[Planned]:
         """The items of a shard in the order that they are labelled; batches are neighbours. Read, or made and kept."""
-        path = self.folder / f"part-{shard:06d}.parquet"
+        path = part_path(self.folder, shard)
         if not path.exists():
             planned = cut_batches(list(pool.map(lambda item: examine(item, self.cut), self.listed(shard))), self.cut)
             rows.write(path, map(_row, planned), rows.PLAN)
@@ -66,7 +66,7 @@ def make(source: Source, folder: Path, *, shard_size: int) -> dict:
             nonlocal shards, waiting
             while len(waiting) > leave:
                 listed, waiting = waiting[:chosen], waiting[chosen:]
-                rows.write(_listing(folder, shards), map(_listing_row, listed), rows.LISTING)
+                rows.write(listing_path(folder, shards), map(rows.listing_row, listed), rows.LISTING)
                 shards += 1
 
         for item in source.items():
@@ -79,30 +79,67 @@ def make(source: Source, folder: Path, *, shard_size: int) -> dict:
             chosen = min(max(-(-items // SHARDS_OF_FEW), SMALLEST_SHARD), LARGEST_SHARD)
             chosen = max(1, -(-items // -(-items // chosen))) if items else 1  # of equal size
         flush(0)
-        if repeated := keys.repeated():
-            listing = (row for shard in range(shards) for row in rows.read(_listing(folder, shard)))
-            key, one, other = first_pair(repeated, ((row["key"], row["source"]) for row in listing))
-            raise UserError(f"--source: {one} and {other} would both be labelled as {key}.png ({len(repeated)} such names); "
-                            "rename one, or label them into two --out (for archives: --tar-folders)")
+        repeated = keys.repeated()
+    if repeated:
+        dropped = _drop_repeated(folder, shards, repeated)
+        items, source.passed.repeated = items - dropped, dropped
     if not items:
-        raise UserError("--source: there is no image in it")
+        passed = source.passed.line()
+        raise UserError(f"--source: there is no image in it{f' ({passed})' if passed else ''}")
     return {"items": items, "shards": shards, "shard_size": chosen}
 
 
-def _listing(folder: Path, shard: int) -> Path:
+def collision(key: str, one: str, other: str, count: int) -> UserError:
+    """The refusal of two images that would have the same mask."""
+    if one == other:
+        return UserError(f"--source: {one} is there twice ({count} such names); write the archive anew "
+                         "without repetitions")
+    return UserError(f"--source: {one} and {other} would both be labelled as {key}.png ({count} such names); "
+                     "rename one, or label them into two --out (for archives: --tar-folders)")
+
+
+def _drop_repeated(folder: Path, shards: int, repeated: set[bytes]) -> int:
+    """Takes images that are listed a second time out of the listing, as from a list with repeated lines.
+
+    Returns:
+        Their number.
+
+    Raises:
+        UserError: other images than those have the same key.
+    """
+    seen: dict[str, dict] = {}
+    dropped = 0
+    for shard in range(shards):
+        listed, kept = rows.read(listing_path(folder, shard)), []
+        for row in listed:
+            first = seen.setdefault(row["key"], row) if is_among(row["key"], repeated) else row
+            if any(first[name] != row[name] for name in ("source", "file", "offset")):
+                raise collision(row["key"], first["source"], row["source"], len(repeated))
+            if first is row:
+                kept.append(row)
+        if len(kept) < len(listed):
+            dropped += len(listed) - len(kept)
+            rows.write(listing_path(folder, shard), kept, rows.LISTING)
+    return dropped
+
+
+def listing_path(folder: Path, shard: int) -> Path:
+    """The items of a shard, below `plan/`."""
     return folder / f"listing-{shard:06d}.parquet"
 
 
-def _listing_row(item: Item) -> dict:
-    return {name: getattr(item, name) for name in rows.LISTING}
+def part_path(folder: Path, shard: int) -> Path:
+    """The plan of a shard, below `plan/`."""
+    return folder / f"part-{shard:06d}.parquet"
 
 
 def _row(one: Planned) -> dict:
     found = one.reading._asdict() if one.reading else dict.fromkeys(Reading._fields)
-    return {"position": one.position, **_listing_row(one.item), **found, "batch": one.batch, "error": one.error}
+    place = {name: getattr(one.item, name) for name in rows.PLACE}
+    return {"position": one.position, **place, **found, "batch": one.batch, "error": one.error}
 
 
 def _planned(row: dict) -> Planned:
     found = None if row["width"] is None else Reading(*(row[name] for name in Reading._fields))
-    item = Item(**{name: row[name] for name in rows.LISTING if name != "error"})
+    item = Item(**{name: row[name] for name in rows.PLACE if name != "error"})
     return Planned(item=item, position=row["position"], reading=found, batch=row["batch"], error=row["error"])

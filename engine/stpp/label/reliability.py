@@ -1,44 +1,89 @@
 """ST++'s selection: which unlabelled images several checkpoints agree on.
 
-Source: ST++ (arXiv 2106.05095), section 3.3.
+Source: ST++ (arXiv 2106.05095), section 3.3. Legend: N images, H W size of the batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from stpp import files
+from stpp.clock import Clock
 from stpp.config import DataConfig, LabelConfig
+from stpp.device import Readback
 from stpp.distributed import World
-from stpp.images.sources import Source
+from stpp.images.batches import Batch
+from stpp.images.batching import Planned
+from stpp.inference.open import Teacher
 from stpp.inference.several import Open
 from stpp.label import rows
-from stpp.label.jobs import Scores
-from stpp.label.labeller import cut, require_none_bad
-from stpp.label.labels import SampleSource
-from stpp.label.run import Summary, Task, execute
-from stpp.label.shards import WHOLE, Part
+from stpp.label.assignment import Assignment
+from stpp.label.labels import SampleSource, require_none_bad
+from stpp.label.run import Summary, execute
 from stpp.loading.sample import Sample
+from stpp_kernels import pairwise_iou, upsample_argmax
 
 
-def select_corpus(open_teachers: Open, source: Source, here: World, *, config: LabelConfig, data: DataConfig, out: Path,
-                  part: Part = WHOLE, verify: bool = False, list_only: bool = False, title: str = "select",
+@dataclass(frozen=True, kw_only=True)
+class Reliability:
+    """Agreement of the last of several teachers with each earlier one.
+
+    Source: ST++ (arXiv 2106.05095), section 3.3.
+    """
+
+    networks: Sequence[Teacher]
+    teacher: str
+
+    @property
+    def settings(self) -> dict:
+        """See `Job`."""
+        return {"job": "select", "teacher": self.teacher}
+
+    def compute(self, batch: Batch) -> Callable[[], list[float | None]]:
+        """See `Job`: the mean over the earlier teachers of their mask's mean IoU with the last one's."""
+        *earlier, last = self.networks
+        size = batch.images_NCHW.shape[-2:]
+        reference_NHW = upsample_argmax(last.logits(batch.images_NCHW), size)
+        total_N = torch.zeros(len(batch.planned), dtype=torch.float64, device=reference_NHW.device)
+        for network in earlier:
+            masks_NHW = upsample_argmax(network.logits(batch.images_NCHW), size)
+            total_N += pairwise_iou(masks_NHW, reference_NHW, last.num_classes)
+        queued, errors = Readback(total_N / len(earlier)), batch.errors
+
+        def results() -> list[float | None]:
+            (scores_N,) = queued.read()
+            return [None if i in errors else score for i, score in enumerate(scores_N.tolist())]
+
+        return results
+
+    def sink(self, out: Path, shard: int, clock: Clock) -> None:
+        """See `Job`."""
+
+    def row(self, one: Planned, result: float, stored: None) -> dict:
+        """See `Job`."""
+        return rows.good(one, self.teacher) | {"reliability": result}
+
+
+def select_corpus(open_teachers: Open, task: Assignment, here: World, *,
                   order: Sequence[str] | None = None) -> Summary:
     """Writes `reliability.parquet`, `reliable_ids.txt` and `unreliable_ids.txt`: the reliable half, and the rest.
 
     Reliability is the mean IoU between the last teacher's prediction and each earlier one's. Shards, markers and
-    restarts are as for `stpp.label.labeller.label_corpus`; the parts of the table are `scores/part-*.parquet`.
+    restarts are as for `stpp.label.labels.label_corpus`; the parts of the table are `scores/part-*.parquet`.
 
     Args:
         open_teachers: opens checkpoints of one run in the order of training; the last one judges.
+        task: with the table "scores".
         order: keys of the images in the order that ties keep; None: the order of the source.
     """
-    def job(images: int) -> Scores:
+    def job(images: int) -> Reliability:
         opened = open_teachers(images)
-        return Scores(networks=[one.network for one in opened], teacher="+".join(one.identity for one in opened))
+        return Reliability(networks=[one.network for one in opened],
+                           teacher="+".join(one.identity for one in opened))
 
-    return execute(Task(source=source, open_job=job, cut=cut(config, data), shard_size=config.shard_size, out=out, title=title,
-                        loader=data.loader, threads=data.threads, part=part, verify=verify, list_only=list_only,
-                        conclude=lambda folder: write_selection(folder, order)), here)
+    return execute(task, job, here, conclude=lambda: write_selection(task.out, order))
 
 
 def select(open_teachers: Open, samples: Sequence[Sample], lines: Sequence[str], here: World, *, config: LabelConfig,
@@ -54,8 +99,9 @@ def select(open_teachers: Open, samples: Sequence[Sample], lines: Sequence[str],
     Raises:
         UserError: an image cannot be read.
     """
-    summary = select_corpus(open_teachers, SampleSource(samples, lines), here, config=config, data=data, out=out, title=title,
-                            order=[sample.key for sample in samples])
+    task = Assignment(source=SampleSource(samples, lines), out=out, config=config, data=data, title=title,
+                      table="scores")
+    summary = select_corpus(open_teachers, task, here, order=[sample.key for sample in samples])
     require_none_bad(summary, out)
     return summary.mean
 

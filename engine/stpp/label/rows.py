@@ -1,68 +1,48 @@
-"""Tables of labels and reliability: Parquet files, written whole, the same bytes for the same rows."""
+"""Tables of a labelling: their columns, and the rows of images."""
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
-from stpp import files
-from stpp.errors import UserError
+from stpp.images.batching import Planned
+from stpp.images.items import Item
+from stpp.parquet import encoded as encoded
+from stpp.parquet import read as read
+from stpp.parquet import write as write
 
-LISTING = {"key": "string", "source": "string", "file": "string", "offset": "int64", "bytes": "int64", "error": "string"}
+PLACE = {"key": "string", "source": "string", "file": "string", "offset": "int64", "bytes": "int64",
+         "error": "string"}
+"""Columns of an item: where its bytes lie."""
+LISTING = {**PLACE, "mark": "string"}
 """Columns of `plan/listing-*.parquet`: the items of a shard as the source yields them."""
-PLAN = {"position": "int64", **LISTING, "width": "int32", "height": "int32", "orientation": "int8", "plain": "bool",
-        "format": "string", "colours": "string", "alpha": "bool", "bits": "int8", "batch": "int32"}
+PLAN = {"position": "int64", **PLACE, "width": "int32", "height": "int32", "orientation": "int8",
+        "plain": "bool", "format": "string", "colours": "string", "alpha": "bool", "bits": "int8",
+        "batch": "int32"}
 """Columns of `plan/part-*.parquet`: the items of a shard in the order that they are labelled."""
-LABELS = {"key": "string", "source": "string", "status": "string", "error": "string", "width": "int32", "height": "int32",
-          "mean_confidence": "float64", "ignored_fraction": "float64", "class_pixels": "list<int64>", "confidence_map": "binary",
-          "size": "int64", "crc": "int64", "teacher": "string"}
-"""Columns of `labels/part-*.parquet` and `failed.parquet`."""
-SCORES = {"key": "string", "source": "string", "status": "string", "error": "string", "width": "int32", "height": "int32",
-          "reliability": "float64", "teacher": "string"}
+EDITS = {"shard": "int32", "dropped": "bool", **LISTING}
+"""Columns of `plan/update.parquet`: items that a shard loses, or whose place changed."""
+_IMAGE = {"key": "string", "source": "string", "status": "string", "error": "string", "width": "int32",
+          "height": "int32"}
+LABELS = {**_IMAGE, "mean_confidence": "float64", "ignored_fraction": "float64",
+          "class_pixels": "list<int64>", "confidence_map": "binary", "size": "int64", "crc": "int64",
+          "teacher": "string", "image_hash": "int64"}
+"""Columns of `labels/part-*.parquet` and `failed.parquet`; `image_hash` is `content_hash` of the image."""
+SCORES = {**_IMAGE, "reliability": "float64", "teacher": "string", "image_hash": "int64"}
 """Columns of `scores/part-*.parquet`."""
 RELIABILITY = {"key": "string", "reliability": "float64", "reliable": "bool"}
 """Columns of `reliability.parquet`."""
-_GROUP = 8192
+TABLES = {"labels": LABELS, "scores": SCORES}
+"""Columns of a labelling's table, by the folder of its parts."""
 
 
-def write(path: Path, rows: Iterable[dict], columns: dict[str, str]) -> None:
-    """Writes `rows` as a Parquet file, atomically, a few thousand at a time."""
-    with files.atomic(path) as file:
-        _write(file, rows, columns)
+def listing_row(item: Item) -> dict:
+    """The row of an item in a listing."""
+    return {name: getattr(item, name) for name in LISTING}
 
 
-def encoded(rows: list[dict], columns: dict[str, str]) -> bytes:
-    """`rows` as the bytes of a Parquet file."""
-    import io
-
-    file = io.BytesIO()
-    _write(file, rows, columns)
-    return file.getvalue()
-
-
-def put(path: Path, data: bytes) -> None:
-    """Writes what `encoded` made, atomically."""
-    with files.atomic(path) as file:
-        file.write(data)
-
-
-def read(path: Path, columns: Iterable[str] | None = None) -> list[dict]:
-    """The rows of a Parquet file.
-
-    Args:
-        columns: of those that are there, the ones to read; None: all.
-
-    Raises:
-        UserError: missing or damaged.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-        return file.read(None if columns is None else [name for name in file.schema_arrow.names if name in columns]).to_pylist()
-    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: text that is not UTF-8
-        raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
+def part(out: Path, table: str, shard: int) -> Path:
+    """The file of a shard's rows."""
+    return out / table / f"part-{shard:06d}.parquet"
 
 
 def read_parts(folder: Path) -> Iterator[dict]:
@@ -71,23 +51,18 @@ def read_parts(folder: Path) -> Iterator[dict]:
         yield from read(path)
 
 
+def good(one: Planned, teacher: str) -> dict:
+    """The beginning of the row of an image that was labelled."""
+    return {"key": one.item.key, "source": one.item.source, "status": "ok", "error": None,
+            "width": one.reading and one.reading.width, "height": one.reading and one.reading.height,
+            "teacher": teacher}
+
+
+def bad(one: Planned, error: str, teacher: str) -> dict:
+    """The row of an image that could not be labelled."""
+    return good(one, teacher) | {"status": "bad", "error": error}
+
+
 def checksum(data: bytes, before: int = 0) -> int:
     """CRC-32, as the tables hold it; of bytes that follow others, if `before` is theirs."""
     return zlib.crc32(data, before)
-
-
-def _write(file: IO[bytes], rows: Iterable[dict], columns: dict[str, str]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    kinds = {"list<int64>": pa.list_(pa.int64()), "bool": pa.bool_()}
-    schema = pa.schema([(name, kinds.get(kind) or getattr(pa, kind)()) for name, kind in columns.items()])
-    with pq.ParquetWriter(file, schema) as writer:
-        group: list[dict] = []
-        for row in rows:
-            group.append(row)
-            if len(group) == _GROUP:
-                writer.write_table(pa.Table.from_pylist(group, schema=schema))
-                group = []
-        if group:
-            writer.write_table(pa.Table.from_pylist(group, schema=schema))

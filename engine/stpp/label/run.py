@@ -14,42 +14,16 @@ from stpp import files, log
 from stpp.clock import PARTS
 from stpp.distributed import World
 from stpp.errors import UserError
-from stpp.images import batches
-from stpp.images.batching import Cut
-from stpp.images.sources import Source
 from stpp.label import fingerprint, rows
-from stpp.label.jobs import Job
-from stpp.label.plan import Plan, make
-from stpp.label.shards import PATIENCE_S, WHOLE, Board, Ledger, Markers, Part
-from stpp.label.sinks import sweep
-from stpp.label.worker import Work, Worker
+from stpp.label import listing as listings
+from stpp.label.assignment import Assignment
+from stpp.label.open_shard import Job
+from stpp.label.plan import Plan
+from stpp.label.shards import PATIENCE_S, Board, Ledger, Markers
+from stpp.label.worker import Worker
 
 _LAST_WORDS_S = 3.0
 """How long rank 0 waits for the other ranks' times, which are only shown."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """What is to be done."""
-
-    source: Source
-    open_job: Callable[[int], Job]
-    """Makes the networks ready for so many images; every rank calls it once."""
-    cut: Cut
-    shard_size: int
-    """Images of a shard; 0: chosen by their number."""
-    out: Path
-    title: str
-    loader: str = "auto"
-    """ "auto", "dali" or "reference"."""
-    threads: int = 0
-    """That load and store, per rank; 0: the machine's cores divided among its ranks."""
-    part: Part = WHOLE
-    verify: bool = False
-    list_only: bool = False
-    """Only list the source: that is work of one process, and needs no GPU."""
-    conclude: Callable[[Path], None] | None = None
-    """Called once with `out` when every shard is done, to write what is made of all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,16 +52,21 @@ class Summary:
     """What was found damaged and done again."""
 
 
-def execute(task: Task, here: World) -> Summary:
-    """Does the task, or what is left of it, on all ranks that call this; returns when every shard of the part is done.
+def execute(task: Assignment, open_job: Callable[[int], Job], here: World, *,
+            conclude: Callable[[], None] | None = None) -> Summary:
+    """Does what is left of the work on all ranks that call this, until every shard of the part is done.
+
+    Args:
+        open_job: makes the networks ready for so many images; every rank calls it once.
+        conclude: called once when every shard is done, to write what is made of all of them.
 
     Raises:
         UserError: the source, the settings or the output do not allow it.
         OSError: the output cannot be written.
     """
     started, board = time.monotonic(), Board.of_this_call(here)
-    _on_first(here, board, "listed", lambda: _list(task))
-    listing = _listing(task.out)
+    _on_first(here, board, "listed", lambda: listings.ensure(task))
+    listing = listings.read(task.out)
     if listing is None:
         raise UserError(f"{task.out}/plan is not there; is --out on a file system that every machine sees?")
     plan = Plan(folder=task.out / "plan", items=listing["items"], shards=listing["shards"], cut=task.cut)
@@ -96,54 +75,27 @@ def execute(task: Task, here: World) -> Summary:
         return dataclasses.replace(_total(plan, markers), wall_s=time.monotonic() - started)
     threads = _agreed_threads(task.out, here, board)
     with _threads(threads):
-        job = task.open_job(plan.items)
+        job = open_job(plan.items)
         kind = fingerprint.device_kind(here.device)
         _on_first(here, board, "claimed", lambda: _claim(task, job, listing, kind, threads))
         _require_kind(task.out, here, kind)
         if not here.is_main:  # one that reads another checkpoint or lacks DALI would mix its masks in
             _claim(task, job, listing, kind, threads)
         ledger = Ledger(here, board, shards=plan.shards, part=task.part, done=markers.done)
-        worker = Worker(Work(job=job, plan=plan, out=task.out, here=here, decoder=batches.pick(task.loader),
-                             threads=task.threads, verify=task.verify, title=task.title), ledger)
+        worker = Worker(task, job, plan, here, ledger)
         worker.run()
         _keep_agreements(task.out, job, here)
     labelled, seconds, redone = _gathered(here, board, worker)
     for text in redone:
         log.say(f"  damaged, labelled again: {text}")
     if all(map(markers.done, range(plan.shards))):
-        _once(board, lambda: _conclude(task, job, plan, markers))
-        total = Summary(**json.loads((task.out / "summary.json").read_text(encoding="utf-8")), shards_left=0, listed=plan.items)
+        _once(board, lambda: _conclude(task, plan, markers, conclude))
+        total = Summary(**json.loads((task.out / "summary.json").read_text(encoding="utf-8")), shards_left=0,
+                        listed=plan.items)
     else:
         total = _total(plan, markers)
     return dataclasses.replace(total, labelled=labelled, wall_s=time.monotonic() - started, seconds=seconds,
                                redone=redone)
-
-
-def _list(task: Task) -> None:
-    """Lists the source into the plan, or checks that the listing that is there is of this source."""
-    stamp, listing = task.source.stamp(), _listing(task.out)
-    sweep(task.out)
-    if listing is not None:
-        fingerprint.require_same(task.out, {"source": listing["source"], "shard_size": listing["asked"]},
-                                 {"source": stamp, "shard_size": task.shard_size})
-        return
-    log.say(f"  {task.title}: listing the images")
-    try:
-        (task.out / "plan").mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"--out {task.out}: is or lies in a file; choose a folder") from None
-    made = make(task.source, task.out / "plan", shard_size=task.shard_size)
-    files.write_json(task.out / "plan" / "listing.json", made | {"asked": task.shard_size, "source": stamp})
-
-
-def _listing(out: Path) -> dict | None:
-    path = out / "plan" / "listing.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); choose another --out") from None
 
 
 def _agreed_threads(out: Path, here: World, board: Board | None) -> int:
@@ -160,15 +112,16 @@ def _agreed_threads(out: Path, here: World, board: Board | None) -> int:
     return found[0] if found else int(board.get("threads"))
 
 
-def _claim(task: Task, job: Job, listing: dict, kind: str, threads: int) -> None:
+def _claim(task: Assignment, job: Job, listing: dict, kind: str, threads: int) -> None:
     """Takes the output for this run, or checks that it is this run's."""
     existing = fingerprint.read(task.out)
     ours = {"source": listing["source"], **job.settings, "cut": dataclasses.asdict(task.cut),
-            "shard_size": listing["shard_size"], "decoder": batches.pick(task.loader), "device_kind": kind,
+            "shard_size": listing["shard_size"], "decoder": task.decoder, "device_kind": kind,
             "threads": threads}
     ours = json.loads(json.dumps(ours))
     if existing:
-        fingerprint.require_same(task.out, existing["fingerprint"], ours)
+        # The source may have grown since: `listing.ensure` judges it.
+        fingerprint.require_same(task.out, existing["fingerprint"] | {"source": ours["source"]}, ours)
     else:
         fingerprint.write(task.out, ours, {"items": listing["items"], "shards": listing["shards"]})
 
@@ -188,18 +141,18 @@ def _keep_agreements(out: Path, job: Job, here: World) -> None:
             "teacher": job.teacher, "engines": [one and dataclasses.asdict(one) for one in found]})
 
 
-def _conclude(task: Task, job: Job, plan: Plan, markers: Markers) -> None:
+def _conclude(task: Assignment, plan: Plan, markers: Markers, conclude: Callable[[], None] | None) -> None:
     """Writes the tables that speak of the whole corpus; their bytes depend on the shards alone."""
     def failed() -> Iterator[dict]:
         for shard in range(plan.shards):
             marker = markers.read(shard)
             if marker["bad"]:
-                table = rows.read(task.out / job.folder / marker["rows"]["path"])
+                table = rows.read(task.out / task.table / marker["rows"]["path"])
                 yield from (row for row in table if row["status"] != "ok")
 
-    rows.write(task.out / "failed.parquet", failed(), job.columns)
-    if task.conclude is not None:
-        task.conclude(task.out)
+    rows.write(task.out / "failed.parquet", failed(), rows.TABLES[task.table])
+    if conclude is not None:
+        conclude()
     total = dataclasses.asdict(_total(plan, markers))
     files.write_json(task.out / "summary.json",
                      {name: total[name] for name in ("images", "bad", "class_pixels", "pixels", "mean")})

@@ -1,4 +1,4 @@
-"""Who labels which shard: a counter in torchrun's own store, static parts without one, and markers on disk as the truth.
+"""Shards among ranks: a counter in torchrun's store, static parts without one, markers on disk as the truth.
 
 No collective is called while shards are labelled, so a rank that is slow, stopped or dead holds up no other. A shard is
 done when its marker exists. The counter only spares ranks from meeting: should two label the same shard, they write the
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from stpp import distributed, files
 from stpp.distributed import World
 from stpp.errors import UserError
-from stpp.label.rows import checksum
+from stpp.label import rows
 
 PATIENCE_S = 60.0
 """A rank that finished no batch for so long, or four times as long as any of ours took, is taken for stopped: others
@@ -214,6 +214,54 @@ class Board:
         return text
 
 
+def marker_of(table: list[dict], name: str, data: bytes, archives: list[dict]) -> dict:
+    """The content of a marker: the files of the shard, and what the summary adds up.
+
+    Args:
+        table: the rows of the shard; `name` and `data` are those of their file.
+        archives: files that hold more than one mask, as a sink returns them.
+    """
+    good = [row for row in table if row["status"] == "ok"]
+    pixels = [row["class_pixels"] for row in good if row.get("class_pixels") is not None]
+    return {"images": len(table), "bad": len(table) - len(good),
+            "rows": {"path": name, "bytes": len(data), "crc": rows.checksum(data)}, "files": archives,
+            "class_pixels": [sum(counts) for counts in zip(*pixels, strict=True)],
+            "pixels": sum(row["width"] * row["height"] for row in good),
+            "confidence": sum(row.get("mean_confidence") or row.get("reliability") or 0.0 for row in good)}
+
+
+def damage(out: Path, table: str, shard: int) -> str | None:
+    """The first file of a finished shard that is missing, cut short or altered, in words; or None.
+
+    Args:
+        table: folder of the rows, "labels" or "scores".
+    """
+    try:
+        marker = Markers(out).read(shard)
+        part = out / table / marker["rows"]["path"]
+        found = _differs(part, marker["rows"])
+        if found is None and table == "labels":
+            masks = marker["files"] or [
+                {"path": f"masks/{row['key']}.png", "bytes": row["size"], "crc": row["crc"]}
+                for row in rows.read(part) if row["status"] == "ok"]
+            found = next((text for file in masks if (text := _differs(out / file["path"], file))), None)
+        return found
+    except (UserError, KeyError, TypeError) as error:
+        return str(error)
+
+
+def _differs(path: Path, expected: dict) -> str | None:
+    try:
+        found = measured(path)
+    except FileNotFoundError:
+        return f"{path} is missing"
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
+    if found["bytes"] != expected["bytes"]:
+        return f"{path} has {found['bytes']} bytes instead of {expected['bytes']}"
+    return None if found["crc"] == expected["crc"] else f"{path} was altered"
+
+
 def measured(path: Path) -> dict:
     """`{"bytes", "crc"}` of a file.
 
@@ -223,5 +271,5 @@ def measured(path: Path) -> dict:
     size = crc = 0
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
-            size, crc = size + len(block), checksum(block, crc)
+            size, crc = size + len(block), rows.checksum(block, crc)
     return {"bytes": size, "crc": crc}

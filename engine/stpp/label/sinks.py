@@ -16,7 +16,7 @@ import numpy as np
 
 from stpp import files
 from stpp.clock import Clock
-from stpp.images import tars
+from stpp.images import storage, tars
 from stpp.images.masks import write_index_png
 from stpp.label.rows import checksum
 
@@ -58,7 +58,7 @@ def open_sink(kind: str, out: Path, shard: int, clock: Clock) -> Sink:
     """The sink of `--output` "png" or "tar" for one shard."""
     (out / "tmp").mkdir(parents=True, exist_ok=True)
     (out / "masks").mkdir(exist_ok=True)
-    return TarSink(out, f"shard-{shard:06d}.tar", clock) if kind == "tar" else PngSink(out, clock)
+    return TarSink(out, _archive(shard), clock) if kind == "tar" else PngSink(out, clock)
 
 
 class PngSink:
@@ -126,6 +126,33 @@ class TarSink:
         self._crc = checksum(data, self._crc)
 
 
+def repacked(out: Path, shard: int, without: set[str]) -> dict:
+    """Writes the archive of a finished shard anew without some masks; the others keep their bytes.
+
+    Args:
+        without: keys.
+
+    Returns:
+        `{"path", "bytes", "crc"}` of it.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = out / "masks" / _archive(shard)
+    left_out = {f"{key}.png" for key in without}
+    (out / "tmp").mkdir(exist_ok=True)
+    sink = TarSink(out, path.name, Clock())
+    try:
+        for member in tars.members(str(path)):
+            if member.name not in left_out:
+                data = storage.read(str(path), member.offset, member.bytes)
+                sink.take(member.name.removesuffix(".png"), Stored(len(data), checksum(data), data))
+        return sink.close()[0]
+    except BaseException:
+        sink.abandon()
+        raise
+
+
 def encode(mask_HW: np.ndarray) -> bytes:
     """A uint8 [H, W] mask as an 8-bit grayscale PNG."""
     file = io.BytesIO()
@@ -139,6 +166,10 @@ def sweep(out: Path) -> None:
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > STALE_S:
                 path.unlink()
+
+
+def _archive(shard: int) -> str:
+    return f"shard-{shard:06d}.tar"
 
 
 def _temporary(out: Path) -> Path:

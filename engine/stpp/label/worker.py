@@ -3,7 +3,6 @@
 A shard counts when its marker is written: after its masks, its rows, and a sync.
 """
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -11,8 +10,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,43 +19,29 @@ from stpp.distributed import World, threads_per_rank
 from stpp.errors import UserError
 from stpp.images import batches, batching
 from stpp.images.batching import Planned
-from stpp.label import rows
 from stpp.label.ahead import ahead
-from stpp.label.jobs import Job, bad_row
+from stpp.label.assignment import Assignment
+from stpp.label.open_shard import Job, OpenShard
 from stpp.label.plan import Plan
-from stpp.label.shards import Ledger, Markers
-from stpp.label.sinks import Sink
-from stpp.label.verify import damage
+from stpp.label.shards import Ledger, Markers, damage
 
 TOO_LITTLE_MEMORY = "its views need more memory than there is ({width}x{height} pixels)"
-QUEUE = 64
-"""Masks of a shard that wait to be stored, at most."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """A labelling as one rank does it."""
-
-    job: Job
-    plan: Plan
-    out: Path
-    here: World
-    decoder: str
-    """ "dali" or "pil"."""
-    threads: int
-    """That load and that store; 0: the machine's cores divided among its ranks."""
-    verify: bool
-    """Look at what finished shards left, and do damaged ones again."""
-    title: str
 
 
 class Worker:
-    """Labels the shards that the ledger gives out."""
+    """Labels the shards that the ledger gives out, as one rank.
 
-    def __init__(self, work: Work, ledger: Ledger):
-        self._work, self._ledger, self.clock = work, ledger, Clock()
-        self._markers = Markers(work.out)
-        self._threads = threads_per_rank(work.here, work.threads)
+    Args:
+        task: the labelling.
+        job: what is computed, ready.
+        plan: the shards.
+        ledger: which of them are this rank's.
+    """
+
+    def __init__(self, task: Assignment, job: Job, plan: Plan, here: World, ledger: Ledger):
+        self._task, self._job, self._plan, self._here, self._ledger = task, job, plan, here, ledger
+        self._markers, self.clock = Markers(task.out), Clock()
+        self._threads = threads_per_rank(here, task.data.threads)
         self._counting = threading.Lock()
         self.images = self.bad = 0
         """Labelled by this rank in this run; and bad ones, those of shards done before too."""
@@ -74,7 +57,7 @@ class Worker:
             UserError: the device has too little memory for several images at once.
         """
         with ThreadPoolExecutor(self._threads, "stpp-plan") as planners, log.Progress(
-                self._work.title, self._work.plan.items) as bar:
+                self._task.title, self._plan.items) as bar:
             self._bar, self._shown = bar, 0
             self._label(self._ledger.claims(), planners)
             # One by one: the next is asked for only when the last one's marker is there.
@@ -83,14 +66,14 @@ class Worker:
 
     def _label(self, shards: Iterator[int], planners: ThreadPoolExecutor) -> None:
         """Labels the given shards; their markers are written when it returns."""
-        work, planned_of = self._work, {}
+        planned_of: dict[int, list[Planned]] = {}
 
         def planned_shards() -> Iterator[tuple[int, list[Planned]]]:
             for shard in shards:
                 if self._is_done(shard):
                     continue
                 with self.clock("plan"):
-                    planned = work.plan.planned(shard, planners)
+                    planned = self._plan.planned(shard, planners)
                 yield shard, planned
 
         def tasks() -> Iterator[tuple[int, list[Planned]]]:
@@ -99,15 +82,15 @@ class Worker:
                 cut = list(batching.batches(planned))
                 yield from ((shard, batch) for batch in cut or [[]])
 
-        stream = batches.batches(tasks(), device=work.here.device, kind=work.decoder, threads=self._threads,
-                                most=work.plan.cut.max_batch, pad_to=work.plan.cut.pad_to, clock=self.clock)
+        stream = batches.batches(tasks(), device=self._here.device, kind=self._task.decoder,
+                                 threads=self._threads, most=self._plan.cut.max_batch, clock=self.clock)
         line = _Line()
         with ThreadPoolExecutor(self._threads, "stpp-store") as pool, ThreadPoolExecutor(1, "stpp-close") as closer, \
                 closing(stream):
             try:
                 for shard, batch in stream:
                     if not line.opened or line.opened[-1].shard != shard:
-                        line.opened.append(_Shard(shard, planned_of.pop(shard), work, pool, self.clock))
+                        line.opened.append(self._opened(shard, planned_of.pop(shard), pool))
                     self._advance(line, batch, closer)
                 self._advance(line, None, closer)
                 self._close(line, closer)
@@ -117,6 +100,9 @@ class Worker:
                 for one in line.opened:
                     one.abandon()
                 raise
+
+    def _opened(self, shard: int, planned: list[Planned], pool: ThreadPoolExecutor) -> OpenShard:
+        return OpenShard(shard, planned, self._task, self._job, pool, self.clock)
 
     def _advance(self, line: "_Line", batch: batches.Batch | None, closer: ThreadPoolExecutor) -> None:
         """Queues the next batch, then takes the results of the one before: host and device work at once.
@@ -133,19 +119,20 @@ class Worker:
             while len(line.opened) > 1:  # nothing of the first is in flight any more
                 self._close(line, closer)
 
-    def _queued(self, shard: "_Shard", batch: batches.Batch) -> "_InFlight":
+    def _queued(self, shard: OpenShard, batch: batches.Batch) -> "_InFlight":
         with self.clock("compute"):
             try:
-                results = self._work.job.compute(batch)
+                results = self._job.compute(batch)
             except RuntimeError as error:
                 results = partial(list, [_alone_too_large(batch, error)])
-        return _InFlight(shard=shard, planned=batch.planned, errors=batch.errors, results=results)
+        return _InFlight(shard=shard, planned=batch.planned, errors=batch.errors, hashes=batch.hashes,
+                         results=results)
 
     def _deliver(self, one: "_InFlight") -> None:
         with self.clock("compute"):
             results = one.results()
         with self.clock("wait"):
-            one.shard.add(one.planned, one.errors, results)
+            one.shard.add(one.planned, one.errors, one.hashes, results)
         self._count(len(one.planned), one.shard.take_bad())
 
     def _close(self, line: "_Line", closer: ThreadPoolExecutor) -> None:
@@ -161,7 +148,7 @@ class Worker:
     def _is_done(self, shard: int) -> bool:
         if not self._markers.done(shard):
             return False
-        found = damage(self._work.out, self._work.job, self._markers, shard) if self._work.verify else None
+        found = damage(self._task.out, self._task.table, shard) if self._task.verify else None
         if found is None:
             marker = self._markers.read(shard)
             self._count(marker["images"], marker["bad"], new=False)
@@ -183,9 +170,10 @@ class Worker:
 class _InFlight:
     """A batch that the device works on; without its images, whose memory the next one needs."""
 
-    shard: "_Shard"
+    shard: OpenShard
     planned: list[Planned]
     errors: dict[int, str]
+    hashes: list[int | None]
     results: Callable[[], list]
 
 
@@ -193,82 +181,11 @@ class _InFlight:
 class _Line:
     """What is under way, oldest first."""
 
-    opened: "deque[_Shard]" = field(default_factory=deque)
+    opened: deque[OpenShard] = field(default_factory=deque)
     """Shards that images are added to: one, or two while the last batch of the first is in flight."""
     in_flight: _InFlight | None = None
     ending: Future | None = None
     """The close of the shard before."""
-
-
-class _Shard:
-    """One shard being labelled."""
-
-    def __init__(self, shard: int, planned: list[Planned], work: Work, pool: ThreadPoolExecutor, clock: Clock):
-        self.shard, self._work, self._pool, self._clock = shard, work, pool, clock
-        self._sink: Sink | None = work.job.sink(work.out, shard, clock)
-        self._rows: dict[int, dict] = {}
-        self._waiting: deque[tuple[Planned, Any, Future | None]] = deque()
-        self._fresh_bad, self._closed = 0, False
-        never = [one for one in planned if one.batch < 0]
-        for one in never:
-            self._bad(one, one.error)
-        self.unplanned = len(never)
-        self._fresh_bad = 0
-
-    def add(self, planned: list[Planned], errors: dict[int, str], results: list) -> None:
-        """Takes what a batch ended with; waits while too many masks wait to be stored."""
-        for i, (one, result) in enumerate(zip(planned, results, strict=True)):
-            error = errors.get(i, result if isinstance(result, str) else None)
-            if error is not None:
-                self._bad(one, error)
-                continue
-            stored = self._pool.submit(self._sink.store, one.item.key, result.mask_HW) if self._sink else None
-            self._waiting.append((one, result, stored))
-        self._drain(QUEUE)
-
-    def take_bad(self) -> int:
-        """Bad images since it was last asked."""
-        fresh, self._fresh_bad = self._fresh_bad, 0
-        return fresh
-
-    def close(self, markers: Markers) -> None:
-        """Writes the rows, makes everything last, then writes the marker."""
-        try:
-            self._drain(0)
-            self._commit(markers)
-        except BaseException:
-            self.abandon()
-            raise
-
-    def _commit(self, markers: Markers) -> None:
-        work = self._work
-        with self._clock("write"):
-            files = self._sink.close() if self._sink else []
-            self._closed = True
-            table = [self._rows[position] for position in sorted(self._rows)]
-            part = work.out / work.job.folder / f"part-{self.shard:06d}.parquet"
-            data = rows.encoded(table, work.job.columns)
-            rows.put(part, data)
-            if self._sink and hasattr(os, "sync"):
-                os.sync()  # the masks were plain writes; the marker says that they are there
-            markers.write(self.shard, _marker(table, part.name, data, files))
-
-    def abandon(self) -> None:
-        """Removes what a shard that is not closed leaves behind; nothing after `close`."""
-        if self._sink and not self._closed:
-            self._sink.abandon()
-
-    def _bad(self, one: Planned, error: str) -> None:
-        self._rows[one.position] = bad_row(one, error, self._work.job.columns, self._work.job.teacher)
-        self._fresh_bad += 1
-
-    def _drain(self, leave: int) -> None:
-        while len(self._waiting) > leave:
-            one, result, future = self._waiting.popleft()
-            stored = future.result() if future is not None else None
-            if stored is not None:
-                self._sink.take(one.item.key, stored)
-            self._rows[one.position] = self._work.job.row(one, result, stored)
 
 
 def _alone_too_large(batch: batches.Batch, error: RuntimeError) -> str:
@@ -288,14 +205,3 @@ def _alone_too_large(batch: batches.Batch, error: RuntimeError) -> str:
     if batch.images_NCHW.is_cuda:
         torch.cuda.empty_cache()
     return TOO_LITTLE_MEMORY.format(width=width, height=height)
-
-
-def _marker(table: list[dict], name: str, data: bytes, files: list[dict]) -> dict:
-    """What a marker holds: the files of the shard, and what the summary adds up."""
-    good = [row for row in table if row["status"] == "ok"]
-    pixels = [row["class_pixels"] for row in good if row.get("class_pixels") is not None]
-    return {"images": len(table), "bad": len(table) - len(good), "rows": {"path": name, "bytes": len(data),
-            "crc": rows.checksum(data)}, "files": files,
-            "class_pixels": [sum(counts) for counts in zip(*pixels, strict=True)],
-            "pixels": sum(row["width"] * row["height"] for row in good),
-            "confidence": sum(row.get("mean_confidence") or row.get("reliability") or 0.0 for row in good)}

@@ -76,7 +76,6 @@ def _read(
             kind=kind,
             threads=threads,
             most=max(map(len, cut), default=1),
-            pad_to=0,
             clock=Clock(),
         )
         try:

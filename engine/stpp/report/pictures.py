@@ -93,7 +93,8 @@ class _Masks:
         self._members: dict[str, tuple[int, int]] = {}
         if self._archive is not None:
             with contextlib.suppress(UserError):  # a damaged archive: its images have no pictures
-                self._members = {one.name: (one.offset, one.bytes) for one in tars.members(str(archive)) if one.is_file}
+                self._members = {one.name: (one.offset, one.bytes) for one in tars.members(str(archive))
+                                 if one.problem is None}
 
     def read(self, key: str) -> np.ndarray:
         """uint8 [H, W]."""

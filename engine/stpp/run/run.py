@@ -27,7 +27,7 @@ from stpp.errors import UserError
 from stpp.inference import several
 from stpp.inference.evaluate import evaluate, write_scores
 from stpp.inference.open import EagerTeacher
-from stpp.label import labeller, reliability
+from stpp.label import labels, reliability
 from stpp.loading import loader
 from stpp.loading.sample import Sample
 from stpp.loading.sampler import stage_samplers
@@ -223,12 +223,14 @@ class Run:
 
         def do() -> dict:
             opening = self._opening([checkpoint], samples, config.label.tta)
-            labelled = labeller.label(opening, samples, self.here, config=config.label, data=config.data, out=place, title=name)
+            labelled = labels.label(opening, samples, self.here, config=config.label, data=config.data,
+                                    out=place, title=name)
             return {"images": labelled.images, "pseudo_label_miou": labelled.miou}
 
         what = f"label {len(samples)} images with the teacher of {checkpoint.parent.name}, {config.label.tta} views"
         self.stages.append(self._once(name, what, do))
-        return [dataclasses.replace(sample, mask=str(place / labeller.mask_name(sample)), strong=True) for sample in samples]
+        return [dataclasses.replace(sample, mask=str(place / labels.mask_name(sample)), strong=True)
+                for sample in samples]
 
     def finish(self, results: dict) -> None:
         """Writes `results.json`, `examples.png` (what the first and the last network make of a few images) and the report."""

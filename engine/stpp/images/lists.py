@@ -1,0 +1,104 @@
+"""A corpus that a text file lists."""
+
+import codecs
+import hashlib
+import io
+import os
+import re
+from collections.abc import Iterator
+from typing import IO
+
+from stpp.errors import UserError
+from stpp.images import storage
+from stpp.images.image_file import IMAGE_EXTENSIONS
+from stpp.images.items import Item, Passed, named, unnamed
+
+_IMAGE_END = rf"({'|'.join(map(re.escape, IMAGE_EXTENSIONS))})\s+(?=\S)"
+
+
+class ListSource:
+    """The images that a text file names, one a line (`image`, or `image mask` as split files have it)."""
+
+    def __init__(self, path: str, root: str):
+        self._path, self._root = path, root
+        self.passed = Passed()
+
+    def items(self) -> Iterator[Item]:
+        self.passed = Passed()
+        with storage.opened(self._path) as file:
+            for text in _lines(file, self._path):
+                if text.strip():
+                    yield self._item(text.strip())
+
+    def _item(self, text: str) -> Item:
+        if storage.is_url(text):
+            return named(text.partition("://")[2].lstrip("/"), text, text)
+        mark = self._mark(text)
+        if mark == storage.ABSENT and len(text.split()) > 1:
+            # `image mask`: names may hold spaces, so the image is what ends like one, and is there.
+            cuts = [text[: found.end(1)] for found in re.finditer(_IMAGE_END, text, re.IGNORECASE)]
+            text = next((cut for cut in cuts if self._mark(cut) != storage.ABSENT), cuts[0] if cuts else text)
+            mark = self._mark(text)
+        name = text.lstrip("/") if os.path.isabs(text) else text
+        found = named(name, text, self._file(text), mark=mark)
+        if mark == storage.ABSENT and found.error is None and (form := _other_form(text)):
+            return unnamed(text, self._file(text), form, mark)
+        return found
+
+    def _file(self, text: str) -> str:
+        remote = storage.is_url(self._root) and not os.path.isabs(text)
+        return f"{self._root}/{text}" if remote else os.path.join(self._root, text)
+
+    def _mark(self, text: str) -> str:
+        """Of a local image; remote ones, which each take a request, are not asked for theirs."""
+        file = self._file(text)
+        if storage.is_url(file):
+            return ""
+        try:
+            return storage.mark(file)
+        except (OSError, ValueError):  # ValueError: a zero byte in the name
+            return storage.ABSENT
+
+    def stamp(self) -> dict:
+        """A digest of the list, and one of its images' sizes and times of change."""
+        digest, images = hashlib.sha256(), hashlib.sha256()
+        with storage.opened(self._path) as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        for item in self.items():
+            images.update(f"{item.mark}\n".encode())
+        return {"kind": "list", "path": self._path, "root": self._root, "digest": digest.hexdigest(),
+                "images": images.hexdigest()}
+
+
+def _lines(file: IO[bytes], path: str) -> Iterator[str]:
+    """Lines of a text file: UTF-8, or what its byte order mark says; surrogates for bytes that are neither.
+
+    Raises:
+        UserError: UTF-16 without a mark, or damaged.
+    """
+    head = file.read(4)
+    file.seek(0)
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        wide = head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE))
+        try:
+            for line in io.TextIOWrapper(file, "utf-32" if wide else "utf-16"):
+                yield line.strip("\r\n")
+        except UnicodeError as error:
+            raise UserError(f"--source {path}: begins as UTF-{32 if wide else 16}, but cannot be read as "
+                            f"that ({error}); save it as UTF-8") from None
+        return
+    if b"\0" in head:
+        raise UserError(f"--source {path}: no text in UTF-8: it begins with zero bytes, as UTF-16 without a "
+                        "mark does; save it as UTF-8")
+    for number, raw in enumerate(file):
+        yield raw.decode("utf-8-sig" if number == 0 else "utf-8", "surrogateescape").strip("\r\n")
+
+
+def _other_form(text: str) -> str | None:
+    """A line's form, where it names no file and looks like that of a table or of code."""
+    if text[0] == text[-1] and text[0] in "\"'" and len(text) > 1:
+        return "the line stands in quotes, and there is no file of this name; give paths as they are"
+    if re.search(r"[,;\t]", text):
+        return "there is no such file; a list is no table (CSV): one image a line, or image, space and mask"
+    return None

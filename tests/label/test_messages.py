@@ -1,0 +1,159 @@
+"""Words of `stpp label` and `stpp predict` on the terminal, and their exit codes, where the input or the output is at fault."""
+
+import contextlib
+import errno
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import engine_cases
+import label_cases as cases
+from cli_cases import ended
+from stpp import checkpoint, files
+from stpp.images import masks
+from stpp.inference import several
+
+CLASSES = list("abcd")
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """Commands set the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def label(monkeypatch, capsys, tmp_path):
+    """`stpp label` with a teacher that needs no network: (exit code, standard output, standard error)."""
+    ready = several.ready(cases.Tiny(), identity="tiny")
+    monkeypatch.setattr(several, "from_paths", lambda paths, device, **_: ready)
+
+    def call(source, out, *more) -> tuple[int, str, str]:
+        return ended(capsys, "label", "--teacher", str(Path(__file__)), "--source", str(source), "--out", str(out), "--tta", "none",
+                     "--device", "cpu", "--compute-threads", "1", "--threads", "1", "--loader", "reference", *more)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def best(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "best.pt"
+    network = engine_cases.model("deeplabv3plus", seed=1, classes=len(CLASSES))
+    checkpoint.save(path, model=network.state_dict(), classes=CLASSES,
+                    architecture={"name": "deeplabv3plus", "backbone": "resnet18", "output_stride": 16})
+    return path
+
+
+@pytest.fixture
+def predict(best, capsys):
+    def call(source, out) -> tuple[int, str, str]:
+        return ended(capsys, "predict", str(source), "--checkpoint", str(best), "--out", str(out), "--device", "cpu",
+                     "--precision", "fp32")
+
+    return call
+
+
+def last_line(errors: str) -> str:
+    """The one line that says what went wrong."""
+    (line,) = [line for line in errors.splitlines() if line.startswith("stpp: ")]
+    return line
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, options: str):
+    folder.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], capture_output=True).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_the_first_reasons_of_bad_images_are_said(label, tmp_path):
+    bad = {f"{i}.jpg": b"no image" for i in range(7)}
+    source = cases.as_folder(tmp_path / "in", cases.good_files(3) | bad)
+    code, _, errors = label(source, tmp_path / "out")
+    assert code == 1 and "7 of 10 images are bad" in last_line(errors) and "the first: 0.jpg: none of the formats" in errors
+    assert errors.count("no mask: ") == 6 and "no mask: 2 more" in errors
+    code, _, errors = label(source, tmp_path / "out", "--max-bad-fraction", "1")
+    assert code == 0 and "no mask: 0.jpg: none of the formats" in errors
+
+
+@pytest.mark.parametrize(("form", "reason"), [("sub\\{}", "backslash"), ('"{}"', "in quotes"), ("{},m.png", "no table"),
+                                              ("../in/{}", "outside")])
+def test_the_reason_of_every_form_of_list_is_said(label, tmp_path, form, reason):
+    source = cases.as_folder(tmp_path / "in", {"a.jpg": cases.encoded(cases.picture(1))})
+    (source / "list.txt").write_text(form.format("a.jpg") + "\n")
+    code, _, errors = label(source / "list.txt", tmp_path / "out")
+    assert code == 1 and reason in last_line(errors)
+
+
+def test_predict_says_what_it_passed_over_and_why_images_have_no_mask(predict, tmp_path):
+    source = cases.as_folder(tmp_path / "in", {"a.jpg": cases.encoded(cases.picture(1)), "b.jpg": b"", "c.HEIC": b"",
+                                               "d.jfif": cases.encoded(cases.picture(2)), "@eaDir/a.jpg/x.jpg": b""})
+    code, output, errors = predict(source, tmp_path / "out")
+    assert code == 2 and "2 masks" in output and "b.jpg: the file is empty" in last_line(errors)
+    assert "passed over: 1 .heic: not image formats that are read; 1 @eaDir" in errors
+
+
+def test_an_output_that_may_not_be_written_is_said_in_one_line(label, predict, tmp_path):
+    source = cases.as_folder(tmp_path / "in", cases.good_files(2))
+    with mounted(tmp_path / "disk", "size=300k,ro") as disk:
+        for command in (label, predict):
+            code, _, errors = command(source, disk / "out")
+            assert code == 2 and "Read-only file system" in last_line(errors) and str(disk / "out") in errors
+    (tmp_path / "file").write_text("")
+    for command in (label, predict):
+        code, _, errors = command(source, tmp_path / "file" / "out")
+        assert code == 2 and "--out" in last_line(errors) and "None" not in errors
+
+
+def test_predict_on_a_full_disk_leaves_no_half_picture(predict, tmp_path):
+    source = cases.as_folder(tmp_path / "in", {f"{i:02d}.jpg": cases.encoded(cases.picture(i, (200, 300))) for i in range(12)})
+    with mounted(tmp_path / "disk", "size=160k") as disk:
+        code, _, errors = predict(source, disk / "out")
+        assert code == 2 and "No space left on device" in last_line(errors) and "(None)" not in errors
+        written = [path for path in (disk / "out").rglob("*") if path.is_file()]
+        assert all(path.suffix in (".png", ".json") for path in written)
+        pictures = [path for path in written if path.suffix == ".png"]
+        assert pictures
+        for path in pictures:
+            with Image.open(path) as image:
+                image.load()
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 4])
+def test_predict_that_fails_while_it_writes_leaves_whole_files_only(predict, tmp_path, monkeypatch, call):
+    """Of the masks and overlays of two images, the given one breaks off after half its bytes."""
+    source, count = cases.as_folder(tmp_path / "in", {f"{i}.png": cases.encoded(cases.picture(i), "PNG") for i in range(2)}), [0]
+    save = Image.Image.save
+
+    def breaking(self, file, *args, **kwargs):
+        count[0] += 1
+        save(self, file, *args, **kwargs)
+        if count[0] == call:
+            file.truncate(file.tell() // 2)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(masks.Image.Image, "save", breaking)
+    code, _, errors = predict(source, tmp_path / "out")
+    assert code == 2 and "Input/output error" in last_line(errors) and "None" not in errors
+    monkeypatch.undo()
+    left = [path for path in (tmp_path / "out").rglob("*") if path.is_file() and path.name != "classes.json"]
+    assert len(left) == call - 1
+    for path in left:
+        with Image.open(path) as image:
+            image.load()
+
+
+def test_the_reason_of_a_failed_write_never_says_none():
+    assert files.why(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) == "No space left on device"
+    assert files.why(OSError(errno.EROFS, os.strerror(errno.EROFS), "/out/x")) == "Read-only file system (/out/x)"
+    assert files.why(OSError("broken\npipe")) == "broken pipe" and files.why(OSError()) == "OSError"

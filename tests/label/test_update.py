@@ -1,0 +1,391 @@
+"""A corpus that grew, changed or shrank after it was labelled: what is said, what is labelled again, what stays."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import label_cases as cases
+from conftest import torchrun
+from stpp.config import DataConfig, LabelConfig
+from stpp.errors import UserError
+from stpp.images.sources import open_source
+from stpp.inference.several import ready
+from stpp.label import changes, reliability, rows, update
+from stpp.label.assignment import Assignment
+
+WORKERS = Path(__file__).parents[1] / "workers"
+OUTPUTS = ("png", "tar")
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    """Twelve good images and a bad one, whose times of change are long past."""
+    folder = cases.as_folder(tmp_path / "in", cases.good_files() | {"bad.jpg": b"no image"})
+    for path in folder.rglob("*.jpg"):
+        os.utime(path, (1_000_000, 1_000_000))
+    return folder
+
+
+def label(source, out: Path, **options):
+    """The summary, and how many images the network saw."""
+    teacher = cases.Tiny()
+    return cases.run(source, out, teacher=teacher, **{"tta": "none"} | options), teacher.seen
+
+
+def masks(out: Path) -> dict[str, bytes]:
+    """Bytes of every mask by its key, from files or archives; no key may occur twice."""
+    found = {str(path.relative_to(out / "masks")): path.read_bytes() for path in (out / "masks").rglob("*.png")}
+    for path in (out / "masks").glob("*.tar"):
+        with tarfile.open(path) as archive:
+            for member in archive:
+                assert member.name not in found
+                found[member.name] = archive.extractfile(member).read()
+    return found
+
+
+def keys(out: Path) -> list[str]:
+    return sorted(row["key"] for row in rows.read_parts(out / "labels"))
+
+
+def change(folder: Path) -> None:
+    """Three images are new, two change (one of them in size), one becomes bad, two go; one file only is touched."""
+    new = {f"three/new{i}.jpg": cases.encoded(cases.picture(50 + i)) for i in range(3)}
+    new["one/image000.jpg"] = cases.encoded(cases.picture(60, cases.SIZES[0]))
+    new["two/deep/image001.jpg"] = cases.encoded(cases.picture(61, (30, 34)))
+    new["one/image002.jpg"] = b"broken"
+    cases.as_folder(folder, new)
+    (folder / "one/image004.jpg").unlink()
+    (folder / "two/deep/image011.jpg").unlink()
+    os.utime(folder / "one/image006.jpg")
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_an_update_ends_with_the_labels_of_the_corpus_as_it_is(source, tmp_path, output):
+    out = tmp_path / "out"
+    label(source, out, output=output)
+    kept = {name: data for name, data in masks(out).items() if "image000" not in name}
+    change(source)
+    summary, seen = label(source, out, output=output, update=True)
+    assert seen == 5 and summary.labelled == 6 and (summary.images, summary.bad) == (14, 2)
+    assert keys(out) == sorted(str(path.relative_to(source)).removesuffix(".jpg") for path in source.rglob("*.jpg"))
+    cases.run(source, tmp_path / "fresh", tta="none", output=output)
+    expected = masks(tmp_path / "fresh")
+    assert masks(out) == expected
+    assert sum(kept.get(name) == data for name, data in expected.items()) == 7
+    total, fresh = (json.loads((one / "summary.json").read_text()) for one in (out, tmp_path / "fresh"))
+    assert total["mean"] == pytest.approx(fresh["mean"])
+    assert total | {"mean": 0} == fresh | {"mean": 0}
+    failed, fresh = ({row["key"]: row["error"] for row in rows.read(one / "failed.parquet")}
+                     for one in (out, tmp_path / "fresh"))
+    assert failed == fresh and failed.keys() == {"bad", "one/image002"}
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_after_an_update_nothing_is_left_to_do_and_nothing_damaged(source, tmp_path, output):
+    out = tmp_path / "out"
+    label(source, out, output=output)
+    change(source)
+    label(source, out, output=output, update=True)
+    before = cases.contents(out)
+    summary, seen = label(source, out, output=output, verify=True)
+    assert seen == 0 and summary.redone == () and cases.contents(out) == before
+    summary, seen = label(source, out, output=output, update=True)
+    assert seen == 0 and cases.contents(out) == before
+    assert not (out / "plan" / "update.json").exists() and not (out / "plan" / "update.parquet").exists()
+    # A damaged shard is labelled again without the images that are gone.
+    (out / "labels" / "part-000000.parquet").write_bytes(b"")
+    label(source, out, output=output, verify=True)
+    assert cases.contents(out) == before
+
+
+def test_without_update_the_changes_are_said_and_nothing_is_touched(source, tmp_path):
+    out = tmp_path / "out"
+    label(source, out)
+    change(source)
+    before = cases.contents(out)
+    with pytest.raises(UserError) as refused:
+        label(source, out)
+    text = str(refused.value)
+    assert "3 new (three/new0.jpg, three/new1.jpg, three/new2.jpg)" in text and "--update" in text and "\n" not in text
+    assert "3 changed (one/image000.jpg, one/image002.jpg, two/deep/image001.jpg)" in text
+    assert "2 gone (one/image004.jpg, two/deep/image011.jpg)" in text
+    assert cases.contents(out) == before
+
+
+@pytest.mark.parametrize("updated", [False, True])
+def test_a_touch_labels_nothing_again(source, tmp_path, capsys, updated):
+    out = tmp_path / "out"
+    label(source, out)
+    before = cases.contents(out)
+    for path in source.rglob("*.jpg"):
+        os.utime(path)
+    summary, seen = label(source, out, update=updated)
+    assert seen == 0 and summary.images == 13
+    assert "files were touched, but hold what they held: 13" in capsys.readouterr().err
+    changed = {name for name, digest in cases.contents(out).items() if before[name] != digest}
+    assert all(name == "run.json" or name.startswith("plan/listing") for name in changed)
+    label(source, out)
+    assert "touched" not in capsys.readouterr().err  # the new times are known now
+
+
+def test_the_same_size_with_other_bytes_is_a_change(tmp_path):
+    pictures = [cases.encoded(cases.picture(seed), "BMP") for seed in (1, 2)]
+    assert len(pictures[0]) == len(pictures[1])
+    source, out = cases.as_folder(tmp_path / "in", {"a.bmp": pictures[0], "b.bmp": pictures[0]}), tmp_path / "out"
+    label(source, out)
+    (source / "a.bmp").write_bytes(pictures[1])
+    with pytest.raises(UserError, match=r"1 changed \(a\.bmp\)"):
+        label(source, out)
+    assert label(source, out, update=True)[1] == 1
+
+
+def test_a_bad_image_that_was_mended_is_labelled(source, tmp_path):
+    out = tmp_path / "out"
+    label(source, out)
+    (source / "bad.jpg").write_bytes(cases.encoded(cases.picture(3)))
+    summary, seen = label(source, out, update=True)
+    assert seen == 1 and summary.bad == 0 and rows.read(out / "failed.parquet") == [] and "bad.png" in masks(out)
+
+
+def test_an_image_under_another_extension_takes_the_place_of_its_mask(source, tmp_path):
+    out = tmp_path / "out"
+    label(source, out)
+    (source / "one/image000.jpg").unlink()
+    (source / "one/image000.png").write_bytes(cases.encoded(cases.picture(8), "PNG"))
+    summary, seen = label(source, out, update=True)
+    assert seen == 1 and summary.images == 13
+    found = {row["key"]: row["source"] for row in rows.read_parts(out / "labels")}
+    assert found["one/image000"] == "one/image000.png" and len(found) == 13
+
+
+def test_names_that_collide_after_the_growth_are_refused(source, tmp_path):
+    out = tmp_path / "out"
+    label(source, out)
+    before = cases.contents(out)
+    (source / "one/image000.png").write_bytes(cases.encoded(cases.picture(8), "PNG"))
+    for updated in (False, True):
+        with pytest.raises(UserError, match=r"one/image000\.jpg and one/image000\.png would both"):
+            label(source, out, update=updated)
+    assert cases.contents(out).items() >= before.items()
+
+
+def test_what_changed_before_its_shard_was_labelled_is_read_as_it_is(source, tmp_path):
+    out = tmp_path / "out"
+    label(source, out)
+    for shard in (1, 2):  # as if it had been interrupted there, its plan being made
+        (out / "shards" / f"{shard:06d}.done.json").unlink()
+    names = [item["source"] for item in rows.read(out / "plan" / "listing-000001.parquet")]
+    (source / names[0]).write_bytes(cases.encoded(cases.picture(77, (20, 28))))
+    (source / names[1]).write_bytes(b"broken")
+    summary, seen = label(source, out)  # no label is out of date, so this needs no flag
+    cases.run(source, tmp_path / "fresh", tta="none")
+    assert masks(out) == masks(tmp_path / "fresh") and summary.bad == 2
+
+
+def test_a_labelling_that_is_not_finished_is_updated(source, tmp_path):
+    out = tmp_path / "out"
+    label(source, out)
+    (out / "shards" / "000001.done.json").unlink()
+    (out / "summary.json").unlink()
+    change(source)
+    label(source, out, update=True)
+    cases.run(source, tmp_path / "fresh", tta="none")
+    assert masks(out) == masks(tmp_path / "fresh") and keys(out) == keys(tmp_path / "fresh")
+
+
+def test_all_of_a_shard_may_go(source, tmp_path):
+    out = tmp_path / "out"
+    label(source, out, output="tar")
+    for row in rows.read(out / "labels" / "part-000001.parquet"):
+        (source / row["source"]).unlink()
+    summary, seen = label(source, out, output="tar", update=True)
+    assert seen == 0 and summary.images == 8 and len(masks(out)) == 7
+    shutil.rmtree(source)
+    source.mkdir()
+    with pytest.raises(UserError, match="no image"):
+        label(source, out, output="tar", update=True)
+
+
+def test_archives_that_grew_and_were_added(tmp_path):
+    files = cases.good_files(8)
+    names = list(files)
+    cases.as_tar(tmp_path / "s-0.tar", {name: files[name] for name in names[:3]})
+    out = tmp_path / "out"
+    label(tmp_path / "s-{0..0}.tar", out)
+    with tarfile.open(tmp_path / "s-0.tar", "a") as archive:
+        cases.add_to(archive, {names[3]: files[names[3]]})
+    cases.as_tar(tmp_path / "s-1.tar", {name: files[name] for name in names[4:]})
+    with pytest.raises(UserError, match=r"5 new \(s-0\.tar::"):
+        label(tmp_path / "s-{0..1}.tar", out)
+    summary, seen = label(tmp_path / "s-{0..1}.tar", out, update=True)
+    assert seen == 5 and summary.images == 8
+    # The same members in another order: new places, nothing to label; and they are found there.
+    cases.as_tar(tmp_path / "s-0.tar", {name: files[name] for name in reversed(names[:4])})
+    assert label(tmp_path / "s-{0..1}.tar", out)[1] == 0
+    (out / "masks" / f"{names[0].removesuffix('.jpg')}.png").unlink()
+    before = masks(out)
+    label(tmp_path / "s-{0..1}.tar", out, verify=True)
+    cases.run(tmp_path / "s-{0..1}.tar", tmp_path / "fresh", tta="none")
+    assert masks(out) == masks(tmp_path / "fresh") and len(before) == 7
+
+
+def test_a_name_that_an_archive_holds_twice_since_it_grew_is_refused(tmp_path):
+    files, out = cases.good_files(4), tmp_path / "out"
+    path = cases.as_tar(tmp_path / "s.tar", files)
+    label(path, out)
+    for name in (next(iter(files)), "new.jpg"):
+        with tarfile.open(path, "a") as archive:
+            for seed in (8, 9):
+                cases.add_to(archive, {name: cases.encoded(cases.picture(seed))})
+        for updated in (False, True):
+            with pytest.raises(UserError, match="is there twice"):
+                label(path, out, update=updated)
+        cases.as_tar(path, files)
+
+
+def test_a_list_that_grew_and_an_image_of_it_that_changed(source, tmp_path):
+    listed, out = tmp_path / "list.txt", tmp_path / "out"
+    names = sorted(str(path.relative_to(source)) for path in source.rglob("*.jpg"))
+    listed.write_text("\n".join(["late.jpg", *names[:6]]))
+    summary, _ = label(listed, out, root=source)
+    assert summary.bad == 2  # bad.jpg, and late.jpg is not there
+    (source / "late.jpg").write_bytes(cases.encoded(cases.picture(4)))
+    (source / names[1]).write_bytes(cases.encoded(cases.picture(5)))
+    listed.write_text("\n".join(["late.jpg", *names[:8], names[7]]))
+    with pytest.raises(UserError, match=r"2 new .*2 changed \(late\.jpg, "):
+        label(listed, out, root=source)
+    summary, seen = label(listed, out, root=source, update=True)
+    assert seen == 4 and summary.images == 9
+    cases.run(listed, tmp_path / "fresh", tta="none", root=source)
+    assert masks(out) == masks(tmp_path / "fresh")
+
+
+def test_a_labelling_by_the_version_before_goes_on_or_is_refused(source, tmp_path):
+    out = tmp_path / "out"
+    label(source, out)
+    for path in (out / "plan").glob("listing-*.parquet"):
+        rows.write(path, rows.read(path), rows.PLACE)
+    for path in (out / "labels").glob("*.parquet"):
+        rows.write(path, rows.read(path), {name: kind for name, kind in rows.LABELS.items() if name != "image_hash"})
+    listing = json.loads((out / "plan" / "listing.json").read_text())
+    del listing["marks"]
+    (out / "plan" / "listing.json").write_text(json.dumps(listing))
+    begun = json.loads((out / "run.json").read_text())
+    begun["fingerprint"]["cut"]["pad_to"] = 0
+    (out / "run.json").write_text(json.dumps(begun))
+    (out / "shards" / "000001.done.json").unlink()
+    assert label(source, out)[1] == 5
+    (source / "new.jpg").write_bytes(cases.encoded(cases.picture(1)))
+    for updated in (False, True):
+        with pytest.raises(UserError, match="source.files: 13 -> 14"):
+            label(source, out, update=updated)
+    begun["fingerprint"]["cut"]["pad_to"] = 32
+    (out / "run.json").write_text(json.dumps(begun))
+    (source / "new.jpg").unlink()
+    with pytest.raises(UserError, match="cut.pad_to: 32 -> None"):
+        label(source, out)
+
+
+def test_the_memory_of_a_comparison_does_not_grow_with_the_corpus(source, tmp_path, monkeypatch):
+    """Equal places meet in one bucket, and only one bucket at a time is held."""
+    monkeypatch.setattr(changes, "_BUCKETS", 3)
+    out = tmp_path / "out"
+    label(source, out)
+    change(source)
+    summary, seen = label(source, out, update=True)
+    assert seen == 5 and summary.images == 14
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_an_update_killed_at_every_commit_ends_the_same(tmp_path, output):
+    source = cases.as_folder(tmp_path / "in", cases.good_files(5) | {"bad.jpg": b""})
+    label(source, tmp_path / "before", output=output, shard_size=4)
+    cases.as_folder(source, {"new.jpg": cases.encoded(cases.picture(50)),
+                             "one/image000.jpg": cases.encoded(cases.picture(60, (30, 34)))})
+    (source / "two/deep/image001.jpg").unlink()
+    os.utime(source / "one/image002.jpg")
+    report = tmp_path / "report.json"
+    done = subprocess.run([sys.executable, WORKERS / "label_killed.py", source, tmp_path / "out", output, report,
+                           tmp_path / "before"], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(report.read_text())
+    commits = [kill["before"] for kill in found]
+    for commit in ("replace update.parquet", "replace update.json", "replace listing-000000.parquet",
+                   "replace part-000000.parquet", "replace 000000.done.json", "replace listing.json", "replace run.json",
+                   "unlink update.json", "unlink update.parquet", "replace listing-000002.parquet",
+                   "replace 000002.done.json", "replace summary.json"):
+        assert commit in commits, commits
+    assert [kill["before"] for kill in found if not kill["same"]] == []
+    expected = ["bad", "new", "one/image000", "one/image002", "one/image004", "two/deep/image003"]
+    assert all(kill["keys"] == expected for kill in found)
+    assert max(kill["recomputed"] for kill in found) == 2  # never an image whose mask held
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_two_ranks_update_as_one_does(source, tmp_path):
+    rank = str(WORKERS / "label_rank.py")
+
+    def command(out: Path, *more: str) -> list[str]:
+        return [rank, "none", "", "0", "", "label", "--teacher", rank, "--source", str(source), "--out", str(out), "--tta",
+                "none", "--shard-size", "4", "--device", "cpu", "--compute-threads", "1", "--threads", "1", "--loader",
+                "reference", "--max-bad-fraction", "0.5", *more]
+
+    for out in ("one", "two"):
+        done = subprocess.run([sys.executable, *command(tmp_path / out)], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    change(source)
+    refused = torchrun(2, *command(tmp_path / "two"))
+    assert refused.returncode != 0 and "3 new (three/new0.jpg" in refused.stderr
+    assert len([line for line in refused.stderr.splitlines() if line.startswith("stpp: ")]) == 1
+    done = subprocess.run([sys.executable, *command(tmp_path / "one", "--update")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    done = torchrun(2, *command(tmp_path / "two", "--update"))
+    assert done.returncode == 0, done.stderr
+    assert cases.contents(tmp_path / "one") == cases.contents(tmp_path / "two")
+
+
+def test_an_update_that_was_decided_on_is_carried_out_by_any_call(source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    label(source, out)
+    change(source)
+    with monkeypatch.context() as patched:
+        patched.setattr(update, "finish", lambda out, table: None)
+        with pytest.raises(UserError):
+            label(source, out)
+        label(source, out, update=True)  # decided on, not carried out
+    assert (out / "plan" / "update.json").exists()
+    summary, seen = label(source, out)
+    assert seen == 5 and summary.images == 14
+
+
+def test_a_selection_is_updated_like_labels(source, tmp_path):
+    def select(out: Path, *, updated: bool = False):
+        teachers = [cases.Tiny(), cases.Tiny()]
+        noise = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+        teachers[0]._weight = teachers[0]._weight + 0.3 * noise  # scores differ, so that no order of ties counts
+        task = Assignment(source=open_source(str(source)), out=out, config=LabelConfig(batch_per_rank=3, shard_size=4),
+                          data=DataConfig(threads=1, loader="reference"), table="scores", update=updated)
+        return reliability.select_corpus(ready(*teachers, identity="two"), task, cases.HERE), teachers[0].seen
+
+    out = tmp_path / "out"
+    select(out)
+    change(source)
+    with pytest.raises(UserError, match="--update"):
+        select(out)
+    summary, seen = select(out, updated=True)
+    assert seen == 5 and (summary.images, summary.bad) == (14, 2)
+    select(tmp_path / "fresh")
+    found, fresh = ({row["key"]: row for row in rows.read(one / "reliability.parquet")} for one in (out, tmp_path / "fresh"))
+    assert found == fresh and len({row["reliability"] for row in found.values()}) == 12
+    lists = [[sorted((one / name).read_text().splitlines()) for name in ("reliable_ids.txt", "unreliable_ids.txt")]
+             for one in (out, tmp_path / "fresh")]
+    assert lists[0] == lists[1]
