@@ -73,7 +73,7 @@ def upsample_argmax(logits_NChw: Tensor, size: tuple[int, int]) -> tuple[Tensor,
 
 def label_probability(logits_NChw: Tensor, labels_NHW: Tensor, ignore_index: int) -> Tensor:
     """Probability of each pixel's label [N, H, W]: 2 where it is `ignore_index`, 0 where it is no class."""
-    ignored, known = labels_NHW == ignore_index, labels_NHW < logits_NChw.shape[1]
+    ignored, known = labels_NHW == ignore_index, labels_NHW.short() < logits_NChw.shape[1]
     found = _compute_type(logits_NChw).new_empty(labels_NHW.shape)
     for n in range(logits_NChw.shape[0]):
         probability = upsample(logits_NChw[n : n + 1], labels_NHW.shape[1:]).softmax(1)

@@ -58,7 +58,7 @@ def predict(args: Sequence[str]) -> None:
     if not options.images:
         raise UserError("name an image or a folder: stpp predict IMAGE|FOLDER ... --checkpoint FILE --out DIR")
     asked = exif_asked(options.exif, options.no_exif)
-    from stpp import distributed, files, log
+    from stpp import distributed, log
     from stpp.inference.single_images import open_predictor
 
     items = list(_items(options))
