@@ -15,7 +15,7 @@ from stpp.run import lease
 HOLDER = """
 import sys, time
 from pathlib import Path
-from stpp import lease
+from stpp.run import lease
 with lease.held(Path(sys.argv[1]), beat_s=float(sys.argv[2])):
     print("held", flush=True)
     time.sleep(60)

@@ -12,8 +12,9 @@ import report_cases as cases
 from stpp import cli
 from stpp.config import Config
 from stpp.errors import UserError
+from stpp.images import palette
 from stpp.label import rows
-from stpp.report import build, charts, labelling, palette
+from stpp.report import build, charts, labelling
 from stpp.report.labelling import Lowest
 from stpp.run import run
 
