@@ -21,6 +21,8 @@ from stpp.label import rows, sinks
 from stpp.models.build import build_model
 
 RANK = str(Path(__file__).parent / "workers" / "label_rank.py")
+TEACHER = str(Path(RANK).parent)
+"""Something that is there, and is no checkpoint that would be asked for its rules."""
 IMAGES = 24
 OPTIONS = ["--shard-size", "4", "--tta", "none", "--device", "cpu", "--compute-threads", "1", "--threads", "1",
            "--loader", "reference", "--batch-per-rank", "3", "--max-bad-fraction", "0.1"]
@@ -44,7 +46,7 @@ def source(tmp_path_factory) -> Path:
 
 
 def arguments(source: Path, out: Path, *more: str) -> list[str]:
-    return ["label", "--teacher", RANK, "--source", str(source), "--out", str(out), *OPTIONS, *more]
+    return ["label", "--teacher", TEACHER, "--source", str(source), "--out", str(out), *OPTIONS, *more]
 
 
 def label(ranks: int, source: Path, out: Path, *more: str, trap=("none", "", "0", "")) -> subprocess.CompletedProcess:

@@ -335,7 +335,7 @@ def test_two_ranks_update_as_one_does(source, tmp_path):
     rank = str(WORKERS / "label_rank.py")
 
     def command(out: Path, *more: str) -> list[str]:
-        return [rank, "none", "", "0", "", "label", "--teacher", rank, "--source", str(source), "--out", str(out), "--tta",
+        return [rank, "none", "", "0", "", "label", "--teacher", str(WORKERS), "--source", str(source), "--out", str(out), "--tta",
                 "none", "--shard-size", "4", "--device", "cpu", "--compute-threads", "1", "--threads", "1", "--loader",
                 "reference", "--max-bad-fraction", "0.5", *more]
 
