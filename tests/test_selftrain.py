@@ -217,7 +217,7 @@ def test_bad_lists_are_refused_in_one_line(recipe, synthetic, synthetic_index, t
     (lone / "unlabeled.txt").write_text(good)
     args = ["train", "--recipe", recipe, "--data.root", synthetic, "--data.index", synthetic_index]
     refused = stpp(*args, "--data.split", lone, "--out", tmp_path / "run", expect=2)
-    assert "ST++ halves the list" in refused.stderr
+    assert "unlabeled.txt: 1 image, and --method stpp needs 2" in refused.stderr
     again = stpp(*args, "--data.split", tmp_path / "absent", "--out", tmp_path / "run", expect=2)
     assert "absent" in again.stderr  # a refused command has not taken the folder
     taken = tmp_path / "file"

@@ -21,7 +21,7 @@ from stpp.config import Config
 from stpp.dataset import given_labels, splits
 from stpp.dataset import index as indices
 from stpp.dataset.entries import Index
-from stpp.dataset.notes import Notes
+from stpp.dataset.notes import Notes, counted
 from stpp.distributed import World
 from stpp.errors import UserError
 from stpp.inference import several
@@ -162,8 +162,8 @@ class Run:
         folder = self.split
         least = METHODS[self.config.method].unlabelled
         if len(self.unlabelled) < least:
-            raise UserError(f"{folder / 'unlabeled.txt'}: {len(self.unlabelled)} images, and --method {self.config.method} needs "
-                            f"{least}; add images, or choose another method")
+            raise UserError(f"{folder / 'unlabeled.txt'}: {counted(len(self.unlabelled), 'image')}, and --method "
+                            f"{self.config.method} needs {least}; add images, or choose another method")
         pixels = {entry.key: sum(entry.class_pixels or ()) for entry in self.index.entries.values()}
         for name, samples in (("labeled.txt", self.labelled), ("val.txt", self.val)):
             if samples and not any(pixels[sample.key] for sample in samples):
