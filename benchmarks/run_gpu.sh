@@ -91,15 +91,15 @@ bench() { # NAME SECONDS SCRIPT OPTIONS...
     part "$1" "$2" "$python" "benchmarks/$3.py" "${@:4}" --device "$device" "${small[@]}" --out "$rows" --append
 }
 
-files=(argmax softmax_accumulate confusion cross_entropy dilated_conv models label loaders device)
-[ ${#small[@]} = 0 ] || files=(argmax)
+files=(kernels/test_argmax kernels/test_softmax_accumulate kernels/test_confusion kernels/test_cross_entropy kernels/test_dilated_conv kernels/test_label_probability models/test_models label/test_labels loading/test_loaders images/test_zoo test_device)
+[ ${#small[@]} = 0 ] || files=(kernels/test_argmax)
 marked=$([ "$device" = cuda ] && echo gpu || echo "not gpu and not slow")
 cores=$(nproc)
 pytest() { # NAME SECONDS OPTIONS...
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} part "$1" "$2" "$python" -m pytest -m "$marked" -q -rfE --durations=10 --rootdir="$here" \
         -n $((cores < 8 ? cores : 8)) --dist worksteal --timeout=240 -p no:cacheprovider -p unpassed "${@:3}"
 }
-listed=("${files[@]/#/tests/test_}")
+listed=("${files[@]/#/tests/}")
 listed=("${listed[@]/%/.py}")
 
 first() { # all but the last part
@@ -146,7 +146,7 @@ second() {
     bench resume 60 check_resume
     if "$python" -c "import nvidia.dali" 2>/dev/null; then bench data 30 bench_data; fi
     bench memory 60 check_memory
-    marked=gpu pytest engine-test 90 tests/test_engines_gpu.py -k "inductor and deeplabv3plus and bf16" || tests=$?
+    marked=gpu pytest engine-test 90 tests/inference/test_engines_gpu.py -k "inductor and deeplabv3plus and bf16" || tests=$?
 }
 
 printf '\n%s call, %s\n' "$call" "$(date -u +%FT%TZ)" >>"$log"

@@ -18,10 +18,10 @@ import torch
 import label_cases as cases
 from cli_cases import assert_accepted, refused
 from conftest import torchrun
+from run_cases import TINY
 from stpp import checkpoint
 from stpp.label import rows
 from stpp.models.build import build_model
-from test_selftrain import TINY
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"

@@ -35,8 +35,8 @@ def label(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(several, "from_paths", lambda paths, device, **_: ready)
 
     def call(source, out, *more) -> tuple[int, str, str]:
-        return ended(capsys, "label", "--teacher", str(Path(__file__).parent), "--source", str(source), "--out", str(out), "--tta", "none",
-                     "--device", "cpu", "--compute-threads", "1", "--threads", "1", "--loader", "reference", *more)
+        return ended(capsys, "label", "--teacher", str(Path(__file__).parent), "--source", str(source), "--out", str(out),
+                     "--tta", "none", "--device", "cpu", "--compute-threads", "1", "--threads", "1", "--loader", "reference", *more)
 
     return call
 

@@ -20,7 +20,7 @@ from stpp.inference.several import ready
 from stpp.label import changes, reliability, rows, update
 from stpp.label.assignment import Assignment
 
-WORKERS = Path(__file__).parents[1] / "workers"
+FAULTS = Path(__file__).parents[1] / "faults"
 OUTPUTS = ("png", "tar")
 
 
@@ -313,7 +313,7 @@ def test_an_update_killed_at_every_commit_ends_the_same(tmp_path, output):
     (source / "two/deep/image001.jpg").unlink()
     os.utime(source / "one/image002.jpg")
     report = tmp_path / "report.json"
-    done = subprocess.run([sys.executable, WORKERS / "label_killed.py", source, tmp_path / "out", output, report,
+    done = subprocess.run([sys.executable, FAULTS / "label_killed.py", source, tmp_path / "out", output, report,
                            tmp_path / "before"], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     found = json.loads(report.read_text())
@@ -332,10 +332,10 @@ def test_an_update_killed_at_every_commit_ends_the_same(tmp_path, output):
 @pytest.mark.dist
 @pytest.mark.slow
 def test_two_ranks_update_as_one_does(source, tmp_path):
-    rank = str(WORKERS / "label_rank.py")
+    rank = str(FAULTS / "label_rank.py")
 
     def command(out: Path, *more: str) -> list[str]:
-        return [rank, "none", "", "0", "", "label", "--teacher", str(WORKERS), "--source", str(source), "--out", str(out), "--tta",
+        return [rank, "none", "", "0", "", "label", "--teacher", str(FAULTS), "--source", str(source), "--out", str(out), "--tta",
                 "none", "--shard-size", "4", "--device", "cpu", "--compute-threads", "1", "--threads", "1", "--loader",
                 "reference", "--max-bad-fraction", "0.5", *more]
 

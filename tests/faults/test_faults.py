@@ -8,9 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 import fault_cases as cases
+import pytest
 
 SEED = 20261122
 

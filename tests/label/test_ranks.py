@@ -20,7 +20,7 @@ from stpp.inference import several
 from stpp.label import rows, sinks
 from stpp.models.build import build_model
 
-RANK = str(Path(__file__).parent / "workers" / "label_rank.py")
+RANK = str(Path(__file__).parents[1] / "faults" / "label_rank.py")
 TEACHER = str(Path(RANK).parent)
 """Something that is there, and is no checkpoint that would be asked for its rules."""
 IMAGES = 24

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from test_views import plain_probabilities
 
 from engine_cases import CPU
 from stpp import checkpoint
@@ -17,7 +18,6 @@ from stpp.inference.open import open_teacher
 from stpp.models.build import build_model
 from stpp.models.trained import load_network
 from stpp_kernels import finalize
-from test_teacher import plain_probabilities
 
 CLASSES = 11
 SIZES = ((120, 90), (97, 133), (131, 64), (49, 75))

@@ -1,6 +1,6 @@
 """Triton kernels compiled for sm_90 without a GPU: all of them compile, none spills, and images of any size share a few variants.
 
-`python -m pytest tests/test_compiled_kernels.py -m "slow or not slow" -s` prints the table of benchmarks/NOTES.md.
+`python -m pytest tests/kernels/test_compiled_kernels.py -m "slow or not slow" -s` prints the table of benchmarks/NOTES.md.
 """
 
 import json
@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 
 pytest.importorskip("triton")
-PROGRAM = Path(__file__).parent / "compile_cases.py"
+PROGRAM = Path(__file__).parents[1] / "compile_cases.py"
 OLDER = ROOT / "build" / "triton-3.6.0"
 KERNELS = {"forward", "finish", "argmax_kernel", "logsumexp_kernel", "accumulate_kernel", "finalize_kernel", "confusion_kernel"}
 VERSIONS = [

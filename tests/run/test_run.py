@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from conftest import torchrun
+from run_cases import TINY
 from stpp import distributed
 from stpp.config import Config, load_recipe
 from stpp.errors import UserError
@@ -24,28 +25,6 @@ from stpp.label import reliability, rows
 from stpp.report.examples import PICTURE_PX
 from stpp.run.run import selftrain
 from stpp.training.trainer import Trainer
-
-TINY = """
-method = "stpp"
-deterministic = true
-[data]
-layout = "voc"
-fraction = "8"
-[model]
-backbone = "resnet18"
-output_stride = 16
-[augment]
-crop_px = 49
-long_side = [48, 96]
-[train]
-epochs = 1
-supervised_epochs = 3
-batch_global = 4
-lr = 0.02
-[label]
-tta = "flip"
-batch_per_rank = 2
-"""
 
 
 @pytest.fixture(scope="module")

@@ -173,7 +173,7 @@ def test_a_validation_list_lies_in_the_split_or_above_it(tmp_path):
 
 def test_st_runs_on_a_miniature_of_cityscapes_with_public_lists_and_goes_on_from_mended_masks(tmp_path):
     root, split = city(tmp_path / "data", "labelIds"), public_lists(tmp_path / "partitions" / "cityscapes")
-    recipe = Path(__file__).parents[1] / "launch" / "recipes" / "cityscapes.toml"
+    recipe = Path(__file__).parents[2] / "launch" / "recipes" / "cityscapes.toml"
     small = ("--device cpu --model.backbone resnet18 --model.output-stride 16 --augment.crop-px 33 --augment.long-side 32 64 "
              "--train.epochs 1 --train.batch-global 2 --train.precision fp32 --label.tta none --label.backend eager "
              "--data.threads 1 --data.loader reference")

@@ -29,7 +29,7 @@ from stpp.label import confidence_map, reliability, rows
 from stpp.label.assignment import Assignment
 from stpp.label.shards import Part
 
-WORKERS = Path(__file__).parent / "workers"
+FAULTS = Path(__file__).parents[1] / "faults"
 
 
 def loaders() -> list[str]:
@@ -387,7 +387,7 @@ def test_a_full_disk_stops_and_the_run_goes_on_when_there_is_room(tmp_path, outp
 def test_killed_at_every_commit_the_result_is_the_same(tmp_path, output):
     source = cases.as_folder(tmp_path / "in", cases.good_files(7) | {"bad.jpg": b""})
     report = tmp_path / "report.json"
-    done = subprocess.run([sys.executable, WORKERS / "label_killed.py", source, tmp_path / "out", output, report],
+    done = subprocess.run([sys.executable, FAULTS / "label_killed.py", source, tmp_path / "out", output, report],
                           capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     found = json.loads(report.read_text())

@@ -15,7 +15,7 @@ from stpp.models.build import NETWORKS, build_model, parameter_groups
 from stpp.models.layers import DilatedConv3x3
 from stpp.models.resnet import LAYOUTS
 
-STATE_DICTS = sorted((Path(__file__).parent / "data" / "state_dicts").glob("*.json"))
+STATE_DICTS = sorted((Path(__file__).parents[1] / "data" / "state_dicts").glob("*.json"))
 ON_RESNETS = [name for name, network in NETWORKS.items() if "resnet18" in network.backbones]
 ALL_MODELS = pytest.mark.parametrize("name", ON_RESNETS)
 

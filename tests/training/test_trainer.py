@@ -32,7 +32,7 @@ from stpp.precision import autocast_dtype
 from stpp.training.assemble import fresh_network, images_per_pass, stream_seed
 from stpp.training.trainer import Schedule, Scores, Trainer
 
-WORKER = str(Path(__file__).parent / "workers" / "steps.py")
+WORKER = str(Path(__file__).parents[1] / "workers" / "steps.py")
 STEPS = 3
 
 

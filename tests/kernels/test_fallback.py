@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from fault_cases import RECIPE
 
-KERNELS = Path(__file__).parents[1] / "kernels"
+KERNELS = Path(__file__).parents[2] / "kernels"
 
 
 @pytest.fixture(scope="module", params=["missing", "damaged"])

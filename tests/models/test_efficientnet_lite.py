@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
+from test_model_blocks import EXACT, images, scrambled
 
-from stpp.loading.augment import IMAGENET_MEAN, IMAGENET_STD
+from stpp.images.image_file import IMAGENET_MEAN, IMAGENET_STD
 from stpp.loading.reference import normalised
 from stpp.models import efficientnet_lite, pretrained
 from stpp.models.build import build_model
 from stpp.models.layers import DepthwiseConv, SameConv
-from test_model_blocks import EXACT, images, scrambled
 
 LITE0 = "efficientnet-lite0"
 ANALOG_CLOCK, CAB, STREETCAR, TROLLEYBUS, TRAFFIC_LIGHT = 409, 468, 829, 874, 920

@@ -1,6 +1,6 @@
 """Kills a run of ST++ as often as one likes, on tiny data, and compares it with one left alone.
 
-    python tests/soak.py --kills 100 [--seed N]
+    python tests/faults/soak.py --kills 100 [--seed N]
 """
 
 import argparse
@@ -11,9 +11,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-import conftest  # noqa: E402, F401  (paths of the packages)
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import fault_cases as cases  # noqa: E402
+
+import conftest  # noqa: E402, F401  (paths of the packages)
 from stpp.commands import synthetic  # noqa: E402
 from stpp.dataset import index  # noqa: E402
 

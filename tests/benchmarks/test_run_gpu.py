@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from torch.autograd import DeviceType
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench_profile  # noqa: E402
@@ -43,7 +43,7 @@ def call(*args: str, **more: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("number", ["first", "second"])
 def test_every_part_of_a_call_runs(number, tmp_path):
     earlier = tmp_path / "unpassed.txt"
-    earlier.write_text("tests/test_argmax.py::test_no_images_and_float64\ntests/test_argmax.py::test_gone\n")
+    earlier.write_text("tests/kernels/test_argmax.py::test_no_images_and_float64\ntests/kernels/test_argmax.py::test_gone\n")
     args = ["--unpassed", str(earlier)] if number == "second" else []
     done = call(number, str(tmp_path / "out"), "--device", "cpu", "--small", *args, STPP_GIT="some-commit")
     assert done.returncode == 0, done.stdout[-4000:]
@@ -67,10 +67,12 @@ def test_every_part_of_a_call_runs(number, tmp_path):
 
 def test_all_files_with_tests_for_gpus_are_run():
     (listed,) = re.findall(r"^files=\((.*)\)$", SCRIPT.read_text(), re.MULTILINE)
-    marked = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")
+    tests = ROOT / "tests"
+    marked = {path.relative_to(tests).with_suffix("").as_posix() for path in tests.rglob("test_*.py")
               if re.search(r"pytest\.mark\.gpu|from (kernels|labelling)_cases", path.read_text())}
-    compiling = {"engines_gpu", "tensorrt"}  # minutes of compiling: the second call has a case; TensorRT is not on such machines
-    assert marked - compiling - {"run_gpu"} == set(listed.split())
+    # Minutes of compiling: the second call has a case; TensorRT is not on such machines.
+    compiling = {"inference/test_engines_gpu", "inference/test_tensorrt"}
+    assert marked - compiling - {"benchmarks/test_run_gpu"} == set(listed.split())
 
 
 def descendants(pid: int) -> list[int]:
