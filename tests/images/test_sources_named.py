@@ -19,14 +19,15 @@ def names(source) -> list[str]:
 
 def test_leftovers_are_passed_over_and_counted(tmp_path):
     kept = ["IMG_0.jpg", "trip/IMG_1.jpg", "recycle/IMG_2.jpg", "Icons/a.jpg"]
-    left = ["@eaDir/IMG_0.jpg/SYNOPHOTO_THUMB_XL.jpg", "trip/@eaDir/x.jpg", "#recycle/gone.jpg", "$RECYCLE.BIN/$R1.jpg",
-            "#snapshot/x.jpg", "trip/Thumbs.db", "desktop.ini", ".Trash-1000/files/x.jpg", "._IMG_0.jpg", "Icon\r"]
+    left = ["@eaDir/IMG_0.jpg/SYNOPHOTO_THUMB_XL.jpg", "trip/@eaDir/x.jpg", "#recycle/gone.jpg",
+            "$RECYCLE.BIN/$R1.jpg", "#snapshot/x.jpg", "trip/Thumbs.db", "desktop.ini", ".Trash-1000/files/x.jpg",
+            "._IMG_0.jpg", "Icon\r"]
     folder = cases.as_folder(tmp_path / "in", dict.fromkeys(kept + left, JPEG))
     source = open_source(str(folder))
     assert sorted(names(source)) == sorted(kept)
     line = source.passed.line()
-    for words in ("2 @eaDir", "1 #recycle", "1 $RECYCLE.BIN", "1 #snapshot", "1 Thumbs.db", "1 desktop.ini", "1 ._*", "1 Icon",
-                  "1 hidden"):
+    for words in ("2 @eaDir", "1 #recycle", "1 $RECYCLE.BIN", "1 #snapshot", "1 Thumbs.db", "1 desktop.ini",
+                  "1 ._*", "1 Icon", "1 hidden"):
         assert words in line, line
     assert source.stamp()["files"] == 4
     archive = cases.as_tar(tmp_path / "s.tar", dict.fromkeys(kept + left, JPEG))
@@ -86,15 +87,15 @@ def test_lists_that_are_no_text_are_refused_in_one_line(tmp_path, data):
 
 def test_masks_after_images_with_spaces_in_their_names(tmp_path):
     folder = cases.as_folder(tmp_path, {"i/x.jpg y.jpg": JPEG, "i/plain.png": JPEG, "i/two words.jpe": JPEG})
-    (folder / "list.txt").write_text("i/x.jpg y.jpg m/x.jpg y.png\ni/plain.png m/plain.png\ni/two words.jpe m/two words.png\n"
-                                     "i/absent one.jpg m/absent one.png\n")
+    (folder / "list.txt").write_text("i/x.jpg y.jpg m/x.jpg y.png\ni/plain.png m/plain.png\n"
+                                     "i/two words.jpe m/two words.png\ni/absent one.jpg m/absent one.png\n")
     source = open_source(str(folder / "list.txt"))
     assert names(source) == ["i/x.jpg y.jpg", "i/plain.png", "i/two words.jpe", "i/absent one.jpg"]
 
 
-@pytest.mark.parametrize(("line", "reason"), [("image,mask", "no table"), ("a.jpg,m/a.png", "no table"), ("a.jpg;1", "no table"),
-                                              ('"a.jpg"', "in quotes"), ("'a b.jpg'", "in quotes"), ("sub\\a.jpg", "backslash"),
-                                              ("../up.jpg", "outside")])
+@pytest.mark.parametrize(("line", "reason"), [
+    ("image,mask", "no table"), ("a.jpg,m/a.png", "no table"), ("a.jpg;1", "no table"), ('"a.jpg"', "in quotes"),
+    ("'a b.jpg'", "in quotes"), ("sub\\a.jpg", "backslash"), ("../up.jpg", "outside")])
 def test_lines_of_another_form_are_bad_with_the_reason(tmp_path, line, reason):
     cases.as_folder(tmp_path, {"a.jpg": JPEG, "b.jpg": JPEG})
     (tmp_path / "list.txt").write_text(f"{line}\nb.jpg\n")
@@ -112,7 +113,8 @@ def test_names_with_quotes_and_commas_are_names_where_there_are_such_files(tmp_p
 def test_repeated_lines_are_dropped_and_counted(tmp_path, capsys):
     folder = cases.as_folder(tmp_path / "in", cases.good_files(7))
     listed = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.jpg"))
-    (tmp_path / "list.txt").write_text("\n".join([*listed, listed[0], listed[3] + " m/x.png", listed[0], "no.jpg", "no.jpg"]))
+    lines = [*listed, listed[0], listed[3] + " m/x.png", listed[0], "no.jpg", "no.jpg"]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
     summary = cases.run(tmp_path / "list.txt", tmp_path / "out", root=folder)
     assert (summary.images, summary.bad) == (8, 1)
     assert "4 lines that repeat one before" in capsys.readouterr().err

@@ -105,8 +105,9 @@ def test_what_is_cut_or_followed_by_something_says_so(tmp_path):
     assert "without the zeros" in refused(path, whole + archive(FILES)[:third])
 
 
-@pytest.mark.parametrize(("kind", "magic"), [("bzip2", b"BZh91AY&SY"), ("xz", b"\xfd7zXZ\0\0\4"), ("zstd", b"\x28\xb5\x2f\xfd\4"),
-                                             ("zip", b"PK\3\4\x14\0"), ("gzip", gzip.compress(archive(FILES)))])
+@pytest.mark.parametrize(("kind", "magic"), [
+    ("bzip2", b"BZh91AY&SY"), ("xz", b"\xfd7zXZ\0\0\4"), ("zstd", b"\x28\xb5\x2f\xfd\4"), ("zip", b"PK\3\4\x14\0"),
+    ("gzip", gzip.compress(archive(FILES)))])
 def test_compressed_archives_called_tar_are_named(tmp_path, kind, magic):
     assert f"compressed with {kind}" in refused(tmp_path / "a.tar", magic + bytes(2000))
 

@@ -1,4 +1,4 @@
-"""Words of `stpp label` and `stpp predict` on the terminal, and their exit codes, where the input or the output is at fault."""
+"""Words and exit codes of `stpp label` and `stpp predict` where the input or the output is at fault."""
 
 import contextlib
 import errno
@@ -35,8 +35,9 @@ def label(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(several, "from_paths", lambda paths, device, **_: ready)
 
     def call(source, out, *more) -> tuple[int, str, str]:
-        return ended(capsys, "label", "--teacher", str(Path(__file__).parent), "--source", str(source), "--out", str(out),
-                     "--tta", "none", "--device", "cpu", "--compute-threads", "1", "--threads", "1", "--loader", "reference", *more)
+        return ended(capsys, "label", "--teacher", str(Path(__file__).parent), "--source", str(source), "--out",
+                     str(out), "--tta", "none", "--device", "cpu", "--compute-threads", "1", "--threads", "1",
+                     "--loader", "reference", *more)
 
     return call
 
@@ -53,8 +54,8 @@ def best(tmp_path_factory) -> Path:
 @pytest.fixture
 def predict(best, capsys):
     def call(source, out) -> tuple[int, str, str]:
-        return ended(capsys, "predict", str(source), "--checkpoint", str(best), "--out", str(out), "--device", "cpu",
-                     "--precision", "fp32")
+        return ended(capsys, "predict", str(source), "--checkpoint", str(best), "--out", str(out),
+                     "--device", "cpu", "--precision", "fp32")
 
     return call
 
@@ -68,7 +69,8 @@ def last_line(errors: str) -> str:
 @contextlib.contextmanager
 def mounted(folder: Path, options: str):
     folder.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], capture_output=True).returncode:
+    command = ["mount", "-t", "tmpfs", "-o", options, "none", folder]
+    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("a tmpfs cannot be mounted here")
     try:
         yield folder
@@ -80,14 +82,15 @@ def test_the_first_reasons_of_bad_images_are_said(label, tmp_path):
     bad = {f"{i}.jpg": b"no image" for i in range(7)}
     source = cases.as_folder(tmp_path / "in", cases.good_files(3) | bad)
     code, _, errors = label(source, tmp_path / "out")
-    assert code == 1 and "7 of 10 images are bad" in last_line(errors) and "the first: 0.jpg: none of the formats" in errors
+    assert code == 1 and "7 of 10 images are bad" in last_line(errors)
+    assert "the first: 0.jpg: none of the formats" in last_line(errors)
     assert errors.count("no mask: ") == 6 and "no mask: 2 more" in errors
     code, _, errors = label(source, tmp_path / "out", "--max-bad-fraction", "1")
     assert code == 0 and "no mask: 0.jpg: none of the formats" in errors
 
 
-@pytest.mark.parametrize(("form", "reason"), [("sub\\{}", "backslash"), ('"{}"', "in quotes"), ("{},m.png", "no table"),
-                                              ("../in/{}", "outside")])
+@pytest.mark.parametrize(("form", "reason"), [
+    ("sub\\{}", "backslash"), ('"{}"', "in quotes"), ("{},m.png", "no table"), ("../in/{}", "outside")])
 def test_the_reason_of_every_form_of_list_is_said(label, tmp_path, form, reason):
     source = cases.as_folder(tmp_path / "in", {"a.jpg": cases.encoded(cases.picture(1))})
     (source / "list.txt").write_text(form.format("a.jpg") + "\n")
@@ -96,8 +99,9 @@ def test_the_reason_of_every_form_of_list_is_said(label, tmp_path, form, reason)
 
 
 def test_predict_says_what_it_passed_over_and_why_images_have_no_mask(predict, tmp_path):
-    source = cases.as_folder(tmp_path / "in", {"a.jpg": cases.encoded(cases.picture(1)), "b.jpg": b"", "c.HEIC": b"",
-                                               "d.jfif": cases.encoded(cases.picture(2)), "@eaDir/a.jpg/x.jpg": b""})
+    source = cases.as_folder(tmp_path / "in", {
+        "a.jpg": cases.encoded(cases.picture(1)), "b.jpg": b"", "c.HEIC": b"",
+        "d.jfif": cases.encoded(cases.picture(2)), "@eaDir/a.jpg/x.jpg": b""})
     code, output, errors = predict(source, tmp_path / "out")
     assert code == 2 and "2 masks" in output and "b.jpg: the file is empty" in last_line(errors)
     assert "passed over: 1 .heic: not image formats that are read; 1 @eaDir" in errors
@@ -116,7 +120,8 @@ def test_an_output_that_may_not_be_written_is_said_in_one_line(label, predict, t
 
 
 def test_predict_on_a_full_disk_leaves_no_half_picture(predict, tmp_path):
-    source = cases.as_folder(tmp_path / "in", {f"{i:02d}.jpg": cases.encoded(cases.picture(i, (200, 300))) for i in range(12)})
+    images = {f"{i:02d}.jpg": cases.encoded(cases.picture(i, (200, 300))) for i in range(12)}
+    source = cases.as_folder(tmp_path / "in", images)
     with mounted(tmp_path / "disk", "size=160k") as disk:
         code, _, errors = predict(source, disk / "out")
         assert code == 2 and "No space left on device" in last_line(errors) and "(None)" not in errors
@@ -132,8 +137,8 @@ def test_predict_on_a_full_disk_leaves_no_half_picture(predict, tmp_path):
 @pytest.mark.parametrize("call", [1, 2, 3, 4])
 def test_predict_that_fails_while_it_writes_leaves_whole_files_only(predict, tmp_path, monkeypatch, call):
     """Of the masks and overlays of two images, the given one breaks off after half its bytes."""
-    source, count = cases.as_folder(tmp_path / "in", {f"{i}.png": cases.encoded(cases.picture(i), "PNG") for i in range(2)}), [0]
-    save = Image.Image.save
+    images = {f"{i}.png": cases.encoded(cases.picture(i), "PNG") for i in range(2)}
+    source, count, save = cases.as_folder(tmp_path / "in", images), [0], Image.Image.save
 
     def breaking(self, file, *args, **kwargs):
         count[0] += 1

@@ -1,4 +1,4 @@
-"""A corpus that grew, changed or shrank after it was labelled: what is said, what is labelled again, what stays."""
+"""A corpus that grew, changed or shrank after it was labelled: what is said, labelled again, and what stays."""
 
 import json
 import os
@@ -41,7 +41,8 @@ def label(source, out: Path, **options):
 
 def masks(out: Path) -> dict[str, bytes]:
     """Bytes of every mask by its key, from files or archives; no key may occur twice."""
-    found = {str(path.relative_to(out / "masks")): path.read_bytes() for path in (out / "masks").rglob("*.png")}
+    paths = (out / "masks").rglob("*.png")
+    found = {str(path.relative_to(out / "masks")): path.read_bytes() for path in paths}
     for path in (out / "masks").glob("*.tar"):
         with tarfile.open(path) as archive:
             for member in archive:
@@ -55,7 +56,7 @@ def keys(out: Path) -> list[str]:
 
 
 def change(folder: Path) -> None:
-    """Three images are new, two change (one of them in size), one becomes bad, two go; one file only is touched."""
+    """Three images are new, two change (one in size), one becomes bad, two go; one is only touched."""
     new = {f"three/new{i}.jpg": cases.encoded(cases.picture(50 + i)) for i in range(3)}
     new["one/image000.jpg"] = cases.encoded(cases.picture(60, cases.SIZES[0]))
     new["two/deep/image001.jpg"] = cases.encoded(cases.picture(61, (30, 34)))
@@ -74,7 +75,8 @@ def test_an_update_ends_with_the_labels_of_the_corpus_as_it_is(source, tmp_path,
     change(source)
     summary, seen = label(source, out, output=output, update=True)
     assert seen == 5 and summary.labelled == 6 and (summary.images, summary.bad) == (14, 2)
-    assert keys(out) == sorted(str(path.relative_to(source)).removesuffix(".jpg") for path in source.rglob("*.jpg"))
+    there = [str(path.relative_to(source)).removesuffix(".jpg") for path in source.rglob("*.jpg")]
+    assert keys(out) == sorted(there)
     cases.run(source, tmp_path / "fresh", tta="none", output=output)
     expected = masks(tmp_path / "fresh")
     assert masks(out) == expected
@@ -113,7 +115,8 @@ def test_without_update_the_changes_are_said_and_nothing_is_touched(source, tmp_
     with pytest.raises(UserError) as refused:
         label(source, out)
     text = str(refused.value)
-    assert "3 new (three/new0.jpg, three/new1.jpg, three/new2.jpg)" in text and "--update" in text and "\n" not in text
+    assert "3 new (three/new0.jpg, three/new1.jpg, three/new2.jpg)" in text
+    assert "--update" in text and "\n" not in text
     assert "3 changed (one/image000.jpg, one/image002.jpg, two/deep/image001.jpg)" in text
     assert "2 gone (one/image004.jpg, two/deep/image011.jpg)" in text
     assert cases.contents(out) == before
@@ -138,7 +141,8 @@ def test_a_touch_labels_nothing_again(source, tmp_path, capsys, updated):
 def test_the_same_size_with_other_bytes_is_a_change(tmp_path):
     pictures = [cases.encoded(cases.picture(seed), "BMP") for seed in (1, 2)]
     assert len(pictures[0]) == len(pictures[1])
-    source, out = cases.as_folder(tmp_path / "in", {"a.bmp": pictures[0], "b.bmp": pictures[0]}), tmp_path / "out"
+    source = cases.as_folder(tmp_path / "in", {"a.bmp": pictures[0], "b.bmp": pictures[0]})
+    out = tmp_path / "out"
     label(source, out)
     (source / "a.bmp").write_bytes(pictures[1])
     with pytest.raises(UserError, match=r"1 changed \(a\.bmp\)"):
@@ -151,7 +155,8 @@ def test_a_bad_image_that_was_mended_is_labelled(source, tmp_path):
     label(source, out)
     (source / "bad.jpg").write_bytes(cases.encoded(cases.picture(3)))
     summary, seen = label(source, out, update=True)
-    assert seen == 1 and summary.bad == 0 and rows.read(out / "failed.parquet") == [] and "bad.png" in masks(out)
+    assert seen == 1 and summary.bad == 0 and "bad.png" in masks(out)
+    assert rows.read(out / "failed.parquet") == []
 
 
 def test_an_image_under_another_extension_takes_the_place_of_its_mask(source, tmp_path):
@@ -273,7 +278,8 @@ def test_a_labelling_by_the_version_before_goes_on_or_is_refused(source, tmp_pat
     for path in (out / "plan").glob("listing-*.parquet"):
         rows.write(path, rows.read(path), rows.PLACE)
     for path in (out / "labels").glob("*.parquet"):
-        rows.write(path, rows.read(path), {name: kind for name, kind in rows.LABELS.items() if name != "image_hash"})
+        before = {name: kind for name, kind in rows.LABELS.items() if name != "image_hash"}
+        rows.write(path, rows.read(path), before)
     listing = json.loads((out / "plan" / "listing.json").read_text())
     del listing["marks"]
     (out / "plan" / "listing.json").write_text(json.dumps(listing))
@@ -346,7 +352,8 @@ def test_two_ranks_update_as_one_does(source, tmp_path):
     refused = torchrun(2, *command(tmp_path / "two"))
     assert refused.returncode != 0 and "3 new (three/new0.jpg" in refused.stderr
     assert len([line for line in refused.stderr.splitlines() if line.startswith("stpp: ")]) == 1
-    done = subprocess.run([sys.executable, *command(tmp_path / "one", "--update")], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, *command(tmp_path / "one", "--update")], capture_output=True, text=True,
+                          timeout=120)
     assert done.returncode == 0, done.stderr
     done = torchrun(2, *command(tmp_path / "two", "--update"))
     assert done.returncode == 0, done.stderr
