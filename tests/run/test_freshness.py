@@ -49,7 +49,7 @@ def test_a_mended_mask_is_read_again_before_it_is_scored(known, here, capsys):
     paletted(ids(2), *COLOURS).save(known.root / "labels" / "1.png")
     fresh = of_today(known.out, path, here)
     assert (read_index_mask(fresh.sample("photos/1.jpg").mask) == ids(2)).all()
-    assert "1 files of" in (said := capsys.readouterr().err) and "labels/1.png the first" in said
+    assert "1 file of" in (said := capsys.readouterr().err) and "labels/1.png the first" in said
     assert (
         of_today(known.out, path, here).fingerprint == fresh.fingerprint
         and "again" not in capsys.readouterr().err

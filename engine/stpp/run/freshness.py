@@ -6,6 +6,7 @@ from stpp import distributed, log
 from stpp.dataset import index as indices
 from stpp.dataset import splits
 from stpp.dataset.entries import Index
+from stpp.dataset.notes import Notes, counted
 from stpp.distributed import World
 from stpp.errors import UserError
 from stpp.run import lease
@@ -31,11 +32,11 @@ def _renew(folder: Path, listed: Path) -> None:
     known = indices.load(folder)
     changed = known.changed(
         sample.key
-        for sample in splits.read_split(listed, known, labelled=True, notes=splits.Notes(quiet=True))
+        for sample in splits.read_split(listed, known, labelled=True, notes=Notes(quiet=True))
     )
     if not changed:
         return
-    what = f"{len(changed)} files of {listed} changed since {folder} was made, {changed[0]} the first"
+    what = f"{counted(len(changed), 'file')} of {listed} changed since {folder} was made, {changed[0]} the first"
     try:
         lease.refuse_living(folder.parent)
     except UserError as error:
