@@ -23,7 +23,7 @@ from stpp.images.masks import read_index_mask
 from stpp.images.palette import colourise
 from stpp.label import reliability, rows
 from stpp.report.examples import PICTURE_PX
-from stpp.run.run import selftrain
+from stpp.run.start import start
 from stpp.training.trainer import Trainer
 
 
@@ -244,7 +244,7 @@ def test_out_of_memory_says_in_one_line_what_to_change(recipe, synthetic, synthe
     config = dataclasses.replace(config, out=tmp_path, deterministic=False,
                                  data=dataclasses.replace(config.data, root=synthetic, index=synthetic_index))
     with distributed.world("cpu") as here, pytest.raises(UserError) as raised:
-        selftrain(config, here)
+        start(config, here)
     said = str(raised.value)
     assert "\n" not in said
     assert all(text in said for text in ("1-supervised", "2.00 GiB", "--train.accumulate 2", "--label.batch-pixels"))

@@ -38,11 +38,11 @@ def train(args: Sequence[str]) -> None:
         raise UserError("--out is missing: name the folder of the run")
     need_root(options.config.data)
     from stpp import distributed, log
-    from stpp.run.run import selftrain
+    from stpp.run.start import start
 
     with distributed.world(options.config.device, timeout_minutes=options.config.timeout_minutes) as here:
         log.set_speaker(here.is_main)
-        selftrain(options.config, here)
+        start(options.config, here)
 
 
 def parse(args: Sequence[str]) -> Train:

@@ -3,11 +3,9 @@
 A stage that has its DONE.json is not done again.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +19,7 @@ from stpp.config import Config
 from stpp.dataset import given_labels, splits
 from stpp.dataset import index as indices
 from stpp.dataset.entries import Index
-from stpp.dataset.notes import Notes, counted
+from stpp.dataset.notes import Notes
 from stpp.distributed import World
 from stpp.errors import UserError
 from stpp.inference import several
@@ -42,11 +40,11 @@ from stpp.precision import autocast_dtype
 from stpp.report.build import write_report
 from stpp.report.examples import Watch, write_examples
 from stpp.report.run import SCORES
-from stpp.run import folder, lease, preflight
-from stpp.training.assemble import fresh_network, images_per_pass
+from stpp.run import lists, preflight
+from stpp.run.outcome import outcome
+from stpp.training.assemble import fresh_network
 from stpp.training.step import Step
 from stpp.training.trainer import Schedule, Scores, Trainer
-from stpp_kernels import described
 
 EXAMPLES = 6
 """Validation images in `examples.png`, at most."""
@@ -58,50 +56,6 @@ CONTROL = 7
 """Key of the control's random numbers; the stages use their own numbers, 1 to 6."""
 
 
-def selftrain(config: Config, here: World) -> dict:
-    """Runs every stage of `config.method` that is not done yet.
-
-    Returns:
-        What `results.json` holds: `{"method", "stages": [{"name", "miou", "steps", "seconds"}, ...], "control"}`,
-        mIoU in percent.
-
-    Raises:
-        UserError: the data, the recipe or the run directory do not allow the run.
-    """
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without
-        torch.use_deterministic_algorithms(True)
-    per_pass = images_per_pass(config.train, here)
-    if METHODS[config.method].pairs and per_pass % 2:
-        raise UserError(f"--train.batch-global {config.train.batch_global} gives {per_pass} images a rank and pass, and --method "
-                        f"{config.method} mixes pairs; choose a multiple of {2 * here.size * config.train.accumulate}")
-    with contextlib.ExitStack() as stack:
-        distributed.on_main(here, lambda: stack.enter_context(lease.held(config.out)))
-        return _run(config, here)
-
-
-def _run(config: Config, here: World) -> dict:
-    distributed.on_main(here, lambda: folder.claim(config))
-    index = _prepared_index(config, here)
-    distributed.on_main(here, lambda: folder.record_provenance(
-        config.out, index.fingerprint, index.classes))
-    run = Run(config, here, index)
-    log.say(f"{config.method} in {config.out}: {here.size} x {here.device.type}, "
-            f"{str(autocast_dtype(config.train.precision, here.device)).removeprefix('torch.')}, "
-            f"{len(run.labelled)} labelled, {len(run.unlabelled)} unlabelled, {len(run.val)} validation images")
-    log.say(f"operators: {described(here.device.type)}")
-    distributed.on_main(here, run.preflight)
-    if config.strict:
-        distributed.on_main(here, run.refuse_warnings)
-    METHODS[config.method].run(run)
-    if config.control or (config.out / "stages" / "control" / "DONE.json").exists():
-        run.control()
-    results = {"method": config.method, "stages": run.stages} | ({"control": run.controlled} if run.controlled else {})
-    distributed.on_main(here, lambda: run.finish(results))
-    log.say(summary(results))
-    return results
-
-
 @dataclass
 class Run:
     """The lists of a run, its folder, and the stages done so far."""
@@ -111,38 +65,12 @@ class Run:
     index: Index
 
     def __post_init__(self):
-        config = self.config
-        self.notes = notes = Notes()
-        folder = config.data.split or config.out / "split"
-        if config.data.split is None:
-            distributed.on_main(self.here, lambda: splits.make_split(
-                self.index, folder, fraction=config.data.fraction, seed=config.data.split_seed,
-                val=config.data.val, notes=notes))
-        self.labelled = splits.read_split(folder / "labeled.txt", self.index, labelled=True, notes=notes)
-        self.unlabelled: list[Sample] = []
-        if METHODS[config.method].unlabelled:
-            self.unlabelled = splits.read_split(folder / "unlabeled.txt", self.index, labelled=False, notes=notes)
-            self._name_unused(folder)
-        self.val: list[Sample] = []
-        listed = splits.find_val(folder) if config.data.split else folder / splits.VAL
-        if listed.exists():
-            if listed.parent != folder:
-                log.say(f"validation list: {listed}")
-            self.val = splits.read_split(listed, self.index, labelled=True, notes=notes)
-        else:
-            log.say(f"{folder} has no val.txt: no mIoU is known, and the last checkpoint of a stage is the teacher")
-        self.split = folder
-        self.supervised_epochs = config.train.supervised_epochs or config.train.epochs
+        self.notes = Notes()
+        self.lists = lists.read(self.config, self.here, self.index, self.notes)
+        self.labelled, self.unlabelled, self.val = self.lists.labelled, self.lists.unlabelled, self.lists.val
+        self.supervised_epochs = self.config.train.supervised_epochs or self.config.train.epochs
         self.stages: list[dict] = []
         self.controlled: dict | None = None
-
-    def _name_unused(self, folder: Path) -> None:
-        """Says which folders of unlabelled images a list of the user's passes over."""
-        used = {sample.key.partition("/")[0] for sample in self.unlabelled}
-        for name in sorted(self.index.unlabelled.keys() - used):
-            self.notes.warn(f"{folder / 'unlabeled.txt'} names no image of --data.unlabelled "
-                            f"{self.index.place(name) / name}, so "
-                    f"none is used; they are named {name}/...")
 
     def preflight(self) -> None:
         """Refuses what would fail only after hours of training."""
@@ -152,22 +80,11 @@ class Run:
             self.config, lists={"labeled.txt": self.labelled, "unlabeled.txt": self.unlabelled, "val.txt": self.val},
             weights=checkpoint.size_bytes(network.state_dict()), notes=self.notes,
             twins={self.index.entries[image].key: number for image, number in self.index.twins.items()},
-            checks=[self._check_lists, lambda: start_from(network, model, self.index.classes)])
+            checks=[lambda: self.lists.check(self.config.method, self.index), lambda: start_from(network, model, self.index.classes)])
 
     def refuse_warnings(self) -> None:
         """Refuses what the preparation, the lists and the checks warned of."""
         Notes(warnings=list(dict.fromkeys([*indices.warned(self.index), *self.notes.warnings]))).refuse()
-
-    def _check_lists(self) -> None:
-        folder = self.split
-        least = METHODS[self.config.method].unlabelled
-        if len(self.unlabelled) < least:
-            raise UserError(f"{folder / 'unlabeled.txt'}: {counted(len(self.unlabelled), 'image')}, and --method "
-                            f"{self.config.method} needs {least}; add images, or choose another method")
-        pixels = {entry.key: sum(entry.class_pixels or ()) for entry in self.index.entries.values()}
-        for name, samples in (("labeled.txt", self.labelled), ("val.txt", self.val)):
-            if samples and not any(pixels[sample.key] for sample in samples):
-                raise UserError(f"{folder / name}: every pixel of its masks is 255 (ignore); nothing can be learned or scored")
 
     def given(self) -> list[Sample]:
         """The unlabelled samples that have a mask in `--pseudo-labels`, with it."""
@@ -244,8 +161,8 @@ class Run:
         try:
             write_report(out, out / "report", most_pictures=PICTURES)
         except Exception as error:  # a page about the run is no reason to lose the run
-            log.say(f"no report was written ({' '.join(str(error).split())[:300] or type(error).__name__}); `stpp report {out}` "
-                    "tries again")
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            log.say(f"no report was written ({reason}); `stpp report {out}` tries again")
         else:
             log.say(f"report: {out / 'report' / 'index.html'}")
 
@@ -257,7 +174,7 @@ class Run:
         result = trainer.run()
         if self.here.is_main and result.iou:
             write_scores(self._folder(name) / SCORES, images=len(self.val), miou=result.miou, iou=result.iou)
-        return {"miou": result.miou, "best_step": result.step, "steps": result.steps,
+        return {"miou": result.miou, "last_miou": result.last_miou, "best_step": result.step, "steps": result.steps,
                 "validate_steps": schedule.validate_steps, "seconds": round(result.seconds, 1)}
 
     def _validated(self, network: torch.nn.Module) -> Scores:
@@ -297,7 +214,7 @@ class Run:
         done = self._folder(name) / "DONE.json"
         if done.exists():
             record = json.loads(done.read_text(encoding="utf-8"))
-            log.say(f"[{name}] done before: {_outcome(record)}")
+            log.say(f"[{name}] done before: {outcome(record)}")
             return record
         log.say(f"[{name}] {what}")
         started = time.monotonic()
@@ -310,44 +227,5 @@ class Run:
                             "--label.batch-pixels those of a labelling pass; begin again with another --out") from error
         record["seconds"] = record["seconds"] or round(time.monotonic() - started, 1)
         distributed.on_main(self.here, lambda: files.write_json(done, record))
-        log.say(f"[{name}] {_outcome(record)}")
+        log.say(f"[{name}] {outcome(record)}")
         return record
-
-
-def summary(results: dict) -> str:
-    """The final table: what each stage ended with."""
-    rows = [("stage", "mIoU", "steps", "seconds")]
-    for stage in results["stages"] + [results[key] for key in ("control",) if key in results]:
-        miou = "" if stage["miou"] is None else f"{stage['miou']:.2f}"
-        if stage.get("pseudo_label_miou") is not None:
-            miou = f"(labels {stage['pseudo_label_miou']:.2f})"
-        rows.append((stage["name"], miou, stage["steps"] or "", f"{stage['seconds']:.0f}"))
-    return "\n" + log.table(rows)
-
-
-def _outcome(record: dict) -> str:
-    parts = []
-    if record["miou"] is not None:
-        parts.append(f"mIoU {record['miou']:.2f} at step {record['best_step']}")
-    if record.get("pseudo_label_miou") is not None:
-        parts.append(f"mIoU {record['pseudo_label_miou']:.2f} against the masks of these images")
-    if "mean_reliability" in record:
-        parts.append(f"mean reliability {record['mean_reliability']:.3f}")
-    return ", ".join([*parts, f"{record['seconds']:.0f} s"])
-
-
-def _prepared_index(config: Config, here: World) -> Index:
-    """The index of the data set, made or renewed by rank 0 where it is missing or stale."""
-    data = config.data
-    folder = data.index or config.out / "index"
-    settings = {"layout": data.layout, "images": data.images, "masks": data.masks, "classes": data.classes,
-                "mask_map": data.mask_map, "exif": data.exif, "unlabelled": data.unlabelled,
-                "follow_links": data.follow_links}
-
-    def renew() -> None:
-        if indices.is_stale(folder, data.root, **settings):
-            log.say(f"prepare: reading {data.root}")
-            indices.prepare(data.root, folder, strict=config.strict, **settings)
-
-    distributed.on_main(here, renew)
-    return indices.load(folder)

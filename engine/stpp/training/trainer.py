@@ -56,6 +56,8 @@ class Result:
     """Validation mIoU of the chosen weights, percent; None without a validation list."""
     iou: Mapping[str, float]
     """Percent by class, of the chosen weights; empty where it is not known."""
+    last_miou: float | None
+    """Validation mIoU of the last weights, percent."""
     step: int
     """Step of the chosen weights."""
     steps: int
@@ -97,6 +99,7 @@ class Trainer:
         self.weights_T = torch.tensor(list(step.weights.values()), dtype=torch.float32, device=here.device)
         self.steps_done, self.best_step, self.best_miou, self.seconds = 0, 0, -1.0, 0.0
         self.best_iou: Mapping[str, float] = {}
+        self.last_miou: float | None = None
         self.saved_step, self.saved_at = 0, time.monotonic()
         self.bottleneck = Bottleneck(title, self.model)
 
@@ -187,8 +190,8 @@ class Trainer:
                     self.writer.wait()
                     log.say(f"  {self.title}: stopped at step {self.steps_done}, saved; the same command goes on")
                     stop.leave()
-        return Result(miou=self.best_miou if self.validate else None, iou=self.best_iou, step=self.best_step,
-                      steps=self.schedule.steps, seconds=time.monotonic() - self.started)
+        return Result(miou=self.best_miou if self.validate else None, iou=self.best_iou, last_miou=self.last_miou,
+                      step=self.best_step, steps=self.schedule.steps, seconds=time.monotonic() - self.started)
 
     def _passes(self) -> Iterator[tuple[list[tuple[Batch, ...]], float]]:
         """The passes of each remaining step, and the seconds spent waiting for them."""
@@ -287,6 +290,7 @@ class Trainer:
             beside = "".join(f", {prefix} {miou:.2f}" for prefix, miou in rivals.items())
             log.say(f"  {self.title}: step {self.steps_done}/{self.schedule.steps}, epoch {epoch:.0f}, mIoU {scores.miou:.2f}"
                     + beside)
+        self.last_miou = scores and scores.miou
         at_end = self.steps_done == self.schedule.steps
         if at_end if self.config.train.select == "last" or scores is None else scores.miou > self.best_miou:
             self.best_miou, self.best_iou = (-1.0, {}) if scores is None else (scores.miou, scores.iou)
@@ -319,7 +323,7 @@ class Trainer:
         if self.here.is_main:
             self.writer.save(self.folder / "last.pt", model=self.step.state_dict(), optimizer=self.optimizer.state_dict(),
                              scaler=self.scaler.state_dict(), step=self.steps_done, best_step=self.best_step,
-                             best_miou=self.best_miou, best_iou=dict(self.best_iou), seconds=self.seconds)
+                             best_miou=self.best_miou, best_iou=dict(self.best_iou), last_miou=self.last_miou, seconds=self.seconds)
 
     def _resume(self) -> None:
         path = self.folder / "last.pt"
@@ -334,7 +338,7 @@ class Trainer:
         self.scaler.load_state_dict(saved["scaler"])
         self.steps_done = self.saved_step = saved["step"]
         self.best_step, self.best_miou, self.seconds = saved["best_step"], saved["best_miou"], saved["seconds"]
-        self.best_iou = saved.get("best_iou", {})
+        self.best_iou, self.last_miou = saved.get("best_iou", {}), saved.get("last_miou")
         best = self.folder / "best.pt"
         if best.exists():  # written later than `last.pt`, if the run died between the two
             kept = checkpoint.load(best)

@@ -1,0 +1,77 @@
+"""The lists of a run: which images are labelled, which are not, and on which it is validated."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from stpp import distributed, log
+from stpp.config import Config
+from stpp.dataset import splits
+from stpp.dataset.entries import Index
+from stpp.dataset.notes import Notes, counted
+from stpp.distributed import World
+from stpp.errors import UserError
+from stpp.loading.sample import Sample
+from stpp.methods import METHODS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lists:
+    """Samples of the lists."""
+
+    folder: Path
+    """Folder of labeled.txt and unlabeled.txt."""
+    labelled: list[Sample]
+    unlabelled: list[Sample]
+    """Empty where the method reads none."""
+    val: list[Sample]
+    """Empty without a validation list."""
+
+    def check(self, method: str, index: Index) -> None:
+        """Refuses lists that the method cannot use.
+
+        Raises:
+            UserError: too few unlabelled images, or labels or validation masks without a counted pixel.
+        """
+        least = METHODS[method].unlabelled
+        if len(self.unlabelled) < least:
+            raise UserError(f"{self.folder / 'unlabeled.txt'}: {counted(len(self.unlabelled), 'image')}, and --method "
+                            f"{method} needs {least}; add images, or choose another method")
+        pixels = {entry.key: sum(entry.class_pixels or ()) for entry in index.entries.values()}
+        for name, samples in (("labeled.txt", self.labelled), ("val.txt", self.val)):
+            if samples and not any(pixels[sample.key] for sample in samples):
+                raise UserError(f"{self.folder / name}: every pixel of its masks is 255 (ignore); nothing can be learned "
+                                "or scored")
+
+
+def read(config: Config, here: World, index: Index, notes: Notes) -> Lists:
+    """Reads the lists of `--data.split`, or of a split that rank 0 draws into the run's folder.
+
+    Raises:
+        UserError: a list is missing, or names what the index does not hold.
+    """
+    folder = config.data.split or config.out / "split"
+    if config.data.split is None:
+        distributed.on_main(here, lambda: splits.make_split(
+            index, folder, fraction=config.data.fraction, seed=config.data.split_seed, val=config.data.val, notes=notes))
+    labelled = splits.read_split(folder / "labeled.txt", index, labelled=True, notes=notes)
+    unlabelled: list[Sample] = []
+    if METHODS[config.method].unlabelled:
+        unlabelled = splits.read_split(folder / "unlabeled.txt", index, labelled=False, notes=notes)
+        _warn_of_unused(folder, unlabelled, index, notes)
+    val: list[Sample] = []
+    listed = splits.find_val(folder) if config.data.split else folder / splits.VAL
+    if listed.exists():
+        if listed.parent != folder:
+            log.say(f"validation list: {listed}")
+        val = splits.read_split(listed, index, labelled=True, notes=notes)
+    else:
+        log.say(f"{folder} has no val.txt: no mIoU is known, and the last checkpoint of a stage is the teacher")
+    return Lists(folder=folder, labelled=labelled, unlabelled=unlabelled, val=val)
+
+
+def _warn_of_unused(folder: Path, unlabelled: list[Sample], index: Index, notes: Notes) -> None:
+    """Names folders of unlabelled images that a list of the user's passes over."""
+    used = {sample.key.partition("/")[0] for sample in unlabelled}
+    for name in sorted(index.unlabelled.keys() - used):
+        notes.warn(f"{folder / 'unlabeled.txt'} names no image of --data.unlabelled {index.place(name) / name}, so none is "
+                   f"used; they are named {name}/...")

@@ -1,0 +1,81 @@
+"""A whole run, from a config to results.json: its folder claimed, its data set indexed, its method's stages."""
+
+import contextlib
+import os
+
+import torch
+
+from stpp import distributed, log
+from stpp.config import Config
+from stpp.dataset import index as indices
+from stpp.dataset.entries import Index
+from stpp.distributed import World
+from stpp.errors import UserError
+from stpp.methods import METHODS
+from stpp.precision import autocast_dtype
+from stpp.run import folder, lease
+from stpp.run.outcome import summary
+from stpp.run.run import Run
+from stpp.training.assemble import images_per_pass
+from stpp_kernels import described
+
+
+def start(config: Config, here: World) -> dict:
+    """Runs every stage of `config.method` that is not done yet.
+
+    Returns:
+        What `results.json` holds: `{"method", "stages": [{"name", "miou", "steps", "seconds"}, ...], "control"}`,
+        mIoU in percent.
+
+    Raises:
+        UserError: the data, the recipe or the run directory do not allow the run.
+    """
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without
+        torch.use_deterministic_algorithms(True)
+    per_pass = images_per_pass(config.train, here)
+    if METHODS[config.method].pairs and per_pass % 2:
+        raise UserError(f"--train.batch-global {config.train.batch_global} gives {per_pass} images a rank and pass, and --method "
+                        f"{config.method} mixes pairs; choose a multiple of {2 * here.size * config.train.accumulate}")
+    with contextlib.ExitStack() as stack:
+        distributed.on_main(here, lambda: stack.enter_context(lease.held(config.out)))
+        return _run(config, here)
+
+
+def _run(config: Config, here: World) -> dict:
+    distributed.on_main(here, lambda: folder.claim(config))
+    index = _prepared_index(config, here)
+    distributed.on_main(here, lambda: folder.record_provenance(
+        config.out, index.fingerprint, index.classes))
+    run = Run(config, here, index)
+    log.say(f"{config.method} in {config.out}: {here.size} x {here.device.type}, "
+            f"{str(autocast_dtype(config.train.precision, here.device)).removeprefix('torch.')}, "
+            f"{len(run.labelled)} labelled, {len(run.unlabelled)} unlabelled, {len(run.val)} validation images")
+    log.say(f"operators: {described(here.device.type)}")
+    distributed.on_main(here, run.preflight)
+    if config.strict:
+        distributed.on_main(here, run.refuse_warnings)
+    METHODS[config.method].run(run)
+    if config.control or (config.out / "stages" / "control" / "DONE.json").exists():
+        run.control()
+    results = {"method": config.method, "stages": run.stages} | ({"control": run.controlled} if run.controlled else {})
+    distributed.on_main(here, lambda: run.finish(results))
+    log.say(summary(results))
+    return results
+
+
+def _prepared_index(config: Config, here: World) -> Index:
+    """The index of the data set, made or renewed by rank 0 where it is missing or stale."""
+    data = config.data
+    folder = data.index or config.out / "index"
+    settings = {"layout": data.layout, "images": data.images, "masks": data.masks, "classes": data.classes,
+                "mask_map": data.mask_map, "exif": data.exif, "unlabelled": data.unlabelled,
+                "follow_links": data.follow_links}
+
+    def renew() -> None:
+        if indices.is_stale(folder, data.root, **settings):
+            log.say(f"prepare: reading {data.root}")
+            indices.prepare(data.root, folder, strict=config.strict, **settings)
+
+    distributed.on_main(here, renew)
+    return indices.load(folder)
