@@ -4,16 +4,12 @@ The three-way rule: with the truth (float64) and eager PyTorch in the input's dt
 much as eager does, plus a tolerance from the one table below.
 """
 
-import os
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before its module is imported
 
 import stpp_kernels
 from stpp_kernels import reference

@@ -9,7 +9,6 @@ import io
 import numpy as np
 from PIL import Image, ImageChops
 
-from stpp.device import constant
 from stpp.images.image_file import (
     DECODE_ERRORS,
     IMAGE_FORMATS,
@@ -140,5 +139,7 @@ def normalised(pixels: Pixels) -> Pixels:
     """
     if isinstance(pixels, np.ndarray):
         return (pixels.astype(np.float32) - MEAN) * SCALE
+    from stpp.device import constant  # torch is there: it made the tensor
+
     mean, scale = (constant(tuple(values.tolist()), pixels.device) for values in (MEAN, SCALE))
     return pixels.float().sub_(mean).mul_(scale)
