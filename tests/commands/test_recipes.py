@@ -14,7 +14,8 @@ from stpp.commands import recipes, train
 from stpp.config import Config, tomllib
 from stpp.dataset import splits
 from stpp.dataset.classes import class_list
-from stpp.loading.sampler import StepSampler
+from stpp.loading.sample import Stream
+from stpp.loading.sampler import StepSampler, stage_samplers
 
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
 # Classes, learning rate of the backbone at a batch of 16, epochs, crop, long side; from the paper and its public code.
@@ -128,3 +129,44 @@ def test_without_a_checkout_a_path_is_asked_for(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(recipes, "FOLDER", tmp_path / "absent")
     assert "no recipes in" in ended(capsys, "recipes")[1]
     assert refused(capsys, "train", "--recipe", "pascal").endswith("give the path of a .toml file")
+
+
+# Classes of the network, its learning rate at the published batch, epochs, crop, images of each list a step, confidence, loss.
+CONSISTENCY = {
+    "pascal_unimatch": (0.001, 80, 321, 8, 0.95, "ce"), "cityscapes_unimatch": (0.005, 240, 801, 8, 0.0, "ohem"),
+    "pascal_unimatch_v2": (5e-6, 60, 518, 16, 0.95, "ce"), "cityscapes_unimatch_v2": (5e-6, 180, 798, 8, 0.95, "ohem"),
+    "ade20k_unimatch_v2": (5e-6, 60, 518, 8, 0.95, "ce"), "coco_unimatch_v2": (5e-6, 20, 518, 16, 0.95, "ce"),
+}
+CONSISTENCY_IMAGES = {"pascal": 10582, "cityscapes": 2975, "ade20k": 20210, "coco": 118287}
+
+
+@pytest.mark.parametrize("name", CONSISTENCY)
+def test_values_of_the_unimatches_are_the_published_ones(name):
+    found, (lr, epochs, crop_px, batch, confidence, loss) = recipe(name), CONSISTENCY[name]
+    train = found.train
+    assert train.lr * train.batch_global / 16 == pytest.approx(lr) and train.batch_global == batch
+    assert (train.epochs, found.augment.crop_px, found.consistency.confidence, train.loss) == (epochs, crop_px, confidence, loss)
+    assert (found.augment.long_side, found.augment.long_side_unit) == ((50, 200), "percent")
+    if name.endswith("v2"):
+        assert (found.method, found.model.name, found.model.backbone) == ("unimatch-v2", "dpt", "dinov2-base")
+        assert (train.optimizer, train.weight_decay, train.head_lr_multiplier, found.consistency.ema) == ("adamw", 0.01, 40, 0.996)
+        assert crop_px % 14 == 0 and not found.model.freeze_backbone
+    else:
+        assert (found.method, found.model.backbone, found.model.output_stride) == ("unimatch", "resnet101-deep-stem", 16)
+        assert (train.optimizer, train.weight_decay, train.momentum) == ("sgd", 1e-4, 0.9)
+        assert train.head_lr_multiplier == (1 if "cityscapes" in name else None)
+
+
+@pytest.mark.parametrize("name", CONSISTENCY)
+def test_the_headers_of_the_unimatches_count_steps_as_the_run_does(name):
+    text, train = (RECIPES / f"{name}.toml").read_text(), recipe(name).train
+    rows = re.findall(r"^# +(\d+) +(\d+) +(\d+)(?: +(1/\d+))?$", text, re.MULTILINE)
+    assert len(rows) >= 4
+    total = CONSISTENCY_IMAGES[name.partition("_")[0]]
+    for *numbers, _ in rows:
+        labels, unlabelled, steps = map(int, numbers)
+        assert labels + unlabelled == total
+        streams = [Stream(samples=range(count), masked=False, number=i) for i, count in enumerate((labels, unlabelled))]
+        per_epoch = {sampler.steps_per_epoch for sampler in stage_samplers(streams, train.batch_global, seed=0, stage=1)}
+        assert {count * train.epochs for count in per_epoch} == {steps}
+    assert "not yet reproduced" in text and "unmeasured" in text

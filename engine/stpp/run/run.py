@@ -80,7 +80,8 @@ class Run:
             self.config, lists={"labeled.txt": self.labelled, "unlabeled.txt": self.unlabelled, "val.txt": self.val},
             weights=checkpoint.size_bytes(network.state_dict()), notes=self.notes,
             twins={self.index.entries[image].key: number for image, number in self.index.twins.items()},
-            checks=[lambda: self.lists.check(self.config.method, self.index), lambda: start_from(network, model, self.index.classes)])
+            checks=[lambda: self.lists.check(self.config.method, self.index),
+                    lambda: start_from(network, model, self.index.classes)])
 
     def refuse_warnings(self) -> None:
         """Refuses what the preparation, the lists and the checks warned of."""
