@@ -37,7 +37,7 @@ def test_the_card_counts_what_is_there(root):
     assert values["counts"] == {"images": 5, "masks": 3, "converted": 1}
     assert values["images"] == {
         "format": {"JPEG": 4, "PNG": 1},
-        "colour model": {"RGB": 3, "CMYK": 1, "gray": 1},
+        "colour model": {"RGB": 3, "inverted CMYK": 1, "gray": 1},
         "bits": {"8": 4, "16": 1},
         "orientation": {"1": 4, "6": 1},
     }

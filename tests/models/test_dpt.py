@@ -152,11 +152,10 @@ def test_the_recipe_knows_every_name():
     assert {backbone for _, backbone in PAIRS} == set(BACKBONES)
 
 
-def test_work_is_estimated_from_linear_layers_too():
+def test_work_is_estimated_from_linear_layers_and_attention_too():
     """The choice of a compiler rests on it. 93 GFLOP of the encoder and 20 of the head at 518 pixels were counted elsewhere."""
     flop = choose.flop_per_px(build_model("dpt", "dinov2-small", 21), side=518) * 518**2
-    attention = 12 * 2 * 2 * 1370**2 * 384  # two products in each of 12 blocks, which are left out
-    assert flop + attention == pytest.approx(93e9 + 20e9, rel=0.02)
+    assert flop == pytest.approx(93e9 + 20e9, rel=0.02)
 
 
 def test_giant_has_the_published_size():

@@ -112,10 +112,10 @@ def test_lists_that_cannot_be_written(known, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
 def test_any_command_ends_in_one_line_on_such_a_disk(monkeypatch, capsys, number):
-    def command(_):
+    def run(*_):
         raise OSError(number, os.strerror(number), "/disk/scores.json")
 
-    monkeypatch.setitem(cli.COMMANDS, "evaluate", (command, ""))
+    monkeypatch.setattr(cli, "run", run)
     with pytest.raises(SystemExit) as ended:
         cli.main(["evaluate"])
     said = capsys.readouterr().err
@@ -124,7 +124,7 @@ def test_any_command_ends_in_one_line_on_such_a_disk(monkeypatch, capsys, number
         and said.startswith("stpp: /disk/scores.json: cannot be written (")
         and said.count("\n") == 1
     )
-    monkeypatch.setitem(cli.COMMANDS, "evaluate", (lambda _: open("/nowhere/x"), ""))
+    monkeypatch.setattr(cli, "run", lambda *_: open("/nowhere/x"))
     with pytest.raises(FileNotFoundError):
         cli.main(["evaluate"])
 
