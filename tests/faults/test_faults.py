@@ -58,6 +58,23 @@ def test_told_to_stop_it_saves_and_goes_on(command, alone, tmp_path):
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.timeout(900)
+def test_the_moving_average_survives_kills(command, tmp_path):
+    """UniMatch-V2: student and average end with the same bits, after deaths in a step, in a save, and between the two files."""
+    out = [*command[:-1], "--method", "unimatch-v2", "--consistency.confidence", "0.3", "--train.epochs", "2", command[-1]]
+    ran = cases.run([*out, str(tmp_path / "alone")], events=tmp_path / "events")
+    assert ran.returncode == 0, ran.stderr
+    events = (tmp_path / "events").read_text().splitlines()
+    points = [next(event for event in events[start:] if event.startswith(f"{kind} 1-unimatch-v2")) for kind, start in
+              (("step", 2), ("half", 0), ("replace", 0))] + [events[-1]]
+    points = sorted(set(points), key=events.index)
+    assert len(points) == 4
+    assert cases.finish([*out, str(tmp_path / "run")], tmp_path, points, signal.SIGKILL) == 4
+    assert cases.differing(cases.contents(tmp_path / "run"), cases.contents(tmp_path / "alone")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(900)
 def test_two_ranks_of_which_one_dies(command, tmp_path):
     ran = cases.run([*command, str(tmp_path / "alone")], ranks=2)
     assert ran.returncode == 0, ran.stderr

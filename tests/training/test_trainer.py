@@ -94,7 +94,7 @@ def test_steps_equal_a_plain_loop(synthetic_index, alone):
                 factor = 1.0 if name.startswith("backbone") else 10.0
                 value -= lr * factor * (1 - k / STEPS) ** 0.9 * momentum[name]
     assert len(losses) == STEPS
-    assert_same(alone, {"losses": losses, "weights": network.state_dict()})
+    assert_same(alone, {"losses": losses, "weights": {f"network.{name}": value for name, value in network.state_dict().items()}})
 
 
 def tiny(**changes) -> Config:

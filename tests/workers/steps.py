@@ -1,8 +1,10 @@
 """Takes a few training steps of a network without batch statistics and writes its weights.
 
-Arguments: data root, index folder, output file, accumulate, steps. Run alone or under torchrun.
+Arguments: data root, index folder, output file, accumulate, steps, and a method (supervised, unimatch, unimatch-v2). Run alone or
+under torchrun. Dropout, which draws other numbers on every rank, is off.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -10,10 +12,13 @@ import torch
 from torch import nn
 
 from stpp import distributed
-from stpp.config import AugmentConfig, Config, TrainConfig
+from stpp.config import AugmentConfig, Config, ConsistencyConfig, TrainConfig
 from stpp.dataset import index
 from stpp.loading.sample import Sample
+from stpp.methods import unimatch_v2
 from stpp.methods.supervised import Supervised
+from stpp.methods.unimatch import UniMatch
+from stpp.methods.unimatch_v2 import UniMatchV2
 from stpp.training import assemble
 from stpp.training.trainer import Schedule, Trainer
 
@@ -28,8 +33,14 @@ class Plain(nn.Module):
         self.backbone = nn.Conv2d(3, 8, 5, stride=4, padding=2)
         self.classifier = nn.Conv2d(8, 6, 3, padding=1)
 
+    def features(self, images_NCHW):
+        return (self.backbone(images_NCHW).relu(),)
+
+    def decode(self, maps_NChw):
+        return self.classifier(maps_NChw)
+
     def forward(self, images_NCHW):
-        return self.classifier(self.backbone(images_NCHW).relu())
+        return self.decode(*self.features(images_NCHW))
 
 
 def mixed_samples(known: index.Index) -> list[Sample]:
@@ -37,21 +48,33 @@ def mixed_samples(known: index.Index) -> list[Sample]:
     return [known.sample(image, strong=i % 2 == 1) for i, image in enumerate(sorted(known.entries))]
 
 
-def main(root: str, folder: str, out: str, accumulate: str, steps: str) -> None:
+def whole(n: int, channels: list[int], device: torch.device) -> list[torch.Tensor]:
+    """In place of complementary dropout: every channel in both views."""
+    return [torch.ones(2 * n, depth, device=device) for depth in channels]
+
+
+def main(root: str, folder: str, out: str, accumulate: str, steps: str, method: str = "supervised") -> None:
     assemble.network_of = Plain
+    torch.nn.functional.dropout2d = lambda maps, p: maps
+    unimatch_v2.complementary_dropout = whole
     known = index.load(folder)
     samples = mixed_samples(known)
-    config = Config(augment=AugmentConfig(crop_px=64, long_side=(40, 160)),
+    kind = {"supervised": Supervised, "unimatch": UniMatch, "unimatch-v2": UniMatchV2}[method]
+    lists = [samples]
+    if method != "supervised":
+        bare = [dataclasses.replace(sample, mask=None) for i, sample in enumerate(samples) if i % 3]
+        lists = [samples[::3], bare]
+    config = Config(method=method, consistency=ConsistencyConfig(confidence=0.2), augment=AugmentConfig(crop_px=64, long_side=(40, 160)),
                     train=TrainConfig(batch_global=8, accumulate=int(accumulate), lr=0.05, precision="fp32"))
     with distributed.world("cpu") as here:
-        step = Supervised(assemble.fresh_network(config, here, known.classes, stage=1), config)
-        ours = Trainer(config, here, step, step.streams(config, samples), key=1, title="steps", classes=known.classes,
+        step = kind(assemble.fresh_network(config, here, known.classes, stage=1), config)
+        ours = Trainer(config, here, step, step.streams(config, *lists), key=1, title="steps", classes=known.classes,
                        folder=Path(out).parent, validate=None, schedule=Schedule(steps=int(steps), validate_steps=int(steps)))
         losses = []
         for passes, _ in ours._passes():
-            losses.append(distributed.sum_over_ranks(ours.train_step(passes)[0]).item())
+            losses += distributed.sum_over_ranks(ours.train_step(passes)[0]).tolist()
         if here.is_main:
-            torch.save({"weights": step.network.state_dict(), "losses": losses}, out)
+            torch.save({"weights": step.state_dict(), "losses": losses}, out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,36 @@
+"""UniMatch and UniMatch-V2 take the same steps in one process, on two ranks, and in two passes a step."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import torchrun
+
+WORKER = str(Path(__file__).parents[1] / "workers" / "steps.py")
+STEPS = "3"
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("method", ["unimatch", "unimatch-v2"])
+def test_ranks_and_passes_take_the_steps_of_one_process(method, synthetic, synthetic_index, tmp_path):
+    args = [str(synthetic), str(synthetic_index)]
+
+    def found(name: str) -> dict:
+        return torch.load(tmp_path / f"{name}.pt")
+
+    ran = subprocess.run([sys.executable, WORKER, *args, tmp_path / "alone.pt", "1", STEPS, method], capture_output=True, text=True,
+                         timeout=200)
+    assert ran.returncode == 0, ran.stderr
+    alone = found("alone")
+    terms = torch.tensor(alone["losses"]).view(int(STEPS), -1)
+    assert (terms[:, :-1] > 0).all() and ((terms[:, -1] > 0.05) & (terms[:, -1] < 1)).all()  # the last is the confident share
+    for name, accumulate in (("ranks", "1"), ("passes", "2")):
+        ran = torchrun(2, WORKER, *args, str(tmp_path / f"{name}.pt"), accumulate, STEPS, method)
+        assert ran.returncode == 0, ran.stderr
+        torch.testing.assert_close(torch.tensor(found(name)["losses"]), torch.tensor(alone["losses"]), rtol=1e-4, atol=1e-6)
+        for key, value in alone["weights"].items():
+            torch.testing.assert_close(found(name)["weights"][key], value, rtol=1e-4, atol=1e-6, msg=key)
