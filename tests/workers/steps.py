@@ -64,7 +64,8 @@ def main(root: str, folder: str, out: str, accumulate: str, steps: str, method: 
     if method != "supervised":
         bare = [dataclasses.replace(sample, mask=None) for i, sample in enumerate(samples) if i % 3]
         lists = [samples[::3], bare]
-    config = Config(method=method, consistency=ConsistencyConfig(confidence=0.2), augment=AugmentConfig(crop_px=64, long_side=(40, 160)),
+    config = Config(method=method, consistency=ConsistencyConfig(confidence=0.2),
+                    augment=AugmentConfig(crop_px=64, long_side=(40, 160)),
                     train=TrainConfig(batch_global=8, accumulate=int(accumulate), lr=0.05, precision="fp32"))
     with distributed.world("cpu") as here:
         step = kind(assemble.fresh_network(config, here, known.classes, stage=1), config)
