@@ -30,7 +30,7 @@ def main() -> None:
     config = dataclasses.replace(recipe, augment=dataclasses.replace(recipe.augment, crop_px=crop))
     device = torch.device(options.device)
     batch = random_batch(count, crop, CLASSES, device)
-    with tempfile.TemporaryDirectory() as name, checkpoint.Writer() as writer:
+    with tempfile.TemporaryDirectory() as name, checkpoint.CheckpointWriter() as writer:
         trainer = bare_trainer(config, World(device=device), Path(name), CLASSES)
         trainer.writer = writer
 

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 
 from harness import Report, arguments, minimum_ratio, nominal_flop
 from stpp.inference import build, export, gate
-from stpp.inference.build import BACKENDS, PRECISIONS, Plan
-from stpp.inference.protocol import Teacher
+from stpp.inference.build import BACKENDS, PRECISIONS, Compilation
+from stpp.inference.protocol import Predictor
 from stpp.inference.record import ANY_SIZE, Shapes, weights_sha256
 from stpp.models.build import build_model
 from stpp.precision import autocast_dtype
@@ -37,7 +37,7 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 SMALL = {"rounds": 1, "backbone": "resnet18", "output_stride": 32, "batches": [1], "sizes": ["33x49"]}
 
 
-def plan_of(options: argparse.Namespace, device: torch.device, seed: int = 0) -> Plan:
+def plan_of(options: argparse.Namespace, device: torch.device, seed: int = 0) -> Compilation:
     """A network with random weights whose batch norms have seen data and whose classifier tells classes apart."""
     torch.manual_seed(seed)
     network = build_model(options.model, options.backbone, CLASSES, options.output_stride).train()
@@ -52,7 +52,7 @@ def plan_of(options: argparse.Namespace, device: torch.device, seed: int = 0) ->
             if name.startswith(network.classifier_name):
                 value.mul_(4 / spread)
     names = {dtype: name for name, dtype in PRECISIONS.items()}
-    return Plan(network=network, architecture={"name": options.model, "backbone": options.backbone,
+    return Compilation(network=network, architecture={"name": options.model, "backbone": options.backbone,
                                                       "output_stride": options.output_stride},
                 classes=tuple(map(str, range(CLASSES))), weights=weights_sha256(network.state_dict()), backend="eager",
                 frozen=True, precision=names[autocast_dtype(options.precision, device)], device=device, shapes=ANY_SIZE)
@@ -65,7 +65,7 @@ def smooth(count: int, height: int, width: int, device: torch.device) -> torch.T
     return images_NCHW.contiguous(memory_format=torch.channels_last)
 
 
-def compiled(report: Report, plan: Plan, options: argparse.Namespace) -> Iterator[tuple[str, Teacher]]:
+def compiled(report: Report, plan: Compilation, options: argparse.Namespace) -> Iterator[tuple[str, Predictor]]:
     """Teachers by the name of their variant; each is compiled when asked for, in a folder that is deleted."""
     sizes = [tuple(map(int, size.split("x"))) for size in options.sizes]
     largest = (max(options.batches), *(max(size[i] for size in sizes) for i in (0, 1)))
@@ -73,12 +73,12 @@ def compiled(report: Report, plan: Plan, options: argparse.Namespace) -> Iterato
     for backend in options.backends or build.present(report.device):
         for frozen in (False, True) if backend == "inductor" and not options.frozen else (True,):
             label = f"{backend} unfrozen" if not frozen else backend
-            chosen = Plan(**{**vars(plan), "backend": backend, "frozen": frozen, "shapes": shapes})
+            chosen = Compilation(**{**vars(plan), "backend": backend, "frozen": frozen, "shapes": shapes})
             with tempfile.TemporaryDirectory() as folder:
                 teacher = build.build(chosen, Path(folder) / "engine")
                 if not frozen:
                     other = plan_of(options, report.device, seed=1)
-                    next_one = Plan(**{**vars(chosen), "network": other.network, "weights": other.weights})
+                    next_one = Compilation(**{**vars(chosen), "network": other.network, "weights": other.weights})
                     began = time.perf_counter()
                     build.load(Path(folder) / "engine", teacher.record, next_one)
                     report.summary(f"teacher.swap_s.{label}", time.perf_counter() - began)

@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import subprocess
 import sys
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -178,6 +179,15 @@ def test_no_two_files_import_each_other(name):
     for module in sorted(modules):
         visit(module, [])
     assert circles == []
+
+
+def test_no_class_name_means_two_things():
+    places = defaultdict(list)
+    for path in sorted((SOURCES["stpp"] / "stpp").rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].append(module_name(path, SOURCES["stpp"]))
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
 
 
 def test_the_operators_know_only_torch():

@@ -3,14 +3,14 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stpp.inference.single_images import Predictor
+    from stpp.inference.single_images import ImagePredictor
 
 __version__ = "0.1.0"
 
 
 def load(path, *, tta: str = "none", device: str = "auto", precision: str = "auto", max_pixels: int = 1 << 24,
          trust_engine: bool = False, output_stride: int | None = None,
-         exif: bool | None = None) -> "Predictor":
+         exif: bool | None = None) -> "ImagePredictor":
     """Opens a trained network, to make masks of single images: `stpp.load("best.pt").predict("photo.jpg")`.
 
     Args:
@@ -34,9 +34,9 @@ def load(path, *, tta: str = "none", device: str = "auto", precision: str = "aut
     """
     import torch
 
-    from stpp.inference.single_images import open_predictor
+    from stpp.inference.single_images import open_image_predictor
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return open_predictor(path, mode=tta, device=torch.device(device), precision=precision, max_pixels=max_pixels,
+    return open_image_predictor(path, mode=tta, device=torch.device(device), precision=precision, max_pixels=max_pixels,
                           trust=trust_engine, output_stride=output_stride, exif=exif)

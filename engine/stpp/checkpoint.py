@@ -36,7 +36,7 @@ def save(path: str | Path, **content: Any) -> None:
                         "saved before is intact: make room and give the same command again") from error
 
 
-class Writer:
+class CheckpointWriter:
     """Saves checkpoints in a thread, one after the other: the caller waits for a copy off the device, not for the disk."""
 
     def __init__(self):
@@ -52,7 +52,7 @@ class Writer:
         while self._pending and (len(self._pending) > leave or self._pending[0].done()):
             self._pending.popleft().result()
 
-    def __enter__(self) -> "Writer":
+    def __enter__(self) -> "CheckpointWriter":
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:

@@ -210,7 +210,7 @@ def test_labelling_sees_these_pixels(made, name, tmp_path):
 
 
 def test_prediction_sees_these_pixels(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(single_images, "open_teacher", lambda *args, **more: Namer())
+    monkeypatch.setattr(single_images, "open_predictor", lambda *args, **more: Namer())
     checkpoint.save(tmp_path / "best.pt", reading={"exif": made.exif})
     predictor = stpp.load(tmp_path / "best.pt", device="cpu")
     for sample, seen in zip(made.samples, made.seen, strict=True):

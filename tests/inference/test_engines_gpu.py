@@ -5,7 +5,7 @@ import torch
 
 from engine_cases import images, model, relative_error
 from stpp.inference import build, fold, gate
-from stpp.inference.build import BACKENDS, PRECISIONS, Plan
+from stpp.inference.build import BACKENDS, PRECISIONS, Compilation
 from stpp.inference.record import Shapes, weights_sha256
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900),
@@ -20,7 +20,7 @@ def user(tmp_path, monkeypatch):
 
 
 def plan(network, backend, precision, frozen=True):
-    return Plan(network=network, architecture={"name": "any"}, classes=tuple("abcdef"), backend=backend, frozen=frozen,
+    return Compilation(network=network, architecture={"name": "any"}, classes=tuple("abcdef"), backend=backend, frozen=frozen,
                 precision=precision, weights=weights_sha256(network.state_dict()), device=torch.device("cuda", 0), shapes=SHAPES)
 
 

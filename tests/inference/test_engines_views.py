@@ -14,7 +14,7 @@ from engine_cases import CPU
 from stpp import checkpoint
 from stpp.images.pixels import normalised
 from stpp.inference import gate, views
-from stpp.inference.open import open_teacher
+from stpp.inference.open import open_predictor
 from stpp.models.build import build_model
 from stpp.models.trained import load_network
 from stpp_kernels import finalize
@@ -60,7 +60,7 @@ def trained(camvid, tmp_path_factory):
 ])
 def test_masks_are_those_of_the_method(camvid, trained, tmp_path, monkeypatch, backend, precision, raw, outside):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    teacher = open_teacher(trained, load=load_network, device=CPU, backend=backend, precision=precision)
+    teacher = open_predictor(trained, load=load_network, device=CPU, backend=backend, precision=precision)
     network = load_network(trained)[0].eval()
     scales, mirrored = views.VIEWS["stpp"]
     same, same_decided, decided, pixels, seen = 0, 0, 0, 0, set()

@@ -20,7 +20,7 @@ from stpp.images.masks import read_index_mask
 from stpp.images.pixels import normalised
 from stpp.inference import views
 from stpp.inference.evaluate import evaluate
-from stpp.inference.open import EagerTeacher
+from stpp.inference.open import EagerPredictor
 
 CPU = torch.device("cpu")
 HERE = distributed.World(device=CPU)
@@ -142,7 +142,7 @@ def test_the_score_is_that_of_the_plain_form(network, best, synthetic_index, lis
 def test_every_pixel_counts_once_whatever_the_crop(network, synthetic_index):
     known = index.load(synthetic_index)
     samples = [known.sample(image) for image in sorted(known.entries)[:4]]
-    teacher = EagerTeacher(network, num_classes=6, device=CPU, dtype=torch.float32)
+    teacher = EagerPredictor(network, num_classes=6, device=CPU, dtype=torch.float32)
     rows = {tuple(evaluate(teacher, samples, HERE, DataConfig(threads=1, loader="reference"), mode=mode, crop_px=side)
                   .sum(1).tolist()) for mode, side in (("none", None), ("none", 1000), ("none", 50), ("flip", 50))}
     assert len(rows) == 1

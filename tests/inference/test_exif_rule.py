@@ -13,7 +13,7 @@ from cli_cases import ended, refused
 from stpp import checkpoint
 from stpp.errors import UserError
 from stpp.inference import exif_rule
-from stpp.inference.open import compile_teacher
+from stpp.inference.open import compile_predictor
 from stpp.models.trained import load_network
 from zoo_files import HEIGHT, TURNS, WIDTH, exif_block, jpeg, picture
 
@@ -163,7 +163,7 @@ def test_a_contradicting_flag_is_refused_in_one_line(checkpoints, photos, tmp_pa
 
 def test_an_engine_folder_tells_the_rule_of_its_checkpoint(checkpoints, tmp_path):
     for name, rule in (("stored", False), ("upright", True), ("silent", None)):
-        compile_teacher(
+        compile_predictor(
             checkpoints[name], tmp_path / name, load=load_network, device=torch.device("cpu"), backend="eager"
         )
         assert exif_rule.told(tmp_path / name) is rule

@@ -10,7 +10,7 @@ from stpp.errors import UserError
 from stpp.images.pixels import normalised
 from stpp.inference import export, fold, gate, inductor
 from stpp.inference import record as records
-from stpp.inference.open import EagerTeacher, compile_teacher, open_teacher
+from stpp.inference.open import EagerPredictor, compile_predictor, open_predictor
 from stpp.inference.record import ANY_SIZE, Shapes
 from stpp.models.layers import DilatedConv3x3
 from stpp.models.trained import load_network
@@ -121,7 +121,7 @@ def test_half_precision_packages_agree_with_eager_in_float32(tmp_path):
     network = tiny(0)
     inductor.build(ready(network, torch.bfloat16), tmp_path, shapes=ANY_SIZE, device=CPU, dtype=torch.bfloat16, frozen=False)
     run = inductor.load(tmp_path, device=CPU)
-    truth = EagerTeacher(network, num_classes=len(CLASSES), device=CPU, dtype=torch.float32)
+    truth = EagerPredictor(network, num_classes=len(CLASSES), device=CPU, dtype=torch.float32)
     assert_equal(run, ready(network, torch.bfloat16), tolerance=HALF, sizes=SIZES[:3], dtype=torch.bfloat16)
     with torch.inference_mode():
         found = gate.compare(lambda x: run(x.bfloat16()), truth.logits, [images(2, 64, 96, seed=seed) for seed in range(3)])
@@ -155,7 +155,7 @@ def test_the_command_compiles_judges_and_opens_again(tmp_path, capsys):
     assert "as eager" in capsys.readouterr().err
     record, _ = records.read(tmp_path / "engine")
     assert record.agreement.pixels == 90 * 120 and record.agreement.outside == 1.0 and record.shapes.largest == (4, 128, 128)
-    teacher = open_teacher(tmp_path / "engine", load=load_network, device=CPU)
+    teacher = open_predictor(tmp_path / "engine", load=load_network, device=CPU)
     image = torch.from_numpy(normalised(pixels)).permute(2, 0, 1)[None]
     with torch.inference_mode():
         assert relative_error(teacher.logits(image), network(image)) < 1e-4
@@ -168,4 +168,4 @@ def test_the_command_compiles_judges_and_opens_again(tmp_path, capsys):
 def test_a_compiler_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(inductor.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="C\\+\\+ compiler"):
-        compile_teacher(save(tmp_path / "best.pt", 0), tmp_path / "x", load=load, device=CPU, backend="inductor", precision="fp32")
+        compile_predictor(save(tmp_path / "best.pt", 0), tmp_path / "x", load=load, device=CPU, backend="inductor", precision="fp32")

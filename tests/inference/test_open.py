@@ -14,7 +14,7 @@ from stpp import checkpoint
 from stpp.errors import UserError
 from stpp.inference import build, choose, gate, trust
 from stpp.inference import record as records
-from stpp.inference.open import EagerTeacher, Work, compile_teacher, open_teacher
+from stpp.inference.open import EagerPredictor, Work, compile_predictor, open_predictor
 from stpp.inference.record import ANY_SIZE, Device, Shapes
 
 
@@ -76,11 +76,11 @@ def second(tmp_path):
 
 
 def opened(path, **options):
-    return open_teacher(path, **{"load": load, "device": CPU, "precision": "fp32", **options})
+    return open_predictor(path, **{"load": load, "device": CPU, "precision": "fp32", **options})
 
 
 def compiled(path, out, **options):
-    return compile_teacher(path, out, **{"load": load, "device": CPU, "precision": "fp32", "backend": "fake", **options})
+    return compile_predictor(path, out, **{"load": load, "device": CPU, "precision": "fp32", "backend": "fake", **options})
 
 
 def truth(path, images_NCHW):
@@ -107,7 +107,7 @@ def edit(folder, **values):
 def test_little_or_unknown_work_is_done_by_eager(first, fake):
     for work in (None, Work(images=1), Work(images=0)):
         teacher = opened(first, work=work)
-        assert isinstance(teacher, EagerTeacher) and teacher.identity.backend == "eager"
+        assert isinstance(teacher, EagerPredictor) and teacher.identity.backend == "eager"
         assert_computes(teacher, first)
     assert fake.built == 0
 
@@ -123,23 +123,23 @@ def test_much_work_is_compiled_and_says_why(first, fake, tmp_path, capsys):
 def test_the_choice_follows_the_amount_of_work_and_never_the_clock(fake):
     network = tiny(0)
 
-    def work_of(flop_s, teachers=1):
+    def work_of(flop_s, predictors=1):
         images_ = flop_s * choose.EAGER_FLOPS["cpu"]["fp32"] / choose.flop_per_px(network) / (360 * 480)
-        return Work(images=images_, teachers=teachers)
+        return Work(images=images_, predictors=predictors)
 
-    def pick(flop_s, teachers=1, present=("fake",)):
-        work = work_of(flop_s, teachers)
+    def pick(flop_s, predictors=1, present=("fake",)):
+        work = work_of(flop_s, predictors)
         return choose.pick(network, work, present=list(present), kind="cpu", precision="fp32", cores=1)[:2]
 
     def is_frozen(work):  # of a backend that was asked for
         return choose.is_frozen("fake", network, work, kind="cpu", precision="fp32", cores=1)
 
     assert is_frozen(work_of(200)) and is_frozen(Work(images=None)) and not is_frozen(work_of(15))
-    assert is_frozen(work_of(124)) and not is_frozen(work_of(124, teachers=5))
+    assert is_frozen(work_of(124)) and not is_frozen(work_of(124, predictors=5))
 
     assert pick(15) == ("eager", False)
     assert pick(25) == ("fake", False)
-    assert pick(15, teachers=5) == ("fake", False)
+    assert pick(15, predictors=5) == ("fake", False)
     assert pick(200) == ("fake", True)
     assert pick(200, present=()) == ("eager", False)
     assert choose.fastest(["fake"], "cpu") == "fake" and choose.fastest([], "cpu") == "eager"
@@ -184,7 +184,7 @@ def test_where_auto_chose_a_compiler_that_fails_eager_goes_on(first, fake, tmp_p
 ])
 def test_what_cannot_be_had_is_named(first, tmp_path, options, names):
     def compile_it():
-        compile_teacher(first, tmp_path / "out", load=load, device=CPU, **options)
+        compile_predictor(first, tmp_path / "out", load=load, device=CPU, **options)
 
     for action in (lambda: opened(first, **options), compile_it):
         with pytest.raises(UserError) as refused:
@@ -220,7 +220,7 @@ def test_a_swap_that_does_not_take_is_noticed(first, second, fake, tmp_path, mon
     own = fake.ready
     monkeypatch.setattr(fake, "load", lambda folder, *, device, swapped=None: own)
     teacher = opened(second, work=work, cache=tmp_path / "cache")
-    assert isinstance(teacher, EagerTeacher)
+    assert isinstance(teacher, EagerPredictor)
     assert_computes(teacher, second)
 
 
@@ -412,7 +412,7 @@ def test_a_cache_that_is_a_file_is_named_and_auto_goes_on_with_eager(first, fake
     with pytest.raises(UserError, match="cache") as refused:
         opened(first, backend="fake", cache=tmp_path / "cache")
     assert "\n" not in str(refused.value)
-    assert isinstance(opened(first, images=10**8, cache=tmp_path / "cache"), EagerTeacher)
+    assert isinstance(opened(first, images=10**8, cache=tmp_path / "cache"), EagerPredictor)
     user.parent.mkdir(exist_ok=True)
     user.write_text("")  # no place for a key
     with pytest.raises(UserError, match="stpp"):
@@ -458,7 +458,7 @@ def test_sizes_outside_the_range_go_to_eager_and_are_told_once(first, fake, tmp_
 
 
 def test_an_eager_folder_is_portable(first, tmp_path, user):
-    compile_teacher(first, tmp_path / "engine", load=load, device=CPU, backend="eager", precision="fp32")
+    compile_predictor(first, tmp_path / "engine", load=load, device=CPU, backend="eager", precision="fp32")
     shutil.rmtree(user)
     assert_computes(opened(tmp_path / "engine"), first)
 
@@ -515,7 +515,7 @@ def logits_of(classes_HW: torch.Tensor, lead: float) -> torch.Tensor:
 
 
 def agreement(ours, eager):
-    tally = gate.Tally(CPU)
+    tally = gate.Counts(CPU)
     tally.add(ours, eager, tuple(ours.shape[2:]))
     return tally.agreement()
 

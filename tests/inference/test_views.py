@@ -14,7 +14,7 @@ from stpp.images.masks import read_index_mask
 from stpp.inference import views
 from stpp.inference.evaluate import evaluate, report
 from stpp.inference.fold import fold_batch_norm
-from stpp.inference.open import EagerTeacher
+from stpp.inference.open import EagerPredictor
 from stpp.inference.several import ready
 from stpp.label import labels, reliability, rows
 from stpp.models.build import build_model
@@ -35,8 +35,8 @@ def network(seed: int, name: str = "deeplabv3plus") -> torch.nn.Module:
     return net.eval()
 
 
-def teacher(seed: int = 0) -> EagerTeacher:
-    return EagerTeacher(network(seed), num_classes=6, device=CPU, dtype=torch.float32)
+def teacher(seed: int = 0) -> EagerPredictor:
+    return EagerPredictor(network(seed), num_classes=6, device=CPU, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_folding_keeps_the_function_and_the_network(name):
     net = network(1, name)
     before = {key: value.clone() for key, value in net.state_dict().items()}
     images = torch.randn(2, 3, 65, 81)
-    ready = EagerTeacher(net, num_classes=6, device=CPU, dtype=torch.float32)
+    ready = EagerPredictor(net, num_classes=6, device=CPU, dtype=torch.float32)
     with torch.no_grad():
         truth = net(images)
         torch.testing.assert_close(ready.logits(images), truth, rtol=1e-3, atol=1e-3 * truth.abs().max().item())
@@ -82,13 +82,13 @@ def test_synchronised_batch_norms_are_folded_too():
     net = network(1)
     with_sync = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network(1))
     images = torch.randn(1, 3, 65, 81)
-    ours, theirs = (EagerTeacher(n, num_classes=6, device=CPU, dtype=torch.float32) for n in (with_sync, net))
+    ours, theirs = (EagerPredictor(n, num_classes=6, device=CPU, dtype=torch.float32) for n in (with_sync, net))
     with torch.no_grad():
         torch.testing.assert_close(ours.logits(images), theirs.logits(images))
 
 
 def test_half_precision_keeps_the_logits_in_fp32():
-    ready = EagerTeacher(network(2), num_classes=6, device=CPU, dtype=torch.bfloat16)
+    ready = EagerPredictor(network(2), num_classes=6, device=CPU, dtype=torch.bfloat16)
     images = torch.randn(2, 3, 65, 81)
     with torch.no_grad():
         ours, truth = ready.logits(images), network(2)(images)

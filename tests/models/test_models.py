@@ -13,7 +13,7 @@ from torch import nn
 
 from stpp.models.build import NETWORKS, build_model, parameter_groups
 from stpp.models.layers import DilatedConv3x3
-from stpp.models.resnet import LAYOUTS
+from stpp.models.resnet import VARIANTS
 
 STATE_DICTS = sorted((Path(__file__).parents[1] / "data" / "state_dicts").glob("*.json"))
 ON_RESNETS = [name for name, network in NETWORKS.items() if "resnet18" in network.backbones]
@@ -90,7 +90,7 @@ def test_resnet18_has_torchvisions_keys():
     assert backbone == want
 
 
-@pytest.mark.parametrize("name", list(LAYOUTS))
+@pytest.mark.parametrize("name", list(VARIANTS))
 def test_torchvisions_dilation_rule(name):
     """The first block of a dilated stage keeps the previous dilation; strides move from there."""
     # Of layers 3 and 4: stride and dilation of the first block, dilation of the later ones.

@@ -9,7 +9,7 @@ from stpp.config import DataConfig
 from stpp.dataset import index
 from stpp.distributed import World
 from stpp.inference import evaluate
-from stpp.inference.open import EagerTeacher
+from stpp.inference.open import EagerPredictor
 from stpp.models.build import build_model
 from stpp.report.examples import GAP_PX, PICTURE_PX, Watch
 
@@ -24,7 +24,7 @@ def samples(synthetic_index):
 
 def test_watching_changes_neither_scores_nor_random_numbers(samples):
     torch.manual_seed(0)
-    teacher = EagerTeacher(build_model("deeplabv3plus", "resnet18", 6, 32).eval(), num_classes=6, device=HERE.device,
+    teacher = EagerPredictor(build_model("deeplabv3plus", "resnet18", 6, 32).eval(), num_classes=6, device=HERE.device,
                            dtype=torch.float32)
     alone = evaluate.evaluate(teacher, samples, HERE, DataConfig(threads=1))
     watch = Watch(samples, [1, 4], 6)

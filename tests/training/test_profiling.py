@@ -17,7 +17,7 @@ from stpp.dataset import index
 from stpp.methods.supervised import Supervised
 from stpp.training import profiling
 from stpp.training.assemble import fresh_network
-from stpp.training.profiling import Bottleneck
+from stpp.training.profiling import BottleneckMeter
 from stpp.training.trainer import Schedule, Trainer
 
 STEPS = profiling.WARM_UP + profiling.TRACED + 1
@@ -73,7 +73,7 @@ def test_a_run_may_go_on_with_a_profile():
                                                       (4, 0.09, "compute"), (12, 0.11, "data")])
 def test_what_a_step_waits_for_most_bounds_it(monkeypatch, capsys, wait_pct, exchange, kind):
     monkeypatch.setattr(profiling, "communication_share", lambda model: exchange)
-    ours = Bottleneck("1-supervised", nn.Identity())
+    ours = BottleneckMeter("1-supervised", nn.Identity())
     ours.add(0.9 * profiling.LEAST_S, wait_pct)
     ours.epoch()
     assert capsys.readouterr().err == ""

@@ -249,7 +249,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_the_old_one_kept(tmp_path
     with pytest.raises(RuntimeError, match="PytorchStreamWriter"):
         checkpoint.save(path, step=2)  # there is room: something else is wrong
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30, 2**20))
-    with checkpoint.Writer() as writer:
+    with checkpoint.CheckpointWriter() as writer:
         writer.save(path, step=2, weights=torch.zeros(2**20))
         with pytest.raises(UserError, match=r"last.pt needs 4 MiB and the disk has 1 left; what was saved before is intact"):
             writer.wait()
@@ -258,7 +258,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_the_old_one_kept(tmp_path
 
 def test_a_checkpoint_holds_what_was_when_it_was_asked_for(tmp_path):
     weights = torch.zeros(3)
-    with checkpoint.Writer() as writer:
+    with checkpoint.CheckpointWriter() as writer:
         writer.save(tmp_path / "a.pt", weights=weights, more={"list": [weights]})
         weights += 1
         writer.save(tmp_path / "b.pt", weights=weights)

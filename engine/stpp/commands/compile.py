@@ -44,7 +44,7 @@ def compile(args: Sequence[str]) -> None:
         raise UserError(f"--checkpoint {options.checkpoint}: no such file")
     from stpp import distributed
     from stpp.inference import exif_rule
-    from stpp.inference.open import Shapes, compile_teacher
+    from stpp.inference.open import Shapes, compile_predictor
     from stpp.inference.single_images import sample_images
     from stpp.models.trained import load_network
 
@@ -55,6 +55,6 @@ def compile(args: Sequence[str]) -> None:
         rule = exif_rule.agreed([options.checkpoint])
         sample = options.sample and sample_images(options.sample, here.device, exif=rule)
         load = partial(load_network, output_stride=options.output_stride)
-        compile_teacher(options.checkpoint, options.out, load=load, device=here.device, shapes=shapes,
+        compile_predictor(options.checkpoint, options.out, load=load, device=here.device, shapes=shapes,
                         backend=options.backend, precision=options.compute.precision, sample=sample)
     print(options.out)

@@ -49,7 +49,7 @@ def evaluate(args: Sequence[str]) -> None:
     from stpp.dataset import splits
     from stpp.inference import evaluate as scoring
     from stpp.inference import exif_rule
-    from stpp.inference.open import EagerTeacher
+    from stpp.inference.open import EagerPredictor
     from stpp.models.trained import load_network
     from stpp.precision import autocast_dtype
     from stpp.run.freshness import of_today
@@ -70,7 +70,7 @@ def evaluate(args: Sequence[str]) -> None:
             raise UserError(
                 f"{options.checkpoint} was trained on {len(classes)} classes ({', '.join(classes)}) but "
                 f"{folder} has {len(known.classes)} ({', '.join(known.classes)}); use the matching index")
-        teacher = EagerTeacher(network, num_classes=len(classes), device=here.device,
+        teacher = EagerPredictor(network, num_classes=len(classes), device=here.device,
                                dtype=autocast_dtype(options.compute.precision, here.device))
         matrix = scoring.evaluate(teacher, samples, here, data, mode=options.tta,
                                   crop_px=options.sliding_window)

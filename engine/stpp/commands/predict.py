@@ -15,7 +15,7 @@ from stpp.errors import UserError
 
 if TYPE_CHECKING:
     from stpp.images.sources import Item
-    from stpp.inference.single_images import Predictor
+    from stpp.inference.single_images import ImagePredictor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +59,13 @@ def predict(args: Sequence[str]) -> None:
         raise UserError("name an image or a folder: stpp predict IMAGE|FOLDER ... --checkpoint FILE --out DIR")
     asked = exif_asked(options.exif, options.no_exif)
     from stpp import distributed, log
-    from stpp.inference.single_images import open_predictor
+    from stpp.inference.single_images import open_image_predictor
 
     items = list(_items(options))
     with distributed.world(options.compute.device) as here:
         if here.size > 1:
             raise UserError("stpp predict runs in one process; start it without torchrun, or use stpp label")
-        predictor = open_predictor(network, mode=options.tta, device=here.device, precision=options.compute.precision,
+        predictor = open_image_predictor(network, mode=options.tta, device=here.device, precision=options.compute.precision,
                                    max_pixels=options.max_pixels, trust=options.trust_engine,
                                    output_stride=options.output_stride, exif=asked)
         try:
@@ -113,7 +113,7 @@ def _items(options: Predict) -> Iterator["Item"]:
             yield item
 
 
-def _write_all(predictor: "Predictor", items: list["Item"], out: Path) -> list[str]:
+def _write_all(predictor: "ImagePredictor", items: list["Item"], out: Path) -> list[str]:
     """Writes masks, overlays and classes.json; returns a line for every image that has no mask."""
     from PIL import Image
 

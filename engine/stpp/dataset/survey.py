@@ -101,7 +101,7 @@ def check_files(
         chunk for place, members in listed for chunk in check_all(members, (str(place), *arguments), workers)
     )
     root, total = listed[0][0], sum(len(members) for _, members in listed)
-    with files.atomic(out / "index.parquet") as file, table.Writer(file) as writer:
+    with files.atomic(out / "index.parquet") as file, table.IndexWriter(file) as writer:
         with tqdm(total=total, desc="prepare", unit="image", disable=not progress, dynamic_ncols=True) as bar:
             for chunk in checked:
                 bar.update(len(chunk))

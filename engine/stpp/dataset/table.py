@@ -26,13 +26,13 @@ _REQUIRED = _COLUMNS.keys() - {"mask", "converted", "class_pixels", "mask_bytes"
 _OF_TASK = ("key", "image", "mask", "bytes", "mtime_ns", "mask_bytes", "mask_mtime_ns")
 
 
-class Writer:
+class IndexWriter:
     """Writes rows as they come."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._table = parquet.TableWriter(file, _COLUMNS, _REQUIRED)
 
-    def __enter__(self) -> "Writer":
+    def __enter__(self) -> "IndexWriter":
         return self
 
     def __exit__(self, *raised: object) -> None:

@@ -31,7 +31,7 @@ AHEAD = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class Decoded:
     """Decoded images that go through the network together."""
 
     planned: list[Planned]
@@ -62,7 +62,7 @@ class PilDecoder:
 
 
 def batches(tasks: Iterator[tuple[int, list[Planned]]], *, device: torch.device, kind: str, threads: int, most: int,
-            clock: Clock) -> Iterator[tuple[int, Batch | None]]:
+            clock: Clock) -> Iterator[tuple[int, Decoded | None]]:
     """Reads and decodes the given (shard, batch) pairs, in their order, `AHEAD` of them at once; None for an empty batch.
 
     Args:
@@ -95,7 +95,7 @@ def batches(tasks: Iterator[tuple[int, list[Planned]]], *, device: torch.device,
                 pixels_NHWC, errors = _assembled(planned, images, device)
                 return Arriving(pixels_NHWC, stream=stream), errors, list(hashes)
 
-        def ready() -> tuple[int, Batch | None]:
+        def ready() -> tuple[int, Decoded | None]:
             shard, planned, future = waiting.popleft()
             with clock("wait"):
                 arriving, errors, hashes = future.result()
@@ -103,7 +103,7 @@ def batches(tasks: Iterator[tuple[int, list[Planned]]], *, device: torch.device,
                 return shard, None
             (pixels_NHWC,) = arriving.take()
             images_NCHW = network_input(pixels_NHWC, errors)
-            return shard, Batch(planned=planned, images_NCHW=images_NCHW, errors=errors, hashes=hashes)
+            return shard, Decoded(planned=planned, images_NCHW=images_NCHW, errors=errors, hashes=hashes)
 
         try:
             for shard, planned in tasks:

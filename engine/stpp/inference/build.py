@@ -24,7 +24,7 @@ from stpp import files, log
 from stpp.errors import UserError
 from stpp.inference import fold, gate, inductor, tensorrt, torch_tensorrt, trust
 from stpp.inference import record as records
-from stpp.inference.protocol import CompiledTeacher, EagerTeacher, Identity
+from stpp.inference.protocol import CompiledPredictor, EagerPredictor, Identity
 from stpp.inference.record import Device, EngineRecord, Shapes
 
 BACKENDS: dict[str, ModuleType] = {"tensorrt": tensorrt, "torch-tensorrt": torch_tensorrt, "inductor": inductor}
@@ -36,7 +36,7 @@ Run = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Compilation:
     """What is to be compiled, and how."""
 
     network: nn.Module
@@ -61,21 +61,21 @@ class Plan:
         return records.versions_of(**(BACKENDS[self.backend].versions() if self.backend in BACKENDS else {}))
 
     def key(self) -> str:
-        """Name of the engine in a cache: equal for teachers that can share it."""
+        """Name of the engine in a cache: equal for predictors that can share it."""
         facts = {"architecture": self.architecture, "classes": len(self.classes), "frozen": self.frozen,
                  "shapes": dataclasses.asdict(self.shapes), "device": dataclasses.asdict(Device.of(self.device)),
                  "versions": self.versions(), "weights": self.frozen and self.weights}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         return f"{self.backend}-{self.precision}-{digest[:16]}"
 
-    def eager(self, precision: str | None = None) -> EagerTeacher:
-        """The same teacher as PyTorch runs it, in the engine's precision or another."""
+    def eager(self, precision: str | None = None) -> EagerPredictor:
+        """The same predictor as PyTorch runs it, in the engine's precision or another."""
         precision = precision or self.precision
-        return EagerTeacher(self.network, num_classes=len(self.classes), device=self.device, dtype=PRECISIONS[precision],
+        return EagerPredictor(self.network, num_classes=len(self.classes), device=self.device, dtype=PRECISIONS[precision],
                             identity=dataclasses.replace(self.identity(), backend="eager", precision=precision))
 
     def identity(self) -> Identity:
-        """Of the teacher that comes of it."""
+        """Of the predictor that comes of it."""
         fixed = "-frozen" if self.frozen and self.backend != "eager" else ""
         return Identity(weights_sha256=self.weights, classes=self.classes, backend=self.backend + fixed, precision=self.precision,
                         output_stride=self.architecture.get("output_stride"))
@@ -90,7 +90,7 @@ def present(device: torch.device) -> list[str]:
     return [name for name, module in BACKENDS.items() if module.unavailable(device) is None]
 
 
-def build(plan: Plan, folder: Path, sample: Iterable[torch.Tensor] | None = None) -> CompiledTeacher:
+def build(plan: Compilation, folder: Path, sample: Iterable[torch.Tensor] | None = None) -> CompiledPredictor:
     """Compiles into `folder`, which appears when everything in it is there; one that is there is replaced.
 
     Args:
@@ -106,7 +106,7 @@ def build(plan: Plan, folder: Path, sample: Iterable[torch.Tensor] | None = None
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        log.say(f"compiling the teacher with {plan.backend} in {plan.precision} ...")
+        log.say(f"compiling the predictor with {plan.backend} in {plan.precision} ...")
         began, ready = time.monotonic(), plan.ready()
         shapes = module.build(ready, temporary, shapes=plan.shapes, device=plan.device, dtype=PRECISIONS[plan.precision],
                               frozen=plan.frozen)
@@ -118,9 +118,9 @@ def build(plan: Plan, folder: Path, sample: Iterable[torch.Tensor] | None = None
             versions=plan.versions(), compile_s=round(compile_s, 1),
             files={path.name: files.sha256(path) for path in sorted(temporary.iterdir())})
         verify(run, ready, record, plan.device)
-        teacher = CompiledTeacher(run, record, identity=plan.identity(), dtype=PRECISIONS[plan.precision], eager=plan.eager)
+        predictor = CompiledPredictor(run, record, identity=plan.identity(), dtype=PRECISIONS[plan.precision], eager=plan.eager)
         if sample is not None:
-            record = dataclasses.replace(record, agreement=_judged(teacher, plan, sample))
+            record = dataclasses.replace(record, agreement=_judged(predictor, plan, sample))
         _write_folder(plan, record, temporary)
         files.replace_folder(temporary, folder)
     except OSError as error:
@@ -130,10 +130,10 @@ def build(plan: Plan, folder: Path, sample: Iterable[torch.Tensor] | None = None
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     log.say(f"{record.describe()} compiled in {compile_s:.0f} s: {folder}")
-    return teacher
+    return predictor
 
 
-def eager_folder(plan: Plan, folder: Path) -> None:
+def eager_folder(plan: Compilation, folder: Path) -> None:
     """A folder with the network alone, to be run by PyTorch: so that every backend has one."""
     record = EngineRecord(
         backend="eager", precision=plan.precision, frozen=False, weights_sha256=plan.weights, architecture=plan.architecture,
@@ -143,7 +143,7 @@ def eager_folder(plan: Plan, folder: Path) -> None:
     files.replace_folder(temporary, folder)
 
 
-def _write_folder(plan: Plan, record: EngineRecord, folder: Path) -> None:
+def _write_folder(plan: Compilation, record: EngineRecord, folder: Path) -> None:
     """Writes `checkpoint.pt` and a signed `engine.json`."""
     rule = {} if plan.exif is None else {"reading": {"exif": plan.exif}}
     checkpoints.save(folder / records.WEIGHTS, model=plan.network.state_dict(), classes=list(plan.classes),
@@ -151,7 +151,7 @@ def _write_folder(plan: Plan, record: EngineRecord, folder: Path) -> None:
     records.write(folder, record, trust.sign(record))
 
 
-def cached(plan: Plan, cache: Path) -> CompiledTeacher:
+def cached(plan: Compilation, cache: Path) -> CompiledPredictor:
     """The engine of `plan` in the folder `cache`: loaded if it is there and ours, else compiled by the process that comes first."""
     folder = cache / plan.key()
     with _alone(cache, f".{plan.key()}.lock"):
@@ -165,7 +165,7 @@ def cached(plan: Plan, cache: Path) -> CompiledTeacher:
         return build(plan, folder)
 
 
-def unfit(folder: Path, plan: Plan, *, trusted: bool = False) -> tuple[EngineRecord | None, str | None]:
+def unfit(folder: Path, plan: Compilation, *, trusted: bool = False) -> tuple[EngineRecord | None, str | None]:
     """The record of an engine folder, and why it cannot serve `plan`; None where it can."""
     try:
         record, signature = records.read(folder)
@@ -181,7 +181,7 @@ def unfit(folder: Path, plan: Plan, *, trusted: bool = False) -> tuple[EngineRec
     return record, reason
 
 
-def load(folder: Path, record: EngineRecord, plan: Plan) -> CompiledTeacher:
+def load(folder: Path, record: EngineRecord, plan: Compilation) -> CompiledPredictor:
     """Loads a fit engine, with the weights of `plan` in it.
 
     Raises:
@@ -192,8 +192,8 @@ def load(folder: Path, record: EngineRecord, plan: Plan) -> CompiledTeacher:
     run = module.load(folder, device=plan.device, **({"swapped": ready} if swap else {}))
     if swap:
         verify(run, ready, record, plan.device)
-        log.say(f"{record.describe()}: took this teacher's weights, not compiled again")
-    return CompiledTeacher(run, record, identity=plan.identity(), dtype=PRECISIONS[record.precision], eager=plan.eager)
+        log.say(f"{record.describe()}: took these weights, not compiled again")
+    return CompiledPredictor(run, record, identity=plan.identity(), dtype=PRECISIONS[record.precision], eager=plan.eager)
 
 
 @torch.no_grad()
@@ -217,11 +217,11 @@ def verify(run: Run, ready: nn.Module, record: EngineRecord, device: torch.devic
                             "the largest; not used; take --backend eager or another --precision")
 
 
-def _judged(teacher: CompiledTeacher, plan: Plan, sample: Iterable[torch.Tensor]) -> records.Agreement:
+def _judged(predictor: CompiledPredictor, plan: Compilation, sample: Iterable[torch.Tensor]) -> records.Agreement:
     eager = plan.eager("fp32")
     with torch.no_grad():
-        found = gate.compare(teacher.logits, eager.logits, sample)
-    gate.accept(found, teacher.record.describe())
+        found = gate.compare(predictor.logits, eager.logits, sample)
+    gate.accept(found, predictor.record.describe())
     return found
 
 

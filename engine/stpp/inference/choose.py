@@ -16,7 +16,7 @@ from stpp_kernels import flops
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a teacher is opened for."""
+    """What a predictor is opened for."""
 
     images: int | None
     """None: unknown."""
@@ -24,8 +24,8 @@ class Work:
     """Area that the network sees of an image, over the image's: 1; 2 with the mirror image; 16.1 for ST++'s ten views."""
     image_px: int = 360 * 480
     """Pixels of an image, about."""
-    teachers: int = 1
-    """Teachers of this architecture in the run, which can share one engine."""
+    predictors: int = 1
+    """Predictors of this architecture in the run, which can share one engine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Cost:
     speedup_fp32: float
     """Over eager in float32."""
     shared: bool = False
-    """Whether one compile serves all teachers of a run."""
+    """Whether one compile serves all predictors of a run."""
 
 
 COSTS: dict[str, dict[tuple[str, bool], Cost]] = {
@@ -119,7 +119,7 @@ def _seconds(network: nn.Module, work: Work, backends: Sequence[str], kind: str,
     totals = {}
     for (backend, frozen), cost in COSTS[kind].items():
         if backend in backends:
-            compile_s = cost.compile_s / (work.teachers if cost.shared else 1)
+            compile_s = cost.compile_s / (work.predictors if cost.shared else 1)
             speedup = cost.speedup_fp32 if precision == "fp32" else cost.speedup
             totals[backend, frozen] = (compile_s + eager_s / speedup, compile_s)
     return eager_s, totals

@@ -13,7 +13,7 @@ from stpp import distributed, files, log
 from stpp.config import DataConfig
 from stpp.distributed import World
 from stpp.inference import views
-from stpp.inference.open import Teacher
+from stpp.inference.open import Predictor
 from stpp.loading import loader
 from stpp.loading.native import native_batches
 from stpp.loading.sample import Batch, Sample
@@ -22,10 +22,10 @@ from stpp_kernels import confusion
 
 
 @torch.inference_mode()
-def evaluate(teacher: Teacher, samples: Sequence[Sample], here: World, data: DataConfig, *,
+def evaluate(predictor: Predictor, samples: Sequence[Sample], here: World, data: DataConfig, *,
              mode: str = "none", crop_px: int | None = None,
              seen: Callable[[Batch, torch.Tensor], None] | None = None) -> torch.Tensor:
-    """Confusion matrix of the teacher's predictions, every image counted once over all ranks.
+    """Confusion matrix of the predictor's predictions, every image counted once over all ranks.
 
     Args:
         samples: every one has a mask.
@@ -36,11 +36,11 @@ def evaluate(teacher: Teacher, samples: Sequence[Sample], here: World, data: Dat
     Returns:
         int64 [C, C] on the CPU, rows truth, columns prediction, in pixels; the same on every rank.
     """
-    matrix = torch.zeros(teacher.num_classes, teacher.num_classes, dtype=torch.int64, device=here.device)
+    matrix = torch.zeros(predictor.num_classes, predictor.num_classes, dtype=torch.int64, device=here.device)
     share, threads = loader.native_share(samples, here), distributed.threads_per_rank(here, data.threads)
     for batch in native_batches(samples, share, device=here.device, loader=data.loader, threads=threads):
-        masks_NHW = views.masks(teacher.logits, batch.images_NCHW, mode, teacher.num_classes, crop_px=crop_px)
-        matrix += confusion(masks_NHW, batch.labels_NHW, teacher.num_classes)
+        masks_NHW = views.masks(predictor.logits, batch.images_NCHW, mode, predictor.num_classes, crop_px=crop_px)
+        matrix += confusion(masks_NHW, batch.labels_NHW, predictor.num_classes)
         if seen is not None:
             seen(batch, masks_NHW)
     return distributed.sum_over_ranks(matrix).cpu()

@@ -24,7 +24,7 @@ GATE_PX = 1 << 20
 Logits = Callable[[torch.Tensor], torch.Tensor]
 
 
-class Tally:
+class Counts:
     """Counts of pixels compared so far. They stay on the device until asked for."""
 
     def __init__(self, device: torch.device):
@@ -57,7 +57,7 @@ def compare(engine: Logits, eager: Logits, images: Iterable[torch.Tensor]) -> Ag
     """Agreement on images [N, 3, H, W], normalised and channels_last, until `GATE_PX` pixels are compared."""
     tally, left_px = None, GATE_PX
     for images_NCHW in images:
-        tally = tally or Tally(images_NCHW.device)
+        tally = tally or Counts(images_NCHW.device)
         tally.add(engine(images_NCHW), eager(images_NCHW), tuple(images_NCHW.shape[2:]))
         left_px -= images_NCHW[:, 0].numel()
         if left_px <= 0:
@@ -93,13 +93,13 @@ class Gated:
     def __init__(self, engine, eager: Callable[[], Logits], *, name: str):
         self._engine, self._make_eager, self._name = engine, eager, name
         self._eager: Logits | None = None
-        self._tally: Tally | None = None
+        self._tally: Counts | None = None
         self._left_px = GATE_PX
         self.num_classes, self.identity = engine.num_classes, engine.identity
         self.agreement: Agreement | None = None
 
     def logits(self, images_NCHW: torch.Tensor) -> torch.Tensor:
-        """See `stpp.inference.open.Teacher`.
+        """See `stpp.inference.protocol.Predictor`.
 
         Raises:
             UserError: the engine disagrees with eager.
@@ -111,7 +111,7 @@ class Gated:
 
     def _judge(self, images_NCHW: torch.Tensor, low_NChw: torch.Tensor) -> None:
         self._eager = self._eager or self._make_eager()
-        self._tally = self._tally or Tally(low_NChw.device)
+        self._tally = self._tally or Counts(low_NChw.device)
         size = tuple(images_NCHW.shape[2:])
         count = min(len(images_NCHW), -(-self._left_px // (size[0] * size[1])))
         first_NCHW = images_NCHW[:count].contiguous(memory_format=torch.channels_last)

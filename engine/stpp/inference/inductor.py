@@ -1,7 +1,7 @@
-"""Teachers compiled by AOTInductor, for CPU and CUDA: `engine.pt2`, one native library and the weights.
+"""Predictors compiled by AOTInductor, for CPU and CUDA: `engine.pt2`, one native library and the weights.
 
-An unfrozen package takes other weights of the same architecture in place of its own, so one compile serves all teachers of a
-run. A frozen one has them packed into the code: faster, for one teacher only. It would accept other weights too, and be
+An unfrozen package takes other weights of the same architecture in place of its own, so one compile serves all predictors of a
+run. A frozen one has them packed into the code: faster, for one predictor only. It would accept other weights too, and be
 silently wrong; so would an unfrozen one that was compiled without `KEEP_CONSTANTS`, because PyTorch writes vectors of up to
 eight numbers (the classifier's bias) into the code.
 """

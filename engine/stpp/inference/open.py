@@ -1,6 +1,6 @@
-"""Opens and makes teachers: `open_teacher` for whoever labels, `compile_teacher` for `stpp compile`.
+"""Opens and makes predictors: `open_predictor` for whoever labels, `compile_predictor` for `stpp compile`.
 
-Both are given the function that reads a checkpoint (`stpp.models.trained.load_network`): teachers know no architectures.
+Both are given the function that reads a checkpoint (`stpp.models.trained.load_network`): predictors know no architectures.
 """
 
 import dataclasses
@@ -15,21 +15,21 @@ from stpp.errors import UserError
 from stpp.inference import build, choose, exif_rule, gate
 from stpp.inference import record as records
 from stpp.inference import trust as trusting
-from stpp.inference.build import BACKENDS, PRECISIONS, Plan
+from stpp.inference.build import BACKENDS, PRECISIONS, Compilation
 from stpp.inference.choose import Work
-from stpp.inference.protocol import CompiledTeacher, EagerTeacher, Identity, Teacher
+from stpp.inference.protocol import CompiledPredictor, EagerPredictor, Identity, Predictor
 from stpp.inference.record import Shapes
 from stpp.precision import autocast_dtype
 
-__all__ = ["CompiledTeacher", "EagerTeacher", "Identity", "Load", "Shapes", "Teacher", "Work", "compile_teacher", "open_teacher"]
+__all__ = ["CompiledPredictor", "EagerPredictor", "Identity", "Load", "Shapes", "Predictor", "Work", "compile_predictor", "open_predictor"]
 
 Load = Callable[[Path], tuple[nn.Module, list[str], dict]]
 """A checkpoint's network, class names and architecture."""
 
 
-def compile_teacher(checkpoint: Path, out: Path, *, load: Load, device: torch.device, backend: str = "auto",
+def compile_predictor(checkpoint: Path, out: Path, *, load: Load, device: torch.device, backend: str = "auto",
                     precision: str = "auto", shapes: Shapes | None = None,
-                    sample: Iterable[torch.Tensor] | None = None) -> Teacher:
+                    sample: Iterable[torch.Tensor] | None = None) -> Predictor:
     """Makes an engine folder of a checkpoint.
 
     Args:
@@ -59,9 +59,9 @@ def compile_teacher(checkpoint: Path, out: Path, *, load: Load, device: torch.de
     return build.build(plan, out, sample)
 
 
-def open_teacher(path: Path, *, load: Load, device: torch.device, backend: str = "auto", precision: str = "auto",
-                 images: int | None = None, work: Work | None = None, cache: Path | None = None, trust: bool = False) -> Teacher:
-    """The teacher in an engine folder or a checkpoint, ready to label; says in a line what it is and why.
+def open_predictor(path: Path, *, load: Load, device: torch.device, backend: str = "auto", precision: str = "auto",
+                 images: int | None = None, work: Work | None = None, cache: Path | None = None, trust: bool = False) -> Predictor:
+    """The predictor in an engine folder or a checkpoint, ready to label; says in a line what it is and why.
 
     `identity` of what is returned tells what its labels depend on.
 
@@ -69,7 +69,7 @@ def open_teacher(path: Path, *, load: Load, device: torch.device, backend: str =
     device or by other versions, or whose weights or files were changed, is never run: it is compiled again into `cache`.
 
     Args:
-        path: a folder that `compile_teacher` wrote, or a best.pt.
+        path: a folder that `compile_predictor` wrote, or a best.pt.
         load: see the top of this file.
         device: where to compute.
         backend: for a checkpoint: "eager" or a key of `BACKENDS`; "auto" chooses by the amount of work.
@@ -80,7 +80,7 @@ def open_teacher(path: Path, *, load: Load, device: torch.device, backend: str =
         trust: run an engine folder that this user did not build.
 
     Raises:
-        UserError: see `compile_teacher`; or the engine was built by somebody else.
+        UserError: see `compile_predictor`; or the engine was built by somebody else.
     """
     path, cache = Path(path), Path(cache) if cache is not None else default_cache()
     if path.is_dir():
@@ -94,7 +94,7 @@ def open_teacher(path: Path, *, load: Load, device: torch.device, backend: str =
         plan = dataclasses.replace(plan, backend=chosen, frozen=frozen, shapes=_range_of(chosen))
     elif backend != "eager":
         plan = dataclasses.replace(plan, frozen=choose.is_frozen(backend, plan.network, work, **machine))
-    log.say(f"teacher {path}: {chosen} {plan.precision} ({why})")
+    log.say(f"predictor {path}: {chosen} {plan.precision} ({why})")
     return _cached_or_eager(plan, cache) if backend == "auto" else _ready(plan, lambda: build.cached(plan, cache))
 
 
@@ -104,7 +104,7 @@ def default_cache() -> Path:
 
 
 def _open_folder(folder: Path, load: Load, device: torch.device, *, backend: str, precision: str, cache: Path,
-                 trusted: bool) -> Teacher:
+                 trusted: bool) -> Predictor:
     record, signature = records.read(folder)
     for flag, asked in (("backend", backend), ("precision", precision)):
         found = getattr(record, flag)
@@ -122,7 +122,7 @@ def _open_folder(folder: Path, load: Load, device: torch.device, *, backend: str
         return plan.eager()
     _, reason = build.unfit(folder, plan, trusted=True)
     if reason is not None:
-        log.say(f"engine {folder} is not used: {reason}; the teacher is compiled from its {weights.name}")
+        log.say(f"engine {folder} is not used: {reason}; the predictor is compiled from its {weights.name}")
         return _ready(plan, lambda: build.cached(plan, cache))
     if not (trusted or trusting.is_own(record, signature)):
         raise UserError(f"{folder}: you did not build this engine on this machine, and an engine is a program; give its "
@@ -130,7 +130,7 @@ def _open_folder(folder: Path, load: Load, device: torch.device, *, backend: str
     return _ready(plan, lambda: build.load(folder, record, plan))
 
 
-def _ready(plan: Plan, make: Callable[[], CompiledTeacher]) -> Teacher:
+def _ready(plan: Compilation, make: Callable[[], CompiledPredictor]) -> Predictor:
     """Eager, or an engine behind its gate."""
     if plan.backend == "eager":
         return plan.eager()
@@ -138,7 +138,7 @@ def _ready(plan: Plan, make: Callable[[], CompiledTeacher]) -> Teacher:
     return gate.Gated(engine, lambda: plan.eager("fp32").logits, name=engine.record.describe())
 
 
-def _cached_or_eager(plan: Plan, cache: Path) -> Teacher:
+def _cached_or_eager(plan: Compilation, cache: Path) -> Predictor:
     """Where `auto` chose, a compiler that fails is no reason to stop."""
     try:
         return _ready(plan, lambda: build.cached(plan, cache))
@@ -147,15 +147,15 @@ def _cached_or_eager(plan: Plan, cache: Path) -> Teacher:
         return plan.eager()
 
 
-def _plan(path: Path, load: Load, device: torch.device, *, backend: str, precision: str, shapes: Shapes | None = None) -> Plan:
-    """The teacher of a checkpoint, to be compiled with its weights fixed."""
+def _plan(path: Path, load: Load, device: torch.device, *, backend: str, precision: str, shapes: Shapes | None = None) -> Compilation:
+    """The predictor of a checkpoint, to be compiled with its weights fixed."""
     if backend != "eager" and backend not in BACKENDS:
         raise UserError(f"--backend {backend}: choose one of auto, eager, {', '.join(BACKENDS)}")
     if precision == "fp16" and device.type == "cpu":
         raise UserError("--precision fp16 needs CUDA; use bf16 or fp32 on a CPU")
     names = {dtype: name for name, dtype in PRECISIONS.items()}
     network, classes, architecture = load(path)
-    return Plan(network=network, architecture=architecture, classes=tuple(classes),
+    return Compilation(network=network, architecture=architecture, classes=tuple(classes),
                 weights=records.weights_sha256(network.state_dict()), backend=backend, frozen=True,
                 precision=names[autocast_dtype(precision, device)], device=device, shapes=shapes or _range_of(backend))
 

@@ -1,4 +1,4 @@
-"""What a teacher is, and its two kinds: run by PyTorch, or compiled."""
+"""What a predictor is, and its two kinds: run by PyTorch, or compiled."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from stpp.inference.record import EngineRecord
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """What the labels of an opened teacher depend on, besides the device."""
+    """What the labels of an opened predictor depend on, besides the device."""
 
     weights_sha256: str
     """See `stpp.inference.record.weights_sha256`."""
@@ -31,7 +31,7 @@ class Identity:
         return f"{self.weights_sha256[:16]}{stride}-{self.backend}-{self.precision}"
 
 
-class Teacher(Protocol):
+class Predictor(Protocol):
     """Images in, logits out."""
 
     num_classes: int
@@ -41,7 +41,7 @@ class Teacher(Protocol):
         ...
 
 
-class EagerTeacher:
+class EagerPredictor:
     """A copy of a network as PyTorch runs it."""
 
     def __init__(self, network: nn.Module, *, num_classes: int, device: torch.device, dtype: torch.dtype,
@@ -50,35 +50,35 @@ class EagerTeacher:
         self.num_classes, self._dtype = num_classes, dtype
 
     def logits(self, images_NCHW: torch.Tensor) -> torch.Tensor:
-        """See `Teacher`."""
+        """See `Predictor`."""
         return self._network(images_NCHW.to(self._dtype))
 
 
-class CompiledTeacher:
+class CompiledPredictor:
     """An engine; the inputs that it was not built for go to eager, which is made when the first one comes.
 
     Args:
         run: images of the engine's type, channels_last -> float32 logits.
         record: of the engine.
-        identity: of the teacher, whose weights may have been put in place of the engine's own.
+        identity: of the predictor, whose weights may have been put in place of the engine's own.
         dtype: the engine's type.
-        eager: makes the same teacher in the engine's precision.
+        eager: makes the same predictor in the engine's precision.
     """
 
     def __init__(self, run: Callable[[torch.Tensor], torch.Tensor], record: EngineRecord, *, identity: Identity,
-                 dtype: torch.dtype, eager: Callable[[], EagerTeacher]):
+                 dtype: torch.dtype, eager: Callable[[], EagerPredictor]):
         self._run, self._dtype, self._make_eager = run, dtype, eager
-        self._eager: EagerTeacher | None = None
+        self._eager: EagerPredictor | None = None
         self.record, self.identity, self.num_classes = record, identity, len(identity.classes)
 
     def logits(self, images_NCHW: torch.Tensor) -> torch.Tensor:
-        """See `Teacher`."""
+        """See `Predictor`."""
         if not self.record.shapes.hold(images_NCHW):
             return self._fallback(images_NCHW).logits(images_NCHW)
         # Compiled code reads memory as if it were dense; `to` alone would let a crop of larger images through.
         return self._run(images_NCHW.to(self._dtype).contiguous(memory_format=torch.channels_last))
 
-    def _fallback(self, images_NCHW: torch.Tensor) -> EagerTeacher:
+    def _fallback(self, images_NCHW: torch.Tensor) -> EagerPredictor:
         if self._eager is None:
             shapes, (count, _, height, width) = self.record.shapes, images_NCHW.shape
             low, high = ("x".join(map(str, sides)) for sides in (shapes.smallest, shapes.largest))

@@ -105,7 +105,7 @@ class EngineRecord:
     precision: str
     """Type of weights and feature maps: bf16, fp16 or fp32; logits are float32 always."""
     frozen: bool
-    """Whether the weights are part of the code; otherwise the next teacher's can be put in their place."""
+    """Whether the weights are part of the code; otherwise the next predictor's can be put in their place."""
     weights_sha256: str
     """Of the network that was compiled: see `weights_sha256`."""
     architecture: dict

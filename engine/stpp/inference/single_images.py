@@ -21,11 +21,11 @@ from stpp.images.pixels import BadImage, colours, normalised
 from stpp.images.reading import Reading, upright_pixels
 from stpp.images.sources import FolderSource, Item
 from stpp.inference import exif_rule, views
-from stpp.inference.open import Teacher, open_teacher
+from stpp.inference.open import Predictor, open_predictor
 from stpp.models.trained import load_network
 
 
-class Predictor:
+class ImagePredictor:
     """A trained network that makes masks of images.
 
     Args:
@@ -37,7 +37,7 @@ class Predictor:
         exif: turn images upright by their EXIF orientation, as those were that the network was trained on.
     """
 
-    def __init__(self, network: Teacher, classes: Sequence[str], device: torch.device, *, mode: str,
+    def __init__(self, network: Predictor, classes: Sequence[str], device: torch.device, *, mode: str,
                  max_pixels: int, exif: bool = True):
         self.classes, self.mode, self.max_pixels, self.exif = tuple(classes), mode, max_pixels, exif
         self._network, self._device = network, device
@@ -138,8 +138,8 @@ def _network_input(colours_HWC: np.ndarray, device: torch.device) -> torch.Tenso
     return images_NHWC.to(device).permute(0, 3, 1, 2)
 
 
-def open_predictor(path: str | os.PathLike, *, mode: str, device: torch.device, precision: str, max_pixels: int,
-                   trust: bool, output_stride: int | None = None, exif: bool | None = None) -> Predictor:
+def open_image_predictor(path: str | os.PathLike, *, mode: str, device: torch.device, precision: str, max_pixels: int,
+                   trust: bool, output_stride: int | None = None, exif: bool | None = None) -> ImagePredictor:
     """A predictor with the network of a checkpoint, as PyTorch runs it, or with an engine.
 
     Args:
@@ -157,7 +157,7 @@ def open_predictor(path: str | os.PathLike, *, mode: str, device: torch.device, 
         raise ValueError(f"tta is {mode!r}; expected one of {', '.join(views.VIEWS)}")
     path = Path(path)
     load = partial(load_network, output_stride=output_stride)
-    network = open_teacher(path, load=load, device=device, backend="auto" if path.is_dir() else "eager",
+    network = open_predictor(path, load=load, device=device, backend="auto" if path.is_dir() else "eager",
                            precision=precision, trust=trust)
-    return Predictor(network, network.identity.classes, device, mode=mode, max_pixels=max_pixels,
+    return ImagePredictor(network, network.identity.classes, device, mode=mode, max_pixels=max_pixels,
                      exif=exif_rule.agreed([path], exif))

@@ -1,6 +1,6 @@
-"""Teachers compiled by TensorRT 11, or by TensorRT for RTX where that is what is installed: `engine.plan` and `engine.onnx`.
+"""Predictors compiled by TensorRT 11, or by TensorRT for RTX where that is what is installed: `engine.plan` and `engine.onnx`.
 
-The ONNX graph carries its types (images, weights and maps in the teacher's precision, logits in float32), and the network is
+The ONNX graph carries its types (images, weights and maps in the predictor's precision, logits in float32), and the network is
 strongly typed: TensorRT computes in those. Both packages have the same interface; the one for RTX knows GeForce and
 workstation GPUs only, builds without a GPU, and has no timing cache (it tunes when an engine is loaded).
 """

@@ -1,4 +1,4 @@
-"""Teachers compiled by Torch-TensorRT from the same exported graph: `engine.ep`.
+"""Predictors compiled by Torch-TensorRT from the same exported graph: `engine.ep`.
 
 UNVERIFIED: it needs a CUDA build of PyTorch, and no machine with one has run this module. What its documentation promises
 is not trusted either: a graph that was converted in part is an error, and the engine must agree with eager like any other.

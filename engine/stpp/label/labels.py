@@ -18,17 +18,17 @@ from stpp.config import DataConfig, LabelConfig
 from stpp.device import Readback
 from stpp.distributed import World
 from stpp.errors import UserError
-from stpp.images.batches import Batch
+from stpp.images.batches import Decoded
 from stpp.images.batching import Planned
 from stpp.images.items import Item, Passed
 from stpp.images.masks import IGNORE, read_index_mask
 from stpp.inference import views
-from stpp.inference.open import Teacher
+from stpp.inference.open import Predictor
 from stpp.inference.several import Open, Opened
 from stpp.label import confidence_map, rows
 from stpp.label.assignment import Assignment
 from stpp.label.run import Summary, execute
-from stpp.label.sinks import Sink, Stored, open_sink
+from stpp.label.sinks import Sink, StoredMask, open_sink
 from stpp.loading.sample import Sample
 from stpp.metrics import mean_iou
 from stpp_kernels import confusion, finalize
@@ -54,7 +54,7 @@ class PseudoLabel:
 class Labels:
     """Pseudo labels of one teacher."""
 
-    network: Teacher
+    network: Predictor
     teacher: str
     mode: str
     """Views: key of `views.VIEWS`."""
@@ -64,7 +64,7 @@ class Labels:
     """ "png" or "tar"."""
 
     @property
-    def networks(self) -> Sequence[Teacher]:
+    def networks(self) -> Sequence[Predictor]:
         """See `Job`."""
         return [self.network]
 
@@ -74,7 +74,7 @@ class Labels:
         return {"job": "label", "teacher": self.teacher, "tta": self.mode, "output": self.output,
                 "min_confidence": self.min_confidence}
 
-    def compute(self, batch: Batch) -> Callable[[], list[PseudoLabel | str | None]]:
+    def compute(self, batch: Decoded) -> Callable[[], list[PseudoLabel | str | None]]:
         """See `Job`; a text is why an image has no label although it could be read."""
         sums_NCHW = views.accumulate(self.network.logits, batch.images_NCHW, self.mode,
                                      self.network.num_classes)
@@ -100,7 +100,7 @@ class Labels:
         """See `Job`."""
         return open_sink(self.output, out, shard, clock)
 
-    def row(self, one: Planned, result: PseudoLabel, stored: Stored) -> dict:
+    def row(self, one: Planned, result: PseudoLabel, stored: StoredMask) -> dict:
         """See `Job`."""
         height, width = one.size
         return rows.good(one, self.teacher) | {

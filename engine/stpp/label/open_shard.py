@@ -12,11 +12,11 @@ from stpp.clock import Clock
 from stpp.images import batches
 from stpp.images.batching import Planned
 from stpp.images.items import content_hash
-from stpp.inference.open import Teacher
+from stpp.inference.open import Predictor
 from stpp.label import rows
 from stpp.label.assignment import Assignment
 from stpp.label.shards import Markers, marker_of
-from stpp.label.sinks import Sink, Stored
+from stpp.label.sinks import Sink, StoredMask
 
 QUEUE = 64
 """Masks of a shard that wait to be stored, at most."""
@@ -27,12 +27,12 @@ class Job(Protocol):
 
     teacher: str
     """Identity of the network or networks."""
-    networks: Sequence[Teacher]
+    networks: Sequence[Predictor]
     """What computes."""
     settings: dict
     """What decides the result, for the fingerprint: JSON values."""
 
-    def compute(self, batch: batches.Batch) -> Callable[[], list[Any]]:
+    def compute(self, batch: batches.Decoded) -> Callable[[], list[Any]]:
         """Queues the work on a batch.
 
         Returns:
@@ -45,7 +45,7 @@ class Job(Protocol):
         """Where the masks of a shard go, if there are masks."""
         ...
 
-    def row(self, one: Planned, result: Any, stored: Stored | None) -> dict:
+    def row(self, one: Planned, result: Any, stored: StoredMask | None) -> dict:
         """The row of a good image."""
         ...
 

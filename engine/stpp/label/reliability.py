@@ -14,9 +14,9 @@ from stpp.clock import Clock
 from stpp.config import DataConfig, LabelConfig
 from stpp.device import Readback
 from stpp.distributed import World
-from stpp.images.batches import Batch
+from stpp.images.batches import Decoded
 from stpp.images.batching import Planned
-from stpp.inference.open import Teacher
+from stpp.inference.open import Predictor
 from stpp.inference.several import Open
 from stpp.label import rows
 from stpp.label.assignment import Assignment
@@ -33,7 +33,7 @@ class Reliability:
     Source: ST++ (arXiv 2106.05095), section 3.3.
     """
 
-    networks: Sequence[Teacher]
+    networks: Sequence[Predictor]
     teacher: str
 
     @property
@@ -41,7 +41,7 @@ class Reliability:
         """See `Job`."""
         return {"job": "select", "teacher": self.teacher}
 
-    def compute(self, batch: Batch) -> Callable[[], list[float | None]]:
+    def compute(self, batch: Decoded) -> Callable[[], list[float | None]]:
         """See `Job`: the mean over the earlier teachers of their mask's mean IoU with the last one's."""
         *earlier, last = self.networks
         size = batch.images_NCHW.shape[-2:]

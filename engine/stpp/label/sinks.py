@@ -24,7 +24,7 @@ STALE_S = 24 * 3600
 """A temporary file that nobody wrote to for so long is taken for left behind."""
 
 
-class Stored(NamedTuple):
+class StoredMask(NamedTuple):
     """A mask on its way to the disk, or there."""
 
     size: int
@@ -37,11 +37,11 @@ class Stored(NamedTuple):
 class Sink(Protocol):
     """Takes the masks of one shard."""
 
-    def store(self, key: str, mask_HW: np.ndarray) -> Stored:
+    def store(self, key: str, mask_HW: np.ndarray) -> StoredMask:
         """Encodes a mask (and writes it, if files stand alone). Called from many threads."""
         ...
 
-    def take(self, key: str, stored: Stored) -> None:
+    def take(self, key: str, stored: StoredMask) -> None:
         """Called once a mask in a fixed order, from one thread."""
         ...
 
@@ -68,7 +68,7 @@ class PngSink:
         self._out, self._folder, self._clock = out, out / "masks", clock
         self._made: set[str] = set()
 
-    def store(self, key: str, mask_HW: np.ndarray) -> Stored:
+    def store(self, key: str, mask_HW: np.ndarray) -> StoredMask:
         with self._clock("encode"):
             data = encode(mask_HW)
         with self._clock("write"):
@@ -79,9 +79,9 @@ class PngSink:
                 self._made.add(parent)
             with files.renamed(path, _temporary(self._out)) as file:
                 file.write(data)
-        return Stored(len(data), checksum(data), None)
+        return StoredMask(len(data), checksum(data), None)
 
-    def take(self, key: str, stored: Stored) -> None:
+    def take(self, key: str, stored: StoredMask) -> None:
         pass
 
     def close(self) -> list[dict]:
@@ -100,12 +100,12 @@ class TarSink:
         self._file = files.plain(self._temporary)
         self._bytes = self._crc = 0
 
-    def store(self, key: str, mask_HW: np.ndarray) -> Stored:
+    def store(self, key: str, mask_HW: np.ndarray) -> StoredMask:
         with self._clock("encode"):
             data = encode(mask_HW)
-        return Stored(len(data), checksum(data), data)
+        return StoredMask(len(data), checksum(data), data)
 
-    def take(self, key: str, stored: Stored) -> None:
+    def take(self, key: str, stored: StoredMask) -> None:
         with self._clock("write"):
             self._append(tars.entry(f"{key}.png", stored.data))
 
@@ -146,7 +146,7 @@ def repacked(out: Path, shard: int, without: set[str]) -> dict:
         for member in tars.members(str(path)):
             if member.name not in left_out:
                 data = storage.read(str(path), member.offset, member.bytes)
-                sink.take(member.name.removesuffix(".png"), Stored(len(data), checksum(data), data))
+                sink.take(member.name.removesuffix(".png"), StoredMask(len(data), checksum(data), data))
         return sink.close()[0]
     except BaseException:
         sink.abandon()

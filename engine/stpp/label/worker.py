@@ -104,7 +104,7 @@ class Worker:
     def _opened(self, shard: int, planned: list[Planned], pool: ThreadPoolExecutor) -> OpenShard:
         return OpenShard(shard, planned, self._task, self._job, pool, self.clock)
 
-    def _advance(self, line: "_Line", batch: batches.Batch | None, closer: ThreadPoolExecutor) -> None:
+    def _advance(self, line: "_Line", batch: batches.Decoded | None, closer: ThreadPoolExecutor) -> None:
         """Queues the next batch, then takes the results of the one before: host and device work at once.
 
         What the one before ended with is kept also where the next one fails.
@@ -119,7 +119,7 @@ class Worker:
             while len(line.opened) > 1:  # nothing of the first is in flight any more
                 self._close(line, closer)
 
-    def _queued(self, shard: OpenShard, batch: batches.Batch) -> "_InFlight":
+    def _queued(self, shard: OpenShard, batch: batches.Decoded) -> "_InFlight":
         with self.clock("compute"):
             try:
                 results = self._job.compute(batch)
@@ -188,7 +188,7 @@ class _Line:
     """The close of the shard before."""
 
 
-def _alone_too_large(batch: batches.Batch, error: RuntimeError) -> str:
+def _alone_too_large(batch: batches.Decoded, error: RuntimeError) -> str:
     """Why the one image of a batch has no label, if what failed is for want of memory.
 
     Raises:

@@ -23,7 +23,7 @@ OUTPUT_STRIDES = (8, 16, 32)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Backbone:
+class BackboneRecipe:
     """A backbone as recipes name it."""
 
     make: Callable[..., network.Backbone]
@@ -51,13 +51,13 @@ class Architecture:
 
 PLAIN, DEEP_STEM = ("resnet18", "resnet50", "resnet101"), ("resnet50-deep-stem", "resnet101-deep-stem")
 LITE = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")
-BACKBONES: dict[str, Backbone] = {
-    **dict.fromkeys(PLAIN, Backbone(make=ResNet, output_stride=8, published_stride=8)),
-    **dict.fromkeys(DEEP_STEM, Backbone(make=ResNet, output_stride=16)),
-    **dict.fromkeys(LITE, Backbone(make=EfficientNetLite, output_stride=16)),
+BACKBONES: dict[str, BackboneRecipe] = {
+    **dict.fromkeys(PLAIN, BackboneRecipe(make=ResNet, output_stride=8, published_stride=8)),
+    **dict.fromkeys(DEEP_STEM, BackboneRecipe(make=ResNet, output_stride=16)),
+    **dict.fromkeys(LITE, BackboneRecipe(make=EfficientNetLite, output_stride=16)),
     **dict.fromkeys(
         ("dinov2-small", "dinov2-base", "dinov2-large", "dinov2-giant"),
-        Backbone(make=DINOv2, output_stride=None, optional=frozenset({"checkpoint_activations"})),
+        BackboneRecipe(make=DINOv2, output_stride=None, optional=frozenset({"checkpoint_activations"})),
     ),
 }
 DROPOUT = frozenset({"dropout"})

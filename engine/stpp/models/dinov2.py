@@ -31,7 +31,7 @@ CUBIC = -0.75
 """The free coefficient of bicubic interpolation, as PyTorch has it."""
 
 
-class Layout(NamedTuple):
+class DINOv2Variant(NamedTuple):
     """Size of an encoder."""
 
     width: int
@@ -41,11 +41,11 @@ class Layout(NamedTuple):
     swiglu: bool = False
 
 
-LAYOUTS = {
-    "dinov2-small": Layout(384, 12, (2, 5, 8, 11)),
-    "dinov2-base": Layout(768, 12, (2, 5, 8, 11)),
-    "dinov2-large": Layout(1024, 24, (4, 11, 17, 23)),
-    "dinov2-giant": Layout(1536, 40, (9, 19, 29, 39), swiglu=True),
+VARIANTS = {
+    "dinov2-small": DINOv2Variant(384, 12, (2, 5, 8, 11)),
+    "dinov2-base": DINOv2Variant(768, 12, (2, 5, 8, 11)),
+    "dinov2-large": DINOv2Variant(1024, 24, (4, 11, 17, 23)),
+    "dinov2-giant": DINOv2Variant(1536, 40, (9, 19, 29, 39), swiglu=True),
 }
 
 
@@ -134,14 +134,14 @@ class DINOv2(Backbone):
     """A DINOv2 encoder.
 
     Args:
-        name: a key of `LAYOUTS`.
+        name: a key of `VARIANTS`.
         checkpoint_activations: computes the blocks' insides again in the backward pass instead of keeping
             them: less memory, about a third more time.
     """
 
     def __init__(self, name: str, *, checkpoint_activations: bool = False):
         super().__init__()
-        width, depth, self.tapped, swiglu = LAYOUTS[name]
+        width, depth, self.tapped, swiglu = VARIANTS[name]
         self.channels, self.strides = (width,) * 4, (PATCH_PX,) * 4
         self.checkpoint_activations = checkpoint_activations
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))

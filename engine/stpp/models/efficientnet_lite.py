@@ -33,7 +33,7 @@ EPS = 1e-3
 """Of batch norm, as published."""
 
 
-class Stage(NamedTuple):
+class Blocks(NamedTuple):
     """Blocks with one map size; the first has the stride."""
 
     depth: int
@@ -43,12 +43,12 @@ class Stage(NamedTuple):
     expansion: int = 6
 
 
-def _stages(depths: tuple[int, ...], widths: tuple[int, ...]) -> tuple[Stage, ...]:
+def _stages(depths: tuple[int, ...], widths: tuple[int, ...]) -> tuple[Blocks, ...]:
     kernels, strides, expansions = (3, 3, 5, 3, 5, 5, 3), (1, 2, 2, 2, 1, 2, 1), (1, 6, 6, 6, 6, 6, 6)
-    return tuple(Stage(*facts) for facts in zip(depths, widths, kernels, strides, expansions, strict=True))
+    return tuple(Blocks(*facts) for facts in zip(depths, widths, kernels, strides, expansions, strict=True))
 
 
-LAYOUTS = {
+VARIANTS = {
     "efficientnet-lite0": _stages((1, 2, 2, 3, 3, 4, 1), (16, 24, 40, 80, 112, 192, 320)),
     "efficientnet-lite1": _stages((1, 3, 3, 4, 4, 5, 1), (16, 24, 40, 80, 112, 192, 320)),
     "efficientnet-lite2": _stages((1, 3, 3, 4, 4, 5, 1), (16, 24, 48, 88, 120, 208, 352)),
@@ -105,7 +105,7 @@ class EfficientNetLite(Backbone):
     """An EfficientNet-Lite without its classifier.
 
     Args:
-        name: a key of `LAYOUTS`.
+        name: a key of `VARIANTS`.
         output_stride: 8, 16 or 32: size of the input over the size of c4.
     """
 
@@ -113,7 +113,7 @@ class EfficientNetLite(Backbone):
 
     def __init__(self, name: str, output_stride: int):
         super().__init__()
-        stages = LAYOUTS[name]
+        stages = VARIANTS[name]
         self.channels = tuple(stages[i].width for i in TAPPED)
         self.strides = (4, 8, min(16, output_stride), output_stride)
         scale = [255 / 128 * std for std in STD]

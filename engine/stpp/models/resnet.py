@@ -103,7 +103,7 @@ class Bottleneck(nn.Module):
         return self.relu(out_NCHW)
 
 
-class Layout(NamedTuple):
+class ResNetVariant(NamedTuple):
     """Blocks of a ResNet."""
 
     block: type[BasicBlock] | type[Bottleneck]
@@ -112,12 +112,12 @@ class Layout(NamedTuple):
     """Three 3x3 convolutions, 64, 64 and 128 channels, in place of one of 7x7 with 64."""
 
 
-LAYOUTS = {
-    "resnet18": Layout(BasicBlock, (2, 2, 2, 2)),
-    "resnet50": Layout(Bottleneck, (3, 4, 6, 3)),
-    "resnet101": Layout(Bottleneck, (3, 4, 23, 3)),
-    "resnet50-deep-stem": Layout(Bottleneck, (3, 4, 6, 3), deep_stem=True),
-    "resnet101-deep-stem": Layout(Bottleneck, (3, 4, 23, 3), deep_stem=True),
+VARIANTS = {
+    "resnet18": ResNetVariant(BasicBlock, (2, 2, 2, 2)),
+    "resnet50": ResNetVariant(Bottleneck, (3, 4, 6, 3)),
+    "resnet101": ResNetVariant(Bottleneck, (3, 4, 23, 3)),
+    "resnet50-deep-stem": ResNetVariant(Bottleneck, (3, 4, 6, 3), deep_stem=True),
+    "resnet101-deep-stem": ResNetVariant(Bottleneck, (3, 4, 23, 3), deep_stem=True),
 }
 
 
@@ -125,7 +125,7 @@ class ResNet(Backbone):
     """A residual network without its classifier.
 
     Args:
-        name: a key of `LAYOUTS`.
+        name: a key of `VARIANTS`.
         output_stride: 8, 16 or 32: size of the input over the size of c4.
 
     Attributes:
@@ -138,7 +138,7 @@ class ResNet(Backbone):
 
     def __init__(self, name: str, output_stride: int):
         super().__init__()
-        block, depths, deep_stem = LAYOUTS[name]
+        block, depths, deep_stem = VARIANTS[name]
         self.channels = tuple(width * block.expansion for width in (64, 128, 256, 512))
         self.strides = (4, 8, min(16, output_stride), output_stride)
         stem = 128 if deep_stem else 64

@@ -20,7 +20,7 @@ UNCOUNTED = ".num_batches_tracked"
 """Files of older batch norms lack these, and nothing uses them."""
 
 
-class Trained(NamedTuple):
+class LoadedNetwork(NamedTuple):
     """A network with its weights, on the CPU, and what it is."""
 
     network: nn.Module
@@ -32,7 +32,7 @@ class Trained(NamedTuple):
 
 def load_network(
     path: str | Path, *, output_stride: int | None = None, class_names: Sequence[str] = ()
-) -> Trained:
+) -> LoadedNetwork:
     """The network of a checkpoint: one of a training run, or a state dict with the public keys of ST++,
     UniMatch or UniMatch V2.
 
@@ -69,12 +69,12 @@ def load_network(
             f"--output-stride {output_stride}: {path} was trained at {architecture['output_stride']} and tells so; "
             "leave the flag out"
         )
-    return Trained(network, classes, architecture)
+    return LoadedNetwork(network, classes, architecture)
 
 
 def _published(
     state: dict[str, object], path: str | Path, output_stride: int | None, class_names: Sequence[str]
-) -> Trained:
+) -> LoadedNetwork:
     """The network of a state dict."""
     name, backbone = _nearest(state, path)
     known = _known_shapes()[name, backbone]
@@ -95,7 +95,7 @@ def _published(
     shown = f"; output stride {stride} (--output-stride sets it)" if stride else ""
     log.say(f"{path}: {name} on {backbone}, {count} classes, by its keys{shown}")
     names = list(class_names) if len(class_names) == count else [str(i) for i in range(count)]
-    return Trained(network, names, {"name": name, "backbone": backbone, "output_stride": stride})
+    return LoadedNetwork(network, names, {"name": name, "backbone": backbone, "output_stride": stride})
 
 
 def _nearest(state: dict[str, object], path: str | Path) -> tuple[str, str]:

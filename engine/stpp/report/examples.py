@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from stpp import files
 from stpp.images.image_file import IMAGENET_MEAN, IMAGENET_STD
 from stpp.images.palette import colourise
-from stpp.inference.open import Teacher
+from stpp.inference.open import Predictor
 from stpp.loading.native import native_batches
 from stpp.loading.sample import Batch, Sample
 from stpp_kernels import upsample_argmax
@@ -23,7 +23,7 @@ PICTURE_PX = 192
 
 
 @torch.inference_mode()
-def write_examples(path: Path, samples: Sequence[Sample], teachers: dict[str, Teacher],
+def write_examples(path: Path, samples: Sequence[Sample], teachers: dict[str, Predictor],
                    device: torch.device) -> None:
     """Writes a PNG: one row a sample; columns image, truth, and one for each teacher by its title.
 

@@ -24,7 +24,7 @@ from stpp.distributed import World
 from stpp.errors import UserError
 from stpp.inference import several
 from stpp.inference.evaluate import evaluate, write_scores
-from stpp.inference.open import EagerTeacher
+from stpp.inference.open import EagerPredictor
 from stpp.label import labels, reliability
 from stpp.loading import loader
 from stpp.loading.sample import Sample
@@ -198,13 +198,13 @@ class Run:
         pixels = sum(sample.width * sample.height for sample in samples) // len(samples)
         return several.from_paths(paths, self.here.device, mode=mode, backend=backend,
                                    precision=self.config.train.precision, image_px=pixels,
-                                   teachers=METHODS[self.config.method].predictors)
+                                   predictors=METHODS[self.config.method].predictors)
 
-    def _teacher(self, path: Path) -> EagerTeacher:
+    def _teacher(self, path: Path) -> EagerPredictor:
         return self._eager(load_network(path)[0])
 
-    def _eager(self, network: torch.nn.Module) -> EagerTeacher:
-        return EagerTeacher(network, num_classes=len(self.index.classes), device=self.here.device,
+    def _eager(self, network: torch.nn.Module) -> EagerPredictor:
+        return EagerPredictor(network, num_classes=len(self.index.classes), device=self.here.device,
                             dtype=autocast_dtype(self.config.train.precision, self.here.device))
 
     def _folder(self, name: str) -> Path:

@@ -32,7 +32,7 @@ OPERATORS = 25
 """Operators of the table, at most."""
 
 
-class Bottleneck:
+class BottleneckMeter:
     """Says at the end of an epoch what bounds the steps, where it was not said before."""
 
     def __init__(self, title: str, model: nn.Module):

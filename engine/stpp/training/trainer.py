@@ -27,7 +27,7 @@ from stpp.models.build import architecture_of, parameter_groups
 from stpp.precision import autocast_dtype
 from stpp.training.assemble import over_ranks, stream_seed
 from stpp.training.optimizer import make_optimizer, step_unless
-from stpp.training.profiling import Bottleneck, Profile
+from stpp.training.profiling import BottleneckMeter, Profile
 from stpp.training.step import Step
 from stpp.training.window import Window
 
@@ -101,7 +101,7 @@ class Trainer:
         self.best_iou: Mapping[str, float] = {}
         self.last_miou: float | None = None
         self.saved_step, self.saved_at = 0, time.monotonic()
-        self.bottleneck = Bottleneck(title, self.model)
+        self.bottleneck = BottleneckMeter(title, self.model)
 
     def train_step(self, passes: Sequence[tuple[Batch, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes one optimiser step on the rank's share of the global batch.
@@ -166,7 +166,7 @@ class Trainer:
         images = sum(sampler.batch_global for sampler in self.samplers)
         with (log.Metrics(self.folder, first_step=self.steps_done) as self.metrics,
               log.Progress(self.title, self.schedule.steps * images, done=self.steps_done * images) as bar,
-              checkpoint.Writer() as self.writer, signals.deferred() as stop, self._profile() as profile):
+              checkpoint.CheckpointWriter() as self.writer, signals.deferred() as stop, self._profile() as profile):
             window = Window()
             for passes, wait_s in self._passes():
                 window.add(*self.train_step(passes), wait_s)
