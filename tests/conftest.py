@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).parents[1]
 PATHS = [str(ROOT / "engine"), str(ROOT / "kernels")]
@@ -13,6 +14,8 @@ sys.path[:0] = PATHS
 os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")])  # for processes that tests start
 if not any(Path("/dev").glob("nvidia[0-9]*")):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before any test imports its module
+settings.register_profile("stpp", deadline=None)  # no test asserts how long something takes: machines are shared
+settings.load_profile("stpp")
 CAMVID = ROOT.parent / "shared" / "data" / "camvid"
 
 
