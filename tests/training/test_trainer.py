@@ -104,12 +104,16 @@ def tiny(**changes) -> Config:
                   train=TrainConfig(batch_global=4, lr=0.05, precision="fp32", **changes))
 
 
+def scored(miou: float) -> Scores:
+    return Scores(miou=miou, iou={"a": miou, "b": 10.0})
+
+
 def trainer(config: Config, samples, folder: Path, validate, steps=6, period=2) -> Trainer:
     here = distributed.World(device=torch.device("cpu"))
     step = Supervised(fresh_network(config, here, tuple("abcdef"), stage=1), config)
     return Trainer(config, here, step, step.streams(config, samples), key=1, title="t", classes=tuple("abcdef"), folder=folder,
                    schedule=Schedule(steps=steps, validate_steps=period, keep_steps=(2, 4, 6)),
-                   validate=validate and (lambda network: Scores(miou=validate(network))))
+                   validate=validate and (lambda network: scored(validate(network))))
 
 
 def weights_of(path: Path) -> dict:
@@ -133,6 +137,7 @@ def test_a_run_broken_off_goes_on_to_the_same_weights(synthetic_index, tmp_path)
     scores = iter([20.0, 25.0])
     resumed = trainer(tiny(), samples, tmp_path / "broken", lambda _: next(scores)).run()
     assert (resumed.miou, resumed.step) == (30.0, 2)
+    assert resumed.iou == {"a": 30.0, "b": 10.0}  # of a step before the break: scores.json is made of it
     for name in ("last.pt", "best.pt", "third-1.pt", "third-2.pt", "third-3.pt"):
         ours, theirs = weights_of(tmp_path / "broken" / name), weights_of(tmp_path / "whole" / name)
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
@@ -161,7 +166,7 @@ def test_a_run_broken_off_after_its_best_and_before_its_checkpoint_keeps_the_sam
     scores = iter([40.0, 25.0])
     resumed = trainer(tiny(), samples, tmp_path / "broken", lambda _: next(scores))
     result = resumed.run()
-    assert (result.miou, result.step) == (40.0, 4)
+    assert (result.miou, result.step, result.iou) == (40.0, 4, {"a": 40.0, "b": 10.0})
     for name in ("best.pt", "third-1.pt", "third-2.pt", "third-3.pt"):
         ours, theirs = (checkpoint.load(tmp_path / run / name) for run in ("broken", "whole"))
         assert {key: value for key, value in ours.items() if key != "model"} == {
@@ -464,3 +469,10 @@ def test_precision_is_refused_where_the_device_lacks_it():
     with pytest.raises(UserError, match="--train.precision fp16"):
         autocast_dtype("fp16", torch.device("cpu"))
     assert autocast_dtype("fp32", torch.device("cpu")) == torch.float32
+
+
+def test_synchronised_batch_norm_is_done_without_on_a_cpu_with_a_word(capsys):
+    network = fresh_network(tiny(sync_bn=True), distributed.World(device=torch.device("cpu")), tuple("abcdef"), stage=1)
+    assert "--train.sync-bn: PyTorch has no synchronised batch norm on a CPU" in capsys.readouterr().err
+    assert not any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())
+    assert any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
