@@ -1,4 +1,4 @@
-"""Self-training for semantic segmentation at the speed of the hardware: ST and ST++."""
+"""Self-training for semantic segmentation at the speed of the hardware: ST, ST++, UniMatch."""
 
 from typing import TYPE_CHECKING
 
