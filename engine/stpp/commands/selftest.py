@@ -43,6 +43,7 @@ class Tiny(nn.Module):
     """A network of two convolutions, for engines."""
 
     classifier_name = "classifier"
+    least_px = 5
 
     def __init__(self):
         super().__init__()

@@ -14,6 +14,9 @@ def ready(network: nn.Module, *, device: torch.device, dtype: torch.dtype) -> nn
     logits keep the bits that decide between two nearly equal classes.
     """
     copied = fold_batch_norm(copy.deepcopy(network).float().eval().requires_grad_(False))
+    for name in getattr(network, "unused", ()):  # a package leaves them out, and would seem to be of another network
+        holder, _, last = name.rpartition(".")
+        delattr(copied.get_submodule(holder), last)
     copied.to(device=device, dtype=dtype, memory_format=torch.channels_last)
     for module in copied.get_submodule(network.classifier_name).modules():
         if isinstance(module, nn.Conv2d):

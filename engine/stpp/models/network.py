@@ -26,6 +26,8 @@ class Network(nn.Module):
     classifier_name: str
     """The module that gives the logits: its parameters have one row a class."""
     backbone: Backbone
+    unused: tuple[str, ...] = ()
+    """Modules and parameters that published files have and no pass reads."""
     frozen = False
 
     def features(self, images_NCHW: Tensor) -> tuple[Tensor, ...]:

@@ -100,7 +100,8 @@ class Trainer:
         self.steps_done, self.best_step, self.best_miou, self.seconds = 0, 0, -1.0, 0.0
         self.best_iou: Mapping[str, float] = {}
         self.last_miou: float | None = None
-        self.saved_step, self.saved_at = 0, time.monotonic()
+        self.started = self.saved_at = time.monotonic()
+        self.saved_step = 0
         self.bottleneck = BottleneckMeter(title, self.model)
 
     def train_step(self, passes: Sequence[tuple[Batch, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
