@@ -10,8 +10,8 @@ The rules:
 - **Colours** become 8-bit RGB: of 12 and 16 bits the upper 8, of 32 the upper 8 of 16; gray three times;
   palettes by their table; alpha is dropped. A CMYK JPEG with Adobe's marker holds inverted inks, one without
   holds inks as they are (as libjpeg's manual, libvips, img2pdf and DALI have it; Pillow and browsers take
-  both for inverted); in a TIFF inks are never inverted. Floating-point numbers, negative numbers and numbers of more than 16 bits are
-  refused.
+  both for inverted); in a TIFF inks are never inverted. Floating-point numbers, negative numbers and numbers
+  of more than 16 bits are refused.
 - **Plain** is what DALI and PIL decode to the same pixels: 8-bit JPEG, baseline or progressive,
   Huffman-coded, gray or YCbCr in 4:4:4, 4:2:2 or 4:2:0, of one picture; 8-bit PNG, gray or RGB, not
   interlaced, without transparency or animation; whole, with nothing behind their end. Everything else is
