@@ -119,9 +119,9 @@ def check(task: Task, root: str, out: str, classes: int, exif: bool, mask_map: M
         exif: the EXIF rule, see stpp.images.image_file.
         mask_map: what the numbers or colours of masks mean; None: they are class ids.
     """
-    seen, proof, mask, problems = None, None, None, []
+    seen, proof, digest, mask, problems = None, None, None, None, []
     try:
-        seen, proof = _look(os.path.join(root, task.image))
+        seen, proof, digest = _look(os.path.join(root, task.image), task.digest)
     except UserError as error:
         problems.append(_relative(error, root))
     if task.mask is not None:
@@ -147,7 +147,6 @@ def check(task: Task, root: str, out: str, classes: int, exif: bool, mask_map: M
         os.makedirs(os.path.dirname(target), exist_ok=True)
         with files.renamed(target, f"{target}.{os.getpid()}.tmp") as file:
             write_index_png(file, mask.values)
-    digest = _digest(os.path.join(root, task.image)) if task.digest else None
     picture = Checked(task, reading, proof.used_bits, proof.like_mask, seen.orientation, digest=digest)
     if mask is None:
         return picture
@@ -173,8 +172,8 @@ def _mask_problems(path: str, stored: Stored, counts: np.ndarray, classes: int) 
     return found
 
 
-def _look(path: str) -> tuple[Reading, Proof]:
-    """How an image is read, turned upright, and what its data, decoded to the end, tell besides.
+def _look(path: str, digested: bool) -> tuple[Reading, Proof, str | None]:
+    """How an image is read, turned upright, what its data, decoded to the end, tell besides, and their digest.
 
     Headers alone would pass files that are cut short.
     """
@@ -188,12 +187,8 @@ def _look(path: str) -> tuple[Reading, Proof]:
     except DECODE_ERRORS as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
         raise UserError(f"{path}: cannot be read as an image ({reason}); replace or remove it") from error
-    return found._replace(plain=found.plain and looks_whole(data)), proof
-
-
-def _digest(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.blake2b(file.read(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(data, digest_size=16).hexdigest() if digested else None
+    return found._replace(plain=found.plain and looks_whole(data)), proof, digest
 
 
 def _size_problem(task: Task, reading: Reading, other: Reading, mask_size: tuple[int, int], mask_turn: int,
