@@ -102,6 +102,17 @@ def test_files_that_are_no_lists_are_refused(tmp_path, name, data, said):
         list(open_source(str(tmp_path / name)).items())
 
 
+def test_masks_beside_the_images_of_a_folder_are_passed_over(tmp_path):
+    names = ["a/7.JPG", "a/7_mask.png", "a/mask_7.png", "a/7_label.jpg", "a/8_mask.png", "img_1.webp", "mask_1.PNG",
+             "b/7_mask.png"]
+    cases.as_folder(tmp_path / "in", dict.fromkeys(names, JPEG))
+    source = open_source(str(tmp_path / "in"))
+    assert [item.source for item in source.items()] == ["a/7.JPG", "a/7_label.jpg", "a/8_mask.png", "b/7_mask.png",
+                                                        "img_1.webp"]
+    assert source.passed.masks == 3 and "3 masks beside their images" in source.passed.line()
+    assert source.stamp()["files"] == 5
+
+
 def test_tars_give_members_where_they_lie(tmp_path):
     one = cases.as_tar(tmp_path / "s-00.tar", {"a/x.jpg": JPEG, "a/x.json": b"{}", "long/" + "n" * 180 + ".jpg": b"12345"})
     cases.as_tar(tmp_path / "s-01.tar", {"./b/y.left.png": b"abc"})
