@@ -103,6 +103,16 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, error):
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_an_error_names_the_file_and_not_its_beginning(tmp_path):
+    (tmp_path / "scores.json").mkdir()
+    with pytest.raises(OSError) as caught:
+        files.write_json(tmp_path / "missing" / ("x" * 300), {})
+    assert ".tmp" not in str(caught.value.filename)
+    with pytest.raises(OSError) as caught:
+        files.write_json(tmp_path / "scores.json", {})
+    assert caught.value.filename == str(tmp_path / "scores.json")
+
+
 def test_created_once_stays(tmp_path):
     path = tmp_path / "below" / "key"
     files.create_once(path, b"first")

@@ -370,8 +370,9 @@ def load_recipe(cls: type[T], path: Path) -> T:
     except OSError as error:
         raise UserError(f"--recipe {path}: {error.strerror}; give the path of a .toml file") from None
     except (ValueError, RecursionError) as error:
+        backslash = "; write paths with forward slashes, or in 'single quotes'" if "\\" in str(error) else ""
         raise UserError(f"--recipe {path}: not readable as {'JSON' if str(path).endswith('.json') else 'TOML'} "
-                        f"({str(error).splitlines()[0]})") from None
+                        f"({str(error).splitlines()[0]}){backslash}") from None
     if not isinstance(values, dict):
         raise UserError(f"--recipe {path}: expected a table of settings, found {type(values).__name__}")
     try:

@@ -87,6 +87,7 @@ SMALLEST = {
     "label": "--small --tta none stpp",
     "loss": "--small --graphs",
     "ops": "--small --only dilated_conv",
+    "prepare": f"--small --before {ROOT}",
     "profile": "--small",
     "scaling": "--rounds 1 --crop 33 --per-rank 2",
     "selftrain": "--shorten 80 --pictures 32",

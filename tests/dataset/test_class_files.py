@@ -85,6 +85,63 @@ def test_other_files_name_the_classes(tmp_path, name, text):
     assert (found.names, found.source, found.of_layout) == (NAMES, str(tmp_path / name), False)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '["background", "leaf", "stem",]',
+        "['background', 'leaf', 'stem']",
+        '{"names": ["background", "leaf ", " stem"]}',
+        '[{"label": "background"}, {"label": "leaf"}, {"label": "stem"}]',
+        "{'0': 'background', '1': 'leaf', '2': 'stem'}",
+    ],
+)
+def test_json_as_people_write_it(tmp_path, text):
+    (tmp_path / "classes.json").write_text(text)
+    assert class_list(tmp_path, "globs").names == NAMES
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "id,name\n0,background\n1,leaf\n2,stem\n",
+        "id\tname\n2\tstem\n1\tleaf\n0\tbackground\n",
+        "value: class\n0: background\n1: leaf\n2: stem\n",
+    ],
+)
+def test_a_header_over_ids_is_no_class(tmp_path, text):
+    (tmp_path / "classes.txt").write_text(text)
+    assert class_list(tmp_path, "globs").names == NAMES
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "item {\n  id: 1\n  name: 'leaf'\n}\n",
+        "names: [background, leaf, stem]\nnc: 3\n",
+        "<classes>\n<name>leaf</name>\n</classes>\n",
+        "0,background\nleaf\n2,stem\n",
+    ],
+)
+def test_texts_that_are_no_lists_of_names_are_refused(tmp_path, text):
+    """Their lines would be classes, and every id would mean another one."""
+    (tmp_path / "labelmap.txt").write_text(text)
+    with pytest.raises(UserError, match=r"labelmap\.txt: .*list of names in the order of their ids"):
+        class_list(tmp_path, "globs")
+
+
+def test_names_that_differ_by_spaces_are_one(tmp_path):
+    (tmp_path / "classes.json").write_text('["background", "leaf", "leaf "]')
+    with pytest.raises(UserError, match="different class names"):
+        class_list(tmp_path, "globs")
+
+
+@pytest.mark.parametrize("name", ["unlabelled area", "Void (sky)", "ignore_region", "2 unlabeled"])
+def test_longer_names_for_pixels_that_count_nowhere_are_asked_about(name):
+    with pytest.raises(UserError, match="would be learned like the others"):
+        class_list(".", "globs", ("background", name))
+    assert class_list(".", "globs", ("background", "avoided", "devoid")).names[1:] == ["avoided", "devoid"]
+
+
 def test_names_with_numbers_are_names(tmp_path):
     (tmp_path / "classes.txt").write_text("road 1\nroad 2\n3 way crossing\n")
     assert class_list(tmp_path, "globs").names == ["road 1", "road 2", "3 way crossing"]

@@ -623,3 +623,13 @@ def test_camvid(tmp_path, camvid):
     mask = np.asarray(Image.open(made.sample(entry.image).mask))
     assert entry.class_pixels == [int((mask == i).sum()) for i in range(11)]
     assert not index.is_stale(tmp_path / "index", camvid)
+
+
+def test_a_turn_of_the_mask_alone_is_named(tmp_path):
+    picture(tmp_path / "data" / "photos" / "a.jpg")
+    exif = Image.Exif()
+    exif[0x112] = 6
+    (tmp_path / "data" / "labels").mkdir()
+    Image.new("L", (12, 8), 1).save(tmp_path / "data" / "labels" / "a.png", exif=exif)
+    with pytest.raises(UserError, match=r"--data.exif off \(--data.no-exif\), as the mask's EXIF orientation is 6"):
+        index.prepare(tmp_path / "data", tmp_path / "i", images="photos/*", masks="labels/*.png", classes=CLASSES)

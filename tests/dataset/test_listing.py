@@ -303,7 +303,13 @@ def test_copies_are_found_by_their_bytes_and_leaks_are_warned_of(tmp_path, where
 
 @pytest.mark.parametrize(
     ("train", "val", "test"),
-    [("train", "val", "test"), ("Training", "Validation", "Testing"), ("TRAIN", "valid", "Test")],
+    [
+        ("train", "val", "test"),
+        ("Training", "Validation", "Testing"),
+        ("TRAIN", "valid", "Test"),
+        ("train2017", "val2017", "test2015"),
+        ("Train_2012", "VAL-2012", "test_1999"),
+    ],
 )
 def test_official_folders_in_any_case(tmp_path, train, val, test, capsys):
     names = (
@@ -326,6 +332,16 @@ def test_validation_without_training_beside_it_is_drawn_from_with_a_warning(tmp_
     )
     assert official.validation(made) == set() == official.test(made)
     assert any("no official validation, though 1 image lie in photos/val" in text for text in made.warnings)
+
+
+def test_folders_that_are_called_nearly_like_splits_are_named(tmp_path):
+    names = ("train/0", "val_images/1", "dev/2", "TestSet/3", "x/val 2/4", "tester/5", "valley/6", "photos 2017/7")
+    made = prepare(data_set(tmp_path / "data", {name: ids(1, 2) for name in names}))
+    assert official.validation(made) == set() == official.test(made)
+    assert made.warnings == (
+        "folders called TestSet, dev, val 2, val_images are no official splits, and their 4 images are taken like any "
+        "other; for splits call them train, val or test; if they are none, give them other names",
+    )
 
 
 def test_strict_refuses_what_is_warned_of(root):

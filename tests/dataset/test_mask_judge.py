@@ -139,6 +139,19 @@ def test_alpha_that_is_not_constant_is_refused(tmp_path, alpha, coloured):
     assert prepare(data_set(tmp_path / "plain", {"a": image})).entries["photos/a.jpg"].class_pixels[1] == 80
 
 
+def test_colours_that_only_transparency_tells_apart_are_refused(tmp_path):
+    """A palette with two blacks, one of them transparent: what is seen is not the colour."""
+    image = paletted(ids(1, 2), BLACK, BLACK, GREEN)
+    image.info["transparency"] = 0
+    colours = ["#000000=leaf", "#00c800=stem"]
+    refused(data_set(tmp_path / "data", {"a": image}), "608 pixels of the mask are transparent", mask_map=colours)
+    image.info["transparency"] = bytes([9, 200, 255])
+    refused(data_set(tmp_path / "some", {"a": image}), "608 pixels of the mask are transparent", mask_map=colours)
+    image.info["transparency"] = 2
+    made = prepare(data_set(tmp_path / "other", {"a": image}), mask_map=colours)
+    assert made.entries["photos/a.jpg"].class_pixels == [0, 688, 80]
+
+
 # --- 0 and 255
 
 

@@ -72,6 +72,27 @@ def test_masks_beside_their_images(mask):
 
 
 @pytest.mark.parametrize(
+    ("mask", "image"),
+    [
+        ("a/mask_7", "a/7"),
+        ("a/Mask-7", "a/img-7"),
+        ("a/mask_7", "a/IMG_7"),
+        ("a/mask7", "a/image7"),
+        ("label 7", "Photo 7"),
+        ("a/gt_x_1", "a/x_1"),
+    ],
+)
+def test_masks_beside_their_images_that_begin_with_the_word(mask, image):
+    assert image_of_mask(mask, {image, "b/7"}) == image
+    assert image_of_mask(mask, {"b/7", "c/img_7"}) is None
+
+
+@pytest.mark.parametrize("other", ["a/mask7", "a/maskara_7", "a/unmask_7", "mask/7", "a/mask_"])
+def test_names_that_only_begin_alike_are_images(other):
+    assert image_of_mask(other, {"a/7", "7", "a/"}) is None
+
+
+@pytest.mark.parametrize(
     "other", ["a/7", "a/mask", "a/9_mask", "b/7_mask", "a/7mask", "a/7_masked", "a/7_2", "a/_mask"]
 )
 def test_other_names_are_images(other):

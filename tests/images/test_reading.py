@@ -15,7 +15,7 @@ from stpp.images import batching, containers
 from stpp.images.batching import Cut
 from stpp.images.image_file import upright
 from stpp.images.pixels import BadImage, decode, normalised
-from stpp.images.reading import FEW_BITS, look, upright_pixels, used_bits
+from stpp.images.reading import look, prove, upright_pixels, used_bits, uses_few
 from stpp.images.sources import Item
 
 CUT = Cut(max_batch=1, batch_pixels=1, max_pixels=1 << 24, exif=True)
@@ -102,7 +102,41 @@ def test_the_bits_that_are_used():
         data = zoo.png(values, 16, 0)
         reading = look(data, exif=True)
         assert reading.bits == 16 and used_bits(decode(data), reading) == bits
-    assert FEW_BITS == 14
+        assert uses_few(bits, reading) == (bits <= 14)
+
+
+@pytest.mark.parametrize("kind", ["int32.tif", "uint32.tif"])
+def test_numbers_of_32_bits_that_use_few_are_named(kind):
+    """8-bit numbers in 32 are black, as the upper 8 of 16 bits are used."""
+    values = zoo.gray().astype(np.int32)
+    for factor, dark in ((1, True), (16, True), (257, False)):
+        data = zoo.tiff(values * factor, sample_format=2 if kind.startswith("int") else 1)
+        reading = look(data, exif=True)
+        assert reading.bits == 32 and uses_few(prove(data, reading).used_bits, reading) == dark
+
+
+def test_twelve_bits_are_read_by_their_own_range():
+    values = (zoo.gray().astype(np.uint16) << 4) | 9
+    even, odd = values[:, ::2], values[:, 1::2]
+    packed = np.stack([even >> 4, (even & 15) << 4 | odd >> 8, odd & 255], axis=2).astype(np.uint8)
+    tags = [(256, zoo.WIDTH), (257, zoo.HEIGHT), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1),
+            (278, zoo.HEIGHT), (279, packed.size)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    data = b"II*\0" + struct.pack("<I", 8 + packed.size) + packed.tobytes()
+    data += struct.pack("<H", len(tags)) + entries + bytes(4)
+    reading = look(data, exif=True)
+    assert reading.bits == 12 and np.array_equal(upright_pixels(data, reading), zoo.repeated(zoo.gray()))
+    assert prove(data, reading).used_bits == 12 and not uses_few(12, reading) and uses_few(10, reading)
+
+
+def test_images_of_few_flat_colours_are_told_from_photographs():
+    flat = (np.indices((40, 40))[1] // 14).astype(np.uint8)
+    for data in (zoo.png(flat, 8, 0), zoo.png(flat > 1, 1, 0), zoo.png(np.dstack([flat] * 3), 8, 2),
+                 zoo.saved(Image.fromarray(flat * 80).convert("P"), "PNG"), zoo.saved(flat, "TIFF"), zoo.saved(flat, "BMP")):
+        assert prove(data, look(data, exif=True)).like_mask
+    photograph = noise(40, 40)
+    for data in (zoo.png(photograph, 8, 2), zoo.png(flat * 0, 8, 0), zoo.png(flat[:9, :20], 8, 0), zoo.saved(flat, "JPEG")):
+        assert not prove(data, look(data, exif=True)).like_mask
 
 
 def said(capsys, folder: Path, files: dict[str, bytes]) -> str:
@@ -147,9 +181,15 @@ def test_prepare_says_what_looks_other_than_people_expect(capsys, tmp_path):
     )
     assert "2 images are CMYK with Adobe's marker: inks are stored inverted" in words
     assert "1 image is CMYK without Adobe's marker: inks are stored as they are" in words
-    assert "1 of the 16-bit images use at most 12 bits (the first: photos/d.png)" in words
+    assert "1 of the images of more than 8 bits use at most 12 bits (the first: photos/d.png)" in words
     assert "1 image is partly transparent" in words
     assert "6 of 8 images are of kinds that decoders read differently" in words
+
+
+def test_masks_among_the_images_are_named_by_what_they_hold(capsys, tmp_path):
+    flat = (np.indices((zoo.HEIGHT, zoo.WIDTH))[1] // 20).astype(np.uint8)
+    words = said(capsys, tmp_path, {"plain (object).png": zoo.png(flat, 8, 0), "b.png": zoo.png(flat * 80, 8, 0)})
+    assert "warning: 2 images without a mask hold at most 16 flat colours, as masks do (the first: photos/b.png)" in words
 
 
 def test_prepare_says_nothing_of_plain_photographs(capsys, tmp_path):

@@ -71,10 +71,46 @@ def test_lists_name_images_and_may_name_masks(tmp_path):
                         f"{absolute}\n../up.jpg\nmemory://bucket/d.jpg\n").encode())
     items = list(open_source(str(listed), root=tmp_path / "data").items())
     assert [item.key for item in items[:5]] == ["im/a", "im/with space", "im/b.jpg mask", "im/a2", str(absolute)[1:-4]]
-    assert items[5].error == "its name leads outside the output ('..')" and items[5].source == "../up.jpg"
+    assert items[5].error.startswith("its name leads outside the output ('..'); write paths below one folder")
+    assert items[5].source == "../up.jpg"
     assert items[6].key == "bucket/d" and items[6].file == "memory://bucket/d.jpg"
     assert all(item.read() == JPEG for item in items[:3])
     assert items[3].source == "im/a2.jpg"
+
+
+def test_lines_with_a_remedy_and_lines_that_repeat_another(tmp_path):
+    cases.as_folder(tmp_path / "data", {"im/a.jpg": JPEG})
+    listed = tmp_path / "list.txt"
+    lines = ["im\\a.jpg", "./im/a.jpg", "im/a.jpg", ".//im/a.jpg", "im/../im/a.jpg"]
+    listed.write_text("\n".join(lines))
+    items = list(open_source(str(listed), root=tmp_path / "data").items())
+    assert "forward slashes" in items[0].error and "--root" in items[0].error and "--root" in items[4].error
+    assert {(item.key, item.source) for item in items[1:4]} == {("im/a", "im/a.jpg")}
+
+
+@pytest.mark.parametrize(("name", "data", "said"), [
+    ("a.zip", b"PK\3\4\x14\0\0\0im/a.jpg", "is no list of images but a zip archive; unpack it"),
+    ("list.txt", b"\x1f\x8b\x08\0im/a.jpg", "is no list of images but a gzip archive; unpack it"),
+    ("a.jpg", JPEG, "is an image; give its folder"),
+    ("a.PNG", b"\x89PNG\r\n\x1a\n", "is an image; give its folder"),
+    ("a.bin", b"im/a.jpg\nim/\0b.jpg\n", "is no text"),
+    ("wide.txt", "im/a.jpg\n".encode("utf-16-le"), "no text in UTF-8"),
+])
+def test_files_that_are_no_lists_are_refused(tmp_path, name, data, said):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=f"{name}: {said}"):
+        list(open_source(str(tmp_path / name)).items())
+
+
+def test_masks_beside_the_images_of_a_folder_are_passed_over(tmp_path):
+    names = ["a/7.JPG", "a/7_mask.png", "a/mask_7.png", "a/7_label.jpg", "a/8_mask.png", "img_1.webp", "mask_1.PNG",
+             "b/7_mask.png"]
+    cases.as_folder(tmp_path / "in", dict.fromkeys(names, JPEG))
+    source = open_source(str(tmp_path / "in"))
+    assert [item.source for item in source.items()] == ["a/7.JPG", "a/7_label.jpg", "a/8_mask.png", "b/7_mask.png",
+                                                        "img_1.webp"]
+    assert source.passed.masks == 3 and "3 masks beside their images" in source.passed.line()
+    assert source.stamp()["files"] == 5
 
 
 def test_tars_give_members_where_they_lie(tmp_path):

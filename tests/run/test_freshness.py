@@ -64,6 +64,36 @@ def test_a_photograph_of_another_size_is_found_and_others_cost_nothing(known, he
         of_today(known.out, listed(known, "0", "1"), here)
 
 
+def test_evaluation_goes_on_once_what_was_refused_is_mended(known, here):
+    """The run's index is made of settings that nobody types again, so a refusal must not cost it."""
+    path, photograph = listed(known, "0", "1"), known.root / "photos" / "0.jpg"
+    held, status = photograph.read_bytes(), photograph.stat()
+    paletted(ids(2), *COLOURS).save(known.root / "labels" / "1.png")
+    photo(photograph, 9, (40, 30))
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"labels/0\.png: the mask has 32x24 pixels"):
+            of_today(known.out, path, here)
+    photograph.write_bytes(held)
+    os.utime(photograph, ns=(status.st_atime_ns, status.st_mtime_ns))
+    fresh = of_today(known.out, path, here)
+    assert fresh.fingerprint and (read_index_mask(fresh.sample("photos/1.jpg").mask) == ids(2)).all()
+
+
+def test_after_a_refusal_files_of_old_times_are_read_again(known, here):
+    """A copy of a mask may have been made anew before another mask was refused."""
+    path, mask = listed(known, "0", "1"), known.root / "labels" / "0.png"
+    held, status = mask.read_bytes(), mask.stat()
+    paletted(ids(2), *COLOURS).save(mask)
+    photo(known.root / "photos" / "1.jpg", 9, (40, 30))
+    with pytest.raises(UserError):
+        of_today(known.out, path, here)
+    mask.write_bytes(held)
+    os.utime(mask, ns=(status.st_atime_ns, status.st_mtime_ns))
+    photo(known.root / "photos" / "1.jpg", 1)
+    fresh = of_today(known.out, path, here)
+    assert (read_index_mask(fresh.sample("photos/0.jpg").mask) == ids(1, 2)).all()
+
+
 def test_a_run_that_goes_on_keeps_its_masks(known, here):
     """The index lies in the run's folder, and its masks are read while it trains."""
     paletted(ids(2), *COLOURS).save(known.root / "labels" / "0.png")

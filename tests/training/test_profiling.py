@@ -74,20 +74,33 @@ def test_a_run_may_go_on_with_a_profile():
 def test_what_a_step_waits_for_most_bounds_it(monkeypatch, capsys, wait_pct, exchange, kind):
     monkeypatch.setattr(profiling, "communication_share", lambda model: exchange)
     ours = BottleneckMeter("1-supervised", nn.Identity())
-    ours.add(0.9 * profiling.LEAST_S, wait_pct)
+    ours.add(profiling.LEAST_STEPS, 0.9 * profiling.LEAST_S, wait_pct)
     ours.epoch()
     assert capsys.readouterr().err == ""
-    ours.add(0.9 * profiling.LEAST_S, wait_pct)
+    ours.add(1, 0.9 * profiling.LEAST_S, wait_pct)
     ours.epoch()
     said = capsys.readouterr().err
     assert f"1-supervised: bound by {kind}: {wait_pct} % of a step waits for data, {100 * exchange:.0f} %" in said
     assert profiling.ADVICE[kind] in said
-    ours.add(2 * profiling.LEAST_S, wait_pct)
+    ours.add(profiling.LEAST_STEPS, 2 * profiling.LEAST_S, wait_pct)
     ours.epoch()
     assert capsys.readouterr().err == ""  # nothing new
-    ours.add(2 * profiling.LEAST_S, 90)
+    ours.add(profiling.LEAST_STEPS, 2 * profiling.LEAST_S, 90)
     ours.epoch()
     assert ("bound by data: 90 %" in capsys.readouterr().err) == (kind != "data")
+
+
+def test_few_steps_give_no_advice(capsys):
+    """Somebody with five labelled photographs has five steps an epoch, and the first of them is always slow."""
+    ours = Bottleneck("1-supervised", nn.Identity())
+    for _ in range((profiling.LEAST_STEPS - 1) // 5):
+        ours.add(5, 2 * profiling.LEAST_S, 90)
+        ours.epoch()
+    assert capsys.readouterr().err == ""
+    ours.add(5, profiling.LEAST_S, 90)
+    ours.epoch()
+    said = capsys.readouterr().err
+    assert "bound by data: 90 % of a step waits for data; to make it shorter" in said
 
 
 def test_the_exchange_of_gradients_is_what_lies_outside_the_backward_pass(monkeypatch):

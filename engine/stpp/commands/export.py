@@ -55,7 +55,7 @@ def export(args: Sequence[str]) -> None:
         graphs.onnx(ready, unfinished, shapes=DEFAULT_SHAPES, dtype=dtype)
         os.replace(unfinished, options.out)
     except OSError as error:
-        raise UserError(f"--out {options.out}: {error.strerror or error}") from None
+        raise UserError(f"--out {options.out}: {error.strerror or error}; make room, or choose another --out") from None
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink()

@@ -134,7 +134,7 @@ def _write_all(predictor: "ImagePredictor", items: list["Item"], out: Path) -> l
             bad.append(f"{item.file}: {error}")
             continue
         if is_dark(colours_HWC, reading):
-            log.say(f"warning: {item.file}: 16 bits a channel, of which it uses few: to the network it is "
+            log.say(f"warning: {item.file}: {reading.bits} bits a channel, of which it uses few: to the network it is "
                     "nearly black; stretch it to the full range")
         mask_HW = predictor.mask(colours_HWC)
         mask_path, overlay_path = (out / folder / f"{item.key}.png" for folder in ("masks", "overlays"))

@@ -23,7 +23,7 @@ from stpp.images.containers import looks_whole
 from stpp.images.image_file import DECODE_ERRORS, upright_size
 from stpp.images.masks import IGNORE, Stored, count_indices, read_mask, write_index_png
 from stpp.images.pixels import BadImage
-from stpp.images.reading import Reading, look, prove
+from stpp.images.reading import Proof, Reading, look, prove
 
 _CHUNK = 16
 """Images passed to a process at once: enough to make passing them cheap, few enough that no core idles at the end."""
@@ -54,6 +54,8 @@ class Checked:
     """None where there are problems."""
     used_bits: int = 0
     """Bits that the image uses; see `stpp.images.reading.prove`."""
+    like_mask: bool = False
+    """True if the image looks like a mask; see there."""
     orientation: int = 1
     """EXIF orientation of the image file, 1 to 8, whether it is turned by it or not."""
     converted: str | None = None
@@ -117,9 +119,9 @@ def check(task: Task, root: str, out: str, classes: int, exif: bool, mask_map: M
         exif: the EXIF rule, see stpp.images.image_file.
         mask_map: what the numbers or colours of masks mean; None: they are class ids.
     """
-    seen, used, mask, problems = None, 0, None, []
+    seen, proof, digest, mask, problems = None, None, None, None, []
     try:
-        seen, used = _look(os.path.join(root, task.image))
+        seen, proof, digest = _look(os.path.join(root, task.image), task.digest)
     except UserError as error:
         problems.append(_relative(error, root))
     if task.mask is not None:
@@ -145,8 +147,7 @@ def check(task: Task, root: str, out: str, classes: int, exif: bool, mask_map: M
         os.makedirs(os.path.dirname(target), exist_ok=True)
         with files.renamed(target, f"{target}.{os.getpid()}.tmp") as file:
             write_index_png(file, mask.values)
-    digest = _digest(os.path.join(root, task.image)) if task.digest else None
-    picture = Checked(task, reading, used, seen.orientation, digest=digest)
+    picture = Checked(task, reading, proof.used_bits, proof.like_mask, seen.orientation, digest=digest)
     if mask is None:
         return picture
     return replace(picture, converted=converted, class_pixels=counts[:classes].tolist(), ignored=int(counts[IGNORE]),
@@ -171,8 +172,8 @@ def _mask_problems(path: str, stored: Stored, counts: np.ndarray, classes: int) 
     return found
 
 
-def _look(path: str) -> tuple[Reading, int]:
-    """How an image is read, turned upright, and the bits it uses; its data were decoded to the end.
+def _look(path: str, digested: bool) -> tuple[Reading, Proof, str | None]:
+    """How an image is read, turned upright, what its data, decoded to the end, tell besides, and their digest.
 
     Headers alone would pass files that are cut short.
     """
@@ -180,18 +181,14 @@ def _look(path: str) -> tuple[Reading, int]:
         with open(path, "rb") as file:
             data = file.read()
         found = look(data, exif=True)
-        used = prove(data, found)
+        proof = prove(data, found)
     except BadImage as bad:
         raise UserError(f"{path}: cannot be read as an image ({bad}); replace or remove it") from None
     except DECODE_ERRORS as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
         raise UserError(f"{path}: cannot be read as an image ({reason}); replace or remove it") from error
-    return found._replace(plain=found.plain and looks_whole(data)), used
-
-
-def _digest(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.blake2b(file.read(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(data, digest_size=16).hexdigest() if digested else None
+    return found._replace(plain=found.plain and looks_whole(data)), proof, digest
 
 
 def _size_problem(task: Task, reading: Reading, other: Reading, mask_size: tuple[int, int], mask_turn: int,
@@ -208,7 +205,8 @@ def _size_problem(task: Task, reading: Reading, other: Reading, mask_size: tuple
     if (other.width, other.height) == mask_other:
         turn = max(reading.orientation, other.orientation)
         switch = "off (--data.no-exif)" if exif else "on"
-        hint = f"; they match with --data.exif {switch}, as the image's EXIF orientation is {turn}"
+        whose, turn = ("image", turn) if turn != 1 else ("mask", mask_turn)
+        hint = f"; they match with --data.exif {switch}, as the {whose}'s EXIF orientation is {turn}"
     return (
         f"{task.mask}: the mask has {mask_size[0]}x{mask_size[1]} pixels, "
         f"but its image {task.image} has {reading.width}x{reading.height}{hint or '; they must be equal'}"

@@ -4,6 +4,7 @@ YOLO's `data.yaml`.
 Read where the order of the ids is plain; anything else is refused, as a guess would swap classes.
 """
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -15,6 +16,8 @@ JSON = "classes.json"
 TEXTS = ("labelmap.txt", "class_names.txt", "classes.txt", "obj.names")
 YAMLS = ("data.yaml", "dataset.yaml")
 _NUMBERED = re.compile(r"(\d{1,5})\s*[:=,;\t ]\s*(\S.*)")
+_SEPARATOR, _NO_NAME = re.compile(r"[:=,;\t]"), re.compile(r"[{}\[\]<>:=;\t]")
+"""Signs between an id and its name; signs of files that are written for programs."""
 _CVAT = re.compile(r"([^:]+):(?:\d+,\d+,\d+)?:[^:]*:[^:]*")
 _WANTED = "write a list of names in the order of their ids"
 
@@ -50,20 +53,12 @@ def _read(path: Path) -> str:
 
 
 def _json(path: Path) -> list[str]:
-    """A list of names; an object with it under "classes" or "categories", names perhaps in objects with ids;
-    or {id: name}, {name: id}."""
-    try:
-        value = json.loads(_read(path))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{path}: is not JSON ({' '.join(str(error).split())}); expected a list of class names"
-        ) from error
-    if isinstance(value, dict) and isinstance(
-        listed := value.get("classes", value.get("categories")), (list, dict)
-    ):
-        value = listed
+    """A list of names; an object with it under "classes", "categories" or "names", names perhaps in objects
+    with ids; or {id: name}, {name: id}."""
+    value = _parsed(_read(path), path)
+    if isinstance(value, dict):
+        lists = (value[name] for name in ("classes", "categories", "names") if name in value)
+        value = next((listed for listed in lists if isinstance(listed, (list, dict))), value)
     if isinstance(value, dict) and value and all(type(one) is int for one in value.values()):
         return _ordered([(number, name) for name, number in value.items()], path)
     if isinstance(value, dict) and value and all(key.isascii() and key.isdecimal() for key in value):
@@ -71,7 +66,7 @@ def _json(path: Path) -> list[str]:
     if not isinstance(value, list):
         raise UserError(f"{path}: expected a list of class names in the order of their ids")
     if value and all(isinstance(one, dict) for one in value):
-        names = [one.get("name", one.get("title")) for one in value]
+        names = [next((one[key] for key in ("name", "title", "label") if key in one), None) for one in value]
         ids = [one.get("id") for one in value]
         if any(number is not None for number in ids):
             return _ordered(list(zip(ids, names, strict=True)), path)
@@ -79,9 +74,23 @@ def _json(path: Path) -> list[str]:
     return _names(value, path)
 
 
+def _parsed(text: str, path: Path) -> object:
+    """JSON, or what people write for it by hand: single quotes, a comma behind the last name."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        try:
+            return ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            raise UserError(
+                f"{path}: is not JSON ({' '.join(str(error).split())}); write a list of class names in the order of "
+                'their ids: ["background", "leaf"]'
+            ) from error
+
+
 def _text(path: Path) -> list[str]:
-    """One name a line; or `id: name`; or CVAT's `name:r,g,b:parts:actions`. Lines that begin with # say
-    nothing."""
+    """One name a line; or `id: name`, with a header perhaps; or CVAT's `name:r,g,b:parts:actions`. Lines that
+    begin with # say nothing."""
     lines = [line.strip() for line in _read(path).splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]
     cvat = [_CVAT.fullmatch(line) for line in lines]
@@ -90,8 +99,12 @@ def _text(path: Path) -> list[str]:
     numbered = [_NUMBERED.fullmatch(line) for line in lines]
     if lines and all(numbered):
         return _ordered([(int(found[1]), found[2].strip()) for found in numbered], path)
-    if any(numbered) and any(":" in line for line in lines):
+    if len(lines) > 2 and not numbered[0] and all(numbered[1:]) and _SEPARATOR.search(lines[0]):
+        return _ordered([(int(found[1]), found[2].strip()) for found in numbered[1:]], path)
+    if any(found and _SEPARATOR.search(line) for found, line in zip(numbered, lines, strict=True)):
         raise UserError(f"{path}: some lines are `id: name` and others are not; {_WANTED}, one a line")
+    if form := next((line for line in lines if _NO_NAME.search(line)), None):
+        raise UserError(f"{path}: the line {form!r} is no class name; {_WANTED}, one a line")
     if lines[:1] == ["__ignore__"]:  # labelme's list gives it the id -1
         lines = lines[1:]
     return _names(lines, path)
@@ -129,4 +142,4 @@ def _ordered(pairs: list[tuple[object, object]], path: Path) -> list[str]:
 def _names(values: list, path: Path) -> list[str]:
     if not all(isinstance(name, str) and name.strip() for name in values):
         raise UserError(f"{path}: expected a list of class names in the order of their ids")
-    return values
+    return [name.strip() for name in values]

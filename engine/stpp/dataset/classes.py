@@ -30,6 +30,8 @@ _NOT_CLASSES = {
     "dontcare",
 }
 """What pixels that count nowhere are called, in lower case and letters alone."""
+_NOT_CLASS_WORDS = {"ignore", "void", "unlabeled", "unlabelled"}
+"""Words of longer names for these, such as `unlabelled area`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ def class_list(root: str | os.PathLike, layout: str, given: Sequence[str] = ()) 
     """
     folder = Path(root).expanduser()
     if given:
-        found = ClassList(list(given), "--data.classes")
+        found = ClassList([name.strip() for name in given], "--data.classes")
     elif read := class_files.find(folder):
         found = ClassList(*read)
     elif layout in _OF_LAYOUT:
@@ -76,7 +78,10 @@ def class_list(root: str | os.PathLike, layout: str, given: Sequence[str] = ()) 
 def _refuse_ignore(names: list[str], source: str) -> None:
     """A class of this name would be learned, where pixels that count nowhere are meant more often than
     not."""
-    wrong = [i for i, name in enumerate(names) if re.sub(r"[\W_]+", "", name.lower()) in _NOT_CLASSES]
+    words = [re.split(r"[\W_]+", name.lower()) for name in names]
+    wrong = [
+        i for i, parts in enumerate(words) if "".join(parts) in _NOT_CLASSES or _NOT_CLASS_WORDS & set(parts)
+    ]
     if not wrong:
         return
     kept = [i for i in range(len(names)) if i not in wrong]

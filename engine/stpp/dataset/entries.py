@@ -55,7 +55,7 @@ class Index:
     layout: str
     exif: bool
     fingerprint: str
-    """Changes when a file of the data set, or a setting, does."""
+    """Changes when a file of the data set, or a setting, does; empty: files changed, and could not be read."""
     counts: dict[str, int]
     """images, masks, converted."""
     entries: Mapping[str, Entry]
@@ -83,7 +83,7 @@ class Index:
 
     def changed(self, keys: Iterable[str]) -> list[str]:
         """Paths of the images and masks of these keys that are not, or no longer, the files that were looked
-        at."""
+        at; all of an index that is known to be stale."""
         wanted, found = set(keys), []
         for entry in self.entries.values():
             if entry.key in wanted:
@@ -91,7 +91,10 @@ class Index:
                     (entry.image, entry.bytes, entry.mtime_ns),
                     (entry.mask, entry.mask_bytes, entry.mask_mtime_ns),
                 ):
-                    if path is not None and stamp(self.place(entry.image), path)[1:3] != (size, mtime_ns):
+                    if path is None:
+                        continue
+                    now = stamp(self.place(entry.image), path)[1:3]
+                    if not self.fingerprint or now != (size, mtime_ns):
                         found.append(path)
         return found
 

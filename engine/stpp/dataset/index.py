@@ -8,6 +8,7 @@ to the user's data.
 EXIF: one rule for images and masks, see stpp.images.image_file.
 """
 
+import contextlib
 import dataclasses
 import os
 from pathlib import Path
@@ -176,9 +177,19 @@ def renewed(index: Index) -> Index:
     """The index made anew, with what it was prepared with, of the files as they are now.
 
     Raises:
-        UserError: as `prepare`.
+        UserError: as `prepare`. The old index then stays, as one that is stale: once the files are mended, the same
+            command makes it anew.
     """
-    return prepare(index.root, index.out, progress=False, **index.settings)
+    table_file = index.out / "index.parquet"
+    stored, before = table.read_json(index.out), table_file.stat()
+    try:
+        return prepare(index.root, index.out, progress=False, **index.settings)
+    except UserError:
+        after = table_file.stat()
+        if stored and (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns):
+            with contextlib.suppress(OSError):
+                files.write_json(index.out / "index.json", stored | {"fingerprint": ""})
+        raise
 
 
 def _claim(out: Path) -> None:

@@ -178,7 +178,8 @@ def find(
         mask = next(iter(mask_of.values()))
         raise UserError(
             f"{path}: no mask belongs to an image: for example {mask}, while images are named as "
-            f"{found[0].image}"
+            f"{found[0].image}; give both one name, or patterns whose fixed folders and endings are all that "
+            "differs, such as 'photos/**/*.jpg' and 'labels/**/*_mask.png'"
         )
     if masks and not mask_of and not matched:
         raise UserError(f"--data.masks {masks}: no file matches it under {path}")

@@ -3,8 +3,9 @@
 from collections import Counter
 
 from stpp.dataset.check import Checked
-from stpp.dataset.notes import Notes
-from stpp.images.reading import FEW_BITS
+from stpp.dataset.notes import Notes, counted
+from stpp.images.pixels import range_bits
+from stpp.images.reading import FEW_COLOURS, uses_few
 
 
 class Notices:
@@ -13,6 +14,7 @@ class Notices:
     def __init__(self):
         self._kinds: Counter[str] = Counter()
         self._dark: tuple[int, str, int] = (0, "", 0)
+        self._like_masks: tuple[int, str] = (0, "")
         self._by_pil = self._images = 0
 
     def add(self, one: Checked) -> None:
@@ -31,9 +33,13 @@ class Notices:
             self._kinds["CMYK" + inks] += 1
         if reading.alpha:
             self._kinds["partly transparent: alpha is dropped, the colours behind it are seen"] += 1
-        if reading.bits == 16:
-            self._kinds["of 16 bits a channel: the upper 8 are used"] += 1
-            if one.used_bits <= FEW_BITS:
+        if one.like_mask and one.task.mask is None:
+            count, first = self._like_masks
+            self._like_masks = count + 1, first or one.task.image
+        if reading.bits > 8:
+            upper = f"the upper 8 of {range_bits(reading.bits)}" if reading.bits > 16 else "the upper 8"
+            self._kinds[f"of {reading.bits} bits a channel: {upper} are used"] += 1
+            if uses_few(one.used_bits, reading):
                 count, first, bits = self._dark
                 self._dark = count + 1, first or one.task.image, max(bits, one.used_bits)
 
@@ -44,8 +50,16 @@ class Notices:
         count, first, bits = self._dark
         if count:
             notes.warn(
-                f"{count} of the 16-bit images use at most {bits} bits (the first: {first}): to the network "
+                f"{count} of the images of more than 8 bits use at most {bits} bits (the first: {first}): to the network "
                 "they are nearly black; stretch them to the full range, all by the same factor"
+            )
+        count, first = self._like_masks
+        if count:
+            # Where all are so, as scanned pages, it is the data set's kind.
+            (notes.warn if count < self._images else notes.line)(
+                f"{counted(count, 'image')} without a mask {'holds' if count == 1 else 'hold'} at most {FEW_COLOURS} "
+                f"flat colours, as masks do (the first: {first}): if they are masks, keep them out of the pattern of "
+                "--data.images, and name them with --data.masks"
             )
         if self._by_pil:
             notes.line(

@@ -12,7 +12,7 @@ from pathlib import Path
 from stpp import files
 from stpp.dataset.entries import Index
 from stpp.dataset.notes import Notes, counted
-from stpp.dataset.split_folders import FOLDERS, kinds
+from stpp.dataset.split_folders import is_nearly_official, kind, kinds
 from stpp.errors import UserError
 
 
@@ -63,7 +63,26 @@ def say(index: Index, notes: Notes) -> dict[str, int]:
             f"folder is called train "
             "or training, so they are drawn from like the others"
         )
+    _say_nearly_official(index, notes)
     return {"validation": len(held), "test": len(apart), "others": len(index.entries) - len(held | apart)}
+
+
+def _say_nearly_official(index: Index, notes: Notes) -> None:
+    """Names folders that may be official splits to their owner, and are none by the table."""
+    images = [
+        image
+        for image in index.entries
+        if image.partition("/")[0] not in index.unlabelled
+        and not kinds(image)
+        and any(is_nearly_official(part) for part in image.split("/")[:-1])
+    ]
+    if images:
+        folders = sorted({part for image in images for part in image.split("/")[:-1] if is_nearly_official(part)})
+        notes.warn(
+            f"folders called {', '.join(folders[:4])}{', ...' * (len(folders) > 4)} are no official splits, and their "
+            f"{counted(len(images), 'image')} are taken like any other; for splits call them train, val or test; "
+            "if they are none, give them other names"
+        )
 
 
 def in_folders(index: Index, kind: str) -> set[str]:
@@ -84,7 +103,7 @@ def _folders(index: Index, images: set[str]) -> str:
             for image in images
             for parts in [image.split("/")]
             for i, part in enumerate(parts[:-1])
-            if part.lower() in FOLDERS
+            if kind(part)
         }
     )
     return f" in {', '.join(names[:3])}{', ...' * (len(names) > 3)}" if names else ""

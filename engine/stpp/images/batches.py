@@ -163,7 +163,7 @@ def _warn_of_dark(planned: list[Planned], images: list, warned: threading.Event)
     for one, image in zip(planned, images, strict=True):
         if not warned.is_set() and isinstance(image, np.ndarray) and is_dark(image, one.reading):
             warned.set()
-            log.say(f"warning: {one.item.source}: 16 bits a channel, of which it uses few: to the network it "
+            log.say(f"warning: {one.item.source}: {one.reading.bits} bits a channel, of which it uses few: to the network it "
                     "is nearly black, as others like it may be; stretch such images to the full range, all "
                     "by the same factor")
 

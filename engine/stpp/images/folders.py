@@ -60,6 +60,15 @@ MASK_FOLDERS = frozenset(
 _BESIDE = re.compile(
     rf"(.+)[_.\- ](?:{'|'.join(MASK_ENDINGS)})(?:[_.\- ]?\(?\d+\)?)?", re.IGNORECASE | re.DOTALL
 )
+_BEFORE = re.compile(
+    rf"((?:.*/)?)(?:{'|'.join(MASK_ENDINGS)})([_.\- ]?)([^/]+)", re.IGNORECASE | re.DOTALL
+)
+_IMAGE_WORDS = tuple(
+    form
+    for word in ("img", "image", "images", "photo", "pic", "frame", "rgb")
+    for form in (word, word.title(), word.upper())
+)
+"""First words of names that images have where their masks begin with `mask`: `img_7.jpg` and `mask_7.png`."""
 
 
 def is_leftover(name: str, *, is_folder: bool) -> bool:
@@ -73,8 +82,8 @@ def is_passed_over(name: str, *, is_folder: bool) -> bool:
 
 
 def image_of_mask(key: str, keys: Collection[str]) -> str | None:
-    """The image that a file beside it is a mask of, by its name: "a/7" for "a/7_mask", "a/7-label_2" and
-    "a/7_seg (1)".
+    """The image that a file beside it is a mask of, by its name: "a/7" for "a/7_mask", "a/7-label_2",
+    "a/7_seg (1)" and "a/mask_7"; "a/img7" for "a/mask7".
 
     Args:
         key: the file's path without its extension.
@@ -84,7 +93,13 @@ def image_of_mask(key: str, keys: Collection[str]) -> str | None:
         the image's key, if there is such an image; else None.
     """
     found = _BESIDE.fullmatch(key)
-    return found[1] if found and found[1] in keys else None
+    if found and found[1] in keys:
+        return found[1]
+    if not (found := _BEFORE.fullmatch(key)):
+        return None
+    folder, mark, rest = found.groups()
+    forms = [f"{folder}{rest}"] * bool(mark) + [f"{folder}{word}{mark}{rest}" for word in _IMAGE_WORDS]
+    return next((form for form in forms if form in keys), None)
 
 
 def images_of_mask_folders(keys: Collection[str]) -> dict[str, str]:

@@ -9,11 +9,15 @@ from collections.abc import Iterator
 from typing import IO
 
 from stpp.errors import UserError
-from stpp.images import storage
+from stpp.images import storage, tars
 from stpp.images.image_file import IMAGE_EXTENSIONS
 from stpp.images.items import Item, Passed, named, unnamed
 
 _IMAGE_END = rf"({'|'.join(map(re.escape, IMAGE_EXTENSIONS))})\s+(?=\S)"
+
+
+_LOOKED_AT = 1 << 12
+"""Bytes at the beginning of a list that tell text from other files."""
 
 
 class ListSource:
@@ -27,8 +31,8 @@ class ListSource:
         self.passed = Passed()
         with storage.opened(self._path) as file:
             for text in _lines(file, self._path):
-                if text.strip():
-                    yield self._item(text.strip())
+                if text := _plain(text.strip()):
+                    yield self._item(text)
 
     def _item(self, text: str) -> Item:
         if storage.is_url(text):
@@ -41,7 +45,9 @@ class ListSource:
             mark = self._mark(text)
         name = text.lstrip("/") if os.path.isabs(text) else text
         found = named(name, text, self._file(text), mark=mark)
-        if mark == storage.ABSENT and found.error is None and (form := _other_form(text)):
+        if found.error is not None:
+            return unnamed(text, self._file(text), found.error + _remedy(text), mark)
+        if mark == storage.ABSENT and (form := _other_form(text)):
             return unnamed(text, self._file(text), form, mark)
         return found
 
@@ -71,6 +77,13 @@ class ListSource:
                 "images": images.hexdigest()}
 
 
+def _plain(text: str) -> str:
+    """A line without `./`, which names the same file."""
+    while text.startswith("./"):
+        text = text[2:].lstrip("/")
+    return text
+
+
 def _lines(file: IO[bytes], path: str) -> Iterator[str]:
     """Lines of a text file: UTF-8, or what its byte order mark says; surrogates for bytes that are neither.
 
@@ -88,11 +101,29 @@ def _lines(file: IO[bytes], path: str) -> Iterator[str]:
             raise UserError(f"--source {path}: begins as UTF-{32 if wide else 16}, but cannot be read as "
                             f"that ({error}); save it as UTF-8") from None
         return
-    if b"\0" in head:
+    start = head + file.read(_LOOKED_AT)
+    file.seek(0)
+    if path.lower().endswith(IMAGE_EXTENSIONS) and (b"\0" in start or not head.isascii()):
+        raise UserError(f"--source {path}: is an image; give its folder, or a list of images")
+    if form := tars.compression(start):
+        raise UserError(f"--source {path}: is no list of images but a {form} archive; unpack it, and give the folder")
+    if start[:1] == b"\0" or start[1:2] == b"\0":
         raise UserError(f"--source {path}: no text in UTF-8: it begins with zero bytes, as UTF-16 without a "
                         "mark does; save it as UTF-8")
+    if b"\0" in start:
+        raise UserError(f"--source {path}: is no text, and so no list of images; give a folder, a text file with an "
+                        "image a line, or .tar archives")
     for number, raw in enumerate(file):
         yield raw.decode("utf-8-sig" if number == 0 else "utf-8", "surrogateescape").strip("\r\n")
+
+
+def _remedy(text: str) -> str:
+    """What to do with a line that can name no mask; empty where the reason says it."""
+    if "\\" in text:
+        return "; write paths with forward slashes, below one folder, which --root names"
+    if ".." in text.split("/"):
+        return "; write paths below one folder, which --root names"
+    return ""
 
 
 def _other_form(text: str) -> str | None:

@@ -5,7 +5,7 @@ every mask passes through here once, and what is not plain is written anew.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, NamedTuple, Protocol
 
 import numpy as np
@@ -66,7 +66,8 @@ class Stored:
     numbers: tuple[int, ...] = ()
     """Of grays with fewer than 8 bits: the numbers that pixels hold."""
     transparent: int = 0
-    """Of an alpha channel that is not the same everywhere: pixels that are not fully opaque."""
+    """Of an alpha channel that is not the same everywhere: pixels that are not fully opaque. Of a palette that is
+    read by its colours: those that share a colour with a less transparent entry."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,6 +125,8 @@ def read_mask(path: str | os.PathLike, *, exif: bool = True, mask_map: Meaning |
         turn = orientation(image)
         image.load()
         stored = _stored(image, bits, kind)
+        if in_colour and kind == PALETTE:
+            stored = replace(stored, transparent=_hidden(image, stored))
         values = np.asarray(image.convert("RGBA"))[..., :3] if in_colour else np.asarray(image)
         # Only read after the pixels: eXIf may follow them.
         turn = orientation(image) if turn == 1 else turn
@@ -201,6 +204,19 @@ def _stored(image: Image.Image, bits: int, kind: int) -> Stored:
         alpha = np.asarray(image.getchannel("A").histogram())
         transparent = int(alpha[:255].sum()) if np.count_nonzero(alpha) > 1 else 0
     return Stored(kind="colour", bits=bits, transparent=transparent)
+
+
+def _hidden(image: Image.Image, stored: Stored) -> int:
+    """Pixels of a palette image that its colours do not tell from more opaque ones."""
+    clear = image.info.get("transparency", b"")
+    alpha = dict(enumerate(clear)) if isinstance(clear, bytes) else {clear: 0}
+    most: dict[int, int] = {}
+    for entry in stored.palette:
+        most[entry.colour] = max(most.get(entry.colour, 0), alpha.get(entry.index, 255))
+    counts = image.histogram()
+    return sum(
+        counts[entry.index] for entry in stored.palette if alpha.get(entry.index, 255) < most[entry.colour]
+    )
 
 
 def _indices(values: np.ndarray, bits: int, kind: int, path: str | os.PathLike) -> np.ndarray:

@@ -32,8 +32,11 @@ class BadImage(Exception):
     """An image that cannot be labelled; the message is the reason, in a few words without the name."""
 
 
-def require_decodable(data: bytes) -> None:
+def require_decodable(data: bytes, few: int) -> int | None:
     """Decodes a whole file; a JPEG at an eighth of its size, which reads all data but saves most arithmetic.
+
+    Returns:
+        how many colours it has, if no more than `few`.
 
     Raises:
         BadImage: no image, damaged, cut short, or too large.
@@ -42,6 +45,7 @@ def require_decodable(data: bytes) -> None:
         with opened_bytes(data) as image:
             image.draft(None, (1, 1))
             image.load()
+            return len(image.getcolors(few) or ()) or None
     except DECODE_ERRORS as error:
         raise BadImage(why(error, data)) from None
 
@@ -81,7 +85,7 @@ def colours(image: Image.Image) -> np.ndarray:
 def _rgb(image: Image.Image) -> np.ndarray:
     """uint8 [H, W, 3] of a loaded image."""
     if image.mode in _DEEP:
-        return _from_deep(np.asarray(image))
+        return _from_deep(np.asarray(image), range_bits(stored_bits(image)))
     if image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
         # Pillow takes the inks of every JPEG for inverted; without Adobe's marker they are not.
         image = ImageChops.invert(image)
@@ -105,13 +109,29 @@ def opened_bytes(data: bytes) -> Image.Image:
     return image
 
 
-def _from_deep(values_HW: np.ndarray) -> np.ndarray:
-    """Gray of up to 16 bits to uint8 [H, W, 3]: the upper 8 of 16 bits."""
+def stored_bits(image: Image.Image) -> int:
+    """Bits a channel of an opened image, as far as Pillow tells: a PNG's stand in its header alone."""
+    if image.format == "TIFF":
+        bits = image.tag_v2.get(258, 1)
+        bits = bits[0] if isinstance(bits, tuple) and bits else bits
+        return bits if isinstance(bits, int) and 1 <= bits <= 64 else 8
+    if image.mode == "1":
+        return 1
+    return 16 if image.mode in _DEEP else 8
+
+
+def range_bits(bits: int) -> int:
+    """Bits that white has in an image of so many bits a channel: 12 in one of 12, 16 in any of more."""
+    return min(bits, 16) if bits > 8 else 16
+
+
+def _from_deep(values_HW: np.ndarray, bits: int) -> np.ndarray:
+    """Gray of up to 16 bits to uint8 [H, W, 3]: the upper 8 of its bits."""
     if values_HW.size and values_HW.min() < 0:
         raise BadImage("its pixels are negative numbers; convert it to 8 or 16 bits without a sign")
-    if values_HW.size and values_HW.max() > 65535:
+    if values_HW.size and values_HW.max() >> bits:
         raise BadImage("its pixels have more than 16 bits; convert it to 8 or 16 bits")
-    return np.repeat((values_HW >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    return np.repeat((values_HW >> bits - 8).astype(np.uint8)[..., None], 3, axis=2)
 
 
 def why(error: Exception, data: bytes) -> str:

@@ -7,11 +7,11 @@ The rules:
   WebP, the first directory of a TIFF. It counts if it is a number from 1 to 8, of whatever numeric type, the
   first where there are several; text, bytes and damaged blocks do not. XMP and text chunks are not looked at.
   Only the first picture of a file is.
-- **Colours** become 8-bit RGB: of 16 bits the upper 8; gray three times; palettes by their table; alpha is
-  dropped. A CMYK JPEG with Adobe's marker holds inverted inks, one without holds inks as they are (as
-  libjpeg's manual, libvips, img2pdf and DALI have it; Pillow and browsers take both for inverted); in a TIFF
-  inks are never inverted. Floating-point numbers, negative numbers and numbers of more than 16 bits are
-  refused.
+- **Colours** become 8-bit RGB: of 12 and 16 bits the upper 8, of 32 the upper 8 of 16; gray three times;
+  palettes by their table; alpha is dropped. A CMYK JPEG with Adobe's marker holds inverted inks, one without
+  holds inks as they are (as libjpeg's manual, libvips, img2pdf and DALI have it; Pillow and browsers take
+  both for inverted); in a TIFF inks are never inverted. Floating-point numbers, negative numbers and numbers
+  of more than 16 bits are refused.
 - **Plain** is what DALI and PIL decode to the same pixels: 8-bit JPEG, baseline or progressive,
   Huffman-coded, gray or YCbCr in 4:4:4, 4:2:2 or 4:2:0, of one picture; 8-bit PNG, gray or RGB, not
   interlaced, without transparency or animation; whole, with nothing behind their end. Everything else is
@@ -27,13 +27,22 @@ from PIL import Image
 
 from stpp.images import containers
 from stpp.images.image_file import DECODE_ERRORS, exif_orientation, orientation, upright, upright_size
-from stpp.images.pixels import BadImage, decode, opened_bytes, require_decodable, why
+from stpp.images.pixels import (
+    BadImage,
+    decode,
+    opened_bytes,
+    range_bits,
+    require_decodable,
+    stored_bits,
+    why,
+)
 
-FEW_BITS = 14
-"""A 16-bit image whose largest number has no more bits uses at most a quarter of its range: a network sees it
-dark."""
+SPARE_BITS = 2
+"""An image of more than 8 bits whose largest number leaves as many unused has at most a quarter of its range:
+a network sees it dark."""
+FEW_COLOURS, LEAST_PIXELS = 16, 1024
+"""A picture of so many pixels with no more colours, and with two at least, looks like a mask."""
 _GRAY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N")
-_DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 _ALPHA_MODES = ("LA", "PA", "RGBA", "RGBa", "La")
 _SAMPLINGS = (((1, 1),), ((1, 1),) * 3, ((2, 1), (1, 1), (1, 1)), ((2, 2), (1, 1), (1, 1)))
 _IDENTIFIERS = ((1,), (0,), (1, 2, 3), (0, 1, 2))
@@ -128,28 +137,48 @@ def require_size(size: tuple[int, int], reading: Reading) -> None:
         )
 
 
-def prove(data: bytes, reading: Reading) -> int:
-    """Decodes a whole file to see that it can be; returns the bits that it uses: its form's, if 8 at most.
+class Proof(NamedTuple):
+    """Findings about a file that was decoded to its end."""
+
+    used_bits: int
+    """Bits that it uses: its form's, if 8 at most."""
+    like_mask: bool = False
+    """True for a few flat colours, see `FEW_COLOURS`; a JPEG never has so few."""
+
+
+def prove(data: bytes, reading: Reading) -> Proof:
+    """Decodes a whole file to see that it can be.
 
     Raises:
         BadImage: see `decode`.
     """
     if reading.bits <= 8 and reading.colours in ("RGB", "gray"):
-        require_decodable(data)
-        return reading.bits
-    return used_bits(decode(data), reading)
+        used, shades = reading.bits, require_decodable(data, FEW_COLOURS)
+    else:
+        pixels_HWC = decode(data)
+        used = used_bits(pixels_HWC, reading)
+        shades = len(Image.fromarray(pixels_HWC).getcolors(FEW_COLOURS) or ())
+    like_mask = (shades or 0) > 1 and reading.width * reading.height >= LEAST_PIXELS
+    return Proof(used, like_mask and reading.format not in ("JPEG", "MPO"))
 
 
 def used_bits(pixels_HWC: np.ndarray, reading: Reading) -> int:
-    """Bits that the largest number of an image needs; of 16 bits at least 8, because the lower ones are not
-    looked at."""
+    """Bits that the largest number of an image needs; of more than 8 bits at least those below the upper 8,
+    which are not looked at."""
     largest = int(pixels_HWC.max())
-    return 8 + largest.bit_length() if reading.bits == 16 else largest.bit_length()
+    unseen = range_bits(reading.bits) - 8 if reading.bits > 8 else 0
+    return unseen + largest.bit_length()
+
+
+def uses_few(used: int, reading: Reading) -> bool:
+    """True if an image of more than 8 bits uses so few of them that it looks nearly black, as 12 bits in 16
+    do."""
+    return reading.bits > 8 and used <= range_bits(reading.bits) - SPARE_BITS
 
 
 def is_dark(pixels_HWC: np.ndarray, reading: Reading) -> bool:
-    """Whether a 16-bit image uses so little of its range that it looks nearly black, as 12 bits in 16 do."""
-    return reading.bits == 16 and used_bits(pixels_HWC, reading) <= FEW_BITS
+    """See `uses_few`; of the decoded pixels."""
+    return uses_few(used_bits(pixels_HWC, reading), reading)
 
 
 def _turn(image: Image.Image, data: bytes, tail: bytes) -> int:
@@ -170,15 +199,7 @@ def _colours(image: Image.Image) -> str:
 
 
 def _bits(image: Image.Image, data: bytes) -> int:
-    if image.format == "PNG":
-        return containers.png_header(data).bits
-    if image.format == "TIFF":
-        bits = image.tag_v2.get(258, 1)
-        bits = bits[0] if isinstance(bits, tuple) and bits else bits
-        return bits if isinstance(bits, int) and 1 <= bits <= 64 else 8
-    if image.mode == "1":
-        return 1
-    return 16 if image.mode in _DEEP_MODES else 8
+    return containers.png_header(data).bits if image.format == "PNG" else stored_bits(image)
 
 
 def _is_plain(data: bytes) -> bool:

@@ -117,10 +117,29 @@ class FolderSource:
         for child in storage.children(folder):
             if self.passed.add(child.name, is_folder=child.is_folder):
                 continue
-            if child.is_folder or _is_image(child.name):
+            if not child.is_folder and _is_mask_beside(folder, child.name):
+                self.passed.masks += 1
+            elif child.is_folder or _is_image(child.name):
                 yield tuple(child)
             else:
                 self.passed.unread(child.name)
+
+
+class _BesideIn:
+    """The names of a local folder's images without extension, each looked for when it is asked for."""
+
+    def __init__(self, folder: str):
+        self._folder = folder
+
+    def __contains__(self, name: str) -> bool:
+        return any(os.path.exists(f"{self._folder}/{name}{form}")
+                   for extension in IMAGE_EXTENSIONS for form in (extension, extension.upper()))
+
+
+def _is_mask_beside(folder: str, name: str) -> bool:
+    """True for a PNG that is by its name the mask of an image in the same local folder."""
+    return (name.lower().endswith(".png") and not storage.is_url(folder)
+            and image_of_mask(_stem(name), _BesideIn(folder)) is not None)
 
 
 class TarSource:

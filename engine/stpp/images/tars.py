@@ -60,8 +60,7 @@ def _entries(path: str) -> Iterator[tarfile.TarInfo]:
             size = file.seek(0, io.SEEK_END)
             file.seek(0)
             head = file.read(8)
-            kind = next((kind for magic, kind in _COMPRESSED.items() if head.startswith(magic)), None)
-            if kind:
+            if kind := compression(head):
                 raise UserError(f"{path}: compressed with {kind}, though its name ends in .tar; unpack it into "
                                 "a plain .tar (images are compressed already)")
             start: int | None = 0
@@ -72,6 +71,11 @@ def _entries(path: str) -> Iterator[tarfile.TarInfo]:
         raise UserError(f"{path}: not a whole tar archive ({error}); fetch or write it again") from None
     except OSError as error:
         raise UserError(f"{path}: {storage.why(error)}") from None
+
+
+def compression(head: bytes) -> str | None:
+    """What a file that begins so is compressed with; None: nothing that is known."""
+    return next((kind for magic, kind in _COMPRESSED.items() if head.startswith(magic)), None)
 
 
 def _archive(file: IO[bytes], start: int, size: int) -> Iterator[tarfile.TarInfo]:

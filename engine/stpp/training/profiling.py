@@ -12,8 +12,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from stpp import files, log
 from stpp.distributed import World
 
-LEAST_S = 5.0
-"""Epochs shorter than this are judged together."""
+LEAST_S, LEAST_STEPS = 5.0, 50
+"""Epochs of less time or fewer steps are judged together: the first steps of a stage are no measure of the others."""
 DATA_SHARE, COMMUNICATION_SHARE = 0.05, 0.1
 """Waiting that takes less of a step than this does not bound it."""
 ADVICE = {
@@ -38,24 +38,27 @@ class BottleneckMeter:
     def __init__(self, title: str, model: nn.Module):
         self._title, self._model = title, model
         self._waited_s = self._spent_s = 0.0
+        self._steps = 0
         self._said = ""
 
-    def add(self, spent_s: float, data_wait_pct: float) -> None:
+    def add(self, steps: int, spent_s: float, data_wait_pct: float) -> None:
         """Counts steps that took so long, and the share of it spent waiting for data."""
+        self._steps += steps
         self._spent_s += spent_s
         self._waited_s += spent_s * data_wait_pct / 100
 
     def epoch(self) -> None:
         """An epoch ends here."""
-        if self._spent_s < LEAST_S:
+        if self._spent_s < LEAST_S or self._steps < LEAST_STEPS:
             return
         data, communication = self._waited_s / self._spent_s, communication_share(self._model)
         kind = ("data" if data >= max(DATA_SHARE, communication) else
                 "communication" if communication >= COMMUNICATION_SHARE else "compute")
         if kind != self._said:
-            log.say(f"  {self._title}: bound by {kind}: {100 * data:.0f} % of a step waits for data, {100 * communication:.0f} % "
-                    f"for gradients of other ranks; to make it shorter: {ADVICE[kind]}")
-        self._said, self._waited_s, self._spent_s = kind, 0.0, 0.0
+            exchange = f", {100 * communication:.0f} % for gradients of other ranks" if communication else ""
+            log.say(f"  {self._title}: bound by {kind}: {100 * data:.0f} % of a step waits for data{exchange}; "
+                    f"to make it shorter: {ADVICE[kind]}")
+        self._said, self._steps, self._waited_s, self._spent_s = kind, 0, 0.0, 0.0
 
 
 def communication_share(model: nn.Module) -> float:

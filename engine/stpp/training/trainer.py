@@ -245,7 +245,7 @@ class Trainer:
             UserError: one was not finite, and `--train.on-nonfinite` is stop.
         """
         interval = window.close(self.steps_done, self.step.weights)
-        self.bottleneck.add(interval.step_s * window.steps, interval.data_wait_pct)
+        self.bottleneck.add(window.steps, interval.step_s * window.steps, interval.data_wait_pct)
         images = sum(sampler.batch_global for sampler in self.samplers)
         self.metrics.write(self.steps_done, **{"loss": interval.loss} | interval.terms, lr=self.optimizer.param_groups[0]["lr"],
                            images_per_s=images / interval.step_s, data_wait_pct=interval.data_wait_pct)
