@@ -92,7 +92,7 @@ def test_what_a_step_waits_for_most_bounds_it(monkeypatch, capsys, wait_pct, exc
 
 def test_few_steps_give_no_advice(capsys):
     """Somebody with five labelled photographs has five steps an epoch, and the first of them is always slow."""
-    ours = Bottleneck("1-supervised", nn.Identity())
+    ours = BottleneckMeter("1-supervised", nn.Identity())
     for _ in range((profiling.LEAST_STEPS - 1) // 5):
         ours.add(5, 2 * profiling.LEAST_S, 90)
         ours.epoch()
