@@ -128,6 +128,7 @@ def test_any_arguments_are_flags_or_one_line(args):
     (["--out"], "--out needs a value"),
     ([], "--out and --checkpoints are missing"),
     (["photo.png", "--out", "x"], "--checkpoints is missing"),
+    (["x", "--checkpoints", "--out=x", "--switch=y"], "--switch takes no value such as y: it is on; --no-switch is off"),
     (["--outt", "x"], "there is no setting --outt; perhaps you meant --out"),
     (["--checkpoints", "a", "b", "--out", "x", "--zebra"], "there is no setting --zebra"),
 ])

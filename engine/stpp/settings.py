@@ -198,7 +198,7 @@ def mistake(cls: type, args: Sequence[str]) -> str:
     hints = get_type_hints(cls, include_extras=True)
     positional = next((flag(key) for key in hints if _is_marked(hints[key], tyro.conf.Positional)), None)
     named, loose = set(), []
-    for name, values in _grouped(args):
+    for name, values, is_joined in _grouped(args):
         name = switches.get(name, name)
         if name and name not in types:
             return unknown(name, known(cls))
@@ -207,7 +207,7 @@ def mistake(cls: type, args: Sequence[str]) -> str:
             if not taken:
                 return f"{name} needs a value"
             return f"{name} is {shown(' '.join(values[:taken]))}: it must be {allowed(types[name])}"
-        if name and types[name] is bool and values and not positional:
+        if name and types[name] is bool and values and (is_joined or not positional):
             return f"{name} takes no value such as {shown(values[0])}: it is on; {_opposite(name)} is off"
         named.add(name)
         loose += values[taken:]
@@ -224,17 +224,19 @@ def mistake(cls: type, args: Sequence[str]) -> str:
     return "these arguments are not understood: --help lists the flags"
 
 
-def _grouped(args: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """The arguments before the first flag, under "", and then each flag with those behind it."""
-    name, values = "", []
+def _grouped(args: Sequence[str]) -> Iterator[tuple[str, list[str], bool]]:
+    """The arguments before the first flag, under "", and then each flag with those behind it; whether the
+    first of them is joined to it, as in `--flag=VALUE`."""
+    name, values, is_joined = "", [], False
     for arg in args:
         if arg.startswith("--"):
-            yield name, values
-            name, is_joined, value = arg.partition("=")
-            name, values = name.replace("_", "-"), [value] if is_joined else []
+            yield name, values, is_joined
+            name, joint, value = arg.partition("=")
+            name, is_joined = name.replace("_", "-"), bool(joint)
+            values = [value] if is_joined else []
         else:
             values.append(arg)
-    yield name, values
+    yield name, values, is_joined
 
 
 def _taken(annotation: Any, values: Sequence[str]) -> int:
