@@ -26,13 +26,17 @@ def cpp_operators() -> dict:
         def run(self):
             try:
                 super().run()
-            except Exception as error:  # a compiler fails in many ways; each leaves the plain operators in use
-                print(f"stpp: C++ operators not built ({error}); the plain PyTorch forms will be used", file=sys.stderr)
+            # a compiler fails in many ways; each leaves the plain operators in use
+            except Exception as error:
+                print(f"stpp: C++ operators not built ({error}); the plain PyTorch forms will be "
+                      "used", file=sys.stderr)
 
     sources = sorted(str(path) for path in CSRC.glob("*.cpp"))
     # STPP_MARCH names an older processor where one build serves several machines, for example x86-64-v3.
-    flags = ["-O3", "-fopenmp", f"-march={os.environ.get('STPP_MARCH', 'native')}", "-ffp-contract=fast", "-fno-math-errno"]
-    extension = CppExtension("stpp_kernels._C", sources, extra_compile_args=flags, extra_link_args=["-fopenmp"])
+    flags = ["-O3", "-fopenmp",
+             f"-march={os.environ.get('STPP_MARCH', 'native')}", "-ffp-contract=fast", "-fno-math-errno"]
+    extension = CppExtension("stpp_kernels._C", sources, extra_compile_args=flags,
+                             extra_link_args=["-fopenmp"])
     return {"ext_modules": [extension] if sources else [], "cmdclass": {"build_ext": OptionalBuild}}
 
 

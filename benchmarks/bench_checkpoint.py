@@ -2,7 +2,8 @@
 
     python benchmarks/bench_checkpoint.py --out benchmarks/results/checkpoint-cpu.jsonl
 
-Rows: milliseconds of 20 steps of the CamVid recipe on a batch in memory, without and with one checkpoint among them. Summary:
+Rows: milliseconds of 20 steps of the CamVid recipe on a batch in memory, without and with one checkpoint
+among them. Summary:
 `checkpoint.overhead_pct`, the share of time that a checkpoint every 200 steps takes.
 """
 
@@ -24,7 +25,8 @@ CLASSES, STEPS, PERIOD = 11, 20, 200
 def main() -> None:
     recipe = load_recipe(Config, RECIPE)
     parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--crop", type=int, default=recipe.augment.crop_px, help="pixels; the recipe's unless told")
+    parser.add_argument("--crop", type=int, default=recipe.augment.crop_px,
+                        help="pixels; the recipe's unless told")
     options = parser.parse_args()
     report, crop, count = Report(options), options.crop, recipe.train.batch_global
     config = dataclasses.replace(recipe, augment=dataclasses.replace(recipe.augment, crop_px=crop))

@@ -1,13 +1,16 @@
-"""Labelling of corpora of 1,000, 10,000 and 100,000 tiny images: memory and rate must not depend on their number.
+"""Labelling of corpora of 1,000, 10,000 and 100,000 tiny images: memory and rate must not depend on their
+number.
 
-Every corpus is labelled by a process of its own, whose highest memory is what the kernel counted. The network is one small
-convolution, so that the rate is that of listing, planning, decoding, encoding and writing.
+Every corpus is labelled by a process of its own, whose highest memory is what the kernel counted. The network
+is one small convolution, so that the rate is that of listing, planning, decoding, encoding and writing.
 
-Rows, for each number of images: `corpus.rate.<n>` (images a second, planning included), `corpus.peak_mib.<n>`,
+Rows, for each number of images: `corpus.rate.<n>` (images a second, planning included),
+`corpus.peak_mib.<n>`,
 `corpus.list_s.<n>` (listing, names checked), `corpus.restart_s.<n>` (the same command again, all done),
-`corpus.bytes.<folder>.<n>` (of a folder of the output, bytes an image), and `corpus.time.<n>.<part>`. Of torchrun's store,
-which hands out the shards, over the loopback: `store.add_us` (one client) and `store.adds_per_s` (several at once). The summary
-row `corpus.memory_growth_mib` is the highest memory of the largest corpus less that of the smallest.
+`corpus.bytes.<folder>.<n>` (of a folder of the output, bytes an image), and `corpus.time.<n>.<part>`. Of
+torchrun's store, which hands out the shards, over the loopback: `store.add_us` (one client) and
+`store.adds_per_s` (several at once). The summary row `corpus.memory_growth_mib` is the highest memory of the
+largest corpus less that of the smallest.
 """
 
 import io
@@ -56,7 +59,8 @@ def pictures() -> list[bytes]:
     rng, found = np.random.default_rng(0), []
     for _ in range(16):
         file = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((SIDE, SIDE)).save(file, "JPEG")
+        Image.fromarray(rng.integers(0, 256, (4, 4, 3),
+                                     dtype=np.uint8)).resize((SIDE, SIDE)).save(file, "JPEG")
         found.append(file.getvalue())
     return found
 
@@ -102,15 +106,16 @@ def child(source: str, out: str, output: str, shard_size: str) -> None:
     config = LabelConfig(tta="none", batch_per_rank=64, shard_size=int(shard_size))
     task = Assignment(source=open_source(source), out=Path(out), output=output, config=config)
     summary = label_corpus(ready(Small(), identity="small"), task, here)
-    print(json.dumps({"wall_s": time.perf_counter() - start, "list_s": listing.get("s"), "images": summary.images,
+    print(json.dumps({"wall_s": time.perf_counter() - start, "list_s": listing.get("s"),
+                      "images": summary.images,
                       "bad": summary.bad, "labelled": summary.labelled, "seconds": summary.seconds,
                       "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
 
 
 def measured(source: str, out: Path, output: str, shard_size: int) -> dict:
     """What a child measured."""
-    done = subprocess.run([sys.executable, __file__, "--child", source, str(out), output, str(shard_size)], capture_output=True,
-                          text=True, check=True)
+    done = subprocess.run([sys.executable, __file__, "--child", source, str(out), output, str(shard_size)],
+                          capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -153,13 +158,15 @@ def main() -> None:
             source = make_corpus(folder / "in", count, options.kind)
             first = measured(source, folder / "out", options.output, options.shard_size)
             again = measured(source, folder / "out", options.output, options.shard_size)
-            assert (first["images"], first["bad"], first["labelled"], again["labelled"]) == (count, 0, count, 0)
+            assert (first["images"], first["bad"], first["labelled"],
+                    again["labelled"]) == (count, 0, count, 0)
             peaks.append(first["peak_mib"])
-            for key, value in (("rate", count / first["wall_s"]), ("peak_mib", first["peak_mib"]), ("list_s", first["list_s"]),
-                               ("restart_s", again["wall_s"])):
+            for key, value in (("rate", count / first["wall_s"]), ("peak_mib", first["peak_mib"]),
+                               ("list_s", first["list_s"]), ("restart_s", again["wall_s"])):
                 report.summary(f"corpus.{key}.{count}", value)
             for part in ("plan", "labels", "shards", "masks"):
-                size = sum(path.stat().st_size for path in (folder / "out" / part).rglob("*") if path.is_file())
+                size = sum(path.stat().st_size for path in (folder / "out" / part).rglob("*")
+                           if path.is_file())
                 report.summary(f"corpus.bytes.{part}.{count}", size / count)
             for part, value in first["seconds"].items():
                 report.summary(f"corpus.time.{count}.{part}", value)
@@ -168,4 +175,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    {"--child": child, "--client": client}[sys.argv[1]](*sys.argv[2:]) if sys.argv[1:2] in (["--child"], ["--client"]) else main()
+    {"--child": child, "--client": client}[sys.argv[1]](*sys.argv[2:]) if sys.argv[1:2] in (
+        ["--child"],
+        ["--client"],
+    ) else main()

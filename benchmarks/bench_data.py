@@ -1,15 +1,18 @@
-"""Loading and augmenting: DALI, the reference loader, and a DataLoader of worker processes with PIL, each for a null consumer.
+"""Loading and augmenting: DALI, the reference loader, and a DataLoader of worker processes with PIL, each for
+a null consumer.
 
     python benchmarks/bench_data.py --out benchmarks/results/data-cpu.jsonl
     python benchmarks/bench_data.py --root DATA --layout camvid --batch 16 --crop 321
 
-Half of the samples are weak, half strong, as in the later stages of self-training. All loaders have the same cores: `--threads`
-threads, or as many worker processes. The peer is the public recipe: a Dataset whose `__getitem__` does with PIL and NumPy what
-the public code does (resize, pad, crop, flip; jitter, gray, blur, cutout), and PyTorch's DataLoader.
+Half of the samples are weak, half strong, as in the later stages of self-training. All loaders have the same
+cores: `--threads` threads, or as many worker processes. The peer is the public recipe: a Dataset whose
+`__getitem__` does with PIL and NumPy what the public code does (resize, pad, crop, flip; jitter, gray, blur,
+cutout), and PyTorch's DataLoader.
 
-A loader keeps preparing after its turn until its queue is full. So a turn starts with batches outside the clock, which empty the
-loader's queue and give the one before it time to fill its own; then `--batches` are timed. Where DALI is not installed, it is left
-out. Summaries: images a second of each, `data.dali_vs_pil_ratio`, `data.reference_vs_pil_ratio`.
+A loader keeps preparing after its turn until its queue is full. So a turn starts with batches outside the
+clock, which empty the loader's queue and give the one before it time to fill its own; then `--batches` are
+timed. Where DALI is not installed, it is left out. Summaries: images a second of each,
+`data.dali_vs_pil_ratio`, `data.reference_vs_pil_ratio`.
 """
 
 import argparse
@@ -73,7 +76,10 @@ class Public(Dataset):
         """Resized, padded, cropped, perhaps mirrored."""
         factor = random.randint(*self._long_side) / max(image.size)
         size = tuple(max(1, round(side * factor)) for side in image.size)
-        image, mask = image.resize(size, Image.Resampling.BILINEAR), mask.resize(size, Image.Resampling.NEAREST)
+        image, mask = (
+            image.resize(size, Image.Resampling.BILINEAR),
+            mask.resize(size, Image.Resampling.NEAREST),
+        )
         crop = self._crop
         width, height = (max(side, crop) for side in size)
         wide, wide_mask = Image.new("RGB", (width, height)), Image.new("L", (width, height), 255)
@@ -115,7 +121,8 @@ def samples_of(options: argparse.Namespace, folder: Path) -> list[Sample]:
     root, layout = options.root, options.layout
     if root is None:
         root, layout = folder / "data", "voc"
-        synthetic.generate(root, train=options.pictures, val=1, difficulty=synthetic.Difficulty(side_px=SIDE_PX))
+        synthetic.generate(root, train=options.pictures, val=1,
+                           difficulty=synthetic.Difficulty(side_px=SIDE_PX))
     known = index.prepare(root, folder / "index", layout=layout, progress=False)
     with_mask = [image for image, entry in known.entries.items() if entry.mask is not None]
     return [known.sample(image, strong=i % 2 == 1) for i, image in enumerate(sorted(with_mask))]
@@ -128,7 +135,8 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=PICTURES, help="how many are drawn")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--crop", type=int, default=321, help="pixels")
-    parser.add_argument("--batches", type=int, default=0, help="batches of one measurement; 0: 12, or 100 on many cores")
+    parser.add_argument("--batches", type=int, default=0, help="batches of one measurement; 0: 12, or 100 on "
+                                                               "many cores")
     options = parser.parse_args()
     report, device = Report(options), torch.device(options.device)
     threads = options.threads or cores()
@@ -139,11 +147,12 @@ def main() -> None:
 
         def ours(kind: str) -> Iterator:
             draws = StepSampler(len(samples), options.batch, seed=0, stage=1).micro_batches(0, FOREVER)
-            return loader.pick(kind).train_batches(Stream(samples=samples), draws, augment=augment, seed=0, stage=1,
-                                                   device=device, threads=threads)
+            return loader.pick(kind).train_batches(Stream(samples=samples), draws, augment=augment, seed=0,
+                                                   stage=1, device=device, threads=threads)
 
-        peer = DataLoader(Public(samples, options.crop, augment.long_side), options.batch, num_workers=threads, prefetch_factor=2,
-                          pin_memory=device.type == "cuda", persistent_workers=True)
+        peer = DataLoader(Public(samples, options.crop, augment.long_side), options.batch,
+                          num_workers=threads, prefetch_factor=2, pin_memory=device.type == "cuda",
+                          persistent_workers=True)
         streams = {"reference": ours("reference"), "pil workers": iter(peer)}
         if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
             streams = {"dali": ours("dali"), **streams}
@@ -152,11 +161,13 @@ def main() -> None:
             for _ in range(batches):
                 next(streams[label])
 
-        rows = report.compare("data.train", f"{count} x {options.batch},3,{options.crop},{options.crop}", "uint8",
+        rows = report.compare("data.train",
+                              f"{count} x {options.batch},3,{options.crop},{options.crop}", "uint8",
                               {label: lambda label=label: take(label, count) for label in streams},
                               before=lambda label: take(label, untimed_batches(threads)))
     for label, row in rows.items():
-        report.summary(f"data.{label.replace(' ', '_')}_images_per_s", 1000 * options.batch * count / row["median"])
+        report.summary(f"data.{label.replace(' ', '_')}_images_per_s",
+                       1000 * options.batch * count / row["median"])
     for label in streams.keys() - {"pil workers"}:
         report.summary(f"data.{label}_vs_pil_ratio", rows["pil workers"]["median"] / rows[label]["median"])
     report.finish()

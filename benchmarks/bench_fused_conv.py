@@ -38,10 +38,12 @@ def bottleneck(width: int, dilation: int) -> nn.Module:
 def by_cudnn(block: nn.Module, x_NCHW: Tensor) -> Tensor:
     """The block in three calls of cuDNN."""
     one, two, three = block.conv1, block.conv2, block.conv3
-    y_NCHW = torch.cudnn_convolution_relu(x_NCHW, one.weight, one.bias, one.stride, one.padding, one.dilation, 1)
-    y_NCHW = torch.cudnn_convolution_relu(y_NCHW, two.weight, two.bias, two.stride, two.padding, two.dilation, 1)
-    return torch.cudnn_convolution_add_relu(y_NCHW, three.weight, x_NCHW, 1.0, three.bias, three.stride, three.padding,
-                                            three.dilation, 1)
+    y_NCHW = torch.cudnn_convolution_relu(x_NCHW, one.weight, one.bias, one.stride, one.padding, one.dilation,
+                                          1)
+    y_NCHW = torch.cudnn_convolution_relu(y_NCHW, two.weight, two.bias, two.stride, two.padding, two.dilation,
+                                          1)
+    return torch.cudnn_convolution_add_relu(y_NCHW, three.weight, x_NCHW, 1.0, three.bias, three.stride,
+                                            three.padding, three.dilation, 1)
 
 
 def composed(block: nn.Module, x_NCHW: Tensor) -> Tensor:
@@ -68,7 +70,8 @@ def measure(report: Report, exact: nn.Module, images_NCHW: Tensor, name: str) ->
     try:
         by_cudnn(block, x_NCHW)
     except (RuntimeError, NotImplementedError) as refusal:
-        print(f"{name}: cuDNN's fused convolutions do not serve it: {str(refusal).splitlines()[0][:160]}", flush=True)
+        print(f"{name}: cuDNN's fused convolutions do not serve it: "
+              f"{str(refusal).splitlines()[0][:160]}", flush=True)
         fused, label = composed, "composed"
     report.summary(f"fused_conv.served.{name}", float(fused is by_cudnn))
     truth = exact(x_NCHW.double())

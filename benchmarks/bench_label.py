@@ -1,15 +1,19 @@
-"""Labelling from files to files: the engine against the public recipe, in one run, on the same images and views.
+"""Labelling from files to files: the engine against the public recipe, in one run, on the same images and
+views.
 
-The public recipe: batch 1, fp32, eager, NCHW, logits and probabilities of every view at full size, PIL in a DataLoader, a
-palette PNG each. Weights are random: they cost the same, and the masks of both are compared.
+The public recipe: batch 1, fp32, eager, NCHW, logits and probabilities of every view at full size, PIL in a
+DataLoader, a palette PNG each. Weights are random: they cost the same, and the masks of both are compared.
 
-On a GPU a new size costs a plan for each convolution, and sometimes a kernel: labelling once before the clock starts
-(`--warm-up all`, the default there) leaves that out, `--warm-up none` with images of all sizes measures it. `--size` gives
-all images one size. `--public-images` lets the public recipe label fewer, or none.
+On a GPU a new size costs a plan for each convolution, and sometimes a kernel: labelling once before the clock
+starts (`--warm-up all`, the default there) leaves that out, `--warm-up none` with images of all sizes
+measures it. `--size` gives all images one size. `--public-images` lets the public recipe label fewer, or
+none.
 
-Rows: `label.end_to_end.<views>`, milliseconds an image (variants engine and public), `label.images_per_s.<views>`,
-`label.time.<views>.<part>` (seconds of the engine's run, added over threads), `label.agreement.<views>` (share of equal
-pixels), `label.ratio.<views>`. The summary row `label.engine_vs_public_ratio` is the ratio of ST++'s ten views.
+Rows: `label.end_to_end.<views>`, milliseconds an image (variants engine and public),
+`label.images_per_s.<views>`,
+`label.time.<views>.<part>` (seconds of the engine's run, added over threads), `label.agreement.<views>`
+(share of equal pixels), `label.ratio.<views>`. The summary row `label.engine_vs_public_ratio` is the ratio of
+ST++'s ten views.
 """
 
 import argparse
@@ -77,7 +81,8 @@ def public_probabilities(network: torch.nn.Module, images_1CHW: torch.Tensor, mo
     return total
 
 
-def public(network: torch.nn.Module, paths: list[Path], out: Path, mode: str, device: torch.device, workers: int) -> None:
+def public(network: torch.nn.Module, paths: list[Path], out: Path, mode: str, device: torch.device,
+           workers: int) -> None:
     """Labels as the public code does."""
     palette = [value for i in range(256) for value in (i * 37 % 256, i * 73 % 256, i * 109 % 256)]
     out.mkdir(parents=True)
@@ -95,7 +100,8 @@ def plain(path: Path, device: torch.device) -> torch.nn.Module:
 
 @torch.no_grad()
 def settled(network: torch.nn.Module, pictures: Pictures) -> torch.nn.Module:
-    """Gives random weights batch-norm statistics, and a classifier that prefers no class: or all pixels would be of one."""
+    """Gives random weights batch-norm statistics, and a classifier that prefers no class: or all pixels would
+    be of one."""
     images = torch.stack([pictures[i % len(pictures)][0][:, :129, :129] for i in range(4)])
     network.train()
     for _ in range(3):
@@ -111,7 +117,8 @@ def settled(network: torch.nn.Module, pictures: Pictures) -> torch.nn.Module:
 
 
 def untrained_checkpoint(path: Path, backbone: str, pictures: Pictures) -> Path:
-    """Writes a checkpoint of a network of stride 8 that nobody trained, but that labels pictures with all of its classes."""
+    """Writes a checkpoint of a network of stride 8 that nobody trained, but that labels pictures with all of
+    its classes."""
     torch.manual_seed(0)
     network = settled(build_model("deeplabv3plus", backbone, CLASSES, 8), pictures)
     checkpoint.save(path, model=network.state_dict(), classes=[f"class {i}" for i in range(CLASSES)],
@@ -120,9 +127,11 @@ def untrained_checkpoint(path: Path, backbone: str, pictures: Pictures) -> Path:
 
 
 def copied(source: Path | None, count: int, folder: Path, size: tuple[int, int] | None = None) -> list[Path]:
-    """The first images below `source`, or drawn ones, in `folder/source`, which holds nothing else; all of one size (H, W)."""
+    """The first images below `source`, or drawn ones, in `folder/source`, which holds nothing else; all of
+    one size (H, W)."""
     if source is None:
-        synthetic.generate(folder / "data", train=count, val=0, difficulty=synthetic.Difficulty(side_px=(320, 480)))
+        synthetic.generate(folder / "data", train=count, val=0,
+                           difficulty=synthetic.Difficulty(side_px=(320, 480)))
         source = folder / "data" / "JPEGImages"
     (folder / "source").mkdir()
     found = sorted(path for path in source.rglob("*") if path.suffix.lower() in IMAGE_EXTENSIONS)[:count]
@@ -146,7 +155,8 @@ def compare(report: "LabelReport", options: argparse.Namespace, mode: str, paths
             folder: Path) -> None:
     """Measures both in turn."""
     here = distributed.World(device=report.device)
-    opening = from_paths([trained], report.device, mode=mode, backend=options.backend, precision=options.precision)
+    opening = from_paths([trained], report.device, mode=mode, backend=options.backend,
+                         precision=options.precision)
     (opened,) = opening(len(paths))
     network = plain(trained, report.device)
     theirs = paths if options.public_images is None else paths[: options.public_images]
@@ -167,7 +177,8 @@ def compare(report: "LabelReport", options: argparse.Namespace, mode: str, paths
             if label == "engine":
                 engine(folder / f"engine-{mode}-{name}", ours)
             else:
-                public(network, others, folder / f"public-{mode}-{name}", mode, report.device, options.workers)
+                public(network, others, folder / f"public-{mode}-{name}", mode, report.device,
+                       options.workers)
             if clock:
                 times[label].append((time.perf_counter() - start) * 1000 / counts[label])
 
@@ -184,9 +195,12 @@ def compare(report: "LabelReport", options: argparse.Namespace, mode: str, paths
     width, height = max(sizes)
     shape = f"{len(paths)} x {height}x{width}" + (f", {len(sizes)} sizes" if len(sizes) > 1 else "")
     for label, found in times.items():
-        report.add({"name": f"label.end_to_end.{mode}", "variant": label, "shape": shape, "warm_up": options.warm_up,
-                    "dtype": opened.identity.partition("-")[2] if label == "engine" else "fp32", "median": statistics.median(found),
-                    "p20": min(found), "p80": max(found), "unit": "ms", "peak_mib": None, "backbone": options.backbone})
+        report.add({"name": f"label.end_to_end.{mode}", "variant": label, "shape": shape,
+                    "warm_up": options.warm_up,
+                    "dtype": opened.identity.partition("-")[2] if label == "engine" else "fp32",
+                    "median": statistics.median(found),
+                    "p20": min(found), "p80": max(found), "unit": "ms", "peak_mib": None,
+                    "backbone": options.backbone})
     report.summary(f"label.images_per_s.{mode}", 1000 / statistics.median(times["engine"]))
     for part, value in seconds.items():
         report.summary(f"label.time.{mode}.{part}", value)
@@ -196,7 +210,8 @@ def compare(report: "LabelReport", options: argparse.Namespace, mode: str, paths
     report.summary(f"label.ratio.{mode}", ratio)
     equal = agreement(folder / f"engine-{mode}-0" / "masks", folder / f"public-{mode}-0")
     report.summary(f"label.agreement.{mode}", equal)
-    assert equal > (0.98 if opened.identity.endswith("fp32") else 0.9), f"{mode}: only {equal:.4f} of the pixels agree"
+    assert equal > (0.98 if opened.identity.endswith("fp32")
+                    else 0.9), f"{mode}: only {equal:.4f} of the pixels agree"
     if mode == "stpp":
         report.summary("label.engine_vs_public_ratio", ratio)
 
@@ -217,11 +232,14 @@ def size_of(text: str) -> tuple[int, int]:
 
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0], SMALL)
-    parser.add_argument("--source", type=Path, help="folder of images; unset: drawn pictures of 320 to 480 pixels")
+    parser.add_argument("--source", type=Path, help="folder of images; unset: drawn pictures of 320 to 480 "
+                                                    "pixels")
     parser.add_argument("--images", type=int, default=24, help="how many of them; all where there are fewer")
-    parser.add_argument("--size", type=size_of, metavar="HxW", help="size that all images are brought to; unset: their own")
+    parser.add_argument("--size", type=size_of, metavar="HxW",
+                        help="size that all images are brought to; unset: their own")
     parser.add_argument("--public-images", type=int, help="how many the public recipe labels; unset: all")
-    parser.add_argument("--warm-up", choices=["none", "one", "all"], help="images labelled before the clock starts; "
+    parser.add_argument("--warm-up", choices=["none", "one", "all"],
+                        help="images labelled before the clock starts; "
                         "unset: all on a GPU, else one")
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--tta", nargs="+", default=["none", "flip", "stpp"], choices=list(VIEWS))

@@ -1,13 +1,15 @@
-"""Fused upsample_cross_entropy against eager and compiled eager PyTorch: forward and backward, time and peak memory.
+"""Fused upsample_cross_entropy against eager and compiled eager PyTorch: forward and backward, time and peak
+memory.
 
     python benchmarks/bench_loss.py --out benchmarks/results/last.jsonl
 
-Peer: `F.cross_entropy(F.interpolate(logits, size, mode="bilinear", align_corners=True), labels)`, as the public recipes have it,
-and the same under torch.compile. Labels are random (worst for branch prediction and caches) and a tenth is ignored.
+Peer: `F.cross_entropy(F.interpolate(logits, size, mode="bilinear", align_corners=True), labels)`, as the
+public recipes have it, and the same under torch.compile. Labels are random (worst for branch prediction and
+caches) and a tenth is ignored.
 
-`--graphs` times all but the compiled form once more from a CUDA graph: what the GPU takes where the host's launches do
-not count. `--launches` times the Triton kernels with several tiles, warps and programs (`LAUNCHES`), likewise from a
-graph; on a CPU they are interpreted, which says nothing of their speed.
+`--graphs` times all but the compiled form once more from a CUDA graph: what the GPU takes where the host's
+launches do not count. `--launches` times the Triton kernels with several tiles, warps and programs
+(`LAUNCHES`), likewise from a graph; on a CPU they are interpreted, which says nothing of their speed.
 """
 
 import argparse
@@ -47,17 +49,24 @@ def training(loss: Callable, logits: torch.Tensor, labels: torch.Tensor) -> Call
     """A loss with its backward pass."""
     def run() -> torch.Tensor:
         value = loss(logits, labels)
-        torch.autograd.grad(value, logits)  # dropped at once: a gradient kept from run to run would hide in "before"
+        # dropped at once: a gradient kept from run to run would hide in "before"
+        torch.autograd.grad(value, logits)
         return value.detach()
 
     return run
 
 
-def measure(report: Report, shape: tuple[int, ...], size: int, options: argparse.Namespace) -> dict[str, dict]:
+def measure(report: Report, shape: tuple[int, ...], size: int,
+            options: argparse.Namespace) -> dict[str, dict]:
     """Rows of one shape, by variant; checks that the variants agree first."""
     torch.manual_seed(0)
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
-    logits = torch.randn(shape, device=report.device).to(DTYPES[options.dtype]).to(memory_format=layout).requires_grad_()
+    logits = (
+        torch.randn(shape, device=report.device)
+        .to(DTYPES[options.dtype])
+        .to(memory_format=layout)
+        .requires_grad_()
+    )
     labels = torch.randint(shape[1], (shape[0], size, size), device=report.device)
     labels[torch.rand(labels.shape, device=report.device) < 0.1] = 255
     small_labels = labels.to(torch.uint8)
@@ -70,7 +79,8 @@ def measure(report: Report, shape: tuple[int, ...], size: int, options: argparse
     agreeing(variants)
     rows = report.compare("loss.forward_backward", named, options.dtype, variants)
     if options.graphs:
-        found = report.compare("loss.forward_backward.graph", named, options.dtype, graphed(quick, report.device)).values()
+        found = report.compare("loss.forward_backward.graph", named, options.dtype,
+                               graphed(quick, report.device)).values()
         if shape == options.shapes[0][0] and len(found) == len(quick):
             fused_row, eager_row = found
             report.summary("loss.graph_fused_vs_eager_ratio", eager_row["median"] / fused_row["median"])
@@ -86,7 +96,8 @@ def agreeing(variants: dict[str, Callable[[], torch.Tensor]]) -> None:
         torch.testing.assert_close(value, values[0], rtol=1e-3, atol=1e-3)
 
 
-def launches(logits: torch.Tensor, labels: torch.Tensor, device: torch.device) -> dict[str, Callable[[], object]]:
+def launches(logits: torch.Tensor, labels: torch.Tensor,
+             device: torch.device) -> dict[str, Callable[[], object]]:
     """The Triton operator under each of `LAUNCHES`; none, said in a line, where it takes no such settings."""
     module = importlib.import_module("stpp_kernels.triton.cross_entropy")
     if not hasattr(module, "Launch"):
@@ -97,13 +108,16 @@ def launches(logits: torch.Tensor, labels: torch.Tensor, device: torch.device) -
         launch = module.Launch(**settings)
 
         def run() -> torch.Tensor:
-            loss, counted, _ = module.upsample_cross_entropy(logits.detach(), labels, None, None, 255, True, launch)
+            loss, counted, _ = module.upsample_cross_entropy(
+                logits.detach(), labels, None, None, 255, True, launch
+            )
             return loss / counted
 
         return run
 
     kind = "" if device.type == "cuda" else ", interpreted"
-    variants = {f"tile {settings['tile']}, {settings['warps']} warps, {settings['programs']} programs{kind}": under(settings)
+    variants = {f"tile {settings['tile']}, {settings['warps']} warps, {settings['programs']} "
+                f"programs{kind}": under(settings)
                 for settings in LAUNCHES}
     agreeing(variants)
     return graphed(variants, device)
@@ -113,8 +127,10 @@ def main() -> None:
     parser = arguments(__doc__.splitlines()[0], SMALL)
     parser.set_defaults(shapes=SHAPES)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--channels-last", action="store_true", help="logits as the engine's models give them")
-    parser.add_argument("--no-compile", action="store_true", help="leave out compiled eager (it takes minutes on a CPU)")
+    parser.add_argument("--channels-last", action="store_true",
+                        help="logits as the engine's models give them")
+    parser.add_argument("--no-compile", action="store_true",
+                        help="leave out compiled eager (it takes minutes on a CPU)")
     parser.add_argument("--graphs", action="store_true", help="also from CUDA graphs")
     parser.add_argument("--launches", action="store_true", help="also with other launch settings")
     options = parser.parse_args()
@@ -128,13 +144,15 @@ def main() -> None:
         if "compiled eager" in rows:
             compiled_pairs.append((rows["fused"], rows["compiled eager"]))
         element = torch.finfo(DTYPES[options.dtype]).bits // 8
-        traffic = 2 * element * torch.Size(shape).numel() + shape[0] * size * size  # logits, gradient, uint8 labels
+        # logits, gradient, uint8 labels
+        traffic = 2 * element * torch.Size(shape).numel() + shape[0] * size * size
         shares.append(traffic / bandwidth / (rows["fused"]["median"] / 1000))
     report.summary("loss.fused_vs_eager_ratio", minimum_ratio(pairs))
     if compiled_pairs:
         report.summary("loss.fused_vs_compiled_ratio", minimum_ratio(compiled_pairs))
     if all(row["peak_mib"] for pair in pairs for row in pair):
-        report.summary("loss.fused_memory_share_of_eager", max(f["peak_mib"] / e["peak_mib"] for f, e in pairs))
+        report.summary("loss.fused_memory_share_of_eager",
+                       max(f["peak_mib"] / e["peak_mib"] for f, e in pairs))
     report.summary("loss.copy_bandwidth_gb_s", bandwidth / 1e9)
     report.summary("loss.share_of_bandwidth_limit", min(shares))
     report.finish()

@@ -21,7 +21,8 @@ SMALL = {"rounds": 1, "no_compile": True, "maps": ["9x9"]}
 
 
 def dilated_conv(report: Report, options: argparse.Namespace) -> None:
-    """ASPP's three dilated convolutions together, 2048 to 256 channels, batch 4, channels_last; peer: F.conv2d."""
+    """ASPP's three dilated convolutions together, 2048 to 256 channels, batch 4, channels_last; peer:
+    F.conv2d."""
     dtype = getattr(torch, options.conv_dtype)
     torch.manual_seed(0)
 
@@ -34,7 +35,8 @@ def dilated_conv(report: Report, options: argparse.Namespace) -> None:
         x = leaf(4, 2048, height, width)
 
         def fused(x=x):
-            return [dilated_conv3x3(x, weight, rate) for weight, rate in zip(weights, ASPP_RATES, strict=True)]
+            return [dilated_conv3x3(x, weight, rate) for weight,
+                    rate in zip(weights, ASPP_RATES, strict=True)]
 
         def eager(x=x):
             pairs = zip(weights, ASPP_RATES, strict=True)
@@ -81,7 +83,8 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled peers")
     parser.add_argument("--graphs", action="store_true", help="the ten views also from a CUDA graph")
     options = parser.parse_args()
-    torch._dynamo.config.cache_size_limit = 64  # a view of test-time augmentation is a shape, and each is compiled
+    # a view of test-time augmentation is a shape, and each is compiled
+    torch._dynamo.config.cache_size_limit = 64
     report = Report(options)
     print("implementations:", implementations(report.device.type))
     for name in options.only:

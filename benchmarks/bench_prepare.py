@@ -1,11 +1,13 @@
-"""Preparation of a data set, against the version before: one decision how a file is read must not make it slow.
+"""Preparation of a data set, against the version before: one decision how a file is read must not make it
+slow.
 
-Photographs in JPEG and masks in PNG are drawn once, all different. `index.prepare` then reads them with this version and with
-the one of another checkout in turn, each time in a process of its own and into a new folder; starting Python and importing are
-outside the clock, and one round of each that nobody times fills the page cache first.
+Photographs in JPEG and masks in PNG are drawn once, all different. `index.prepare` then reads them with this
+version and with the one of another checkout in turn, each time in a process of its own and into a new folder;
+starting Python and importing are outside the clock, and one round of each that nobody times fills the page
+cache first.
 
-Rows: `prepare`, variants *this* and *before*. Summary rows: `prepare.images_per_s`, and `prepare.ratio`, the seconds of this
-version by those of the one before (medians): 1.1 is a tenth slower.
+Rows: `prepare`, variants *this* and *before*. Summary rows: `prepare.images_per_s`, and `prepare.ratio`, the
+seconds of this version by those of the one before (medians): 1.1 is a tenth slower.
 """
 
 import json
@@ -27,21 +29,23 @@ CLASSES = ("background", "disc", "box")
 PER_FOLDER = 1000
 CHILD = """
 import json, sys, time
-sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
+sys.meta_path = [finder for finder in sys.meta_path
+                 if "__editable__" not in getattr(finder, "__module__", "")]
 try:
     from stpp.dataset import index
 except ModuleNotFoundError:
     from stpp.data import index
 root, out, classes = sys.argv[1], sys.argv[2], sys.argv[3:]
 start = time.perf_counter()
-made = index.prepare(root, out, layout="globs", images="photos/**/*", masks="labels/**/*.png", classes=tuple(classes),
+made = index.prepare(root, out, layout="globs", images="photos/**/*", masks="labels/**/*.png",
+                     classes=tuple(classes),
                      progress=False)
 seconds = time.perf_counter() - start
 masks = sum(entry.mask is not None for entry in made.entries.values())
 print(json.dumps({"seconds": seconds, "images": len(made.entries), "masks": masks, "module": index.__file__}))
 """
-"""What a version runs: nothing but `index.prepare`, which lay in `stpp.data` before. An editable install would lend one version
-the modules of another."""
+"""What a version runs: nothing but `index.prepare`, which lay in `stpp.data` before. An editable install
+would lend one version the modules of another."""
 
 
 def draw(root: Path, count: int) -> None:
@@ -64,8 +68,8 @@ def prepared(checkout: Path, root: Path, count: int) -> float:
     """Seconds that a version takes."""
     path = os.pathsep.join(str(checkout / part) for part in ("engine", "kernels"))
     with tempfile.TemporaryDirectory() as out:
-        done = subprocess.run([sys.executable, "-c", CHILD, str(root), f"{out}/index", *CLASSES], capture_output=True, text=True,
-                              env=os.environ | {"PYTHONPATH": path})
+        done = subprocess.run([sys.executable, "-c", CHILD, str(root), f"{out}/index", *CLASSES],
+                              capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
     if done.returncode:
         raise SystemExit(f"{checkout}: cannot prepare\n{done.stderr}")
     found = json.loads(done.stdout.splitlines()[-1])
@@ -78,7 +82,8 @@ def prepared(checkout: Path, root: Path, count: int) -> float:
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0], small={"files": 40, "rounds": 1})
     parser.add_argument("--files", type=int, default=10_000, help="photographs, each with a mask")
-    parser.add_argument("--before", type=Path, required=True, help="a checkout of the version to compare with")
+    parser.add_argument("--before", type=Path, required=True,
+                        help="a checkout of the version to compare with")
     options = parser.parse_args()
     report = Report(options)
     checkouts = {"this": Path(__file__).resolve().parents[1], "before": options.before.resolve()}

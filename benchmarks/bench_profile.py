@@ -1,8 +1,9 @@
-"""Time of a training step by class of work, in milliseconds, from torch.profiler over a few of the engine's steps.
+"""Time of a training step by class of work, in milliseconds, from torch.profiler over a few of the engine's
+steps.
 
     python benchmarks/bench_profile.py --out benchmarks/results/last.jsonl
-    python benchmarks/bench_profile.py --no-cudnn-benchmark   # cuDNN does not try its algorithms; in a process of
-                                                              # its own: it keeps what it chose for a shape
+    python benchmarks/bench_profile.py --no-cudnn-benchmark   # cuDNN does not try its algorithms; in
+                                                              # a process of its own: it keeps its choices
 
 On a GPU the device's time counts, each kernel for the operator that launched it; on a CPU the operators' own
 time on the host, so that convolutions' two gradients, made by one operator, stay together there. Summaries:
@@ -44,8 +45,8 @@ CLASSES = {
     "add": (r"aten::add_?$", ""),
     "upsample": (r"upsample_bilinear|UpsampleBilinear", ""),
 }
-"""Patterns of an operator or of one that called it, and of the kernel. The first class that fits has the time, `rest` the
-others; `compiled` are kernels that torch.compile wrote, of several operators each."""
+"""Patterns of an operator or of one that called it, and of the kernel. The first class that fits has the
+time, `rest` the others; `compiled` are kernels that torch.compile wrote, of several operators each."""
 
 
 def class_of(operators: Sequence[str], kernel: str) -> str:
@@ -111,7 +112,8 @@ def profiled(report: Report, step: Callable[[], object]) -> None:
 
 
 def host_ms(step: Callable[[], object], report: Report) -> float:
-    """Milliseconds until a step's last launch, the device idle before it: the host's own time, where it need not wait."""
+    """Milliseconds until a step's last launch, the device idle before it: the host's own time, where it need
+    not wait."""
     times = []
     for _ in range(report.rounds):
         _wait(report.device)
@@ -122,7 +124,8 @@ def host_ms(step: Callable[[], object], report: Report) -> float:
     return median(times)
 
 
-def aspp(report: Report, network: torch.nn.Module, batch: int, crop: int, stride: int, dtype: torch.dtype) -> None:
+def aspp(report: Report, network: torch.nn.Module, batch: int, crop: int, stride: int,
+         dtype: torch.dtype) -> None:
     """Adds the rows of the pyramid alone, forward, and forward with backward."""
     cells, channels = -(-crop // stride), network.backbone.channels[-1]
     c4 = torch.randn(batch, channels, cells, cells, device=report.device).to(dtype)
@@ -151,14 +154,16 @@ def main() -> None:
     report = Report(options)
     torch.backends.cudnn.benchmark = options.cudnn_benchmark
     torch.manual_seed(0)
-    batch = random_batch(options.batch, options.crop, bench_step.CLASSES, report.device, ignored=bench_step.IGNORED)
+    batch = random_batch(options.batch, options.crop, bench_step.CLASSES, report.device,
+                         ignored=bench_step.IGNORED)
     with tempfile.TemporaryDirectory() as folder:
         trainer = bench_step.engine(options, report.device, Path(folder))
         for _ in range(WARM_UP):
             trainer.train_step([(batch,)])
         dtype = trainer.autocast_dtype
         shape = f"{options.batch},3,{options.crop},{options.crop}"
-        report.compare("profile.step", shape, str(dtype).removeprefix("torch."), {"engine": lambda: trainer.train_step([(batch,)])})
+        report.compare("profile.step", shape, str(dtype).removeprefix("torch."),
+                       {"engine": lambda: trainer.train_step([(batch,)])})
         report.summary("profile.host_ms", host_ms(lambda: trainer.train_step([(batch,)]), report))
         profiled(report, lambda: trainer.train_step([(batch,)]))
     network = build_model("deeplabv3plus", options.backbone, bench_step.CLASSES, options.output_stride)

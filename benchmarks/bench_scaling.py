@@ -1,11 +1,13 @@
-"""Training on one and two ranks, each with the same images per rank; and on paper to 64 ranks, from the measured parts.
+"""Training on one and two ranks, each with the same images per rank; and on paper to 64 ranks, from the
+measured parts.
 
     python benchmarks/bench_scaling.py --out benchmarks/results/scaling-cpu.jsonl
 
-Every rank has one GPU, or on a CPU one thread. Rows: milliseconds a step. Summaries: `scaling.two_ranks_efficiency` (images a
-second of two ranks over twice those of one), the time of all-reducing the gradients alone, and for 4 to 64 ranks the
-efficiency on paper: what the second rank was seen to cost, and the bytes that a longer ring sends besides, over links as fast as
-the measured one and without overlap.
+Every rank has one GPU, or on a CPU one thread. Rows: milliseconds a step. Summaries:
+`scaling.two_ranks_efficiency` (images a second of two ranks over twice those of one), the time of
+all-reducing the gradients alone, and for 4 to 64 ranks the efficiency on paper: what the second rank was seen
+to cost, and the bytes that a longer ring sends besides, over links as fast as the measured one and without
+overlap.
 """
 
 import json
@@ -27,20 +29,24 @@ MODEL = {"backbone": "resnet18", "output_stride": 16}
 
 
 def rank(out: str, device: str, crop: str, per_rank: str, rounds: str) -> None:
-    """Times the steps of one rank; rank 0 writes them, and the time of an all-reduce of the gradients alone."""
+    """Times the steps of one rank; rank 0 writes them, and the time of an all-reduce of the gradients
+    alone."""
     crop, per_rank, rounds = int(crop), int(per_rank), int(rounds)
     with distributed.world(device) as here, tempfile.TemporaryDirectory() as name:
         if here.device.type == "cpu":
             torch.set_num_threads(1)
         config = Config(data=DataConfig(root=Path(name)), out=Path(name), model=ModelConfig(**MODEL),
-                        augment=AugmentConfig(crop_px=crop), train=TrainConfig(batch_global=per_rank * here.size))
+                        augment=AugmentConfig(crop_px=crop),
+                        train=TrainConfig(batch_global=per_rank * here.size))
         trainer = bare_trainer(config, here, Path(name), CLASSES)
         batch = random_batch(per_rank, crop, CLASSES, here.device)
         step_ms = timed(lambda: trainer.train_step([(batch,)]), here.device, rounds)
-        gradients = torch.zeros(sum(weight.numel() for weight in trainer.step.network.parameters()), device=here.device)
+        gradients = torch.zeros(sum(weight.numel() for weight in trainer.step.network.parameters()),
+                                device=here.device)
         reduce_ms = timed(lambda: distributed.sum_over_ranks(gradients), here.device, rounds)
         if here.is_main:
-            Path(out).write_text(json.dumps({"step_ms": step_ms, "reduce_ms": reduce_ms, "bytes": gradients.nbytes}))
+            Path(out).write_text(json.dumps({"step_ms": step_ms, "reduce_ms": reduce_ms,
+                                             "bytes": gradients.nbytes}))
 
 
 def timed(action, device: torch.device, rounds: int) -> list[float]:
@@ -68,14 +74,15 @@ def main() -> None:
         for _ in range(turns):
             for ranks in found:
                 out = Path(folder) / f"{ranks}.json"
-                command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-                           __file__, "--rank", str(out), options.device,
+                command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                           str(ranks), __file__, "--rank", str(out), options.device,
                            *map(str, (options.crop, options.per_rank, options.rounds))]
                 subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
                 parts = json.loads(out.read_text())
                 for key in found[ranks]:
                     found[ranks][key] += parts[key]
-    median = {(ranks, key): sorted(values)[len(values) // 2] for ranks, parts in found.items() for key, values in parts.items()}
+    median = {(ranks, key): sorted(values)[len(values) // 2] for ranks, parts in found.items() for key,
+              values in parts.items()}
     shape = f"{options.per_rank},3,{options.crop},{options.crop}"
     for ranks, parts in found.items():
         report.measured("scaling.step", f"{ranks} ranks", shape, "auto", parts["step_ms"])

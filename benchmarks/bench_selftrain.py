@@ -1,13 +1,16 @@
-"""All six stages of ST++ on the demonstration's data: the engine against the public recipe, by stage, files to files.
+"""All six stages of ST++ on the demonstration's data: the engine against the public recipe, by stage, files
+to files.
 
     python benchmarks/bench_selftrain.py --out benchmarks/results/selftrain-cpu.jsonl
 
-The engine: `torchrun -m stpp train` on two ranks, as `make demo` starts it. The public recipe: one process with all threads, a
-DataLoader of as many worker processes, PIL, float32 NCHW, cross-entropy of full-size logits, plain SGD; selection, labelling and
-validation image by image. It has the engine's split and takes as many steps, and validates as often, in every stage; views of
-labelling are the recipe's. Epochs are the demonstration's divided by `--shorten`: neither gets slower or faster by them.
+The engine: `torchrun -m stpp train` on two ranks, as `make demo` starts it. The public recipe: one process
+with all threads, a DataLoader of as many worker processes, PIL, float32 NCHW, cross-entropy of full-size
+logits, plain SGD; selection, labelling and validation image by image. It has the engine's split and takes as
+many steps, and validates as often, in every stage; views of labelling are the recipe's. Epochs are the
+demonstration's divided by `--shorten`: neither gets slower or faster by them.
 
-Rows: milliseconds a stage, and of the whole (for the engine with its start, preparation of the data and report). Summaries:
+Rows: milliseconds a stage, and of the whole (for the engine with its start, preparation of the data and
+report). Summaries:
 `selftrain.engine_vs_public_ratio` (whole), the ratio of every stage, and what the last stages scored.
 """
 
@@ -52,7 +55,8 @@ class Epoch(bench_data.Public):
 class Public:
     """The stages as the public recipe does them, timed."""
 
-    def __init__(self, config: Config, known: index.Index, split: Path, out: Path, device: torch.device, done: dict[str, dict]):
+    def __init__(self, config: Config, known: index.Index, split: Path, out: Path, device: torch.device,
+                 done: dict[str, dict]):
         self.config, self.out, self.device, self.done = config, out, device, done
         self.num_classes, self.workers = len(known.classes), cores()
         self.labelled = splits.read_split(split / splits.LABELED, known, labelled=True)
@@ -89,18 +93,21 @@ class Public:
                                                 config.model.output_stride)).to(self.device)
         lr = train.lr * train.batch_global / REFERENCE_BATCH
         backbone, head = parameter_groups(network)
-        groups = [{"params": backbone, "base": lr}, {"params": head, "base": lr * (train.head_lr_multiplier or 10)}]
+        groups = [{"params": backbone, "base": lr},
+                  {"params": head, "base": lr * (train.head_lr_multiplier or 10)}]
         optimizer = torch.optim.SGD(groups, lr=lr, momentum=train.momentum, weight_decay=train.weight_decay)
         samples *= -(-train.batch_global // len(samples))
-        loader = DataLoader(Epoch(samples, config.augment.crop_px, config.augment.long_side), train.batch_global, shuffle=True,
-                            num_workers=self.workers, drop_last=True, pin_memory=self.device.type == "cuda")
+        loader = DataLoader(Epoch(samples, config.augment.crop_px, config.augment.long_side),
+                            train.batch_global, shuffle=True, num_workers=self.workers, drop_last=True,
+                            pin_memory=self.device.type == "cuda")
         step, best, best_miou, thirds = 0, network, -1.0, []
         while step < steps:
             for images, labels in loader:
                 network.train()
                 for group in optimizer.param_groups:
                     group["lr"] = group["base"] * (1 - step / steps) ** POLY_POWER
-                full = F.interpolate(network(images.to(self.device)), labels.shape[1:], mode="bilinear", align_corners=True)
+                full = F.interpolate(network(images.to(self.device)), labels.shape[1:], mode="bilinear",
+                                     align_corners=True)
                 loss = F.cross_entropy(full, labels.to(self.device), ignore_index=255)
                 optimizer.zero_grad()
                 loss.backward()
@@ -121,9 +128,11 @@ class Public:
     @torch.no_grad()
     def _masks(self, networks: Sequence[torch.nn.Module], samples: Sequence[Sample]):
         """Of every image in turn, what each network predicts."""
-        for images, _ in DataLoader(bench_label.Pictures([Path(sample.image) for sample in samples]), 1, num_workers=self.workers):
+        for images, _ in DataLoader(bench_label.Pictures([Path(sample.image) for sample in samples]), 1,
+                                    num_workers=self.workers):
             images = images.to(self.device)
-            yield [F.interpolate(network(images), images.shape[-2:], mode="bilinear", align_corners=True).argmax(1)[0].cpu().numpy()
+            yield [F.interpolate(network(images), images.shape[-2:], mode="bilinear",
+                                 align_corners=True).argmax(1)[0].cpu().numpy()
                    for network in networks]
 
     def _confusion(self, truth: np.ndarray, found: np.ndarray) -> np.ndarray:
@@ -143,9 +152,10 @@ class Public:
 
     def _label(self, network: torch.nn.Module, samples: list[Sample], name: str) -> list[Sample]:
         folder = self.out / name
-        bench_label.public(network.eval(), [Path(sample.image) for sample in samples], folder, self.config.label.tta, self.device,
-                           self.workers)
-        return [dataclasses.replace(sample, mask=str(folder / f"{Path(sample.image).stem}.png"), strong=True) for sample in samples]
+        bench_label.public(network.eval(), [Path(sample.image) for sample in samples], folder,
+                           self.config.label.tta, self.device, self.workers)
+        return [dataclasses.replace(sample, mask=str(folder / f"{Path(sample.image).stem}.png"), strong=True)
+                for sample in samples]
 
 
 def _mask(path: str) -> np.ndarray:
@@ -158,7 +168,8 @@ def engine(config: Config, root: Path, out: Path) -> tuple[float, dict]:
     recipe = out.with_suffix(".json")
     files.write_json(recipe, to_dict(config))
     began = time.perf_counter()
-    code = demo.torchrun(["-m", "stpp", "train", "--recipe", str(recipe), "--data.root", str(root), "--out", str(out)])
+    code = demo.torchrun(["-m", "stpp", "train", "--recipe", str(recipe), "--data.root", str(root), "--out",
+                          str(out)])
     assert code == 0, f"torchrun ended with {code}"
     return time.perf_counter() - began, json.loads((out / "results.json").read_text())
 
@@ -167,7 +178,8 @@ def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--shorten", type=int, default=3, help="divides the demonstration's epochs")
     parser.add_argument("--pictures", type=int, default=400, help="for training; 12 of them are labelled")
-    parser.add_argument("--side", type=int, nargs=2, default=synthetic.Difficulty().side_px, help="pixels of pictures, range")
+    parser.add_argument("--side", type=int, nargs=2, default=synthetic.Difficulty().side_px,
+                        help="pixels of pictures, range")
     parser.add_argument("--crop", type=int, default=demo.DEMO.augment.crop_px, help="pixels")
     parser.set_defaults(rounds=1)
     options = parser.parse_args()
@@ -176,7 +188,8 @@ def main() -> None:
     times: dict[tuple[str, str], list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        synthetic.generate(folder / "data", train=options.pictures, difficulty=synthetic.Difficulty(side_px=tuple(options.side)))
+        synthetic.generate(folder / "data", train=options.pictures,
+                           difficulty=synthetic.Difficulty(side_px=tuple(options.side)))
         for turn in range(report.rounds):
             out = folder / f"engine-{turn}"
             whole_s, results = engine(config, folder / "data", out)
@@ -192,11 +205,13 @@ def main() -> None:
         size = config.augment.crop_px
         shape = f"{len(public.labelled)}+{len(public.unlabelled)}, crop {size}"
         dtypes = {"engine": config.train.precision, "public": "float32"}
-        rows = {(stage, variant): report.measured(f"selftrain.{stage}", variant, shape, dtypes[variant], found)
+        rows = {(stage, variant): report.measured(f"selftrain.{stage}", variant, shape, dtypes[variant],
+                                                  found)
                 for (stage, variant), found in times.items()}
     for stage in (*done, "whole"):
         ratio = rows[stage, "public"]["median"] / rows[stage, "engine"]["median"]
-        report.summary("selftrain.engine_vs_public_ratio" if stage == "whole" else f"selftrain.{stage}_ratio", ratio)
+        report.summary("selftrain.engine_vs_public_ratio" if stage == "whole" else f"selftrain.{stage}_ratio",
+                       ratio)
     for stage in ("1-supervised", "6-retrain"):
         report.summary(f"selftrain.engine_{stage}_miou_pct", done[stage]["miou"])
         report.summary(f"selftrain.public_{stage}_miou_pct", public.miou[stage])
@@ -206,9 +221,12 @@ def main() -> None:
 def shortened(options: argparse.Namespace) -> Config:
     """The demonstration's recipe with fewer epochs, for pictures of the sizes asked for."""
     train, drawn, resized = demo.DEMO.train, synthetic.Difficulty().side_px, demo.DEMO.augment.long_side
-    long_side = tuple(round(ours * to / of) for ours, to, of in zip(options.side, resized, drawn, strict=True))
-    epochs, supervised = (max(1, count // options.shorten) for count in (train.epochs, train.supervised_epochs))
-    return dataclasses.replace(demo.DEMO, device="cuda" if options.device.startswith("cuda") else "cpu", train=dataclasses.replace(
+    long_side = tuple(round(ours * to / of) for ours, to,
+                      of in zip(options.side, resized, drawn, strict=True))
+    epochs, supervised = (max(1, count // options.shorten)
+                          for count in (train.epochs, train.supervised_epochs))
+    return dataclasses.replace(demo.DEMO, device="cuda" if options.device.startswith("cuda") else "cpu",
+                               train=dataclasses.replace(
         train, epochs=epochs, supervised_epochs=supervised),
         augment=AugmentConfig(crop_px=options.crop, long_side=long_side))
 

@@ -1,20 +1,23 @@
-"""One training step: the engine against the public recipe and against tuned PyTorch, on batches in memory and on image files.
+"""One training step: the engine against the public recipe and against tuned PyTorch, on batches in memory and
+on image files.
 
     python benchmarks/bench_step.py --out benchmarks/results/last.jsonl
     python benchmarks/bench_step.py --backbone resnet18 --crop 161 --output-stride 16 --batch 8 --rounds 3
 
-Peers, as their users run them: *public*: float32, NCHW, dilated convolutions as PyTorch gives them, cross-entropy of full-size
-logits, plain SGD. *tuned*: the same with autocast in the engine's precision, channels_last and fused SGD; *compiled*: tuned
-under torch.compile. The engine's step is the Trainer's own. All start from equal weights and take the same images and labels;
-before the clock starts, their first losses are compared. On files the engine has its own loader, and public and tuned have a
-DataLoader with as many worker processes as there are cores and PIL, half of the samples strong (`bench_data.py`); where many
-cores queue many batches, these are used up first and then a hundred steps in a row are timed.
+Peers, as their users run them: *public*: float32, NCHW, dilated convolutions as PyTorch gives them,
+cross-entropy of full-size logits, plain SGD. *tuned*: the same with autocast in the engine's precision,
+channels_last and fused SGD; *compiled*: tuned under torch.compile. The engine's step is the Trainer's own.
+All start from equal weights and take the same images and labels; before the clock starts, their first losses
+are compared. On files the engine has its own loader, and public and tuned have a DataLoader with as many
+worker processes as there are cores and PIL, half of the samples strong (`bench_data.py`); where many cores
+queue many batches, these are used up first and then a hundred steps in a row are timed.
 
-Rows: milliseconds a step; `.compiled` engine and compiled peer, measured last, because compiling takes minutes;
+Rows: milliseconds a step; `.compiled` engine and compiled peer, measured last, because compiling takes
+minutes;
 `.files` with loading. Summaries: the parts of the engine's step, `step.engine_vs_public_ratio`,
-`step.engine_vs_tuned_ratio` (against the faster of tuned and compiled), both again as `step.files_...`, images a
-second, the share of the measured rate of a large matrix product that the step's nominal operations reach, and of the
-engine's step on files the share that waits for data (`step.data_wait_pct`).
+`step.engine_vs_tuned_ratio` (against the faster of tuned and compiled), both again as `step.files_...`,
+images a second, the share of the measured rate of a large matrix product that the step's nominal operations
+reach, and of the engine's step on files the share that waits for data (`step.data_wait_pct`).
 """
 
 import argparse
@@ -45,19 +48,23 @@ CLASSES = 21
 IGNORED = 0.1
 TIMED_ON_MANY_CORES, TURNS_ON_MANY_CORES = 100, 2
 """Steps in a row on files, and how often each variant takes them, where cores are many."""
-SMALL = {"rounds": 1, "backbone": "resnet18", "output_stride": 32, "crop": 33, "batch": 2, "no_compile": True, "pictures": 4}
+SMALL = {"rounds": 1, "backbone": "resnet18", "output_stride": 32, "crop": 33, "batch": 2, "no_compile": True,
+         "pictures": 4}
 
 
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Images [N, 3, H, W] and labels [N, H, W] to the loss."""
 
 
-def engine(options: argparse.Namespace, device: torch.device, folder: Path, samples: Sequence[Sample] = ()) -> Trainer:
+def engine(options: argparse.Namespace, device: torch.device, folder: Path,
+           samples: Sequence[Sample] = ()) -> Trainer:
     """What takes the engine's steps."""
     config = Config(
         data=DataConfig(root=folder), out=folder,
-        model=ModelConfig(name=options.model, backbone=options.backbone, output_stride=options.output_stride, pretrained="none"),
-        augment=AugmentConfig(crop_px=options.crop), train=TrainConfig(batch_global=options.batch, precision=options.precision),
+        model=ModelConfig(name=options.model, backbone=options.backbone, output_stride=options.output_stride,
+                          pretrained="none"),
+        augment=AugmentConfig(crop_px=options.crop),
+        train=TrainConfig(batch_global=options.batch, precision=options.precision),
         deterministic=not options.cudnn_benchmark)  # of a step alone it only keeps cuDNN from trying
     return bare_trainer(config, World(device=device), folder, CLASSES, samples)
 
@@ -67,7 +74,8 @@ def peer(network: nn.Module, *, dtype: torch.dtype, channels_last: bool, compile
     network = export.plain_copy(network)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     network.to(memory_format=layout)
-    optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4, fused=True if channels_last else None)
+    optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4,
+                                fused=True if channels_last else None)
     model = torch.compile(network) if compiled else network
 
     def step(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -83,8 +91,8 @@ def peer(network: nn.Module, *, dtype: torch.dtype, channels_last: bool, compile
     return step
 
 
-def on_files(report: Report, options: argparse.Namespace, name: str, dtype: torch.dtype, peers: dict[str, Step],
-             folder: Path) -> None:
+def on_files(report: Report, options: argparse.Namespace, name: str, dtype: torch.dtype,
+             peers: dict[str, Step], folder: Path) -> None:
     """Steps with loading, by the engine and by peers."""
     device, samples, workers = report.device, bench_data.samples_of(options, folder), cores()
     trainer = engine(options, device, folder, samples)
@@ -100,7 +108,8 @@ def on_files(report: Report, options: argparse.Namespace, name: str, dtype: torc
         images, labels = next(streams[label])
         peers[label](images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
 
-    streams = {label: iter(DataLoader(public, options.batch, num_workers=workers, pin_memory=device.type == "cuda"))
+    streams = {label: iter(DataLoader(public, options.batch, num_workers=workers,
+                                      pin_memory=device.type == "cuda"))
                for label in peers}
     variants = {"engine": ours, **{label: partial(theirs, label) for label in peers}}
     many = workers >= bench_data.MANY_CORES and not options.small
@@ -114,7 +123,8 @@ def on_files(report: Report, options: argparse.Namespace, name: str, dtype: torc
                 variant()
             times[label].append(call_ms(variant, device, calls=timed))
     shape, kind = f"{options.batch},3,{options.crop},{options.crop}", str(dtype).removeprefix("torch.")
-    rows = {label: report.measured(f"{name}.files", label, shape, kind, found) for label, found in times.items()}
+    rows = {label: report.measured(f"{name}.files", label, shape, kind, found) for label,
+            found in times.items()}
     step_ms = rows["engine"]["median"]
     for label in peers:
         report.summary(f"step.files_engine_vs_{label}_ratio", rows[label]["median"] / step_ms)
@@ -122,11 +132,13 @@ def on_files(report: Report, options: argparse.Namespace, name: str, dtype: torc
 
 
 def parts(trainer: Trainer, batch: Batch, device: torch.device, rounds: int) -> dict[str, float]:
-    """Milliseconds of the forward pass, the loss, the backward pass and the optimiser, each waited for: medians."""
+    """Milliseconds of the forward pass, the loss, the backward pass and the optimiser, each waited for:
+    medians."""
     found: dict[str, list[float]] = {"forward": [], "loss": [], "backward": [], "optimizer": []}
     for _ in range(rounds):
         marks = [_now(device)]
-        with torch.autocast(device.type, trainer.autocast_dtype, enabled=trainer.autocast_dtype != torch.float32):
+        with torch.autocast(device.type, trainer.autocast_dtype,
+                            enabled=trainer.autocast_dtype != torch.float32):
             logits = trainer.step.network(batch.images_NCHW)
         marks.append(_now(device))
         total, counted = upsample_cross_entropy(logits, batch.labels_NHW)
@@ -174,7 +186,8 @@ def parsed(description: str = __doc__) -> argparse.Namespace:
     parser.add_argument("--no-files", action="store_true", help="leave out the steps on files")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled peer")
     parser.add_argument("--cudnn-benchmark", action=argparse.BooleanOptionalAction, default=True,
-                        help="let cuDNN try its algorithms, as the engine and tuned users do; for all variants")
+                        help="let cuDNN try its algorithms, as the engine and tuned users do; for all "
+                             "variants")
     options = parser.parse_args()
     options.batch = options.batch or (16 if options.device.startswith("cuda") else 2)
     return options
@@ -184,7 +197,8 @@ def agreeing(variants: dict[str, Callable[[], torch.Tensor]]) -> None:
     """Takes one step of each and compares the losses."""
     losses = {label: variant().item() for label, variant in variants.items()}
     print("first losses:", {label: round(loss, 4) for label, loss in losses.items()}, flush=True)
-    assert max(losses.values()) - min(losses.values()) < 0.05 * losses["engine"], losses  # dropout draws differ
+    # dropout draws differ
+    assert max(losses.values()) - min(losses.values()) < 0.05 * losses["engine"], losses
 
 
 def main() -> None:
@@ -205,9 +219,12 @@ def main() -> None:
         trainer.step.network.load_state_dict(network.state_dict())
         lr = trainer.optimizer.param_groups[0]["base_lr"]
 
-        def other(dtype: torch.dtype, channels_last: bool, compiled: bool = False) -> tuple[Step, Callable[[], torch.Tensor]]:
-            step = peer(copy.deepcopy(network).train(), dtype=dtype, channels_last=channels_last, compiled=compiled, lr=lr)
-            theirs = images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        def other(dtype: torch.dtype, channels_last: bool,
+                  compiled: bool = False) -> tuple[Step, Callable[[], torch.Tensor]]:
+            step = peer(copy.deepcopy(network).train(), dtype=dtype, channels_last=channels_last,
+                        compiled=compiled, lr=lr)
+            theirs = images.contiguous(memory_format=torch.channels_last if channels_last
+                                       else torch.contiguous_format)
             return step, lambda: step(theirs, targets)
 
         steps, variants = {}, {"engine": lambda: trainer.train_step([(batch,)])[0]}

@@ -1,16 +1,19 @@
-"""Teachers of every backend that is present against eager and the public recipe: time by batch and size, compile time, agreement.
+"""Teachers of every backend that is present against eager and the public recipe: time by batch and size,
+compile time, agreement.
 
     python benchmarks/bench_teacher.py --out benchmarks/results/last.jsonl
     python benchmarks/bench_teacher.py --backbone resnet18 --output-stride 16 --precision fp32 --batches 1 8
 
-Peers: `eager`, the folded network in the same precision, as the engine's teachers are without a compiler; `public`, float32,
-NCHW, dilated convolutions as PyTorch gives them, image by image, measured beside the first batch of every size. The network has
-random weights: time does not depend on them. Its agreement with eager in float32 is measured on smooth random images.
+Peers: `eager`, the folded network in the same precision, as the engine's teachers are without a compiler;
+`public`, float32, NCHW, dilated convolutions as PyTorch gives them, image by image, measured beside the first
+batch of every size. The network has random weights: time does not depend on them. Its agreement with eager in
+float32 is measured on smooth random images.
 
-Rows: milliseconds of one forward pass over a batch, `teacher.forward` eager and public, `teacher.forward.NAME` a compiled
-teacher beside eager. Summaries: operations a second of eager; seconds to compile, and to take another teacher's weights;
-agreement, the least ratio to eager over all shapes, after how many images of the first size (one view) compiling has
-paid for itself; and `teacher.best_vs_public_ratio`: images a second of the best variant and batch, the least of all sizes.
+Rows: milliseconds of one forward pass over a batch, `teacher.forward` eager and public,
+`teacher.forward.NAME` a compiled teacher beside eager. Summaries: operations a second of eager; seconds to
+compile, and to take another teacher's weights; agreement, the least ratio to eager over all shapes, after how
+many images of the first size (one view) compiling has paid for itself; and `teacher.best_vs_public_ratio`:
+images a second of the best variant and batch, the least of all sizes.
 """
 
 import argparse
@@ -38,7 +41,8 @@ SMALL = {"rounds": 1, "backbone": "resnet18", "output_stride": 32, "batches": [1
 
 
 def plan_of(options: argparse.Namespace, device: torch.device, seed: int = 0) -> Compilation:
-    """A network with random weights whose batch norms have seen data and whose classifier tells classes apart."""
+    """A network with random weights whose batch norms have seen data and whose classifier tells classes
+    apart."""
     torch.manual_seed(seed)
     network = build_model(options.model, options.backbone, CLASSES, options.output_stride).train()
     with torch.no_grad():
@@ -54,8 +58,10 @@ def plan_of(options: argparse.Namespace, device: torch.device, seed: int = 0) ->
     names = {dtype: name for name, dtype in PRECISIONS.items()}
     return Compilation(network=network, architecture={"name": options.model, "backbone": options.backbone,
                                                       "output_stride": options.output_stride},
-                classes=tuple(map(str, range(CLASSES))), weights=weights_sha256(network.state_dict()), backend="eager",
-                frozen=True, precision=names[autocast_dtype(options.precision, device)], device=device, shapes=ANY_SIZE)
+                classes=tuple(map(str, range(CLASSES))), weights=weights_sha256(network.state_dict()),
+                       backend="eager",
+                frozen=True, precision=names[autocast_dtype(options.precision, device)], device=device,
+                       shapes=ANY_SIZE)
 
 
 def smooth(count: int, height: int, width: int, device: torch.device) -> torch.Tensor:
@@ -65,11 +71,13 @@ def smooth(count: int, height: int, width: int, device: torch.device) -> torch.T
     return images_NCHW.contiguous(memory_format=torch.channels_last)
 
 
-def compiled(report: Report, plan: Compilation, options: argparse.Namespace) -> Iterator[tuple[str, Predictor]]:
+def compiled(report: Report, plan: Compilation,
+             options: argparse.Namespace) -> Iterator[tuple[str, Predictor]]:
     """Teachers by the name of their variant; each is compiled when asked for, in a folder that is deleted."""
     sizes = [tuple(map(int, size.split("x"))) for size in options.sizes]
     largest = (max(options.batches), *(max(size[i] for size in sizes) for i in (0, 1)))
-    shapes = Shapes(smallest=(1, 33, 33), typical=(options.batches[len(options.batches) // 2], *sizes[0]), largest=largest)
+    shapes = Shapes(smallest=(1, 33, 33), typical=(options.batches[len(options.batches) // 2], *sizes[0]),
+                    largest=largest)
     for backend in options.backends or build.present(report.device):
         for frozen in (False, True) if backend == "inductor" and not options.frozen else (True,):
             label = f"{backend} unfrozen" if not frozen else backend
@@ -78,7 +86,8 @@ def compiled(report: Report, plan: Compilation, options: argparse.Namespace) -> 
                 teacher = build.build(chosen, Path(folder) / "engine")
                 if not frozen:
                     other = plan_of(options, report.device, seed=1)
-                    next_one = Compilation(**{**vars(chosen), "network": other.network, "weights": other.weights})
+                    next_one = Compilation(**{**vars(chosen), "network": other.network,
+                                              "weights": other.weights})
                     began = time.perf_counter()
                     build.load(Path(folder) / "engine", teacher.record, next_one)
                     report.summary(f"teacher.swap_s.{label}", time.perf_counter() - began)
@@ -99,7 +108,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--output-stride", type=int, default=8)
     parser.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="default: all that are present")
-    parser.add_argument("--frozen", action="store_true", help="of inductor only the form that holds its weights")
+    parser.add_argument("--frozen", action="store_true", help="of inductor only the form that holds its "
+                                                              "weights")
     parser.add_argument("--no-compile", action="store_true", help="eager and public only")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--sizes", nargs="+", default=["360x480", "720x960"], help="HxW")
@@ -115,7 +125,8 @@ class Measured:
         self.image_ms: list[dict[str, float]] = [defaultdict(lambda: math.inf) for _ in options.sizes]
 
     def measure(self, name: str, teachers: dict[str, Forward], plain: torch.nn.Module | None = None) -> None:
-        """Times teachers, and beside the first batch of every size the public recipe's network image by image."""
+        """Times teachers, and beside the first batch of every size the public recipe's network image by
+        image."""
         for size, image_ms in zip(self._options.sizes, self.image_ms, strict=True):
             for count in self._options.batches:
                 images_NCHW = smooth(count, *map(int, size.split("x")), self._report.device)
@@ -123,7 +134,8 @@ class Measured:
                 if plain is not None and count == self._options.batches[0]:
                     ones = [image.contiguous() for image in images_NCHW.split(1)]
                     calls["public"] = lambda ones=ones: [plain(one) for one in ones]
-                found = self._report.compare(name, f"{count},3,{size.replace('x', ',')}", self._precision, calls)
+                found = self._report.compare(name, f"{count},3,{size.replace('x', ',')}", self._precision,
+                                             calls)
                 for label, row in found.items():
                     self.rows[f"{name}: {label}"].append(row)
                     image_ms[label] = min(image_ms[label], row["median"] / count)
@@ -142,7 +154,8 @@ def main() -> None:
     image = smooth(1, *map(int, options.sizes[0].split("x")), torch.device("cpu"))
     flop = nominal_flop(plan.network, image, backward=False)
     report.summary("teacher.eager_tflop_per_s", flop / measured.image_ms[0]["eager"] / 1e9)
-    report.summary("teacher.eager_vs_public_ratio", min(ms["public"] / ms["eager"] for ms in measured.image_ms))
+    report.summary("teacher.eager_vs_public_ratio",
+                   min(ms["public"] / ms["eager"] for ms in measured.image_ms))
     labels = ["eager"]
     with torch.inference_mode(False):
         teachers = () if options.no_compile else compiled(report, plan, options)
@@ -154,7 +167,8 @@ def main() -> None:
             report.summary(f"teacher.ratio.{label}", minimum_ratio(list(pairs)))
             ours_ms, eager_ms = measured.image_ms[0][label], measured.image_ms[0]["eager"]
             if ours_ms < eager_ms:
-                report.summary(f"teacher.images_that_repay.{label}", 1000 * teacher.record.compile_s / (eager_ms - ours_ms))
+                report.summary(f"teacher.images_that_repay.{label}",
+                               1000 * teacher.record.compile_s / (eager_ms - ours_ms))
             labels.append(label)
     report.summary("teacher.best_vs_public_ratio",
                    min(ms["public"] / min(ms[label] for label in labels) for ms in measured.image_ms))

@@ -45,7 +45,8 @@ def ten_views(device: torch.device) -> None:
     assert masks.shape == (2, 37, 53) and int(masks.max()) < 21
 
 
-CASES: dict[str, Callable[[torch.device], None]] = {"cross_entropy": cross_entropy, "softmax_accumulate": ten_views}
+CASES: dict[str, Callable[[torch.device], None]] = {"cross_entropy": cross_entropy,
+                                                    "softmax_accumulate": ten_views}
 
 
 def checked(case: str, device: torch.device, sanitizer: str | None) -> bool:

@@ -33,11 +33,14 @@ SMALL = {"epochs": 2, "crop": 33, "stride": 32}
 
 def command(options: argparse.Namespace, data: Path, out: Path) -> list[str]:
     """One run's command line."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m", "stpp", "train",
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m",
+            "stpp", "train",
             "--method", "supervised", "--deterministic", "--device", options.device.partition(":")[0],
             "--data.root", str(data), "--data.layout", "voc", "--data.fraction", "16",
-            "--model.backbone", "resnet18", "--model.output-stride", str(options.stride), "--augment.crop-px", str(options.crop),
-            "--augment.long-side", "48", "104", "--train.epochs", str(options.epochs), "--train.batch-global", "4",
+            "--model.backbone", "resnet18", "--model.output-stride", str(options.stride), "--augment.crop-px",
+            str(options.crop),
+            "--augment.long-side", "48", "104", "--train.epochs", str(options.epochs), "--train.batch-global",
+            "4",
             "--train.lr", "0.02", "--train.validate-min-steps", "1000000", "--train.checkpoint-steps", "2",
             "--out", str(out)]
 
@@ -52,7 +55,12 @@ def run(arguments: list[str], log: Path, *, stop_after: Path | None = None) -> N
         process = subprocess.Popen(arguments, stdout=file, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + LIMIT_S
     try:
-        while stop_after is not None and process.poll() is None and not stop_after.exists() and time.monotonic() < deadline:
+        while (
+            stop_after is not None
+            and process.poll() is None
+            and not stop_after.exists()
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.02)
         if stop_after is not None and process.poll() is None:
             process.terminate()
@@ -64,7 +72,8 @@ def run(arguments: list[str], log: Path, *, stop_after: Path | None = None) -> N
             process.terminate()  # torchrun then ends its ranks, which it could not after SIGKILL
             process.wait()
     if bool(code) == (stop_after is None):
-        raise RuntimeError(f"a run ended with {code}" + (", before it was told to stop" if stop_after else ""))
+        raise RuntimeError(f"a run ended with {code}"
+                           + (", before it was told to stop" if stop_after else ""))
 
 
 def stopped(arguments: list[str], out: Path, log: Path) -> int:
@@ -99,7 +108,8 @@ def main() -> None:
     parser.add_argument("--stride", type=int, default=16, help="output stride of the network")
     options = parser.parse_args()
     report = Report(options)
-    if report.device.type == "cpu":  # one thread a run: two on a busy machine wait for each other at every barrier
+    # one thread a run: two on a busy machine wait for each other at every barrier
+    if report.device.type == "cpu":
         os.sched_setaffinity(0, [random.choice(sorted(os.sched_getaffinity(0)))])
     # Deterministic cuBLAS wants this before CUDA starts, whatever the engine itself sets.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -117,7 +127,8 @@ def main() -> None:
         finally:
             for log in filter(Path.exists, logs.values()):
                 print(log.read_text(errors="replace"), flush=True)
-        states, text = {kind: state(out) for kind, out in outs.items()}, logs["stopped"].read_text(errors="replace")
+        states, text = {kind: state(out) for kind,
+                        out in outs.items()}, logs["stopped"].read_text(errors="replace")
     report.summary("resume.steps", states["whole"]["step"])
     report.summary("resume.stopped_at_step", step)
     repeats, equal = (same(states["whole"], states[kind]) for kind in ("again", "stopped"))
@@ -125,8 +136,11 @@ def main() -> None:
     report.summary("resume.equal", float(equal))
     report.finish()
     assert 0 < step < states["whole"]["step"], "the run had ended before it was told to stop"
-    assert re.search(rf"going on from step {step}\b", text), "the run was not continued from what it had saved"
-    assert repeats and equal, f"two runs with --deterministic: equal {repeats}; stopped and continued: equal {equal}"
+    assert re.search(rf"going on from step {step}\b",
+                     text), "the run was not continued from what it had saved"
+    assert repeats and equal, (
+        f"two runs with --deterministic: equal {repeats}; stopped and continued: equal {equal}"
+    )
 
 
 if __name__ == "__main__":

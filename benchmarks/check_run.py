@@ -40,7 +40,8 @@ def main() -> None:
     parser.add_argument("--supervised-epochs", type=int, default=20, help="of the first stage")
     options = parser.parse_args()
     report = Report(options)
-    train = dataclasses.replace(demo.DEMO.train, epochs=options.epochs, supervised_epochs=options.supervised_epochs)
+    train = dataclasses.replace(demo.DEMO.train, epochs=options.epochs,
+                                supervised_epochs=options.supervised_epochs)
     config = dataclasses.replace(demo.DEMO, device=report.device.type, train=train,
                                  label=dataclasses.replace(demo.DEMO.label, tta="none"))
     with tempfile.TemporaryDirectory() as name:

@@ -1,13 +1,14 @@
 """Times variants of one computation against one another and writes what was found.
 
-Variants take turns (A B A B ...) in one process after a warm-up, so a slow phase of the machine meets all of them. Time: wall clock
-on a CPU, events on a GPU. Memory: in a run of its own, the highest use above what was held before (inputs and earlier
-results), as the kernel counts this process's pages on a CPU and as the caching allocator counts on a GPU.
+Variants take turns (A B A B ...) in one process after a warm-up, so a slow phase of the machine meets all of
+them. Time: wall clock on a CPU, events on a GPU. Memory: in a run of its own, the highest use above what was
+held before (inputs and earlier results), as the kernel counts this process's pages on a CPU and as the
+caching allocator counts on a GPU.
 
-A row of the JSONL file: name, variant, shape, dtype, median, p20, p80, unit, peak_mib, device, threads, versions, git, date.
-A summary row: {"name": ..., "value": ...} and the last five. Two more: `part`, named by run_gpu.sh in STPP_PART, where
-several runs share a file; `cudnn_benchmark` on a GPU, whether cuDNN tried its algorithms. STPP_GIT names the commit
-where there is no repository.
+A row of the JSONL file: name, variant, shape, dtype, median, p20, p80, unit, peak_mib, device, threads,
+versions, git, date. A summary row: {"name": ..., "value": ...} and the last five. Two more: `part`, named by
+run_gpu.sh in STPP_PART, where several runs share a file; `cudnn_benchmark` on a GPU, whether cuDNN tried its
+algorithms. STPP_GIT names the commit where there is no repository.
 """
 
 import argparse
@@ -61,12 +62,14 @@ def arguments(description: str, small: dict[str, Any] | None = None) -> argparse
     """Parser with the options that every benchmark has.
 
     Args:
-        small: options that make the run as short as it can be, by name: values under --small, whatever else is asked for.
+        small: options that make the run as short as it can be, by name: values under --small, whatever else
+            is asked for.
     """
     parser = _Parser(small or {}, description=description)
     parser.add_argument("--out", type=Path, help="JSONL file to write (replaced)")
     parser.add_argument("--append", action="store_true", help="add to the file instead of replacing it")
-    parser.add_argument("--small", action="store_true", help="everything at its smallest, to see that it runs")
+    parser.add_argument("--small", action="store_true", help="everything at its smallest, to see that it "
+                                                             "runs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")
     parser.add_argument("--rounds", type=int, default=7, help="timed runs of each variant")
@@ -74,7 +77,8 @@ def arguments(description: str, small: dict[str, Any] | None = None) -> argparse
 
 
 class Report:
-    """Rows of one run of a benchmark: printed and written as they come, so that a run cut short leaves what it measured."""
+    """Rows of one run of a benchmark: printed and written as they come, so that a run cut short leaves what
+    it measured."""
 
     def __init__(self, options: argparse.Namespace):
         if options.threads:
@@ -97,7 +101,8 @@ class Report:
 
     def compare(self, name: str, shape: str, dtype: str, variants: dict[str, Callable[[], object]],
                 before: Callable[[str], object] = lambda label: None) -> dict[str, dict]:
-        """Measures every variant and returns its row, by name. Every turn begins with `before(name)`, outside the clock."""
+        """Measures every variant and returns its row, by name. Every turn begins with `before(name)`, outside
+        the clock."""
         calls = {label: self._calls(variant) for label, variant in variants.items()}
         peaks = {label: self._peak_mib(variant) for label, variant in variants.items()}
         times: dict[str, list[float]] = {label: [] for label in variants}
@@ -105,18 +110,22 @@ class Report:
             for label, variant in variants.items():
                 before(label)
                 times[label].append(call_ms(variant, self.device, calls[label]))
-        return {label: self.measured(name, label, shape, dtype, found, peaks[label]) for label, found in times.items()}
+        return {label: self.measured(name, label, shape, dtype, found, peaks[label]) for label,
+                found in times.items()}
 
     def measured(self, name: str, variant: str, shape: str, dtype: str, times_ms: list[float],
                  peak_mib: float | None = None) -> dict:
         """Adds the row of a variant that was timed, and returns it."""
-        row = {"name": name, "variant": variant, "shape": shape, "dtype": dtype, "median": statistics.median(times_ms),
-               "p20": _quantile(times_ms, 0.2), "p80": _quantile(times_ms, 0.8), "unit": "ms", "peak_mib": peak_mib}
+        row = {"name": name, "variant": variant, "shape": shape, "dtype": dtype,
+               "median": statistics.median(times_ms),
+               "p20": _quantile(times_ms, 0.2), "p80": _quantile(times_ms, 0.8), "unit": "ms",
+               "peak_mib": peak_mib}
         self._add(row)
         return row
 
     def _calls(self, variant: Callable[[], object]) -> int:
-        """Calls of one measurement, after a warm-up: on a GPU enough to hide the first launch and the steps of the clock."""
+        """Calls of one measurement, after a warm-up: on a GPU enough to hide the first launch and the steps
+        of the clock."""
         call_ms(variant, self.device)
         if self.device.type != "cuda":
             return 1
@@ -129,7 +138,8 @@ class Report:
     def finish(self) -> None:
         """Prints the table."""
         print(f"\n{self._common['device']}, {self._common['threads']} threads, torch {torch.__version__}")
-        print(f"{'name':<34} {'variant':<18} {'shape':<26} {'dtype':<9} {'median':>10} {'p20':>10} {'p80':>10} {'peak':>10}")
+        print(f"{'name':<34} {'variant':<18} {'shape':<26} {'dtype':<9} {'median':>10} {'p20':>10} "
+              f"{'p80':>10} {'peak':>10}")
         for row in self.rows:
             if "value" in row:
                 print(f"{row['name']:<54} {row['value']:.3g}")
@@ -178,8 +188,10 @@ def freed_memory_kept() -> Iterator[None]:
             libc.malloc_trim(0)
 
 
-def bare_trainer(config: Config, here: World, folder: Path, num_classes: int, samples: Sequence[Sample] = ()) -> Trainer:
-    """The Trainer of a run that is never started: only its step and its batches are used, these where it has samples."""
+def bare_trainer(config: Config, here: World, folder: Path, num_classes: int,
+                 samples: Sequence[Sample] = ()) -> Trainer:
+    """The Trainer of a run that is never started: only its step and its batches are used, these where it has
+    samples."""
     side, classes = config.augment.crop_px, tuple(map(str, range(num_classes)))
     none = Sample(key="none", image="none", mask="none", width=side, height=side)
     step = Supervised(fresh_network(config, here, classes, stage=1), config)
@@ -188,7 +200,8 @@ def bare_trainer(config: Config, here: World, folder: Path, num_classes: int, sa
                    schedule=Schedule(steps=1 << 30, validate_steps=1 << 30), validate=None)
 
 
-def random_batch(count: int, side: int, num_classes: int, device: torch.device, *, ignored: float = 0.0) -> Batch:
+def random_batch(count: int, side: int, num_classes: int, device: torch.device, *,
+                 ignored: float = 0.0) -> Batch:
     """Noise, `count` images of `side` pixels, and labels, of which a share is 255."""
     images = torch.randn(count, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(num_classes, (count, side, side), dtype=torch.uint8, device=device)
@@ -197,17 +210,24 @@ def random_batch(count: int, side: int, num_classes: int, device: torch.device, 
 
 
 def nominal_flop(network: nn.Module, images: torch.Tensor, *, backward: bool) -> int:
-    """Operations of a forward pass, or of one with its backward pass: those of plain convolutions, padding counted."""
+    """Operations of a forward pass, or of one with its backward pass: those of plain convolutions, padding
+    counted."""
     shell = export.plain_copy(network).to("meta")
-    with FlopCounterMode(display=False) as counter, torch.inference_mode(False), torch.set_grad_enabled(backward):
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.inference_mode(False),
+        torch.set_grad_enabled(backward),
+    ):
         logits = shell(torch.empty(images.shape, device="meta"))
         if backward:
             logits.sum().backward()
     return counter.get_total_flops()
 
 
-def graphed(variants: dict[str, Callable[[], object]], device: torch.device) -> dict[str, Callable[[], object]]:
-    """The same computations replayed from a CUDA graph, without the host's share; on a CPU as they are, and named so.
+def graphed(variants: dict[str, Callable[[], object]],
+            device: torch.device) -> dict[str, Callable[[], object]]:
+    """The same computations replayed from a CUDA graph, without the host's share; on a CPU as they are, and
+    named so.
 
     One that cannot be captured is left out, with a line that says why.
     """
@@ -225,7 +245,8 @@ def graphed(variants: dict[str, Callable[[], object]], device: torch.device) -> 
 def _captured(variant: Callable[[], object]) -> Callable[[], None]:
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):  # libraries make their workspaces and Triton its kernels outside the capture
+    # libraries make their workspaces and Triton its kernels outside the capture
+    with torch.cuda.stream(aside):
         for _ in range(3):
             variant()
     torch.cuda.current_stream().wait_stream(aside)
@@ -306,7 +327,8 @@ def _cpu_name() -> str:
 def _git_hash() -> str | None:
     try:
         done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True,
+            timeout=10, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,7 +1,8 @@
-"""Sections of bench_ops.py for the operators that label: upsample_argmax, softmax_accumulate with finalize, confusion.
+"""Sections of bench_ops.py for the operators that label: upsample_argmax, softmax_accumulate with finalize,
+confusion.
 
-Every section first checks that the variants agree, then measures them. Images are 360x480; logits lie at a quarter of the
-size that they are resized to, as DeepLabV3+ leaves them.
+Every section first checks that the variants agree, then measures them. Images are 360x480; logits lie at a
+quarter of the size that they are resized to, as DeepLabV3+ leaves them.
 """
 
 import argparse
@@ -51,7 +52,8 @@ def argmax(report: Report, options: argparse.Namespace) -> None:
 
 
 def augmentation(report: Report, options: argparse.Namespace) -> None:
-    """One view at scale 2, and the ten views of test-time augmentation with their mask; peer: the two-step form."""
+    """One view at scale 2, and the ten views of test-time augmentation with their mask; peer: the two-step
+    form."""
     pairs = []
     for classes in CLASSES:
         views = []
@@ -74,7 +76,11 @@ def augmentation(report: Report, options: argparse.Namespace) -> None:
             for logits, scaled, flip in views:
                 add(acc, logits, scaled, flip)
             value, mask = acc.max(1)
-            return mask.byte(), (value / acc.sum(1)).mean((1, 2)), torch.bincount(mask.flatten(), minlength=classes)
+            return (
+                mask.byte(),
+                (value / acc.sum(1)).mean((1, 2)),
+                torch.bincount(mask.flatten(), minlength=classes),
+            )
 
         agreement = (fused()[0] == all_views(add)[0]).float().mean().item()
         assert agreement > 0.9999, agreement
@@ -92,7 +98,8 @@ def augmentation(report: Report, options: argparse.Namespace) -> None:
             "ten_views", f"1,{classes},{SIZE[0]},{SIZE[1]}", "float32",
             {
                 "fused": fused, "eager": lambda add=add, all_views=all_views: all_views(add),
-                **{label: lambda add=add, all_views=all_views: all_views(add) for label, add in compiled.items()},
+                **{label: lambda add=add, all_views=all_views: all_views(add) for label,
+                   add in compiled.items()},
             },
         )  # fmt: skip
         pairs += [(rows["fused"], rows["eager"])]
@@ -103,13 +110,16 @@ def augmentation(report: Report, options: argparse.Namespace) -> None:
 
 
 def masks(report: Report, options: argparse.Namespace) -> None:
-    """Confusion matrix, and the reliability score of ST++, of batch 4; peers: bincount and a loop over the classes."""
+    """Confusion matrix, and the reliability score of ST++, of batch 4; peers: bincount and a loop over the
+    classes."""
     pairs = []
     for kind in ("regions", "noise"):
         if kind == "regions":
-            pred, target = (upsample_argmax(_logits(4, 21, (side, 64), report.device), SIZE) for side in (48, 52))
+            pred, target = (upsample_argmax(_logits(4, 21, (side, 64), report.device), SIZE)
+                            for side in (48, 52))
         else:
-            pred, target = (torch.randint(21, (4, *SIZE), dtype=torch.uint8, device=report.device) for _ in range(2))
+            pred, target = (torch.randint(21, (4, *SIZE), dtype=torch.uint8, device=report.device)
+                            for _ in range(2))
         target[:, :20] = 255
 
         def eager(pred=pred, target=target):
@@ -131,12 +141,14 @@ def masks(report: Report, options: argparse.Namespace) -> None:
         shape = ",".join(map(str, pred.shape))
         rows = report.compare(
             f"confusion.{kind}", shape, "uint8",
-            {"fused": lambda p=pred, t=target: confusion(p, t, 21), "eager": eager, **_compiled(options, eager)},
+            {"fused": lambda p=pred, t=target: confusion(p, t, 21), "eager": eager,
+             **_compiled(options, eager)},
         )  # fmt: skip
         pairs += [(rows["fused"], rows["eager"])]
         rows = report.compare(
             f"pairwise_iou.{kind}", shape, "uint8",
-            {"fused": lambda p=pred, t=target: pairwise_iou(p, t, 21), "eager": eager_iou, **_compiled(options, eager_iou)},
+            {"fused": lambda p=pred, t=target: pairwise_iou(p, t, 21), "eager": eager_iou,
+             **_compiled(options, eager_iou)},
         )  # fmt: skip
         pairs += [(rows["fused"], rows["eager"])]
     report.summary("confusion.fused_vs_eager_ratio", minimum_ratio(pairs))

@@ -15,7 +15,8 @@ import torch
 from stpp_kernels import implementations
 
 PACKAGES = ("torch", "triton", "torchvision", "numpy", "pillow", "pyarrow", "tyro", "hypothesis", "pytest",
-            "pytest-xdist", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "tensorrt", "torch-tensorrt", "apex")
+            "pytest-xdist", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "tensorrt", "torch-tensorrt",
+            "apex")
 TOOLS = ("nvcc", "ncu", "compute-sanitizer", "gcc", "g++", "ninja", "make", "git")
 LIBRARIES = ("libnpp*.so*", "libnvjpeg.so*", "libnvinfer.so*", "libcuda.so*")
 FIND_S = 10
@@ -40,8 +41,10 @@ def output(command: list[str]) -> str:
 
 def main() -> None:
     print(platform.platform(), "python", platform.python_version(), "cores", os.cpu_count())
-    print(output(["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.mem,memory.total", "--format=csv"]))
-    print("CUDA", torch.version.cuda, "cuDNN", torch.backends.cudnn.version(), "devices", torch.cuda.device_count())
+    print(output(["nvidia-smi",
+                  "--query-gpu=name,driver_version,clocks.sm,clocks.mem,memory.total", "--format=csv"]))
+    print("CUDA", torch.version.cuda, "cuDNN", torch.backends.cudnn.version(), "devices",
+          torch.cuda.device_count())
     print(*(f"{package} {version(package)}" for package in PACKAGES), sep=", ")
     print(*(f"{tool} {shutil.which(tool) or '-'}" for tool in TOOLS), sep=", ")
     print("operators:", implementations())

@@ -26,7 +26,8 @@ def main() -> None:
                 groups[f"{row['name']} {row['shape']} {row['dtype']}"].append(row)
     if not groups:
         parser.error(f"{options.rows[0]} has no row with a median")
-    figure, axes = pyplot.subplots(len(groups), 1, figsize=(8, 0.6 + sum(0.5 + 0.3 * len(rows) for rows in groups.values())),
+    figure, axes = pyplot.subplots(len(groups), 1,
+                                   figsize=(8, 0.6 + sum(0.5 + 0.3 * len(rows) for rows in groups.values())),
                                    height_ratios=[1 + len(rows) for rows in groups.values()], squeeze=False)
     for axis, (title, rows) in zip(axes[:, 0], groups.items(), strict=True):
         names, medians = [row["variant"] for row in rows], [row["median"] for row in rows]

@@ -2,8 +2,8 @@
 
     python benchmarks/scores.py --out benchmarks/results/demo-cpu.jsonl demo-seed0=runs/demo/run
 
-For each run NAME: NAME.minutes of all stages but the control, NAME.STAGE.miou_pct of each stage that trains, and
-NAME.control.miou_pct where the run has one.
+For each run NAME: NAME.minutes of all stages but the control, NAME.STAGE.miou_pct of each stage that trains,
+and NAME.control.miou_pct where the run has one.
 """
 
 import json

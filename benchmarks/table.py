@@ -14,29 +14,39 @@ MACHINES = {"AVX-512": "cpu", "AVX-512 with bf16": "cpu-bf16"}
 GPUS = {"H100": "h100", "H200": "h200"}
 """Machines with one GPU; a column is shown once there are rows of it, and so are the lines of `ON_GPUS`."""
 RATIOS = (
-    ("upsampling cross-entropy, forward and backward, smallest of three shapes", "eager", "loss", "loss.fused_vs_eager_ratio"),
+    ("upsampling cross-entropy, forward and backward, smallest of three "
+     "shapes", "eager", "loss", "loss.fused_vs_eager_ratio"),
     ("the same", "`torch.compile`d eager", "loss", "loss.fused_vs_compiled_ratio"),
     ("ten views of softmax, summed", "eager", "ops-labelling", "softmax_accumulate.fused_vs_eager_ratio"),
     ("confusion matrix", "eager", "ops-labelling", "confusion.fused_vs_eager_ratio"),
-    ("dilated convolutions of ASPP in bf16, forward, 41x41", "`F.conv2d`", "ops-conv", "dilated_conv.forward_ratio_41x41"),
+    ("dilated convolutions of ASPP in bf16, forward, "
+     "41x41", "`F.conv2d`", "ops-conv", "dilated_conv.forward_ratio_41x41"),
     ("the same, 63x63", "`F.conv2d`", "ops-conv", "dilated_conv.forward_ratio_63x63"),
     ("the same, 90x120", "`F.conv2d`", "ops-conv", "dilated_conv.forward_ratio_90x120"),
     ("with backward, 41x41", "`F.conv2d`", "ops-conv", "dilated_conv.forward_backward_ratio_41x41"),
     ("with backward, 63x63", "`F.conv2d`", "ops-conv", "dilated_conv.forward_backward_ratio_63x63"),
-    ("loading and augmenting, half of it strongly", "PIL, worker processes", "data", "data.dali_vs_pil_ratio"),
-    ("training step, DeepLabV3+ ResNet-50, stride 8, 2 x 321 px", "public recipe", "step", "step.engine_vs_public_ratio"),
+    ("loading and augmenting, half of it strongly", "PIL, worker processes", "data",
+     "data.dali_vs_pil_ratio"),
+    ("training step, DeepLabV3+ ResNet-50, stride 8, 2 x 321 "
+     "px", "public recipe", "step", "step.engine_vs_public_ratio"),
     ("the same", "autocast, channels_last, fused SGD, `torch.compile`", "step", "step.engine_vs_tuned_ratio"),
     ("the same with loading", "public recipe", "step", "step.files_engine_vs_public_ratio"),
     ("the public recipe's step, images a second", "", "step", "step.public_images_per_s"),
-    ("teacher, DeepLabV3+ ResNet-18, stride 16, 360x480", "public recipe", "teacher", "teacher.best_vs_public_ratio"),
-    ("labelling with ten views, ResNet-50, files to files", "public recipe", "label", "label.engine_vs_public_ratio"),
-    ("all stages of ST++, a third of the demo", "public recipe", "selftrain", "selftrain.engine_vs_public_ratio"),
+    ("teacher, DeepLabV3+ ResNet-18, stride 16, "
+     "360x480", "public recipe", "teacher", "teacher.best_vs_public_ratio"),
+    ("labelling with ten views, ResNet-50, files to "
+     "files", "public recipe", "label", "label.engine_vs_public_ratio"),
+    ("all stages of ST++, a third of the demo", "public recipe", "selftrain",
+     "selftrain.engine_vs_public_ratio"),
 )
 """What, against what, files of rows, name of the summary row."""
 ON_GPUS = (
-    ("the loss from a CUDA graph, 16 x 21 classes x 321 px", "eager, likewise", "loss", "loss.graph_fused_vs_eager_ratio"),
-    ("training step, DeepLabV3+ ResNet-101, 8 x 721 px", "public recipe", "step-r101-721", "step.engine_vs_public_ratio"),
-    ("share of a large matrix product's rate, ResNet-50, 16 x 321 px", "", "step", "step.engine_share_of_matmul_rate"),
+    ("the loss from a CUDA graph, 16 x 21 classes x 321 "
+     "px", "eager, likewise", "loss", "loss.graph_fused_vs_eager_ratio"),
+    ("training step, DeepLabV3+ ResNet-101, 8 x 721 "
+     "px", "public recipe", "step-r101-721", "step.engine_vs_public_ratio"),
+    ("share of a large matrix product's rate, ResNet-50, 16 x 321 "
+     "px", "", "step", "step.engine_share_of_matmul_rate"),
     ("labelling with ten views, images of 360x480, images a second", "", "label", "label.images_per_s.stpp"),
     ("the same, each image of another size", "", "label-mixed", "label.images_per_s.stpp"),
 )
@@ -63,7 +73,8 @@ def ratios() -> str:
     Raises:
         KeyError: a line has no row.
     """
-    gpus = {name: word for name, word in GPUS.items() if any(values(f"{line[2]}-{word}") for line in (*RATIOS, *ON_GPUS))}
+    gpus = {name: word for name,
+            word in GPUS.items() if any(values(f"{line[2]}-{word}") for line in (*RATIOS, *ON_GPUS))}
     machines = {**MACHINES, **gpus}
     lines = [f"| what | against | {' | '.join(machines)} | rows |", "|---" * (3 + len(machines)) + "|"]
     for line in (*RATIOS, *(ON_GPUS if gpus else ())):
@@ -86,7 +97,8 @@ def _figures(value: float) -> str:
 
 
 def scores() -> str:
-    """Lines of mIoU, percent, of the stages that a run has; of ST where there is such a run, its name ending in -st.
+    """Lines of mIoU, percent, of the stages that a run has; of ST where there is such a run, its name ending
+    in -st.
 
     Raises:
         KeyError: a run has no rows.
@@ -98,7 +110,8 @@ def scores() -> str:
         stages = ("1-supervised", "control", "-st.3-retrain", "4-retrain", "6-retrain")
         found = (of.get(f"{run}{'' if stage[0] == '-' else '.'}{stage}.miou_pct") for stage in stages)
         miou = ["" if value is None else f"{value:.1f}" for value in found]
-        lines.append(f"| {what} | {' | '.join(miou)} | {of[f'{run}.minutes']:.1f} | `{file}.jsonl`: `{run}` |")
+        lines.append(f"| {what} | {' | '.join(miou)} | {of[f'{run}.minutes']:.1f} | `{file}.jsonl`: `{run}` "
+                     "|")
     return "\n".join(lines)
 
 

@@ -19,7 +19,8 @@ RESULTS = table.ROOT / "benchmarks" / "results"
 
 
 def kept(rows: list[dict]) -> dict[str, list[dict]]:
-    """Rows of the last run of each part, by name of the file; those of other devices than `table.GPUS` are left out."""
+    """Rows of the last run of each part, by name of the file; those of other devices than `table.GPUS` are
+    left out."""
     runs: dict[str, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         word = next((word for name, word in table.GPUS.items() if name in row.get("device", "")), None)
@@ -32,5 +33,6 @@ if __name__ == "__main__":
     if not sys.argv[1:]:
         sys.exit(__doc__)
     for name, rows in kept([row for path in sys.argv[1:] for row in whole_rows(Path(path))]).items():
-        (RESULTS / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        (RESULTS / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows),
+                                               encoding="utf-8")
         print(f"{name}.jsonl: {len(rows)} rows of {rows[0]['date']}")

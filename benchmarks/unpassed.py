@@ -1,7 +1,8 @@
 """Plugin of pytest (`-p unpassed`) that keeps a file of the tests that did not pass, and runs those of one.
 
-`--unpassed=FILE`: FILE holds the ids of all tests of this run, one a line, less those that have passed or were
-skipped so far. So after a run that was cut off it holds the tests that failed and those that had no turn.
+`--unpassed=FILE`: FILE holds the ids of all tests of this run, one a line, less those that have passed or
+were skipped so far. So after a run that was cut off it holds the tests that failed and those that had no
+turn.
 `--only=FILE`: of the collected tests only those that FILE names.
 
 It works under xdist: there the workers choose the tests and the controller keeps the file. With a space in

@@ -10,7 +10,8 @@ class _Read(Exception):
 
 
 def assert_accepted(name: str, args: list[str], monkeypatch) -> None:
-    """Asserts that every flag of `stpp NAME ARGS` exists and has a possible value, and that none is missing."""
+    """Asserts that every flag of `stpp NAME ARGS` exists and has a possible value, and that none is
+    missing."""
     real = config.parse
 
     def parse(*given, **more):

@@ -1,10 +1,11 @@
-"""Variants of the Triton kernels that real calls ask for, and their compilation for sm_90: neither needs a GPU.
+"""Variants of the Triton kernels that real calls ask for, and their compilation for sm_90: neither needs a
+GPU.
 
-A program of its own, because Triton decides when a kernel is defined whether it is interpreted (as in the other tests), and because
-the package `triton` is the first on PYTHONPATH.
+A program of its own, because Triton decides when a kernel is defined whether it is interpreted (as in the
+other tests), and because the package `triton` is the first on PYTHONPATH.
 
-    python compile_cases.py compile --classes 2 21 --full --jobs 2    a JSON line for each variant that the calls below ask for
-    python compile_cases.py count                                     variants of each kernel that a set of photographs asks for
+    python compile_cases.py compile --classes 2 21 --full --jobs 2    # a JSON line for each variant asked for
+    python compile_cases.py count    # variants of each kernel that a set of photographs asks for
 """
 
 import argparse
@@ -78,7 +79,8 @@ def recorded(label: str, variants: dict[str, Variant]) -> Iterator[None]:
         variants.setdefault(variant.key, variant)
 
     run, check = JITFunction.run, torch._assert_async
-    JITFunction.run, torch._assert_async = record, lambda *_: None  # what a kernel would have written is not there
+    # what a kernel would have written is not there
+    JITFunction.run, torch._assert_async = record, lambda *_: None
     try:
         yield
     finally:
@@ -91,7 +93,8 @@ def logits(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> t
 
 
 def loss_calls(classes: int, low: torch.Tensor, size: tuple[int, int], full: bool) -> None:
-    for labels, weighted, gradient in [(torch.uint8, False, True), (torch.int64, True, True), (torch.uint8, False, False)]:
+    for labels, weighted, gradient in [(torch.uint8, False, True), (torch.int64, True, True),
+                                       (torch.uint8, False, False)]:
         if full or gradient and not weighted:
             labels_NHW = torch.empty((low.shape[0], *size), dtype=labels)
             weights = (torch.empty(classes), torch.empty(labels_NHW.shape)) if weighted else (None, None)
@@ -121,18 +124,21 @@ def calls(classes: int, full: bool) -> dict[str, Variant]:
     for pred, target, both in [(torch.uint8, torch.uint8, True), (torch.uint8, torch.int64, False)]:
         with recorded(f"C = {classes}", variants):
             shape = (2, *ODD_FULL)
-            confusion(torch.empty(shape, dtype=pred), torch.empty(shape, dtype=target), classes, 255, True, both)
+            confusion(torch.empty(shape, dtype=pred), torch.empty(shape, dtype=target), classes, 255, True,
+                      both)
     return variants
 
 
 def resources(compiled: triton.compiler.CompiledKernel) -> dict[str, int]:
-    """Registers, bytes of stack (where spilled registers lie) and of local memory a thread; bytes of shared memory a program."""
+    """Registers, bytes of stack (where spilled registers lie) and of local memory a thread; bytes of shared
+    memory a program."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    fields = dict(field.split(":") for field in found.split("Function")[1].split()[1:] if field.count(":") == 1)
+    fields = dict(field.split(":") for field in found.split("Function")[1].split()[1:]
+                  if field.count(":") == 1)
     names = {"registers": "REG", "stack": "STACK", "local": "LOCAL"}
     return {name: int(fields[field]) for name, field in names.items()} | {"shared": compiled.metadata.shared}
 
@@ -140,12 +146,13 @@ def resources(compiled: triton.compiler.CompiledKernel) -> dict[str, int]:
 def row(variant: Variant) -> dict:
     """What compiling one variant gives."""
     warps = variant.kwargs.get("num_warps", 4)
-    return {"triton": triton.__version__, "kernel": variant.kernel.__name__.strip("_"), "case": variant.label, "warps": warps,
-            **resources(variant.compiled())}  # fmt: skip
+    return {"triton": triton.__version__, "kernel": variant.kernel.__name__.strip("_"), "case": variant.label,
+            "warps": warps, **resources(variant.compiled())}  # fmt: skip
 
 
 def photographs(number: int = 100, classes: int = 21) -> dict[str, Variant]:
-    """Variants for labelling and scoring `number` images of the sizes of VOC, one by one, by a teacher of output stride 8."""
+    """Variants for labelling and scoring `number` images of the sizes of VOC, one by one, by a teacher of
+    output stride 8."""
     draw = random.Random(0)
     variants: dict[str, Variant] = {}
     for _ in range(number):

@@ -1,4 +1,5 @@
-"""What every test sees: the packages from the source roots, two threads, and where CamVid lies if it is there."""
+"""What every test sees: the packages from the source roots, two threads, and where CamVid lies if it is
+there."""
 
 import os
 import subprocess
@@ -11,10 +12,13 @@ from hypothesis import settings
 ROOT = Path(__file__).parents[1]
 PATHS = [str(ROOT / "engine"), str(ROOT / "kernels")]
 sys.path[:0] = PATHS
-os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")])  # for processes that tests start
+# for processes that tests start
+os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")])
 if not any(Path("/dev").glob("nvidia[0-9]*")):
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before any test imports its module
-settings.register_profile("stpp", deadline=None)  # no test asserts how long something takes: machines are shared
+    # read when a kernel is defined, so before any test imports its module
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+# no test asserts how long something takes: machines are shared
+settings.register_profile("stpp", deadline=None)
 settings.load_profile("stpp")
 CAMVID = ROOT.parent / "shared" / "data" / "camvid"
 
@@ -59,5 +63,6 @@ def _threads():
 
 def torchrun(ranks: int, *args: str, timeout: float = 240) -> subprocess.CompletedProcess:
     """Runs a script or `-m module` on `ranks` processes of this machine, each with one thread."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *args]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+               *args]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout)

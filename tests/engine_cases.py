@@ -1,4 +1,5 @@
-"""Cases shared by the tests of teacher engines: a tiny network with its checkpoints, and the real models at their smallest."""
+"""Cases shared by the tests of teacher engines: a tiny network with its checkpoints, and the real models at
+their smallest."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,7 +26,8 @@ QUICK = ("deeplabv3plus", "pspnet")
 
 
 class Tiny(nn.Module):
-    """The parts that engines stumble over: batch norms, a dilated convolution, a pooled branch, a small classifier."""
+    """The parts that engines stumble over: batch norms, a dilated convolution, a pooled branch, a small
+    classifier."""
 
     classifier_name = "classifier"
     least_px = 2
@@ -43,7 +45,8 @@ class Tiny(nn.Module):
 
 
 def warmed(network: nn.Module, size: tuple[int, int] = (49, 65)) -> nn.Module:
-    """Batch norms that have seen data, so that folding has something to get wrong; a classifier that tells classes apart."""
+    """Batch norms that have seen data, so that folding has something to get wrong; a classifier that tells
+    classes apart."""
     with torch.no_grad():
         for _ in range(2):
             network.train()(torch.randn(4, 3, *size) * 2 + 1)
@@ -61,11 +64,13 @@ def model(name: str, seed: int = 0, classes: int = 6) -> nn.Module:
     """One of the real models, as `MODELS` says."""
     torch.manual_seed(seed)
     kind, backbone, output_stride = MODELS[name]
-    return warmed(build_model(kind, backbone, classes, output_stride), (42, 70) if kind == "dpt" else (49, 65))
+    return warmed(build_model(kind, backbone, classes, output_stride),
+                  (42, 70) if kind == "dpt" else (49, 65))
 
 
 def least_px(name: str) -> int:
-    """Smallest side of a model's graph: two cells of the last map at stride 16; three patches, of which DPT makes two cells."""
+    """Smallest side of a model's graph: two cells of the last map at stride 16; three patches, of which DPT
+    makes two cells."""
     return 35 if name == "dinov2-small" else 17
 
 

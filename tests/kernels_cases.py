@@ -1,7 +1,8 @@
-"""Cases, forms and the three-way rule shared by the tests of the operators that train: cross entropy and dilated convolution.
+"""Cases, forms and the three-way rule shared by the tests of the operators that train: cross entropy and
+dilated convolution.
 
-The three-way rule: with the truth (float64) and eager PyTorch in the input's dtype at hand, the fused form may err at most twice as
-much as eager does, plus a tolerance from the one table below.
+The three-way rule: with the truth (float64) and eager PyTorch in the input's dtype at hand, the fused form
+may err at most twice as much as eager does, plus a tolerance from the one table below.
 """
 
 from dataclasses import dataclass
@@ -16,25 +17,28 @@ from stpp_kernels import reference
 from stpp_kernels.dispatch import triton_available
 
 TRITON = pytest.param(
-    "triton", marks=pytest.mark.skipif(not triton_available() or torch.cuda.is_available(), reason="interpreter only")
+    "triton",
+    marks=pytest.mark.skipif(not triton_available() or torch.cuda.is_available(), reason="interpreter only")
 )
 FORMS = [
     "cpu",
     "reference",
     TRITON,
-    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]),
+    pytest.param("cuda", marks=[pytest.mark.gpu,
+                                pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["contiguous", "channels_last", "sliced"]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-"""Of a result stored in this dtype, relative to the largest magnitude of the truth (at least 1): half a unit of its last place for
-the 16-bit types, a few sums' rounding for float32."""
+"""Of a result stored in this dtype, relative to the largest magnitude of the truth (at least 1): half a unit
+of its last place for the 16-bit types, a few sums' rounding for float32."""
 LOGIT_ULP = 8.0
 """Rounding of an interpolated logit in float32, in units of the last place of the largest logit."""
 
 
 def assert_three_way(name: str, fused, eager, truth, slack: float = 0.0) -> None:
-    """Asserts the three-way rule on one tensor, with `slack` (absolute) on top of the table; names the worst index."""
+    """Asserts the three-way rule on one tensor, with `slack` (absolute) on top of the table; names the worst
+    index."""
     assert fused.shape == truth.shape, (name, fused.shape, truth.shape)
     if not truth.numel():
         return
@@ -44,18 +48,22 @@ def assert_three_way(name: str, fused, eager, truth, slack: float = 0.0) -> None
     worst = error.max().item()
     index = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape)) if error.ndim else ()
     assert worst <= allowed, (
-        f"{name}: error {worst:.3g} at {index} (fused {fused[index].item():.8g}, truth {truth[index].item():.8g}), "
-        f"eager's largest error {eager_error.max().item():.3g}, allowed {allowed:.3g}"
+        f"{name}: error {worst:.3g} at {index} (fused {fused[index].item():.8g}, truth "
+        f"{truth[index].item():.8g}), eager's largest error {eager_error.max().item():.3g}, allowed "
+        f"{allowed:.3g}"
     )
 
 
 def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
-    """The same values as `contiguous`, `channels_last`, or a `sliced` view with a stride of 2 along width and an offset."""
+    """The same values as `contiguous`, `channels_last`, or a `sliced` view with a stride of 2 along width and
+    an offset."""
     if layout == "sliced":
         n, c, h, w = tensor.shape
-        view = torch.full((n, c + 1, h + 2, 2 * w + 1), 777.0, dtype=tensor.dtype, device=tensor.device)[:, 1:, 1:-1, 1::2]
+        view = torch.full((n, c + 1, h + 2, 2 * w + 1), 777.0, dtype=tensor.dtype,
+                          device=tensor.device)[:, 1:, 1:-1, 1::2]
         return view.copy_(tensor)
-    return tensor.contiguous(memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format)
+    return tensor.contiguous(memory_format=torch.channels_last if layout == "channels_last"
+                             else torch.contiguous_format)
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,8 @@ class LossCase:
         return laid_out(logits.to(device), self.layout), labels.to(self.label_dtype).to(device), weights
 
     def slack(self) -> float:
-        """How far float32 rounding of the interpolated logits may move the gradient of one low-resolution logit."""
+        """How far float32 rounding of the interpolated logits may move the gradient of one low-resolution
+        logit."""
         (h, w), (height, width) = self.source, self.size
         pixels = min(height, 2 * height / h + 2) * min(width, 2 * width / w + 2)
         return LOGIT_ULP * torch.finfo(torch.float32).eps * self.magnitude * pixels
@@ -97,7 +106,8 @@ class LossCase:
 def loss_cases(form: str) -> st.SearchStrategy[LossCase]:
     """Draws cases; small ones where the Triton interpreter must walk them."""
     small = form == "triton"
-    length = st.one_of(st.just(1), st.integers(1, 9)) if small else st.one_of(st.just(1), st.integers(1, 40), st.just(65))
+    length = st.one_of(st.just(1),
+                       st.integers(1, 9)) if small else st.one_of(st.just(1), st.integers(1, 40), st.just(65))
     side = st.tuples(length, length)
     return st.builds(
         LossCase,
@@ -136,7 +146,8 @@ def fused_loss(form: str, logits, labels, *, ignore_index=255, class_weight=None
 
 
 def eager_loss(logits, labels, *, ignore_index=255, class_weight=None, pixel_weight=None, compute=None):
-    """The same by F.interpolate in `compute` (default: the logits' dtype, as autocast does) and F.cross_entropy."""
+    """The same by F.interpolate in `compute` (default: the logits' dtype, as autocast does) and
+    F.cross_entropy."""
     leaf = logits.detach().to(compute or logits.dtype).requires_grad_()
     full = F.interpolate(leaf, labels.shape[1:], mode="bilinear", align_corners=True)
     full = full if full.dtype == torch.float64 else full.float()

@@ -1,4 +1,5 @@
-"""What the tests of labelling share: tiny images of every kind, good and bad, and a teacher that needs no network."""
+"""What the tests of labelling share: tiny images of every kind, good and bad, and a teacher that needs no
+network."""
 
 import hashlib
 import io
@@ -37,12 +38,14 @@ class Tiny:
     def logits(self, images_NCHW: torch.Tensor) -> torch.Tensor:
         self.seen += len(images_NCHW)
         side = [max(0, 4 - length) for length in images_NCHW.shape[-2:]]
-        return F.conv2d(F.pad(images_NCHW, (0, side[1], 0, side[0])), self._weight.to(images_NCHW.device), stride=4)
+        return F.conv2d(F.pad(images_NCHW, (0, side[1], 0, side[0])), self._weight.to(images_NCHW.device),
+                        stride=4)
 
 
 def picture(seed: int, size: tuple[int, int] = (48, 64)) -> Image.Image:
     """A smooth picture, (height, width)."""
-    noise = np.random.default_rng(seed).integers(0, 256, (size[0] // 8 + 1, size[1] // 8 + 1, 3), dtype=np.uint8)
+    noise = np.random.default_rng(seed).integers(0, 256, (size[0] // 8 + 1, size[1] // 8 + 1, 3),
+                                                 dtype=np.uint8)
     return Image.fromarray(noise).resize(size[::-1], Image.Resampling.BICUBIC)
 
 
@@ -54,7 +57,8 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
 
 def good_files(count: int = 12) -> dict[str, bytes]:
     """Names and bytes of plain JPEGs in two folders."""
-    return {f"{('one', 'two/deep')[i % 2]}/image{i:03d}.jpg": encoded(picture(i, SIZES[i % 3])) for i in range(count)}
+    return {f"{('one', 'two/deep')[i % 2]}/image{i:03d}.jpg": encoded(picture(i, SIZES[i % 3]))
+            for i in range(count)}
 
 
 def rotated() -> bytes:
@@ -103,7 +107,12 @@ def bomb(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
 
 
 def as_folder(root: Path, files: dict[str, bytes]) -> Path:
@@ -133,20 +142,21 @@ def add_to(archive: tarfile.TarFile, files: dict[str, bytes]) -> None:
 
 
 def run(source, out: Path, *, here=HERE, teacher=None, output: str = "png", loader: str = "reference",
-        tar_folders: bool = False, root=None, identity: str = "tiny", part=WHOLE, verify: bool = False, exif: bool = True,
-        update: bool = False, **config):
+        tar_folders: bool = False, root=None, identity: str = "tiny", part=WHOLE, verify: bool = False,
+        exif: bool = True, update: bool = False, **config):
     """Labels in this process."""
     given = {"tta": "flip", "batch_per_rank": 3, "shard_size": 5, "max_pixels": 1 << 20} | config
     if isinstance(source, (str, Path)):
         source = open_source(str(source), root=root, tar_folders=tar_folders)
-    task = Assignment(source=source, out=out, config=LabelConfig(**given), output=output, part=part, verify=verify,
-                      update=update, data=DataConfig(threads=1, loader=loader, exif=exif))
+    task = Assignment(source=source, out=out, config=LabelConfig(**given), output=output, part=part,
+                      verify=verify, update=update, data=DataConfig(threads=1, loader=loader, exif=exif))
     return label_corpus(ready(teacher or Tiny(), identity=identity), task, here)
 
 
 def contents(out: Path) -> dict[str, str]:
     """Digest of every file of a result, but for the temporary files of killed processes."""
-    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.rglob("*"))
+    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(out.rglob("*"))
             if path.is_file() and not path.name.endswith(".tmp")}
 
 

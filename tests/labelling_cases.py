@@ -1,8 +1,9 @@
 """Cases shared by the tests of the operators that label: argmax, softmax_accumulate, confusion.
 
-A "form" (`kernels_cases.FORMS`) is one way to run an operator: `cpu` is the public function on this machine (C++, or
-plain PyTorch where nothing was built), `reference` the plain PyTorch form, `triton` the Triton kernels interpreted on
-the CPU, `cuda` the public function on a GPU. A test is parametrized with them and goes through the same code for all.
+A "form" (`kernels_cases.FORMS`) is one way to run an operator: `cpu` is the public function on this machine
+(C++, or plain PyTorch where nothing was built), `reference` the plain PyTorch form, `triton` the Triton
+kernels interpreted on the CPU, `cuda` the public function on a GPU. A test is parametrized with them and goes
+through the same code for all.
 """
 
 from dataclasses import dataclass

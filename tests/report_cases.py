@@ -6,7 +6,8 @@ from pathlib import Path
 import label_cases as cases
 from stpp.label import rows
 
-HOSTILE = ["<img src=x onerror=hacked=1>.jpg", "x</script><script>hacked=1<.jpg", "\"quoted' & spaced\u202e.jpg", "{{ 7 * 7 }}.jpg",
+HOSTILE = ["<img src=x onerror=hacked=1>.jpg", "x</script><script>hacked=1<.jpg",
+           "\"quoted' & spaced\u202e.jpg", "{{ 7 * 7 }}.jpg",
            "`${hacked=1}`.jpg", "ünï\u0301 – 火.jpg"]
 """Names of images; the second is a folder and a file in it."""
 GOOD = 6
@@ -20,7 +21,8 @@ def images() -> dict[str, bytes]:
 
 def labels(folder: Path, output: str = "png", **config) -> Path:
     """An output of `stpp label` of `images`; a pixel of low confidence is ignored."""
-    cases.run(cases.as_folder(folder / "in", images()), folder / "labels", output=output, min_confidence=0.7, **config)
+    cases.run(cases.as_folder(folder / "in", images()), folder / "labels", output=output, min_confidence=0.7,
+              **config)
     return folder / "labels"
 
 
@@ -34,15 +36,23 @@ def run(folder: Path) -> Path:
     for name in ("1-supervised", "2-select", "4-retrain"):
         (stages / name).mkdir(parents=True)
     labels(folder).rename(stages / "3-label")
-    keys = sorted(row["key"] for row in rows.read_parts(stages / "3-label" / "labels") if row["status"] == "ok")
-    scores = [{"key": key, "reliability": i / len(keys), "reliable": i >= len(keys) // 2} for i, key in enumerate(keys)]
+    keys = sorted(row["key"] for row in rows.read_parts(stages / "3-label" / "labels")
+                  if row["status"] == "ok")
+    scores = [{"key": key, "reliability": i / len(keys), "reliable": i >= len(keys) // 2} for i,
+              key in enumerate(keys)]
     rows.write(stages / "2-select" / "reliability.parquet", scores, rows.RELIABILITY)
     steps = [{"step": step, "loss": 1 / step, "lr": 0.1, "images_per_s": 9.0} for step in range(1, 1001)]
-    lines = [json.dumps(row) for row in [*steps, {"step": 1000, "miou_pct": 61.5}, {"step": 1000, "loss": float("nan")}]]
-    (stages / "1-supervised" / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 10')  # cut short by a crash
-    done = {"name": "1-supervised", "miou": 61.5, "best_step": 1000, "steps": 1000, "seconds": 12.5, "validate_steps": 100}
+    lines = [json.dumps(row)
+             for row in [*steps, {"step": 1000, "miou_pct": 61.5}, {"step": 1000, "loss": float("nan")}]]
+    # cut short by a crash
+    (stages / "1-supervised" / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 10')
+    done = {"name": "1-supervised", "miou": 61.5, "best_step": 1000, "steps": 1000, "seconds": 12.5,
+            "validate_steps": 100}
     (stages / "1-supervised" / "DONE.json").write_text(json.dumps(done))
-    (stages / "1-supervised" / "scores.json").write_text(json.dumps({"iou": {"<i>sky": 71.25, "b": None, "c": 3, "d": 4}}))
+    (stages / "1-supervised" / "scores.json").write_text(
+        json.dumps({"iou": {"<i>sky": 71.25, "b": None, "c": 3, "d": 4}})
+    )
     (out / "config.json").write_text(json.dumps({"method": "stpp", "data": {"index": None, "split": None}}))
-    (out / "provenance.json").write_text(json.dumps({"classes": ["<i>sky", "b", "c", "d"], "versions": {"torch": "2.13.0"}}))
+    (out / "provenance.json").write_text(json.dumps({"classes": ["<i>sky", "b", "c", "d"],
+                                                     "versions": {"torch": "2.13.0"}}))
     return out

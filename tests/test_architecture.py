@@ -13,9 +13,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = {"stpp": ROOT / "engine", "stpp_kernels": ROOT / "kernels"}
 
-LOOSE = {"clock", "checkpoint", "config", "device", "distributed", "errors", "files", "log", "metrics", "parquet",
+LOOSE = {"clock", "checkpoint", "config", "device", "distributed", "errors", "files", "log", "metrics",
+         "parquet",
          "precision", "settings", "signals", "versions"}
-# From the ground up: what stands on a floor imports only itself and the floors below. A new room needs a place here.
+# From the ground up: what stands on a floor imports only itself and the floors below. A new room needs a
+# place here.
 FLOORS = (
     {"stpp_kernels"},
     LOOSE,
@@ -102,12 +104,14 @@ def all_imports(package):
     assert files, f"no sources of {package} under {source}"
     found = []
     for path in files:
-        found += imports_of(path.read_text(encoding="utf-8"), module_name(path, source), path.stem == "__init__")
+        found += imports_of(path.read_text(encoding="utf-8"), module_name(path, source),
+                            path.stem == "__init__")
     return found
 
 
 def room(name):
-    """The room or loose file of `stpp` that a dotted name lies in: "loading" for "stpp.loading.dali", "stpp" for itself."""
+    """The room or loose file of `stpp` that a dotted name lies in: "loading" for "stpp.loading.dali", "stpp"
+    for itself."""
     first = name.split(".")[1] if "." in name else ""
     folder = SOURCES["stpp"] / "stpp"
     there = bool(first) and ((folder / first).is_dir() or (folder / f"{first}.py").is_file())
@@ -122,13 +126,14 @@ def test_the_reader_of_imports_sees_every_kind():
     text = (
         "import a.b, c\nfrom d import e\nfrom . import f\nfrom ..g import h\n"
         "def late():\n    import i\n    import_module('j')\n"
-        "if TYPE_CHECKING:\n    import k\nelse:\n    import l\ntry:\n    import m\nexcept ImportError:\n    pass\n"
+        "if TYPE_CHECKING:\n    import k\nelse:\n    import l\ntry:\n    import m\n"
+        "except ImportError:\n    pass\n"
         "importlib.import_module('n.o')\nclass C:\n    import p\n"
     )
     found = {(one.target, one.eager) for one in imports_of(text, "x.y.z")}
     assert found == {
-        ("a.b", True), ("c", True), ("d.e", True), ("x.y.f", True), ("x.g.h", True), ("i", False), ("j", False),
-        ("k", False), ("l", True), ("m", True), ("n.o", True), ("p", True),
+        ("a.b", True), ("c", True), ("d.e", True), ("x.y.f", True), ("x.g.h", True), ("i", False),
+        ("j", False), ("k", False), ("l", True), ("m", True), ("n.o", True), ("p", True),
     }  # fmt: skip
     found = imports_of("from . import f\nfrom .g import h", "x.y", is_package=True)
     assert [one.target for one in found] == ["x.y.f", "x.y.g.h"]
@@ -136,7 +141,8 @@ def test_the_reader_of_imports_sees_every_kind():
 
 def test_every_module_of_stpp_has_a_floor():
     folder = SOURCES["stpp"] / "stpp"
-    names = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
+    names = {path.stem for path in folder.glob("*.py")} | {path.parent.name
+                                                           for path in folder.glob("*/__init__.py")}
     unplaced = names - {"__init__"} - FLOOR.keys()
     assert unplaced == set(), f"say in FLOORS where {unplaced} belongs"
 
@@ -227,7 +233,8 @@ def loaded_after(code):
     """Names in sys.modules, and "CUDA context" if there is one, after `code` in a new process."""
     show = "import sys\nprint(*sys.modules)\ntorch = sys.modules.get('torch')\n"
     show += "print('CUDA-context' if torch and torch.cuda.is_initialized() else '')"
-    done = subprocess.run([sys.executable, "-c", f"{code}\n{show}"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", f"{code}\n{show}"], capture_output=True, text=True,
+                          timeout=120)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
 
@@ -245,7 +252,11 @@ def test_importing_everything_loads_no_heavy_package_and_no_cuda_context():
     for name, source in SOURCES.items():
         for path in sorted((source / name).rglob("*.py")):
             module = module_name(path, source)
-            if module not in lazy and not module.startswith("stpp_kernels.triton.") and path.stem != "__main__":
+            if (
+                module not in lazy
+                and not module.startswith("stpp_kernels.triton.")
+                and path.stem != "__main__"
+            ):
                 modules.append(module)
     loaded = loaded_after("\n".join(f"import {module}" for module in modules))
     assert {"stpp.models.build", "stpp_kernels"} <= loaded

@@ -26,12 +26,14 @@ def test_every_command_is_a_function_of_its_module_and_is_listed(capsys):
         assert f"{name:<10} {line}" in ended(capsys, "--help")[1]
 
 
-@pytest.mark.parametrize("args", [[], ["fly"], ["train"], ["train", "--out", "x"], ["train", "--recipe", "absent.toml"],
-                                  ["train", "--recipe"], ["train", "--out", "x", "--data.root", "absent"],
+@pytest.mark.parametrize("args", [[], ["fly"], ["train"], ["train", "--out", "x"],
+                                  ["train", "--recipe", "absent.toml"], ["train", "--recipe"],
+                                  ["train", "--out", "x", "--data.root", "absent"],
                                   ["train", "--out", "x", "--data.root", ".", "--data.layout", "globs"],
                                   ["evaluate", "--checkpoint", "absent.pt"], ["prepare"]])
 def test_mistakes_exit_with_2_and_one_line(args, tmp_path):
-    ran = subprocess.run([sys.executable, "-m", "stpp", *args], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    ran = subprocess.run([sys.executable, "-m", "stpp", *args], capture_output=True, text=True, timeout=60,
+                         cwd=tmp_path)
     assert ran.returncode == 2
     assert "Traceback" not in ran.stderr
     assert args == [] or len(ran.stderr.strip().splitlines()) == 1

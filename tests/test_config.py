@@ -63,7 +63,9 @@ def test_recipes_are_refused_like_flags_and_name_the_file(tmp_path, text, names)
 
 def test_flags_win_over_the_recipe(tmp_path):
     path = tmp_path / "recipe.toml"
-    path.write_text('method = "st"\n[data]\nexif = false\nclasses = ["a b", "c"]\n[train]\nepochs = 7\nlr = 1e-2\n')
+    path.write_text(
+        'method = "st"\n[data]\nexif = false\nclasses = ["a b", "c"]\n[train]\nepochs = 7\nlr = 1e-2\n'
+    )
     recipe = config.load_recipe(Config, path)
     assert (recipe.method, recipe.data.exif, recipe.data.classes) == ("st", False, ("a b", "c"))
     resolved = parse("--train.epochs", "3", default=recipe)
@@ -71,7 +73,8 @@ def test_flags_win_over_the_recipe(tmp_path):
 
 
 def test_a_run_can_be_repeated_from_its_config(tmp_path):
-    ours = parse("--train.epochs", "3", "--data.root", "some where", "--augment.long-side", "5", "9", "--data.no-exif")
+    ours = parse("--train.epochs", "3", "--data.root", "some where", "--augment.long-side", "5", "9",
+                 "--data.no-exif")
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config.to_dict(ours)))
     assert config.load_recipe(Config, path) == ours
@@ -85,7 +88,8 @@ def test_differing_keys_leave_out_what_does_not_matter():
 
 @given(st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=8))
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8))
 @settings(max_examples=150, deadline=None)
 def test_any_json_is_a_config_or_one_line(tmp_path_factory, value):
     path = tmp_path_factory.mktemp("json") / "config.json"

@@ -35,7 +35,8 @@ print(resident_mib() - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the setting")
 @pytest.mark.parametrize(("variables", "kept"), [({}, True), ({"MALLOC_MMAP_MAX_": "65536"}, False)])
 def test_freed_memory_is_kept_unless_the_user_set_it_up(variables, kept):
-    done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, timeout=120, env=os.environ | variables)
+    done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, timeout=120,
+                          env=os.environ | variables)
     assert done.returncode == 0, done.stderr
     assert (float(done.stdout) > 150) == kept
 
@@ -83,7 +84,8 @@ def test_each_call_has_a_part_of_the_store_to_itself():
     ran = torchrun(2, WORKER, "parts")
     outputs = [ran.stdout, "".join(out for _, out, _ in without_torchrun("parts"))]
     for output in outputs:
-        assert sorted(output.splitlines()) == ["rank 0 counts [2, 2, 2]", "rank 0 ends", "rank 1 counts [2, 2, 2]", "rank 1 ends"]
+        assert sorted(output.splitlines()) == ["rank 0 counts [2, 2, 2]", "rank 0 ends",
+                                               "rank 1 counts [2, 2, 2]", "rank 1 ends"]
 
 
 def test_alone_an_action_is_just_run():

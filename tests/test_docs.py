@@ -10,7 +10,8 @@ from cli_cases import assert_accepted
 from stpp import config
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "launch" / "recipes").glob("*.toml"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")),
+         *sorted((ROOT / "launch" / "recipes").glob("*.toml"))]
 RECIPE = "launch/recipes/camvid_stpp.toml"
 ELIDED = {"label": ["--teacher", "best.pt", "--source", "photos", "--out", "labels"],
           "train": ["--recipe", RECIPE, "--data.root", "DATA", "--out", "RUN"]}
@@ -32,7 +33,10 @@ def commands(page: Path) -> list[str]:
     found = []
     for line in lines_of(page):
         start = re.match(r"(?:stpp |torchrun .*?-m stpp )(?=[a-z])", line)
-        script = re.match(r"(?:[A-Z]+=\S+ )*(?:bash |sbatch )?launch/(train|label|multinode|slurm)\.\w+ (?:--dry-run )?", line)
+        script = re.match(
+            r"(?:[A-Z]+=\S+ )*(?:bash |sbatch )?launch/(train|label|multinode|slurm)\.\w+ (?:--dry-run )?",
+            line,
+        )
         if start:
             found.append(line[start.end():])
         elif script:
@@ -55,14 +59,16 @@ def test_commands_of_the_pages_are_accepted(text, monkeypatch):
     name, *args = shlex.split(text, comments=True)
     if "..." in args:
         elided = ELIDED[name]
-        args = [arg for i in range(0, len(elided), 2) if elided[i] not in args for arg in elided[i : i + 2]] + [
+        args = [arg for i in range(0, len(elided), 2) if elided[i] not in args
+                for arg in elided[i : i + 2]] + [
             arg for arg in args if arg != "..."]
     args = [RECIPE if arg in ("RECIPE", "mine.toml") else arg for arg in args]  # the second is tested below
     monkeypatch.chdir(ROOT)
     assert_accepted(name, args, monkeypatch)
 
 
-@pytest.mark.parametrize("page", [page for page in [*PAGES, ROOT / "CONTRIBUTING.md"] if page.suffix == ".md"],
+@pytest.mark.parametrize("page", [page for page in [*PAGES, ROOT / "CONTRIBUTING.md"]
+                                  if page.suffix == ".md"],
                          ids=lambda page: page.name)
 def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
@@ -70,10 +76,12 @@ def test_links_lead_to_files(page):
 
 
 def test_the_recipe_of_the_guide_resolves(tmp_path):
-    (toml,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "your-data.md").read_text(encoding="utf-8"), re.DOTALL)
+    (toml,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "your-data.md").read_text(encoding="utf-8"),
+                         re.DOTALL)
     path = tmp_path / "mine.toml"
     path.write_text(toml, encoding="utf-8")
     resolved = config.load_recipe(config.Config, path)
     assert (resolved.data.layout, resolved.data.fraction, resolved.data.val) == ("globs", "1/1", 0.2)
-    path.write_text(toml.replace("[data]\n", '[data]\nmask_map = ["#804080=road", "0,0,0=ignore"]\n'), encoding="utf-8")
+    path.write_text(toml.replace("[data]\n", '[data]\nmask_map = ["#804080=road", "0,0,0=ignore"]\n'),
+                    encoding="utf-8")
     assert config.load_recipe(config.Config, path).data.mask_map == ("#804080=road", "0,0,0=ignore")

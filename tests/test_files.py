@@ -1,4 +1,5 @@
-"""Files are opened for writing in one module; what it writes is whole at every point where a process may die."""
+"""Files are opened for writing in one module; what it writes is whole at every point where a process may
+die."""
 
 import ast
 import errno
@@ -22,7 +23,11 @@ def opened_for_writing(text: str) -> list[str]:
         if not isinstance(node, ast.Call) or (node.args and ast.unparse(node.args[0]) == "os.devnull"):
             continue
         function = node.func
-        owner = function.value.id if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) else ""
+        owner = (
+            function.value.id
+            if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name)
+            else ""
+        )
         name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
         modes = [one.value for one in (*node.args[:2], *(k.value for k in node.keywords if k.arg == "mode"))
                  if isinstance(one, ast.Constant) and isinstance(one.value, str)]
@@ -34,14 +39,19 @@ def opened_for_writing(text: str) -> list[str]:
 
 
 def test_the_reader_of_writes_sees_every_kind():
-    text = ('open(p, "w")\nopen(p)\nopen(p, mode="ab")\np.open("x")\np.write_text(t)\nfiles.write_text(p, t)\nos.open(p, 1)\n'
-            'Image.open(p)\nopen(p, "rb")\ntarfile.open(p, "r:")\n')
-    assert opened_for_writing(text) == ["line 1: open", "line 3: open", "line 4: p.open", "line 5: p.write_text",
+    text = (
+        'open(p, "w")\nopen(p)\nopen(p, mode="ab")\np.open("x")\np.write_text(t)\n'
+        'files.write_text(p, t)\nos.open(p, 1)\n'
+        'Image.open(p)\nopen(p, "rb")\ntarfile.open(p, "r:")\n'
+    )
+    assert opened_for_writing(text) == ["line 1: open", "line 3: open", "line 4: p.open",
+                                        "line 5: p.write_text",
                                         "line 7: os.open"]
 
 
 def test_nothing_in_the_engine_opens_a_file_for_writing_outside_the_module():
-    wrong = [f"{path.relative_to(ENGINE)} {call}" for path in sorted(ENGINE.rglob("*.py")) if path.name != "files.py"
+    wrong = [f"{path.relative_to(ENGINE)} {call}" for path in sorted(ENGINE.rglob("*.py"))
+             if path.name != "files.py"
              for call in opened_for_writing(path.read_text(encoding="utf-8"))]
     assert wrong == []
 
@@ -93,7 +103,8 @@ def test_the_file_is_old_or_new_at_every_point(tmp_path):
         assert [entry.name for entry in tmp_path.iterdir()] == ["value.json"]
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), SystemExit(143)])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(),
+                                   SystemExit(143)])
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, error):
     path = tmp_path / "value"
     files.write_text(path, "old")

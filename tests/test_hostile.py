@@ -1,4 +1,5 @@
-"""Files of strangers: whatever their bytes, they are read or refused in one line, and nothing is written outside."""
+"""Files of strangers: whatever their bytes, they are read or refused in one line, and nothing is written
+outside."""
 
 import io
 import json
@@ -25,7 +26,8 @@ from stpp.errors import UserError
 from stpp.images import sources, tars
 from stpp.label import rows
 
-RELAXED = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+RELAXED = settings(max_examples=60, deadline=None,
+                   suppress_health_check=[HealthCheck.function_scoped_fixture])
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=40)
 
 
@@ -33,7 +35,8 @@ NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=
 def damaged(draw, data: bytes) -> bytes:
     """`data` with some bytes changed, perhaps cut short."""
     found = bytearray(data[: draw(st.integers(0, len(data)))] if draw(st.booleans()) else data)
-    for place, value in draw(st.lists(st.tuples(st.integers(0, max(len(found) - 1, 0)), st.integers(0, 255)), max_size=6)):
+    for place, value in draw(st.lists(st.tuples(st.integers(0, max(len(found) - 1, 0)), st.integers(0, 255)),
+                                      max_size=6)):
         if found:
             found[place] = value
     return bytes(found)
@@ -59,9 +62,11 @@ def test_any_text_as_a_recipe(tmp_path, text):
 
 
 @RELAXED
-@given(st.dictionaries(st.sampled_from(["help", "out", "seed", "data", "train", "x y", "--seed", "", "a.b"]), st.recursive(
+@given(st.dictionaries(st.sampled_from(["help", "out", "seed", "data", "train", "x y", "--seed", "", "a.b"]),
+                       st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["root", "lr", "epochs", "help", "-", "="]), inner),
+    lambda inner: st.lists(inner, max_size=2)
+    | st.dictionaries(st.sampled_from(["root", "lr", "epochs", "help", "-", "="]), inner),
     max_leaves=4)))
 def test_any_values_as_a_config(tmp_path, values):
     (tmp_path / "config.json").write_text(json.dumps(values))
@@ -71,7 +76,8 @@ def test_any_values_as_a_config(tmp_path, values):
 @pytest.fixture(scope="module")
 def parquet(tmp_path_factory) -> bytes:
     path = tmp_path_factory.mktemp("rows") / "part.parquet"
-    rows.write(path, [{"key": f"k{i}", "reliability": i / 9, "reliable": i > 4} for i in range(10)], rows.RELIABILITY)
+    rows.write(path, [{"key": f"k{i}", "reliability": i / 9, "reliable": i > 4} for i in range(10)],
+               rows.RELIABILITY)
     return path.read_bytes()
 
 
@@ -139,7 +145,8 @@ def test_damaged_archives(tmp_path, data, names):
 
 
 @RELAXED
-@given(st.lists(st.sampled_from(["../out.png", "/etc/x.png", "a/../../x.jpg", "a\nb.jpg", "$(touch x).jpg", "a.jpg", "C:\\x.jpg"]) |
+@given(st.lists(st.sampled_from(["../out.png", "/etc/x.png", "a/../../x.jpg", "a\nb.jpg", "$(touch x).jpg",
+                                 "a.jpg", "C:\\x.jpg"]) |
                 NAMES.map(lambda name: name + ".jpg"), min_size=1, max_size=4))
 def test_no_key_of_an_archive_leads_outside(tmp_path, names):
     (tmp_path / "a.tar").write_bytes(archive(names))
@@ -158,7 +165,8 @@ def test_any_text_as_a_split(tmp_path, synthetic_index, text):
 
 
 def stpp(*args) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "stpp", *map(str, args)], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-m", "stpp", *map(str, args)], capture_output=True, text=True,
+                          timeout=120)
 
 
 def listing(folder: Path) -> set[str]:
@@ -178,19 +186,22 @@ def test_a_decompression_bomb_and_absurd_headers_are_named(tmp_path):
     (root / "images" / "bomb.png").write_bytes(data)
     (root / "classes.json").write_text('["a", "b"]')
     before = listing(root)
-    ran = stpp("prepare", "--data.root", root, "--data.layout", "globs", "--data.images", "images/*.png", "--data.masks",
+    ran = stpp("prepare", "--data.root", root, "--data.layout", "globs", "--data.images", "images/*.png",
+               "--data.masks",
                "masks/*.png", "--out", tmp_path / "index", "--workers", "1")
     assert ran.returncode == 2 and "bomb.png" in ran.stderr and "Traceback" not in ran.stderr
     assert listing(root) == before
 
 
 def test_links_out_of_the_root_and_shell_characters(tmp_path):
-    """A linked image is as the user arranged it, a name with shell characters is a name; nothing is run or written outside."""
+    """A linked image is as the user arranged it, a name with shell characters is a name; nothing is run or
+    written outside."""
     root = tmp_path / "data"
     (root / "images").mkdir(parents=True)
     name = "$(touch boom);`touch boom` & 'x'.png"
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(root / "images" / name)
-    ran = stpp("prepare", "--data.root", root, "--data.layout", "globs", "--data.images", "images/*.png", "--data.classes", "a",
+    ran = stpp("prepare", "--data.root", root, "--data.layout", "globs", "--data.images", "images/*.png",
+               "--data.classes", "a",
                "b", "--out", tmp_path / "index", "--workers", "1")
     assert "Traceback" not in ran.stderr and ran.returncode in (0, 2)
     assert not list(tmp_path.rglob("boom")) and not Path("boom").exists()

@@ -1,4 +1,5 @@
-"""Launch scripts: what they would start, the Kubernetes manifest, and two machines played by two torchrun agents."""
+"""Launch scripts: what they would start, the Kubernetes manifest, and two machines played by two torchrun
+agents."""
 
 import contextlib
 import json
@@ -27,13 +28,15 @@ ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch"]
 TRAIN = ["--recipe", "a recipe.toml", "--data.root", "it's here", "--out", "run"]
-BARE = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "PET_")) and key not in ("HOST", "NPROC")}
+BARE = {key: value for key,
+        value in os.environ.items() if not key.startswith(("SLURM_", "PET_"))
+        and key not in ("HOST", "NPROC")}
 
 
 def dry(script: str, *args: str, **variables: str) -> list[str]:
     """The words of the command that a script would start."""
-    ran = subprocess.run(["bash", f"launch/{script}", "--dry-run", *args], env=BARE | variables, cwd=ROOT, capture_output=True,
-                         text=True, timeout=30)
+    ran = subprocess.run(["bash", f"launch/{script}", "--dry-run", *args], env=BARE | variables, cwd=ROOT,
+                         capture_output=True, text=True, timeout=30)
     assert ran.returncode == 0, ran.stderr
     return shlex.split(ran.stdout)
 
@@ -53,23 +56,35 @@ def test_one_machine_starts_a_process_for_each_gpu(script, command):
 
 def test_several_machines_meet_and_may_come_and_go():
     words = dry("multinode.sh", "label", *TRAIN, HOST="host0", NNODES="1:8", NPROC="8", JOB="j7")
-    assert [flag(words, name) for name in ("--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id",
-                                           "--max-restarts")] == ["1:8", "8", "c10d", "host0:29500", "j7", "3"]
+    assert [
+        flag(words, name)
+        for name in (
+            "--nnodes",
+            "--nproc-per-node",
+            "--rdzv-backend",
+            "--rdzv-endpoint",
+            "--rdzv-id",
+            "--max-restarts",
+        )
+    ] == ["1:8", "8", "c10d", "host0:29500", "j7", "3"]
     assert words[-len(TRAIN) - 3:] == ["-m", "stpp", "label", *TRAIN]
 
 
 def test_slurm_gives_every_start_a_meeting_of_its_own():
-    given = {"SLURM_JOB_ID": "42", "SLURM_RESTART_COUNT": "2", "SLURM_JOB_NUM_NODES": "4", "SLURM_GPUS_ON_NODE": "8"}
+    given = {"SLURM_JOB_ID": "42", "SLURM_RESTART_COUNT": "2", "SLURM_JOB_NUM_NODES": "4",
+             "SLURM_GPUS_ON_NODE": "8"}
     words = dry("slurm.sbatch", "train", *TRAIN, **given)
     assert [flag(words, name) for name in ("--nnodes", "--nproc-per-node", "--rdzv-id")] == ["4", "8", "42-2"]
     text = (LAUNCH / "slurm.sbatch").read_text()
     assert "#SBATCH --requeue" in text and "#SBATCH --signal=B:TERM@" in text and "scontrol requeue" in text
 
 
-@pytest.mark.parametrize("args", [["train.sh"], ["multinode.sh"], ["multinode.sh", "evaluate"], ["multinode.sh", "train"]],
+@pytest.mark.parametrize("args", [["train.sh"], ["multinode.sh"], ["multinode.sh", "evaluate"],
+                                  ["multinode.sh", "train"]],
                          ids=" ".join)
 def test_scripts_without_what_they_need_say_so(args):
-    ran = subprocess.run(["bash", f"launch/{args[0]}", *args[1:]], env=BARE, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    ran = subprocess.run(["bash", f"launch/{args[0]}", *args[1:]], env=BARE, cwd=ROOT, capture_output=True,
+                         text=True, timeout=30)
     assert ran.returncode != 0 and ("launch/" in ran.stderr) and "torch.distributed" not in ran.stdout
 
 
@@ -80,13 +95,15 @@ def test_scripts_are_valid(script):
         assert os.access(script, os.X_OK) or script.suffix == ".sbatch"
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
-    checked = subprocess.run(["shellcheck", "-x", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    checked = subprocess.run(["shellcheck", "-x", script], cwd=ROOT, capture_output=True, text=True,
+                             timeout=60)
     assert checked.returncode == 0, checked.stdout
 
 
 def documents() -> dict[str, dict]:
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed (stpp[dev])")
-    return {one["metadata"]["name"]: one for one in yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())}
+    return {one["metadata"]["name"]: one
+            for one in yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())}
 
 
 def assert_taken(words: list[str], monkeypatch) -> None:
@@ -100,7 +117,10 @@ def test_the_manifest_trains_elastically(monkeypatch):
     job = documents()["stpp-train"]
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     elastic, worker = job["spec"]["elasticPolicy"], job["spec"]["pytorchReplicaSpecs"]["Worker"]
-    assert elastic["rdzvBackend"] == "c10d" and elastic["minReplicas"] <= worker["replicas"] <= elastic["maxReplicas"]
+    assert (
+        elastic["rdzvBackend"] == "c10d"
+        and elastic["minReplicas"] <= worker["replicas"] <= elastic["maxReplicas"]
+    )
     assert elastic["maxRestarts"] > 0 and isinstance(job["spec"]["nprocPerNode"], str)
     pod = worker["template"]["spec"]
     (container,) = pod["containers"]
@@ -109,7 +129,8 @@ def test_the_manifest_trains_elastically(monkeypatch):
     assert pod["terminationGracePeriodSeconds"] > 30  # torchrun kills its workers after 30 s
     batch, processes = int(flag(container["args"], "--train.batch-global")), int(job["spec"]["nprocPerNode"])
     for nodes in range(elastic["minReplicas"], elastic["maxReplicas"] + 1):
-        assert batch % (nodes * processes) == 0 and batch // (nodes * processes) >= 2  # batch norm needs two images
+        # batch norm needs two images
+        assert batch % (nodes * processes) == 0 and batch // (nodes * processes) >= 2
     assert_taken(container["command"] + container["args"], monkeypatch)
 
 
@@ -122,7 +143,8 @@ def test_the_manifest_labels_every_part_once(monkeypatch):
     (script,) = container["args"]
     parts = []
     for index in range(job["completions"]):
-        printed = subprocess.run(["bash", "-c", script.replace("exec torchrun", "printf '%s\\n'")], capture_output=True, text=True,
+        printed = subprocess.run(["bash", "-c", script.replace("exec torchrun", "printf '%s\\n'")],
+                                 capture_output=True, text=True,
                                  env=BARE | {"JOB_COMPLETION_INDEX": str(index)}, check=True, timeout=30)
         words = printed.stdout.splitlines()
         parts.append(flag(words, "--part"))
@@ -135,17 +157,20 @@ def test_the_manifest_labels_every_part_once(monkeypatch):
 
 
 def test_torchruns_closing_report_says_what_was_wrong(tmp_path):
-    ran = torchrun(2, "-m", "stpp", "train", "--data.root", str(tmp_path / "none"), "--out", str(tmp_path / "run"))
+    ran = torchrun(2, "-m", "stpp", "train", "--data.root", str(tmp_path / "none"), "--out",
+                   str(tmp_path / "run"))
     assert ran.returncode != 0
     _, _, cause = ran.stderr.partition("Root Cause")
     assert f"UserError: --data.root {tmp_path / 'none'}: no such folder" in cause and "exitcode  : 2" in cause
     assert "Traceback" not in cause
-    assert len([line for line in ran.stderr.splitlines() if line.startswith("stpp: ")]) == 1  # both ranks found it
+    # both ranks found it
+    assert len([line for line in ran.stderr.splitlines() if line.startswith("stpp: ")]) == 1
 
 
 def test_a_report_that_cannot_be_left_changes_no_exit_code(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "none" / "error.json"))
-    assert refused(capsys, "train", "--data.root", tmp_path / "none", "--out", tmp_path / "run").endswith("folder")
+    assert refused(capsys, "train", "--data.root", tmp_path / "none", "--out",
+                   tmp_path / "run").endswith("folder")
 
 
 @pytest.mark.parametrize("name", ["stpp-train", "stpp-list", "stpp-label"])
@@ -164,18 +189,22 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def machines(folder: Path, *args: str):
-    """A function that starts a machine: a torchrun agent of two that meet on loopback. All are killed at the end.
+    """A function that starts a machine: a torchrun agent of two that meet on loopback. All are killed at the
+    end.
 
-    Both have the address where they meet, so the first is waited for until it holds the port: the other must not be the host.
+    Both have the address where they meet, so the first is waited for until it holds the port: the other must
+    not be the host.
     """
-    variables = os.environ | {"HOST": "127.0.0.1", "PORT": str(free_port()), "NNODES": "2", "NPROC": "1", "PYTHON": sys.executable,
-                              "JOB": folder.name, "OMP_NUM_THREADS": "1", "PET_LOCAL_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    variables = os.environ | {"HOST": "127.0.0.1", "PORT": str(free_port()), "NNODES": "2", "NPROC": "1",
+                              "PYTHON": sys.executable,
+                              "JOB": folder.name, "OMP_NUM_THREADS": "1", "PET_LOCAL_ADDR": "127.0.0.1",
+                              "GLOO_SOCKET_IFNAME": "lo"}
     started: list[subprocess.Popen] = []
 
     def start() -> subprocess.Popen:
         with open(folder / f"machine-{len(started)}.log", "w") as log:
-            started.append(subprocess.Popen(["bash", str(LAUNCH / "multinode.sh"), *args], env=variables, stdout=log,
-                                            stderr=subprocess.STDOUT, start_new_session=True))
+            started.append(subprocess.Popen(["bash", str(LAUNCH / "multinode.sh"), *args], env=variables,
+                                            stdout=log, stderr=subprocess.STDOUT, start_new_session=True))
         end = time.monotonic() + 60
         while len(started) == 1 and not listens(int(variables["PORT"])):
             assert time.monotonic() < end and started[0].poll() is None, logs(folder)
@@ -221,7 +250,8 @@ def logs(folder: Path) -> str:
 def teacher(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("teacher") / "best.pt"
-    checkpoint.save(path, model=build_model("deeplabv3plus", "resnet18", 4, 16).state_dict(), classes=list("abcd"),
+    checkpoint.save(path, model=build_model("deeplabv3plus", "resnet18", 4, 16).state_dict(),
+                    classes=list("abcd"),
                     architecture={"name": "deeplabv3plus", "backbone": "resnet18", "output_stride": 16})
     return path
 
@@ -230,7 +260,8 @@ def teacher(tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_two_machines_label(teacher, tmp_path):
     source, out = cases.as_folder(tmp_path / "in", cases.good_files(12)), tmp_path / "out"
-    with machines(tmp_path, "label", "--teacher", str(teacher), "--source", str(source), "--out", str(out), "--tta", "none",
+    with machines(tmp_path, "label", "--teacher", str(teacher), "--source", str(source), "--out", str(out),
+                  "--tta", "none",
                   "--shard-size", "2", "--device", "cpu", "--backend", "eager") as start:
         agents = [start(), start()]
         assert [agent.wait(timeout=200) for agent in agents] == [0, 0], logs(tmp_path)
@@ -243,7 +274,8 @@ def test_two_machines_label(teacher, tmp_path):
 def test_two_machines_train_and_one_that_dies_comes_back(synthetic, synthetic_index, tmp_path):
     recipe, out = tmp_path / "tiny.toml", tmp_path / "run"
     recipe.write_text(TINY)
-    with machines(tmp_path, "train", "--recipe", str(recipe), "--method", "supervised", "--train.supervised-epochs", "10",
+    with machines(tmp_path, "train", "--recipe", str(recipe), "--method", "supervised",
+                  "--train.supervised-epochs", "10",
                   "--device", "cpu", "--data.root", str(synthetic), "--data.index", str(synthetic_index),
                   "--out", str(out)) as start:
         first, second = start(), start()

@@ -1,4 +1,5 @@
-"""ST++ from the files to results on a miniature of every layout: 4 labels, 4 unlabelled images, 2 to validate on."""
+"""ST++ from the files to results on a miniature of every layout: 4 labels, 4 unlabelled images, 2 to validate
+on."""
 
 import json
 from collections.abc import Iterator
@@ -12,14 +13,16 @@ from PIL import Image
 from stpp import cli
 from stpp.images.masks import read_index_mask
 
-SMALL = ("--device cpu --method stpp --data.fraction 4 --data.threads 1 --data.loader reference --model.backbone resnet18 "
-         "--model.output-stride 32 --augment.crop-px 33 --augment.long-side 32 64 --train.epochs 1 --train.supervised-epochs 2 "
-         "--train.batch-global 4 --train.lr 0.01 --train.precision fp32 --label.tta none --label.backend eager").split()
+SMALL = ("--device cpu --method stpp --data.fraction 4 --data.threads 1 --data.loader reference "
+         "--model.backbone resnet18 --model.output-stride 32 --augment.crop-px 33 --augment.long-side 32 64 "
+         "--train.epochs 1 --train.supervised-epochs 2 --train.batch-global 4 --train.lr 0.01 "
+         "--train.precision fp32 --label.tta none --label.backend eager").split()
 CLASSES = ["ground", "box"]
 
 
 def scenes() -> Iterator[tuple[str, str, Image.Image, np.ndarray]]:
-    """(part, name, image, mask): noise with a bright box; eight images to train on, of two sizes, and two for validation."""
+    """(part, name, image, mask): noise with a bright box; eight images to train on, of two sizes, and two for
+    validation."""
     rng = np.random.default_rng(0)
     for i in range(10):
         width, height = (48, 40) if i % 2 else (40, 56)
@@ -79,8 +82,10 @@ def globs(root: Path) -> list[str]:
         save(image, root / "shots" / f"day {i % 2}" / f"{name}.JPG")
         if i % 5:  # the others have no mask
             save(Image.fromarray(colours[mask]), root / "truth" / f"day {i % 2}" / f"{name}_mask.png")
-    return ["--data.layout", "globs", "--data.images", "shots/**/*.jpg", "--data.masks", "truth/**/*_mask.png",
-            "--data.val", "0.25", "--data.classes", *CLASSES, "--data.mask-map", "#000000=ground", "200,0,0=box", "#ffffff=ignore"]
+    return ["--data.layout", "globs", "--data.images", "shots/**/*.jpg", "--data.masks",
+            "truth/**/*_mask.png",
+            "--data.val", "0.25", "--data.classes", *CLASSES, "--data.mask-map", "#000000=ground",
+            "200,0,0=box", "#ffffff=ignore"]
 
 
 @pytest.mark.parametrize(("build", "classes"), [(voc, 21), (cityscapes, 19), (camvid, 2), (globs, 2)],
@@ -97,8 +102,10 @@ def test_stpp_runs_on_a_miniature_of_each_layout(tmp_path, build, classes):
     results = json.loads((out / "results.json").read_text())
     trained = [stage for stage in results["stages"] if stage["steps"]]
     # Twice 4 labels are 2 steps an epoch; 4 labels and 2 pseudo labels 1; 4 and 4 2.
-    assert [(stage["name"], stage["steps"]) for stage in trained] == [("1-supervised", 4), ("4-retrain", 1), ("6-retrain", 2)]
+    assert [(stage["name"], stage["steps"])
+            for stage in trained] == [("1-supervised", 4), ("4-retrain", 1), ("6-retrain", 2)]
     assert all(0 <= stage["miou"] <= 100 for stage in trained)
     masks = [read_index_mask(path) for path in sorted(out.glob("stages/[35]-label/masks/**/*.png"))]
-    assert len(masks) == 4 and all(mask.max() < classes and mask.shape in {(40, 48), (56, 40)} for mask in masks)
+    assert len(masks) == 4 and all(mask.max() < classes and mask.shape in {(40, 48), (56, 40)}
+                                   for mask in masks)
     assert (out / "report" / "index.html").exists() and (out / "examples.png").exists()

@@ -103,7 +103,8 @@ def test_an_accepted_value_is_what_its_flag_gives(cls, data):
     assert told == outcome(lambda: config.parse(cls, as_flags(key, value), prog="stpp"))
 
 
-ARGUMENTS = ["--out", "--checkpoints", "--switch", "--no-switch", "--pair", "--out=x", "--switch=y", "--pair=3",
+ARGUMENTS = ["--out", "--checkpoints", "--switch", "--no-switch", "--pair", "--out=x", "--switch=y",
+             "--pair=3",
              "--nope", "--no-out", "x", "3", "", "-1", "-x", "--", "--pa", "None", "é\n"]
 
 
@@ -128,7 +129,8 @@ def test_any_arguments_are_flags_or_one_line(args):
     (["--out"], "--out needs a value"),
     ([], "--out and --checkpoints are missing"),
     (["photo.png", "--out", "x"], "--checkpoints is missing"),
-    (["x", "--checkpoints", "--out=x", "--switch=y"], "--switch takes no value such as y: it is on; --no-switch is off"),
+    (["x", "--checkpoints", "--out=x", "--switch=y"],
+     "--switch takes no value such as y: it is on; --no-switch is off"),
     (["--outt", "x"], "there is no setting --outt; perhaps you meant --out"),
     (["--checkpoints", "a", "b", "--out", "x", "--zebra"], "there is no setting --zebra"),
 ])

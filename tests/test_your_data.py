@@ -19,32 +19,36 @@ from stpp.images.masks import read_index_mask
 from test_docs import ROOT, commands
 
 PAGE = ROOT / "docs" / "your-data.md"
-SMALL = ("--device cpu --model.backbone resnet18 --model.output-stride 32 --model.pretrained none --augment.crop-px 49 "
-         "--augment.long-side 60 120 --train.epochs 1 --train.supervised-epochs 2 --train.batch-global 4 --train.lr 0.02 "
-         "--label.tta none --data.threads 1").split()
-# Photographs, whether they have a mask, and the EXIF orientation that they are stored in. Some have other colours than RGB.
+SMALL = ("--device cpu --model.backbone resnet18 --model.output-stride 32 --model.pretrained none "
+         "--augment.crop-px 49 --augment.long-side 60 120 --train.epochs 1 --train.supervised-epochs 2 "
+         "--train.batch-global 4 --train.lr 0.02 --label.tta none --data.threads 1").split()
+# Photographs, whether they have a mask, and the EXIF orientation that they are stored in. Some have other
+# colours than RGB.
 PHOTOS = [
-    ("IMG_0001.JPG", True, 1), ("IMG 0002.jpg", True, 6), ("été à la mer/IMG_0001.JPG", True, 1), ("été à la mer/b.Png", True, 1),
-    ("été à la mer/c.jpeg", True, 8), ("Neuer Ordner (2)/größe.v2.JPG", True, 3), ("Neuer Ordner (2)/b.PNG", True, 1),
-    ("Neuer Ordner (2)/c.jpg", True, 1), ("été à la mer/sans masque.JPG", False, 6), ("Neuer Ordner (2)/d.Jpg", False, 1),
-    ("deep/er/e.jpg", False, 1), ("deep/er/f (1).JPEG", False, 5)]
+    ("IMG_0001.JPG", True, 1), ("IMG 0002.jpg", True, 6), ("été à la mer/IMG_0001.JPG", True, 1),
+    ("été à la mer/b.Png", True, 1), ("été à la mer/c.jpeg", True, 8),
+    ("Neuer Ordner (2)/größe.v2.JPG", True, 3), ("Neuer Ordner (2)/b.PNG", True, 1),
+    ("Neuer Ordner (2)/c.jpg", True, 1), ("été à la mer/sans masque.JPG", False, 6),
+    ("Neuer Ordner (2)/d.Jpg", False, 1), ("deep/er/e.jpg", False, 1), ("deep/er/f (1).JPEG", False, 5)]
 MODES = {"été à la mer/b.Png": "RGBA", "Neuer Ordner (2)/b.PNG": "P", "Neuer Ordner (2)/c.jpg": "CMYK",
          "Neuer Ordner (2)/d.Jpg": "L"}
 BROKEN = "deep/er/half a download.JPG"
-STORED = {1: (), 3: (Image.Transpose.ROTATE_180,), 5: (Image.Transpose.TRANSPOSE,), 6: (Image.Transpose.ROTATE_90,),
-          8: (Image.Transpose.ROTATE_270,)}
+STORED = {1: (), 3: (Image.Transpose.ROTATE_180,), 5: (Image.Transpose.TRANSPOSE,),
+          6: (Image.Transpose.ROTATE_90,), 8: (Image.Transpose.ROTATE_270,)}
 """How an upright image is turned so that a viewer that heeds the orientation shows it upright."""
 
 
 def folder(root: Path, camvid: Path) -> Path:
-    """Twelve photographs of CamVid and one that is cut short; eight palette masks and one of a photograph that is gone; the names
-    of the classes; and what systems leave behind."""
+    """Twelve photographs of CamVid and one that is cut short; eight palette masks and one of a photograph
+    that is gone; the names of the classes; and what systems leave behind."""
     given = json.loads((camvid / "classes.json").read_text())
     sources = sorted((camvid / "images" / "train").iterdir())[:: 367 // len(PHOTOS)]
     for i, (name, labelled, orientation) in enumerate(PHOTOS):
         with Image.open(sources[i]) as whole:
             photo = whole.convert("RGB").resize((120, 90) if i % 3 else (90, 120))
-        mask = Image.open(camvid / "masks" / "train" / f"{sources[i].stem}.png").resize(photo.size, Image.Resampling.NEAREST)
+        mask = Image.open(camvid / "masks" / "train" / f"{sources[i].stem}.png").resize(
+            photo.size, Image.Resampling.NEAREST
+        )
         path = root / "photos" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         exif = Image.Exif()
@@ -55,7 +59,8 @@ def folder(root: Path, camvid: Path) -> Path:
         if labelled:
             paletted = Image.new("P", mask.size)
             paletted.putdata(np.asarray(mask).ravel().tolist())
-            paletted.putpalette([part for colour in given["palette"] for part in colour] + [0] * 3 * (256 - len(given["classes"])))
+            paletted.putpalette([part for colour in given["palette"] for part in colour]
+                                + [0] * 3 * (256 - len(given["classes"])))
             stem = unicodedata.normalize("NFD", name.rpartition(".")[0])  # as other systems write accents
             path = root / "labels" / f"{stem}.{'PNG' if i % 2 else 'png'}"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +111,8 @@ def test_the_guide_leads_from_a_real_folder_to_masks(tmp_path, camvid, monkeypat
     assert {name: (prepared / name).stat().st_mtime_ns for name in made} == made  # not made again
     results = json.loads((tmp_path / "runs" / "mine" / "results.json").read_text())
     assert [stage["name"] for stage in results["stages"]][-1] == "6-retrain" and results["control"]["steps"]
-    lists = {path.stem: path.read_text().splitlines() for path in (tmp_path / "runs" / "mine" / "split").iterdir()}
+    lists = {path.stem: path.read_text().splitlines()
+             for path in (tmp_path / "runs" / "mine" / "split").iterdir()}
     assert {name: len(lines) for name, lines in lists.items()} == {"labeled": 6, "unlabeled": 4, "val": 2}
 
     # 5. Look.
@@ -131,7 +137,10 @@ def test_the_guide_leads_from_a_real_folder_to_masks(tmp_path, camvid, monkeypat
     # 6. Better.
     (tmp_path / "bad.txt").write_text("\n".join(lists["unlabeled"][:1]) + "\n")
     stpp(retrain, *SMALL)
-    assert json.loads((tmp_path / "runs" / "mended" / "results.json").read_text())["stages"][0]["name"] == "1-retrain"
+    assert (
+        json.loads((tmp_path / "runs" / "mended" / "results.json").read_text())["stages"][0]["name"]
+        == "1-retrain"
+    )
 
     (tmp_path / "half a download.JPG").rename(data / "photos" / BROKEN)
     assert {path: path.read_bytes() for path in data.rglob("*") if path.is_file()} == files

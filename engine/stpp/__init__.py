@@ -14,7 +14,8 @@ def load(path, *, tta: str = "none", device: str = "auto", precision: str = "aut
     """Opens a trained network, to make masks of single images: `stpp.load("best.pt").predict("photo.jpg")`.
 
     Args:
-        path: a best.pt or third-*.pt of a run, a published state dict, or the folder of an engine that `stpp compile` made.
+        path: a best.pt or third-*.pt of a run, a published state dict, or the folder of an engine that
+            `stpp compile` made.
         tta: views whose probabilities are summed: "none" (1), "flip" (2) or "stpp" (10).
         device: "auto" (CUDA if there is one), or a name of PyTorch's, such as "cpu" or "cuda:1".
         precision: "auto" (bf16 where the device has it), "bf16", "fp16" or "fp32".
@@ -24,8 +25,8 @@ def load(path, *, tta: str = "none", device: str = "auto", precision: str = "aut
         exif: turn images upright by their EXIF orientation; None: as those that the network was trained on.
 
     Returns:
-        An object with `predict(image) -> uint8 [H, W]`, where `image` is a path, a PIL image or a uint8 array [H, W, 3],
-        and `classes`, the names of the ids (numbers where the checkpoint has none).
+        An object with `predict(image) -> uint8 [H, W]`, where `image` is a path, a PIL image or a uint8 array
+        [H, W, 3], and `classes`, the names of the ids (numbers where the checkpoint has none).
 
     Raises:
         UserError: there is no such network, it does not run here, or it was trained with another rule than
@@ -38,5 +39,6 @@ def load(path, *, tta: str = "none", device: str = "auto", precision: str = "aut
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return open_image_predictor(path, mode=tta, device=torch.device(device), precision=precision, max_pixels=max_pixels,
+    return open_image_predictor(path, mode=tta, device=torch.device(device), precision=precision,
+                                max_pixels=max_pixels,
                           trust=trust_engine, output_stride=output_stride, exif=exif)

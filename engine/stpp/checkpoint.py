@@ -32,18 +32,21 @@ def save(path: str | Path, **content: Any) -> None:
         needed, free = size_bytes(content), shutil.disk_usage(Path(path).parent).free
         if needed < free:
             raise
-        raise UserError(f"checkpoint {path} needs {needed / 2**20:.0f} MiB and the disk has {free / 2**20:.0f} left; what was "
-                        "saved before is intact: make room and give the same command again") from error
+        raise UserError(f"checkpoint {path} needs {needed / 2**20:.0f} MiB and the disk has "
+                        f"{free / 2**20:.0f} left; what was saved before is intact: make room and give the "
+                        "same command again") from error
 
 
 class CheckpointWriter:
-    """Saves checkpoints in a thread, one after the other: the caller waits for a copy off the device, not for the disk."""
+    """Saves checkpoints in a thread, one after the other: the caller waits for a copy off the device, not for
+    the disk."""
 
     def __init__(self):
         self._pool, self._pending = ThreadPoolExecutor(1, "stpp-checkpoint"), deque()
 
     def save(self, path: str | os.PathLike, **content: Any) -> None:
-        """As the function `save`, of `content` as it is now; what it raises is raised by a later call or by `wait`."""
+        """As the function `save`, of `content` as it is now; what it raises is raised by a later call or by
+        `wait`."""
         self.wait(leave=1)
         self._pending.append(self._pool.submit(save, path, **copied(content)))
 
@@ -110,7 +113,8 @@ def peek(path: str | Path) -> Any:
 
 
 class _NumpyValue:
-    """Takes the place of NumPy's numbers in files of others, such as the score of a checkpoint: nothing here needs them.
+    """Takes the place of NumPy's numbers in files of others, such as the score of a checkpoint: nothing here
+    needs them.
 
     NumPy's own constructors would make of a crafted file whatever it wants.
     """
@@ -122,29 +126,36 @@ class _NumpyValue:
         pass
 
 
-NUMPY_NAMES = ("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtypes.Float64DType")
+NUMPY_NAMES = ("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
+               "numpy.dtypes.Float64DType")
 
 
 def read(path: str | Path, *, mmap: bool = False) -> Any:
-    """Reads a PyTorch file of anyone onto the CPU, without running any code in it; NumPy's numbers in it are lost.
+    """Reads a PyTorch file of anyone onto the CPU, without running any code in it; NumPy's numbers in it are
+    lost.
 
     Args:
         mmap: map the file into memory instead of reading all of it; it must be a zip archive, as PyTorch's
             are today.
 
     Raises:
-        UserError: the file is missing, unreadable or damaged, or holds objects other than tensors and plain containers.
+        UserError: the file is missing, unreadable or damaged, or holds objects other than tensors and plain
+            containers.
     """
     path = Path(path)
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"checkpoint {path} {found}; give the path of a .pth or .pt file")
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([(_NumpyValue, name) for name in NUMPY_NAMES]):
+        with (
+            warnings.catch_warnings(),
+            torch.serialization.safe_globals([(_NumpyValue, name) for name in NUMPY_NAMES]),
+        ):
             warnings.simplefilter("ignore")  # they advise to load without the protection
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError as error:
-        raise UserError(f"checkpoint {path} cannot be read ({error.strerror}); check its permissions") from error
+        raise UserError(f"checkpoint {path} cannot be read ({error.strerror}); check its "
+                        "permissions") from error
     except Exception as error:  # a damaged or hostile file makes the reader fail in any way there is
         raise UserError(f"checkpoint {path} {_reason(error)}") from error
 
@@ -154,8 +165,8 @@ def _reason(error: Exception) -> str:
     text = str(error)
     if found := re.search(r"GLOBAL ([\w.]+)", text):
         return (
-            f"holds a Python object ({found[1]}) and not only tensors; such objects can run code and are never loaded; "
-            "save its state dict alone"
+            f"holds a Python object ({found[1]}) and not only tensors; such objects can run code and are "
+            "never loaded; save its state dict alone"
         )
     if "TorchScript" in text:
         return "is a TorchScript program; save its state dict instead"

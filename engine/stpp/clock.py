@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterator
 
 PARTS = ("plan", "read", "decode", "wait", "compute", "encode", "write")
-"""plan: a thread that reads the headers of the next shard. read, decode: threads that load. wait: the main thread, for an
-image to come or a mask to go. compute: the main thread, the network and its views. encode, write: threads that store, and the
-closing of shards."""
+"""plan: a thread that reads the headers of the next shard. read, decode: threads that load. wait: the main
+thread, for an image to come or a mask to go. compute: the main thread, the network and its views. encode,
+write: threads that store, and the closing of shards."""
 
 
 class Clock:

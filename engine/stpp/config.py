@@ -85,11 +85,14 @@ class SourceConfig:
     classes: tuple[str, ...] = ()
     """Class names in the order of their ids; empty: from `classes.json` in the root, or the layout's own."""
     mask_map: tuple[str, ...] = ()
-    """What masks hold where that is not class ids, as STORED=CLASS: ids (7=0, 1-150=0-149, 0=ignore) or colours (#804080=road)."""
+    """What masks hold where that is not class ids, as STORED=CLASS: ids (7=0, 1-150=0-149, 0=ignore) or
+    colours (#804080=road)."""
     unlabelled: tuple[Path, ...] = ()
-    """Further folders, anywhere: every image below one is an unlabelled image, named FOLDER/PATH by the folder's own name."""
+    """Further folders, anywhere: every image below one is an unlabelled image, named FOLDER/PATH by the
+    folder's own name."""
     exif: bool = True
-    """Turn images upright by their EXIF orientation (masks are expected upright); off: read both as stored."""
+    """Turn images upright by their EXIF orientation (masks are expected upright); off: read both as
+    stored."""
     follow_links: bool = False
     """Follow links that lead out of the root, to another disk for example; off: they are refused."""
 
@@ -103,7 +106,8 @@ class DataConfig(LoaderConfig, SourceConfig):
     split: Path | None = None
     """Folder with labeled.txt, unlabeled.txt and val.txt; by default one is drawn into the run's folder."""
     fraction: str = "1/8"
-    """Share (1/8, 0.125) or number (92) of training images that keep their labels, where no split is given."""
+    """Share (1/8, 0.125) or number (92) of training images that keep their labels, where no split is
+    given."""
     split_seed: int = 0
     """Seed of the drawn split."""
     val: float | None = None
@@ -127,26 +131,30 @@ class ModelConfig:
                       "dinov2-base", "dinov2-large", "dinov2-giant"] = "resnet50"
     """Backbone; deep stems are UniMatch's and, as EfficientNet, for deeplabv3plus, DINOv2 is for dpt."""
     output_stride: Literal[8, 16, 32] | None = None
-    """Input pixels per pixel of the backbone's last map; unset: 8 on a ResNet, 16 on a deep stem or EfficientNet."""
+    """Input pixels per pixel of the backbone's last map; unset: 8 on a ResNet, 16 on a deep stem or
+    EfficientNet."""
     pretrained: str = "none"
-    """Path of a backbone's file or of a checkpoint to start from; `imagenet`: torchvision's ResNet, downloaded once, or
-    EfficientNet from an installed package; `dinov2`: the published encoder, downloaded once; `none`: from scratch."""
+    """Path of a backbone's file or of a checkpoint to start from; `imagenet`: torchvision's ResNet,
+    downloaded once, or EfficientNet from an installed package; `dinov2`: the published encoder, downloaded
+    once; `none`: from scratch."""
     dropout: bool | None = None
     """Dropout in the head of deeplabv3plus and pspnet; unset: on, but off on a deep stem."""
     freeze_backbone: bool = False
     """Train the head alone; the backbone keeps the weights and statistics it starts with."""
     checkpoint_activations: bool = False
-    """Compute the inside of a transformer's blocks again in the backward pass instead of keeping it: less memory, but
-    more time."""
+    """Compute the inside of a transformer's blocks again in the backward pass instead of keeping it: less
+    memory, but more time."""
 
     def __post_init__(self):
         _check(not self.freeze_backbone or self.pretrained != "none", "model.freeze-backbone",
-               self.freeze_backbone, "given with --model.pretrained: a backbone from scratch is to be trained")
+               self.freeze_backbone, "given with --model.pretrained: a backbone from scratch is to be "
+                                     "trained")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Crops, and the strength of strong augmentation (pseudo-labelled images, strong views). Defaults as published for ST++."""
+    """Crops, and the strength of strong augmentation (pseudo-labelled images, strong views). Defaults as
+    published for ST++."""
 
     crop_px: int = 321
     """Side of the square crop, pixels."""
@@ -167,7 +175,8 @@ class AugmentConfig:
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Range of its standard deviation, pixels."""
     box_p: float = 0.5
-    """Probability of a box: erased by ST and ST++ (cutout), pasted from another image by UniMatch (CutMix)."""
+    """Probability of a box: erased by ST and ST++ (cutout), pasted from another image by UniMatch
+    (CutMix)."""
     box_area: tuple[float, float] = (0.02, 0.4)
     """Range of its area, as a share of the crop."""
     box_aspect: tuple[float, float] = (0.3, 1 / 0.3)
@@ -178,16 +187,19 @@ class AugmentConfig:
         low, high = self.long_side
         _check(1 <= low <= high, "augment.long-side", f"{low} {high}", "two ordered numbers, at least 1")
         for name in ("jitter_p", "gray_p", "blur_p", "box_p"):
-            _check(0 <= getattr(self, name) <= 1, f"augment.{name.replace('_', '-')}", getattr(self, name), "from 0 to 1")
+            _check(0 <= getattr(self, name) <= 1, f"augment.{name.replace('_', '-')}", getattr(self, name),
+                   "from 0 to 1")
         _check(0 <= self.hue <= 0.5, "augment.hue", self.hue, "from 0 to 0.5")
-        for name, least, most in (("jitter", 0, 10), ("blur_sigma", 0, 100), ("box_area", 0.0001, 0.9), ("box_aspect", 0.05, 20)):
+        for name, least, most in (("jitter", 0, 10), ("blur_sigma", 0, 100), ("box_area", 0.0001, 0.9),
+                                  ("box_aspect", 0.05, 20)):
             low, high = getattr(self, name)
             _check(least <= low <= high <= most, f"augment.{name.replace('_', '-')}", f"{low} {high}",
                    f"two ordered numbers from {least} to {most}")
         # A box of the largest area must fit the crop in some shape, or it would be drawn for ever.
         flattest, steepest = self.box_aspect
         aspect = min(max(1.0, flattest), steepest)
-        _check(self.box_area[1] * max(aspect, 1 / aspect) <= 0.9, "augment.box-aspect", f"{flattest} {steepest}",
+        _check(self.box_area[1] * max(aspect, 1 / aspect) <= 0.9, "augment.box-aspect",
+               f"{flattest} {steepest}",
                "a range in which a box of the largest --augment.box-area fits the crop")
 
 
@@ -214,7 +226,8 @@ class TrainConfig(PrecisionConfig):
     weight_decay: float = 1e-4
     """L2 penalty on all parameters; AdamW's is decoupled (UniMatch-V2: 0.01)."""
     loss: Literal["ce", "ohem"] = "ce"
-    """Loss of labelled pixels: cross-entropy, or that of the hardest (OHEM: probability below 0.7, 200,000 pixels at least)."""
+    """Loss of labelled pixels: cross-entropy, or that of the hardest (OHEM: probability below 0.7, 200,000
+    pixels at least)."""
     optimizer: Literal["sgd", "adamw", "apex"] = "sgd"
     """Fused SGD or AdamW of PyTorch, or FusedSGD of NVIDIA apex."""
     sync_bn: bool = False
@@ -230,12 +243,14 @@ class TrainConfig(PrecisionConfig):
     checkpoint_minutes: float = 10.0
     """Minutes between two checkpoints, at most."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """After a step whose gradient is not finite: end the run, or go on without that step. Either way the weights are
-    spared, and nonfinite.jsonl in the stage's folder names the images."""
+    """After a step whose gradient is not finite: end the run, or go on without that step. Either way the
+    weights are spared, and nonfinite.jsonl in the stage's folder names the images."""
 
     def __post_init__(self):
-        for name in ("epochs", "batch_global", "accumulate", "validate_every", "validate_min_steps", "checkpoint_steps"):
-            _check(getattr(self, name) >= 1, f"train.{name.replace('_', '-')}", getattr(self, name), "at least 1")
+        for name in ("epochs", "batch_global", "accumulate", "validate_every", "validate_min_steps",
+                     "checkpoint_steps"):
+            _check(getattr(self, name) >= 1, f"train.{name.replace('_', '-')}", getattr(self, name),
+                   "at least 1")
         _check(self.warmup_steps >= 0, "train.warmup-steps", self.warmup_steps, "0 or more")
         _check(self.supervised_epochs is None or self.supervised_epochs >= 1, "train.supervised-epochs",
                self.supervised_epochs, "at least 1")
@@ -243,8 +258,8 @@ class TrainConfig(PrecisionConfig):
         _check(0 < self.lr < math.inf, "train.lr", self.lr, "above 0")
         _check(0 <= self.momentum < 1, "train.momentum", self.momentum, "in [0, 1)")
         _check(0 <= self.weight_decay < math.inf, "train.weight-decay", self.weight_decay, "0 or more")
-        _check(self.head_lr_multiplier is None or 0 <= self.head_lr_multiplier < math.inf, "train.head-lr-multiplier",
-               self.head_lr_multiplier, "0 or more")
+        _check(self.head_lr_multiplier is None or 0 <= self.head_lr_multiplier < math.inf,
+               "train.head-lr-multiplier", self.head_lr_multiplier, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,9 +267,11 @@ class ConsistencyConfig:
     """UniMatch, UniMatch-V2 and FixMatch."""
 
     confidence: float = 0.95
-    """Probability from which a pixel's class in the weak view is a label for the strong views; UniMatch on Cityscapes: 0."""
+    """Probability from which a pixel's class in the weak view is a label for the strong views; UniMatch on
+    Cityscapes: 0."""
     ema: float = 0.996
-    """Decay of the moving average that labels, is validated and kept (UniMatch-V2, FixMatch); 0: the network itself."""
+    """Decay of the moving average that labels, is validated and kept (UniMatch-V2, FixMatch); 0: the network
+    itself."""
 
     def __post_init__(self):
         _check(0 <= self.confidence < 1, "consistency.confidence", self.confidence, "from 0 to below 1")
@@ -271,20 +288,24 @@ class LabelConfig:
     batch_pixels: int = 1 << 22
     """Pixels of the images that one rank labels at once, at most, but for one image that alone has more."""
     max_pixels: int = 1 << 24
-    """Images of more pixels are not labelled but listed as bad: the views of a large image need much memory."""
+    """Images of more pixels are not labelled but listed as bad: the views of a large image need much
+    memory."""
     min_confidence: float = 0.0
     """Pixels whose class has less than this share of the summed probabilities become 255 (ignore)."""
     shard_size: int = 0
-    """Images of a shard, the unit of work that an interrupted run keeps or repeats; 0: a 32nd of all, from 16 to 1000."""
+    """Images of a shard, the unit of work that an interrupted run keeps or repeats; 0: a 32nd of all, from 16
+    to 1000."""
     backend: Literal["auto", "tensorrt", "torch-tensorrt", "inductor", "eager"] = "auto"
     """What computes: a compiled teacher, or PyTorch as it is; auto: by the amount of work."""
     _section = "label."
 
     def __post_init__(self):
         for name in ("batch_per_rank", "batch_pixels", "max_pixels"):
-            _check(getattr(self, name) >= 1, f"{self._section}{name.replace('_', '-')}", getattr(self, name), "at least 1")
+            _check(getattr(self, name) >= 1, f"{self._section}{name.replace('_', '-')}", getattr(self, name),
+                   "at least 1")
         _check(self.shard_size >= 0, f"{self._section}shard-size", self.shard_size, "0 or more")
-        _check(0 <= self.min_confidence < 1, f"{self._section}min-confidence", self.min_confidence, "from 0 to below 1")
+        _check(0 <= self.min_confidence < 1, f"{self._section}min-confidence", self.min_confidence,
+               "from 0 to below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,8 +315,9 @@ class Config(DeviceConfig):
     out: Path | None = None
     """Folder of the run; the same command on it goes on where it stopped."""
     method: Method = "stpp"
-    """supervised: labels only; st: one round of pseudo labels; stpp: reliable images first; unimatch, unimatch-v2, fixmatch: one
-    stage in which weak views label strong ones; retrain: one stage on the labels and the masks of --pseudo-labels."""
+    """supervised: labels only; st: one round of pseudo labels; stpp: reliable images first; unimatch,
+    unimatch-v2, fixmatch: one stage in which weak views label strong ones; retrain: one stage on the labels
+    and the masks of --pseudo-labels."""
     pseudo_labels: Path | None = None
     """With method retrain: folder of the masks, of `stpp label` or a run's labelling stage."""
     exclude: Path | None = None
@@ -305,13 +327,15 @@ class Config(DeviceConfig):
     seed: int = 0
     """Key of every random number of the run."""
     deterministic: bool = False
-    """The same bits in every run on the same machine, at some cost in speed: cuDNN searches no algorithms, for one."""
+    """The same bits in every run on the same machine, at some cost in speed: cuDNN searches no algorithms,
+    for one."""
     timeout_minutes: float = 30.0
     """A rank that waits so long for another in training ends, and torchrun with it (or starts all again)."""
     strict: bool = False
     """Refuse a data set, or lists, that give cause for a warning."""
     profile: bool = False
-    """Trace a few steps of every stage that trains: profile/ in its folder has the trace and a table of a step's parts."""
+    """Trace a few steps of every stage that trains: profile/ in its folder has the trace and a table of a
+    step's parts."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -323,9 +347,11 @@ class Config(DeviceConfig):
         _check(0 <= self.seed < 2**64, "seed", self.seed, "from 0 to 2^64 - 1")
         _check(0 < self.timeout_minutes < math.inf, "timeout-minutes", self.timeout_minutes, "above 0")
         retrain = self.method == "retrain"
-        _check(retrain or self.pseudo_labels is None, "pseudo-labels", self.pseudo_labels, "given with --method retrain")
+        _check(retrain or self.pseudo_labels is None, "pseudo-labels", self.pseudo_labels,
+               "given with --method retrain")
         _check(retrain or self.exclude is None, "exclude", self.exclude, "given with --method retrain")
-        _check(not retrain or self.pseudo_labels is not None, "method", self.method, "given with --pseudo-labels FOLDER")
+        _check(not retrain or self.pseudo_labels is not None, "method", self.method,
+               "given with --pseudo-labels FOLDER")
 
 
 def to_dict(config: Any) -> dict:
@@ -334,10 +360,12 @@ def to_dict(config: Any) -> dict:
 
 
 def differing_keys(ours: dict, theirs: dict, *, may_change: Collection[str] = MAY_CHANGE) -> list[str]:
-    """Lines `key: theirs -> ours` for the keys that matter to the result (all but `may_change`) and differ."""
+    """Lines `key: theirs -> ours` for the keys that matter to the result (all but `may_change`) and
+    differ."""
     ours, theirs = flatten(ours), flatten(theirs)
     keys = [key for key in sorted(ours.keys() | theirs.keys()) if key not in may_change]
-    return [f"{key}: {theirs.get(key)} -> {ours.get(key)}" for key in keys if ours.get(key) != theirs.get(key)]
+    return [f"{key}: {theirs.get(key)} -> {ours.get(key)}" for key in keys
+            if ours.get(key) != theirs.get(key)]
 
 
 def parse(cls: type[T], args: Sequence[str], *, prog: str, default: T | None = None) -> T:
@@ -371,7 +399,8 @@ def load_recipe(cls: type[T], path: Path) -> T:
         raise UserError(f"--recipe {path}: {error.strerror}; give the path of a .toml file") from None
     except (ValueError, RecursionError) as error:
         backslash = "; write paths with forward slashes, or in 'single quotes'" if "\\" in str(error) else ""
-        raise UserError(f"--recipe {path}: not readable as {'JSON' if str(path).endswith('.json') else 'TOML'} "
+        raise UserError(f"--recipe {path}: not readable as "
+                        f"{'JSON' if str(path).endswith('.json') else 'TOML'} "
                         f"({str(error).splitlines()[0]}){backslash}") from None
     if not isinstance(values, dict):
         raise UserError(f"--recipe {path}: expected a table of settings, found {type(values).__name__}")

@@ -16,7 +16,8 @@ CAPTURING = threading.Lock()
 
 @contextlib.contextmanager
 def cudnn_search(enabled: bool) -> Iterator[None]:
-    """Switches cuDNN's search inside the block: it times its algorithms for a new shape and takes the fastest.
+    """Switches cuDNN's search inside the block: it times its algorithms for a new shape and takes the
+    fastest.
 
     It pays where few shapes return often, as in training; a search costs up to a second a shape (estimate),
     so native sizes, as in validation and labelling, do better without. Two searches may choose, and so round,

@@ -38,7 +38,8 @@ class World:
     """Ranks on this machine."""
     device: torch.device
     store: dist.Store | None = None
-    """Small values that ranks leave each other without a collective; empty at each start. None in a world of one."""
+    """Small values that ranks leave each other without a collective; empty at each start. None in a world of
+    one."""
 
     @property
     def is_main(self) -> bool:
@@ -63,8 +64,8 @@ def world(device: str = "auto", *, timeout_minutes: float = TIMEOUT_MINUTES) -> 
         raise UserError("--device cuda: no CUDA device is visible; use --device cpu, or check the driver")
     use_cuda = device != "cpu" and torch.cuda.is_available()
     if use_cuda and local_size > torch.cuda.device_count():
-        raise UserError(f"torchrun started {local_size} ranks here but {torch.cuda.device_count()} GPUs are visible; "
-                        "lower --nproc-per-node, or use --device cpu")
+        raise UserError(f"torchrun started {local_size} ranks here but {torch.cuda.device_count()} GPUs are "
+                        "visible; lower --nproc-per-node, or use --device cpu")
     here = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(here)
@@ -75,8 +76,8 @@ def world(device: str = "auto", *, timeout_minutes: float = TIMEOUT_MINUTES) -> 
     store = _fresh_store(rank, size, timeout) if "RANK" in os.environ and size > 1 else None
     if "RANK" in os.environ:
         meeting = {} if store is None else {"store": store, "rank": rank, "world_size": size}
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timeout, device_id=here if use_cuda else None,
-                                **meeting)
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timeout,
+                                device_id=here if use_cuda else None, **meeting)
     shared = None if store is None else dist.PrefixStore("stpp", store)
     yield World(rank=rank, size=size, local_size=local_size, device=here, store=shared)
     # Not after an exception: NCCL would wait for the other ranks, and torchrun would not see this one end.
@@ -85,10 +86,11 @@ def world(device: str = "auto", *, timeout_minutes: float = TIMEOUT_MINUTES) -> 
 
 
 def _fresh_store(rank: int, size: int, timeout: datetime.timedelta) -> dist.Store:
-    """A store that no earlier start of these ranks has written to: rank 0's own, or a part of that of torchrun's agents.
+    """A store that no earlier start of these ranks has written to: rank 0's own, or a part of that of
+    torchrun's agents.
 
-    torchrun may keep its store when it restarts ranks, and they would meet the addresses of the dead. So rank 0 draws a name and
-    tells it to every rank that says hello with a number that it has just drawn itself.
+    torchrun may keep its store when it restarts ranks, and they would meet the addresses of the dead. So rank
+    0 draws a name and tells it to every rank that says hello with a number that it has just drawn itself.
     """
     is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size,
@@ -121,11 +123,12 @@ def _fresh_store(rank: int, size: int, timeout: datetime.timedelta) -> dist.Stor
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep what is freed for what comes next, also large blocks, instead of giving them back to the system.
+    """Has glibc keep what is freed for what comes next, also large blocks, instead of giving them back to the
+    system.
 
-    Fresh pages are filled with zeros when they are first touched: a tenth of a training step on small crops, a fifth of labelling
-    large images (benchmarks/NOTES.md). Where the C library is another one, or the user has set it up (MALLOC_MMAP_MAX_), nothing
-    is done.
+    Fresh pages are filled with zeros when they are first touched: a tenth of a training step on small crops,
+    a fifth of labelling large images (benchmarks/NOTES.md). Where the C library is another one, or the user
+    has set it up (MALLOC_MMAP_MAX_), nothing is done.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is None or "MALLOC_MMAP_MAX_" in os.environ:
@@ -171,7 +174,8 @@ def broadcast_buffers(model: torch.nn.Module) -> None:
 def store_of_this_call(here: World) -> dist.Store | None:
     """A part of the ranks' store that nothing has written to; None in a world of one.
 
-    All ranks must make the same calls in the same order: the n-th call of one meets the n-th of the others. Nobody waits.
+    All ranks must make the same calls in the same order: the n-th call of one meets the n-th of the others.
+    Nobody waits.
     """
     if here.store is None:
         return None
@@ -180,7 +184,8 @@ def store_of_this_call(here: World) -> dist.Store | None:
 
 
 def on_main(here: World, action: Callable[[], None]) -> None:
-    """Rank 0 runs `action` while the others wait, for as long as it takes; if it fails, all end, and only rank 0 says why.
+    """Rank 0 runs `action` while the others wait, for as long as it takes; if it fails, all end, and only
+    rank 0 says why.
 
     Raises:
         SystemExit: with code 2, on the other ranks, when rank 0 failed.

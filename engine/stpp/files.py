@@ -1,7 +1,8 @@
 """The one place where files are opened for writing. There are two kinds.
 
-A file that counts as soon as it exists (checkpoint, index, DONE.json, marker) is written whole or not at all: `atomic`.
-A file that a marker covers (mask, archive) is written plainly, because the marker comes later and holds its size and
+A file that counts as soon as it exists (checkpoint, index, DONE.json, marker) is written whole or not at all:
+`atomic`. A file that a marker covers (mask, archive) is written plainly, because the marker comes later and
+holds its size and
 checksum: `plain`, `renamed`. A reader never takes half a file for a whole.
 """
 
@@ -21,7 +22,8 @@ from typing import IO, Any
 def atomic(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     """Opens a temporary file that becomes `path` when the block ends without an exception.
 
-    The data and the folder are synced, so after a crash `path` holds either the old or the new content, never a part.
+    The data and the folder are synced, so after a crash `path` holds either the old or the new content, never
+    a part.
 
     Args:
         path: the final name. Its folder is made if missing.
@@ -46,7 +48,8 @@ def atomic(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
 
 
 def create_once(path: Path, data: bytes) -> None:
-    """Writes `path` whole, readable by its owner alone, unless another process was faster: its file then stays."""
+    """Writes `path` whole, readable by its owner alone, unless another process was faster: its file then
+    stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -90,7 +93,8 @@ def append(path: str | os.PathLike, row: dict) -> None:
 
 
 def and_part(path: str | os.PathLike) -> tuple[Path, str | None]:
-    """File and part of a name such as `best.pth#model`; no part where a file or folder has the whole name, or there is no `#`."""
+    """File and part of a name such as `best.pth#model`; no part where a file or folder has the whole name, or
+    there is no `#`."""
     path = Path(path)
     name, _, part = path.name.rpartition("#")
     return (path.with_name(name), part) if name and part and not path.exists() else (path, None)
@@ -107,7 +111,8 @@ def sha256(path: str | os.PathLike) -> str:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Waits until no other process of this machine (or file server, where it has locks) holds the lock file."""
+    """Waits until no other process of this machine (or file server, where it has locks) holds the lock
+    file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         with contextlib.suppress(ImportError):  # Windows has no such locks

@@ -45,7 +45,8 @@ class Progress:
         self._start = self._last = time.monotonic()
         self._bar = None
         if _speaks and sys.stderr.isatty():
-            self._bar = tqdm(total=total, initial=done, desc=title, unit=f" {unit}", dynamic_ncols=True, leave=False)
+            self._bar = tqdm(total=total, initial=done, desc=title, unit=f" {unit}", dynamic_ncols=True,
+                             leave=False)
 
     def advance(self, count: int, **values: str) -> None:
         """Counts `count` more units; `values` stand at the end of the line, for example loss="0.31"."""
@@ -61,7 +62,8 @@ class Progress:
         rate = (self._count - self._start_count) / max(time.monotonic() - self._start, 1e-9)
         left_s = (self._total - self._count) / max(rate, 1e-9)
         extra = "".join(f", {key} {value}" for key, value in values.items())
-        return f"  {self._title}: {self._count}/{self._total}, {rate:.1f} {self._unit}/s{extra}, {left_s:.0f} s left"
+        return (f"  {self._title}: {self._count}/{self._total}, {rate:.1f} {self._unit}/s{extra}, "
+                f"{left_s:.0f} s left")
 
     def __enter__(self):
         return self
@@ -130,5 +132,6 @@ def table(rows: Iterable[tuple[str, ...]]) -> str:
     """Rows of text in aligned columns; the first row is the heading."""
     rows = [tuple(map(str, row)) for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+             for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

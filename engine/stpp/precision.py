@@ -13,7 +13,9 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
     """
     if precision == "auto":
         if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+            return (
+                torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+            )
         return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
     if precision == "fp16" and device.type == "cpu":
         raise UserError("--train.precision fp16 needs CUDA; use bf16 or fp32 on a CPU")

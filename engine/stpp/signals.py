@@ -41,7 +41,8 @@ def ending_on_term() -> Iterator[None]:
 def deferred() -> Iterator[Stop]:
     """Within the block SIGTERM and SIGINT are only noted; a SIGINT seconds later ends at once.
 
-    Not the very next one: Ctrl-C reaches every process of the terminal, and torchrun then passes it on once more.
+    Not the very next one: Ctrl-C reaches every process of the terminal, and torchrun then passes it on once
+    more.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,5 @@
-"""Fused segmentation operators that never store full-resolution logits: C++ on CPUs, Triton on CUDA, plain PyTorch elsewhere."""
+"""Fused segmentation operators that never store full-resolution logits: C++ on CPUs, Triton on CUDA, plain
+PyTorch elsewhere."""
 
 from stpp_kernels.argmax import upsample_argmax
 from stpp_kernels.confusion import confusion, pairwise_iou

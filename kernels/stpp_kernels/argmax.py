@@ -15,19 +15,22 @@ LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def upsample_argmax(
     logits_NChw: Tensor, size: tuple[int, int], *, confidence: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Most likely class of every pixel of the logits resized to `size`, and optionally its softmax probability.
+    """Most likely class of every pixel of the logits resized to `size`, and optionally its softmax
+    probability.
 
-    Eager equivalent: `F.interpolate(logits.float(), size, mode="bilinear", align_corners=True).argmax(1).byte()`; the
+    Eager equivalent:
+    `F.interpolate(logits.float(), size, mode="bilinear", align_corners=True).argmax(1).byte()`; the
     confidence is `.softmax(1).amax(1)` of the same. Not differentiable.
 
     Args:
         logits_NChw: float32, float16, bfloat16 or float64, C in 1..256, any strides. Finite.
         size: (H, W) of the mask, larger or smaller than (h, w). Equal to it, the operator is a plain argmax.
-        confidence: also return the probability of the chosen class, computed in float32 (float64 for float64 logits).
+        confidence: also return the probability of the chosen class, computed in float32 (float64 for float64
+            logits).
 
     Returns:
-        The mask, uint8 [N, H, W]; with `confidence`, (mask, probability in (0, 1], float32 [N, H, W]). Of classes that
-        tie, the lowest wins.
+        The mask, uint8 [N, H, W]; with `confidence`, (mask, probability in (0, 1], float32 [N, H, W]). Of
+        classes that tie, the lowest wins.
 
     Raises:
         ValueError: not four dimensions, more than 256 classes, or an empty size.
@@ -40,9 +43,12 @@ def upsample_argmax(
 
 
 def check_logits(logits_NChw: Tensor) -> None:
-    """Raises ValueError or TypeError unless these are [N, C, h, w] logits of 1 to 256 classes, with a pixel."""
+    """Raises ValueError or TypeError unless these are [N, C, h, w] logits of 1 to 256 classes, with a
+    pixel."""
     if logits_NChw.dtype not in LOGIT_DTYPES:
-        raise TypeError(f"logits are {logits_NChw.dtype}; expected one of {', '.join(map(str, LOGIT_DTYPES))}")
+        raise TypeError(
+            f"logits are {logits_NChw.dtype}; expected one of {', '.join(map(str, LOGIT_DTYPES))}"
+        )
     if logits_NChw.dim() != 4:
         raise ValueError(f"logits have shape {tuple(logits_NChw.shape)}; expected [N, C, h, w]")
     if not 1 <= logits_NChw.shape[1] <= 256:

@@ -1,4 +1,5 @@
-"""Operator `confusion`: counts of (truth, prediction) pairs, and `pairwise_iou`, the agreement of two masks, from it.
+"""Operator `confusion`: counts of (truth, prediction) pairs, and `pairwise_iou`, the agreement of two masks,
+from it.
 
 Shape suffixes: N images, C classes, H W image size.
 """
@@ -14,11 +15,13 @@ LABEL_DTYPES = (torch.uint8, torch.int64)
 
 
 def confusion(
-    pred: Tensor, target: Tensor, num_classes: int, *, ignore_index: int = IGNORE_INDEX, per_image: bool = False
+    pred: Tensor, target: Tensor, num_classes: int, *, ignore_index: int = IGNORE_INDEX,
+    per_image: bool = False
 ) -> Tensor:
     """Confusion matrix of two masks: rows are the truth, columns the prediction.
 
-    Eager equivalent: `k = target != ignore_index`; `bincount(target[k] * C + pred[k], minlength=C * C).view(C, C)`.
+    Eager equivalent: `k = target != ignore_index`;
+    `bincount(target[k] * C + pred[k], minlength=C * C).view(C, C)`.
 
     Args:
         pred: uint8 or int64, any shape (usually [N, H, W]), values in [0, C) wherever the target counts.
@@ -31,8 +34,8 @@ def confusion(
         int64 [C, C], or [N, C, C] with `per_image`. Zeros where every pixel is ignored.
 
     Raises:
-        ValueError: shapes that differ, a num_classes outside 1..256, or (CPU) a value outside the classes, which is
-            named. On CUDA such a value fails an assert asynchronously and is counted nowhere.
+        ValueError: shapes that differ, a num_classes outside 1..256, or (CPU) a value outside the classes,
+            which is named. On CUDA such a value fails an assert asynchronously and is counted nowhere.
         TypeError: a dtype other than uint8 and int64.
     """
     return _checked(pred, target, num_classes, ignore_index, per_image, False)
@@ -41,8 +44,9 @@ def confusion(
 def pairwise_iou(a: Tensor, b: Tensor, num_classes: int) -> Tensor:
     """Agreement of two masks per image: the mean of IoU over the classes present in either of them.
 
-    A class present in only one of the two scores 0, a class in neither is left out of the mean; so is every pixel that
-    is 255 in either mask. This is the reliability of ST++. Eager equivalent: per image, `m = confusion(a, b)`;
+    A class present in only one of the two scores 0, a class in neither is left out of the mean; so is every
+    pixel that is 255 in either mask. This is the reliability of ST++. Eager equivalent: per image,
+    `m = confusion(a, b)`;
     `u = m.sum(0) + m.sum(1) - m.diag()`; `(m.diag() / u)[u > 0].mean()`.
 
     Args:
@@ -58,12 +62,14 @@ def pairwise_iou(a: Tensor, b: Tensor, num_classes: int) -> Tensor:
     return reference.iou_from_confusion(_checked(b, a, num_classes, IGNORE_INDEX, True, True))
 
 
-def _checked(pred: Tensor, target: Tensor, num_classes: int, ignore: int, per_image: bool, ignore_both: bool) -> Tensor:
+def _checked(pred: Tensor, target: Tensor, num_classes: int, ignore: int, per_image: bool,
+             ignore_both: bool) -> Tensor:
     for name, mask in (("pred", pred), ("target", target)):
         if mask.dtype not in LABEL_DTYPES:
             raise TypeError(f"{name} is {mask.dtype}; expected torch.uint8 or torch.int64")
     if pred.shape != target.shape:
-        raise ValueError(f"pred has shape {tuple(pred.shape)} and target {tuple(target.shape)}; expected the same")
+        raise ValueError(f"pred has shape {tuple(pred.shape)} and target {tuple(target.shape)}; expected the "
+                         "same")
     if pred.device != target.device:
         raise ValueError(f"pred is on {pred.device} and target on {target.device}; expected one device")
     if not 1 <= num_classes <= 256:
@@ -85,14 +91,16 @@ def _reference(
     return matrix_NCC if per_image else matrix_NCC[0]
 
 
-def _fake(pred: Tensor, target: Tensor, num_classes: int, ignore: int, per_image: bool, ignore_both: bool) -> Tensor:
+def _fake(pred: Tensor, target: Tensor, num_classes: int, ignore: int, per_image: bool,
+          ignore_both: bool) -> Tensor:
     shape = (num_classes, num_classes)
     return target.new_empty((target.shape[0], *shape) if per_image else shape, dtype=torch.int64)
 
 
 _op = define(
     "confusion",
-    "(Tensor pred, Tensor target, int num_classes, int ignore_index, bool per_image, bool ignore_both) -> Tensor",
+    "(Tensor pred, Tensor target, int num_classes, int ignore_index, bool per_image, bool ignore_both) -> "
+    "Tensor",
     reference=_reference,
     fake=_fake,
     triton="triton.confusion:confusion",

@@ -1,27 +1,32 @@
-"""A dilated 3x3 convolution that multiplies no padding: one matrix product for each tap, over the pixels where it is valid.
+"""A dilated 3x3 convolution that multiplies no padding: one matrix product for each tap, over the pixels
+where it is valid.
 
 With stride 1 and padding = dilation d, output pixel (y, x) of an H x W map is
 
-    out[y, x] = sum over ky, kx in {-1, 0, 1} of W[ky, kx] in[y + ky d, x + kx d],        in = 0 outside the map.
+    out[y, x] = sum over ky, kx in {-1, 0, 1} of W[ky, kx] in[y + ky d, x + kx d],
+    in = 0 outside the map.
 
-The terms with y + ky d outside [0, H) or x + kx d outside [0, W) are exact zeros, so leaving them out changes nothing. For a tap
-(ky, kx) the pixels that remain are a rectangle of (H - |ky| d) x (W - |kx| d), empty if d reaches the map's size. Summed over
-taps, a share ((H + 2 max(H - d, 0)) / 3H) ((W + 2 max(W - d, 0)) / 3W) of the nine full rectangles is left: at 41 x 41 it is
-0.65, 0.37 and 0.17 for d = 12, 24 and 36. On its rectangle a tap is a matrix product over channels, the fastest there is:
+The terms with y + ky d outside [0, H) or x + kx d outside [0, W) are exact zeros, so leaving them out changes
+nothing. For a tap (ky, kx) the pixels that remain are a rectangle of (H - |ky| d) x (W - |kx| d), empty if d
+reaches the map's size. Summed over taps, a share ((H + 2 max(H - d, 0)) / 3H) ((W + 2 max(W - d, 0)) / 3W) of
+the nine full rectangles is left: at 41 x 41 it is 0.65, 0.37 and 0.17 for d = 12, 24 and 36. On its rectangle
+a tap is a matrix product over channels, the fastest there is:
 
     forward            out[rectangle] += in[rectangle + (ky, kx) d] W[ky, kx]^T
     weight gradient    dW[ky, kx] = dout[rectangle]^T in[rectangle + (ky, kx) d]
     input gradient     din[y, x] = sum over valid taps of dout[y - ky d, x - kx d] W[ky, kx]
 
-The valid taps of the input gradient are the same for all pixels of one of at most nine regions (cut at d and H - d, d and
-W - d), so each region is one product whose inner dimension runs over taps and output channels: written once, never added to.
+The valid taps of the input gradient are the same for all pixels of one of at most nine regions (cut at d and
+H - d, d and W - d), so each region is one product whose inner dimension runs over taps and output channels:
+written once, never added to.
 
 Which of the three products are computed so, and where an ordinary convolution is faster, is `form`'s to say.
 
-Layout: a range of rows must be one contiguous matrix. Of the middle column (kx = 0) it is, image by image, in channels_last; the
-narrower rectangles of the other columns are copied, image by image into one buffer: fresh memory for all images at once would
-cost more in page faults than the copy. Partial sums are float32 (float64 for float64). bfloat16 and float16 are multiplied as they
-are where the hardware does that, and in float32 on a CPU that would only emulate them (many times slower).
+Layout: a range of rows must be one contiguous matrix. Of the middle column (kx = 0) it is, image by image, in
+channels_last; the narrower rectangles of the other columns are copied, image by image into one buffer: fresh
+memory for all images at once would cost more in page faults than the copy. Partial sums are float32 (float64
+for float64). bfloat16 and float16 are multiplied as they are where the hardware does that, and in float32 on
+a CPU that would only emulate them (many times slower).
 """
 
 import functools
@@ -37,7 +42,8 @@ MAX_VALID_SHARE = 0.95
 """With more than this share of the taps valid, an ordinary convolution is used: there is nothing to save."""
 
 WIDE = 1024
-"""Input channels from which a weight gradient over more than half of the taps repays the copies of its columns."""
+"""Input channels from which a weight gradient over more than half of the taps repays the copies of its
+columns."""
 
 FORM_VARIABLE = "STPP_DILATED_CONV"
 """Environment variable: "taps" or "conv" forces that form; unset, `form` decides."""
@@ -52,10 +58,11 @@ def valid_share(height: int, width: int, dilation: int) -> float:
 def form(product: str, x_NIHW: Tensor, dilation: int) -> str:
     """Which form computes a product: "taps" or "conv" (`F.conv2d`, in the dtype of `_compute_dtype`).
 
-    Measured (benchmarks/NOTES.md). oneDNN's convolution leaves out padding by itself in the forward pass and in the input gradient,
-    in float32 and in AVX-512's bfloat16: 0.8 to 2.5 times as fast as the taps. In the weight gradient it does not (1.2 to 10 times
-    as slow), nor anywhere in AMX's bfloat16. Where bfloat16 is emulated, the taps widen it on the way into their buffer, which the
-    convolution does in a pass of its own: 1.2 times as slow. On CUDA the taps work but have not been measured against
+    Measured (benchmarks/NOTES.md). oneDNN's convolution leaves out padding by itself in the forward pass and
+    in the input gradient, in float32 and in AVX-512's bfloat16: 0.8 to 2.5 times as fast as the taps. In the
+    weight gradient it does not (1.2 to 10 times as slow), nor anywhere in AMX's bfloat16. Where bfloat16 is
+    emulated, the taps widen it on the way into their buffer, which the convolution does in a pass of its own:
+    1.2 times as slow. On CUDA the taps work but have not been measured against
     cuDNN: only STPP_DILATED_CONV=taps turns them on.
 
     Args:
@@ -136,7 +143,11 @@ def _add_rows(part_HWO: Tensor, source_HWI: Tensor, taps_3OI: Tensor, dilation: 
     """Fills `part` with the sum of the three taps of one column."""
     for ky in (1, 0, 2):  # the middle tap first: it covers all rows
         into_y, from_y = _valid(part_HWO.shape[0], ky, dilation)
-        target, source, tap_IO = part_HWO[into_y].flatten(0, 1), source_HWI[from_y].flatten(0, 1), taps_3OI[ky].t()
+        target, source, tap_IO = (
+            part_HWO[into_y].flatten(0, 1),
+            source_HWI[from_y].flatten(0, 1),
+            taps_3OI[ky].t(),
+        )
         if ky == 1 and target.dtype == source.dtype:
             torch.mm(source, tap_IO, out=target)
         elif ky == 1:
@@ -156,7 +167,8 @@ def _input_gradient(grad_HNWO: Tensor, taps_33OI: Tensor, dilation: int, into_HN
             into_HNWI[y0:y1, :, x0:x1].copy_(region.view(y1 - y0, -1, x1 - x0, region.shape[1]))
 
 
-def _weight_gradient(grad_NOHW: Tensor, x_NIHW: Tensor, dilation: int, compute: torch.dtype, into_33OI: Tensor) -> None:
+def _weight_gradient(grad_NOHW: Tensor, x_NIHW: Tensor, dilation: int, compute: torch.dtype,
+                     into_33OI: Tensor) -> None:
     height, width = x_NIHW.shape[2:]
     total_33OI = into_33OI.new_zeros(into_33OI.shape, dtype=_sum_dtype(compute))
     for kx in range(3):
@@ -170,7 +182,8 @@ def _weight_gradient(grad_NOHW: Tensor, x_NIHW: Tensor, dilation: int, compute: 
 
 
 def _matrices(maps_NCHW: Tensor, columns: slice, dtype: torch.dtype) -> Iterator[Tensor]:
-    """`columns` of every map as contiguous [H, width, C], each valid until the next; none if there are no columns."""
+    """`columns` of every map as contiguous [H, width, C], each valid until the next; none if there are no
+    columns."""
     buffer = None
     for map_HWC in maps_NCHW.permute(0, 2, 3, 1)[:, :, columns] if columns.start < columns.stop else ():
         if map_HWC.dtype == dtype and map_HWC.is_contiguous():
@@ -188,7 +201,8 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _valid(size: int, tap: int, dilation: int) -> tuple[slice, slice]:
-    """Along one axis, the outputs that `tap` (0, 1, 2) reaches from inside the map, and the inputs it reads for them."""
+    """Along one axis, the outputs that `tap` (0, 1, 2) reaches from inside the map, and the inputs it reads
+    for them."""
     offset = (tap - 1) * dilation
     start, stop = max(0, -offset), min(size, size - offset)
     return slice(start, max(stop, start)), slice(start + offset, max(stop, start) + offset)
@@ -222,7 +236,10 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 @functools.cache
 def _cpu_multiplies(dtype: torch.dtype) -> bool:
-    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported") if dtype == torch.bfloat16 else ("_is_amx_fp16_supported",)
+    if dtype == torch.bfloat16:
+        names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    else:
+        names = ("_is_amx_fp16_supported",)
     return any(getattr(torch.cpu, name, bool)() for name in names)
 
 
@@ -250,17 +267,21 @@ def _forward(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
     if form("forward", x, dilation) == "taps":
         return valid_taps(x, weight, dilation)
     compute = _compute_dtype(x)
-    return _empty_like_output(x, weight).copy_(reference.dilated_conv3x3(x.to(compute), weight.to(compute), dilation))
+    return _empty_like_output(x, weight).copy_(
+        reference.dilated_conv3x3(x.to(compute), weight.to(compute), dilation)
+    )
 
 
 def _backward_kernel(
     grad: Tensor, x: Tensor, weight: Tensor, dilation: int, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
     forms = {"taps": valid_taps_backward, "conv": convolution_backward}
-    for_x, for_weight = forms[form("input gradient", x, dilation)], forms[form("weight gradient", x, dilation)]
+    for_x = forms[form("input gradient", x, dilation)]
+    for_weight = forms[form("weight gradient", x, dilation)]
     if for_x is for_weight or not (need_x and need_weight):
         return (for_x if need_x else for_weight)(grad, x, weight, dilation, need_x, need_weight)
-    return for_x(grad, x, weight, dilation, True, False)[0], for_weight(grad, x, weight, dilation, False, True)[1]
+    grad_x = for_x(grad, x, weight, dilation, True, False)[0]
+    return grad_x, for_weight(grad, x, weight, dilation, False, True)[1]
 
 
 dispatch.define(
@@ -272,9 +293,12 @@ dispatch.define(
 )
 dispatch.define(
     "dilated_conv3x3_backward",
-    "(Tensor grad, Tensor x, Tensor weight, int dilation, bool need_x, bool need_weight) -> (Tensor grad_x, Tensor grad_weight)",
+    "(Tensor grad, Tensor x, Tensor weight, int dilation, bool need_x, bool need_weight) -> (Tensor grad_x, "
+    "Tensor grad_weight)",
     reference=_backward_kernel,
-    fake=lambda grad, x, weight, dilation, need_x, need_weight: _empty_gradients(x, weight, need_x, need_weight),
+    fake=lambda grad, x, weight, dilation, need_x, need_weight: _empty_gradients(
+        x, weight, need_x, need_weight
+    ),
     cpp=False,
 )
 
@@ -289,11 +313,14 @@ def _backward(ctx, grad):
         raise RuntimeError("dilated_conv3x3 has first derivatives only")
     x, weight = ctx.saved_tensors
     need_x, need_weight = ctx.needs_input_grad[:2]
-    grad_x, grad_weight = torch.ops.stpp_kernels.dilated_conv3x3_backward(grad, x, weight, ctx.dilation, need_x, need_weight)
+    grad_x, grad_weight = torch.ops.stpp_kernels.dilated_conv3x3_backward(
+        grad, x, weight, ctx.dilation, need_x, need_weight
+    )
     return grad_x if need_x else None, grad_weight if need_weight else None, None
 
 
-torch.library.register_autograd("stpp_kernels::dilated_conv3x3", _backward, setup_context=_setup_context, lib=dispatch.LIB)
+torch.library.register_autograd("stpp_kernels::dilated_conv3x3", _backward, setup_context=_setup_context,
+                                lib=dispatch.LIB)
 for _name in ("dilated_conv3x3", "dilated_conv3x3_backward"):
     _named = {"taps": "valid taps", "conv": "conv2d"}
     dispatch.note(_name, "cpu", _named.get(_forced_form(), "valid taps or conv2d"))
@@ -301,20 +328,23 @@ for _name in ("dilated_conv3x3", "dilated_conv3x3_backward"):
 
 
 def _cudnn(x_NIHW: Tensor, weight_OI33: Tensor, dilation: int) -> Tensor:
-    """conv2d with its own autograd, without the operator's copies. cuDNN answers contiguous maps, and float64 in any format,
-    with contiguous ones."""
+    """conv2d with its own autograd, without the operator's copies. cuDNN answers contiguous maps, and float64
+    in any format, with contiguous ones."""
     out_NOHW = reference.dilated_conv3x3(x_NIHW, weight_OI33, dilation)
     return out_NOHW.contiguous(memory_format=torch.channels_last)
 
 
 def dilated_conv3x3(x_NIHW: Tensor, weight_OI33: Tensor, dilation: int) -> Tensor:
-    """`F.conv2d(x, weight, padding=dilation, dilation=dilation)` for a 3x3 kernel, without multiplying padding.
+    """`F.conv2d(x, weight, padding=dilation, dilation=dilation)` for a 3x3 kernel, without multiplying
+    padding.
 
-    Under autocast both arguments are cast to its dtype, as `F.conv2d` does. One opaque operator to `torch.compile` and
+    Under autocast both arguments are cast to its dtype, as `F.conv2d` does. One opaque operator to
+    `torch.compile` and
     `torch.export`: for ONNX export a plain convolution. First derivatives only.
 
     Args:
-        x_NIHW: [N, I, H, W] floating point, any strides; channels_last is read without a copy of the middle column.
+        x_NIHW: [N, I, H, W] floating point, any strides; channels_last is read without a copy of the middle
+            column.
         weight_OI33: [O, I, 3, 3], the dtype of x (or autocast); channels_last avoids a slow transposition.
         dilation: at least 1; may exceed the map.
 
@@ -330,7 +360,8 @@ def dilated_conv3x3(x_NIHW: Tensor, weight_OI33: Tensor, dilation: int) -> Tenso
         x_NIHW, weight_OI33 = x_NIHW.to(dtype), weight_OI33.to(dtype)
     if x_NIHW.ndim != 4 or weight_OI33.ndim != 4 or weight_OI33.shape[1:] != (x_NIHW.shape[1], 3, 3):
         raise ValueError(
-            f"x must be [N, I, H, W] and weight [O, I, 3, 3], got {tuple(x_NIHW.shape)} and {tuple(weight_OI33.shape)}"
+            f"x must be [N, I, H, W] and weight [O, I, 3, 3], got {tuple(x_NIHW.shape)} and "
+            f"{tuple(weight_OI33.shape)}"
         )
     if x_NIHW.dtype != weight_OI33.dtype or x_NIHW.device != weight_OI33.device:
         raise ValueError(

@@ -1,10 +1,12 @@
 """Which implementation serves which operator on which device.
 
-An operator is defined once, in Python, so that it exists whether or not anything was compiled. Calls then reach, in this
-order of preference: `cpp` (CPU) or `triton` (CUDA), and else `reference`, the plain PyTorch form. The environment variable
-STPP_KERNELS=reference forces the last one. A fallback is said once, as a warning of the logger "stpp_kernels".
+An operator is defined once, in Python, so that it exists whether or not anything was compiled. Calls then
+reach, in this order of preference: `cpp` (CPU) or `triton` (CUDA), and else `reference`, the plain PyTorch
+form. The environment variable STPP_KERNELS=reference forces the last one. A fallback is said once, as a
+warning of the logger "stpp_kernels".
 
-The C++ extension registers its kernels in the namespace `stpp_kernels_cpp`, whose schemas are defined here too.
+The C++ extension registers its kernels in the namespace `stpp_kernels_cpp`, whose schemas are defined here
+too.
 """
 
 import functools
@@ -45,10 +47,11 @@ def define(
         signature: schema without the name, `"(Tensor x, int k) -> Tensor"`.
         reference: plain PyTorch form with the schema's arguments, in order, positional.
         fake: shape and dtype form for tracing, same arguments.
-        triton: `"module:function"` of the CUDA form relative to this package, imported when first called; same arguments.
+        triton: `"module:function"` of the CUDA form relative to this package, imported when first called;
+            same arguments.
         cpp: whether a C++ kernel of this name is expected.
-        float_arg: position of the argument whose dtype decides whether C++ and Triton can serve (float64 goes to `reference`);
-            None where no argument does.
+        float_arg: position of the argument whose dtype decides whether C++ and Triton can serve (float64 goes
+            to `reference`); None where no argument does.
     """
     LIB.define(f"{name}{signature}")
     if cpp:
@@ -62,9 +65,11 @@ def define(
     LIB.impl(name, _kernel("cpu", cpp_op if has_cpp else None, reference, float_arg), "CPU")
     launch = _lazy(triton) if has_triton else None
     LIB.impl(name, _kernel("cuda", launch, reference, float_arg), "CUDA")
-    _chosen[name] = {"cpu": "cpp" if has_cpp else "reference", "cuda": "triton" if has_triton else "reference"}
+    _chosen[name] = {"cpu": "cpp" if has_cpp else "reference",
+                     "cuda": "triton" if has_triton else "reference"}
     if cpp and not has_cpp and not forced:
-        _say_fallback("the C++ operators are not built, or failed to load; on a CPU the plain PyTorch forms run instead")
+        _say_fallback("the C++ operators are not built, or failed to load; on a CPU the plain PyTorch forms "
+                      "run instead")
     if triton and not has_triton and not forced and torch.cuda.is_available():
         _say_fallback("Triton or a C compiler is missing; on CUDA the plain PyTorch forms run instead")
     return getattr(getattr(torch.ops, NAMESPACE), name).default
@@ -91,7 +96,8 @@ def reference_forced() -> bool:
 
 
 def triton_available() -> bool:
-    """Whether the `triton` package (not this package's `triton` folder) is installed, and a C compiler for its launchers."""
+    """Whether the `triton` package (not this package's `triton` folder) is installed, and a C compiler for
+    its launchers."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     return importlib.util.find_spec("triton") is not None and bool(compiler)
 
@@ -117,7 +123,9 @@ def load_extension() -> bool:
 
 
 def _has_cpp_kernel(name: str) -> bool:
-    return load_extension() and torch._C._dispatch_has_kernel_for_dispatch_key(f"{CPP_NAMESPACE}::{name}", "CPU")
+    return load_extension() and torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"{CPP_NAMESPACE}::{name}", "CPU"
+    )
 
 
 def _kernel(device: str, fast: Callable | None, reference: Callable, float_arg: int | None) -> Callable:

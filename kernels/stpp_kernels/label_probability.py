@@ -1,4 +1,5 @@
-"""Operator `label_probability`: the probability of each pixel's own label, without full-size logits. OHEM ranks pixels by it.
+"""Operator `label_probability`: the probability of each pixel's own label, without full-size logits. OHEM
+ranks pixels by it.
 
 Shape suffixes: N images, C classes, h w size of the logits, H W size of the labels.
 """
@@ -17,8 +18,9 @@ IGNORED = 2.0
 def label_probability(logits_NChw: Tensor, labels_NHW: Tensor, *, ignore_index: int = 255) -> Tensor:
     """Softmax probability of each pixel's label in the logits resized to the labels' size.
 
-    Eager equivalent: `F.interpolate(logits.float(), labels.shape[1:], mode="bilinear", align_corners=True).softmax(1)
-    .gather(1, labels[:, None].long())[:, 0]`, and 2 where the label is `ignore_index`. Not differentiable.
+    Eager equivalent: `F.interpolate(logits.float(), labels.shape[1:], mode="bilinear",
+    align_corners=True).softmax(1) .gather(1, labels[:, None].long())[:, 0]`, and 2 where the label is
+    `ignore_index`. Not differentiable.
 
     Args:
         logits_NChw: float32, float16, bfloat16 or float64, C in 1..256, any strides. Finite.
@@ -26,7 +28,8 @@ def label_probability(logits_NChw: Tensor, labels_NHW: Tensor, *, ignore_index: 
         ignore_index: label of pixels that count nowhere.
 
     Returns:
-        float32 [N, H, W] in [0, 1], and 2 where a pixel is ignored. A label outside the classes, which is none, has probability 0.
+        float32 [N, H, W] in [0, 1], and 2 where a pixel is ignored. A label outside the classes, which is
+        none, has probability 0.
 
     Raises:
         ValueError: shapes that do not fit, or more than 256 classes.
@@ -36,7 +39,8 @@ def label_probability(logits_NChw: Tensor, labels_NHW: Tensor, *, ignore_index: 
     if labels_NHW.dtype != torch.uint8:
         raise TypeError(f"labels are {labels_NHW.dtype}; expected uint8")
     if labels_NHW.dim() != 3 or labels_NHW.shape[0] != logits_NChw.shape[0]:
-        raise ValueError(f"labels have shape {tuple(labels_NHW.shape)}; expected [{logits_NChw.shape[0]}, H, W]")
+        raise ValueError(f"labels have shape {tuple(labels_NHW.shape)}; expected [{logits_NChw.shape[0]}, H, "
+                         "W]")
     return _op(logits_NChw.detach(), labels_NHW.contiguous(), ignore_index)
 
 

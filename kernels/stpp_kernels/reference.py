@@ -1,8 +1,9 @@
 """The five fused operators in plain PyTorch: the oracle of the tests, and what runs where nothing faster can.
 
-Shape suffixes: N images, C classes, h w low-resolution size, H W full size, O I output and input channels. Every function
-computes in float32 (float64 for float64 input) whatever the input's dtype, is free of autograd, and may hold full-size tensors,
-one image at a time where it can: fast and small is what the other implementations are for.
+Shape suffixes: N images, C classes, h w low-resolution size, H W full size, O I output and input channels.
+Every function computes in float32 (float64 for float64 input) whatever the input's dtype, is free of
+autograd, and may hold full-size tensors, one image at a time where it can: fast and small is what the other
+implementations are for.
 """
 
 import torch
@@ -23,7 +24,8 @@ def upsample_cross_entropy(
     ignore_index: int,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss sum, counted pixels, gradient of the loss sum in `gradient_dtype`; empty unless `with_gradient`)."""
+    """(loss sum, counted pixels, gradient of the loss sum in `gradient_dtype`; empty unless
+    `with_gradient`)."""
     num_classes = logits_NChw.shape[1]
     height, width = labels_NHW.shape[1:]
     counted_NHW = labels_NHW != ignore_index
@@ -52,7 +54,8 @@ def upsample_cross_entropy(
 
 
 def _weights(logits: Tensor, axis: int, size: int) -> Tensor:
-    """[low-resolution size, `size`] along an axis: column p holds the weights of the inputs of full-size pixel p."""
+    """[low-resolution size, `size`] along an axis: column p holds the weights of the inputs of full-size
+    pixel p."""
     small = logits.shape[axis]
     identity = _compute_type(torch.eye(small, dtype=logits.dtype, device=logits.device))
     return upsample(identity.view(1, small, small, 1), (size, 1))[0, :, :, 0]
@@ -85,14 +88,16 @@ def label_probability(logits_NChw: Tensor, labels_NHW: Tensor, ignore_index: int
 def softmax_accumulate(
     acc_NCHW: Tensor, logits_NChw: Tensor, scaled_size: tuple[int, int], size: tuple[int, int], flip: bool
 ) -> None:
-    """Adds the softmax at `scaled_size`, mirrored back if `flip` and resized to `size`, to `acc_NCHW` in place."""
+    """Adds the softmax at `scaled_size`, mirrored back if `flip` and resized to `size`, to `acc_NCHW` in
+    place."""
     for n in range(logits_NChw.shape[0]):
         prob = upsample(logits_NChw[n : n + 1], scaled_size).softmax(1)
         acc_NCHW[n : n + 1] += upsample(prob.flip(3) if flip else prob, size)
 
 
 def finalize(acc_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(mask uint8 [N, H, W], mean normalised probability of the chosen class [N], class counts int64 [N, C])."""
+    """(mask uint8 [N, H, W], mean normalised probability of the chosen class [N], class counts int64 [N,
+    C])."""
     num_images, num_classes = acc_NCHW.shape[:2]
     value_NHW, mask_NHW = acc_NCHW.max(1)
     mean_N = (value_NHW / acc_NCHW.sum(1)).flatten(1).mean(1)
@@ -103,7 +108,8 @@ def finalize(acc_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def confusion(pred: Tensor, target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    """Per-image matrices int64 [N, C, C] (rows truth, columns prediction) of [N, H, W] masks, `target == ignore` left out."""
+    """Per-image matrices int64 [N, C, C] (rows truth, columns prediction) of [N, H, W] masks,
+    `target == ignore` left out."""
     num_images = target.shape[0]
     counted = target != ignore_index
     pred, target = (torch.where(counted, mask, 0).long().flatten(1) for mask in (pred, target))
@@ -116,7 +122,8 @@ def confusion(pred: Tensor, target: Tensor, num_classes: int, ignore_index: int)
 
 
 def iou_from_confusion(matrix_NCC: Tensor) -> Tensor:
-    """Mean IoU float64 [N] over the classes that occur in truth or prediction; 0 where no class occurs at all."""
+    """Mean IoU float64 [N] over the classes that occur in truth or prediction; 0 where no class occurs at
+    all."""
     matrix = matrix_NCC.double()
     both = matrix.diagonal(dim1=1, dim2=2)
     either = matrix.sum(1) + matrix.sum(2) - both
@@ -151,13 +158,16 @@ def gradient_dtype(logits_dtype: torch.dtype) -> torch.dtype:
 
 
 def check_range(indices: Tensor, num_classes: int, what: str) -> None:
-    """Raises ValueError on the CPU, or asserts asynchronously on CUDA, if an index is outside [0, num_classes)."""
+    """Raises ValueError on the CPU, or asserts asynchronously on CUDA, if an index is outside [0,
+    num_classes)."""
     outside = (indices < 0) | (indices >= num_classes)
     if indices.device.type == "cuda":
-        torch._assert_async(~outside.any(), f"{what} lies outside [0, {num_classes}) and is not the ignore index")
+        torch._assert_async(~outside.any(),
+                            f"{what} lies outside [0, {num_classes}) and is not the ignore index")
     elif indices.device.type == "cpu" and bool(outside.any()):
         found = indices[outside][0].item()
-        raise ValueError(f"{what} is {found}, outside [0, {num_classes}) and not the ignore index; check the masks")
+        raise ValueError(f"{what} is {found}, outside [0, {num_classes}) and not the ignore index; check the "
+                         "masks")
 
 
 def _compute_type(tensor: Tensor) -> Tensor:

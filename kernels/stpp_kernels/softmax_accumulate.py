@@ -1,4 +1,5 @@
-"""Operators `softmax_accumulate` and `finalize`: test-time augmentation without probabilities at the scaled size.
+"""Operators `softmax_accumulate` and `finalize`: test-time augmentation without probabilities at the scaled
+size.
 
 Shape suffixes: N images, C classes, h w size of the logits, H W size of the image.
 """
@@ -20,24 +21,30 @@ def softmax_accumulate(
     *,
     pair: bool = False,
 ) -> None:
-    """Adds a view of test-time augmentation, or a view and its mirror image, to the sum of class probabilities, in place.
+    """Adds a view of test-time augmentation, or a view and its mirror image, to the sum of class
+    probabilities, in place.
 
-    Eager equivalent: `p = F.interpolate(logits.float(), scaled_size, mode="bilinear", align_corners=True).softmax(1)`;
-    `acc += F.interpolate(p.flip(3) if flip else p, size, mode="bilinear", align_corners=True)`. Not differentiable.
+    Eager equivalent:
+    `p = F.interpolate(logits.float(), scaled_size, mode="bilinear", align_corners=True).softmax(1)`;
+    `acc += F.interpolate(p.flip(3) if flip else p, size, mode="bilinear", align_corners=True)`. Not
+    differentiable.
 
     Args:
-        acc_NCHW: float32 sums so far, zeros at first. Any strides; contiguous is the fast layout, on the CPU and on
-            CUDA, because both walk along the width (channels_last costs up to twice the time).
-        logits_NChw: float32, float16, bfloat16 or float64, C in 1..256, any strides. Finite. [2N, C, h, w] with `pair`.
+        acc_NCHW: float32 sums so far, zeros at first. Any strides; contiguous is the fast layout, on the CPU
+            and on CUDA, because both walk along the width (channels_last costs up to twice the time).
+        logits_NChw: float32, float16, bfloat16 or float64, C in 1..256, any strides. Finite. [2N, C, h, w]
+            with `pair`.
         scaled_size: (height, width) of the view the model saw; the softmax is taken at this size.
         size: (H, W) of `acc_NCHW`.
         flip: whether the view was mirrored left to right; its probabilities are mirrored back.
-        pair: the logits hold the view of every image and behind them, in the same order, those of its mirror image. The
-            same as two calls, to the bit on a CPU: `softmax_accumulate(acc, logits[:N], ..., flip)` and then
+        pair: the logits hold the view of every image and behind them, in the same order, those of its mirror
+            image. The same as two calls, to the bit on a CPU:
+            `softmax_accumulate(acc, logits[:N], ..., flip)` and then
             `softmax_accumulate(acc, logits[N:], ..., not flip)`. On CUDA the sums are read and written once.
 
     Raises:
-        ValueError: shapes or devices that disagree, more than 256 classes, an empty size, or a sum that overlaps itself.
+        ValueError: shapes or devices that disagree, more than 256 classes, an empty size, or a sum that
+            overlaps itself.
         TypeError: sums that are not float32, or logits that are not floating point.
     """
     check_logits(logits_NChw)
@@ -51,9 +58,11 @@ def softmax_accumulate(
     if tuple(acc_NCHW.shape) != expected:
         raise ValueError(f"the sum has shape {tuple(acc_NCHW.shape)}; these logits and size need {expected}")
     if any(stride == 0 and size > 1 for stride, size in zip(acc_NCHW.stride(), acc_NCHW.shape, strict=True)):
-        raise ValueError("the sum shares memory between its elements (an expanded tensor); make it with torch.zeros")
+        raise ValueError("the sum shares memory between its elements (an expanded tensor); make it with "
+                         "torch.zeros")
     if acc_NCHW.device != logits_NChw.device:
-        raise ValueError(f"the sum is on {acc_NCHW.device} and the logits on {logits_NChw.device}; expected one device")
+        raise ValueError(f"the sum is on {acc_NCHW.device} and the logits on {logits_NChw.device}; expected "
+                         "one device")
     _accumulate_op(acc_NCHW, logits_NChw.detach(), [scaled_height, scaled_width], [height, width], flip, pair)
 
 
@@ -64,13 +73,13 @@ def finalize(acc_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     `bincount(mask, minlength=C)`.
 
     Args:
-        acc_NCHW: float32, non-negative, positive somewhere in every pixel; C in 1..256, any strides (contiguous is
-            fastest).
+        acc_NCHW: float32, non-negative, positive somewhere in every pixel; C in 1..256, any strides
+            (contiguous is fastest).
 
     Returns:
         mask: uint8 [N, H, W]; of classes that tie, the lowest.
-        mean_probability: float32 [N], mean over the pixels of the chosen class's share of the pixel's sum, in (0, 1].
-            NaN where a pixel's sum is zero.
+        mean_probability: float32 [N], mean over the pixels of the chosen class's share of the pixel's sum, in
+            (0, 1]. NaN where a pixel's sum is zero.
         class_counts: int64 [N, C], pixels per class.
 
     Raises:
@@ -88,7 +97,8 @@ def _accumulate_reference(
 ) -> None:
     views = logits.chunk(2) if pair else [logits]
     for view, mirrored in zip(views, (flip, not flip), strict=False):
-        reference.softmax_accumulate(acc, view, (scaled_size[0], scaled_size[1]), (size[0], size[1]), mirrored)
+        reference.softmax_accumulate(acc, view, (scaled_size[0], scaled_size[1]), (size[0], size[1]),
+                                     mirrored)
 
 
 def _accumulate_fake(acc, logits, scaled_size, size, flip, pair) -> None:

@@ -1,4 +1,5 @@
-"""The README's figures are those of committed rows, every row says what it was measured on, and every benchmark runs."""
+"""The README's figures are those of committed rows, every row says what it was measured on, and every
+benchmark runs."""
 
 import json
 import subprocess
@@ -99,14 +100,16 @@ SMALLEST = {
 
 
 def test_every_benchmark_is_tried():
-    assert {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")} == set(SMALLEST)
+    assert {path.stem.removeprefix("bench_")
+            for path in (ROOT / "benchmarks").glob("bench_*.py")} == set(SMALLEST)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(SMALLEST))
 def test_a_benchmark_runs_and_writes_its_rows(name, tmp_path):
     out = tmp_path / "rows.jsonl"
-    command = [sys.executable, str(ROOT / "benchmarks" / f"bench_{name}.py"), *SMALLEST[name].split(), "--out", str(out)]
+    command = [sys.executable, str(ROOT / "benchmarks" / f"bench_{name}.py"), *SMALLEST[name].split(),
+               "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in out.read_text().splitlines()]

@@ -1,4 +1,5 @@
-"""run_gpu.sh: each part runs, in the smallest form, on a CPU; a call that is cut off leaves whole files; what it is made of."""
+"""run_gpu.sh: each part runs, in the smallest form, on a CPU; a call that is cut off leaves whole files; what
+it is made of."""
 
 import json
 import os
@@ -23,9 +24,11 @@ from summary import described, whole_rows  # noqa: E402
 SCRIPT = ROOT / "benchmarks" / "run_gpu.sh"
 LIMIT_S = 1500
 PARTS = {
-    "first": {"step", "profile", "profile-no-search", "shapes", "fused-conv", "teacher-eager", "loss", "label",
+    "first": {"step", "profile", "profile-no-search", "shapes", "fused-conv", "teacher-eager", "loss",
+              "label",
               "label-mixed", "run"},
-    "second": {"step", "step-r101-721", "teacher", "label", "label-mixed", "ops-labelling", "resume", "memory"},
+    "second": {"step", "step-r101-721", "teacher", "label", "label-mixed", "ops-labelling", "resume",
+               "memory"},
 }
 """Parts that write rows."""
 
@@ -35,7 +38,8 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def call(*args: str, **more: str) -> subprocess.CompletedProcess:
-    return subprocess.run([str(SCRIPT), *args], env=environment(**more), capture_output=True, text=True, timeout=LIMIT_S)
+    return subprocess.run([str(SCRIPT), *args], env=environment(**more), capture_output=True, text=True,
+                          timeout=LIMIT_S)
 
 
 @pytest.mark.slow
@@ -43,7 +47,9 @@ def call(*args: str, **more: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("number", ["first", "second"])
 def test_every_part_of_a_call_runs(number, tmp_path):
     earlier = tmp_path / "unpassed.txt"
-    earlier.write_text("tests/kernels/test_argmax.py::test_no_images_and_float64\ntests/kernels/test_argmax.py::test_gone\n")
+    earlier.write_text(
+        "tests/kernels/test_argmax.py::test_no_images_and_float64\ntests/kernels/test_argmax.py::test_gone\n"
+    )
     args = ["--unpassed", str(earlier)] if number == "second" else []
     done = call(number, str(tmp_path / "out"), "--device", "cpu", "--small", *args, STPP_GIT="some-commit")
     assert done.returncode == 0, done.stdout[-4000:]
@@ -62,7 +68,8 @@ def test_every_part_of_a_call_runs(number, tmp_path):
         assert value["resume.equal"] == value["resume.repeats"] == value["memory.cross_entropy_clean"] == 1
         assert "step.engine_vs_tuned_ratio" in value and "teacher.ratio.inductor" in value
     else:
-        assert {"profile.conv_forward_ms", "profile.host_ms", "shapes.forward_first_costs_ms", "run.6-retrain_s"} <= value.keys()
+        assert {"profile.conv_forward_ms", "profile.host_ms", "shapes.forward_first_costs_ms",
+                "run.6-retrain_s"} <= value.keys()
 
 
 def test_all_files_with_tests_for_gpus_are_run():
@@ -78,7 +85,8 @@ def test_all_files_with_tests_for_gpus_are_run():
 def descendants(pid: int) -> list[int]:
     """Processes below a process, those of other sessions too."""
     try:
-        children = [int(one) for path in Path(f"/proc/{pid}/task").iterdir() for one in (path / "children").read_text().split()]
+        children = [int(one) for path in Path(f"/proc/{pid}/task").iterdir()
+                    for one in (path / "children").read_text().split()]
     except OSError:
         return []
     return [*children, *(one for child in children for one in descendants(child))]
@@ -89,8 +97,8 @@ def descendants(pid: int) -> list[int]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_call_that_is_cut_off_keeps_what_it_has(number, tmp_path):
     rows, log = tmp_path / "rows.jsonl", tmp_path / "log.txt"
-    process = subprocess.Popen([str(SCRIPT), "first", str(tmp_path), "--device", "cpu", "--small"], env=environment(),
-                               stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([str(SCRIPT), "first", str(tmp_path), "--device", "cpu", "--small"],
+                               env=environment(), stdout=subprocess.PIPE, text=True)
     while not rows.exists() or rows.read_text().count("\n") < 4:
         assert process.poll() is None
         time.sleep(0.05)
@@ -105,8 +113,12 @@ def test_a_call_that_is_cut_off_keeps_what_it_has(number, tmp_path):
     assert "\n== step, " in log.read_text() and "step.deeplabv3plus" in log.read_text()
     if number == signal.SIGTERM:
         assert process.returncode == 143
-        assert "  cut off by a signal" in said and "step.engine_images_per_s" in said.split("cut off by a signal")[-1]
-        assert not [pid for pid in below if Path(f"/proc/{pid}").exists() and "bench_" in Path(f"/proc/{pid}/cmdline").read_text()]
+        assert (
+            "  cut off by a signal" in said
+            and "step.engine_images_per_s" in said.split("cut off by a signal")[-1]
+        )
+        assert not [pid for pid in below if Path(f"/proc/{pid}").exists()
+                    and "bench_" in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
 @pytest.mark.parametrize("args", [(), ("third",), ("first", "--nonsense"), ("first", "--limit"),
@@ -142,27 +154,37 @@ def test_tests_that_did_not_pass_are_kept_and_run_again(workers, tmp_path):
         "def test_teardown(broken): pass\n")
 
     def run(*args: str) -> str:
-        subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "unpassed", "-p", "no:cacheprovider", "--rootdir=.", *workers,
+        subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "unpassed", "-p", "no:cacheprovider",
+                        "--rootdir=.", *workers,
                         "--unpassed=kept.txt", *args], cwd=tmp_path, capture_output=True, timeout=200,
                        env={**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")})
         return (tmp_path / "kept.txt").read_text()
 
     assert run() == "test_x.py::test_a[a b]\ntest_x.py::test_teardown\n"
-    (tmp_path / "before.txt").write_text("test_x.py::test_a[c]\ntest_x.py::test_a[a b]\ntest_x.py::test_gone\n")
+    (tmp_path / "before.txt").write_text(
+        "test_x.py::test_a[c]\ntest_x.py::test_a[a b]\ntest_x.py::test_gone\n"
+    )
     assert run("--only=before.txt") == "test_x.py::test_a[a b]\n"
 
 
 def test_a_run_that_dies_leaves_the_tests_that_had_no_turn(tmp_path):
-    (tmp_path / "test_x.py").write_text("import os\ndef test_a(): pass\ndef test_b(): os._exit(3)\ndef test_c(): pass\n")
-    subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "unpassed", "--rootdir=.", "--unpassed=kept.txt"], cwd=tmp_path,
-                   capture_output=True, timeout=200, env={**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")})
+    (tmp_path / "test_x.py").write_text(
+        "import os\ndef test_a(): pass\ndef test_b(): os._exit(3)\ndef test_c(): pass\n"
+    )
+    subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "unpassed", "--rootdir=.",
+                    "--unpassed=kept.txt"], cwd=tmp_path,
+                   capture_output=True, timeout=200,
+                   env={**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")})
     assert (tmp_path / "kept.txt").read_text() == "test_x.py::test_b\ntest_x.py::test_c\n"
 
 
 @pytest.mark.parametrize(("operators", "kernel", "expected"), [
-    (["aten::cudnn_convolution", "aten::_convolution", "aten::conv2d"], "sm90_xmma_fprop_implicit_gemm", "conv_forward"),
-    (["aten::convolution_backward", "ConvolutionBackward0"], "sm90_xmma_dgrad_implicit_gemm", "conv_input_gradient"),
-    (["aten::convolution_backward", "ConvolutionBackward0"], "sm90_xmma_wgrad_implicit_gemm", "conv_weight_gradient"),
+    (["aten::cudnn_convolution", "aten::_convolution", "aten::conv2d"], "sm90_xmma_fprop_implicit_gemm",
+     "conv_forward"),
+    (["aten::convolution_backward", "ConvolutionBackward0"], "sm90_xmma_dgrad_implicit_gemm",
+     "conv_input_gradient"),
+    (["aten::convolution_backward", "ConvolutionBackward0"], "sm90_xmma_wgrad_implicit_gemm",
+     "conv_weight_gradient"),
     (["aten::convolution_backward", "ConvolutionBackward0"], "nvjet_tst_128x256", "conv_other_gradient"),
     (["aten::copy_", "aten::_to_copy", "aten::to", "aten::conv2d"], "elementwise_kernel", "casts"),
     (["aten::cudnn_batch_norm", "aten::_batch_norm_impl_index"], "cudnn::bn_fw_tr_1C11", "batch_norm"),
@@ -173,7 +195,8 @@ def test_a_run_that_dies_leaves_the_tests_that_had_no_turn(tmp_path):
     (["aten::mul", "GeneratedBackwardFor_stpp_kernels_upsample_cross_entropy_default"], "vectorized", "loss"),
     (["aten::_fused_sgd_", "Optimizer.step#SGD.step"], "multi_tensor_apply_kernel", "optimizer"),
     (["aten::_foreach_norm"], "multi_tensor_apply_kernel", "gradient_norm"),
-    (["triton_poi_fused_add_native_batch_norm_relu_0"], "triton_poi_fused_add_native_batch_norm_relu_0", "compiled"),
+    (["triton_poi_fused_add_native_batch_norm_relu_0"], "triton_poi_fused_add_native_batch_norm_relu_0",
+     "compiled"),
     (["aten::cat"], "CatArrayBatchedCopy", "rest"),
 ])
 def test_kernels_are_sorted_by_the_operators_that_launched_them(operators, kernel, expected):
@@ -183,13 +206,15 @@ def test_kernels_are_sorted_by_the_operators_that_launched_them(operators, kerne
 def test_a_profile_counts_each_kernel_once_and_overlaps_once():
     parent = SimpleNamespace(name="aten::relu_", cpu_parent=None, device_type=DeviceType.CPU, kernels=[])
     child = SimpleNamespace(name="aten::clamp_min_", cpu_parent=parent, device_type=DeviceType.CPU,
-                            kernels=[SimpleNamespace(name="k", duration=2000), SimpleNamespace(name="k", duration=1000)])
+                            kernels=[SimpleNamespace(name="k", duration=2000),
+                                     SimpleNamespace(name="k", duration=1000)])
 
     def device(begin, end, note=False):
         return SimpleNamespace(device_type=DeviceType.CUDA, time_range=SimpleNamespace(start=begin, end=end),
                                is_user_annotation=note)
 
-    events = [parent, child, device(1000, 3000), device(2000, 4000), device(7000, 8000), device(0, 99000, note=True)]
+    events = [parent, child, device(1000, 3000), device(2000, 4000), device(7000, 8000),
+              device(0, 99000, note=True)]
     assert bench_profile.class_ms(events, on_device=True) == {"relu": 3.0}
     assert bench_profile.busy_ms(events) == (4.0, 7.0)
     assert bench_profile.busy_ms([parent]) == (0.0, 0.0)
@@ -198,7 +223,9 @@ def test_a_profile_counts_each_kernel_once_and_overlaps_once():
 def test_a_row_that_was_cut_off_is_no_row(tmp_path):
     path = tmp_path / "rows.jsonl"
     assert whole_rows(path) == [] and described([]) == "no summary rows"
-    path.write_text('{"name": "a", "value": 1, "part": "p"}\n{"name": "a", "value": 2, "part": "p"}\n{"name": "b", "va')
+    path.write_text(
+        '{"name": "a", "value": 1, "part": "p"}\n{"name": "a", "value": 2, "part": "p"}\n{"name": "b", "va'
+    )
     assert described(whole_rows(path)).split() == ["p", "a", "2"]
 
 
@@ -206,15 +233,17 @@ def test_rows_are_taken_from_the_last_run_of_each_part():
     def row(part, date, value, device="NVIDIA H100 80GB HBM3"):
         return {"name": "a", "part": part, "date": date, "value": value, "device": device}
 
-    rows = [row("step", "2026-11-27T10:00", 1), row("step", "2026-11-27T11:00", 2), row("loss", "2026-11-27T10:01", 3),
-            row("step", "2026-11-27T12:00", 4, "AMD EPYC"), row("step", "2026-11-27T09:00", 5, "NVIDIA H200")]
+    rows = [row("step", "2026-11-27T10:00", 1), row("step", "2026-11-27T11:00", 2),
+            row("loss", "2026-11-27T10:01", 3), row("step", "2026-11-27T12:00", 4, "AMD EPYC"),
+            row("step", "2026-11-27T09:00", 5, "NVIDIA H200")]
     found = take.kept(rows)
     assert {name: [one["value"] for one in kept] for name, kept in found.items()} == {
         "step-h100": [2], "loss-h100": [3], "step-h200": [5]}
 
 
 def test_the_carried_packages_are_those_of_the_requirements():
-    recipe = subprocess.run(["make", "-n", "gpu-wheels"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    recipe = subprocess.run(["make", "-n", "gpu-wheels"], cwd=ROOT, capture_output=True, text=True,
+                            check=True).stdout
     (pinned,) = re.findall(r"^tyro==\S+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
     assert f" {pinned} " in recipe and "docstring-parser==" in recipe and "typeguard==" in recipe
     assert "--no-deps" in recipe and "--only-binary=:all:" in recipe and "--python-version 3.12" in recipe

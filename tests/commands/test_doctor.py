@@ -34,7 +34,12 @@ def fake_apex(tmp_path, monkeypatch) -> Path:
 
 def test_an_unrelated_apex_is_told_by_what_is_in_it(fake_apex):
     found = doctor.apex()
-    assert found.state == "warn" and "unrelated" in found.text and "0.9.10" in found.text and "pip uninstall apex" in found.advice
+    assert (
+        found.state == "warn"
+        and "unrelated" in found.text
+        and "0.9.10" in found.text
+        and "pip uninstall apex" in found.advice
+    )
     assert "apex" not in sys.modules
 
 
@@ -98,13 +103,22 @@ def test_what_cannot_be_looked_at_is_said_and_not_raised():
 
 
 def test_a_needed_part_that_fails_ends_with_1(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "findings", lambda self_test: iter([Finding("disk", "warn", "small", "buy one"),
-                                                                    Finding("torch", "fail", "not installed", "install it")]))
+    monkeypatch.setattr(
+        doctor,
+        "findings",
+        lambda self_test: iter(
+            [
+                Finding("disk", "warn", "small", "buy one"),
+                Finding("torch", "fail", "not installed", "install it"),
+            ]
+        ),
+    )
     with pytest.raises(SystemExit) as ended:
         cli.main(["doctor"])
     assert ended.value.code == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines] == [["warn", "disk"], ["fail", "torch"]] and lines[1].endswith("-> install it")
+    assert [line.split()[:2] for line in lines] == [["warn", "disk"],
+                                                    ["fail", "torch"]] and lines[1].endswith("-> install it")
 
 
 def test_every_part_has_one_line_and_the_machine_has_what_the_tests_need(capsys):
@@ -112,7 +126,8 @@ def test_every_part_has_one_line_and_the_machine_has_what_the_tests_need(capsys)
     report = json.loads(capsys.readouterr().out)
     found = {one["part"]: one for one in report["findings"]}
     assert report["ok"] and len(found) == len(report["findings"])
-    assert list(found) == ["machine", "torch", "processor", "gpu", "collectives", "dali", "tensorrt", "torch-tensorrt", "triton",
+    assert list(found) == ["machine", "torch", "processor", "gpu", "collectives", "dali", "tensorrt",
+                           "torch-tensorrt", "triton",
                            "apex", "operators", "disk", "open files", "shared memory"]
     assert torch.__version__ in found["torch"]["text"]
     assert all("\n" not in one["text"] + one["advice"] for one in report["findings"])

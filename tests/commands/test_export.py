@@ -1,4 +1,5 @@
-"""`stpp export`: the ONNX file of a checkpoint, and what is refused. The graph itself is tested with the teachers' engines."""
+"""`stpp export`: the ONNX file of a checkpoint, and what is refused. The graph itself is tested with the
+teachers' engines."""
 
 import importlib.util
 from pathlib import Path
@@ -22,9 +23,11 @@ def best(tmp_path_factory) -> Path:
 
 def test_mistakes_are_named(best, tmp_path, capsys, monkeypatch):
     assert "is a folder" in refused(capsys, "export", "--checkpoint", best, "--out", tmp_path)
-    assert "absent.pt" in refused(capsys, "export", "--checkpoint", tmp_path / "absent.pt", "--out", tmp_path / "a.onnx")
+    assert "absent.pt" in refused(capsys, "export", "--checkpoint", tmp_path / "absent.pt", "--out",
+                                  tmp_path / "a.onnx")
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "onnxscript" else found(name, *rest))
+    monkeypatch.setattr(importlib.util, "find_spec",
+                        lambda name, *rest: None if name == "onnxscript" else found(name, *rest))
     errors = refused(capsys, "export", "--checkpoint", best, "--out", tmp_path / "a.onnx")
     assert "onnxscript" in errors and "stpp[tensorrt]" in errors
     assert list(tmp_path.iterdir()) == []
@@ -35,7 +38,9 @@ def test_another_program_computes_the_same(best, tmp_path, capsys):
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (stpp[dev])")
     out = tmp_path / "deep" / "best.onnx"
     cli.main(["export", "--checkpoint", str(best), "--out", str(out)])
-    assert str(IMAGENET_MEAN) in capsys.readouterr().out and [path.name for path in out.parent.iterdir()] == ["best.onnx"]
+    assert str(IMAGENET_MEAN) in capsys.readouterr().out and [path.name for path in out.parent.iterdir()] == [
+        "best.onnx"
+    ]
     session = runtime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
     network = cases.model("pspnet", classes=3)
     network.load_state_dict(checkpoint.load(best)["model"])

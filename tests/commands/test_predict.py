@@ -102,14 +102,16 @@ def test_views_are_summed(best, network):
 
 
 def test_what_is_no_image_is_refused(best, predictor, tmp_path):
-    for bad in (np.zeros((4, 5, 3)), np.zeros((4, 5), np.uint8), np.zeros((4, 5, 4), np.uint8), np.zeros((0, 5, 3), np.uint8)):
+    for bad in (np.zeros((4, 5, 3)), np.zeros((4, 5), np.uint8), np.zeros((4, 5, 4), np.uint8),
+                np.zeros((0, 5, 3), np.uint8)):
         with pytest.raises(ValueError, match=r"uint8 \[H, W, 3\]"):
             predictor.predict(bad)
     for bad in (None, 3, b"bytes", [[1]]):
         with pytest.raises(TypeError, match="a path, a PIL image or a uint8 array"):
             predictor.predict(bad)
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not much of a photograph")
-    for name, said in (("absent.jpg", "no such file"), ("broken.jpg", "broken.jpg: "), (".", "cannot be read")):
+    for name, said in (("absent.jpg", "no such file"), ("broken.jpg", "broken.jpg: "),
+                       (".", "cannot be read")):
         with pytest.raises(UserError, match=said) as refused:
             predictor.predict(tmp_path / name)
         assert str(tmp_path) in str(refused.value) and "\n" not in str(refused.value)
@@ -157,7 +159,8 @@ def test_masks_and_overlays_of_files_and_folders(best, predictor, tmp_path, caps
     picture(5).save(tmp_path / "single.webp")
     code, said, _ = command(capsys, folder, tmp_path / "single.webp", "--checkpoint", best, "--out", out)
     assert code == 0 and "3 masks" in said
-    for key, source in (("a", folder / "a.jpg"), ("deep er/b", folder / "deep er" / "b.PNG"), ("single", tmp_path / "single.webp")):
+    for key, source in (("a", folder / "a.jpg"), ("deep er/b", folder / "deep er" / "b.PNG"),
+                        ("single", tmp_path / "single.webp")):
         with Image.open(out / "masks" / f"{key}.png") as file:
             assert file.mode == "L"
         mask = read_index_mask(out / "masks" / f"{key}.png")
@@ -173,7 +176,8 @@ def test_an_overlay_is_half_image_half_class_colour():
 
     image, mask = np.full((1, 2, 3), 200, dtype=np.uint8), np.array([[1, 255]], dtype=np.uint8)
     found = overlaid(image, mask, 3)
-    assert found.dtype == np.uint8 and found.tolist() == [[[(200 + int(c)) // 2 for c in palette(3)[i]] for i in (1, 255)]]
+    assert found.dtype == np.uint8 and found.tolist() == [[[(200 + int(c)) // 2 for c in palette(3)[i]]
+                                                           for i in (1, 255)]]
 
 
 def test_broken_images_and_hostile_names_have_a_line_each_and_the_others_a_mask(best, tmp_path, capsys):
@@ -183,7 +187,8 @@ def test_broken_images_and_hostile_names_have_a_line_each_and_the_others_a_mask(
     whole = (folder / "good.jpg").read_bytes()
     (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (folder / "empty.png").write_bytes(b"")
-    hostile = {"back\\slash.jpg": "backslash", "line\nbreak.jpg": "control character", os.fsdecode(b"latin\xe9.jpg"): "UTF-8"}
+    hostile = {"back\\slash.jpg": "backslash", "line\nbreak.jpg": "control character",
+               os.fsdecode(b"latin\xe9.jpg"): "UTF-8"}
     made = 0
     for name in list(hostile):
         try:
@@ -234,5 +239,6 @@ def test_mistakes_have_one_line_and_write_no_mask(best, tmp_path, capsys):
 def test_an_output_that_cannot_be_written_is_named(best, tmp_path, capsys):
     picture(8).save(tmp_path / "a.jpg")
     (tmp_path / "file").touch()
-    code, _, errors = command(capsys, tmp_path / "a.jpg", "--checkpoint", best, "--out", tmp_path / "file" / "out")
+    code, _, errors = command(capsys, tmp_path / "a.jpg", "--checkpoint", best, "--out",
+                              tmp_path / "file" / "out")
     assert code == 2 and "--out" in errors and "Traceback" not in errors

@@ -1,4 +1,5 @@
-"""`stpp recipes`, and the recipes: all resolve; the published ones have the published values, and headers that are right."""
+"""`stpp recipes`, and the recipes: all resolve; the published ones have the published values, and headers
+that are right."""
 
 import dataclasses
 import json
@@ -18,11 +19,13 @@ from stpp.loading.sample import Stream
 from stpp.loading.sampler import StepSampler, stage_samplers
 
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
-# Classes, learning rate of the backbone at a batch of 16, epochs, crop, long side; from the paper and its public code.
+# Classes, learning rate of the backbone at a batch of 16, epochs, crop, long side; from the paper and its
+# public code.
 PUBLISHED = {"pascal": (21, 0.001, 80, 321, (200, 800)), "cityscapes": (19, 0.004, 240, 721, (1024, 4096))}
 TRAINING_IMAGES = {"pascal": 10582, "cityscapes": 2975}
 MIOU = {
-    "pascal": ["1/16 72.6", "1/8 74.4", "1/4 75.4", "1/16 74.5", "1/8 76.3", "1/4 76.6", "92 65.2", "183 71.0", "366 74.6",
+    "pascal": ["1/16 72.6", "1/8 74.4", "1/4 75.4", "1/16 74.5", "1/8 76.3", "1/4 76.6", "92 65.2",
+               "183 71.0", "366 74.6",
                "732 77.3", "1464 79.1"],
     "cityscapes": ["1/30 61.4", "1/8 72.7", "1/4 73.8"],
 }
@@ -55,11 +58,17 @@ def recipe(name: str) -> Config:
 def test_values_are_the_published_ones(name, tmp_path):
     classes, lr, epochs, crop_px, long_side = PUBLISHED[name]
     found = recipe(name)
-    assert (found.train.lr, found.train.epochs, found.augment.crop_px, found.augment.long_side) == (lr, epochs, crop_px, long_side)
+    assert (found.train.lr, found.train.epochs, found.augment.crop_px,
+            found.augment.long_side) == (lr, epochs, crop_px, long_side)
     assert len(class_list(tmp_path, found.data.layout).names) == classes
     assert (found.train.batch_global, found.train.momentum, found.train.weight_decay) == (16, 0.9, 1e-4)
-    assert found.train.head_lr_multiplier is None and found.train.select == "best" and found.train.supervised_epochs is None
-    assert (found.model.name, found.model.backbone, found.model.output_stride) == ("deeplabv3plus", "resnet50", 8)
+    assert (
+        found.train.head_lr_multiplier is None
+        and found.train.select == "best"
+        and found.train.supervised_epochs is None
+    )
+    assert (found.model.name, found.model.backbone,
+            found.model.output_stride) == ("deeplabv3plus", "resnet50", 8)
     assert (found.method, found.label.tta, found.label.min_confidence) == ("stpp", "stpp", 0)
 
 
@@ -95,8 +104,8 @@ def test_the_launch_line_and_its_variants_resolve(name, monkeypatch):
     path = line[line.index("--recipe") + 1]
     assert RECIPES / Path(path).name == RECIPES / f"{name}.toml"
     monkeypatch.chdir(RECIPES.parents[1])
-    for more in ([], ["--model.backbone", "resnet101"], ["--method", "supervised"], ["--method", "st"], ["--train.accumulate", "2"],
-                 ["--data.fraction", "1/4"]):
+    for more in ([], ["--model.backbone", "resnet101"], ["--method", "supervised"], ["--method", "st"],
+                 ["--train.accumulate", "2"], ["--data.fraction", "1/4"]):
         resolved = train.parse([*line, *more]).config
         assert resolved.data.layout == {"pascal": "voc"}.get(name, name) and resolved.data.split is not None
 
@@ -105,10 +114,14 @@ def test_recipes_are_listed_with_what_they_train(capsys):
     code, out, _ = ended(capsys, "recipes")
     lines = dict(line.split(maxsplit=1) for line in out.splitlines())
     assert code == 0 and lines.keys() == {path.stem for path in RECIPES.glob("*.toml")}
-    assert lines["cityscapes"].startswith("Cityscapes (19 classes") and all(len(line) < 140 for line in out.splitlines())
+    assert lines["cityscapes"].startswith("Cityscapes (19 classes") and all(
+        len(line) < 140 for line in out.splitlines()
+    )
 
 
-@pytest.mark.parametrize("spelled", [["--recipe", "pascal"], ["--recipe=pascal"], ["--train.epochs", "80", "--recipe", "pascal"]])
+@pytest.mark.parametrize("spelled",
+                         [["--recipe", "pascal"], ["--recipe=pascal"],
+                          ["--train.epochs", "80", "--recipe", "pascal"]])
 def test_a_recipe_is_found_by_its_name(spelled, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pascal").mkdir()  # as the data may be called
@@ -132,10 +145,13 @@ def test_without_a_checkout_a_path_is_asked_for(tmp_path, monkeypatch, capsys):
     assert refused(capsys, "train", "--recipe", "pascal").endswith("give the path of a .toml file")
 
 
-# Classes of the network, its learning rate at the published batch, epochs, crop, images of each list a step, confidence, loss.
+# Classes of the network, its learning rate at the published batch, epochs, crop, images of each list a step,
+# confidence, loss.
 CONSISTENCY = {
-    "pascal_unimatch": (0.001, 80, 321, 8, 0.95, "ce"), "cityscapes_unimatch": (0.005, 240, 801, 8, 0.0, "ohem"),
-    "pascal_unimatch_v2": (5e-6, 60, 518, 16, 0.95, "ce"), "cityscapes_unimatch_v2": (5e-6, 180, 798, 8, 0.95, "ohem"),
+    "pascal_unimatch": (0.001, 80, 321, 8, 0.95, "ce"),
+    "cityscapes_unimatch": (0.005, 240, 801, 8, 0.0, "ohem"),
+    "pascal_unimatch_v2": (5e-6, 60, 518, 16, 0.95, "ce"),
+    "cityscapes_unimatch_v2": (5e-6, 180, 798, 8, 0.95, "ohem"),
     "ade20k_unimatch_v2": (5e-6, 60, 518, 8, 0.95, "ce"), "coco_unimatch_v2": (5e-6, 20, 518, 16, 0.95, "ce"),
 }
 CONSISTENCY_IMAGES = {"pascal": 10582, "cityscapes": 2975, "ade20k": 20210, "coco": 118287}
@@ -146,14 +162,17 @@ def test_values_of_the_unimatches_are_the_published_ones(name):
     found, (lr, epochs, crop_px, batch, confidence, loss) = recipe(name), CONSISTENCY[name]
     train = found.train
     assert train.lr * train.batch_global / 16 == pytest.approx(lr) and train.batch_global == batch
-    assert (train.epochs, found.augment.crop_px, found.consistency.confidence, train.loss) == (epochs, crop_px, confidence, loss)
+    assert (train.epochs, found.augment.crop_px, found.consistency.confidence,
+            train.loss) == (epochs, crop_px, confidence, loss)
     assert (found.augment.long_side, found.augment.long_side_unit) == ((50, 200), "percent")
     if name.endswith("v2"):
         assert (found.method, found.model.name, found.model.backbone) == ("unimatch-v2", "dpt", "dinov2-base")
-        assert (train.optimizer, train.weight_decay, train.head_lr_multiplier, found.consistency.ema) == ("adamw", 0.01, 40, 0.996)
+        assert (train.optimizer, train.weight_decay, train.head_lr_multiplier,
+                found.consistency.ema) == ("adamw", 0.01, 40, 0.996)
         assert crop_px % 14 == 0 and not found.model.freeze_backbone
     else:
-        assert (found.method, found.model.backbone, found.model.output_stride) == ("unimatch", "resnet101-deep-stem", 16)
+        assert (found.method, found.model.backbone,
+                found.model.output_stride) == ("unimatch", "resnet101-deep-stem", 16)
         assert (train.optimizer, train.weight_decay, train.momentum) == ("sgd", 1e-4, 0.9)
         assert train.head_lr_multiplier == (1 if "cityscapes" in name else None)
 
@@ -167,7 +186,9 @@ def test_the_headers_of_the_unimatches_count_steps_as_the_run_does(name):
     for *numbers, _ in rows:
         labels, unlabelled, steps = map(int, numbers)
         assert labels + unlabelled == total
-        streams = [Stream(samples=range(count), masked=False, number=i) for i, count in enumerate((labels, unlabelled))]
-        per_epoch = {sampler.steps_per_epoch for sampler in stage_samplers(streams, train.batch_global, seed=0, stage=1)}
+        streams = [Stream(samples=range(count), masked=False, number=i) for i,
+                   count in enumerate((labels, unlabelled))]
+        per_epoch = {sampler.steps_per_epoch
+                     for sampler in stage_samplers(streams, train.batch_global, seed=0, stage=1)}
         assert {count * train.epochs for count in per_epoch} == {steps}
     assert "not yet reproduced" in text and "unmeasured" in text

@@ -12,8 +12,8 @@ from stpp.errors import UserError
 
 PLAIN = synthetic.Difficulty(
     hue_spread=0.0, any_colour=0.0, typical_texture=1.0, saturation=(0.9, 0.9), texture_strength=(0.0, 0.0),
-    background_saturation=(0.0, 0.0), distractors=(0, 0), light=0.0, shadow=0.0, exposure=(1.0, 1.0), cast=0.0,
-    blur_px=(0.0, 0.0), poor=0.0, noise=(0.0, 0.0),
+    background_saturation=(0.0, 0.0), distractors=(0, 0), light=0.0, shadow=0.0, exposure=(1.0, 1.0),
+    cast=0.0, blur_px=(0.0, 0.0), poor=0.0, noise=(0.0, 0.0),
 )  # fmt: skip
 
 
@@ -50,12 +50,14 @@ def test_equal_seeds_give_equal_pictures(tmp_path):
 
 
 def test_masks_lie_on_the_shapes():
-    """Without nuisances, each class's pixels have its hue, the ground has none, and only edges lie between."""
+    """Without nuisances, each class's pixels have its hue, the ground has none, and only edges lie
+    between."""
     wrong = total = 0
     for number in range(20):
         pixels, mask = synthetic.draw_picture(rng(number), PLAIN)
         assert pixels.dtype == mask.dtype == np.uint8 and pixels.shape == (*mask.shape, 3)
-        hue, saturation, _ = np.moveaxis(np.asarray(Image.fromarray(pixels).convert("HSV")).astype(int), -1, 0)
+        hue, saturation, _ = np.moveaxis(np.asarray(Image.fromarray(pixels).convert("HSV")).astype(int), -1,
+                                         0)
         wrong += int(((saturation > 128) != (mask > 0)).sum())
         total += mask.size
         for label, name in enumerate(synthetic.CLASSES[1:], 1):
@@ -67,7 +69,8 @@ def test_masks_lie_on_the_shapes():
 
 def test_shares_of_the_classes():
     pixels = sum(
-        np.bincount(synthetic.draw_picture(rng(i), synthetic.Difficulty())[1].ravel(), minlength=6) for i in range(60)
+        np.bincount(synthetic.draw_picture(rng(i), synthetic.Difficulty())[1].ravel(), minlength=6)
+        for i in range(60)
     )
     shares = pixels / pixels.sum()
     assert 0.5 < shares[0] < 0.85 and (shares[1:] > 0.015).all()

@@ -25,8 +25,8 @@ def known(tmp_path_factory) -> index.Index:
             mask = root / "labels" / f"town {i % 2}" / f"{i}.png"
             mask.parent.mkdir(parents=True, exist_ok=True)
             Image.new("L", (6, 4), 1).save(mask)
-    return index.prepare(root, root.parent / "index", images="photos/**/*.jpg", masks="labels/**/*.png", classes=("a", "b", "c"),
-                         progress=False)
+    return index.prepare(root, root.parent / "index", images="photos/**/*.jpg", masks="labels/**/*.png",
+                         classes=("a", "b", "c"), progress=False)
 
 
 @pytest.fixture
@@ -34,7 +34,8 @@ def unlabelled(known):
     return [known.sample(image) for image in known.entries if known.entries[image].mask is None]
 
 
-def written(folder: Path, *keys: str, value: int = 2, size: tuple[int, int] = (6, 4), mode: str = "L") -> Path:
+def written(folder: Path, *keys: str, value: int = 2, size: tuple[int, int] = (6, 4),
+            mode: str = "L") -> Path:
     for key in keys:
         path = folder / f"{key}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,13 +46,15 @@ def written(folder: Path, *keys: str, value: int = 2, size: tuple[int, int] = (6
     return folder
 
 
-@pytest.mark.parametrize(("below", "prefix"), [("masks", "photos/"), (".", "photos/"), ("masks", ""), (".", "")])
+@pytest.mark.parametrize(("below", "prefix"),
+                         [("masks", "photos/"), (".", "photos/"), ("masks", ""), (".", "")])
 def test_masks_are_found_where_label_and_runs_put_them(known, unlabelled, tmp_path, below, prefix):
     folder, out = tmp_path / "labelled", tmp_path / "out"
     written(folder / below, f"{prefix}town 0/2", f"{prefix}town 1/5")
     given_labels.check(unlabelled, folder, known, out)
     found = given_labels.attach(unlabelled, out)
-    assert [(sample.key, sample.strong) for sample in found] == [("photos/town 0/2", True), ("photos/town 1/5", True)]
+    assert [(sample.key, sample.strong)
+            for sample in found] == [("photos/town 0/2", True), ("photos/town 1/5", True)]
     assert all(read_index_mask(sample.mask)[0, 0] == 2 for sample in found)
 
 
@@ -94,7 +97,8 @@ def test_bad_masks_are_named(known, unlabelled, tmp_path, options, said):
 
 def test_folders_without_masks_are_named(known, unlabelled, tmp_path):
     (tmp_path / "in").mkdir()
-    for name, said in (("absent", "absent: there is no such folder"), ("in", "in: no mask of an unlabelled image")):
+    for name, said in (("absent", "absent: there is no such folder"),
+                       ("in", "in: no mask of an unlabelled image")):
         with pytest.raises(UserError, match=said):
             given_labels.check(unlabelled, tmp_path / name, known, tmp_path / "out")
 
@@ -125,4 +129,5 @@ def test_masks_may_not_change_under_a_run(known, unlabelled, tmp_path):
 def test_lists_of_all_unlabelled_images_serve(known, unlabelled, tmp_path):
     """What `--exclude` reads is what a split writes."""
     splits.make_split(known, tmp_path / "split", fraction="1/1")
-    assert len(splits.read_split(tmp_path / "split" / "unlabeled.txt", known, labelled=False)) == len(unlabelled) == 4
+    assert len(splits.read_split(tmp_path / "split" / "unlabeled.txt", known,
+                                 labelled=False)) == len(unlabelled) == 4

@@ -127,7 +127,8 @@ def test_written_masks_read_back(mask, fast):
     np.testing.assert_array_equal(masks.count_indices(mask), np.bincount(mask.ravel(), minlength=256))
 
 
-@pytest.mark.parametrize("bad", [np.zeros((2, 2)), np.zeros((2, 2, 1), np.uint8), np.zeros((0, 2), np.uint8), [[1]]])
+@pytest.mark.parametrize("bad", [np.zeros((2, 2)), np.zeros((2, 2, 1), np.uint8), np.zeros((0, 2), np.uint8),
+                                 [[1]]])
 def test_only_index_masks_are_written(bad):
     with pytest.raises(ValueError, match="uint8"):
         masks.write_index_png(io.BytesIO(), bad)
@@ -168,7 +169,8 @@ def _bad_masks() -> dict[str, tuple[bytes, str]]:
         "bad crc": (good[:40] + b"\xff" + good[41:], "cannot be read"),
         "bomb": (bomb + chunk(b"IDAT", zlib.compress(b"")), "cannot be read|pixels are more"),
         "wide": (wide + chunk(b"IDAT", zlib.compress(b"")), "pixels are more"),
-        "colours": (png(np.arange(288).reshape(8, 12, 3) % 256, 8, 2), r"colours \(first \(0, 1, 2\) at x 0, y 0\)"),
+        "colours": (png(np.arange(288).reshape(8, 12, 3) % 256, 8, 2),
+                    r"colours \(first \(0, 1, 2\) at x 0, y 0\)"),
         "ids above 255": (png(np.full((8, 12), 300), 16, 0), r"300 \(96 pixels\)"),
         "16 bits of colour": (png(np.ones((8, 12, 3), int), 16, 2), "16 bits"),
         "16 bits and alpha": (png(np.ones((8, 12, 2), int), 16, 4), "16 bits"),
@@ -232,7 +234,8 @@ def test_one_rule_for_images_and_masks(tmp_path):
     labels(root / "SegmentationClass" / "a.png", 8, 12)
     made = prepare(root, tmp_path / "upright")
     assert (made.entries["JPEGImages/a.jpg"].width, made.entries["JPEGImages/a.jpg"].height) == (8, 12)
-    with pytest.raises(UserError, match=r"a\.png: the mask has 8x12 .* 12x8; they match with --data\.exif on"):
+    with pytest.raises(UserError,
+                       match=r"a\.png: the mask has 8x12 .* 12x8; they match with --data\.exif on"):
         prepare(root, tmp_path / "stored", exif=False)
 
     labels(root / "SegmentationClass" / "a.png", 12, 8)
@@ -294,7 +297,8 @@ def test_globs_pair_names_with_fixed_endings(tmp_path):
     picture(tmp_path / "leftImg8bit" / "train" / "ulm" / "ulm_1_leftImg8bit.png")
     labels(tmp_path / "gtFine" / "train" / "ulm" / "ulm_1_gtFine_labelTrainIds.png")
     labels(tmp_path / "gtFine" / "train" / "ulm" / "ulm_1_gtFine_color.png")
-    (one,) = layouts.find(tmp_path, "globs", "leftImg8bit/**/*_leftImg8bit.png", "gtFine/**/*_gtFine_labelTrainIds.png")
+    (one,) = layouts.find(tmp_path, "globs", "leftImg8bit/**/*_leftImg8bit.png",
+                          "gtFine/**/*_gtFine_labelTrainIds.png")
     assert one.mask == "gtFine/train/ulm/ulm_1_gtFine_labelTrainIds.png"
 
 
@@ -361,7 +365,8 @@ def test_duplicate_keys_name_both_files(tmp_path):
         layouts.find(root)
     (root / "JPEGImages" / "1.png").unlink()
     labels(root / "SegmentationClass" / "1.PNG")
-    with pytest.raises(UserError, match=r"duplicate key.*SegmentationClass/1\.PNG and SegmentationClass/1\.png"):
+    with pytest.raises(UserError,
+                       match=r"duplicate key.*SegmentationClass/1\.PNG and SegmentationClass/1\.png"):
         layouts.find(root)
 
 
@@ -417,10 +422,12 @@ def test_prepare_converts_beside_the_data_and_leaves_it_alone(tmp_path):
     assert made.entries["JPEGImages/1.jpg"].class_pixels == [0, 104, 0]
     assert made.sample("JPEGImages/2.jpg").mask == str(root / "SegmentationClass" / "2.png")
     last = made.entries["JPEGImages/sub folder/unlabelled.JPG"]
-    assert (last.width, last.height, last.mask, last.converted, last.class_pixels) == (30, 20, None, None, None)
+    assert (last.width, last.height, last.mask, last.converted,
+            last.class_pixels) == (30, 20, None, None, None)
     assert last.bytes == (root / last.image).stat().st_size
     assert made.sample("JPEGImages/0.jpg", mask=None).mask is None
-    assert made.sample("JPEGImages/0.jpg", mask=str(tmp_path / "pseudo.png")).mask == str(tmp_path / "pseudo.png")
+    assert made.sample("JPEGImages/0.jpg",
+                       mask=str(tmp_path / "pseudo.png")).mask == str(tmp_path / "pseudo.png")
     with pytest.raises(UserError, match=r"JPEGImages/9\.jpg"):
         made.sample("JPEGImages/9.jpg")
     again = index.load(out)
@@ -444,7 +451,9 @@ def test_all_problems_are_reported(tmp_path, capsys):
     assert len(capsys.readouterr().err.splitlines()) == survey.SHOWN_PROBLEMS
     text = "\n".join(listed)
     assert "SegmentationClass/3.png: class id 7 in 120 pixels; the class list has ids 0 to 2" in text
-    assert "SegmentationClass/26.png: the mask has 5x5 pixels, but its image JPEGImages/26.jpg has 38x8" in text
+    assert (
+        "SegmentationClass/26.png: the mask has 5x5 pixels, but its image JPEGImages/26.jpg has 38x8" in text
+    )
     for name in ("JPEGImages/27.jpg", "JPEGImages/28.jpg", "SegmentationClass/29.png"):
         assert f"{name}: " in text
     assert str(root) not in text
@@ -467,7 +476,8 @@ def test_class_lists(tmp_path):
     (root / "classes.json").write_text('{"classes": ["c", "d"]}')
     assert index.prepare(root, tmp_path / "a", progress=False).classes == ("c", "d")
     assert prepare(root, tmp_path / "a").classes == CLASSES
-    for bad in ("[", '{"names": []}', '["a", 1]', '["a", "a"]', '["a"]', "[" * 100000, json.dumps(list("x" * 999))):
+    for bad in ("[", '{"names": []}', '["a", 1]', '["a", "a"]', '["a"]', "[" * 100000,
+                json.dumps(list("x" * 999))):
         (root / "classes.json").write_text(bad)
         with pytest.raises(UserError, match=r"classes\.json"):
             index.prepare(root, tmp_path / "a", progress=False)
@@ -512,7 +522,8 @@ def test_stale_when_files_or_settings_change(tmp_path):
     assert not index.is_stale(out, str(root) + "/../data", classes=list(CLASSES), layout="voc")
     assert index.is_stale(out, root, classes=("a", "b", "c"))
     assert index.is_stale(out, root, classes=CLASSES, exif=False)
-    assert index.is_stale(out, root, classes=CLASSES, images="JPEGImages/*.jpg", masks="SegmentationClass/*.png")
+    assert index.is_stale(out, root, classes=CLASSES, images="JPEGImages/*.jpg",
+                          masks="SegmentationClass/*.png")
     os.utime(root / "SegmentationClass" / "1.png", ns=(1, 1))
     assert index.is_stale(out, root, classes=CLASSES)
     prepare(root, out)
@@ -546,8 +557,9 @@ def test_damaged_and_foreign_indices_are_refused(tmp_path):
 
     for bad in ("", "{", "[]", "null", "[" * 100000, '{"format": "other"}',
                 json.dumps({"format": "stpp-index", "version": table.VERSION}),
-                good_json.replace('"images": 3', '"images": "3"'), good_json.replace('"exif": true', '"exif": 1'),
-                good_json.replace(str(root), "somewhere"), "\udcff"):  # fmt: skip
+                good_json.replace('"images": 3', '"images": "3"'),
+                good_json.replace('"exif": true', '"exif": 1'), good_json.replace(str(root), "somewhere"),
+                "\udcff"):  # fmt: skip
         (out / "index.json").write_bytes(bad.encode("utf-8", "surrogateescape"))
         with pytest.raises(UserError, match=r"index\.json.*(not an index|cannot be read)"):
             index.load(out)
@@ -605,7 +617,8 @@ def test_processes_give_what_one_process_gives(tmp_path):
 
 def test_worker_processes_load_neither_torch_nor_pyarrow():
     code = "import sys; import stpp.dataset.check; print(sorted({'torch', 'pyarrow'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
+                          check=True)
     assert done.stdout.strip() == "[]"
 
 
@@ -631,5 +644,7 @@ def test_a_turn_of_the_mask_alone_is_named(tmp_path):
     exif[0x112] = 6
     (tmp_path / "data" / "labels").mkdir()
     Image.new("L", (12, 8), 1).save(tmp_path / "data" / "labels" / "a.png", exif=exif)
-    with pytest.raises(UserError, match=r"--data.exif off \(--data.no-exif\), as the mask's EXIF orientation is 6"):
-        index.prepare(tmp_path / "data", tmp_path / "i", images="photos/*", masks="labels/*.png", classes=CLASSES)
+    with pytest.raises(UserError,
+                       match=r"--data.exif off \(--data.no-exif\), as the mask's EXIF orientation is 6"):
+        index.prepare(tmp_path / "data", tmp_path / "i", images="photos/*", masks="labels/*.png",
+                      classes=CLASSES)

@@ -29,7 +29,10 @@ def city(root: Path, ids: str, size: tuple[int, int] = (64, 32)) -> Path:
                 mask = root / "gtFine" / f"{stem}_gtFine_{kind}.png"
                 mask.parent.mkdir(parents=True, exist_ok=True)
                 values = np.full(size[::-1], value, dtype=np.uint8)
-                values[:4], values[4:8] = 0 if kind == "labelTrainIds" else 7, 255 if kind == "labelTrainIds" else 4
+                values[:4], values[4:8] = (
+                    0 if kind == "labelTrainIds" else 7,
+                    255 if kind == "labelTrainIds" else 4,
+                )
                 Image.fromarray(values).save(mask)
                 Image.fromarray(values).save(mask.with_name(mask.name.replace(kind, "instanceIds")))
     return root
@@ -54,7 +57,8 @@ def public_lists(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(("ids", "ending"), [
-    ("labelTrainIds", "labelTrainIds"), ("labelIds", "labelIds"), ("labelTrainIds labelIds", "labelTrainIds")])
+    ("labelTrainIds", "labelTrainIds"), ("labelIds", "labelIds"),
+    ("labelTrainIds labelIds", "labelTrainIds")])
 def test_cityscapes_is_found_and_mapped(tmp_path, ids, ending):
     root = city(tmp_path / "data", ids)
     made = index.prepare(root, tmp_path / "index", progress=False)
@@ -69,7 +73,8 @@ def test_cityscapes_is_found_and_mapped(tmp_path, ids, ending):
 
 
 def test_masks_made_for_a_part_only_are_passed_over(tmp_path):
-    """labelTrainIds are drawn from the original masks by a script; one that was stopped must not cost labels."""
+    """labelTrainIds are drawn from the original masks by a script; one that was stopped must not cost
+    labels."""
     root = city(tmp_path, "labelTrainIds labelIds")
     next((root / "gtFine").rglob("*_labelTrainIds.png")).unlink()
     assert layouts.own_masks(root, "cityscapes") == cityscapes.LABEL_IDS
@@ -97,7 +102,8 @@ def test_a_drawn_split_keeps_val_and_test_apart(tmp_path):
     splits.make_split(made, tmp_path / "split", fraction="2")
     drawn = {path.stem: path.read_text().splitlines() for path in (tmp_path / "split").iterdir()}
     assert {name: len(lines) for name, lines in drawn.items()} == {"labeled": 2, "unlabeled": 4, "val": 1}
-    assert all("/train/" in text or "/train_extra/" in text for name in ("labeled", "unlabeled") for text in drawn[name])
+    assert all("/train/" in text or "/train_extra/" in text for name in ("labeled", "unlabeled")
+               for text in drawn[name])
 
 
 @pytest.mark.parametrize("ids", ["labelTrainIds", "labelIds"])
@@ -108,7 +114,8 @@ def test_public_lists_of_cityscapes_load_unchanged(tmp_path, ids, capsys):
     assert len(splits.read_split(folder / "labeled.txt", made, labelled=True)) == 3
     unlabelled = splits.read_split(folder / "unlabeled.txt", made, labelled=False)
     assert [sample.mask is None for sample in unlabelled] == [False, False, True]
-    assert capsys.readouterr().err.count("warning") == 1  # the image of train_extra, whose line names a mask that is nowhere
+    # the image of train_extra, whose line names a mask that is nowhere
+    assert capsys.readouterr().err.count("warning") == 1
     (val,) = splits.read_split(splits.find_val(folder), made, labelled=True)
     assert "/val/" in val.image
 
@@ -134,11 +141,13 @@ def voc(root: Path, *, augmented: bool) -> Path:
 @pytest.mark.parametrize("augmented", [False, True])
 def test_public_lists_of_voc_load_unchanged(tmp_path, augmented):
     made = index.prepare(voc(tmp_path / "data", augmented=augmented), tmp_path / "index", progress=False)
-    assert made.counts == {"images": 6} | ({"masks": 5, "converted": 0} if augmented else {"masks": 3, "converted": 3})
+    assert made.counts == {"images": 6} | ({"masks": 5, "converted": 0} if augmented
+                                           else {"masks": 3, "converted": 3})
     split = tmp_path / "splits" / "pascal" / "1_8" / "split_0"
     split.mkdir(parents=True)
     labelled = [f"2007_{i:06d}" for i in range(5 if augmented else 3)]
-    (split / "labeled.txt").write_text("".join(f"JPEGImages/{name}.jpg SegmentationClass/{name}.png\n" for name in labelled))
+    (split / "labeled.txt").write_text("".join(f"JPEGImages/{name}.jpg "
+                                               f"SegmentationClass/{name}.png\n" for name in labelled))
     samples = splits.read_split(split / "labeled.txt", made, labelled=True)
     assert [int(read_index_mask(sample.mask)[0, 0]) for sample in samples] == [15] * len(labelled)
     assert len(made.classes) == 21
@@ -155,7 +164,8 @@ def test_a_mask_of_another_image_is_no_name_of_this_one(tmp_path):
 
 def test_the_palette_masks_can_be_asked_for(tmp_path):
     found = layouts.find(voc(tmp_path, augmented=True), "voc", masks="SegmentationClass/*.png")
-    assert [one.mask for one in found][:4] == [f"SegmentationClass/2007_{i:06d}.png" for i in range(3)] + [None]
+    assert [one.mask for one in found][:4] == [f"SegmentationClass/2007_{i:06d}.png"
+                                               for i in range(3)] + [None]
 
 
 def test_a_validation_list_lies_in_the_split_or_above_it(tmp_path):
@@ -174,10 +184,11 @@ def test_a_validation_list_lies_in_the_split_or_above_it(tmp_path):
 def test_st_runs_on_a_miniature_of_cityscapes_with_public_lists_and_goes_on_from_mended_masks(tmp_path):
     root, split = city(tmp_path / "data", "labelIds"), public_lists(tmp_path / "partitions" / "cityscapes")
     recipe = Path(__file__).parents[2] / "launch" / "recipes" / "cityscapes.toml"
-    small = ("--device cpu --model.backbone resnet18 --model.output-stride 16 --augment.crop-px 33 --augment.long-side 32 64 "
-             "--train.epochs 1 --train.batch-global 2 --train.precision fp32 --label.tta none --label.backend eager "
-             "--data.threads 1 --data.loader reference")
-    train = ["train", "--recipe", str(recipe), "--method", "st", "--data.root", str(root), "--data.split", str(split),
+    small = ("--device cpu --model.backbone resnet18 --model.output-stride 16 --augment.crop-px 33 "
+             "--augment.long-side 32 64 --train.epochs 1 --train.batch-global 2 --train.precision fp32 "
+             "--label.tta none --label.backend eager --data.threads 1 --data.loader reference")
+    train = ["train", "--recipe", str(recipe), "--method", "st", "--data.root", str(root), "--data.split",
+             str(split),
              "--data.index", str(tmp_path / "index"), *small.split()]
     exclude = tmp_path / "exclude.txt"
     exclude.write_text(line(*BARE[1]))
@@ -191,4 +202,5 @@ def test_st_runs_on_a_miniature_of_cityscapes_with_public_lists_and_goes_on_from
     assert len(list((tmp_path / "run" / "stages" / "2-label" / "masks").rglob("*.png"))) == 3
     results = json.loads((tmp_path / "again" / "results.json").read_text())
     # 3 labels, as many as the 2 masks that are left need, and these: 5 entries in batches of 2.
-    assert [(stage["name"], stage["steps"]) for stage in results["stages"]] == [("1-retrain", 2)] and results["method"] == "retrain"
+    assert [(stage["name"], stage["steps"])
+            for stage in results["stages"]] == [("1-retrain", 2)] and results["method"] == "retrain"

@@ -168,7 +168,8 @@ def test_a_folder_of_masks_among_unlabelled_images_holds_no_images(root, tmp_pat
         photo(tmp_path / "field" / "images" / f"{i}.jpg", 20 + i)
         mask(tmp_path / "field" / "masks" / f"{i}.png")
     made = prepare(root, unlabelled=[tmp_path / "field"])
-    assert [image for image in made.entries if image.startswith("field")] == [f"field/images/{i}.jpg" for i in range(3)]
+    assert [image for image in made.entries
+            if image.startswith("field")] == [f"field/images/{i}.jpg" for i in range(3)]
     assert "masks of images beside them; name masks" in capsys.readouterr().err
 
 
@@ -335,12 +336,13 @@ def test_validation_without_training_beside_it_is_drawn_from_with_a_warning(tmp_
 
 
 def test_folders_that_are_called_nearly_like_splits_are_named(tmp_path):
-    names = ("train/0", "val_images/1", "dev/2", "TestSet/3", "x/val 2/4", "tester/5", "valley/6", "photos 2017/7")
+    names = ("train/0", "val_images/1", "dev/2", "TestSet/3", "x/val 2/4", "tester/5", "valley/6",
+             "photos 2017/7")
     made = prepare(data_set(tmp_path / "data", {name: ids(1, 2) for name in names}))
     assert official.validation(made) == set() == official.test(made)
     assert made.warnings == (
-        "folders called TestSet, dev, val 2, val_images are no official splits, and their 4 images are taken like any "
-        "other; for splits call them train, val or test; if they are none, give them other names",
+        "folders called TestSet, dev, val 2, val_images are no official splits, and their 4 images are taken "
+        "like any other; for splits call them train, val or test; if they are none, give them other names",
     )
 
 

@@ -144,9 +144,11 @@ def test_colours_that_only_transparency_tells_apart_are_refused(tmp_path):
     image = paletted(ids(1, 2), BLACK, BLACK, GREEN)
     image.info["transparency"] = 0
     colours = ["#000000=leaf", "#00c800=stem"]
-    refused(data_set(tmp_path / "data", {"a": image}), "608 pixels of the mask are transparent", mask_map=colours)
+    refused(data_set(tmp_path / "data", {"a": image}), "608 pixels of the mask are transparent",
+            mask_map=colours)
     image.info["transparency"] = bytes([9, 200, 255])
-    refused(data_set(tmp_path / "some", {"a": image}), "608 pixels of the mask are transparent", mask_map=colours)
+    refused(data_set(tmp_path / "some", {"a": image}), "608 pixels of the mask are transparent",
+            mask_map=colours)
     image.info["transparency"] = 2
     made = prepare(data_set(tmp_path / "other", {"a": image}), mask_map=colours)
     assert made.entries["photos/a.jpg"].class_pixels == [0, 688, 80]

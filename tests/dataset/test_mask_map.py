@@ -49,10 +49,12 @@ def test_palette_masks_give_their_ids(tmp_path):
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(table=st.dictionaries(st.integers(0, 300), st.sampled_from([0, 1, 2, 255]), min_size=1, max_size=12), data=st.data())
+@given(table=st.dictionaries(st.integers(0, 300), st.sampled_from([0, 1, 2, 255]), min_size=1, max_size=12),
+       data=st.data())
 def test_any_table_of_ids_is_applied(table, data):
     made = mask_map.parse([f"{stored}={target}" for stored, target in table.items()], CLASSES)
-    values = np.array(data.draw(st.lists(st.integers(0, 300), min_size=1, max_size=20)), dtype=np.uint16)[None]
+    values = np.array(data.draw(st.lists(st.integers(0, 300), min_size=1, max_size=20)),
+                      dtype=np.uint16)[None]
     known = {255: 255} | table
     if all(value in known for value in values[0].tolist()):
         assert made(values, "m.png").tolist() == [[known[value] for value in values[0].tolist()]]
@@ -63,7 +65,9 @@ def test_any_table_of_ids_is_applied(table, data):
 
 def test_an_id_that_is_not_named_is_counted(tmp_path):
     path = saved(tmp_path / "mask.png", np.array([[0, 9, 9], [8, 0, 255]], dtype=np.uint8))
-    with pytest.raises(UserError, match=r"mask\.png: id 9 in 2 pixels, 8 in 1 pixels not in the mask map; .*--data.mask-map"):
+    with pytest.raises(
+        UserError, match=r"mask\.png: id 9 in 2 pixels, 8 in 1 pixels not in the mask map; .*--data.mask-map"
+    ):
         mapped(path, "0=0")
 
 
@@ -82,7 +86,8 @@ def test_colours_of_every_kind_of_png(tmp_path):
     colours = np.array([[[128, 64, 128], [0, 0, 142], [0, 0, 0]]], dtype=np.uint8)
     alpha = np.array([[[0], [7], [255]]], dtype=np.uint8)
     assert mapped(saved(tmp_path / "rgb.png", colours), *entries).tolist() == [[0, 1, 255]]
-    assert mapped(saved(tmp_path / "rgba.png", np.concatenate([colours, alpha], axis=2)), *entries).tolist() == [[0, 1, 255]]
+    assert mapped(saved(tmp_path / "rgba.png", np.concatenate([colours, alpha], axis=2)),
+                  *entries).tolist() == [[0, 1, 255]]
     palette = Image.new("P", (3, 1))
     palette.putpalette([128, 64, 128, 0, 0, 142, 0, 0, 0])
     palette.putdata([0, 1, 2])
@@ -93,18 +98,22 @@ def test_colours_of_every_kind_of_png(tmp_path):
 
 
 @settings(max_examples=40, deadline=None)
-@given(table=st.dictionaries(st.integers(0, 0xFFFFFF), st.sampled_from([0, 1, 2, 255]), min_size=1, max_size=12), data=st.data())
+@given(table=st.dictionaries(st.integers(0, 0xFFFFFF), st.sampled_from([0, 1, 2, 255]), min_size=1,
+                             max_size=12), data=st.data())
 def test_any_table_of_colours_is_applied(table, data):
     made = mask_map.parse([f"#{stored:06x}={target}" for stored, target in table.items()], CLASSES)
     chosen = data.draw(st.lists(st.sampled_from(sorted(table)), min_size=1, max_size=20))
-    values = np.array([[[colour >> 16, colour >> 8 & 255, colour & 255] for colour in chosen]], dtype=np.uint8)
+    values = np.array([[[colour >> 16, colour >> 8 & 255, colour & 255] for colour in chosen]],
+                      dtype=np.uint8)
     assert made(values, "m.png").tolist() == [[table[colour] for colour in chosen]]
 
 
 def test_a_colour_that_is_not_named_is_counted(tmp_path):
     colours = np.zeros((2, 8, 3), dtype=np.uint8)
     colours[0, :3], colours[1, 0] = (1, 2, 3), (255, 0, 16)
-    with pytest.raises(UserError, match=r"mask\.png: colour #010203 in 3 pixels, #ff0010 in 1 pixels not in the mask map"):
+    with pytest.raises(
+        UserError, match=r"mask\.png: colour #010203 in 3 pixels, #ff0010 in 1 pixels not in the mask map"
+    ):
         mapped(saved(tmp_path / "mask.png", colours), "#000000=road")
     colours[1] = np.arange(24).reshape(8, 3) + 100
     with pytest.raises(UserError, match=r"and 4 more not in") as refused:
@@ -161,14 +170,16 @@ def test_bad_entries_are_refused_in_one_line(entries, said):
 
 
 @settings(max_examples=300, deadline=None)
-@given(entries=st.lists(st.text(st.sampled_from("0129-=#,af \nroadignore\u0663"), max_size=14) | st.text(max_size=8), max_size=3))
+@given(entries=st.lists(st.text(st.sampled_from("0129-=#,af \nroadignore\u0663"), max_size=14)
+                        | st.text(max_size=8), max_size=3))
 def test_any_text_is_a_map_or_one_line(entries):
     try:
         made = mask_map.parse(entries, CLASSES)
     except UserError as refused:
         assert "--data.mask-map" in str(refused) and len(str(refused).splitlines()) == 1
     else:
-        assert made is None or (np.isin(made.classes, [0, 1, 2, 255]).all() and (np.diff(made.stored) > 0).all())
+        assert made is None or (np.isin(made.classes, [0, 1, 2, 255]).all()
+                                and (np.diff(made.stored) > 0).all())
 
 
 # --- in the index
@@ -200,5 +211,6 @@ def test_ids_outside_the_class_list_point_to_the_map(tmp_path):
     (root / "SegmentationClass").mkdir()
     Image.new("RGB", (2, 1)).save(root / "JPEGImages" / "a.jpg")
     saved(root / "SegmentationClass" / "a.png", np.array([[1, 7]], dtype=np.uint8))
-    with pytest.raises(UserError, match=r"SegmentationClass/a\.png: class id 7 in 1 pixels; .* --data\.mask-map"):
+    with pytest.raises(UserError,
+                       match=r"SegmentationClass/a\.png: class id 7 in 1 pixels; .* --data\.mask-map"):
         index.prepare(root, tmp_path / "index", classes=CLASSES, progress=False)

@@ -19,7 +19,8 @@ def data_set(
     folders = ("images", "masks") if layout == "camvid" else ("JPEGImages", "SegmentationClass")
     for i, name in enumerate(names):
         image, mask = (
-            root / folder / f"{name}{suffix}" for folder, suffix in zip(folders, (".jpg", ".png"), strict=True)
+            root / folder / f"{name}{suffix}" for folder,
+            suffix in zip(folders, (".jpg", ".png"), strict=True)
         )
         image.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 3)).save(image)
@@ -37,7 +38,8 @@ def prepared(root: Path, out: Path) -> index.Index:
 def odd(tmp_path_factory) -> index.Index:
     """A set with unkind names; the last two have no mask."""
     root = tmp_path_factory.mktemp("odd")
-    names = ["plain", "with space", "with", "two  spaces", "caf\u00e9", "train/deep er/x.y", "bare", "no mask"]
+    names = ["plain", "with space", "with", "two  spaces", "caf\u00e9", "train/deep er/x.y", "bare",
+             "no mask"]
     return prepared(data_set(root / "data", names, masks=0.75), root / "index")
 
 
@@ -49,7 +51,8 @@ def read(tmp_path: Path, index: index.Index, text: str | bytes, *, labelled: boo
 
 @pytest.mark.parametrize("name", ["plain", "with space", "two  spaces", "caf\u00e9", "train/deep er/x.y"])
 @pytest.mark.parametrize(
-    "form", ["{i} {m}", "{i}", "./{i} ./{m}", "  {i} {m}  ", "{i}\t{m}", "\ufeff{i} {m}\r", "\n\n{i} {m}\n \n"]
+    "form", ["{i} {m}", "{i}", "./{i} ./{m}", "  {i} {m}  ", "{i}\t{m}", "\ufeff{i} {m}\r",
+             "\n\n{i} {m}\n \n"]
 )
 def test_lines_are_resolved_against_the_index(tmp_path, odd, name, form):
     image, mask = f"images/{name}.jpg", f"masks/{name}.png"
@@ -76,7 +79,8 @@ def test_unlabelled_images_need_no_mask(tmp_path, odd, capsys):
 
 
 def test_repeated_images_are_passed_over_with_a_warning(tmp_path, odd, capsys):
-    assert len(read(tmp_path, odd, "images/plain.jpg\nimages/with.jpg\nimages/plain.jpg masks/plain.png\n")) == 2
+    assert len(read(tmp_path, odd,
+                    "images/plain.jpg\nimages/with.jpg\nimages/plain.jpg masks/plain.png\n")) == 2
     assert "line 3 repeats line 1" in capsys.readouterr().err
 
 
@@ -122,7 +126,8 @@ def test_a_missing_list_is_named(tmp_path, odd):
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    text=st.text(st.sampled_from("images/plain.jpg masks/with space.png\t\n\r./\u00e9\x00\u2028"), max_size=80),
+    text=st.text(st.sampled_from("images/plain.jpg masks/with "
+                                 "space.png\t\n\r./\u00e9\x00\u2028"), max_size=80),
     labelled=st.booleans(),
 )
 def test_no_text_gives_another_exception(tmp_path, odd, text, labelled):
@@ -147,7 +152,8 @@ class Known(dict):
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    names=st.lists(st.text(st.sampled_from("ab ."), min_size=1, max_size=6), min_size=1, max_size=6, unique=True),
+    names=st.lists(st.text(st.sampled_from("ab ."), min_size=1, max_size=6), min_size=1, max_size=6,
+                   unique=True),
     data=st.data(),
 )
 def test_written_lines_read_back_whatever_the_names(tmp_path, names, data):
@@ -191,7 +197,8 @@ def lists(folder: Path) -> dict[str, list[str]]:
 def official(tmp_path_factory) -> index.Index:
     """20 training images with masks and 4 without, 6 for validation (one without a mask), 3 for test."""
     root = tmp_path_factory.mktemp("official")
-    names = [f"train/{i:02d}" for i in range(20)] + [f"val/{i}" for i in range(5)] + [f"test/{i}" for i in range(3)]
+    names = [f"train/{i:02d}" for i in range(20)] + [f"val/{i}"
+                                                     for i in range(5)] + [f"test/{i}" for i in range(3)]
     data_set(root / "data", names)
     data_set(root / "data", [f"train/x{i}" for i in range(4)] + ["val/x"], masks=0)
     return prepared(root / "data", root / "index")
@@ -204,9 +211,11 @@ def test_official_validation_is_kept_apart(tmp_path, official):
     assert len(drawn["labeled"]) == 3 and len(drawn["unlabeled"]) == 21
     assert drawn["val"] == [f"images/val/{i}.jpg masks/val/{i}.png" for i in range(5)]
     assert all(line.startswith("images/train/") for name in ("labeled", "unlabeled") for line in drawn[name])
-    assert [line for line in drawn["unlabeled"] if " " not in line] == [f"images/train/x{i}.jpg" for i in range(4)]
+    assert [line for line in drawn["unlabeled"]
+            if " " not in line] == [f"images/train/x{i}.jpg" for i in range(4)]
     for name, labelled in (("labeled", True), ("unlabeled", False), ("val", True)):
-        assert len(splits.read_split(tmp_path / f"{name}.txt", official, labelled=labelled)) == len(drawn[name])
+        assert len(splits.read_split(tmp_path / f"{name}.txt", official,
+                                     labelled=labelled)) == len(drawn[name])
 
 
 def test_validation_is_drawn_when_asked_for(tmp_path, official):
@@ -227,7 +236,8 @@ def test_without_validation_none_is_written(tmp_path):
         "val": 1,
     }
     splits.make_split(made, tmp_path / "split", fraction="4")
-    assert {name: len(lines) for name, lines in lists(tmp_path / "split").items()} == {"labeled": 4, "unlabeled": 6}
+    assert {name: len(lines) for name,
+            lines in lists(tmp_path / "split").items()} == {"labeled": 4, "unlabeled": 6}
 
 
 def test_voc_lists_are_official(tmp_path, capsys):
@@ -270,8 +280,9 @@ def test_the_draw_is_pinned(tmp_path, official):
 
 @pytest.mark.parametrize(
     ("total", "fraction", "count"),
-    [(10582, "1/16", 662), (10582, "1/8", 1323), (10582, "1/4", 2646), (2975, "1/30", 100), (2975, "1/8", 372),
-     (2975, "1/4", 744), (1464, "92", 92), (5, "1/1", 5), (5, "1.0", 5), (5, "5", 5), (5, "0.001", 1), (8, "0.125", 1)],
+    [(10582, "1/16", 662), (10582, "1/8", 1323), (10582, "1/4", 2646), (2975, "1/30", 100),
+     (2975, "1/8", 372), (2975, "1/4", 744), (1464, "92", 92), (5, "1/1", 5), (5, "1.0", 5), (5, "5", 5),
+     (5, "0.001", 1), (8, "0.125", 1)],
 )  # fmt: skip
 def test_fractions_count_as_in_the_public_lists(total, fraction, count):
     assert splits._count(fraction, total) == count
@@ -287,7 +298,8 @@ def test_impossible_fractions(tmp_path, official, fraction):
 
 
 @pytest.mark.parametrize(
-    "options", [{"val": 0.0}, {"val": 1.0}, {"val": -0.1}, {"val": float("nan")}, {"seed": -1}, {"seed": 2**64}]
+    "options",
+    [{"val": 0.0}, {"val": 1.0}, {"val": -0.1}, {"val": float("nan")}, {"seed": -1}, {"seed": 2**64}]
 )
 def test_impossible_options(tmp_path, official, options):
     with pytest.raises(UserError, match="--val|--seed"):

@@ -52,7 +52,8 @@ def test_their_images_are_named_by_the_folder_and_the_roots_as_before(root, fiel
     names = ["field/0.jpg", "field/test/2.png", "field/train/a b.jpg", "field/val/é.JPG"]
     assert list(made.entries) == [*alone, *names] and made.counts == {"images": 8, "masks": 4, "converted": 0}
     sample = made.sample("field/train/a b.jpg")
-    assert (sample.key, sample.image, sample.mask) == ("field/train/a b", str(field / "train" / "a b.jpg"), None)
+    assert (sample.key, sample.image, sample.mask) == ("field/train/a b", str(field / "train" / "a b.jpg"),
+                                                       None)
     assert dict(index.load(tmp_path / "index").entries) == dict(made.entries)
 
 
@@ -64,7 +65,8 @@ def test_one_root_has_the_fingerprint_and_files_that_it_had(root, tmp_path):
 def test_all_of_them_are_unlabelled_whatever_their_folders_are_called(root, field, tmp_path):
     made = prepare(root, tmp_path / "index", field)
     splits.make_split(made, tmp_path / "split", fraction="1/2")
-    assert [len((tmp_path / "split" / f"{name}.txt").read_text().splitlines()) for name in ("labeled", "unlabeled")] == [2, 6]
+    assert [len((tmp_path / "split" / f"{name}.txt").read_text().splitlines())
+            for name in ("labeled", "unlabeled")] == [2, 6]
     assert not (tmp_path / "split" / "val.txt").exists()
     samples = splits.read_split(tmp_path / "split" / "unlabeled.txt", made, labelled=False)
     assert {sample.image for sample in samples} >= {str(path) for path in field.rglob("*") if path.is_file()}
@@ -128,7 +130,11 @@ def test_st_trains_on_them(root, field, tmp_path):
     recipe.write_text(f"""
         method = "st"
         device = "cpu"
-        data = {{ root = "{root}", unlabelled = ["{field}"], classes = ["ground", "thing"], fraction = "1/1", threads = 1 }}
+        data.root = "{root}"
+        data.unlabelled = ["{field}"]
+        data.classes = ["ground", "thing"]
+        data.fraction = "1/1"
+        data.threads = 1
         model = {{ backbone = "resnet18", output_stride = 32 }}
         augment = {{ crop_px = 33, long_side = [32, 64] }}
         train = {{ epochs = 1, batch_global = 2, precision = "fp32" }}
@@ -151,7 +157,8 @@ def test_a_list_that_passes_them_over_is_told(root, field, tmp_path, capsys):
     made = prepare(root, tmp_path / "index", field)
     for text, warned in (("images/2.jpg\n", True), ("field/0.jpg\n", False)):
         (lists / "unlabeled.txt").write_text(text)
-        Run(Config(out=tmp_path / "run", data=DataConfig(split=lists)), World(device=torch.device("cpu")), made)
+        Run(Config(out=tmp_path / "run", data=DataConfig(split=lists)), World(device=torch.device("cpu")),
+            made)
         assert ("names no image of --data.unlabelled" in capsys.readouterr().err) == warned
 
 
@@ -164,7 +171,8 @@ def test_a_run_that_began_before_a_setting_was_known_goes_on(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(began))
     folder.claim(ours)
     with pytest.raises(UserError, match="data.unlabelled"):
-        folder.claim(config.parse(Config, ["--out", str(tmp_path), "--data.unlabelled", "field"], prog="stpp train"))
+        folder.claim(config.parse(Config, ["--out", str(tmp_path), "--data.unlabelled", "field"],
+                                  prog="stpp train"))
 
 
 # --- several labelled folders below one root
@@ -178,11 +186,13 @@ def test_a_run_that_began_before_a_setting_was_known_goes_on(tmp_path):
     ("photos/**/*", "labels/*/same/*.png", {"photos/e/same/1"}),
 ])
 def test_sets_of_several_folders_pair_within_each(tmp_path, images, masks, pairs):
-    for name in ("a/photos/1.jpg", "a/photos/x/1.JPG", "b/photos/1.jpg", "b/photos/2.jpg", "c/d/photos/1.jpg", "a/photos/lone.jpg",
+    for name in ("a/photos/1.jpg", "a/photos/x/1.JPG", "b/photos/1.jpg", "b/photos/2.jpg", "c/d/photos/1.jpg",
+                 "a/photos/lone.jpg",
                  "photos/e/same/1.jpg"):
         picture(tmp_path / name)
         if "lone" not in name:
-            mask = name.replace("photos", "labels").rpartition(".")[0] + ("_mask.png" if "2" in name else ".png")
+            mask = name.replace("photos",
+                                "labels").rpartition(".")[0] + ("_mask.png" if "2" in name else ".png")
             picture(tmp_path / mask, "L", 1)
     found = layouts.find(tmp_path, "globs", images, masks)
     assert {one.key for one in found if one.mask} == pairs
@@ -196,4 +206,5 @@ def test_folders_on_either_side_of_a_fixed_one_are_two_names(tmp_path):
     picture(tmp_path / "x" / "y" / "photos" / "1.jpg")
     picture(tmp_path / "x" / "labels" / "y" / "1.png", "L")
     found = layouts.find(tmp_path, "globs", "**/photos/**/*", "**/labels/**/*.png")
-    assert [(one.key, one.mask) for one in found] == [("x/photos/y/1", "x/labels/y/1.png"), ("x/y/photos/1", None)]
+    assert [(one.key, one.mask) for one in found] == [("x/photos/y/1", "x/labels/y/1.png"),
+                                                      ("x/y/photos/1", None)]

@@ -44,13 +44,15 @@ backend = "eager"
 """
 
 
-def run(command: list[str], *, events: Path | str = "", bomb: dict | None = None, fired: Path | str = "", ranks: int = 1,
-        restarts: int = 0, timeout: float = 280) -> subprocess.CompletedProcess:
+def run(command: list[str], *, events: Path | str = "", bomb: dict | None = None, fired: Path | str = "",
+        ranks: int = 1, restarts: int = 0, timeout: float = 280) -> subprocess.CompletedProcess:
     """`stpp` with the arguments `command`, in one process or under torchrun, perhaps with a bomb."""
     start = [sys.executable]
     if ranks > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]
-    return subprocess.run([*start, WORKER, str(events), json.dumps(bomb) if bomb else "", str(fired), *command],
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+                  "--max-restarts", str(restarts)]
+    return subprocess.run([*start, WORKER, str(events), json.dumps(bomb) if bomb else "", str(fired),
+                           *command],
                           capture_output=True, text=True, timeout=timeout)
 
 
@@ -67,9 +69,11 @@ def contents(out: Path) -> dict:
         elif path.suffix == ".parquet" and "plan" not in path.parts:
             found[name] = rows.read(path)
         elif path.name == "metrics.jsonl":
-            found[name] = [row for line in path.read_text().splitlines() if "miou_pct" in (row := json.loads(line))]
+            found[name] = [row for line in path.read_text().splitlines()
+                           if "miou_pct" in (row := json.loads(line))]
     results = json.loads((out / "results.json").read_text())
-    found["results"] = [{key: value for key, value in stage.items() if key != "seconds"} for stage in results["stages"]]
+    found["results"] = [{key: value for key, value in stage.items() if key != "seconds"}
+                        for stage in results["stages"]]
     return found
 
 
@@ -83,7 +87,11 @@ def same(ours, theirs) -> bool:
     if isinstance(ours, torch.Tensor):
         return isinstance(theirs, torch.Tensor) and torch.equal(ours, theirs)
     if isinstance(ours, dict):
-        return isinstance(theirs, dict) and ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
+        return (
+            isinstance(theirs, dict)
+            and ours.keys() == theirs.keys()
+            and all(same(ours[key], theirs[key]) for key in ours)
+        )
     if isinstance(ours, (list, tuple)):
         return len(ours) == len(theirs) and all(map(same, ours, theirs))
     return ours == theirs
@@ -92,7 +100,8 @@ def same(ours, theirs) -> bool:
 def chosen(events: list[str], count: int, seed: int) -> list[str]:
     """So many events in the order of the run, at least two of each stage."""
     draw = random.Random(seed)
-    of_stage = [[i for i, event in enumerate(events) if re.match(rf"\w+ {stage}[ /]", event)] for stage in STAGES]
+    of_stage = [[i for i, event in enumerate(events) if re.match(rf"\w+ {stage}[ /]", event)]
+                for stage in STAGES]
     kept = {i for positions in of_stage for i in draw.sample(positions, 2)}
     rest = [i for i in range(len(events)) if i not in kept]
     return [events[i] for i in sorted(kept | set(draw.sample(rest, min(count - len(kept), len(rest)))))]
@@ -110,9 +119,12 @@ def finish(command: list[str], folder: Path, events: list[str], number: int) -> 
         How often it died.
     """
     for event in events:
-        fired = folder / f"fired-{secrets.token_hex(8)}"  # one that is there would keep the bomb from going off
+        # one that is there would keep the bomb from going off
+        fired = folder / f"fired-{secrets.token_hex(8)}"
         ran = run(command, bomb={"event": event, "signal": number, "rank": 0}, fired=fired)
-        assert fired.exists() and ended_by(ran, number), f"{event}: exit {ran.returncode}\n{ran.stderr[-2000:]}"
+        assert fired.exists() and ended_by(ran, number), (
+            f"{event}: exit {ran.returncode}\n{ran.stderr[-2000:]}"
+        )
     ran = run(command)
     assert ran.returncode == 0, ran.stderr[-2000:]
     return len(events)

@@ -1,9 +1,11 @@
-"""Golden runs: hashes of what deterministic runs of ST++ and ST end with, to compare two versions of the code on one machine.
+"""Golden runs: hashes of what deterministic runs of ST++ and ST end with, to compare two versions of the code
+on one machine.
 
-    python tests/faults/golden_run.py FOLDER            # runs with the stpp of PYTHONPATH; writes FOLDER/golden.json
+    python tests/faults/golden_run.py FOLDER    # runs the stpp of PYTHONPATH; writes FOLDER/golden.json
     python tests/faults/golden_run.py FOLDER OTHER.json # and exits with 1 where OTHER.json differs
 
-Hashes depend on the processor and on the versions of torch and DALI, so both sides have to be made on one machine.
+Hashes depend on the processor and on the versions of torch and DALI, so both sides have to be made on one
+machine.
 """
 
 import hashlib
@@ -13,23 +15,28 @@ import subprocess
 import sys
 from pathlib import Path
 
-COMMON = ["--data.layout", "voc", "--data.fraction", "8", "--data.threads", "1", "--deterministic", "--device", "cpu",
+COMMON = ["--data.layout", "voc", "--data.fraction", "8", "--data.threads", "1", "--deterministic",
+          "--device", "cpu",
           "--model.backbone", "resnet18", "--model.output-stride", "32", "--augment.crop-px", "49",
           "--augment.long-side", "36", "104",
-          "--train.epochs", "2", "--train.supervised-epochs", "6", "--train.batch-global", "8", "--train.lr", "0.05",
+          "--train.epochs", "2", "--train.supervised-epochs", "6", "--train.batch-global", "8", "--train.lr",
+          "0.05",
           "--label.tta", "stpp", "--label.backend", "eager", "--control"]
 RUNS = {
     "stpp-1": (1, ["--method", "stpp"]),
     "stpp-2-fp32-pil": (2, ["--method", "stpp", "--train.precision", "fp32", "--data.loader", "reference"]),
-    "st-1-pspnet-accumulate": (1, ["--method", "st", "--model.name", "pspnet", "--train.accumulate", "2", "--label.tta", "flip"]),
+    "st-1-pspnet-accumulate": (1, ["--method", "st", "--model.name", "pspnet", "--train.accumulate", "2",
+                                   "--label.tta", "flip"]),
 }
 
 
 def run(name: str, folder: Path) -> dict[str, str]:
     ranks, flags = RUNS[name]
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 \
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+             str(ranks)] if ranks > 1 \
         else [sys.executable]
-    command = [*start, "-m", "stpp", "train", "--data.root", str(folder / "data"), *COMMON, *flags, "--out", str(folder / name)]
+    command = [*start, "-m", "stpp", "train", "--data.root", str(folder / "data"), *COMMON, *flags, "--out",
+               str(folder / name)]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     return {f"{name}/{key}": value for key, value in contents(folder / name).items()}
 
@@ -52,7 +59,8 @@ def contents(out: Path) -> dict[str, str]:
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         elif path.name == "DONE.json":
             done = json.loads(path.read_text())
-            found[name] = json.dumps({key: done.get(key) for key in ("miou", "mean_reliability", "pseudo_label_miou", "steps")})
+            found[name] = json.dumps({key: done.get(key)
+                                      for key in ("miou", "mean_reliability", "pseudo_label_miou", "steps")})
     return found
 
 
@@ -76,8 +84,10 @@ def main(folder: str, other: str | None = None) -> None:
 def generate(folder: Path) -> None:
     """Draws the data set of the demonstration; its module has moved between versions."""
     for module in ("stpp.commands.synthetic", "stpp.data.synthetic"):
-        done = subprocess.run([sys.executable, "-c", f"from {module} import generate; from pathlib import Path; "
-                               f"generate(Path({str(folder)!r}), seed=3, train=40, val=10)"], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c",
+                               f"from {module} import generate; from pathlib import Path; "
+                               f"generate(Path({str(folder)!r}), seed=3, train=40, "
+                               "val=10)"], capture_output=True, text=True)
         if done.returncode == 0:
             return
     raise SystemExit(done.stderr)

@@ -1,8 +1,10 @@
-"""Kills a labelling before each of its commits in turn, lets another process finish, and compares with an undisturbed run.
+"""Kills a labelling before each of its commits in turn, lets another process finish, and compares with an
+undisturbed run.
 
-Arguments: source, folder to work in, png or tar, report (JSON); perhaps the output of a labelling of what the source was
-before, which every run then updates. Every run is a fork of this process, which computes nothing itself. Commits are the calls
-that make something count or vanish: renaming, removing, and syncing of files, folders and everything.
+Arguments: source, folder to work in, png or tar, report (JSON); perhaps the output of a labelling of what the
+source was before, which every run then updates. Every run is a fork of this process, which computes nothing
+itself. Commits are the calls that make something count or vanish: renaming, removing, and syncing of files,
+folders and everything.
 """
 
 import json
@@ -89,7 +91,8 @@ def main(source: str, folder: str, output: str, report: str, before: str = "") -
         ended, _ = forked(lambda out=out, number=number: label(source, out, output, bool(before), number))
         assert ended == signal.SIGKILL, f"not killed before {commit}"
         _, text = forked(lambda out=out: label(source, out, output, bool(before)))
-        found.append({"before": commit, "same": cases.contents(out) == expected, "recomputed": json.loads(text)["seen"],
+        found.append({"before": commit, "same": cases.contents(out) == expected,
+                      "recomputed": json.loads(text)["seen"],
                       "keys": sorted(row["key"] for row in rows.read_parts(out / "labels"))})
     Path(report).write_text(json.dumps(found))
 

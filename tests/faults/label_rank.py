@@ -1,8 +1,9 @@
-"""One rank of `stpp label` or `stpp select` with a teacher that needs no network, which may end or stop at a commit.
+"""One rank of `stpp label` or `stpp select` with a teacher that needs no network, which may end or stop at a
+commit.
 
-Arguments: what happens (`none`, `kill` or `stop`), before which commit, the how manieth of a rank, file for the number of the
-process, whose rank gets there first and which alone it happens to; then those of `stpp`. A commit is a pattern of
-"<function> <file>", as `replace */part-*.parquet`.
+Arguments: what happens (`none`, `kill` or `stop`), before which commit, the how manieth of a rank, file for
+the number of the process, whose rank gets there first and which alone it happens to; then those of `stpp`. A
+commit is a pattern of "<function> <file>", as `replace */part-*.parquet`.
 """
 
 import os
@@ -21,7 +22,8 @@ from stpp.label import shards  # noqa: E402
 
 def from_paths(paths, device, **_):
     identity = "other" if os.environ.get("RANK") == os.environ.get("STPP_TEST_OTHER_RANK", "none") else "tiny"
-    return lambda images: [several.Opened(network=cases.Tiny(), identity=identity, classes=tuple("abcd")) for _ in paths]
+    return lambda images: [several.Opened(network=cases.Tiny(), identity=identity, classes=tuple("abcd"))
+                           for _ in paths]
 
 
 def first(number_file: str) -> bool:

@@ -31,8 +31,8 @@ def main() -> None:
         synthetic.generate(folder / "data", seed=3, train=24, val=6)
         index.prepare(folder / "data", folder / "index", layout="voc", workers=1, progress=False)
         (folder / "tiny.toml").write_text(cases.RECIPE)
-        command = ["train", "--recipe", str(folder / "tiny.toml"), "--data.root", str(folder / "data"), "--data.index",
-                   str(folder / "index"), "--out"]
+        command = ["train", "--recipe", str(folder / "tiny.toml"), "--data.root", str(folder / "data"),
+                   "--data.index", str(folder / "index"), "--out"]
         ran = cases.run([*command, str(folder / "alone")], events=folder / "events")
         assert ran.returncode == 0, ran.stderr
         expected = cases.contents(folder / "alone")
@@ -43,11 +43,13 @@ def main() -> None:
             points = cases.chosen(events, min(20, max(12, options.kills - killed)), options.seed + number)
             out = folder / f"run-{number}"
             kind = signal.SIGKILL if number % 3 < 2 else signal.SIGTERM
-            if kind == signal.SIGTERM:  # a signal that is only noted in training comes again at the next event
+            # a signal that is only noted in training comes again at the next event
+            if kind == signal.SIGTERM:
                 points = [point for point in points if point.startswith("step")]
             killed += cases.finish([*command, str(out)], folder, points, kind)
             wrong = cases.differing(cases.contents(out), expected)
-            print(json.dumps({"run": number, "signal": kind.name, "deaths": killed, "differ": wrong}), flush=True)
+            print(json.dumps({"run": number, "signal": kind.name, "deaths": killed, "differ": wrong}),
+                  flush=True)
             if wrong:
                 sys.exit(1)
 

@@ -18,7 +18,8 @@ SEED = 20261122
 def command(synthetic, synthetic_index, tmp_path_factory) -> list[str]:
     recipe = tmp_path_factory.mktemp("recipe") / "tiny.toml"
     recipe.write_text(cases.RECIPE)
-    return ["train", "--recipe", str(recipe), "--data.root", str(synthetic), "--data.index", str(synthetic_index), "--out"]
+    return ["train", "--recipe", str(recipe), "--data.root", str(synthetic), "--data.index",
+            str(synthetic_index), "--out"]
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +60,15 @@ def test_told_to_stop_it_saves_and_goes_on(command, alone, tmp_path):
 @pytest.mark.dist
 @pytest.mark.timeout(900)
 def test_the_moving_average_survives_kills(command, tmp_path):
-    """UniMatch-V2: student and average end with the same bits, after deaths in a step, in a save, and between the two files."""
-    out = [*command[:-1], "--method", "unimatch-v2", "--consistency.confidence", "0.3", "--train.epochs", "2", command[-1]]
+    """UniMatch-V2: student and average end with the same bits, after deaths in a step, in a save, and between
+    the two files."""
+    out = [*command[:-1], "--method", "unimatch-v2", "--consistency.confidence", "0.3", "--train.epochs", "2",
+           command[-1]]
     ran = cases.run([*out, str(tmp_path / "alone")], events=tmp_path / "events")
     assert ran.returncode == 0, ran.stderr
     events = (tmp_path / "events").read_text().splitlines()
-    points = [next(event for event in events[start:] if event.startswith(f"{kind} 1-unimatch-v2")) for kind, start in
+    points = [next(event for event in events[start:] if event.startswith(f"{kind} 1-unimatch-v2")) for kind,
+              start in
               (("step", 2), ("half", 0), ("replace", 0))] + [events[-1]]
     points = sorted(set(points), key=events.index)
     assert len(points) == 4
@@ -96,8 +100,8 @@ def test_a_rank_that_hangs_ends_the_run_in_time(command, tmp_path):
     """SIGSTOP of one rank: the other gives up after the time-out, and torchrun ends both."""
     started = time.monotonic()
     bomb = {"event": "step 1-supervised 3", "signal": signal.SIGSTOP, "rank": 1}
-    ran = cases.run([*command, str(tmp_path / "run"), "--timeout-minutes", "0.2"], bomb=bomb, fired=tmp_path / "fired",
-                    ranks=2, timeout=150)
+    ran = cases.run([*command, str(tmp_path / "run"), "--timeout-minutes", "0.2"], bomb=bomb,
+                    fired=tmp_path / "fired", ranks=2, timeout=150)
     assert ran.returncode != 0 and (tmp_path / "fired").exists()
     assert time.monotonic() - started < 120
 
@@ -105,8 +109,8 @@ def test_a_rank_that_hangs_ends_the_run_in_time(command, tmp_path):
 @pytest.mark.dist
 def test_a_second_run_on_the_same_folder_is_refused(command, tmp_path):
     bomb = {"event": "step 1-supervised 0", "signal": signal.SIGSTOP, "rank": 0}
-    first = subprocess.Popen([sys.executable, cases.WORKER, "", json.dumps(bomb), str(tmp_path / "fired"), *command,
-                              str(tmp_path / "run")], stderr=subprocess.DEVNULL)
+    first = subprocess.Popen([sys.executable, cases.WORKER, "", json.dumps(bomb), str(tmp_path / "fired"),
+                              *command, str(tmp_path / "run")], stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 100
         while not (tmp_path / "fired").exists():
@@ -126,7 +130,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(command, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     # last.pt with momentum is 2 x 51 MB: a third such file, half written, does not fit.
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=230m", "tmpfs", str(disk)], capture_output=True, check=False)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=230m", "tmpfs", str(disk)],
+                             capture_output=True, check=False)
     if mounted.returncode:
         pytest.skip("no right to mount a small file system")
     try:

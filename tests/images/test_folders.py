@@ -103,7 +103,8 @@ def test_other_names_are_images(other):
     (["images/a/7", "masks/a/7", "masks/a/8"], {"masks/a/7": "images/a/7"}),
     (["a/7", "a/Labels/7", "b/7"], {"a/Labels/7": "a/7"}), (["set/photos/7", "set/annotations/7"], {
         "set/annotations/7": "set/photos/7"}),
-    (["labels/7", "bottles/8"], {}), (["masks/7", "labels/7"], {}), (["a/7", "b/7"], {}), (["mask", "7"], {})])
+    (["labels/7", "bottles/8"], {}), (["masks/7", "labels/7"], {}), (["a/7", "b/7"], {}),
+    (["mask", "7"], {})])
 def test_folders_of_masks_beside_folders_of_images(keys, found):
     assert images_of_mask_folders(keys) == found
 

@@ -132,10 +132,12 @@ def test_twelve_bits_are_read_by_their_own_range():
 def test_images_of_few_flat_colours_are_told_from_photographs():
     flat = (np.indices((40, 40))[1] // 14).astype(np.uint8)
     for data in (zoo.png(flat, 8, 0), zoo.png(flat > 1, 1, 0), zoo.png(np.dstack([flat] * 3), 8, 2),
-                 zoo.saved(Image.fromarray(flat * 80).convert("P"), "PNG"), zoo.saved(flat, "TIFF"), zoo.saved(flat, "BMP")):
+                 zoo.saved(Image.fromarray(flat * 80).convert("P"), "PNG"), zoo.saved(flat, "TIFF"),
+                 zoo.saved(flat, "BMP")):
         assert prove(data, look(data, exif=True)).like_mask
     photograph = noise(40, 40)
-    for data in (zoo.png(photograph, 8, 2), zoo.png(flat * 0, 8, 0), zoo.png(flat[:9, :20], 8, 0), zoo.saved(flat, "JPEG")):
+    for data in (zoo.png(photograph, 8, 2), zoo.png(flat * 0, 8, 0), zoo.png(flat[:9, :20], 8, 0),
+                 zoo.saved(flat, "JPEG")):
         assert not prove(data, look(data, exif=True)).like_mask
 
 
@@ -188,8 +190,12 @@ def test_prepare_says_what_looks_other_than_people_expect(capsys, tmp_path):
 
 def test_masks_among_the_images_are_named_by_what_they_hold(capsys, tmp_path):
     flat = (np.indices((zoo.HEIGHT, zoo.WIDTH))[1] // 20).astype(np.uint8)
-    words = said(capsys, tmp_path, {"plain (object).png": zoo.png(flat, 8, 0), "b.png": zoo.png(flat * 80, 8, 0)})
-    assert "warning: 2 images without a mask hold at most 16 flat colours, as masks do (the first: photos/b.png)" in words
+    words = said(capsys, tmp_path,
+                 {"plain (object).png": zoo.png(flat, 8, 0), "b.png": zoo.png(flat * 80, 8, 0)})
+    assert (
+        "warning: 2 images without a mask hold at most 16 flat colours, as masks do (the first: photos/b.png)"
+        in words
+    )
 
 
 def test_prepare_says_nothing_of_plain_photographs(capsys, tmp_path):

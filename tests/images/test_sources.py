@@ -23,7 +23,8 @@ def keys(source) -> list[str]:
 
 
 def test_a_folder_is_walked_in_the_order_of_names(tmp_path):
-    files = ["b/x.jpg", "a.JPEG", "b.jpg", "c/d/e/f.tiff", "b/.hidden.jpg", ".git/g.jpg", "notes.txt", "z.webp", "__MACOSX/m.jpg"]
+    files = ["b/x.jpg", "a.JPEG", "b.jpg", "c/d/e/f.tiff", "b/.hidden.jpg", ".git/g.jpg", "notes.txt",
+             "z.webp", "__MACOSX/m.jpg"]
     cases.as_folder(tmp_path / "in", dict.fromkeys(files, JPEG))
     source = open_source(str(tmp_path / "in"))
     assert keys(source) == ["a", "b/x", "b", "c/d/e/f", "z"]
@@ -70,7 +71,8 @@ def test_lists_name_images_and_may_name_masks(tmp_path):
     listed.write_bytes(("\ufeffim/a.jpg\r\n\r\n./im/with space.jpg\nim/b.jpg mask.png\nim/a2.jpg gt/a 2.png\n"
                         f"{absolute}\n../up.jpg\nmemory://bucket/d.jpg\n").encode())
     items = list(open_source(str(listed), root=tmp_path / "data").items())
-    assert [item.key for item in items[:5]] == ["im/a", "im/with space", "im/b.jpg mask", "im/a2", str(absolute)[1:-4]]
+    assert [item.key for item in items[:5]] == ["im/a", "im/with space", "im/b.jpg mask", "im/a2",
+                                                str(absolute)[1:-4]]
     assert items[5].error.startswith("its name leads outside the output ('..'); write paths below one folder")
     assert items[5].source == "../up.jpg"
     assert items[6].key == "bucket/d" and items[6].file == "memory://bucket/d.jpg"
@@ -103,18 +105,21 @@ def test_files_that_are_no_lists_are_refused(tmp_path, name, data, said):
 
 
 def test_masks_beside_the_images_of_a_folder_are_passed_over(tmp_path):
-    names = ["a/7.JPG", "a/7_mask.png", "a/mask_7.png", "a/7_label.jpg", "a/8_mask.png", "img_1.webp", "mask_1.PNG",
+    names = ["a/7.JPG", "a/7_mask.png", "a/mask_7.png", "a/7_label.jpg", "a/8_mask.png", "img_1.webp",
+             "mask_1.PNG",
              "b/7_mask.png"]
     cases.as_folder(tmp_path / "in", dict.fromkeys(names, JPEG))
     source = open_source(str(tmp_path / "in"))
-    assert [item.source for item in source.items()] == ["a/7.JPG", "a/7_label.jpg", "a/8_mask.png", "b/7_mask.png",
+    assert [item.source for item in source.items()] == ["a/7.JPG", "a/7_label.jpg", "a/8_mask.png",
+                                                        "b/7_mask.png",
                                                         "img_1.webp"]
     assert source.passed.masks == 3 and "3 masks beside their images" in source.passed.line()
     assert source.stamp()["files"] == 5
 
 
 def test_tars_give_members_where_they_lie(tmp_path):
-    one = cases.as_tar(tmp_path / "s-00.tar", {"a/x.jpg": JPEG, "a/x.json": b"{}", "long/" + "n" * 180 + ".jpg": b"12345"})
+    one = cases.as_tar(tmp_path / "s-00.tar",
+                       {"a/x.jpg": JPEG, "a/x.json": b"{}", "long/" + "n" * 180 + ".jpg": b"12345"})
     cases.as_tar(tmp_path / "s-01.tar", {"./b/y.left.png": b"abc"})
     source = open_source(str(tmp_path / "s-{00..01}.tar"))
     items = list(source.items())
@@ -128,7 +133,8 @@ def test_tars_give_members_where_they_lie(tmp_path):
 
 
 def test_braces_count_and_list():
-    assert sources.expand_braces("a{08..11}{x,y}") == [f"a{n}{c}" for n in ("08", "09", "10", "11") for c in "xy"]
+    assert sources.expand_braces("a{08..11}{x,y}") == [f"a{n}{c}" for n in ("08", "09", "10", "11")
+                                                       for c in "xy"]
     assert sources.expand_braces("a{8..10}.tar") == ["a8.tar", "a9.tar", "a10.tar"]
     assert sources.expand_braces("plain") == ["plain"]
     with pytest.raises(UserError, match="rises"):
@@ -136,9 +142,12 @@ def test_braces_count_and_list():
 
 
 HOSTILE = {
-    "../up.jpg": "outside", "/etc/cron.d/x.jpg": "absolute", "a/../../b.jpg": "outside", "C:evil.jpg": "absolute",
-    "c:/windows/x.jpg": "absolute", "..\\win.jpg": "backslash", "new\nline.jpg": "control", "tab\there.jpg": "control",
-    "nul\x01.jpg": "control", "x.png/y.jpg": "ends in .png", "n" * 300 + ".jpg": "longer than 255", "../": None,
+    "../up.jpg": "outside", "/etc/cron.d/x.jpg": "absolute", "a/../../b.jpg": "outside",
+    "C:evil.jpg": "absolute",
+    "c:/windows/x.jpg": "absolute", "..\\win.jpg": "backslash", "new\nline.jpg": "control",
+    "tab\there.jpg": "control",
+    "nul\x01.jpg": "control", "x.png/y.jpg": "ends in .png", "n" * 300 + ".jpg": "longer than 255",
+    "../": None,
     "a/..": None, "d/" * 1500 + "x.jpg": "longer than 2000",
 }
 
@@ -146,7 +155,8 @@ HOSTILE = {
 @pytest.mark.parametrize("folders", [False, True])
 def test_hostile_members_never_leave_the_output(tmp_path, folders):
     named = {name: reason for name, reason in HOSTILE.items() if reason}
-    archive = cases.as_tar(tmp_path / "deep" / "in" / "hostile.tar", dict.fromkeys([*named, "good.jpg"], JPEG),
+    archive = cases.as_tar(tmp_path / "deep" / "in" / "hostile.tar",
+                           dict.fromkeys([*named, "good.jpg"], JPEG),
                            links={"link.jpg": "/etc/passwd", "hard.jpg": "good.jpg"})
     out = tmp_path / "deep" / "out"
     before = set(tmp_path.rglob("*"))
@@ -202,7 +212,8 @@ def test_equal_digests_that_end_in_zeros_are_found(tmp_path, monkeypatch):
             found.add(key)
         assert found.repeated() == {b"ab".ljust(16, b"\0")}
     assert list(tmp_path.iterdir()) == []
-    assert names.first_pair({b"ab".ljust(16, b"\0")}, [("aa", "0"), ("ab", "1"), ("ab", "2")]) == ("ab", "1", "2")
+    assert names.first_pair({b"ab".ljust(16, b"\0")},
+                            [("aa", "0"), ("ab", "1"), ("ab", "2")]) == ("ab", "1", "2")
 
 
 def test_what_is_not_there_or_not_whole_is_refused(tmp_path):
@@ -212,9 +223,9 @@ def test_what_is_not_there_or_not_whole_is_refused(tmp_path):
     (tmp_path / "text.tar").write_text("no archive" * 100)
     (tmp_path / "empty").mkdir()
     for name, words in (("half.tar", "half.tar: not a whole"), ("damaged.tar", "damaged.tar: not a whole"),
-                        ("text.tar", "text.tar: not a whole"), ("empty", "no image"), ("absent", "no such folder"),
-                        ("absent-{0..3}.tar", "absent-0.tar"), ("a.tar.gz", "compressed"), ("x-{1,2}", "braces"),
-                        ("absent.tar", "absent.tar")):
+                        ("text.tar", "text.tar: not a whole"), ("empty", "no image"),
+                        ("absent", "no such folder"), ("absent-{0..3}.tar", "absent-0.tar"),
+                        ("a.tar.gz", "compressed"), ("x-{1,2}", "braces"), ("absent.tar", "absent.tar")):
         with pytest.raises(UserError, match=words) as refused:
             cases.run(tmp_path / name, tmp_path / "out")
         assert "\n" not in str(refused.value)
@@ -227,13 +238,16 @@ def test_urls_serve_folders_lists_and_tars(tmp_path):
     files = cases.good_files(5)
     for name, data in files.items():
         memory.pipe_file(f"/corpus/{name}", data)
-    memory.pipe_file("/lists/all.txt", "\n".join(["/".join(["memory:/", "corpus", name]) for name in files]).encode())
+    memory.pipe_file("/lists/all.txt",
+                     "\n".join(["/".join(["memory:/", "corpus", name]) for name in files]).encode())
     memory.pipe_file("/tars/s-0.tar", cases.as_tar(tmp_path / "s.tar", files).read_bytes())
     expected = cases.as_folder(tmp_path / "local", files)
     cases.run(expected, tmp_path / "out-local")
-    masks = {name: digest for name, digest in cases.contents(tmp_path / "out-local").items() if name.startswith("masks")}
+    masks = {name: digest for name,
+             digest in cases.contents(tmp_path / "out-local").items() if name.startswith("masks")}
     assert len(masks) == 5
-    for spec, prefix in (("memory://corpus", ""), ("memory://lists/all.txt", "corpus/"), ("memory://tars/s-{0..0}.tar", "")):
+    for spec, prefix in (("memory://corpus", ""), ("memory://lists/all.txt", "corpus/"),
+                         ("memory://tars/s-{0..0}.tar", "")):
         out = tmp_path / spec.replace("/", "_")
         assert cases.run(spec, out).bad == 0
         found = cases.contents(out)
@@ -264,7 +278,8 @@ def test_a_remote_file_that_fails_for_a_moment_is_read_again(monkeypatch):
 
 
 def test_samples_are_ordered_by_size():
-    samples = [Sample(key=f"k{i}", image=f"/x/k{i}.jpg", width=w, height=h) for i, (w, h) in enumerate([(9, 5), (4, 4), (9, 5)])]
+    samples = [Sample(key=f"k{i}", image=f"/x/k{i}.jpg", width=w, height=h) for i,
+               (w, h) in enumerate([(9, 5), (4, 4), (9, 5)])]
     source = SampleSource(samples, ["l0\n", "l1\n", "l2\n"])
     assert [(item.key, item.source) for item in source.items()] == [("k1", "l1"), ("k0", "l0"), ("k2", "l2")]
 

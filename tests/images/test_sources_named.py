@@ -20,7 +20,8 @@ def names(source) -> list[str]:
 def test_leftovers_are_passed_over_and_counted(tmp_path):
     kept = ["IMG_0.jpg", "trip/IMG_1.jpg", "recycle/IMG_2.jpg", "Icons/a.jpg"]
     left = ["@eaDir/IMG_0.jpg/SYNOPHOTO_THUMB_XL.jpg", "trip/@eaDir/x.jpg", "#recycle/gone.jpg",
-            "$RECYCLE.BIN/$R1.jpg", "#snapshot/x.jpg", "trip/Thumbs.db", "desktop.ini", ".Trash-1000/files/x.jpg",
+            "$RECYCLE.BIN/$R1.jpg", "#snapshot/x.jpg", "trip/Thumbs.db", "desktop.ini",
+            ".Trash-1000/files/x.jpg",
             "._IMG_0.jpg", "Icon\r"]
     folder = cases.as_folder(tmp_path / "in", dict.fromkeys(kept + left, JPEG))
     source = open_source(str(folder))
@@ -42,7 +43,8 @@ def test_formats_that_are_not_read_are_counted_by_extension(tmp_path):
     folder = cases.as_folder(tmp_path / "in", dict.fromkeys(others + read, JPEG))
     source = open_source(str(folder))
     assert names(source) == sorted(read)
-    for words in ("2 .heic", "1 .avif", "1 .gif", "1 .jp2", "1 without an extension", "1 .json", "not image formats"):
+    for words in ("2 .heic", "1 .avif", "1 .gif", "1 .jp2", "1 without an extension", "1 .json",
+                  "not image formats"):
         assert words in source.passed.line()
     assert open_source(str(cases.as_folder(tmp_path / "plain", {"x.jpg": JPEG}))).passed.line() is None
 
@@ -53,7 +55,8 @@ def test_a_folder_with_nothing_to_read_says_what_is_there(tmp_path):
         cases.run(folder, tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["shots {1,2} [x]", "{000..127}.tar", "photos.tar", "old.tar.gz", "lists{a,b}.txt"])
+@pytest.mark.parametrize("name", ["shots {1,2} [x]", "{000..127}.tar", "photos.tar", "old.tar.gz",
+                                  "lists{a,b}.txt"])
 def test_a_folder_that_is_there_is_a_folder_whatever_its_name(tmp_path, name):
     cases.as_folder(tmp_path / name, {"a.jpg": JPEG})
     source = open_source(str(tmp_path / name))
@@ -94,8 +97,9 @@ def test_masks_after_images_with_spaces_in_their_names(tmp_path):
 
 
 @pytest.mark.parametrize(("line", "reason"), [
-    ("image,mask", "no table"), ("a.jpg,m/a.png", "no table"), ("a.jpg;1", "no table"), ('"a.jpg"', "in quotes"),
-    ("'a b.jpg'", "in quotes"), ("sub\\a.jpg", "backslash"), ("../up.jpg", "outside")])
+    ("image,mask", "no table"), ("a.jpg,m/a.png", "no table"), ("a.jpg;1", "no table"),
+    ('"a.jpg"', "in quotes"), ("'a b.jpg'", "in quotes"), ("sub\\a.jpg", "backslash"),
+    ("../up.jpg", "outside")])
 def test_lines_of_another_form_are_bad_with_the_reason(tmp_path, line, reason):
     cases.as_folder(tmp_path, {"a.jpg": JPEG, "b.jpg": JPEG})
     (tmp_path / "list.txt").write_text(f"{line}\nb.jpg\n")

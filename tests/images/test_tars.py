@@ -58,7 +58,8 @@ def test_long_names_and_large_headers_are_read(tmp_path, kind):
 
 
 def test_headers_for_the_whole_archive_are_read(tmp_path):
-    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "of all"}) as opened:
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT,
+                      pax_headers={"comment": "of all"}) as opened:
         member = tarfile.TarInfo("x.jpg")
         member.size, member.pax_headers = 3, {"mtime": "1.25", "SCHILY.xattr.user.note": "y" * 2000}
         opened.addfile(member, io.BytesIO(b"abc"))
@@ -106,8 +107,8 @@ def test_what_is_cut_or_followed_by_something_says_so(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "magic"), [
-    ("bzip2", b"BZh91AY&SY"), ("xz", b"\xfd7zXZ\0\0\4"), ("zstd", b"\x28\xb5\x2f\xfd\4"), ("zip", b"PK\3\4\x14\0"),
-    ("gzip", gzip.compress(archive(FILES)))])
+    ("bzip2", b"BZh91AY&SY"), ("xz", b"\xfd7zXZ\0\0\4"), ("zstd", b"\x28\xb5\x2f\xfd\4"),
+    ("zip", b"PK\3\4\x14\0"), ("gzip", gzip.compress(archive(FILES)))])
 def test_compressed_archives_called_tar_are_named(tmp_path, kind, magic):
     assert f"compressed with {kind}" in refused(tmp_path / "a.tar", magic + bytes(2000))
 
@@ -120,7 +121,8 @@ def test_hard_links_have_the_bytes_of_what_they_name(tmp_path):
             member = tarfile.TarInfo(name)
             member.type, member.linkname = tarfile.LNKTYPE, target
             opened.addfile(member)
-    assert read(path) == {"a/x.jpg": b"first", "b.jpg": b"second", "link.jpg": b"first", "again.jpg": b"second"}
+    assert read(path) == {"a/x.jpg": b"first", "b.jpg": b"second", "link.jpg": b"first",
+                          "again.jpg": b"second"}
     with tarfile.open(path, "a") as opened:
         member = tarfile.TarInfo("lost.jpg")
         member.type, member.linkname = tarfile.LNKTYPE, "elsewhere.jpg"
@@ -161,7 +163,8 @@ def test_a_name_that_is_there_twice_is_refused(tmp_path, repeated):
 def test_masks_beside_their_images_are_passed_over(tmp_path):
     samples = {}
     for i in range(3):
-        samples |= {f"a/{i}.jpg": b"image", f"a/{i}.mask.png": b"mask", f"a/{i}.json": b"{}", f"b/{i}.rgb.png": b"image",
+        samples |= {f"a/{i}.jpg": b"image", f"a/{i}.mask.png": b"mask", f"a/{i}.json": b"{}",
+                    f"b/{i}.rgb.png": b"image",
                     f"b/{i}.seg.png": b"mask", f"{i}_label.png": b"mask", f"{i}.webp": b"image"}
     (tmp_path / "s.tar").write_bytes(archive(samples))
     source = open_source(str(tmp_path / "s.tar"))

@@ -270,7 +270,8 @@ def test_an_image_that_dali_fails_on_goes_to_pil_and_batches_stay(tmp_path, stra
     }
     dali = loader.pick("dali")
     expected = list(
-        dali.train_batches(Stream(samples=[replace(sample, strong=True) for sample in made.samples]), micros, **settings)
+        dali.train_batches(Stream(samples=[replace(sample, strong=True) for sample in made.samples]), micros,
+                           **settings)
     )
     found = list(dali.train_batches(Stream(samples=claimed), micros, **settings))
     assert [batch.step for batch in found] == [batch.step for batch in expected] == list(range(6))

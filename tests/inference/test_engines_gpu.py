@@ -20,8 +20,10 @@ def user(tmp_path, monkeypatch):
 
 
 def plan(network, backend, precision, frozen=True):
-    return Compilation(network=network, architecture={"name": "any"}, classes=tuple("abcdef"), backend=backend, frozen=frozen,
-                precision=precision, weights=weights_sha256(network.state_dict()), device=torch.device("cuda", 0), shapes=SHAPES)
+    return Compilation(network=network, architecture={"name": "any"}, classes=tuple("abcdef"),
+                       backend=backend, frozen=frozen,
+                precision=precision, weights=weights_sha256(network.state_dict()),
+                       device=torch.device("cuda", 0), shapes=SHAPES)
 
 
 def smooth(*size, seed=0):
@@ -37,8 +39,10 @@ def assert_agrees(teacher, made):
             ours = teacher.logits(images_NCHW)
             assert ours.dtype == torch.float32 and ours.is_cuda
             assert relative_error(ours, eager.logits(images_NCHW)) < build.TOLERANCE[made.precision]
-    if made.precision == "fp32":  # networks that learned nothing are decided by less than half precision keeps
-        found = gate.compare(teacher.logits, eager.logits, [smooth(*SIZES[2], seed=seed) for seed in range(8)])
+    # networks that learned nothing are decided by less than half precision keeps
+    if made.precision == "fp32":
+        found = gate.compare(teacher.logits, eager.logits,
+                             [smooth(*SIZES[2], seed=seed) for seed in range(8)])
         assert found.outside >= gate.FLOOR and found.decided > 0.1
 
 
@@ -66,6 +70,7 @@ def test_an_unfrozen_package_takes_other_weights(tmp_path):
 
 def test_folded_networks_on_the_gpu_equal_those_on_the_cpu():
     network = model("deeplabv3plus")
-    here, there = (fold.ready(network, device=torch.device(kind), dtype=torch.float32) for kind in ("cpu", "cuda"))
+    here, there = (fold.ready(network, device=torch.device(kind), dtype=torch.float32)
+                   for kind in ("cpu", "cuda"))
     with torch.inference_mode():
         assert relative_error(there(smooth(2, 65, 97)).cpu(), here(images(2, 65, 97))) < 5e-3  # TF32

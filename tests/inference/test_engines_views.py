@@ -1,6 +1,7 @@
 """Engines with test-time augmentation on photographs, against the method in plain PyTorch and float32.
 
-The network is trained here for a minute: one that learned nothing is decided by less than half precision keeps.
+The network is trained here for a minute: one that learned nothing is decided by less than half precision
+keeps.
 """
 
 import numpy as np
@@ -35,10 +36,13 @@ def photograph(folder, number: int, size: tuple[int, int], mode: str) -> np.ndar
 def trained(camvid, tmp_path_factory):
     """A checkpoint of a ResNet-18 that has seen eight photographs."""
     torch.manual_seed(0)
-    network = build_model("deeplabv3plus", "resnet18", CLASSES, 16).to(memory_format=torch.channels_last).train()
+    network = build_model("deeplabv3plus", "resnet18", CLASSES,
+                          16).to(memory_format=torch.channels_last).train()
     images = [normalised(photograph(camvid / "images" / "train", 40 * i, (128, 96), "RGB")) for i in range(8)]
     masks = [photograph(camvid / "masks" / "train", 40 * i, (128, 96), "L") for i in range(8)]
-    images_NCHW = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    images_NCHW = (
+        torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    )
     labels_NHW = torch.from_numpy(np.stack(masks)).long()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     for step in range(STEPS):
@@ -56,9 +60,11 @@ def trained(camvid, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("backend", "precision", "raw", "outside"), [
-    ("eager", "fp32", 0.9999, 1.0), ("inductor", "bf16", 0.97, gate.FLOOR),  # float32 engines: test_engines_inductor.py
+    # float32 engines: test_engines_inductor.py
+    ("eager", "fp32", 0.9999, 1.0), ("inductor", "bf16", 0.97, gate.FLOOR),
 ])
-def test_masks_are_those_of_the_method(camvid, trained, tmp_path, monkeypatch, backend, precision, raw, outside):
+def test_masks_are_those_of_the_method(camvid, trained, tmp_path, monkeypatch, backend, precision, raw,
+                                       outside):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     teacher = open_predictor(trained, load=load_network, device=CPU, backend=backend, precision=precision)
     network = load_network(trained)[0].eval()
@@ -69,13 +75,18 @@ def test_masks_are_those_of_the_method(camvid, trained, tmp_path, monkeypatch, b
             image = normalised(photograph(camvid / "images" / "val", 20 * i, size, "RGB"))
             images_NCHW = torch.from_numpy(image).permute(2, 0, 1)[None]
             mask = finalize(views.accumulate(teacher.logits, images_NCHW, "stpp", CLASSES))[0][0]
-            mean = plain_probabilities(network, images_NCHW, scales, mirrored)[0] / (len(scales) * (1 + mirrored))
+            mean = plain_probabilities(network, images_NCHW, scales,
+                                       mirrored)[0] / (len(scales) * (1 + mirrored))
             first, second = mean.topk(2, dim=0).values
             clear, equal = first - second >= gate.MARGIN, mask == mean.argmax(0)
             same, same_decided = same + int(equal.sum()), same_decided + int((equal & clear).sum())
-            decided, pixels, seen = decided + int(clear.sum()), pixels + mask.numel(), seen | set(mask.unique().tolist())
-    print(f"{backend} {precision}: {same / pixels:.5f} of all pixels as the method's, {same_decided / decided:.5f} of the "
-          f"{decided / pixels:.3f} outside near-ties")
+            decided, pixels, seen = (
+                decided + int(clear.sum()),
+                pixels + mask.numel(),
+                seen | set(mask.unique().tolist()),
+            )
+    print(f"{backend} {precision}: {same / pixels:.5f} of all pixels as the method's, "
+          f"{same_decided / decided:.5f} of the {decided / pixels:.3f} outside near-ties")
     assert len(seen) >= 4 and decided / pixels > 0.5
     assert same / pixels >= raw and same_decided / decided >= outside
     if backend == "inductor":

@@ -1,4 +1,5 @@
-"""`stpp evaluate`: crops that overlap against a plain form written here, and checkpoints that do not say what they are."""
+"""`stpp evaluate`: crops that overlap against a plain form written here, and checkpoints that do not say what
+they are."""
 
 import json
 import math
@@ -29,7 +30,8 @@ STRIDE = 16
 
 @pytest.fixture(scope="module")
 def network() -> torch.nn.Module:
-    """Made to see every class: else a network with random weights sees one class everywhere, in crops and without."""
+    """Made to see every class: else a network with random weights sees one class everywhere, in crops and
+    without."""
     made = cases.model("deeplabv3plus", seed=1)
     with torch.no_grad():
         logits = made(cases.images(4, 70, 90))
@@ -57,7 +59,8 @@ def listed(synthetic, tmp_path_factory) -> Path:
 
 
 def flags(best: Path, index_folder: Path, listed: Path, *more: object) -> list[str]:
-    return ["evaluate", "--checkpoint", *map(str, (best, "--index", index_folder, "--list", listed, *more)), "--device", "cpu",
+    return ["evaluate", "--checkpoint", *map(str, (best, "--index", index_folder, "--list", listed, *more)),
+            "--device", "cpu",
             "--precision", "fp32", "--loader", "reference"]
 
 
@@ -69,8 +72,10 @@ def command(capsys, *args) -> tuple[int, str, str]:
 # --- crops
 
 
-def sliding(network: torch.nn.Module, image_1CHW: torch.Tensor, side: int, mirrored: bool = False) -> torch.Tensor:
-    """Mean probabilities [1, C, H, W] of crops, one pixel column and row of their grid after the other, in plain PyTorch."""
+def sliding(network: torch.nn.Module, image_1CHW: torch.Tensor, side: int,
+            mirrored: bool = False) -> torch.Tensor:
+    """Mean probabilities [1, C, H, W] of crops, one pixel column and row of their grid after the other, in
+    plain PyTorch."""
     height, width = image_1CHW.shape[-2:]
     total, crops = torch.zeros(1, 6, height, width), torch.zeros(height, width)
     top = 0
@@ -91,7 +96,8 @@ def sliding(network: torch.nn.Module, image_1CHW: torch.Tensor, side: int, mirro
 
 
 @pytest.mark.parametrize("mode", ["none", "flip"])
-@pytest.mark.parametrize("size, side", [((70, 110), 48), ((48, 48), 48), ((33, 90), 48), ((20, 31), 48), ((65, 33), 32),
+@pytest.mark.parametrize("size, side",
+                         [((70, 110), 48), ((48, 48), 48), ((33, 90), 48), ((20, 31), 48), ((65, 33), 32),
                                         ((8, 9), 3)])
 def test_crops_add_up_as_in_the_plain_form(network, mode, size, side):
     images = cases.images(2, *size)
@@ -118,7 +124,9 @@ def plain_miou(network: torch.nn.Module, known: index.Index, listed: Path, side:
     both, either = np.zeros(6), np.zeros(6)
     for line in listed.read_text().splitlines():
         sample = known.sample(line.split()[0])
-        image = torch.from_numpy(normalised(np.asarray(Image.open(sample.image).convert("RGB")))).permute(2, 0, 1)[None]
+        image = torch.from_numpy(normalised(np.asarray(Image.open(sample.image).convert("RGB")))).permute(
+            2, 0, 1
+        )[None]
         with torch.no_grad():
             found = sliding(network, image, side).argmax(1)[0].numpy()
         truth = read_index_mask(sample.mask)
@@ -134,17 +142,21 @@ def test_the_score_is_that_of_the_plain_form(network, best, synthetic_index, lis
     code, said, _ = command(capsys, best, synthetic_index, listed, "--sliding-window", "45", "--out", out)
     assert code == 0 and "3 images" in said
     scores = json.loads(out.read_text())
-    assert scores["miou"] == pytest.approx(plain_miou(network, index.load(synthetic_index), listed, 45), abs=0.05)
+    assert scores["miou"] == pytest.approx(plain_miou(network, index.load(synthetic_index), listed, 45),
+                                           abs=0.05)
     command(capsys, best, synthetic_index, listed, "--out", tmp_path / "whole.json")
-    assert not math.isclose(json.loads((tmp_path / "whole.json").read_text())["miou"], scores["miou"], abs_tol=0.05)
+    assert not math.isclose(json.loads((tmp_path / "whole.json").read_text())["miou"], scores["miou"],
+                            abs_tol=0.05)
 
 
 def test_every_pixel_counts_once_whatever_the_crop(network, synthetic_index):
     known = index.load(synthetic_index)
     samples = [known.sample(image) for image in sorted(known.entries)[:4]]
     teacher = EagerPredictor(network, num_classes=6, device=CPU, dtype=torch.float32)
-    rows = {tuple(evaluate(teacher, samples, HERE, DataConfig(threads=1, loader="reference"), mode=mode, crop_px=side)
-                  .sum(1).tolist()) for mode, side in (("none", None), ("none", 1000), ("none", 50), ("flip", 50))}
+    rows = {tuple(evaluate(teacher, samples, HERE, DataConfig(threads=1, loader="reference"), mode=mode,
+                           crop_px=side)
+                  .sum(1).tolist()) for mode,
+            side in (("none", None), ("none", 1000), ("none", 50), ("flip", 50))}
     assert len(rows) == 1
 
 
@@ -173,8 +185,9 @@ def bare(folder: Path, state: dict, name: str = "published.pth") -> Path:
 
 
 @pytest.mark.parametrize("prefix, wrapper", [("", None), ("module.", None), ("module.", "model")])
-def test_a_published_state_dict_scores_as_the_same_network_of_a_run(network, best, synthetic_index, listed, tmp_path, capsys,
-                                                                    prefix, wrapper):
+def test_a_published_state_dict_scores_as_the_same_network_of_a_run(
+    network, best, synthetic_index, listed, tmp_path, capsys, prefix, wrapper
+):
     state = {prefix + key: value for key, value in network.state_dict().items()}
     path = bare(tmp_path, {wrapper: state, "epoch": 3} if wrapper else state)
     code, said, errors = command(capsys, path, synthetic_index, listed, "--output-stride", STRIDE)
@@ -190,7 +203,12 @@ def test_another_number_of_classes_than_the_data_is_named(synthetic_index, liste
     path = bare(tmp_path, cases.model("deeplabv2", classes=21).state_dict())
     code, _, errors = command(capsys, path, synthetic_index, listed)
     last = errors.strip().splitlines()[-1]
-    assert code == 2 and "was trained on 21 classes" in last and "has 6" in last and "use the matching index" in last
+    assert (
+        code == 2
+        and "was trained on 21 classes" in last
+        and "has 6" in last
+        and "use the matching index" in last
+    )
 
 
 def test_a_state_dict_needs_an_index_and_a_list(network, tmp_path, capsys):
@@ -198,10 +216,20 @@ def test_a_state_dict_needs_an_index_and_a_list(network, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["evaluate", "--checkpoint", str(path)])
     errors = capsys.readouterr().err
-    assert ended.value.code == 2 and "--index" in errors and "--list" in errors and len(errors.strip().splitlines()) == 1
+    assert (
+        ended.value.code == 2
+        and "--index" in errors
+        and "--list" in errors
+        and len(errors.strip().splitlines()) == 1
+    )
 
 
 def test_a_stride_that_contradicts_the_checkpoint_is_refused(best, synthetic_index, listed, capsys):
     assert command(capsys, best, synthetic_index, listed, "--output-stride", STRIDE)[0] == 0
     code, _, errors = command(capsys, best, synthetic_index, listed, "--output-stride", "8")
-    assert code == 2 and "--output-stride 8" in errors and "trained at 16" in errors and len(errors.strip().splitlines()) == 1
+    assert (
+        code == 2
+        and "--output-stride 8" in errors
+        and "trained at 16" in errors
+        and len(errors.strip().splitlines()) == 1
+    )

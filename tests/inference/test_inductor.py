@@ -4,7 +4,20 @@ import pytest
 import torch
 from PIL import Image
 
-from engine_cases import CLASSES, CPU, MODELS, QUICK, images, least_px, load, model, relative_error, save, sizes_from, tiny
+from engine_cases import (
+    CLASSES,
+    CPU,
+    MODELS,
+    QUICK,
+    images,
+    least_px,
+    load,
+    model,
+    relative_error,
+    save,
+    sizes_from,
+    tiny,
+)
 from stpp import checkpoint, cli
 from stpp.errors import UserError
 from stpp.images.pixels import normalised
@@ -16,7 +29,8 @@ from stpp.models.layers import DilatedConv3x3
 from stpp.models.trained import load_network
 
 SIZES = ((1, 33, 33), (1, 17, 17), (1, 200, 40), (3, 64, 201), (2, 17, 300), (5, 49, 49))
-"""One image and several, sides equal and not, maps smaller and larger than the dilations and the pooling's regions."""
+"""One image and several, sides equal and not, maps smaller and larger than the dilations and the pooling's
+regions."""
 FP32 = 1e-5
 """Relative to the largest logit: the same sums in another order."""
 HALF = 0.02
@@ -46,11 +60,13 @@ def operators(exported) -> set[str]:
     return {str(node.target) for node in exported.graph.nodes}
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in MODELS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
+                                  for name in MODELS])
 def test_one_graph_serves_every_size(name):
     network, least = ready(model(name)), least_px(name)
     exported, shapes = export.program(network, shapes=ANY_SIZE, device=CPU, dtype=torch.float32, plain=False)
-    assert_equal(exported.module(), network, sizes=(*sizes_from(least, SIZES), (1, least, least), (1, 518, 518)))
+    assert_equal(exported.module(), network,
+                 sizes=(*sizes_from(least, SIZES), (1, least, least), (1, 518, 518)))
     pyramid = any(isinstance(module, DilatedConv3x3) for module in network.modules())
     assert ("stpp_kernels.dilated_conv3x3.default" in operators(exported)) == pyramid
     assert pyramid == (name not in ("pspnet", "dinov2-small"))
@@ -71,20 +87,24 @@ def test_plain_graphs_hold_no_operator_of_ours_and_leave_the_network_alone():
 def test_no_typical_input_ties_the_graph_to_itself(typical):
     network = ready(tiny(0))
     shapes = Shapes.parse(["1x1x1", typical, "9x400x400"])
-    assert_equal(export.program(network, shapes=shapes, device=CPU, dtype=torch.float32, plain=False)[0].module(), network)
+    assert_equal(export.program(network, shapes=shapes, device=CPU, dtype=torch.float32,
+                                plain=False)[0].module(), network)
 
 
 def test_half_precision_is_in_the_graph_and_logits_are_not():
-    exported, _ = export.program(ready(tiny(0), torch.bfloat16), shapes=ANY_SIZE, device=CPU, dtype=torch.bfloat16, plain=True)
+    exported, _ = export.program(ready(tiny(0), torch.bfloat16), shapes=ANY_SIZE, device=CPU,
+                                 dtype=torch.bfloat16, plain=True)
     convolutions = [node for node in exported.graph.nodes if "conv2d" in str(node.target)]
-    assert [node.meta["val"].dtype for node in convolutions] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    assert [node.meta["val"].dtype
+            for node in convolutions] == [torch.bfloat16, torch.bfloat16, torch.float32]
     assert exported.graph.output_node().args[0][0].meta["val"].dtype == torch.float32
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_an_unfrozen_package_takes_the_next_teachers_weights(tmp_path):
-    """Three classes: a bias so short is written into the code unless that is forbidden, and a swap would miss it."""
+    """Three classes: a bias so short is written into the code unless that is forbidden, and a swap would miss
+    it."""
     first, second = ready(tiny(0)), ready(tiny(1))
     assert first.classifier.bias.numel() <= 8
     assert relative_error(first(images(1, 33, 33)), second(images(1, 33, 33))) > ERROR_OF_OTHER_WEIGHTS
@@ -119,12 +139,14 @@ def test_a_frozen_package_refuses_other_weights(tmp_path):
 @pytest.mark.timeout(600)
 def test_half_precision_packages_agree_with_eager_in_float32(tmp_path):
     network = tiny(0)
-    inductor.build(ready(network, torch.bfloat16), tmp_path, shapes=ANY_SIZE, device=CPU, dtype=torch.bfloat16, frozen=False)
+    inductor.build(ready(network, torch.bfloat16), tmp_path, shapes=ANY_SIZE, device=CPU,
+                   dtype=torch.bfloat16, frozen=False)
     run = inductor.load(tmp_path, device=CPU)
     truth = EagerPredictor(network, num_classes=len(CLASSES), device=CPU, dtype=torch.float32)
     assert_equal(run, ready(network, torch.bfloat16), tolerance=HALF, sizes=SIZES[:3], dtype=torch.bfloat16)
     with torch.inference_mode():
-        found = gate.compare(lambda x: run(x.bfloat16()), truth.logits, [images(2, 64, 96, seed=seed) for seed in range(3)])
+        found = gate.compare(lambda x: run(x.bfloat16()), truth.logits,
+                             [images(2, 64, 96, seed=seed) for seed in range(3)])
     assert found.outside >= gate.FLOOR and found.decided > 0.2
 
 
@@ -149,12 +171,17 @@ def test_the_command_compiles_judges_and_opens_again(tmp_path, capsys):
     (tmp_path / "photos" / "sub").mkdir(parents=True)
     pixels = (images(1, 90, 120)[0] * 40 + 120).clamp(0, 255).byte().permute(1, 2, 0).numpy()
     Image.fromarray(pixels).save(tmp_path / "photos" / "sub" / "one.png")
-    cli.main(["compile", "--checkpoint", str(tmp_path / "best.pt"), "--out", str(tmp_path / "engine"), "--backend", "inductor",
+    cli.main(["compile", "--checkpoint", str(tmp_path / "best.pt"), "--out", str(tmp_path / "engine"),
+              "--backend", "inductor",
               "--precision", "fp32", "--sample", str(tmp_path / "photos"), "--device", "cpu",
               "--shapes", "1x32x32", "2x64x64", "4x128x128"])
     assert "as eager" in capsys.readouterr().err
     record, _ = records.read(tmp_path / "engine")
-    assert record.agreement.pixels == 90 * 120 and record.agreement.outside == 1.0 and record.shapes.largest == (4, 128, 128)
+    assert (
+        record.agreement.pixels == 90 * 120
+        and record.agreement.outside == 1.0
+        and record.shapes.largest == (4, 128, 128)
+    )
     teacher = open_predictor(tmp_path / "engine", load=load_network, device=CPU)
     image = torch.from_numpy(normalised(pixels)).permute(2, 0, 1)[None]
     with torch.inference_mode():
@@ -162,10 +189,13 @@ def test_the_command_compiles_judges_and_opens_again(tmp_path, capsys):
         crop = image[:, :, 3:70, 5:90]
         assert relative_error(teacher.logits(crop), network(crop)) < 1e-4
         assert relative_error(teacher.logits(image.contiguous()), network(image)) < 1e-4
-    assert teacher.agreement.pixels == 2 * 90 * 120 + 67 * 85 and str(teacher.identity).endswith("-inductor-frozen-fp32")
+    assert teacher.agreement.pixels == 2 * 90 * 120 + 67 * 85 and str(teacher.identity).endswith(
+        "-inductor-frozen-fp32"
+    )
 
 
 def test_a_compiler_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(inductor.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="C\\+\\+ compiler"):
-        compile_predictor(save(tmp_path / "best.pt", 0), tmp_path / "x", load=load, device=CPU, backend="inductor", precision="fp32")
+        compile_predictor(save(tmp_path / "best.pt", 0), tmp_path / "x", load=load, device=CPU,
+                          backend="inductor", precision="fp32")

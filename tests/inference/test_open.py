@@ -1,4 +1,5 @@
-"""Engine folders: what is trusted, what is rebuilt, what is refused. A backend of Python stands for the compilers."""
+"""Engine folders: what is trusted, what is rebuilt, what is refused. A backend of Python stands for the
+compilers."""
 
 import dataclasses
 import json
@@ -80,7 +81,9 @@ def opened(path, **options):
 
 
 def compiled(path, out, **options):
-    return compile_predictor(path, out, **{"load": load, "device": CPU, "precision": "fp32", "backend": "fake", **options})
+    return compile_predictor(path, out,
+                             **{"load": load, "device": CPU, "precision": "fp32", "backend": "fake",
+                                **options})
 
 
 def truth(path, images_NCHW):
@@ -101,7 +104,8 @@ def edit(folder, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-# --- what is chosen ---------------------------------------------------------------------------------------------------
+# --- what is chosen
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_little_or_unknown_work_is_done_by_eager(first, fake):
@@ -114,7 +118,11 @@ def test_little_or_unknown_work_is_done_by_eager(first, fake):
 
 def test_much_work_is_compiled_and_says_why(first, fake, tmp_path, capsys):
     teacher = opened(first, images=10**8, cache=tmp_path / "cache")
-    assert fake.built == 1 and teacher.identity.backend == "fake-frozen" and teacher.identity.classes == tuple(CLASSES)
+    assert (
+        fake.built == 1
+        and teacher.identity.backend == "fake-frozen"
+        and teacher.identity.classes == tuple(CLASSES)
+    )
     assert_computes(teacher, first)
     said = capsys.readouterr().err
     assert "fake fp32" in said and "s to compile" in said and "as eager" in said
@@ -144,7 +152,8 @@ def test_the_choice_follows_the_amount_of_work_and_never_the_clock(fake):
     assert pick(200, present=()) == ("eager", False)
     assert choose.fastest(["fake"], "cpu") == "fake" and choose.fastest([], "cpu") == "eager"
     work = Work(images=1000, views=16.1)
-    assert len({choose.pick(network, work, present=["fake"], kind="cpu", precision="fp32", cores=2) for _ in range(5)}) == 1
+    assert len({choose.pick(network, work, present=["fake"], kind="cpu", precision="fp32", cores=2)
+                for _ in range(5)}) == 1
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -162,8 +171,11 @@ def test_on_a_gpu_compiling_pays_after_six_minutes_of_eager(precision):
 def test_operations_are_counted_without_computing():
     convolution = torch.nn.Conv2d(3, 8, 3, padding=1)
     assert choose.flop_per_px(convolution) == pytest.approx(2 * 3 * 9 * 8)
-    product = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 2, stride=2), torch.nn.Flatten(2), torch.nn.Linear(16 * 16, 5))
-    assert choose.flop_per_px(product, side=32) == pytest.approx((2 * 12 * 8 * 16**2 + 2 * 8 * 16**2 * 5) / 32**2)
+    product = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 2, stride=2), torch.nn.Flatten(2),
+                                  torch.nn.Linear(16 * 16, 5))
+    assert choose.flop_per_px(product, side=32) == pytest.approx(
+        (2 * 12 * 8 * 16**2 + 2 * 8 * 16**2 * 5) / 32**2
+    )
     assert next(convolution.parameters()).device.type == "cpu"
 
 
@@ -192,7 +204,8 @@ def test_what_cannot_be_had_is_named(first, tmp_path, options, names):
         assert all(name in str(refused.value) for name in names) and "\n" not in str(refused.value)
 
 
-# --- what is kept and shared ------------------------------------------------------------------------------------------
+# --- what is kept and shared
+# ------------------------------------------------------------------------------------------
 
 
 def test_an_engine_is_found_again(first, fake, tmp_path):
@@ -202,7 +215,13 @@ def test_an_engine_is_found_again(first, fake, tmp_path):
 
 
 def test_one_unfrozen_engine_serves_all_teachers_and_a_frozen_one_only_its_own(first, second, fake, tmp_path):
-    seconds = 25 * choose.EAGER_FLOPS["cpu"]["fp32"] * torch.get_num_threads() / choose.flop_per_px(tiny(0)) / (360 * 480)
+    seconds = (
+        25
+        * choose.EAGER_FLOPS["cpu"]["fp32"]
+        * torch.get_num_threads()
+        / choose.flop_per_px(tiny(0))
+        / (360 * 480)
+    )
     for path in (first, second, first):
         teacher = opened(path, work=Work(images=seconds), cache=tmp_path / "cache")
         assert teacher.identity.backend == "fake"
@@ -215,7 +234,13 @@ def test_one_unfrozen_engine_serves_all_teachers_and_a_frozen_one_only_its_own(f
 
 
 def test_a_swap_that_does_not_take_is_noticed(first, second, fake, tmp_path, monkeypatch):
-    work = Work(images=25 * choose.EAGER_FLOPS["cpu"]["fp32"] * torch.get_num_threads() / choose.flop_per_px(tiny(0)) / (360 * 480))
+    work = Work(
+        images=25
+        * choose.EAGER_FLOPS["cpu"]["fp32"]
+        * torch.get_num_threads()
+        / choose.flop_per_px(tiny(0))
+        / (360 * 480)
+    )
     opened(first, work=work, cache=tmp_path / "cache")
     own = fake.ready
     monkeypatch.setattr(fake, "load", lambda folder, *, device, swapped=None: own)
@@ -235,7 +260,8 @@ def test_what_a_killed_process_left_is_cleared_away(first, fake, tmp_path, monke
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setitem(build.BACKENDS, "fake", fake)
     assert_computes(opened(first, backend="fake", cache=cache), first)
-    assert sorted(path.name.split("-")[0].strip(".") for path in cache.iterdir()) == ["fake", "fake"]  # engine and lock
+    # engine and lock
+    assert sorted(path.name.split("-")[0].strip(".") for path in cache.iterdir()) == ["fake", "fake"]
 
 
 def test_processes_that_come_together_compile_once(first, fake, tmp_path):
@@ -253,7 +279,8 @@ def test_processes_that_come_together_compile_once(first, fake, tmp_path):
     assert len(found) == 4 and fake.built == 1
 
 
-# --- what is not trusted ----------------------------------------------------------------------------------------------
+# --- what is not trusted
+# ----------------------------------------------------------------------------------------------
 
 
 def test_an_engine_folder_opens_as_it_was_compiled(first, fake, tmp_path):
@@ -317,11 +344,13 @@ def test_an_engine_of_somebody_else_needs_trust(first, fake, tmp_path, user):
         opened(tmp_path / "engine")
 
 
-@pytest.mark.parametrize("field", ["files", "shapes", "precision", "weights_sha256", "classes", "architecture", "compile_s"])
+@pytest.mark.parametrize("field", ["files", "shapes", "precision", "weights_sha256", "classes",
+                                   "architecture", "compile_s"])
 def test_no_field_can_be_changed_without_the_signature_noticing(first, fake, tmp_path, field):
     compiled(first, tmp_path / "engine")
     table = json.loads((tmp_path / "engine" / "engine.json").read_text())
-    changed = {"files": {}, "shapes": table["shapes"] | {"largest": [9, 99, 99]}, "precision": "bf16", "weights_sha256": "0" * 64,
+    changed = {"files": {}, "shapes": table["shapes"] | {"largest": [9, 99, 99]}, "precision": "bf16",
+               "weights_sha256": "0" * 64,
                "classes": ["x"], "architecture": {}, "compile_s": 0.123}
     edit(tmp_path / "engine", **{field: changed[field]})
     record, signature = records.read(tmp_path / "engine")
@@ -362,7 +391,8 @@ def test_those_who_come_together_make_one_key(user):
     assert [path.name for path in user.iterdir()] == ["engine.key"]
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- what is refused
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("content", [
@@ -441,7 +471,8 @@ def test_a_failed_compile_leaves_the_old_engine_and_nothing_else(first, second, 
     assert_computes(opened(tmp_path / "engine"), second)
 
 
-@pytest.mark.parametrize("spoil", [lambda x: x * 1.2, lambda x: x + float("nan"), lambda x: x[:, :, 1:], lambda x: x.flip(1)],
+@pytest.mark.parametrize("spoil", [lambda x: x * 1.2, lambda x: x + float("nan"), lambda x: x[:, :, 1:],
+                                   lambda x: x.flip(1)],
                          ids=["scaled", "nan", "shape", "classes"])
 def test_an_engine_that_computes_something_else_is_not_made(first, fake, tmp_path, spoil):
     fake.spoil = spoil
@@ -463,11 +494,13 @@ def test_an_eager_folder_is_portable(first, tmp_path, user):
     assert_computes(opened(tmp_path / "engine"), first)
 
 
-# --- records ----------------------------------------------------------------------------------------------------------
+# --- records
+# ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("texts", [[], ["1x2x3"], ["1x32x32"] * 4, ["0x32x32"] * 3, ["1x32"] * 3, ["1x32x32 "] * 3, ["-1x3x3"] * 3,
-                                   ["2x32x32", "1x64x64", "4x64x64"], ["1x32x32", "2x64x64", "4x64x63"], ["1x9999999x1"] * 3])
+@pytest.mark.parametrize("texts", [[], ["1x2x3"], ["1x32x32"] * 4, ["0x32x32"] * 3, ["1x32"] * 3,
+                                   ["1x32x32 "] * 3, ["-1x3x3"] * 3, ["2x32x32", "1x64x64", "4x64x64"],
+                                   ["1x32x32", "2x64x64", "4x64x63"], ["1x9999999x1"] * 3])
 def test_impossible_shapes_are_named(texts):
     with pytest.raises(UserError, match="--shapes"):
         Shapes.parse(texts)
@@ -475,7 +508,8 @@ def test_impossible_shapes_are_named(texts):
 
 def test_shapes_hold_their_ends():
     shapes = Shapes.parse(["1x32x48", "2x64x64", "4x128x256"])
-    held = {(1, 32, 48): True, (4, 128, 256): True, (5, 64, 64): False, (1, 31, 48): False, (1, 32, 47): False, (2, 129, 64): False}
+    held = {(1, 32, 48): True, (4, 128, 256): True, (5, 64, 64): False, (1, 31, 48): False,
+            (1, 32, 47): False, (2, 129, 64): False}
     assert {shape: shapes.hold(torch.empty(shape[0], 3, *shape[1:])) for shape in held} == held
     assert ANY_SIZE.hold(torch.empty(1, 3, 1, 1))
 
@@ -493,20 +527,28 @@ def test_records_come_back_as_they_were_written(first, fake, tmp_path):
 def test_weights_are_hashed_by_value():
     state = tiny(0).state_dict()
     same = records.weights_sha256(state)
-    layout = {name: value.to(memory_format=torch.channels_last) if value.ndim == 4 else value for name, value in state.items()}
+    layout = {name: value.to(memory_format=torch.channels_last) if value.ndim == 4 else value for name,
+              value in state.items()}
     assert records.weights_sha256(dict(reversed(layout.items()))) == same
     name = "conv1.weight"
-    others = [{**state, name: state[name].half()}, {**state, name: state[name].flatten(1)}, {**state, name: state[name] + 1e-6},
+    others = [{**state, name: state[name].half()}, {**state, name: state[name].flatten(1)},
+              {**state, name: state[name] + 1e-6},
               {**{key: value for key, value in state.items() if key != name}, "other": state[name]}]
     assert len({same, *map(records.weights_sha256, others)}) == 5
 
 
 def test_the_saved_checkpoint_holds_no_more_than_the_network(first, fake, tmp_path):
     compiled(first, tmp_path / "engine")
-    assert set(checkpoint.load(tmp_path / "engine" / "checkpoint.pt")) == {"format", "model", "classes", "architecture"}
+    assert set(checkpoint.load(tmp_path / "engine" / "checkpoint.pt")) == {
+        "format",
+        "model",
+        "classes",
+        "architecture",
+    }
 
 
-# --- the gate ---------------------------------------------------------------------------------------------------------
+# --- the gate
+# ---------------------------------------------------------------------------------------------------------
 
 
 def logits_of(classes_HW: torch.Tensor, lead: float) -> torch.Tensor:
@@ -528,7 +570,8 @@ def test_near_ties_are_told_apart_by_eager_alone():
     ours[..., :2, :] = logits_of(classes + 1, 5.0)[..., :2, :]  # 20 of them differ
     found = agreement(ours, eager)
     assert (found.raw, found.outside, found.decided, found.pixels) == (0.8, 1.0, 0.6, 100)
-    ours[..., 9, :] = logits_of(classes + 1, 0.01)[..., 9, :]  # and ten decided ones, though the engine is undecided there
+    # and ten decided ones, though the engine is undecided there
+    ours[..., 9, :] = logits_of(classes + 1, 0.01)[..., 9, :]
     found = agreement(ours, eager)
     assert found.raw == pytest.approx(0.7) and found.outside == pytest.approx(50 / 60)
 
@@ -557,7 +600,9 @@ def test_the_floor_is_exact_and_a_refusal_gives_both_figures(wrong, accepted):
         return
     with pytest.raises(UserError) as refused:
         gate.accept(found, "engine")
-    assert str(refused.value).count(f"{(1000 - wrong) / 10:.3f} %") >= 2 and "--backend eager" in str(refused.value)
+    assert str(refused.value).count(f"{(1000 - wrong) / 10:.3f} %") >= 2 and "--backend eager" in str(
+        refused.value
+    )
 
 
 class Counted:

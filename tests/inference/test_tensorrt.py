@@ -1,4 +1,5 @@
-"""TensorRT engines: graphs against ONNX Runtime, engines built for GPUs that are not here, and the runner on a stand-in."""
+"""TensorRT engines: graphs against ONNX Runtime, engines built for GPUs that are not here, and the runner on
+a stand-in."""
 
 import contextlib
 import ctypes
@@ -25,9 +26,11 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02}
 GPUS = ("SM86", "SM89", "SM120")
 CUDA = torch.device("cuda")
 
-needs_onnx = pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None or importlib.util.find_spec("onnxscript") is None,
+needs_onnx = pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None
+                                or importlib.util.find_spec("onnxscript") is None,
                                 reason="onnxruntime and onnxscript are not installed (stpp[dev])")
-needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed (stpp[dev])")
+needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None,
+                               reason="tensorrt-rtx is not installed (stpp[dev])")
 
 
 def ready(network, dtype):
@@ -83,7 +86,8 @@ def assert_built(graph, network, dtype, shapes, *, capabilities, rows):
     assert (given.name, tuple(given.shape), given.dtype) == ("logits", (-1, rows, -1, -1), trt.float32)
     layers = map(parsed.get_layer, range(parsed.num_layers))
     types_ = [layer.get_output(0).dtype for layer in layers if layer.type == trt.LayerType.CONVOLUTION]
-    classifiers = sum(isinstance(m, torch.nn.Conv2d) for m in network.get_submodule(network.classifier_name).modules())
+    classifiers = sum(isinstance(m, torch.nn.Conv2d)
+                      for m in network.get_submodule(network.classifier_name).modules())
     assert types_.count(trt.float32) == (len(types_) if dtype == torch.float32 else classifiers)
     assert set(types_) <= {kind, trt.float32} and len(types_) > 2
     return plan.read_bytes()
@@ -92,7 +96,8 @@ def assert_built(graph, network, dtype, shapes, *, capabilities, rows):
 @needs_rtx
 @needs_onnx
 def test_an_engine_is_built_without_a_gpu(tmp_path, monkeypatch):
-    """An engine's ranges can only be read on a GPU; here what the builder was given is read back from its profile."""
+    """An engine's ranges can only be read on a GPU; here what the builder was given is read back from its
+    profile."""
     import tensorrt_rtx as trt
 
     profiles, made = [], trt.Builder.create_optimization_profile
@@ -109,7 +114,11 @@ def test_an_engine_is_built_without_a_gpu(tmp_path, monkeypatch):
                for gpus in (GPUS, GPUS[:1], GPUS[1:2])}
     assert len(engines) == 3
     for profile in profiles:
-        assert [tuple(shape) for shape in profile.get_shape("images")] == [(1, 3, 17, 17), (2, 3, 65, 97), (4, 3, 193, 257)]
+        assert [tuple(shape) for shape in profile.get_shape("images")] == [
+            (1, 3, 17, 17),
+            (2, 3, 65, 97),
+            (4, 3, 193, 257),
+        ]
 
 
 @needs_rtx
@@ -122,7 +131,8 @@ def test_engines_of_every_model_are_built_for_every_gpu(name, dtype, tmp_path):
     network, graph = ready(model(name), dtype), tmp_path / "model.onnx"
     shapes = export.onnx(network, graph, shapes=SHAPES, dtype=dtype)
     assert shapes.smallest == (1, least_px(name), least_px(name)) and shapes.largest == SHAPES.largest
-    # tensorrt-rtx 1.7 has no transposed convolution in bfloat16, and does not follow sizes through the padding of EfficientNet.
+    # tensorrt-rtx 1.7 has no transposed convolution in bfloat16, and does not follow sizes through the
+    # padding of EfficientNet.
     if (name, dtype) == ("dinov2-small", torch.bfloat16) or name == "efficientnet-lite0":
         with pytest.raises(UserError, match="--backend tensorrt: .* could not build the engine"):
             assert_built(graph, network, dtype, shapes, capabilities=(GPUS[0],), rows=6)
@@ -155,7 +165,8 @@ def test_without_a_driver_loading_is_refused_in_one_line(tmp_path):
     assert "\n" not in str(refused.value)
 
 
-# --- what is missing is named -----------------------------------------------------------------------------------------
+# --- what is missing is named
+# -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("absent", "named"), [
@@ -165,10 +176,12 @@ def test_without_a_driver_loading_is_refused_in_one_line(tmp_path):
 ])
 def test_a_missing_package_names_its_extra(monkeypatch, absent, named):
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in absent else found(name, *rest))
+    monkeypatch.setattr(importlib.util, "find_spec",
+                        lambda name, *rest: None if name in absent else found(name, *rest))
     backend = torch_tensorrt if absent == ("torch_tensorrt",) else tensorrt
     if "onnx" in absent:
-        monkeypatch.setattr(tensorrt, "installed", lambda: ("tensorrt", types.SimpleNamespace(__version__="11.0")))
+        monkeypatch.setattr(tensorrt, "installed",
+                            lambda: ("tensorrt", types.SimpleNamespace(__version__="11.0")))
     assert named in backend.unavailable(CUDA)
     assert "CUDA" in backend.unavailable(CPU)
 
@@ -189,7 +202,8 @@ def graph(*names, calls=0):
 
 @pytest.mark.parametrize("parts", [("_run_on_acc_0",), ("_run_on_acc_0", "_run_on_gpu_1")])
 def test_torch_tensorrt_is_told_types_and_ranges(monkeypatch, tmp_path, parts):
-    """Against a stand-in of the package, because no machine here can import it: what is asked of it, not what it does."""
+    """Against a stand-in of the package, because no machine here can import it: what is asked of it, not what
+    it does."""
     asked = {}
 
     def compile_(exported, **options):
@@ -201,7 +215,8 @@ def test_torch_tensorrt_is_told_types_and_ranges(monkeypatch, tmp_path, parts):
         torch.save(0, path)
 
     fake = types.SimpleNamespace(
-        Input=lambda **options: types.SimpleNamespace(**options), dynamo=types.SimpleNamespace(compile=compile_), save=save,
+        Input=lambda **options: types.SimpleNamespace(**options),
+        dynamo=types.SimpleNamespace(compile=compile_), save=save,
         load=lambda path: types.SimpleNamespace(module=lambda: lambda images_NCHW: (images_NCHW.float(),)))
     monkeypatch.setitem(sys.modules, "torch_tensorrt", fake)
     network = ready(tiny(0), torch.float16)
@@ -211,27 +226,32 @@ def test_torch_tensorrt_is_told_types_and_ranges(monkeypatch, tmp_path, parts):
         return
     assert torch_tensorrt.build(network, tmp_path, shapes=SHAPES, device=CPU, dtype=torch.float16) == SHAPES
     (taken,) = asked["arg_inputs"]
-    assert (taken.min_shape, taken.opt_shape, taken.max_shape) == ((1, 3, 17, 17), (2, 3, 65, 97), (4, 3, 193, 257))
+    assert (taken.min_shape, taken.opt_shape,
+            taken.max_shape) == ((1, 3, 17, 17), (2, 3, 65, 97), (4, 3, 193, 257))
     assert taken.dtype == torch.float16 and asked["use_explicit_typing"] and asked["require_full_compilation"]
     assert asked["timing_cache_path"].startswith(str(tmp_path)) and "enabled_precisions" not in asked
     assert [path.name for path in tmp_path.iterdir()] == [torch_tensorrt.FILE]
-    assert torch_tensorrt.load(tmp_path, device=CPU)(images(1, 17, 17, dtype=torch.float16)).dtype == torch.float32
+    assert torch_tensorrt.load(tmp_path,
+                               device=CPU)(images(1, 17, 17, dtype=torch.float16)).dtype == torch.float32
 
 
 def test_a_partial_conversion_is_seen():
     assert torch_tensorrt.unconverted(graph("_run_on_acc_0")) == []
-    assert torch_tensorrt.unconverted(graph("_run_on_acc_0", "_run_on_gpu_1", "_run_on_acc_2")) == ["_run_on_gpu_1"]
+    assert torch_tensorrt.unconverted(graph("_run_on_acc_0", "_run_on_gpu_1",
+                                            "_run_on_acc_2")) == ["_run_on_gpu_1"]
     assert torch_tensorrt.unconverted(graph("_run_on_acc_0", "_run_on_acc_1")) != []
     assert torch_tensorrt.unconverted(graph("_run_on_acc_0", calls=1)) != []
     assert torch_tensorrt.unconverted(graph(calls=2)) != []
     assert torch_tensorrt.unconverted(graph()) != []
 
 
-# --- the runner, on an engine that computes on the CPU through the addresses it is given ------------------------------
+# --- the runner, on an engine that computes on the CPU through the addresses it is given
+# ------------------------------
 
 
 class FakeContext:
-    """A context that runs a network on the memory whose addresses are bound, when executed or when a graph is replayed."""
+    """A context that runs a network on the memory whose addresses are bound, when executed or when a graph is
+    replayed."""
 
     def __init__(self, engine):
         self.engine, self.shape, self.addresses, self.memory = engine, (0, 0, 0, 0), {}, None
@@ -344,7 +364,8 @@ def assert_runs(runner, engine, *sizes):
 @pytest.mark.parametrize("captures", [True, False])
 def test_the_runner_binds_what_it_is_given(engine, captures):
     runner = Runner(TRT, engine, device=CPU, captures=captures)
-    sizes = [(1, 8, 9), (2, 8, 9), (1, 64, 40), (1, 8, 9), (1, 8, 9), (2, 8, 9), (3, 33, 17), (1, 64, 40), (1, 8, 9)]
+    sizes = [(1, 8, 9), (2, 8, 9), (1, 64, 40), (1, 8, 9), (1, 8, 9), (2, 8, 9), (3, 33, 17), (1, 64, 40),
+             (1, 8, 9)]
     assert_runs(runner, engine, *sizes)
     assert engine.contexts == (4 if captures else 1)
 

@@ -1,4 +1,5 @@
-"""Teachers: folding, test-time augmentation and scoring against plain forms written here from the method's description."""
+"""Teachers: folding, test-time augmentation and scoring against plain forms written here from the method's
+description."""
 
 import numpy as np
 import pytest
@@ -50,7 +51,8 @@ def normalised(path: str) -> torch.Tensor:
     return torch.from_numpy((pixels - MEAN) / STD).float().permute(2, 0, 1)[None]
 
 
-def plain_probabilities(net: torch.nn.Module, image_1CHW: torch.Tensor, scales, mirrored: bool) -> torch.Tensor:
+def plain_probabilities(net: torch.nn.Module, image_1CHW: torch.Tensor, scales,
+                        mirrored: bool) -> torch.Tensor:
     """Views one by one, softmax at the scaled size, mirrored back, resized and summed."""
     height, width = image_1CHW.shape[-2:]
     total = 0
@@ -73,7 +75,8 @@ def test_folding_keeps_the_function_and_the_network(name):
     ready = EagerPredictor(net, num_classes=6, device=CPU, dtype=torch.float32)
     with torch.no_grad():
         truth = net(images)
-        torch.testing.assert_close(ready.logits(images), truth, rtol=1e-3, atol=1e-3 * truth.abs().max().item())
+        torch.testing.assert_close(ready.logits(images), truth, rtol=1e-3,
+                                   atol=1e-3 * truth.abs().max().item())
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in ready._network.modules())
     assert all(torch.equal(net.state_dict()[key], value) for key, value in before.items())
 
@@ -82,7 +85,8 @@ def test_synchronised_batch_norms_are_folded_too():
     net = network(1)
     with_sync = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network(1))
     images = torch.randn(1, 3, 65, 81)
-    ours, theirs = (EagerPredictor(n, num_classes=6, device=CPU, dtype=torch.float32) for n in (with_sync, net))
+    ours, theirs = (EagerPredictor(n, num_classes=6, device=CPU, dtype=torch.float32)
+                    for n in (with_sync, net))
     with torch.no_grad():
         torch.testing.assert_close(ours.logits(images), theirs.logits(images))
 
@@ -114,7 +118,8 @@ def test_views_add_up_as_described(mode, size):
 
 
 def test_pseudo_labels_equal_the_plain_form(samples, tmp_path):
-    result = labels.label(ready(teacher(), identity="one"), samples, HERE, config=LabelConfig(batch_per_rank=3),
+    result = labels.label(ready(teacher(), identity="one"), samples, HERE,
+                          config=LabelConfig(batch_per_rank=3),
                             data=DataConfig(threads=1), out=tmp_path, title="label")
     same = pixels = 0
     net = network(0)
@@ -125,7 +130,8 @@ def test_pseudo_labels_equal_the_plain_form(samples, tmp_path):
         same += (total.argmax(0).numpy() == mask).sum()
         pixels += mask.size
     assert result.images == len(samples)
-    assert same / pixels >= 0.995  # decoders differ by a grey level here and there; random networks are all near-ties
+    # decoders differ by a grey level here and there; random networks are all near-ties
+    assert same / pixels >= 0.995
 
 
 def test_confusion_counts_every_labelled_pixel_once(samples):
@@ -135,7 +141,8 @@ def test_confusion_counts_every_labelled_pixel_once(samples):
     assert matrix.sum(1).tolist() == truth.tolist()
     differing = 0
     for seed in range(3):  # a random network may see one class everywhere, with views and without
-        alone, with_views = (evaluate(teacher(seed), samples, HERE, DataConfig(threads=1), mode=mode) for mode in ("none", "flip"))
+        alone, with_views = (evaluate(teacher(seed), samples, HERE, DataConfig(threads=1), mode=mode)
+                             for mode in ("none", "flip"))
         assert with_views.sum(1).tolist() == truth.tolist()
         differing += not torch.equal(with_views, alone)
     assert differing > 0
@@ -143,8 +150,8 @@ def test_confusion_counts_every_labelled_pixel_once(samples):
 
 def scores_of(teachers, samples, out) -> list[float]:
     lines = [sample.key for sample in samples]
-    reliability.select(ready(*teachers, identity="three"), samples, lines, HERE, config=LabelConfig(), data=DataConfig(threads=1),
-                       out=out)
+    reliability.select(ready(*teachers, identity="three"), samples, lines, HERE, config=LabelConfig(),
+                       data=DataConfig(threads=1), out=out)
     found = {row["key"]: row["reliability"] for row in rows.read(out / "reliability.parquet")}
     return [found[key] for key in lines]
 
@@ -156,7 +163,8 @@ def test_reliability_is_the_agreement_with_the_last_checkpoint(samples, tmp_path
         size = (sample.height, sample.width)
         with torch.no_grad():
             first, second, third = (
-                F.interpolate(net(normalised(sample.image)), size, mode="bilinear", align_corners=True).argmax(1)
+                F.interpolate(net(normalised(sample.image)), size, mode="bilinear",
+                              align_corners=True).argmax(1)
                 for net in map(network, (1, 2, 3)))
         ious = []
         for earlier in (first, second):

@@ -24,7 +24,8 @@ def test_mask_and_confidence_are_those_of_resized_logits(form, data):
     truth, eager = resized(logits.float(), case.size), resized(logits, case.size)
     best = truth.amax(1)
 
-    def regret(chosen):  # how far the chosen class's true logit lies below the largest: 0 unless two are nearly equal
+    # how far the chosen class's true logit lies below the largest: 0 unless two are nearly equal
+    def regret(chosen):
         return (best - truth.gather(1, chosen.long()[:, None])[:, 0]).max().item()
 
     assert regret(mask) <= 2 * regret(eager.argmax(1)) + logit_tolerance(logits)
@@ -51,7 +52,8 @@ def test_fp32_masks_are_equal_to_eager_where_classes_are_apart(form):
 @pytest.mark.parametrize(("classes", "source", "size"), [(150, (9, 13), (17, 20)), (3, (65, 65), (40, 513))])
 def test_many_classes_and_maps_of_crop_513(form, classes, source, size):
     torch.manual_seed(3)
-    logits = (torch.randn(1, classes, *source) * 5).contiguous(memory_format=torch.channels_last).to(device_of(form))
+    logits = (torch.randn(1, classes,
+                          *source) * 5).contiguous(memory_format=torch.channels_last).to(device_of(form))
     mask, confidence = argmax(form, logits, size)
     full = resized(logits, size)
     assert (full.amax(1) - full.gather(1, mask.long()[:, None])[:, 0]).max() <= logit_tolerance(logits)
@@ -61,7 +63,8 @@ def test_many_classes_and_maps_of_crop_513(form, classes, source, size):
 @pytest.mark.parametrize("form", FORMS)
 def test_lowest_class_wins_a_tie(form):
     torch.manual_seed(2)
-    if form != "reference":  # F.interpolate does not round every channel alike, so that equal classes come out unequal
+    # F.interpolate does not round every channel alike, so that equal classes come out unequal
+    if form != "reference":
         logits = torch.randn(1, 4, 5, 6, device=device_of(form))
         mask, _ = argmax(form, torch.cat([logits, logits, logits], 1), (13, 17))
         assert torch.equal(mask, argmax(form, logits, (13, 17))[0])
@@ -71,7 +74,8 @@ def test_lowest_class_wins_a_tie(form):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 def test_equal_size_is_plain_argmax(form, layout):
-    logits = laid_out(torch.randint(-3, 4, (2, 19, 7, 33)).float(), layout).to(device_of(form))  # full of ties
+    # full of ties
+    logits = laid_out(torch.randint(-3, 4, (2, 19, 7, 33)).float(), layout).to(device_of(form))
     mask, _ = argmax(form, logits, (7, 33))
     value, chosen = logits.amax(1), mask.long()[:, None]
     assert torch.equal(logits.gather(1, chosen)[:, 0], value)
@@ -82,10 +86,12 @@ def test_equal_size_is_plain_argmax(form, layout):
 @pytest.mark.parametrize("form", FORMS)
 def test_confidence_of_one_class_is_one_and_of_equal_classes_a_share(form):
     device = device_of(form)
-    assert torch.equal(argmax(form, torch.randn(1, 1, 2, 3, device=device), (4, 5))[1].cpu(), torch.ones(1, 4, 5))
+    assert torch.equal(argmax(form, torch.randn(1, 1, 2, 3, device=device), (4, 5))[1].cpu(),
+                       torch.ones(1, 4, 5))
     logits = torch.full((1, 8, 2, 3), -1e4, device=device)
     shares = argmax(form, logits, (4, 5))[1]
-    allowed = probability_tolerance(logits) if form == "reference" else 1e-6  # its log-sum-exp rounds like a logit
+    # its log-sum-exp rounds like a logit
+    allowed = probability_tolerance(logits) if form == "reference" else 1e-6
     torch.testing.assert_close(shares, torch.full_like(shares, 1 / 8), atol=allowed, rtol=0)
 
 
@@ -141,7 +147,8 @@ def test_opcheck(confidence, dtype):
 def test_compiles_without_graph_break():
     @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
     def predict(x):
-        mask, confidence = stpp_kernels.upsample_argmax(x * 2, (x.shape[2] * 4, x.shape[3] * 3), confidence=True)
+        mask, confidence = stpp_kernels.upsample_argmax(x * 2, (x.shape[2] * 4, x.shape[3] * 3),
+                                                        confidence=True)
         return mask, confidence + 1
 
     for height, width in ((4, 5), (7, 6)):

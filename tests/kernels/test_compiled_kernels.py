@@ -1,6 +1,8 @@
-"""Triton kernels compiled for sm_90 without a GPU: all of them compile, none spills, and images of any size share a few variants.
+"""Triton kernels compiled for sm_90 without a GPU: all of them compile, none spills, and images of any size
+share a few variants.
 
-`python -m pytest tests/kernels/test_compiled_kernels.py -m "slow or not slow" -s` prints the table of benchmarks/NOTES.md.
+`python -m pytest tests/kernels/test_compiled_kernels.py -m "slow or not slow" -s` prints the table of
+benchmarks/NOTES.md.
 """
 
 import json
@@ -17,7 +19,8 @@ from conftest import ROOT
 pytest.importorskip("triton")
 PROGRAM = Path(__file__).parents[1] / "compile_cases.py"
 OLDER = ROOT / "build" / "triton-3.6.0"
-KERNELS = {"forward", "finish", "argmax_kernel", "logsumexp_kernel", "accumulate_kernel", "finalize_kernel", "confusion_kernel"}
+KERNELS = {"forward", "finish", "argmax_kernel", "logsumexp_kernel", "accumulate_kernel", "finalize_kernel",
+           "confusion_kernel"}
 VERSIONS = [
     "",
     pytest.param("3.6.0", marks=[
@@ -28,9 +31,11 @@ VERSIONS = [
 
 
 def compiled(tmp_path: Path, version: str, *arguments: str, limit_s: float) -> list[dict]:
-    """Lines that compile_cases.py prints, with Triton `version` (empty: the installed one) and a cache of its own."""
+    """Lines that compile_cases.py prints, with Triton `version` (empty: the installed one) and a cache of its
+    own."""
     paths = [*([str(OLDER)] if version else []), os.environ["PYTHONPATH"]]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths),
+                   "TRITON_CACHE_DIR": str(tmp_path / "cache")}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, str(PROGRAM), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, env=environment)
@@ -43,7 +48,8 @@ def compiled(tmp_path: Path, version: str, *arguments: str, limit_s: float) -> l
 def check(rows: list[dict]) -> None:
     assert {row["kernel"] for row in rows} == KERNELS
     assert [row for row in rows if row["stack"] or row["local"]] == [], "registers spill"
-    assert [row for row in rows if row["shared"] > 48 * 1024] == [], "more shared memory than any GPU gives without asking"
+    assert [row for row in rows
+            if row["shared"] > 48 * 1024] == [], "more shared memory than any GPU gives without asking"
 
 
 def table(rows: list[dict]) -> str:
@@ -53,7 +59,8 @@ def table(rows: list[dict]) -> str:
         found[row["kernel"], row["case"].split(",")[0]].append(row)
     lines = ["| kernel | classes | variants | registers | shared, bytes |", "|---|---|---|---|---|"]
     for (kernel, case), group in sorted(found.items()):
-        ranges = [f"{min(row[name] for row in group)}-{max(row[name] for row in group)}" for name in ("registers", "shared")]
+        ranges = [f"{min(row[name] for row in group)}-{max(row[name] for row in group)}"
+                  for name in ("registers", "shared")]
         lines.append(f"| {kernel} | {case} | {len(group)} | {' | '.join(ranges)} |")
     return "\n".join([f"Triton {rows[0]['triton']}, sm_90", *lines])
 
@@ -91,8 +98,10 @@ def test_spilled_registers_are_seen(tmp_path):
         "one.kwargs['maxnreg'] = one.options['maxnreg'] = 40\n"
         "print(cases.row(one)['stack'])"
     )
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": f"{PROGRAM.parent}:{os.environ['PYTHONPATH']}"}
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path),
+                   "PYTHONPATH": f"{PROGRAM.parent}:{os.environ['PYTHONPATH']}"}
     environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=120,
+                          env=environment)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 0

@@ -1,4 +1,5 @@
-"""confusion and pairwise_iou against counting by hand: values, ignored pixels, values outside the classes, tracing."""
+"""confusion and pairwise_iou against counting by hand: values, ignored pixels, values outside the classes,
+tracing."""
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ def by_hand(pred, target, num_classes, ignore_index):
 
 
 def iou_by_hand(a, b, num_classes):
-    pairs = [(x, y) for x, y in zip(a.flatten().tolist(), b.flatten().tolist(), strict=True) if x != 255 and y != 255]
+    pairs = [(x, y) for x,
+             y in zip(a.flatten().tolist(), b.flatten().tolist(), strict=True) if x != 255 and y != 255]
     scores = []
     for k in range(num_classes):
         both, either = sum(x == k == y for x, y in pairs), sum(k in (x, y) for x, y in pairs)
@@ -32,7 +34,8 @@ def iou_by_hand(a, b, num_classes):
 
 
 def masks(seed, shape, num_classes, ignored, run=1):
-    """(prediction, truth) in runs of equal pixels; a share `ignored` of the truth is 255, its predictions anything."""
+    """(prediction, truth) in runs of equal pixels; a share `ignored` of the truth is 255, its predictions
+    anything."""
     generator = torch.Generator().manual_seed(seed)
     count = torch.Size(shape).numel()
 
@@ -70,7 +73,8 @@ def test_large_masks_are_shared_out_among_threads(threads):
     pred, target = masks(7, (3, 251, 397), 21, 0.2, run=30)  # no multiple of a thread's share
     counted = target != 255
     image = torch.arange(3).view(3, 1, 1).expand_as(target)[counted]
-    expected = torch.bincount((image * 21 + target[counted]) * 21 + pred[counted], minlength=3 * 441).view(3, 21, 21)
+    expected = torch.bincount((image * 21 + target[counted]) * 21 + pred[counted],
+                              minlength=3 * 441).view(3, 21, 21)
     torch.set_num_threads(threads)
     found = stpp_kernels.confusion(pred.byte(), target, 21, per_image=True)
     total = stpp_kernels.confusion(pred, target.byte(), 21)
@@ -82,7 +86,8 @@ def test_large_masks_are_shared_out_among_threads(threads):
 def test_any_ignore_index(form, ignore_index):
     target = torch.tensor([[0, 1, 2, 3, 3, 3, 0, 1]])
     pred = torch.tensor([[0, 1, 1, 3, 2, 0, 2, 1]])
-    found = confusion(form, pred.to(device_of(form)), target.to(device_of(form)), 4, ignore_index=ignore_index)
+    found = confusion(form, pred.to(device_of(form)), target.to(device_of(form)), 4,
+                      ignore_index=ignore_index)
     assert torch.equal(found.cpu(), by_hand(pred, target, 4, ignore_index))
 
 
@@ -114,7 +119,8 @@ def test_values_outside_the_classes_are_named(dtype, position):
         stpp_kernels.confusion(good, bad, 21)
     hidden = good.clone()
     hidden[0, position] = 255
-    assert stpp_kernels.confusion(bad, hidden, 21)[0, 0] == 999  # a prediction under an ignored pixel may be anything
+    # a prediction under an ignored pixel may be anything
+    assert stpp_kernels.confusion(bad, hidden, 21)[0, 0] == 999
 
 
 @pytest.mark.parametrize("value", [-1, -(2**40), 2**32, 2**40 + 3, 21])
@@ -148,7 +154,8 @@ def test_triton_form_asserts_on_values_outside():
 def test_pairwise_iou(seed, shape, num_classes, ignored, dtype):
     _, a = masks(seed, shape, num_classes, ignored)
     _, b = masks(seed + 1, shape, num_classes, ignored / 2)
-    expected = torch.tensor([iou_by_hand(x, y, num_classes) for x, y in zip(a, b, strict=True)], dtype=torch.float64)
+    expected = torch.tensor([iou_by_hand(x, y, num_classes) for x, y in zip(a, b, strict=True)],
+                            dtype=torch.float64)
     found = stpp_kernels.pairwise_iou(a.to(dtype), b.to(dtype), num_classes)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
@@ -159,10 +166,12 @@ def test_pairwise_iou(seed, shape, num_classes, ignored, dtype):
 @pytest.mark.parametrize("num_classes", [45, 46, 150])
 @pytest.mark.parametrize("run", [1, 1000, 5000])
 def test_runs_across_the_pieces_of_a_mask(form, num_classes, run):
-    pred, target = masks(12, (2, 91, 101), num_classes, 0.0 if run > 1 else 0.3, run)  # 9191 pixels: pieces of 4096 or 1024
+    # 9191 pixels: pieces of 4096 or 1024
+    pred, target = masks(12, (2, 91, 101), num_classes, 0.0 if run > 1 else 0.3, run)
     target[:, 40:43] = 255
     expected = torch.stack([by_hand(p, t, num_classes, 255) for p, t in zip(pred, target, strict=True)])
-    found = confusion(form, pred.byte().to(device_of(form)), target.to(device_of(form)), num_classes, per_image=True)
+    found = confusion(form, pred.byte().to(device_of(form)), target.to(device_of(form)), num_classes,
+                      per_image=True)
     assert torch.equal(found.cpu(), expected)
 
 

@@ -1,4 +1,5 @@
-"""upsample_cross_entropy against eager: values, gradients, labels that are wrong, layouts, determinism, tracing, training."""
+"""upsample_cross_entropy against eager: values, gradients, labels that are wrong, layouts, determinism,
+tracing, training."""
 
 import pytest
 import torch
@@ -64,7 +65,8 @@ def test_published_shapes(dtype, layout):
 
 
 def _extreme(kind: str) -> torch.Tensor:
-    """Logits [1, 5, 5, 6] whose corners disagree: none of their maxima says much about the pixels between them."""
+    """Logits [1, 5, 5, 6] whose corners disagree: none of their maxima says much about the pixels between
+    them."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1, 5, 5, 6, generator=generator)
     corner = torch.randint(5, (1, 1, 5, 6), generator=generator)
@@ -78,7 +80,8 @@ def _extreme(kind: str) -> torch.Tensor:
         "near the limit of the bound": 44.0 * chosen + noise,
         "above the limit": 60.0 * chosen + noise,
         "just out of float32's exponentials": 176.0 * chosen + noise,
-        "one cell of many": noise + torch.zeros(1, 5, 5, 6).index_fill_(3, torch.tensor([2]), 1.0) * 1e4 * sign,
+        "one cell of many": noise
+        + torch.zeros(1, 5, 5, 6).index_fill_(3, torch.tensor([2]), 1.0) * 1e4 * sign,
         "beyond 2^20": 1e7 * noise,
         "equal classes far up": noise * 0 + 1e4,
     }[kind]
@@ -86,7 +89,8 @@ def _extreme(kind: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", [
-    "opposite corners", "every corner its own class", "all below", "near the limit of the bound", "above the limit",
+    "opposite corners", "every corner its own class", "all below", "near the limit of the bound",
+    "above the limit",
     "just out of float32's exponentials", "one cell of many", "beyond 2^20", "equal classes far up",
 ])  # fmt: skip
 def test_corners_that_disagree(form, kind):
@@ -106,7 +110,8 @@ def test_corners_that_disagree(form, kind):
 @pytest.mark.parametrize("form", [TRITON])
 @pytest.mark.parametrize("search", [False, True])
 def test_bound_and_search_agree(form, search, monkeypatch):
-    """Moderate logits whose corners' maxima differ by up to 40 nats: the bound is used, and is as good as the largest logit."""
+    """Moderate logits whose corners' maxima differ by up to 40 nats: the bound is used, and is as good as the
+    largest logit."""
     from stpp_kernels.triton import cross_entropy
 
     logits = 40.0 * torch.rand(1, 4, 4, 5, generator=torch.Generator().manual_seed(2))
@@ -138,7 +143,8 @@ def test_launch_settings_change_nothing_but_rounding(form, launch):
 @pytest.mark.parametrize("form", [TRITON])
 @pytest.mark.parametrize(("classes", "size"), [(150, (9, 14)), (255, (6, 5))])
 def test_many_classes_interpreted(form, classes, size):
-    check(form, LossCase(1, classes, (3, 5), size, torch.bfloat16, torch.uint8, "channels_last", 3.0, 0.2, True, 7))
+    check(form, LossCase(1, classes, (3, 5), size, torch.bfloat16, torch.uint8, "channels_last", 3.0, 0.2,
+                         True, 7))
 
 
 @pytest.mark.slow
@@ -148,9 +154,11 @@ def test_maps_of_crop_513_interpreted(form, classes):
     from stpp_kernels.triton.cross_entropy import Launch
     from stpp_kernels.triton.cross_entropy import upsample_cross_entropy as raw
 
-    case = LossCase(1, classes, (65, 65), (513, 513), torch.float32, torch.uint8, "channels_last", 3.0, 0.1, False, 8)
+    case = LossCase(1, classes, (65, 65), (513, 513), torch.float32, torch.uint8, "channels_last", 3.0, 0.1,
+                    False, 8)
     logits, labels, _ = case.tensors()
-    tile = 64 * 2 ** (classes - 1).bit_length()  # 64 cells: the interpreter takes its time for every pixel position of a block
+    # 64 cells: the interpreter takes its time for every pixel position of a block
+    tile = 64 * 2 ** (classes - 1).bit_length()
     loss, counted, gradient = raw(logits, labels, None, None, 255, True, Launch(tile=tile))
     truth, true_gradient = eager_loss(logits, labels, compute=torch.float64)
     eager, eager_gradient = eager_loss(logits, labels)
@@ -170,7 +178,8 @@ def test_all_ignored_is_zero_without_nan(form):
 
 
 @pytest.mark.parametrize("form", ["cpu", "reference", TRITON])
-@pytest.mark.parametrize(("wrong", "dtype"), [(21, torch.uint8), (254, torch.uint8), (-1, torch.int64), (2**40, torch.int64)])
+@pytest.mark.parametrize(("wrong", "dtype"),
+                         [(21, torch.uint8), (254, torch.uint8), (-1, torch.int64), (2**40, torch.int64)])
 def test_a_label_out_of_range_is_an_error(form, wrong, dtype):
     logits, labels = torch.randn(1, 21, 3, 3), torch.zeros(1, 7, 18, dtype=dtype)
     labels[0, 6, 17] = wrong
@@ -184,7 +193,8 @@ def test_a_label_out_of_range_is_an_error(form, wrong, dtype):
 @pytest.mark.parametrize("ignore_index", [-100, 0, 3, 2**40])
 def test_any_ignore_index(form, ignore_index):
     torch.manual_seed(0)
-    logits, labels = torch.randn(1, 5, 4, 4, device=device_of(form)), torch.randint(5, (1, 9, 9), device=device_of(form))
+    logits, labels = torch.randn(1, 5, 4, 4,
+                                 device=device_of(form)), torch.randint(5, (1, 9, 9), device=device_of(form))
     labels[0, :3] = ignore_index
     loss, counted, gradient = fused_loss(form, logits, labels, ignore_index=ignore_index)
     eager, eager_gradient = eager_loss(logits, labels, ignore_index=ignore_index)
@@ -198,7 +208,8 @@ def test_a_weight_of_zero_counts_but_costs_nothing(form):
     torch.manual_seed(0)
     logits = torch.randn(1, 3, 4, 4, device=device_of(form))
     labels = torch.zeros(1, 8, 8, dtype=torch.uint8, device=device_of(form))
-    loss, counted, gradient = fused_loss(form, logits, labels, pixel_weight=torch.zeros(1, 8, 8, device=device_of(form)))
+    loss, counted, gradient = fused_loss(form, logits, labels,
+                                         pixel_weight=torch.zeros(1, 8, 8, device=device_of(form)))
     assert loss.item() == 0 and counted.item() == 64 and not gradient.any()
 
 
@@ -229,17 +240,20 @@ def test_float16_gradient_survives_sums_beyond_its_range(form):
         raw = {"reference": reference.upsample_cross_entropy}.get(form)
         if raw is None:
             from stpp_kernels.triton.cross_entropy import upsample_cross_entropy as raw
-        assert raw(logits, labels, None, None, 255, True)[2].flatten().tolist() == [-side * side / 2, side * side / 2]
+        assert raw(logits, labels, None, None, 255,
+                   True)[2].flatten().tolist() == [-side * side / 2, side * side / 2]
 
 
 def test_gradient_keeps_the_layout_of_the_logits():
     for layout in ("contiguous", "channels_last"):
         logits = laid_out(torch.randn(2, 5, 6, 7), layout).bfloat16()
-        assert fused_loss("cpu", logits, torch.zeros(2, 20, 20, dtype=torch.uint8))[2].stride() == logits.stride()
+        assert fused_loss("cpu", logits,
+                          torch.zeros(2, 20, 20, dtype=torch.uint8))[2].stride() == logits.stride()
 
 
 def test_same_bits_for_any_number_of_threads_and_every_run():
-    case = LossCase(3, 21, (41, 41), (161, 163), torch.float32, torch.uint8, "channels_last", 3.0, 0.2, True, 5)
+    case = LossCase(3, 21, (41, 41), (161, 163), torch.float32, torch.uint8, "channels_last", 3.0, 0.2, True,
+                    5)
     logits, labels, weights = case.tensors()
     results = []
     for threads in (1, 2, 3, 2):
@@ -252,7 +266,8 @@ def test_same_bits_for_any_number_of_threads_and_every_run():
 def test_nothing_of_full_size_is_allocated():
     logits = torch.randn(4, 21, 41, 41, requires_grad=True)
     labels = torch.randint(21, (4, 161, 161)).to(torch.uint8)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                profile_memory=True) as profile:
         upsample_cross_entropy(logits, labels)[0].backward()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     allocated = [event.nbytes() for event in events if event.nbytes() > 0]
@@ -263,7 +278,8 @@ def test_nothing_of_full_size_is_allocated():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_cuda_the_bits_repeat_and_nothing_waits():
-    case = LossCase(4, 21, (41, 41), (161, 163), torch.bfloat16, torch.uint8, "channels_last", 3.0, 0.2, True, 5)
+    case = LossCase(4, 21, (41, 41), (161, 163), torch.bfloat16, torch.uint8, "channels_last", 3.0, 0.2, True,
+                    5)
     logits, labels, weights = case.tensors("cuda")
     first = fused_loss("cuda", logits, labels, **weights)
     torch.cuda.set_sync_debug_mode("error")
@@ -276,7 +292,8 @@ def test_on_cuda_the_bits_repeat_and_nothing_waits():
 
 
 def test_images_do_not_influence_one_another():
-    logits, labels, _ = LossCase(3, 4, (9, 9), (33, 33), torch.float32, torch.int64, "contiguous", 3.0, 0.2, False, 6).tensors()
+    logits, labels, _ = LossCase(3, 4, (9, 9), (33, 33), torch.float32, torch.int64, "contiguous", 3.0, 0.2,
+                                 False, 6).tensors()
     alone = fused_loss("cpu", logits[1:2], labels[1:2])[2]
     torch.testing.assert_close(fused_loss("cpu", logits, labels)[2][1:2], alone, rtol=0, atol=1e-6)
 
@@ -298,12 +315,14 @@ def test_opcheck(with_gradient, dtype):
     case = LossCase(2, 5, (4, 6), (9, 20), dtype, torch.uint8, "channels_last", 3.0, 0.2, True, 2)
     logits, labels, weights = case.tensors()
     logits = logits.requires_grad_(with_gradient)
-    torch.library.opcheck(OP, (logits, labels, weights["class_weight"], weights["pixel_weight"], 255, with_gradient))
+    torch.library.opcheck(OP, (logits, labels, weights["class_weight"], weights["pixel_weight"], 255,
+                               with_gradient))
 
 
 def test_gradcheck_in_float64():
     torch.manual_seed(0)
-    logits, labels = torch.randn(2, 3, 3, 4, dtype=torch.float64, requires_grad=True), torch.randint(3, (2, 7, 5))
+    logits, labels = torch.randn(2, 3, 3, 4, dtype=torch.float64,
+                                 requires_grad=True), torch.randint(3, (2, 7, 5))
     labels[0, 0] = 255
     weight = torch.rand(2, 7, 5)
     torch.autograd.gradcheck(lambda z: upsample_cross_entropy(z, labels, pixel_weight=weight)[0], (logits,))
@@ -321,14 +340,16 @@ def test_gradcheck_in_float64():
     ],
 )
 def test_wrong_arguments_are_named(change, match):
-    arguments = {"logits": torch.zeros(1, 3, 4, 4), "labels": torch.zeros(1, 8, 8, dtype=torch.uint8)} | change
+    arguments = {"logits": torch.zeros(1, 3, 4, 4),
+                 "labels": torch.zeros(1, 8, 8, dtype=torch.uint8)} | change
     with pytest.raises(ValueError, match=match):
         upsample_cross_entropy(arguments.pop("logits"), arguments.pop("labels"), **arguments)
 
 
 def _trained(loss_of, steps: int = 20) -> list[float]:
     torch.manual_seed(3)
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=4, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 5, 1)).to(
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=4, padding=1), torch.nn.ReLU(),
+                                torch.nn.Conv2d(8, 5, 1)).to(
         memory_format=torch.channels_last
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
@@ -394,4 +415,5 @@ def test_weights_of_any_float_type_are_constants(form):
     weight = torch.rand(1, 9, 9, dtype=torch.float64)
     expected = fused_loss(form, logits, labels, pixel_weight=weight.float())[0]
     torch.testing.assert_close(fused_loss(form, logits, labels, pixel_weight=weight)[0], expected)
-    assert not upsample_cross_entropy(logits, labels, pixel_weight=weight.float().requires_grad_())[0].requires_grad
+    assert not upsample_cross_entropy(logits, labels,
+                                      pixel_weight=weight.float().requires_grad_())[0].requires_grad

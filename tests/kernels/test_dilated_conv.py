@@ -1,4 +1,5 @@
-"""dilated_conv3x3 against F.conv2d: values, gradients, both forms, 16-bit arithmetic, autocast, tracing, export."""
+"""dilated_conv3x3 against F.conv2d: values, gradients, both forms, 16-bit arithmetic, autocast, tracing,
+export."""
 
 import contextlib
 import os
@@ -15,7 +16,8 @@ from stpp_kernels import dilated_conv, dilated_conv3x3
 FORMS = ["taps", "conv", ""]
 DEVICES = [
     "cpu",
-    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]),
+    pytest.param("cuda", marks=[pytest.mark.gpu,
+                                pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]),
 ]
 
 
@@ -51,7 +53,8 @@ def check(form, device, shape, channels, dilation, dtype, layout, seed=0):
         for kind in (dtype, torch.float64)
     ]
     assert fused[0].is_contiguous(memory_format=torch.channels_last) and fused[0].dtype == dtype
-    for name, *tensors in zip(("output", "gradient of x", "gradient of the weight"), fused, *plain, strict=True):
+    for name, *tensors in zip(("output", "gradient of x", "gradient of the weight"), fused, *plain,
+                              strict=True):
         assert_three_way(name, *tensors)
 
 
@@ -91,14 +94,16 @@ def test_products_in_bfloat16_keep_the_three_way_rule(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_cudnn_s_output_comes_in_channels_last(layout, dtype):
-    """On a CPU conv2d's output of contiguous maps is contiguous, as cuDNN's is, so this path shows here what it shows on CUDA."""
+    """On a CPU conv2d's output of contiguous maps is contiguous, as cuDNN's is, so this path shows here what
+    it shows on CUDA."""
     torch.manual_seed(0)
     x = laid_out(torch.randn(2, 4, 7, 9), layout).to(dtype).requires_grad_()
     weight = torch.randn(5, 4, 3, 3, dtype=dtype, requires_grad=True)
     out, plain = dilated_conv._cudnn(x, weight, 3), F.conv2d(x, weight, padding=3, dilation=3)
     assert out.is_contiguous(memory_format=torch.channels_last) and torch.equal(out, plain)
     gradient = torch.randn_like(plain)
-    for mine, theirs in zip(*(torch.autograd.grad(one, (x, weight), gradient) for one in (out, plain)), strict=True):
+    for mine, theirs in zip(*(torch.autograd.grad(one, (x, weight), gradient) for one in (out, plain)),
+                            strict=True):
         torch.testing.assert_close(mine, theirs)
 
 
@@ -116,7 +121,8 @@ def test_zero_images_and_one_sided_gradients():
 
 def test_valid_share_counts_what_meets_the_map():
     for height, width, dilation in [(41, 41, 36), (5, 9, 2), (3, 3, 3), (1, 7, 4), (6, 6, 1)]:
-        inside = F.conv2d(torch.ones(1, 1, height, width), torch.ones(1, 1, 3, 3), padding=dilation, dilation=dilation).sum()
+        inside = F.conv2d(torch.ones(1, 1, height, width), torch.ones(1, 1, 3, 3), padding=dilation,
+                          dilation=dilation).sum()
         expected = inside.item() / (9 * height * width)
         assert dilated_conv.valid_share(height, width, dilation) == pytest.approx(expected)
 
@@ -145,10 +151,13 @@ def test_form_leaves_to_onednn_what_it_does_as_well(avx512, amx, monkeypatch):
     wide, narrow = torch.zeros(1, 2048, 41, 41), torch.zeros(1, 512, 41, 41)
     skips = avx512 and not amx  # bfloat16 products of AMX and emulated ones multiply padding
     for x, conv in ((wide, True), (narrow, True), (wide.bfloat16(), skips), (narrow.bfloat16(), skips)):
-        assert dilated_conv.form("forward", x, 12) == dilated_conv.form("input gradient", x, 12) == ("conv" if conv else "taps")
+        assert dilated_conv.form("forward", x,
+                                 12) == dilated_conv.form("input gradient", x,
+                                                          12) == ("conv" if conv else "taps")
         assert dilated_conv.form("weight gradient", x, 36) == "taps"
     assert dilated_conv.form("weight gradient", wide, 12) == "taps"
-    assert dilated_conv.form("weight gradient", narrow, 12) == "conv"  # copying columns costs more than it saves
+    # copying columns costs more than it saves
+    assert dilated_conv.form("weight gradient", narrow, 12) == "conv"
 
 
 def test_autocast_casts_both_arguments():
@@ -205,10 +214,12 @@ class _Net(torch.nn.Module):
 
 
 def test_export_keeps_one_opaque_operator_with_dynamic_sizes():
-    size = {0: torch.export.Dim("n", min=1, max=8), 2: torch.export.Dim("h", min=4), 3: torch.export.Dim("w", min=4)}
+    size = {0: torch.export.Dim("n", min=1, max=8), 2: torch.export.Dim("h", min=4),
+            3: torch.export.Dim("w", min=4)}
     net = _Net().eval()
     program = torch.export.export(net, (torch.randn(2, 3, 13, 17),), dynamic_shapes=({**size},))
-    assert [node.target for node in program.graph.nodes].count(torch.ops.stpp_kernels.dilated_conv3x3.default) == 1
+    assert [node.target
+            for node in program.graph.nodes].count(torch.ops.stpp_kernels.dilated_conv3x3.default) == 1
     for shape in [(1, 3, 5, 30), (3, 3, 20, 9)]:  # rate 6 drops whole taps in the first, none in the second
         x = torch.randn(shape)
         torch.testing.assert_close(program.module()(x), net(x))
@@ -219,7 +230,8 @@ def test_compiles_without_a_graph_break():
     net = _Net()
     compiled = torch.compile(net, fullgraph=True)
     x = torch.randn(2, 3, 13, 17, requires_grad=True)
-    torch.testing.assert_close(torch.autograd.grad(compiled(x).square().sum(), x), torch.autograd.grad(net(x).square().sum(), x))
+    torch.testing.assert_close(torch.autograd.grad(compiled(x).square().sum(), x),
+                               torch.autograd.grad(net(x).square().sum(), x))
 
 
 def test_there_is_no_second_derivative():

@@ -19,7 +19,8 @@ def plain(x, weight, dilation):
     return F.conv2d(x, weight, padding=dilation, dilation=dilation)
 
 
-@pytest.mark.parametrize(("for_x", "for_weight"), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(("for_x", "for_weight"),
+                         [(False, False), (True, False), (False, True), (True, True)])
 def test_a_dilated_convolution_counts_as_a_plain_one(for_x, for_weight):
     x = torch.randn(2, 4, 7, 9, requires_grad=for_x)
     weight = torch.randn(5, 4, 3, 3, requires_grad=for_weight)

@@ -1,4 +1,5 @@
-"""label_probability against the softmax of resized logits: values, ignored pixels, layouts, edges, tracing."""
+"""label_probability against the softmax of resized logits: values, ignored pixels, layouts, edges,
+tracing."""
 
 import pytest
 import torch
@@ -39,8 +40,10 @@ def test_probability_is_that_of_the_label_in_resized_logits(form, data):
     assert probability.dtype == torch.float32 and probability.shape == labels.shape
     assert (probability[ignored] == 2).all()
     index = labels.masked_fill(ignored, 0).long()[:, None]
-    truth, eager = (resized(each, case.size).softmax(1).float().cpu().gather(1, index)[:, 0].masked_fill(ignored, 2)
-                    for each in (logits.float(), logits))
+    truth, eager = (
+        resized(each, case.size).softmax(1).float().cpu().gather(1, index)[:, 0].masked_fill(ignored, 2)
+        for each in (logits.float(), logits)
+    )
     allowed = 2 * (eager - truth).abs().max().item() + probability_tolerance(logits)
     assert (probability - truth).abs().max().item() <= allowed, worst(probability, truth)
 
@@ -59,8 +62,10 @@ def test_another_index_can_be_ignored():
 
 
 def test_no_images_and_float64():
-    assert stpp_kernels.label_probability(torch.zeros(0, 3, 2, 2), torch.zeros(0, 5, 6, dtype=torch.uint8)).shape == (0, 5, 6)
-    logits, labels = torch.randn(1, 5, 3, 3, dtype=torch.float64), torch.randint(5, (1, 7, 7), dtype=torch.uint8)
+    assert stpp_kernels.label_probability(torch.zeros(0, 3, 2, 2),
+                                          torch.zeros(0, 5, 6, dtype=torch.uint8)).shape == (0, 5, 6)
+    logits, labels = torch.randn(1, 5, 3, 3,
+                                 dtype=torch.float64), torch.randint(5, (1, 7, 7), dtype=torch.uint8)
     expected = resized(logits, (7, 7)).softmax(1).gather(1, labels[:, None].long())[:, 0]
     torch.testing.assert_close(stpp_kernels.label_probability(logits, labels), expected.float())
 

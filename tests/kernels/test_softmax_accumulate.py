@@ -1,4 +1,5 @@
-"""softmax_accumulate and finalize against the two-step eager form: values, mirrors, layouts, edges, tracing."""
+"""softmax_accumulate and finalize against the two-step eager form: values, mirrors, layouts, edges,
+tracing."""
 
 from dataclasses import replace
 
@@ -74,7 +75,8 @@ def test_a_pair_is_two_calls(form, data):
     case, flip = data.draw(cases(form)), data.draw(st.booleans())
     first, second = case.logits(device_of(form)), replace(case, seed=case.seed ^ 1).logits(device_of(form))
     together, apart = (torch.ones(case.n, case.c, *case.size, device=first.device) for _ in range(2))
-    accumulate(form, together, laid_out(torch.cat([first, second]), case.layout), case.scaled, case.size, flip, pair=True)
+    accumulate(form, together, laid_out(torch.cat([first, second]), case.layout), case.scaled, case.size,
+               flip, pair=True)
     accumulate(form, apart, first, case.scaled, case.size, flip)
     accumulate(form, apart, second, case.scaled, case.size, not flip)
     if form == "cuda":  # two kernels: the compiler may fuse products and sums differently
@@ -85,17 +87,20 @@ def test_a_pair_is_two_calls(form, data):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    ("classes", "source", "scaled", "size"), [(150, (3, 5), (4, 13), (3, 20)), (3, (65, 65), (9, 513), (12, 342))]
+    ("classes", "source", "scaled", "size"),
+    [(150, (3, 5), (4, 13), (3, 20)), (3, (65, 65), (9, 513), (12, 342))]
 )
 def test_many_classes_and_maps_of_crop_513(form, classes, source, scaled, size):
     torch.manual_seed(7)
-    logits = (torch.randn(2, classes, *source) * 5).contiguous(memory_format=torch.channels_last).to(device_of(form))
+    logits = (torch.randn(2, classes,
+                          *source) * 5).contiguous(memory_format=torch.channels_last).to(device_of(form))
     acc = torch.zeros(1, classes, *size, device=logits.device)
     accumulate(form, acc, logits, scaled, size, False, pair=True)
     truth = eager(logits[:1], scaled, size, False) + eager(logits[1:], scaled, size, True)
     assert (acc - truth).abs().max() <= 2 * probability_tolerance(logits), worst(acc, truth)
     mask, mean, counts = finalize(form, acc)
-    assert torch.equal(acc.gather(1, mask.long()[:, None])[:, 0], acc.amax(1)) and counts.sum() == mask.numel()
+    assert torch.equal(acc.gather(1, mask.long()[:, None])[:, 0],
+                       acc.amax(1)) and counts.sum() == mask.numel()
     torch.testing.assert_close(mean, (acc.amax(1) / acc.sum(1)).mean((1, 2)), atol=1e-5, rtol=0)
 
 
@@ -181,8 +186,10 @@ def test_no_images_and_float64_logits():
         (torch.zeros(1, 3, 5, 6), torch.zeros(1, 3, 2, 2), (4, 4), (6, 5), ValueError, "the sum has shape"),
         (torch.zeros(1, 4, 5, 6), torch.zeros(1, 3, 2, 2), (4, 4), (5, 6), ValueError, "the sum has shape"),
         (torch.zeros(1, 3, 5, 6), torch.zeros(1, 3, 2, 2), (0, 4), (5, 6), ValueError, "scaled_size is"),
-        (torch.zeros(1, 3, 5, 1).expand(1, 3, 5, 6), torch.zeros(1, 3, 2, 2), (4, 4), (5, 6), ValueError, "shares memory"),
-        (torch.zeros(1, 3, 5, 6).half(), torch.zeros(1, 3, 2, 2), (4, 4), (5, 6), TypeError, "sum is torch.float16"),
+        (torch.zeros(1, 3, 5, 1).expand(1, 3, 5, 6), torch.zeros(1, 3, 2, 2), (4, 4), (5, 6), ValueError,
+         "shares memory"),
+        (torch.zeros(1, 3, 5, 6).half(), torch.zeros(1, 3, 2, 2), (4, 4), (5, 6), TypeError,
+         "sum is torch.float16"),
     ],
 )
 def test_wrong_arguments_are_named(acc, logits, scaled, size, error, text):
@@ -193,7 +200,8 @@ def test_wrong_arguments_are_named(acc, logits, scaled, size, error, text):
 @pytest.mark.parametrize(("images", "text"), [(3, "2N, C, h, w"), (4, "the sum has shape")])
 def test_a_pair_of_a_wrong_number_is_named(images, text):
     with pytest.raises(ValueError, match=text):
-        stpp_kernels.softmax_accumulate(torch.zeros(1, 3, 5, 6), torch.zeros(images, 3, 2, 2), (4, 4), (5, 6), pair=True)
+        stpp_kernels.softmax_accumulate(torch.zeros(1, 3, 5, 6), torch.zeros(images, 3, 2, 2), (4, 4), (5, 6),
+                                        pair=True)
 
 
 @pytest.mark.parametrize("pair", [False, True])

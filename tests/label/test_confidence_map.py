@@ -18,7 +18,8 @@ def test_every_cell_is_the_share_of_the_largest_class_at_its_centre(height, widt
     share = (sums.amax(1) / sums.sum(1)).numpy()
     side = -(-max(height, width) // confidence_map.MOST_CELLS)
     rows_, columns = found.shape[1:]
-    assert (rows_, columns) == (-(-height // side), -(-width // side)) and max(rows_, columns) <= confidence_map.MOST_CELLS
+    assert (rows_, columns) == (-(-height // side),
+                                -(-width // side)) and max(rows_, columns) <= confidence_map.MOST_CELLS
     for i in range(rows_):
         for j in range(columns):
             y, x = min(i * side + side // 2, height - 1), min(j * side + side // 2, width - 1)

@@ -74,9 +74,15 @@ def test_rows_describe_the_files(corpus, whole):
         assert (row["size"], row["crc"]) == (len(data), zlib.crc32(data))
         assert (row["height"], row["width"]) == mask.shape
         assert row["class_pixels"] == np.bincount(mask.ravel(), minlength=4).tolist()
-        assert row["status"] == "ok" and row["error"] is None and row["teacher"] == "tiny" and row["ignored_fraction"] == 0
+        assert (
+            row["status"] == "ok"
+            and row["error"] is None
+            and row["teacher"] == "tiny"
+            and row["ignored_fraction"] == 0
+        )
         assert 0.25 < row["mean_confidence"] <= 1
-        sure = confidence_map.read(row["confidence_map"], *mask.shape) / 255  # every pixel, or every second, of such small images
+        # every pixel, or every second, of such small images
+        sure = confidence_map.read(row["confidence_map"], *mask.shape) / 255
         assert abs(sure.mean() - row["mean_confidence"]) < 0.05
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["images"] == 12 and summary["bad"] == 0
@@ -111,10 +117,12 @@ def test_exactly_the_bad_files_fail(tmp_path, kind, loader):
     assert sorted(row["source"] for row in failed) == sorted(prefix + name for name in bad)
     assert all(row["status"] == "bad" and row["error"] and row["crc"] is None for row in failed)
     assert (summary.images, summary.bad) == (len(good) + len(bad), len(bad))
-    masks = [{name: digest for name, digest in cases.contents(tmp_path / f"{which}-out").items() if name.startswith("masks")}
+    masks = [{name: digest for name,
+              digest in cases.contents(tmp_path / f"{which}-out").items() if name.startswith("masks")}
              for which in ("mixed", "alone")]
     assert masks[0] == masks[1] and len(masks[0]) == len(good)
-    assert cases.contents(tmp_path / "mixed-out") == _again(cases, mixed, tmp_path / "again", loader=loader, shard_size=100)
+    assert cases.contents(tmp_path / "mixed-out") == _again(cases, mixed, tmp_path / "again", loader=loader,
+                                                            shard_size=100)
 
 
 def _again(cases, source, out, **options):
@@ -128,7 +136,8 @@ def test_a_bad_image_leaves_a_hole_in_its_batch(tmp_path, loader):
     cases.run(cases.as_folder(tmp_path / "in", files), tmp_path / "whole", loader=loader, shard_size=7)
     flipped = bytearray(files["3.jpg"])
     middle = len(flipped) // 2
-    flipped[middle : middle + 40] = b"\xff\xc4" * 20  # markers where data should be; a whole file to a glance at its end
+    # markers where data should be; a whole file to a glance at its end
+    flipped[middle : middle + 40] = b"\xff\xc4" * 20
     files |= {"1.jpg": files["1.jpg"][:-200], "3.jpg": bytes(flipped)}
     cases.run(cases.as_folder(tmp_path / "in", files), tmp_path / "holes", loader=loader, shard_size=7)
     failed = {row["key"] for row in rows.read(tmp_path / "holes" / "failed.parquet")}
@@ -158,7 +167,8 @@ def test_a_gpu_writes_nearly_the_same_masks(tmp_path, loader):
     assert (here.images, here.bad) == (there.images, there.bad)
     same = total = 0
     for path in (tmp_path / "cpu" / "masks").rglob("*.png"):
-        one, other = (read_index_mask(tmp_path / name / path.relative_to(tmp_path / "cpu")) for name in ("cpu", "gpu"))
+        one, other = (read_index_mask(tmp_path / name / path.relative_to(tmp_path / "cpu"))
+                      for name in ("cpu", "gpu"))
         same, total = same + (one == other).sum(), total + one.size
     assert same / total > 0.99  # JPEGs decoded on a GPU differ by a grey level here and there
 
@@ -181,8 +191,10 @@ def test_a_file_that_changed_since_it_was_planned_is_bad(tmp_path):
 def test_unsure_pixels_are_ignored(corpus, whole, tmp_path):
     cases.run(corpus, tmp_path / "out", min_confidence=0.9)
     ignored = 0
-    for row, sure in zip(rows.read_parts(tmp_path / "out" / "labels"), rows.read_parts(whole / "labels"), strict=True):
-        mask, full = (read_index_mask(out / "masks" / f"{row['key']}.png") for out in (tmp_path / "out", whole))
+    for row, sure in zip(rows.read_parts(tmp_path / "out" / "labels"), rows.read_parts(whole / "labels"),
+                         strict=True):
+        mask, full = (read_index_mask(out / "masks" / f"{row['key']}.png")
+                      for out in (tmp_path / "out", whole))
         assert (mask[mask != 255] == full[mask != 255]).all()
         assert row["ignored_fraction"] == pytest.approx((mask == 255).mean())
         assert row["class_pixels"] == np.bincount(mask[mask != 255], minlength=4).tolist()
@@ -194,7 +206,8 @@ def test_unsure_pixels_are_ignored(corpus, whole, tmp_path):
 @pytest.mark.parametrize(("change", "named"), [
     ({"tta": "none"}, "tta: flip -> none"), ({"identity": "other"}, "teacher: tiny -> other"),
     ({"batch_per_rank": 2}, "cut.max_batch: 3 -> 2"), ({"min_confidence": 0.5}, "min_confidence: 0.0 -> 0.5"),
-    ({"output": "tar"}, "output: png -> tar"), ({"shard_size": 4}, "shard_size: 5 -> 4"), ({"exif": False}, "cut.exif")])
+    ({"output": "tar"}, "output: png -> tar"), ({"shard_size": 4}, "shard_size: 5 -> 4"),
+    ({"exif": False}, "cut.exif")])
 def test_another_run_is_refused_with_the_difference(corpus, whole, change, named):
     before = cases.contents(whole)
     with pytest.raises(UserError, match=named) as refused:
@@ -288,7 +301,8 @@ def test_verify_finds_damage_and_mends_it(corpus, tmp_path, output):
     damaged(out / "labels" / "part-000001.parquet", altered)
     damaged(out / "labels" / "part-000002.parquet", Path.unlink)
     teacher = cases.Tiny()
-    assert cases.run(corpus, out, output=output, teacher=teacher, verify=True).redone == () and teacher.seen == 0
+    assert cases.run(corpus, out, output=output, teacher=teacher,
+                     verify=True).redone == () and teacher.seen == 0
 
 
 def test_too_little_memory_is_said_with_what_to_lower(corpus, tmp_path):
@@ -306,7 +320,8 @@ def test_how_an_engine_agreed_with_eager_is_kept_beside_its_labels(corpus, tmp_p
 
     cases.run(corpus, tmp_path / "out", teacher=Judged())
     kept = json.loads((tmp_path / "out" / "agreement-rank0.json").read_text())
-    assert kept == {"teacher": "tiny", "engines": [{"raw": 0.9, "outside": 0.99, "margin": 0.1, "decided": 0.8, "pixels": 10}]}
+    assert kept == {"teacher": "tiny",
+                    "engines": [{"raw": 0.9, "outside": 0.99, "margin": 0.1, "decided": 0.8, "pixels": 10}]}
     cases.run(corpus, tmp_path / "plain")
     assert not list((tmp_path / "plain").glob("agreement*"))
 
@@ -331,7 +346,9 @@ def test_answers_that_are_not_finite_are_bad(corpus, tmp_path):
 
     summary = cases.run(corpus, tmp_path / "out", teacher=Broken(), tta="none")
     failed = rows.read(tmp_path / "out" / "failed.parquet")
-    assert 0 < summary.bad == len(failed) < 12 and {row["error"] for row in failed} == {"the network's answer is not finite"}
+    assert 0 < summary.bad == len(failed) < 12 and {row["error"] for row in failed} == {
+        "the network's answer is not finite"
+    }
 
 
 def test_a_bug_in_the_network_is_no_bad_image(corpus, tmp_path):
@@ -360,8 +377,10 @@ def small_disk(folder: Path, size: str):
 def test_a_full_disk_stops_and_the_run_goes_on_when_there_is_room(tmp_path, output):
     size = (200, 200)
     rng = np.random.default_rng(0)
-    files = {f"{i:02d}.jpg": cases.encoded(cases.Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)))
-             for i in range(24)}
+    files = {
+        f"{i:02d}.jpg": cases.encoded(cases.Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)))
+        for i in range(24)
+    }
     source = cases.as_folder(tmp_path / "in", files)
     options = {"output": output, "tta": "none", "shard_size": 4}
     expected = _again(cases, source, tmp_path / "whole", **options)
@@ -387,13 +406,15 @@ def test_a_full_disk_stops_and_the_run_goes_on_when_there_is_room(tmp_path, outp
 def test_killed_at_every_commit_the_result_is_the_same(tmp_path, output):
     source = cases.as_folder(tmp_path / "in", cases.good_files(7) | {"bad.jpg": b""})
     report = tmp_path / "report.json"
-    done = subprocess.run([sys.executable, FAULTS / "label_killed.py", source, tmp_path / "out", output, report],
+    done = subprocess.run([sys.executable, FAULTS / "label_killed.py", source, tmp_path / "out", output,
+                           report],
                           capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     found = json.loads(report.read_text())
     kinds = {kill["before"].split()[0] for kill in found}
     assert {"replace", "fsync", "sync"} <= kinds
-    # Two shards: each has a part of the plan, masks, rows and a marker that take their names; then the last two files.
+    # Two shards: each has a part of the plan, masks, rows and a marker that take their names; then the last
+    # two files.
     assert len(found) >= 30
     assert [kill for kill in found if not kill["same"]] == []
     assert all(sorted(kill["keys"]) == found[0]["keys"] for kill in found)
@@ -415,15 +436,18 @@ def test_what_killed_processes_left_is_swept_when_it_is_old(corpus, tmp_path):
 def test_selection_ranks_by_agreement(corpus, tmp_path):
     def network(seed: int) -> cases.Tiny:
         teacher = cases.Tiny()
-        teacher._weight = teacher._weight + 0.3 * torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+        teacher._weight = teacher._weight + 0.3 * torch.randn(
+            4, 3, 4, 4, generator=torch.Generator().manual_seed(seed)
+        )
         return teacher
 
     teachers = [network(seed) for seed in (1, 2, 3)]
     bad = cases.as_folder(tmp_path / "in", cases.good_files(9) | {"bad.jpg": b"x"})
 
     def select(out: Path, networks=teachers):
-        task = Assignment(source=open_source(str(bad)), out=out, config=LabelConfig(batch_per_rank=3, shard_size=4),
-                          data=DataConfig(threads=1), table="scores")
+        task = Assignment(source=open_source(str(bad)), out=out,
+                          config=LabelConfig(batch_per_rank=3, shard_size=4), data=DataConfig(threads=1),
+                          table="scores")
         return reliability.select_corpus(ready(*networks, identity="three"), task, cases.HERE)
 
     summary = select(tmp_path / "out")
@@ -433,11 +457,13 @@ def test_selection_ranks_by_agreement(corpus, tmp_path):
         masks = [cases.plain_mask(teacher, bad / f"{row['key']}.jpg", (1.0,), False) for teacher in teachers]
         scores = []
         for earlier in masks[:2]:
-            ious = [((earlier == c) & (masks[2] == c)).sum() / ((earlier == c) | (masks[2] == c)).sum() for c in range(4)
+            ious = [((earlier == c) & (masks[2] == c)).sum() / ((earlier == c) | (masks[2] == c)).sum()
+                    for c in range(4)
                     if ((earlier == c) | (masks[2] == c)).any()]
             scores.append(np.mean(ious))
         assert row["reliability"] == pytest.approx(np.mean(scores), abs=0.01)
-    lists = [(tmp_path / "out" / name).read_text().split("\n")[:-1] for name in ("reliable_ids.txt", "unreliable_ids.txt")]
+    lists = [(tmp_path / "out" / name).read_text().split("\n")[:-1]
+             for name in ("reliable_ids.txt", "unreliable_ids.txt")]
     assert [len(lines) for lines in lists] == [4, 5]
     scores = {f"{row['key']}.jpg": row["reliability"] for row in table}
     ranked = [scores[line] for line in lists[0] + lists[1]]

@@ -44,7 +44,10 @@ class Plain:
 @pytest.mark.slow
 @torch.no_grad()
 def test_photographs_of_mixed_sizes_get_the_masks_of_the_method(camvid, tmp_path):
-    paths = sorted((camvid / "images" / "val").rglob("*.png"))[::40] or sorted((camvid / "images" / "val").rglob("*.jpg"))[::40]
+    paths = (
+        sorted((camvid / "images" / "val").rglob("*.png"))[::40]
+        or sorted((camvid / "images" / "val").rglob("*.jpg"))[::40]
+    )
     source = tmp_path / "in"
     source.mkdir()
     for i, size in enumerate([(480, 360), (241, 187), (241, 187), (99, 203), (64, 33)]):
@@ -58,7 +61,8 @@ def test_photographs_of_mixed_sizes_get_the_masks_of_the_method(camvid, tmp_path
     checkpoint.save(trained, model=network.state_dict(), classes=[f"c{i}" for i in range(CLASSES)],
                     architecture={"name": "deeplabv3plus", "backbone": "resnet18", "output_stride": 16})
     label_corpus(from_paths([trained], torch.device("cpu"), mode="stpp", backend="eager", precision="fp32"),
-                 Assignment(source=open_source(str(source)), out=tmp_path / "out", data=DataConfig(threads=1)), cases.HERE)
+                 Assignment(source=open_source(str(source)), out=tmp_path / "out",
+                            data=DataConfig(threads=1)), cases.HERE)
     plain, same, total, classes = Plain(load_network(trained)[0]), 0, 0, set()
     for path in sorted(source.iterdir()):
         mask = read_index_mask(tmp_path / "out" / "masks" / path.name)

@@ -35,8 +35,9 @@ def label(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(several, "from_paths", lambda paths, device, **_: ready)
 
     def call(source, out, *more) -> tuple[int, str, str]:
-        return ended(capsys, "label", "--teacher", str(Path(__file__).parent), "--source", str(source), "--out",
-                     str(out), "--tta", "none", "--device", "cpu", "--compute-threads", "1", "--threads", "1",
+        return ended(capsys, "label", "--teacher", str(Path(__file__).parent), "--source", str(source),
+                     "--out", str(out), "--tta", "none", "--device", "cpu", "--compute-threads", "1",
+                     "--threads", "1",
                      "--loader", "reference", *more)
 
     return call
@@ -160,5 +161,6 @@ def test_predict_that_fails_while_it_writes_leaves_whole_files_only(predict, tmp
 
 def test_the_reason_of_a_failed_write_never_says_none():
     assert files.why(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) == "No space left on device"
-    assert files.why(OSError(errno.EROFS, os.strerror(errno.EROFS), "/out/x")) == "Read-only file system (/out/x)"
+    assert files.why(OSError(errno.EROFS, os.strerror(errno.EROFS),
+                             "/out/x")) == "Read-only file system (/out/x)"
     assert files.why(OSError("broken\npipe")) == "broken pipe" and files.why(OSError()) == "OSError"

@@ -26,14 +26,16 @@ def examined(size, error=None) -> Planned:
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.sampled_from([10, 50, 90, 200]), st.sampled_from([10, 60, 210]), st.booleans()), max_size=40),
+@given(st.lists(st.tuples(st.sampled_from([10, 50, 90, 200]), st.sampled_from([10, 60, 210]), st.booleans()),
+                max_size=40),
        st.integers(1, 9))
 def test_batches_hold_every_good_image_once(sizes, most):
     cut = Cut(max_batch=most, batch_pixels=10_000, max_pixels=1 << 30, exif=True)
     planned = batching.cut_batches([examined(size[:2], "bad" if size[2] else None) for size in sizes], cut)
     assert sorted(one.position for one in planned) == list(range(len(sizes)))
     cut_again = list(batching.batches(planned))
-    assert sorted(one.position for batch in cut_again for one in batch) == [i for i, size in enumerate(sizes) if not size[2]]
+    assert sorted(one.position for batch in cut_again
+                  for one in batch) == [i for i, size in enumerate(sizes) if not size[2]]
     for batch in cut_again:
         (height, width), *others = {one.size for one in batch}
         assert not others and len(batch) <= most
@@ -87,7 +89,8 @@ def test_bad_headers_say_why(tmp_path):
     assert found["bomb.png"].startswith("it declares more than")
     assert found["huge.png"] == "20000x1000 pixels are more than --max-pixels 1048576"
     assert "cut_header.jpg" in found and found["cut_header.jpg"] is not None
-    assert found["truncated.jpg"] is found["half.png"] is found["floats.tif"] is None  # their pixels will tell
+    # their pixels will tell
+    assert found["truncated.jpg"] is found["half.png"] is found["floats.tif"] is None
     absent = batching.examine(Item(key="x", source="x", file=str(tmp_path / "absent.jpg")), CUT)
     assert absent.error == "there is no such file" and absent.batch == -1
 
@@ -95,10 +98,12 @@ def test_bad_headers_say_why(tmp_path):
 def test_what_every_decoder_reads_alike():
     picture = cases.picture(3)
     deep = Image.fromarray(np.full((4, 5), 40000, np.uint16))
-    for image, kind, plain in ((picture, "JPEG", True), (picture, "PNG", True), (picture.convert("L"), "PNG", True),
-                               (picture.convert("L"), "JPEG", True), (picture.convert("CMYK"), "JPEG", False),
-                               (picture.convert("P"), "PNG", False), (picture.convert("RGBA"), "PNG", False), (deep, "PNG", False),
-                               (picture, "BMP", False), (picture, "WEBP", False), (picture.convert("1"), "PNG", False)):
+    for image, kind, plain in ((picture, "JPEG", True), (picture, "PNG", True),
+                               (picture.convert("L"), "PNG", True), (picture.convert("L"), "JPEG", True),
+                               (picture.convert("CMYK"), "JPEG", False), (picture.convert("P"), "PNG", False),
+                               (picture.convert("RGBA"), "PNG", False), (deep, "PNG", False),
+                               (picture, "BMP", False), (picture, "WEBP", False),
+                               (picture.convert("1"), "PNG", False)):
         data = cases.encoded(image, kind)
         assert look(data, exif=True).plain is plain
     clear = cases.encoded(picture.convert("L"), "PNG", transparency=3)
@@ -112,7 +117,8 @@ def test_deep_images_keep_their_upper_bits():
     assert (pixels.decode(cases.encoded(cases.picture(1), "PNG")) == np.asarray(cases.picture(1))).all()
 
 
-@pytest.mark.parametrize("name", ["truncated.jpg", "half.png", "floats.tif", "empty.jpg", "text.jpg", "bomb.png", "cut_header.jpg"])
+@pytest.mark.parametrize("name", ["truncated.jpg", "half.png", "floats.tif", "empty.jpg", "text.jpg",
+                                  "bomb.png", "cut_header.jpg"])
 def test_bad_pixels_say_why_in_one_line(name):
     with pytest.raises(BadImage) as bad:
         pixels.decode(cases.bad_files()[f"bad/{name}"])

@@ -24,7 +24,8 @@ RANK = str(Path(__file__).parents[1] / "faults" / "label_rank.py")
 TEACHER = str(Path(RANK).parent)
 """Something that is there, and is no checkpoint that would be asked for its rules."""
 IMAGES = 24
-OPTIONS = ["--shard-size", "4", "--tta", "none", "--device", "cpu", "--compute-threads", "1", "--threads", "1",
+OPTIONS = ["--shard-size", "4", "--tta", "none", "--device", "cpu", "--compute-threads", "1", "--threads",
+           "1",
            "--loader", "reference", "--batch-per-rank", "3", "--max-bad-fraction", "0.1"]
 COMMITS = {
     "the plan of a shard is synced": "fsync */plan/.part-*.tmp",
@@ -42,14 +43,16 @@ COMMITS = {
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    return cases.as_folder(tmp_path_factory.mktemp("ranks") / "in", cases.good_files(IMAGES - 1) | {"two/bad.jpg": b"no image"})
+    return cases.as_folder(tmp_path_factory.mktemp("ranks") / "in",
+                           cases.good_files(IMAGES - 1) | {"two/bad.jpg": b"no image"})
 
 
 def arguments(source: Path, out: Path, *more: str) -> list[str]:
     return ["label", "--teacher", TEACHER, "--source", str(source), "--out", str(out), *OPTIONS, *more]
 
 
-def label(ranks: int, source: Path, out: Path, *more: str, trap=("none", "", "0", "")) -> subprocess.CompletedProcess:
+def label(ranks: int, source: Path, out: Path, *more: str,
+          trap=("none", "", "0", "")) -> subprocess.CompletedProcess:
     given = [RANK, *map(str, trap), *arguments(source, out, *more)]
     if ranks:
         return torchrun(ranks, *given)
@@ -96,9 +99,11 @@ def test_a_rank_killed_at_a_commit_costs_nothing(source, undisturbed, tmp_path, 
 @pytest.mark.slow
 def test_a_stopped_rank_holds_up_no_other(source, undisturbed, tmp_path):
     out, who = tmp_path / "out", tmp_path / "pid"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", RANK, "stop",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", RANK,
+               "stop",
                "replace */masks/*.png", "2", str(who), *arguments(source, out)]
-    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           start_new_session=True)
     try:
         end = time.monotonic() + 90
         while not (out / "summary.json").exists():
@@ -123,7 +128,8 @@ def test_a_stopped_rank_holds_up_no_other(source, undisturbed, tmp_path):
 @pytest.mark.dist
 @pytest.mark.slow
 def test_torchrun_starts_killed_ranks_again(source, undisturbed, tmp_path, monkeypatch):
-    # Otherwise new ranks may read the old ones' gloo addresses from the store that torchrun keeps, and never meet.
+    # Otherwise new ranks may read the old ones' gloo addresses from the store that torchrun keeps, and never
+    # meet.
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     out, who = tmp_path / "out", tmp_path / "pid"
     done = torchrun(2, "--max-restarts", "2", RANK, "kill", "sync", "2", str(who), *arguments(source, out))
@@ -132,7 +138,8 @@ def test_torchrun_starts_killed_ranks_again(source, undisturbed, tmp_path, monke
 
 
 def test_bad_images_and_mistakes_have_their_exit_codes(source, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(several, "from_paths", lambda paths, device, **_: several.ready(cases.Tiny(), identity="tiny"))
+    monkeypatch.setattr(several, "from_paths",
+                        lambda paths, device, **_: several.ready(cases.Tiny(), identity="tiny"))
 
     def code_of(*more: str) -> tuple[int, str]:
         with pytest.raises(SystemExit) as ended:
@@ -142,10 +149,13 @@ def test_bad_images_and_mistakes_have_their_exit_codes(source, tmp_path, monkeyp
     code, errors = code_of("--max-bad-fraction", "0.01")
     assert code == 1 and "1 of 24 images are bad" in errors and "failed.parquet" in errors
     assert (tmp_path / "out" / "summary.json").exists()
-    for more, words in ((["--min-confidence", "1.5"], "--min-confidence is 1.5"), (["--part", "3/2"], "--part 3/2"),
-                        (["--tta", "flip"], "tta: none -> flip"), (["--source", str(tmp_path / "no")], "no such folder"),
-                        (["--out", str(source / "masks")], "lies in --source"), (["--teacher", "no.pt"], "no.pt"),
-                        (["--max-bad-fraction", "2"], "--max-bad-fraction"), (["--out", RANK], "choose another --out")):
+    for more, words in ((["--min-confidence", "1.5"], "--min-confidence is 1.5"),
+                        (["--part", "3/2"], "--part 3/2"), (["--tta", "flip"], "tta: none -> flip"),
+                        (["--source", str(tmp_path / "no")], "no such folder"),
+                        (["--out", str(source / "masks")], "lies in --source"),
+                        (["--teacher", "no.pt"], "no.pt"),
+                        (["--max-bad-fraction", "2"], "--max-bad-fraction"),
+                        (["--out", RANK], "choose another --out")):
         code, errors = code_of(*more)
         assert code == 2 and words in errors, (more, errors)
         assert len([line for line in errors.splitlines() if line.startswith("stpp: ")]) == 1
@@ -158,7 +168,8 @@ def test_a_source_can_be_listed_first(source, undisturbed, tmp_path, monkeypatch
     monkeypatch.setattr(several, "from_paths", lambda paths, device, **_: opened)
     cli.main(arguments(source, tmp_path / "out", "--list-only"))
     assert f"{IMAGES} images listed, 6 shards to do" in capsys.readouterr().out
-    monkeypatch.setattr(several, "from_paths", lambda paths, device, **_: several.ready(cases.Tiny(), identity="tiny"))
+    monkeypatch.setattr(several, "from_paths",
+                        lambda paths, device, **_: several.ready(cases.Tiny(), identity="tiny"))
     cli.main(arguments(source, tmp_path / "out"))
     assert cases.contents(tmp_path / "out") == undisturbed
 
@@ -167,7 +178,8 @@ def test_a_full_disk_is_said_in_one_line_and_is_no_mistake(source, tmp_path, mon
     def no_room(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(several, "from_paths", lambda paths, device, **_: several.ready(cases.Tiny(), identity="tiny"))
+    monkeypatch.setattr(several, "from_paths",
+                        lambda paths, device, **_: several.ready(cases.Tiny(), identity="tiny"))
     monkeypatch.setattr(sinks, "encode", no_room)
     threads = torch.get_num_threads()
     try:
@@ -202,19 +214,25 @@ def test_the_command_labels_with_a_checkpoint(tmp_path):
     paths = []
     for i in range(3):
         path = tmp_path / f"third-{i}.pt"
-        checkpoint.save(path, model=build_model("deeplabv3plus", "resnet18", 4, 16).state_dict(), classes=list("abcd"),
+        checkpoint.save(path, model=build_model("deeplabv3plus", "resnet18", 4, 16).state_dict(),
+                        classes=list("abcd"),
                         architecture={"name": "deeplabv3plus", "backbone": "resnet18", "output_stride": 16})
         paths.append(str(path))
-    source = cases.as_tar(tmp_path / "s.tar", cases.good_files(4) | {"odd/pixel.png": cases.odd_files()["odd/pixel.png"]})
+    source = cases.as_tar(tmp_path / "s.tar",
+                          cases.good_files(4) | {"odd/pixel.png": cases.odd_files()["odd/pixel.png"]})
     command = [sys.executable, "-m", "stpp"]
-    done = subprocess.run([*command, "label", "--teacher", paths[0], "--source", source, "--out", tmp_path / "out",
+    done = subprocess.run([*command, "label", "--teacher", paths[0], "--source", source, "--out",
+                           tmp_path / "out",
                            "--tta", "flip"],
                           capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert "5 images, 0 bad" in done.stdout and "compute" in done.stdout and "(ignored)" in done.stdout
     assert len(list((tmp_path / "out" / "masks").rglob("*.png"))) == 5
-    done = subprocess.run([*command, "select", "--checkpoints", *paths, "--source", source, "--out", tmp_path / "sel"],
+    done = subprocess.run([*command, "select", "--checkpoints", *paths, "--source", source, "--out",
+                           tmp_path / "sel"],
                           capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    lists = [(tmp_path / "sel" / name).read_text().splitlines() for name in ("reliable_ids.txt", "unreliable_ids.txt")]
-    assert [len(lines) for lines in lists] == [2, 3] and all(line.startswith("s.tar::") for line in sum(lists, []))
+    lists = [(tmp_path / "sel" / name).read_text().splitlines()
+             for name in ("reliable_ids.txt", "unreliable_ids.txt")]
+    assert [len(lines)
+            for lines in lists] == [2, 3] and all(line.startswith("s.tar::") for line in sum(lists, []))

@@ -1,4 +1,5 @@
-"""A corpus that grew, changed or shrank after it was labelled: what is said, labelled again, and what stays."""
+"""A corpus that grew, changed or shrank after it was labelled: what is said, labelled again, and what
+stays."""
 
 import json
 import os
@@ -319,13 +320,14 @@ def test_an_update_killed_at_every_commit_ends_the_same(tmp_path, output):
     (source / "two/deep/image001.jpg").unlink()
     os.utime(source / "one/image002.jpg")
     report = tmp_path / "report.json"
-    done = subprocess.run([sys.executable, FAULTS / "label_killed.py", source, tmp_path / "out", output, report,
-                           tmp_path / "before"], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, FAULTS / "label_killed.py", source, tmp_path / "out", output,
+                           report, tmp_path / "before"], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     found = json.loads(report.read_text())
     commits = [kill["before"] for kill in found]
     for commit in ("replace update.parquet", "replace update.json", "replace listing-000000.parquet",
-                   "replace part-000000.parquet", "replace 000000.done.json", "replace listing.json", "replace run.json",
+                   "replace part-000000.parquet", "replace 000000.done.json", "replace listing.json",
+                   "replace run.json",
                    "unlink update.json", "unlink update.parquet", "replace listing-000002.parquet",
                    "replace 000002.done.json", "replace summary.json"):
         assert commit in commits, commits
@@ -341,19 +343,22 @@ def test_two_ranks_update_as_one_does(source, tmp_path):
     rank = str(FAULTS / "label_rank.py")
 
     def command(out: Path, *more: str) -> list[str]:
-        return [rank, "none", "", "0", "", "label", "--teacher", str(FAULTS), "--source", str(source), "--out", str(out), "--tta",
-                "none", "--shard-size", "4", "--device", "cpu", "--compute-threads", "1", "--threads", "1", "--loader",
+        return [rank, "none", "", "0", "", "label", "--teacher", str(FAULTS), "--source", str(source),
+                "--out", str(out), "--tta",
+                "none", "--shard-size", "4", "--device", "cpu", "--compute-threads", "1", "--threads", "1",
+                "--loader",
                 "reference", "--max-bad-fraction", "0.5", *more]
 
     for out in ("one", "two"):
-        done = subprocess.run([sys.executable, *command(tmp_path / out)], capture_output=True, text=True, timeout=120)
+        done = subprocess.run([sys.executable, *command(tmp_path / out)], capture_output=True, text=True,
+                              timeout=120)
         assert done.returncode == 0, done.stderr
     change(source)
     refused = torchrun(2, *command(tmp_path / "two"))
     assert refused.returncode != 0 and "3 new (three/new0.jpg" in refused.stderr
     assert len([line for line in refused.stderr.splitlines() if line.startswith("stpp: ")]) == 1
-    done = subprocess.run([sys.executable, *command(tmp_path / "one", "--update")], capture_output=True, text=True,
-                          timeout=120)
+    done = subprocess.run([sys.executable, *command(tmp_path / "one", "--update")], capture_output=True,
+                          text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     done = torchrun(2, *command(tmp_path / "two", "--update"))
     assert done.returncode == 0, done.stderr
@@ -378,8 +383,10 @@ def test_a_selection_is_updated_like_labels(source, tmp_path):
     def select(out: Path, *, updated: bool = False):
         teachers = [cases.Tiny(), cases.Tiny()]
         noise = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(1))
-        teachers[0]._weight = teachers[0]._weight + 0.3 * noise  # scores differ, so that no order of ties counts
-        task = Assignment(source=open_source(str(source)), out=out, config=LabelConfig(batch_per_rank=3, shard_size=4),
+        # scores differ, so that no order of ties counts
+        teachers[0]._weight = teachers[0]._weight + 0.3 * noise
+        task = Assignment(source=open_source(str(source)), out=out,
+                          config=LabelConfig(batch_per_rank=3, shard_size=4),
                           data=DataConfig(threads=1, loader="reference"), table="scores", update=updated)
         return reliability.select_corpus(ready(*teachers, identity="two"), task, cases.HERE), teachers[0].seen
 
@@ -391,8 +398,10 @@ def test_a_selection_is_updated_like_labels(source, tmp_path):
     summary, seen = select(out, updated=True)
     assert seen == 5 and (summary.images, summary.bad) == (14, 2)
     select(tmp_path / "fresh")
-    found, fresh = ({row["key"]: row for row in rows.read(one / "reliability.parquet")} for one in (out, tmp_path / "fresh"))
+    found, fresh = ({row["key"]: row for row in rows.read(one / "reliability.parquet")}
+                    for one in (out, tmp_path / "fresh"))
     assert found == fresh and len({row["reliability"] for row in found.values()}) == 12
-    lists = [[sorted((one / name).read_text().splitlines()) for name in ("reliable_ids.txt", "unreliable_ids.txt")]
+    lists = [[sorted((one / name).read_text().splitlines())
+              for name in ("reliable_ids.txt", "unreliable_ids.txt")]
              for one in (out, tmp_path / "fresh")]
     assert lists[0] == lists[1]

@@ -21,17 +21,19 @@ def samples_of(n: int, *, strong: bool = True, size: tuple[int, int] = (360, 480
     return [Sample(key=str(i), image="i", height=size[0], width=size[1], strong=strong) for i in range(n)]
 
 
-def views_of(samples: list[Sample], positions: np.ndarray, *, seed: int, stage: int, epoch: int, views=("sample",), box="erase",
-             number: int = 0, **settings) -> list[SimpleNamespace]:
+def views_of(samples: list[Sample], positions: np.ndarray, *, seed: int, stage: int, epoch: int,
+             views=("sample",), box="erase", number: int = 0, **settings) -> list[SimpleNamespace]:
     """Numbers of each view, those of the shared geometry among them."""
     stream = Stream(samples=samples, views=views, box=box, masked=False, number=number)
-    found = draw(stream, np.arange(len(samples)), positions, augment=AugmentConfig(**settings), seed=seed, stage=stage, epoch=epoch)
+    found = draw(stream, np.arange(len(samples)), positions, augment=AugmentConfig(**settings), seed=seed,
+                 stage=stage, epoch=epoch)
     shared = arrays_of(found.geometry) | {"shown": found.geometry.shown}
     return [SimpleNamespace(**shared, **arrays_of(view)) for view in found.views]
 
 
 def arrays_of(record) -> dict:
-    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record) if field.name != "crop_px"}
+    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)
+            if field.name != "crop_px"}
 
 
 def numbers(samples: list[Sample], positions: np.ndarray, **settings) -> SimpleNamespace:
@@ -63,7 +65,8 @@ def rate_is(flags: np.ndarray, rate: float) -> bool:
 def test_a_samples_numbers_do_not_depend_on_its_batch(drawn):
     chosen = [7, 3, 4, 5, 39_999, 0, 123]
     samples = samples_of(len(chosen))
-    assert rows(numbers(samples, np.array(chosen), **SETTINGS), list(range(len(chosen)))) == rows(drawn, chosen)
+    assert rows(numbers(samples, np.array(chosen), **SETTINGS),
+                list(range(len(chosen)))) == rows(drawn, chosen)
     assert rows(numbers(samples[:1], np.array([123]), **SETTINGS), [0]) == rows(drawn, [123])
 
 
@@ -85,15 +88,16 @@ def test_weak_distributions(drawn):
         assert (position >= 0).all() and (position <= spare).all()
         wide = spare > 200
         inside = (position[wide] + 0.5) / (spare[wide] + 1)
-        assert is_uniform(inside, 0, 1) and (position[wide] == 0).any() and (position[wide] == spare[wide]).any()
+        assert is_uniform(inside, 0,
+                          1) and (position[wide] == 0).any() and (position[wide] == spare[wide]).any()
 
 
 def test_strong_distributions(drawn):
     assert rate_is(drawn.jitter, 0.8) and rate_is(drawn.gray, 0.2) and rate_is(drawn.blur_sigma > 0, 0.5)
     assert rate_is(drawn.box[:, 2] > 0, 0.5)
     jitter = drawn.jitter
-    for values, low, high in ((drawn.brightness, 0.5, 1.5), (drawn.contrast, 0.5, 1.5), (drawn.saturation, 0.5, 1.5),
-                              (drawn.hue, -0.25, 0.25)):  # fmt: skip
+    for values, low, high in ((drawn.brightness, 0.5, 1.5), (drawn.contrast, 0.5, 1.5),
+                              (drawn.saturation, 0.5, 1.5), (drawn.hue, -0.25, 0.25)):  # fmt: skip
         assert is_uniform(values[jitter], low, high)
     assert is_uniform(drawn.blur_sigma[drawn.blur_sigma > 0], 0.1, 2.0)
     orders, counts = np.unique(drawn.jitter_order[jitter], axis=0, return_counts=True)
@@ -144,14 +148,17 @@ def test_cutout_boxes_fit_and_follow_the_redraw_rule(drawn):
         for column in range(ours.shape[1]):
             a, b = np.sort(ours[:, column]), np.sort(theirs[:, column])
             grid = np.unique(np.concatenate([a, b]))
-            distance = np.abs(np.searchsorted(a, grid, "right") / len(a) - np.searchsorted(b, grid, "right") / len(b))
+            distance = np.abs(
+                np.searchsorted(a, grid, "right") / len(a) - np.searchsorted(b, grid, "right") / len(b)
+            )
             assert distance.max() < 2.2 * np.sqrt(1 / len(a) + 1 / len(b)), column
     # Small boxes fit more often, so they are more frequent than in the distribution that is drawn from.
     assert (boxes[:, 2] * boxes[:, 3] / 320**2).mean() < 0.19
 
 
 def test_boxes_that_need_many_attempts_are_found(monkeypatch):
-    """With room for two attempts in a block, most boxes need further blocks; they fit and stay keyed by position."""
+    """With room for two attempts in a block, most boxes need further blocks; they fit and stay keyed by
+    position."""
     monkeypatch.setattr(augment, "_BLOCK", 24)
     monkeypatch.setattr(augment, "_COUNTS_PER_BLOCK", 6)
     params = numbers(samples_of(2000), np.arange(2000), **SETTINGS)
@@ -164,7 +171,8 @@ def test_boxes_that_need_many_attempts_are_found(monkeypatch):
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 1000), (1000, 1), (7, 5), (333, 500), (500, 333)])
 def test_sizes_after_resizing(size):
-    params = numbers(samples_of(300, size=size), np.arange(300), **{**SETTINGS, "long_side": (3, 90), "crop_px": 40})
+    params = numbers(samples_of(300, size=size), np.arange(300),
+                     **{**SETTINGS, "long_side": (3, 90), "crop_px": 40})
     for h, w in zip(params.resize_h.tolist(), params.resize_w.tolist(), strict=True):
         long_side = max(h, w)
         assert 3 <= long_side <= 90
@@ -178,12 +186,14 @@ def test_what_is_shown_is_what_is_no_padding(drawn):
         y, x, height, width = params.shown.T
         assert (y == 0).all() and (height == np.minimum(params.resize_h - params.crop_y, side)).all()
         assert (width == np.minimum(params.resize_w - params.crop_x, side)).all()
-        assert (x == np.where(params.flip, side - width, 0)).all() and (height >= 1).all() and (width >= 1).all()
+        assert (x == np.where(params.flip, side - width,
+                              0)).all() and (height >= 1).all() and (width >= 1).all()
     assert (small.shown[:, 3] < 500).any() and (small.shown[:, 1] > 0).any()
 
 
 def test_views_share_their_geometry_and_nothing_else():
-    three = views_of(samples_of(4000), np.arange(4000), **SETTINGS, views=("weak", "strong", "strong"), box="paste")
+    three = views_of(samples_of(4000), np.arange(4000), **SETTINGS, views=("weak", "strong", "strong"),
+                     box="paste")
     one = numbers(samples_of(4000, strong=True), np.arange(4000), **SETTINGS)
     weak, first, second = three
     for name in ("resize_h", "resize_w", "crop_y", "crop_x", "flip", "shown"):
@@ -231,7 +241,9 @@ def test_pasted_boxes_keep_their_area():
         for column in range(ours.shape[1]):
             a, b = np.sort(ours[:, column]), np.sort(theirs[:, column])
             grid = np.unique(np.concatenate([a, b]))
-            distance = np.abs(np.searchsorted(a, grid, "right") / len(a) - np.searchsorted(b, grid, "right") / len(b))
+            distance = np.abs(
+                np.searchsorted(a, grid, "right") / len(a) - np.searchsorted(b, grid, "right") / len(b)
+            )
             assert distance.max() < 2.2 * np.sqrt(1 / len(a) + 1 / len(b)), column
     # The mean area is that which is drawn, not that of boxes that fit easily.
     assert abs((boxes[:, 2] * boxes[:, 3] / 320**2).mean() - 0.21) < 0.01
@@ -247,17 +259,25 @@ def test_pasted_boxes_that_need_many_attempts_keep_their_area(monkeypatch):
 
 def test_long_sides_in_percent_are_those_of_each_image():
     samples = [*samples_of(500, size=(100, 40)), *samples_of(500, size=(60, 300))]
-    params = numbers(samples, np.arange(1000), **{**SETTINGS, "long_side": (50, 200)}, long_side_unit="percent")
+    params = numbers(samples, np.arange(1000), **{**SETTINGS, "long_side": (50, 200)},
+                     long_side_unit="percent")
     longest = np.maximum(params.resize_h, params.resize_w)
     assert longest[:500].min() in range(50, 54) and longest[:500].max() in range(196, 201)
     assert longest[500:].min() in range(150, 156) and longest[500:].max() in range(590, 601)
 
 
 def test_strength_is_a_setting():
-    soft = numbers(samples_of(5000), np.arange(5000), **SETTINGS, jitter_p=0.5, jitter=(0.75, 1.25), hue=0.05, gray_p=0.0,
-                   blur_p=1.0, blur_sigma=(0.5, 0.7), box_p=0.25, box_area=(0.1, 0.2), box_aspect=(0.9, 1.1))
-    assert rate_is(soft.jitter, 0.5) and not soft.gray.any() and (soft.blur_sigma >= 0.5).all() and (soft.blur_sigma <= 0.7).all()
-    assert is_uniform(soft.contrast[soft.jitter], 0.75, 1.25) and is_uniform(soft.hue[soft.jitter], -0.05, 0.05)
+    soft = numbers(samples_of(5000), np.arange(5000), **SETTINGS, jitter_p=0.5, jitter=(0.75, 1.25), hue=0.05,
+                   gray_p=0.0, blur_p=1.0, blur_sigma=(0.5, 0.7), box_p=0.25, box_area=(0.1, 0.2),
+                   box_aspect=(0.9, 1.1))
+    assert (
+        rate_is(soft.jitter, 0.5)
+        and not soft.gray.any()
+        and (soft.blur_sigma >= 0.5).all()
+        and (soft.blur_sigma <= 0.7).all()
+    )
+    assert is_uniform(soft.contrast[soft.jitter], 0.75,
+                      1.25) and is_uniform(soft.hue[soft.jitter], -0.05, 0.05)
     boxes = soft.box[soft.box[:, 2] > 0]
     assert rate_is(soft.box[:, 2] > 0, 0.25) and (boxes[:, 2] * boxes[:, 3] <= 0.2 * 320**2).all()
     assert (np.abs(boxes[:, 2] / boxes[:, 3] - 1) < 0.13).all()
@@ -270,7 +290,8 @@ def test_noise_is_fixed_and_uniform():
     assert ((counts - noise.size / 256) ** 2 / (noise.size / 256)).sum() < 256 + 6 * np.sqrt(512)
 
 
-@pytest.mark.parametrize("change", [{"crop_px": 0}, {"long_side": (5, 4)}, {"long_side": (0, 4)}, {"seed": -1}])
+@pytest.mark.parametrize("change",
+                         [{"crop_px": 0}, {"long_side": (5, 4)}, {"long_side": (0, 4)}, {"seed": -1}])
 def test_impossible_arguments_are_refused(change):
     with pytest.raises(ValueError):
         numbers(samples_of(2), np.arange(2), **{**SETTINGS, **change})
@@ -278,7 +299,8 @@ def test_impossible_arguments_are_refused(change):
         numbers(samples_of(2), np.arange(3), **SETTINGS)
 
 
-@pytest.mark.parametrize("change", [{"jitter_p": 1.5}, {"hue": 0.6}, {"jitter": (1.5, 0.5)}, {"box_area": (0.1, 1.0)},
+@pytest.mark.parametrize("change",
+                         [{"jitter_p": 1.5}, {"hue": 0.6}, {"jitter": (1.5, 0.5)}, {"box_area": (0.1, 1.0)},
                                     {"box_aspect": (4.0, 5.0)}])
 def test_impossible_strengths_are_refused(change):
     with pytest.raises(ValueError):

@@ -1,7 +1,7 @@
 """DALI against the PIL reference from the same numbers; what both do with odd and broken files.
 
-Deviations are in grey levels (0..255) of the image before normalisation; docs/augmentation.md says how they were
-measured.
+Deviations are in grey levels (0..255) of the image before normalisation; docs/augmentation.md says how they
+were measured.
 """
 
 import dataclasses
@@ -41,8 +41,8 @@ LOADERS = [pytest.param("dali", marks=needs_dali), "reference"]
 
 GRAY_LEVELS = 255 * torch.tensor(IMAGENET_STD).view(3, 1, 1)
 
-# Operation -> greatest mean and greatest 99th percentile of any image, on CamVid and on images of saturated colours.
-# Each is what was measured, rounded up by about a quarter.
+# Operation -> greatest mean and greatest 99th percentile of any image, on CamVid and on images of saturated
+# colours. Each is what was measured, rounded up by about a quarter.
 BOUNDS = {
     "weak": {"street": (0.01, 0), "vivid": (0.01, 0)},
     "brightness": {"street": (0.8, 1), "vivid": (0.8, 1)},
@@ -64,8 +64,8 @@ def micro(indices, *, step: int = 0) -> MicroBatch:
     return MicroBatch(step=step, epoch=0, positions=np.arange(len(indices)) + 1000 * step, indices=indices)
 
 
-def train(name: str, samples: list[Sample], micro_batches=None, *, crop_px=64, long_side=(40, 160), views=("sample",), box="erase",
-          masked=True, **settings):
+def train(name: str, samples: list[Sample], micro_batches=None, *, crop_px=64, long_side=(40, 160),
+          views=("sample",), box="erase", masked=True, **settings):
     settings = {"seed": 0, "stage": 1, "device": "cpu", "threads": 2, **settings}
     micro_batches = [micro(range(len(samples)))] if micro_batches is None else micro_batches
     config = AugmentConfig(crop_px=crop_px, long_side=long_side)
@@ -101,17 +101,21 @@ def write(
     image.save(folder / name, **options)
     reading = look((folder / name).read_bytes(), exif=turned)
     width, height = reading.width, reading.height
-    blocks = np.random.default_rng(len(name)).integers(0, 5, (height // 16 + 1, width // 16 + 1), dtype=np.uint8)
+    blocks = np.random.default_rng(len(name)).integers(0, 5, (height // 16 + 1, width // 16 + 1),
+                                                       dtype=np.uint8)
     mask = np.kron(blocks, np.ones((16, 16), np.uint8))[:height, :width]
     Image.fromarray(mask).save(folder / f"{name}.mask.png")
-    return Sample(key=name, image=str(folder / name), mask=str(folder / f"{name}.mask.png"), width=width, height=height,
-                  orientation=reading.orientation, plain=reading.plain, strong=strong)  # fmt: skip
+    return Sample(key=name, image=str(folder / name), mask=str(folder / f"{name}.mask.png"), width=width,
+                  height=height, orientation=reading.orientation, plain=reading.plain,
+                  strong=strong)  # fmt: skip
 
 
 def smooth(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
     """uint8 [height, width(, channels)]: large soft spots of every colour."""
-    small = np.random.default_rng(seed).integers(0, 256, (height // 16 + 2, width // 16 + 2, channels), dtype=np.uint8)
-    large = [np.asarray(Image.fromarray(small[..., c]).resize((width, height), Image.BICUBIC)) for c in range(channels)]
+    small = np.random.default_rng(seed).integers(0, 256, (height // 16 + 2, width // 16 + 2, channels),
+                                                 dtype=np.uint8)
+    large = [np.asarray(Image.fromarray(small[..., c]).resize((width, height), Image.BICUBIC))
+             for c in range(channels)]
     return np.stack(large, axis=2) if channels > 1 else large[0]
 
 
@@ -137,7 +141,8 @@ def street(camvid) -> list[Sample]:
 def vivid(tmp_path_factory) -> list[Sample]:
     """Six images of saturated colours, lossless: the worst that hue and clipping can meet."""
     folder = tmp_path_factory.mktemp("vivid")
-    return [write(folder, f"{i}.png", Image.fromarray(smooth(360, 480, seed=i)), strong=True) for i in range(6)]
+    return [write(folder, f"{i}.png", Image.fromarray(smooth(360, 480, seed=i)), strong=True)
+            for i in range(6)]
 
 
 def fixed(n: int, **changes) -> Augmentation:
@@ -145,7 +150,8 @@ def fixed(n: int, **changes) -> Augmentation:
     stream = Stream(samples=[Sample(key="", image="", width=480, height=360)] * n, masked=False)
     config = AugmentConfig(crop_px=256, long_side=(480, 480))
     drawn = draw(stream, np.arange(n), np.arange(n), augment=config, seed=0, stage=0, epoch=0)
-    geometry = dataclasses.replace(drawn.geometry, crop_y=np.full(n, 50), crop_x=np.full(n, 100), flip=np.zeros(n, bool))
+    geometry = dataclasses.replace(drawn.geometry, crop_y=np.full(n, 50), crop_x=np.full(n, 100),
+                                   flip=np.zeros(n, bool))
     values = {name: getattr(drawn.views[0], name).copy() for name in Appearance.__slots__}
     return Augmentation(geometry=geometry, views=(Appearance(**(values | changes)),))
 
@@ -158,7 +164,8 @@ def with_params(monkeypatch, params: Augmentation, samples: list[Sample]) -> tup
 
 
 def jitter_of(n: int, **factors) -> dict:
-    return {"jitter": np.ones(n, bool)} | {name: np.resize(np.float32(value), n) for name, value in factors.items()}
+    return {"jitter": np.ones(n, bool)} | {name: np.resize(np.float32(value), n) for name,
+                                           value in factors.items()}
 
 
 OPERATIONS = {
@@ -196,7 +203,9 @@ def test_a_blurs_spread_is_what_was_asked_for(sigma):
 
     kernel = _blur_kernel(sigma).astype(np.float64)
     offsets = np.arange(len(kernel)) - len(kernel) // 2
-    assert kernel.sum() == pytest.approx(1, abs=1e-6) and (kernel >= 0).all() and (kernel == kernel[::-1]).all()
+    assert (
+        kernel.sum() == pytest.approx(1, abs=1e-6) and (kernel >= 0).all() and (kernel == kernel[::-1]).all()
+    )
     assert np.sqrt((kernel * offsets**2).sum()) == pytest.approx(sigma, rel=1e-3)
 
 
@@ -214,7 +223,10 @@ def test_operations_do_something(monkeypatch, street):
     for operation, changes in OPERATIONS.items():
         for batch in with_params(monkeypatch, fixed(6, **changes(6)), street[:6]):
             change = (deviations(batch, plain)).mean((1, 2, 3))
-            assert (change < 0.01).all() if operation == "weak" else change.median() > 0.5, (operation, change)
+            assert (change < 0.01).all() if operation == "weak" else change.median() > 0.5, (
+                operation,
+                change,
+            )
             assert ((batch.labels_NHW != plain.labels_NHW).float().mean() > 0.1) == (operation == "cutout")
 
 
@@ -223,7 +235,8 @@ def test_operations_do_something(monkeypatch, street):
 def test_weak_batches_agree(street, crop_px):
     weak = [dataclasses.replace(s, strong=False) for s in street]
     steps = [micro(range(len(weak)), step=step) for step in range(2)]
-    pairs = zip(*(train(name, weak, steps, crop_px=crop_px, long_side=(200, 800)) for name in ("dali", "reference")),
+    pairs = zip(*(train(name, weak, steps, crop_px=crop_px, long_side=(200, 800))
+                  for name in ("dali", "reference")),
                 strict=True)  # fmt: skip
     wrong, pixels = 0, 0
     for a, b in pairs:
@@ -240,12 +253,15 @@ def test_weak_batches_agree(street, crop_px):
 
 @needs_dali
 def test_mixed_batches_agree(street):
-    """Weak and strong samples in one batch: the weak ones as closely as alone, the strong as their colours allow."""
+    """Weak and strong samples in one batch: the weak ones as closely as alone, the strong as their colours
+    allow."""
     for a, b in zip(
-        *(train(name, street, crop_px=256, long_side=(200, 800)) for name in ("dali", "reference")), strict=True
+        *(train(name, street, crop_px=256, long_side=(200, 800)) for name in ("dali", "reference")),
+        strict=True
     ):
         for index, (mean, percentile) in zip(a.indices, per_image(deviations(a, b)), strict=True):
-            assert (mean <= 6 and percentile <= 27) if street[index].strong else (mean <= 0.4 and percentile <= 1.01)
+            assert (mean <= 6
+                    and percentile <= 27) if street[index].strong else (mean <= 0.4 and percentile <= 1.01)
         assert (a.labels_NHW != b.labels_NHW).float().mean() < 1e-3
         assert (a.indices == b.indices).all() and a.step == b.step and a.epoch == b.epoch
 
@@ -291,7 +307,8 @@ def test_odd_images_agree(tmp_path, exif):
     steps = [micro(range(len(samples)), step=step) for step in range(4)]
     for crop_px in (32, 200):  # 200 is larger than every image
         settings = {"crop_px": crop_px, "long_side": (24, 150)}
-        for a, b in zip(*(train(name, samples, steps, **settings) for name in ("dali", "reference")), strict=True):
+        for a, b in zip(*(train(name, samples, steps, **settings) for name in ("dali", "reference")),
+                        strict=True):
             assert all(mean <= 1.5 and percentile <= 8 for mean, percentile in per_image(deviations(a, b)))
             different = a.labels_NHW != b.labels_NHW
             assert not (different & ~near_boundary(a.labels_NHW) & ~near_boundary(b.labels_NHW)).any()
@@ -299,10 +316,12 @@ def test_odd_images_agree(tmp_path, exif):
 
 @needs_dali
 def test_odd_images_are_augmented_strongly(tmp_path):
-    samples = [write(tmp_path, name, *(made := make())[:1], strong=True, **made[1]) for name, make in ODD.items()]
+    samples = [write(tmp_path, name, *(made := make())[:1], strong=True, **made[1]) for name,
+               make in ODD.items()]
     steps = [micro(range(len(samples)), step=step) for step in range(4)]
     settings = {"crop_px": 48, "long_side": (24, 150)}
-    for a, b in zip(*(train(name, samples, steps, **settings) for name in ("dali", "reference")), strict=True):
+    for a, b in zip(*(train(name, samples, steps, **settings) for name in ("dali", "reference")),
+                    strict=True):
         assert all(mean <= 20 and percentile <= 90 for mean, percentile in per_image(deviations(a, b)))
 
 
@@ -359,7 +378,8 @@ def test_a_batch_outlives_its_loader(name, street):
 def test_batches_do_not_depend_on_composition_threads_or_prefetch(name, street):
     whole = list(train(name, street, [micro(range(8))], threads=1, prefetch=1))[0]
     halves = [
-        MicroBatch(step=0, epoch=0, positions=np.arange(4) + start, indices=np.arange(4) + start) for start in (0, 4)
+        MicroBatch(step=0, epoch=0, positions=np.arange(4) + start, indices=np.arange(4) + start)
+        for start in (0, 4)
     ]
     parts = list(train(name, street, halves, threads=2, prefetch=4))
     assert torch.equal(torch.cat([part.images_NCHW for part in parts]), whole.images_NCHW)
@@ -369,10 +389,14 @@ def test_batches_do_not_depend_on_composition_threads_or_prefetch(name, street):
 @pytest.mark.parametrize("name", LOADERS)
 def test_evaluation_of_mixed_sizes_and_missing_masks(name, tmp_path):
     sizes = [(30, 40), (30, 40), (50, 20), (30, 40), (1, 9)]
-    samples = [write(tmp_path, f"{i}.png", Image.fromarray(smooth(h, w, seed=i))) for i, (h, w) in enumerate(sizes)]
+    samples = [write(tmp_path, f"{i}.png", Image.fromarray(smooth(h, w, seed=i))) for i,
+               (h, w) in enumerate(sizes)]
     batches = [[2], [0, 1, 3], [4]]  # the first is not the longest
     for batch, indices in zip(evaluate(name, samples, batches), batches, strict=True):
-        assert batch.indices.tolist() == indices and batch.labels_NHW.shape == (len(indices), *sizes[indices[0]])
+        assert batch.indices.tolist() == indices and batch.labels_NHW.shape == (
+            len(indices),
+            *sizes[indices[0]],
+        )
     bare = samples[:4] + [Sample(key="bare", image=samples[4].image, width=9, height=1)]
     assert [batch.labels_NHW for batch in evaluate(name, bare, batches)] == [None] * 3
     assert list(evaluate(name, samples, [])) == [] and list(train(name, samples, [])) == []
@@ -399,7 +423,8 @@ def broken(folder: Path, kind: str) -> Sample:
     data, mask = Path(good.image).read_bytes(), Path(good.mask).read_bytes()
     path = folder / ("bad.png" if kind == "cut mask" else "bad.jpg")
     if kind != "missing":
-        path.write_bytes({"cut in half": data[: len(data) // 2], "no end": data[:-300], "no picture": b"hello" * 99,
+        path.write_bytes({"cut in half": data[: len(data) // 2], "no end": data[:-300],
+                          "no picture": b"hello" * 99,
                           "empty": b"", "cut mask": mask[:60], "other size": data}[kind])  # fmt: skip
     image, mask = (good.image, str(path)) if kind == "cut mask" else (str(path), good.mask)
     height = 121 if kind == "other size" else 120
@@ -408,7 +433,8 @@ def broken(folder: Path, kind: str) -> Sample:
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", LOADERS)
-@pytest.mark.parametrize("kind", ["missing", "cut in half", "no end", "no picture", "empty", "cut mask", "other size"])
+@pytest.mark.parametrize("kind", ["missing", "cut in half", "no end", "no picture", "empty", "cut mask",
+                                  "other size"])
 def test_a_broken_file_is_named(name, kind, tmp_path):
     good = [write(tmp_path, f"{i}.jpg", Image.fromarray(smooth(120, 200, seed=i))) for i in range(5)]
     samples = [*good, broken(tmp_path, kind)]
@@ -479,11 +505,13 @@ THREE = {"views": ("weak", "strong", "strong"), "box": "paste", "masked": False}
 
 @needs_dali
 def test_loaders_agree_view_by_view(street):
-    """Images without masks: one crop, plain in the first view, recoloured in the others, boxes left to the step."""
+    """Images without masks: one crop, plain in the first view, recoloured in the others, boxes left to the
+    step."""
     bare = [dataclasses.replace(sample, mask=None) for sample in street[:8]]
     steps = [micro(range(8), step=step) for step in range(3)]
     settings = {"crop_px": 256, "long_side": (200, 800), **THREE}
-    for a, b in zip(train("dali", bare, steps, **settings), train("reference", bare, steps, **settings), strict=True):
+    for a, b in zip(train("dali", bare, steps, **settings), train("reference", bare, steps, **settings),
+                    strict=True):
         assert a.labels_NHW is b.labels_NHW is None and len(a.views) == len(b.views) == 3
         assert torch.equal(a.boxes_VN4, b.boxes_VN4) and torch.equal(a.shown_N4, b.shown_N4)
         assert not a.boxes_VN4[0].any() and a.boxes_VN4[1:].any()
@@ -523,7 +551,8 @@ def test_boxes_of_bare_strong_images_can_be_erased(name, tmp_path):
     (erased,) = train(name, bare, views=("strong",), masked=False)
     (kept,) = train(name, bare, views=("strong",), masked=False, box="paste")
     assert erased.boxes_VN4 is None and kept.boxes_VN4 is not None
-    stream, config = Stream(samples=bare, views=("strong",), masked=False), AugmentConfig(crop_px=64, long_side=(40, 160))
+    stream, config = Stream(samples=bare, views=("strong",),
+                            masked=False), AugmentConfig(crop_px=64, long_side=(40, 160))
     (view,) = draw(stream, np.arange(8), np.arange(8), augment=config, seed=0, stage=1, epoch=0).views
     boxes = inside(torch.from_numpy(view.box), (64, 64))[:, None].expand_as(kept.images_NCHW)
     assert boxes.any() and torch.equal(erased.images_NCHW[~boxes], kept.images_NCHW[~boxes])
@@ -604,7 +633,8 @@ def test_gpu_batches_agree(street):
         held.append((a, a.images_NCHW.clone()))
         moved = Batch(views=(a.images_NCHW.cpu(),), labels_NHW=a.labels_NHW.cpu(), indices=a.indices)
         for index, (mean, percentile) in zip(a.indices, per_image(deviations(moved, b)), strict=True):
-            assert (mean <= 6 and percentile <= 27) if street[index].strong else (mean <= 1.5 and percentile <= 8)
+            assert (mean <= 6
+                    and percentile <= 27) if street[index].strong else (mean <= 1.5 and percentile <= 8)
         assert (moved.labels_NHW != b.labels_NHW).float().mean() < 1e-3
     assert all(torch.equal(batch.images_NCHW, copy) for batch, copy in held)
     for batch in evaluate("dali", street, equal_size_batches(street, 8), device="cuda"):

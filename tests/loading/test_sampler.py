@@ -11,7 +11,8 @@ from stpp.loading.sampler import StepSampler, epoch_order, equal_size_batches, p
 
 def stream(sampler: StepSampler, first: int, last: int, world: int, accumulate: int) -> list[tuple]:
     """The global stream: per step, epoch and (positions, indices) of all ranks and pieces joined."""
-    ranks = [list(sampler.micro_batches(first, last, rank=r, world=world, accumulate=accumulate)) for r in range(world)]
+    ranks = [list(sampler.micro_batches(first, last, rank=r, world=world, accumulate=accumulate))
+             for r in range(world)]
     assert {len(micro) for micro in ranks} == {(last - first) * accumulate}
     out = []
     for k in range(last - first):
@@ -35,7 +36,11 @@ def test_steps_take_the_epochs_order():
     sampler = StepSampler(20, 6, seed=1, stage=1)
     for step, micro in enumerate(sampler.micro_batches(0, 9)):
         epoch, k = divmod(step, 3)
-        assert micro.step == step and micro.epoch == epoch and micro.indices.dtype == micro.positions.dtype == np.int64
+        assert (
+            micro.step == step
+            and micro.epoch == epoch
+            and micro.indices.dtype == micro.positions.dtype == np.int64
+        )
         assert micro.positions.tolist() == list(range(6 * k, 6 * k + 6))
         order = epoch_order(20, seed=1, stage=1, epoch=epoch)
         assert micro.indices.tolist() == order[micro.positions].tolist()
@@ -64,10 +69,12 @@ def test_orders_differ_by_each_part_of_the_key_and_are_stable():
 
 def test_random_streams_are_disjoint_by_key():
     draws = [philox(s, seed=seed, stage=t, epoch=e).random_raw(4).tolist()
-             for s, seed, t, e in ((0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1))]  # fmt: skip
+             for s, seed, t,
+             e in ((0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1))]  # fmt: skip
     assert len({tuple(draw) for draw in draws}) == 5
     later = philox(0, seed=0, stage=0, epoch=0, counter=(1, 0)).random_raw(4).tolist()
-    assert philox(0, seed=0, stage=0, epoch=0).random_raw(8).tolist()[4:] == later, "one count is four numbers"
+    assert philox(0, seed=0, stage=0,
+                  epoch=0).random_raw(8).tolist()[4:] == later, "one count is four numbers"
 
 
 @pytest.mark.parametrize("call", [
@@ -104,7 +111,8 @@ def test_evaluation_batches_cover_each_sample_once(sizes, max_batch, world):
     batches = [batch for rank in ranks for batch in rank]
     assert sorted(index for batch in batches for index in batch) == list(range(len(samples)))
     assert all(1 <= len(batch) <= max_batch and len({sizes[i] for i in batch}) == 1 for batch in batches)
-    assert {tuple(batch) for batch in batches} == {tuple(batch) for batch in equal_size_batches(samples, max_batch)}
+    assert {tuple(batch) for batch in batches} == {tuple(batch)
+                                                   for batch in equal_size_batches(samples, max_batch)}
     pixels = [sum(sizes[i][0] * sizes[i][1] for batch in rank for i in batch) for rank in ranks]
     largest = max((sum(sizes[i][0] * sizes[i][1] for i in batch) for batch in batches), default=0)
     assert max(pixels) - min(pixels) <= largest

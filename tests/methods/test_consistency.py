@@ -1,4 +1,5 @@
-"""UniMatch, UniMatch-V2 and FixMatch against plain PyTorch in float64, written from the papers' definitions at full size."""
+"""UniMatch, UniMatch-V2 and FixMatch against plain PyTorch in float64, written from the papers' definitions
+at full size."""
 
 import copy
 
@@ -29,7 +30,8 @@ class Small(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.backbone = nn.ModuleList([nn.Conv2d(3, 6, 5, stride=4, padding=2), nn.Conv2d(3, 6, 7, stride=4, padding=3)])
+        self.backbone = nn.ModuleList([nn.Conv2d(3, 6, 5, stride=4, padding=2),
+                                       nn.Conv2d(3, 6, 7, stride=4, padding=3)])
         self.classifier = nn.Conv2d(12, CLASSES, 3, padding=1)
 
     def features(self, images_NCHW):
@@ -58,11 +60,14 @@ def batches(seed: int, n: int = 2, m: int = 4) -> tuple[Batch, Batch]:
 
     labels = torch.randint(CLASSES, (n, SIDE, SIDE), generator=generator).byte()
     labels[torch.rand(labels.shape, generator=generator) < 0.2] = 255
-    boxes = torch.tensor([[[0, 0, 0, 0]] * m, [[2, 3, 10, 8], [0, 0, 0, 0], [5, 5, 19, 19], [0, 20, 24, 4]][:m],
+    boxes = torch.tensor([[[0, 0, 0, 0]] * m,
+                          [[2, 3, 10, 8], [0, 0, 0, 0], [5, 5, 19, 19], [0, 20, 24, 4]][:m],
                           [[1, 1, 4, 20], [8, 0, 16, 9], [0, 0, 0, 0], [3, 3, 3, 3]][:m]], dtype=torch.int32)
-    shown = torch.tensor([[0, 0, 24, 24], [0, 0, 24, 15], [0, 6, 20, 18], [0, 0, 9, 24]][:m], dtype=torch.int32)
+    shown = torch.tensor([[0, 0, 24, 24], [0, 0, 24, 15], [0, 6, 20, 18], [0, 0, 9, 24]][:m],
+                         dtype=torch.int32)
     x = Batch(views=(images(n),), labels_NHW=labels, indices=np.arange(n))
-    u = Batch(views=(images(m), images(m), images(m)), labels_NHW=None, indices=np.arange(m), boxes_VN4=boxes, shown_N4=shown)
+    u = Batch(views=(images(m), images(m), images(m)), labels_NHW=None, indices=np.arange(m), boxes_VN4=boxes,
+              shown_N4=shown)
     return x, u
 
 
@@ -78,7 +83,8 @@ def mixed_plain(tensor: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def masked_mean(logits: torch.Tensor, labels: torch.Tensor, confidence: torch.Tensor, shown: torch.Tensor, threshold: float):
+def masked_mean(logits: torch.Tensor, labels: torch.Tensor, confidence: torch.Tensor, shown: torch.Tensor,
+                threshold: float):
     """sum of CE * (confidence >= threshold) * shown, over the number of shown pixels."""
     loss = F.cross_entropy(upsampled(logits), labels.long(), reduction="none")
     return (loss * (confidence >= threshold) * shown).sum() / shown.sum()
@@ -98,7 +104,8 @@ def shown_of(u: Batch) -> torch.Tensor:
 
 def strong_terms(logits, labels, confidence, u: Batch, threshold: float) -> list[torch.Tensor]:
     shown = shown_of(u)
-    return [masked_mean(each, mixed_plain(labels, boxes), mixed_plain(confidence, boxes), mixed_plain(shown, boxes), threshold)
+    return [masked_mean(each, mixed_plain(labels, boxes), mixed_plain(confidence, boxes),
+                        mixed_plain(shown, boxes), threshold)
             for each, boxes in zip(logits, u.boxes_VN4[1:], strict=True)]
 
 
@@ -123,10 +130,12 @@ def test_unimatch_equals_the_plain_form(monkeypatch, seed):
     plain = copy.deepcopy(net)
     maps = plain.features(torch.cat([x.images_NCHW, u.images_NCHW]))
     n = len(x.images_NCHW)
-    clean, dropped = plain.decode(*maps), plain.decode(*(each * mask for each, mask in zip(maps, drawn, strict=True)))
+    clean, dropped = plain.decode(*maps), plain.decode(*(each * mask for each,
+                                                         mask in zip(maps, drawn, strict=True)))
     labels, confidence = labels_of(clean[n:].detach())
     loss_x = F.cross_entropy(upsampled(clean[:n]), x.labels_NHW.long(), ignore_index=255)
-    strong = strong_terms([plain(mixed_plain(view, boxes)) for view, boxes in zip(u.views[1:], u.boxes_VN4[1:], strict=True)],
+    strong = strong_terms([plain(mixed_plain(view, boxes)) for view,
+                           boxes in zip(u.views[1:], u.boxes_VN4[1:], strict=True)],
                           labels, confidence, u, 0.5)
     loss_d = masked_mean(dropped[n:], labels, confidence, shown_of(u), 0.5)
     share = ((confidence >= 0.5) & shown_of(u)).sum() / shown_of(u).sum()
@@ -158,17 +167,22 @@ def test_unimatch_v2_equals_the_plain_form_for_three_steps(monkeypatch, seed):
         kept = 2.0 * (torch.rand(4, 6, generator=generator, dtype=torch.float64) < 0.5)
         kept[[1, 2]] = 1.0
         factor = torch.cat([kept, 2 - kept])
-        monkeypatch.setattr(unimatch_v2, "complementary_dropout", lambda n, channels, device, factor=factor: [factor] * 2)
+        monkeypatch.setattr(unimatch_v2, "complementary_dropout",
+                            lambda n, channels, device, factor=factor: [factor] * 2)
         terms, gradients = taken(step, x, u)
 
         labels, confidence = labels_of(teacher(u.images_NCHW))
-        strong_images = torch.cat([mixed_plain(view, boxes) for view, boxes in zip(u.views[1:], u.boxes_VN4[1:], strict=True)])
-        logits = plain.decode(*(each * factor[:, :, None, None] for each in plain.features(strong_images))).chunk(2)
+        strong_images = torch.cat([mixed_plain(view, boxes) for view,
+                                   boxes in zip(u.views[1:], u.boxes_VN4[1:], strict=True)])
+        logits = plain.decode(*(each * factor[:, :, None, None]
+                                for each in plain.features(strong_images))).chunk(2)
         loss_x = F.cross_entropy(upsampled(plain(x.images_NCHW)), x.labels_NHW.long(), ignore_index=255)
         strong = strong_terms(logits, labels, confidence, u, 0.5)
-        torch.testing.assert_close(terms[:3].double(), torch.stack([loss_x, *strong]).detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(terms[:3].double(), torch.stack([loss_x, *strong]).detach(), rtol=1e-5,
+                                   atol=1e-6)
         expected = torch.autograd.grad((loss_x + (strong[0] + strong[1]) / 2) / 2, list(plain.parameters()))
-        for parameters, optimizer, found in ((net.parameters(), student, gradients), (plain.parameters(), plain_student, expected)):
+        for parameters, optimizer, found in ((net.parameters(), student, gradients),
+                                             (plain.parameters(), plain_student, expected)):
             for parameter, gradient in zip(parameters, found, strict=True):
                 parameter.grad = gradient
             optimizer.step()
@@ -186,17 +200,20 @@ def test_unimatch_v2_equals_the_plain_form_for_three_steps(monkeypatch, seed):
 
 def test_fixmatch_equals_the_plain_form():
     net, (x, u) = network(), batches(5)
-    one = Batch(views=u.views[:2], labels_NHW=None, indices=u.indices, boxes_VN4=u.boxes_VN4[:2], shown_N4=u.shown_N4)
+    one = Batch(views=u.views[:2], labels_NHW=None, indices=u.indices, boxes_VN4=u.boxes_VN4[:2],
+                shown_N4=u.shown_N4)
     terms, _ = taken(FixMatch(net, config()), x, one)
     labels, confidence = labels_of(net(u.images_NCHW))
     (strong,) = strong_terms([net(mixed_plain(u.views[1], u.boxes_VN4[1]))], labels, confidence, one, 0.5)
     loss_x = F.cross_entropy(upsampled(net(x.images_NCHW)), x.labels_NHW.long(), ignore_index=255)
-    torch.testing.assert_close(terms[:2].double(), torch.stack([loss_x, strong]).detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(terms[:2].double(), torch.stack([loss_x, strong]).detach(), rtol=1e-5,
+                               atol=1e-6)
 
 
 @pytest.mark.parametrize("step", [UniMatch, UniMatchV2])
 def test_two_passes_equal_one(step, monkeypatch):
-    """Terms are sums over the pass, divided by pixels of all passes: unevenly padded halves add up to the whole."""
+    """Terms are sums over the pass, divided by pixels of all passes: unevenly padded halves add up to the
+    whole."""
     net, (x, u) = network(), batches(7, n=4)
     monkeypatch.setattr(F, "dropout2d", lambda each, p: each)
     monkeypatch.setattr(unimatch_v2, "complementary_dropout",
@@ -210,16 +227,19 @@ def test_two_passes_equal_one(step, monkeypatch):
 
 def part(batch: Batch, rows: slice) -> Batch:
     labels = None if batch.labels_NHW is None else batch.labels_NHW[rows]
-    more = {} if batch.boxes_VN4 is None else {"boxes_VN4": batch.boxes_VN4[:, rows], "shown_N4": batch.shown_N4[rows]}
-    return Batch(views=tuple(view[rows] for view in batch.views), labels_NHW=labels, indices=batch.indices[rows], **more)
+    more = {} if batch.boxes_VN4 is None else {"boxes_VN4": batch.boxes_VN4[:, rows],
+                                               "shown_N4": batch.shown_N4[rows]}
+    return Batch(views=tuple(view[rows] for view in batch.views), labels_NHW=labels,
+                 indices=batch.indices[rows], **more)
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([2, 4, 6]))
 @settings(deadline=None, max_examples=40)
 def test_pasting_is_an_exchange_of_boxes(seed, n):
     generator = np.random.default_rng(seed)
-    boxes = torch.from_numpy(np.stack([generator.integers(0, 12, n), generator.integers(0, 12, n), generator.integers(0, 12, n),
-                                       generator.integers(0, 12, n)], axis=1).astype(np.int32))
+    boxes = torch.from_numpy(np.stack([generator.integers(0, 12, n), generator.integers(0, 12, n),
+                                       generator.integers(0, 12, n), generator.integers(0, 12, n)],
+                                      axis=1).astype(np.int32))
     images, labels = torch.randn(n, 3, SIDE, SIDE), torch.randint(5, (n, SIDE, SIDE)).byte()
     assert torch.equal(pasted(images, boxes), mixed_plain(images, boxes))
     assert torch.equal(pasted(labels, boxes), mixed_plain(labels, boxes))

@@ -22,15 +22,17 @@ def test_ranks_and_passes_take_the_steps_of_one_process(method, synthetic, synth
     def found(name: str) -> dict:
         return torch.load(tmp_path / f"{name}.pt")
 
-    ran = subprocess.run([sys.executable, WORKER, *args, tmp_path / "alone.pt", "1", STEPS, method], capture_output=True, text=True,
-                         timeout=200)
+    ran = subprocess.run([sys.executable, WORKER, *args, tmp_path / "alone.pt", "1", STEPS, method],
+                         capture_output=True, text=True, timeout=200)
     assert ran.returncode == 0, ran.stderr
     alone = found("alone")
     terms = torch.tensor(alone["losses"]).view(int(STEPS), -1)
-    assert (terms[:, :-1] > 0).all() and ((terms[:, -1] > 0.05) & (terms[:, -1] < 1)).all()  # the last is the confident share
+    # the last is the confident share
+    assert (terms[:, :-1] > 0).all() and ((terms[:, -1] > 0.05) & (terms[:, -1] < 1)).all()
     for name, accumulate in (("ranks", "1"), ("passes", "2")):
         ran = torchrun(2, WORKER, *args, str(tmp_path / f"{name}.pt"), accumulate, STEPS, method)
         assert ran.returncode == 0, ran.stderr
-        torch.testing.assert_close(torch.tensor(found(name)["losses"]), torch.tensor(alone["losses"]), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(torch.tensor(found(name)["losses"]), torch.tensor(alone["losses"]),
+                                   rtol=1e-4, atol=1e-6)
         for key, value in alone["weights"].items():
             torch.testing.assert_close(found(name)["weights"][key], value, rtol=1e-4, atol=1e-6, msg=key)

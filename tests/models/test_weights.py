@@ -94,7 +94,8 @@ def test_torchvision_backbone(tmp_path, batches_tracked):
     loaded = 120 if batches_tracked else 100
     assert len(model.backbone.state_dict()) == 120
     start, end = report.summary().split("; ")
-    assert (start, end) == (f"{loaded} of 120 tensors loaded from {path.name}", "left out: fc.weight, fc.bias")
+    assert (start, end) == (f"{loaded} of 120 tensors loaded from "
+                            f"{path.name}", "left out: fc.weight, fc.bias")
 
 
 def test_backbone_out_of_a_whole_network(tmp_path):
@@ -130,9 +131,13 @@ def test_not_strict_loads_what_fits_and_says_what_did_not(tmp_path):
     assert torch.equal(target.backbone.layer3[1].conv2.weight, source.backbone.layer3[1].conv2.weight)
     assert torch.equal(target.classifier[0].weight, head)
     wanted = len(target.state_dict())
-    start = f"{wanted - 8} of {wanted} tensors loaded from weights.pth; missing in the file: classifier.3.bias; "
+    start = (
+        f"{wanted - 8} of {wanted} tensors loaded from weights.pth; missing in the file: classifier.3.bias; "
+    )
     assert summary.startswith(start)
-    assert "classifier.0.bias ((21,) in the file, (5,) wanted)" in summary and summary.endswith("left out: ema.decay")
+    assert "classifier.0.bias ((21,) in the file, (5,) wanted)" in summary and summary.endswith(
+        "left out: ema.decay"
+    )
 
 
 def test_not_strict_still_wants_the_backbone(tmp_path):
@@ -159,15 +164,18 @@ def test_one_superfluous_or_missing_key_is_refused(tmp_path):
 
 def test_values_that_are_no_plain_tensors(tmp_path):
     state = network().state_dict()
-    message = refusal(weights.load_model, network(), save(state | {"classifier.0.bias": [1.0] * CLASSES}, tmp_path))
+    message = refusal(weights.load_model, network(),
+                      save(state | {"classifier.0.bias": [1.0] * CLASSES}, tmp_path))
     assert "classifier.0.bias (list in the file" in message
     on_nothing = torch.empty(CLASSES, device="meta")
-    message = refusal(weights.load_model, network(), save(state | {"classifier.0.bias": on_nothing}, tmp_path))
+    message = refusal(weights.load_model, network(),
+                      save(state | {"classifier.0.bias": on_nothing}, tmp_path))
     assert "cannot be copied" in message
 
 
 def test_keys_cannot_upset_a_terminal(tmp_path):
-    state = network().state_dict() | {"a\nb\x1b[31m": torch.ones(1), "long" * 1000: torch.ones(1), 3: torch.ones(1)}
+    state = network().state_dict() | {"a\nb\x1b[31m": torch.ones(1), "long" * 1000: torch.ones(1),
+                                      3: torch.ones(1)}
     message = refusal(weights.load_model, network(), save(state, tmp_path))
     assert r"a\nb\x1b" in message and len(message) < 1000
 
@@ -219,7 +227,8 @@ def test_code_in_a_file_never_runs(tmp_path, protocol, place):
     content = {"bare": bomb, "value": {"a": torch.ones(1), "b": bomb}, "key": [(bomb,)],
                "nested": {"model": {"w": torch.ones(1)}, "args": [bomb]}}[place]  # fmt: skip
     for zipped in (True, False):
-        path = save(content, tmp_path, pickle_protocol=max(protocol, 1), _use_new_zipfile_serialization=zipped)
+        path = save(content, tmp_path, pickle_protocol=max(protocol, 1),
+                    _use_new_zipfile_serialization=zipped)
         refusal(weights.read_checkpoint, path)
     if place != "nested":
         path.write_bytes(pickle.dumps(bomb, protocol))
@@ -231,7 +240,8 @@ def test_code_in_a_file_never_runs(tmp_path, protocol, place):
 
 def test_a_refused_object_is_named(tmp_path):
     path = save({"w": torch.ones(1), "config": Path("x")}, tmp_path)
-    assert re.search(r"holds a Python object \(pathlib[\w.]*\.PosixPath\)", refusal(weights.read_checkpoint, path))
+    assert re.search(r"holds a Python object \(pathlib[\w.]*\.PosixPath\)",
+                     refusal(weights.read_checkpoint, path))
 
 
 @pytest.mark.parametrize("name", ON_RESNETS)
@@ -239,11 +249,13 @@ def test_a_refused_object_is_named(tmp_path):
 def test_a_state_dict_tells_what_it_is_of(tmp_path, name, backbone):
     with torch.device("meta"):
         shapes = {key: value.shape for key, value in build_model(name, backbone, 7, 8).state_dict().items()}
-    state = {key: torch.full((), 0.5).expand(shape) for key, shape in shapes.items() if "num_batches" not in key}
+    state = {key: torch.full((), 0.5).expand(shape) for key,
+             shape in shapes.items() if "num_batches" not in key}
     path = save(state, tmp_path)
     assert path.stat().st_size < 1e6, "the file should be small, whatever its tensors claim"
     found = trained.load_network(path, output_stride=16, class_names=list("abcdefg"))
-    assert found.architecture == {"name": name, "backbone": backbone, "output_stride": 16} and found.classes == list("abcdefg")
+    assert found.architecture == {"name": name, "backbone": backbone,
+                                  "output_stride": 16} and found.classes == list("abcdefg")
     assert {key: value.shape for key, value in found.network.state_dict().items()} == shapes
     assert all(bool((value == 0.5).all()) for value in found.network.parameters())
 
@@ -251,15 +263,20 @@ def test_a_state_dict_tells_what_it_is_of(tmp_path, name, backbone):
 def published_like(name: str, backbone: str, value: float, num_classes: int = 7) -> dict[str, torch.Tensor]:
     """A state dict of a few bytes: every tensor is one number."""
     with torch.device("meta"):
-        shapes = {key: tensor.shape for key, tensor in build_model(name, backbone, num_classes).state_dict().items()}
+        shapes = {key: tensor.shape for key,
+                  tensor in build_model(name, backbone, num_classes).state_dict().items()}
     return {key: torch.full((), value).expand(shape) for key, shape in shapes.items()}
 
 
 def of_public_training(**networks: dict) -> dict:
-    """What UniMatch and UniMatch V2 save: networks from DDP, the optimiser, and scores as NumPy makes them."""
-    wrapped = {key: {"module." + name: value for name, value in state.items()} for key, state in networks.items()}
-    optimizer = {"state": {0: {"step": torch.ones(()), "exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 5e-6, "params": [0]}]}
-    scores = {"previous_best": np.float64(79.5), "previous_best_ema": np.mean([80.5]), "best_epoch": 3, "epoch": 59}
+    """What UniMatch and UniMatch V2 save: networks from DDP, the optimiser, and scores as NumPy makes
+    them."""
+    wrapped = {key: {"module." + name: value for name, value in state.items()} for key,
+               state in networks.items()}
+    optimizer = {"state": {0: {"step": torch.ones(()), "exp_avg": torch.ones(3)}},
+                 "param_groups": [{"lr": 5e-6, "params": [0]}]}
+    scores = {"previous_best": np.float64(79.5), "previous_best_ema": np.mean([80.5]), "best_epoch": 3,
+              "epoch": 59}
     return wrapped | {"optimizer": optimizer} | scores
 
 
@@ -267,7 +284,8 @@ def of_public_training(**networks: dict) -> dict:
 def test_a_checkpoint_of_unimatch_v2_gives_the_mean_of_its_weights(tmp_path, capsys, backbone):
     student, mean = (published_like("dpt", backbone, value) for value in (0.25, 0.75))
     path = save(of_public_training(model=student, model_ema=mean), tmp_path, "best.pth")
-    for name, value, said in ((path, 0.75, True), (f"{path}#model_ema", 0.75, False), (f"{path}#model", 0.25, False)):
+    for name, value, said in ((path, 0.75, True), (f"{path}#model_ema", 0.75, False),
+                              (f"{path}#model", 0.25, False)):
         found = trained.load_network(name, class_names=list("abcdefg"))
         assert found.architecture == {"name": "dpt", "backbone": backbone, "output_stride": None}
         assert found.classes == list("abcdefg")
@@ -285,11 +303,15 @@ def test_a_checkpoint_of_unimatch_v2_gives_the_mean_of_its_weights(tmp_path, cap
 def test_the_stride_of_unimatch_is_asked_for(tmp_path, backbone):
     path = save(of_public_training(model=published_like("deeplabv3plus", backbone, 0.5)), tmp_path)
     message = refusal(trained.load_network, path)
-    assert f"deeplabv3plus on {backbone}, by its keys" in message and "say it with --output-stride (16 is usual)" in message
+    assert (
+        f"deeplabv3plus on {backbone}, by its keys" in message
+        and "say it with --output-stride (16 is usual)" in message
+    )
     found = trained.load_network(path, output_stride=16)
     assert found.architecture == {"name": "deeplabv3plus", "backbone": backbone, "output_stride": 16}
     assert all(bool((tensor == 0.5).all()) for tensor in found.network.parameters())
-    assert not any(isinstance(module, torch.nn.Dropout | torch.nn.Dropout2d) for module in found.network.modules())
+    assert not any(isinstance(module, torch.nn.Dropout | torch.nn.Dropout2d)
+                   for module in found.network.modules())
 
 
 @pytest.mark.parametrize("backbone", ["efficientnet-lite1", "efficientnet-lite2"])
@@ -318,8 +340,12 @@ def test_state_dicts_of_other_networks_are_refused(tmp_path):
     deep_stem |= {f"backbone.conv1.{i}.weight": torch.ones(1) for i in (0, 3, 6)}
     message = refusal(trained.load_network, save(deep_stem, tmp_path))
     assert "weights.pth: holds no network that is known here; nearest is deeplabv3plus on resnet18" in message
-    assert "missing: backbone.conv1.weight" in message and "superfluous: backbone.conv1.0.weight, backbone.conv1.3" in message
-    many = {"classifier.bias": torch.zeros(1 << 20), "classifier.weight": torch.zeros(1).expand(1 << 20, 256, 1, 1)}
+    assert (
+        "missing: backbone.conv1.weight" in message
+        and "superfluous: backbone.conv1.0.weight, backbone.conv1.3" in message
+    )
+    many = {"classifier.bias": torch.zeros(1 << 20),
+            "classifier.weight": torch.zeros(1).expand(1 << 20, 256, 1, 1)}
     vast = {"backbone.layer1.0.conv1.weight": torch.zeros(1).expand(1 << 20, 1 << 20, 3, 3)}
     for change, words in (
         (many, "1048576 classes"),

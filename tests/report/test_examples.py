@@ -24,7 +24,8 @@ def samples(synthetic_index):
 
 def test_watching_changes_neither_scores_nor_random_numbers(samples):
     torch.manual_seed(0)
-    teacher = EagerPredictor(build_model("deeplabv3plus", "resnet18", 6, 32).eval(), num_classes=6, device=HERE.device,
+    teacher = EagerPredictor(build_model("deeplabv3plus", "resnet18", 6, 32).eval(), num_classes=6,
+                             device=HERE.device,
                            dtype=torch.float32)
     alone = evaluate.evaluate(teacher, samples, HERE, DataConfig(threads=1))
     watch = Watch(samples, [1, 4], 6)
@@ -34,7 +35,8 @@ def test_watching_changes_neither_scores_nor_random_numbers(samples):
     np.testing.assert_array_equal(numpys, np.random.get_state()[1])
     assert set(watch.pictures) == {samples[1].key, samples[4].key}
     for picture in watch.pictures.values():
-        assert picture.dtype == np.uint8 and max(picture.shape[0], (picture.shape[1] - 2 * GAP_PX) // 3) <= PICTURE_PX
+        assert picture.dtype == np.uint8 and max(picture.shape[0],
+                                                 (picture.shape[1] - 2 * GAP_PX) // 3) <= PICTURE_PX
 
 
 def test_only_the_speaker_writes_a_board_and_what_is_no_number_is_left_out(tmp_path):
@@ -45,7 +47,8 @@ def test_only_the_speaker_writes_a_board_and_what_is_no_number_is_left_out(tmp_p
         for speaks in (False, True):
             log.set_speaker(speaks)
             with log.Metrics(tmp_path / str(speaks), first_step=0) as metrics:
-                metrics.show(1, values={"iou_pct/a": 5.0, "iou_pct/b": float("nan")}, pictures={"validation/ä b/<c>": picture})
+                metrics.show(1, values={"iou_pct/a": 5.0, "iou_pct/b": float("nan")},
+                             pictures={"validation/ä b/<c>": picture})
     finally:
         log.set_speaker(True)
     assert not (tmp_path / "False").exists()

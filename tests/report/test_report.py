@@ -78,7 +78,8 @@ def test_every_labelled_image_is_listed_with_its_figures(labels, report):
         assert confidence == pytest.approx(row["mean_confidence"], abs=1e-4) and ignored == pytest.approx(
             row["ignored_fraction"], abs=1e-4)
         pixels = dict(zip(shares[::2], shares[1::2], strict=True))
-        assert pixels == {i: round(100 * n / (width * height), 1) for i, n in enumerate(row["class_pixels"]) if n}
+        assert pixels == {i: round(100 * n / (width * height), 1) for i,
+                          n in enumerate(row["class_pixels"]) if n}
         assert picture >= 0
     assert any(row["ignored_fraction"] for row in expected.values())
 
@@ -102,7 +103,8 @@ def test_labels_without_a_map_of_confidence_lack_only_its_picture(tmp_path):
     older = {name: kind for name, kind in rows.LABELS.items() if name != "confidence_map"}
     rows.write(parts[0], [{name: row[name] for name in older} for row in rows.read(parts[0])], older)
     cut = rows.read(parts[1])
-    rows.write(parts[1], [row | {"confidence_map": (row["confidence_map"] or b"")[:-1]} for row in cut], rows.LABELS)
+    rows.write(parts[1], [row | {"confidence_map": (row["confidence_map"] or b"")[:-1]} for row in cut],
+               rows.LABELS)
     build.write_report(folder, tmp_path / "report")
     pictures = tmp_path / "report" / "pictures"
     unmapped = {row["key"] for part in parts[:2] for row in rows.read(part, ["key"])}
@@ -115,12 +117,15 @@ def test_labels_without_a_map_of_confidence_lack_only_its_picture(tmp_path):
 def test_the_page_asks_no_network_and_names_are_never_markup(report):
     page = Page(report / "index.html")
     scripts = [attributes for tag, attributes in page.tags if tag == "script"]
-    assert [one.get("src", one.get("type")) for one in scripts] == ["report.js", "data/rows-0.js", "application/json"]
+    assert [one.get("src", one.get("type"))
+            for one in scripts] == ["report.js", "data/rows-0.js", "application/json"]
     for tag, attributes in page.tags:
         assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
         for name in ("src", "href"):
             target = attributes.get(name, "")
-            assert target.startswith("data:image/png;base64,") or ":" not in target and "//" not in target, target
+            assert target.startswith("data:image/png;base64,") or ":" not in target and "//" not in target, (
+                target
+            )
     assert not [attributes for tag, attributes in page.tags if attributes.get("src") == "x"]
     assert json.loads(page.facts)["classes"] == list("0123")
     for name in ("report.js", "report.css"):
@@ -135,7 +140,8 @@ def test_failed_images_stand_there_with_their_reasons(report):
 def test_archives_of_masks_are_drawn_alike(labels, report, tmp_path):
     tarred = cases.labels(tmp_path, output="tar")
     build.write_report(tarred, tmp_path / "report")
-    assert {row[0]: row[3:7] for row in listed(tmp_path / "report")} == {row[0]: row[3:7] for row in listed(report)}
+    assert {row[0]: row[3:7]
+            for row in listed(tmp_path / "report")} == {row[0]: row[3:7] for row in listed(report)}
     assert len(list((tmp_path / "report" / "pictures").glob("*-classes.png"))) == len(listed(report))
 
 
@@ -169,8 +175,8 @@ def test_few_pictures_are_of_the_worst_and_of_random_images(labels, tmp_path):
 
 
 def image(key: str, confidence: float = 0.5) -> labelling.Image:
-    return labelling.Image(key=key, part="part-000000", width=1, height=1, confidence=confidence, ignored=0.0, reliability=None,
-                           shares=())
+    return labelling.Image(key=key, part="part-000000", width=1, height=1, confidence=confidence, ignored=0.0,
+                           reliability=None, shares=())
 
 
 def test_of_many_images_the_lowest_are_kept():
@@ -191,8 +197,8 @@ def test_more_images_than_are_listed_are_sampled_and_the_worst_stay(labels, monk
 
 
 @pytest.mark.parametrize(("share", "labelled", "factor"), [
-    (0.2, 0.1, 2.0), (0.19, 0.1, None), (0.05, 0.1, 0.5), (0.0, 0.1, 0.0), (0.1, 0.0, float("inf")), (0.0005, 0.0001, None),
-    (0.3, None, None)])
+    (0.2, 0.1, 2.0), (0.19, 0.1, None), (0.05, 0.1, 0.5), (0.0, 0.1, 0.0), (0.1, 0.0, float("inf")),
+    (0.0005, 0.0001, None), (0.3, None, None)])
 def test_a_class_drifts_by_its_factor(share, labelled, factor):
     assert build._factor(share, labelled) == factor
 
@@ -200,7 +206,10 @@ def test_a_class_drifts_by_its_factor(share, labelled, factor):
 def test_curves_are_thinned_and_keep_their_end():
     drawn = charts.curve("loss", [(i, float(i)) for i in range(10_000)] + [(10_000, float("nan"))])
     assert len(drawn.points.split()) <= charts.MOST_POINTS + 1 and drawn.points.endswith("240.0,0.0")
-    assert charts.curve("loss", [(1, float("inf"))]) is None and charts.curve("flat", [(3, 2.0)]).points == "0.0,0.0"
+    assert (
+        charts.curve("loss", [(1, float("inf"))]) is None
+        and charts.curve("flat", [(3, 2.0)]).points == "0.0,0.0"
+    )
 
 
 def test_colours_of_neighbouring_classes_differ():
@@ -214,10 +223,12 @@ def test_colours_of_neighbouring_classes_differ():
 def test_the_command_names_the_page_and_refuses_what_is_no_report(labels, tmp_path, capsys):
     cli.main(["report", str(labels), "--out", str(tmp_path / "page"), "--pictures", "2"])
     assert capsys.readouterr().out.strip() == str(tmp_path / "page" / "index.html")
-    cli.main(["report", str(labels), "--out", str(tmp_path / "page"), "--pictures", "2"])  # its own may be replaced
+    # its own may be replaced
+    cli.main(["report", str(labels), "--out", str(tmp_path / "page"), "--pictures", "2"])
     (tmp_path / "mine").mkdir()
     for args, words in ((["absent"], "absent"), ([str(tmp_path / "mine")], "neither a run"),
-                        ([str(labels), "--out", str(tmp_path / "mine")], "no report"), ([str(labels), "--run", "absent"], "--run"),
+                        ([str(labels), "--out", str(tmp_path / "mine")], "no report"),
+                        ([str(labels), "--run", "absent"], "--run"),
                         ([str(labels), "--pictures", "-1"], "--pictures")):
         with pytest.raises(SystemExit) as ended:
             cli.main(["report", *args])

@@ -1,4 +1,5 @@
-"""The report's page in headless Chromium, opened from the disk: sorting, filters, keys, ticks, hostile names, 10,000 rows."""
+"""The report's page in headless Chromium, opened from the disk: sorting, filters, keys, ticks, hostile names,
+10,000 rows."""
 
 import importlib.util
 import shutil
@@ -13,8 +14,10 @@ from stpp.report import build
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("selenium") is None, reason="selenium is not installed (stpp[dev])"),
-    pytest.mark.skipif(not (shutil.which("chromedriver") and (shutil.which("chromium") or shutil.which("google-chrome"))),
+    pytest.mark.skipif(importlib.util.find_spec("selenium") is None,
+                       reason="selenium is not installed (stpp[dev])"),
+    pytest.mark.skipif(not (shutil.which("chromedriver")
+                            and (shutil.which("chromium") or shutil.which("google-chrome"))),
                        reason="Chromium and chromedriver are not installed"),
 ]
 MANY = 10_000
@@ -26,8 +29,10 @@ def report(tmp_path_factory) -> Path:
     """Of a run whose labels have `MANY` more rows than pictures."""
     run = cases.run(tmp_path_factory.mktemp("run"))
     more = [dict.fromkeys(rows.LABELS) | {
-        "key": f"many/image{i:05d}", "source": f"many/image{i:05d}.jpg", "status": "ok", "width": 10, "height": 10,
-        "mean_confidence": i / MANY, "ignored_fraction": (i % 50) / 100, "class_pixels": [90 - i % 90, i % 90, 10, 0]}
+        "key": f"many/image{i:05d}", "source": f"many/image{i:05d}.jpg", "status": "ok", "width": 10,
+        "height": 10,
+        "mean_confidence": i / MANY, "ignored_fraction": (i % 50) / 100,
+        "class_pixels": [90 - i % 90, i % 90, 10, 0]}
         for i in range(MANY)]
     rows.write(run / "stages" / "3-label" / "labels" / "part-000099.parquet", more, rows.LABELS)
     build.write_report(run, run / "report")
@@ -46,9 +51,11 @@ def driver(downloads):
 
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or shutil.which("google-chrome")
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1280,1400"):
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+                 "--window-size=1280,1400"):
         options.add_argument(flag)
-    options.add_experimental_option("prefs", {"download.default_directory": str(downloads), "download.prompt_for_download": False})
+    options.add_experimental_option("prefs", {"download.default_directory": str(downloads),
+                                              "download.prompt_for_download": False})
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     started = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
     started.set_page_load_timeout(60)
@@ -67,8 +74,9 @@ def page(driver, report):
 
 def put(page, id_: str, value) -> None:
     """Sets a control and lets the page know."""
-    page.execute_script("const it = document.getElementById(arguments[0]); it.type === 'checkbox' ? it.checked = arguments[1] : "
-                        "it.value = arguments[1]; it.dispatchEvent(new Event('input', {bubbles: true}))", id_, value)
+    page.execute_script("const it = document.getElementById(arguments[0]); it.type === 'checkbox' ? "
+                        "it.checked = arguments[1] : it.value = arguments[1]; it.dispatchEvent(new "
+                        "Event('input', {bubbles: true}))", id_, value)
 
 
 def text(page, id_: str) -> str:
@@ -76,7 +84,8 @@ def text(page, id_: str) -> str:
 
 
 def shown(page) -> list[str]:
-    return page.execute_script("return [...document.querySelectorAll('.card')].map((card) => card.dataset.key)")
+    return page.execute_script("return [...document.querySelectorAll('.card')].map((card) => "
+                               "card.dataset.key)")
 
 
 def press(page, key: str) -> None:
@@ -87,14 +96,16 @@ def press(page, key: str) -> None:
 
 def test_it_opens_with_pictures_and_without_errors(page, tmp_path):
     assert text(page, "place") == f"{DRAWN} of {DRAWN + MANY} images, page 1 of 1"
-    broken = page.execute_script("return [...document.images].filter((it) => it.complete && !it.naturalWidth).map((it) => it.src)")
+    broken = page.execute_script("return [...document.images].filter((it) => it.complete && "
+                                 "!it.naturalWidth).map((it) => it.src)")
     assert broken == []
     assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
     assert page.save_screenshot(str(tmp_path / "page.png"))
 
 
 def test_hostile_names_are_shown_and_not_run(page):
-    titles = page.execute_script("return [...document.querySelectorAll('.card h3')].map((it) => it.textContent)")
+    titles = page.execute_script("return [...document.querySelectorAll('.card h3')].map((it) => "
+                                 "it.textContent)")
     assert {cases.key_of(name) for name in cases.HOSTILE} <= set(titles)
     assert page.execute_script("return typeof hacked") == "undefined"
     put(page, "search", "onerror")
@@ -103,7 +114,10 @@ def test_hostile_names_are_shown_and_not_run(page):
 
 def test_ten_thousand_rows_are_filtered_and_sorted_at_once(page):
     put(page, "pictured", False)
-    assert text(page, "place") == f"{DRAWN + MANY} of {DRAWN + MANY} images, page 1 of {-(-(DRAWN + MANY) // 48)}"
+    assert (
+        text(page, "place")
+        == f"{DRAWN + MANY} of {DRAWN + MANY} images, page 1 of {-(-(DRAWN + MANY) // 48)}"
+    )
     assert len(shown(page)) == 48
     put(page, "search", "many/")
     started = time.monotonic()
@@ -140,7 +154,8 @@ def test_the_worst_and_random_images(page):
 
 def test_reliability_is_filtered_and_named_by_the_threshold(page):
     put(page, "reliability-low", 0.5)
-    cards = page.execute_script("return [...document.querySelectorAll('.card')].map((card) => card.textContent)")
+    cards = page.execute_script("return [...document.querySelectorAll('.card')].map((card) => "
+                                "card.textContent)")
     assert len(cards) == DRAWN - DRAWN // 2 and all(", reliable" in card for card in cards)
 
 
@@ -171,7 +186,8 @@ def test_keys_move_tick_and_turn(page, downloads):
 def test_dark_and_light_differ_and_layers_can_be_hidden(page, tmp_path):
     colours = []
     for scheme in ("light", "dark"):
-        page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+        page.execute_cdp_cmd("Emulation.setEmulatedMedia",
+                             {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
         colours.append(page.execute_script("return getComputedStyle(document.body).backgroundColor"))
         page.save_screenshot(str(tmp_path / f"{scheme}.png"))
     assert colours == ["rgb(255, 255, 255)", "rgb(22, 22, 22)"]

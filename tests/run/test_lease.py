@@ -23,8 +23,8 @@ with lease.held(Path(sys.argv[1]), beat_s=float(sys.argv[2])):
 
 
 def holder(folder, beat_s: float = 0.1) -> subprocess.Popen:
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder), str(beat_s)], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder), str(beat_s)],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n", process.communicate(timeout=20)[1]
     return process
 
@@ -90,7 +90,8 @@ def test_a_damaged_lease_is_replaced(tmp_path):
 
 
 def test_a_number_that_another_process_has_by_now_is_told_by_its_machine(tmp_path):
-    claim(tmp_path / lease.NAME, pid=os.getpid())  # lives here, but the lease is of another machine: refused by time alone
+    # lives here, but the lease is of another machine: refused by time alone
+    claim(tmp_path / lease.NAME, pid=os.getpid())
     with pytest.raises(UserError, match="in use"), lease.held(tmp_path):
         pass
 

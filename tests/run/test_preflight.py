@@ -21,7 +21,8 @@ def samples(*keys: str) -> list[Sample]:
 ])
 def test_lists_that_share_images_are_named(labelled, unlabelled, val, said, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(preflight, "_readable", lambda *_: None)
-    preflight.preflight(Config(out=tmp_path), lists={"labeled.txt": samples(*labelled), "unlabeled.txt": samples(*unlabelled),
+    preflight.preflight(Config(out=tmp_path),
+                        lists={"labeled.txt": samples(*labelled), "unlabeled.txt": samples(*unlabelled),
                                                      "val.txt": samples(*val)}, weights=1, checks=[])
     err = capsys.readouterr().err
     assert all(text in err for text in said) and ("warning" in err) == bool(said)
@@ -32,10 +33,12 @@ def test_an_image_that_no_stage_could_label_is_named_before_the_first_step(tmp_p
     large = [Sample(key=key, image=f"/data/{key}.jpg", width=6000, height=4000) for key in "xy"]
 
     def check(**changes) -> None:
-        preflight.preflight(Config(out=tmp_path, **changes), lists={"labeled.txt": samples("a"), "unlabeled.txt": [
+        preflight.preflight(Config(out=tmp_path, **changes),
+                            lists={"labeled.txt": samples("a"), "unlabeled.txt": [
             *samples("b"), *large]}, weights=1, checks=[])
 
-    with pytest.raises(UserError, match=r"2 images .* 16777216 .*/data/x.jpg, 6000x4000.*--label.max-pixels 24000000"):
+    with pytest.raises(UserError,
+                       match=r"2 images .* 16777216 .*/data/x.jpg, 6000x4000.*--label.max-pixels 24000000"):
         check()
     check(method="supervised")
     check(label=LabelConfig(max_pixels=24000000))

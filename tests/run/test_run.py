@@ -35,7 +35,8 @@ def recipe(tmp_path_factory) -> Path:
 
 
 def stpp(*args, expect: int = 0) -> subprocess.CompletedProcess:
-    ran = subprocess.run([sys.executable, "-m", "stpp", *map(str, args)], capture_output=True, text=True, timeout=280)
+    ran = subprocess.run([sys.executable, "-m", "stpp", *map(str, args)], capture_output=True, text=True,
+                         timeout=280)
     assert ran.returncode == expect, ran.stderr
     return ran
 
@@ -43,7 +44,8 @@ def stpp(*args, expect: int = 0) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def run(recipe, synthetic, synthetic_index, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "stpp"
-    stpp("train", "--recipe", recipe, "--data.root", synthetic, "--data.index", synthetic_index, "--out", out, "--control")
+    stpp("train", "--recipe", recipe, "--data.root", synthetic, "--data.index", synthetic_index, "--out", out,
+         "--control")
     return out
 
 
@@ -57,7 +59,8 @@ def test_stpp_leaves_the_stages_of_the_paper(run):
     unlabelled = (run / "split" / "unlabeled.txt").read_text().splitlines()
     assert len(reliable) == len(unlabelled) // 2
     assert sorted(reliable + unreliable) == sorted(unlabelled)
-    scores = {row["key"]: row["reliability"] for row in rows.read(stages / "2-select" / "reliability.parquet")}
+    scores = {row["key"]: row["reliability"]
+              for row in rows.read(stages / "2-select" / "reliability.parquet")}
     of = [scores[line.split()[0].rpartition(".")[0]] for line in reliable + unreliable]
     assert of == sorted(of, reverse=True) and all(0 <= score <= 1 for score in of)
 
@@ -66,7 +69,8 @@ def test_each_half_has_its_pseudo_labels(run, synthetic):
     for stage, list_name in (("3-label", "reliable_ids.txt"), ("5-label", "unreliable_ids.txt")):
         lines = (run / "stages" / "2-select" / list_name).read_text().splitlines()
         table = list(rows.read_parts(run / "stages" / stage / "labels"))
-        assert sorted(row["key"] for row in table) == sorted(line.split()[0].rpartition(".")[0] for line in lines)
+        assert sorted(row["key"]
+                      for row in table) == sorted(line.split()[0].rpartition(".")[0] for line in lines)
         for row in table:
             mask = read_index_mask(run / "stages" / stage / "masks" / f"{row['key']}.png")
             image = Image.open(synthetic / f"{row['key']}.jpg")
@@ -82,11 +86,17 @@ def test_results_name_every_stage(run):
         "1-supervised", "2-select", "3-label", "4-retrain", "5-label", "6-retrain"]
     trained = [stage for stage in results["stages"] if stage["steps"]] + [results["control"]]
     assert all(0 <= stage["miou"] <= 100 and stage["seconds"] > 0 for stage in trained)
-    # 8 labels twice in batches of 4 are 4 steps an epoch; the whole list of stage 6 is 2 x 8 labels and 16 images.
+    # 8 labels twice in batches of 4 are 4 steps an epoch; the whole list of stage 6 is 2 x 8 labels and 16
+    # images.
     assert [stage["steps"] for stage in trained] == [12, 4, 8, 8]
     assert results["control"]["name"] == "control"
     page = (run / "report" / "index.html").read_text(encoding="utf-8")
-    assert "5-label" in page and "6-retrain" in page and "IoU of every class" in page and "Not compared" not in page
+    assert (
+        "5-label" in page
+        and "6-retrain" in page
+        and "IoU of every class" in page
+        and "Not compared" not in page
+    )
     assert len(json.loads((run / "stages" / "6-retrain" / "scores.json").read_text())["iou"]) == 6
 
 
@@ -112,9 +122,12 @@ def test_tensorboard_shows_curves_and_the_same_few_images_at_each_validation(run
         scale = min(1, PICTURE_PX / max(mask.size))
         width, height = (round(side * scale) for side in mask.size)
         assert picture.shape == (height, 3 * width + 8, 3)
-        truth = Image.fromarray(colourise(np.asarray(mask), len(classes))).resize((width, height), Image.Resampling.NEAREST)
+        truth = Image.fromarray(colourise(np.asarray(mask),
+                                          len(classes))).resize((width, height), Image.Resampling.NEAREST)
         np.testing.assert_array_equal(picture[:, width + 4 : 2 * width + 4], np.asarray(truth))
-        image = np.asarray(Image.open(synthetic / "JPEGImages" / f"{name}.jpg").resize((width, height), Image.Resampling.BOX))
+        image = np.asarray(
+            Image.open(synthetic / "JPEGImages" / f"{name}.jpg").resize((width, height), Image.Resampling.BOX)
+        )
         assert abs(picture[:, :width].astype(int) - image).mean() < 3
         colours = {tuple(colour) for colour in picture[:, 2 * width + 8 :].reshape(-1, 3).tolist()}
         assert colours <= set(map(tuple, colourise(np.arange(len(classes)), len(classes)).tolist()))
@@ -122,7 +135,8 @@ def test_tensorboard_shows_curves_and_the_same_few_images_at_each_validation(run
 
 def test_a_finished_run_is_not_done_again(run, recipe, synthetic, synthetic_index):
     before = {path: path.stat().st_mtime_ns for path in run.glob("stages/**/*") if path.is_file()}
-    again = stpp("train", "--recipe", recipe, "--data.root", synthetic, "--data.index", synthetic_index, "--out", run)
+    again = stpp("train", "--recipe", recipe, "--data.root", synthetic, "--data.index", synthetic_index,
+                 "--out", run)
     assert "done before" in again.stderr
     assert {path: path.stat().st_mtime_ns for path in run.glob("stages/**/*") if path.is_file()} == before
 
@@ -139,7 +153,8 @@ def test_other_data_than_the_run_began_with_is_refused(run, recipe, synthetic, t
     shutil.copytree(synthetic, root)
     shutil.copytree(run, out, ignore=shutil.ignore_patterns("*.pt"))
     next((root / "SegmentationClass").iterdir()).touch()
-    args = ["train", "--recipe", recipe, "--data.root", root, "--data.index", tmp_path / "index", "--out", out]
+    args = ["train", "--recipe", recipe, "--data.root", root, "--data.index", tmp_path / "index", "--out",
+            out]
     config = json.loads((out / "config.json").read_text())
     config["data"]["root"] = str(root)
     (out / "config.json").write_text(json.dumps(config))
@@ -162,7 +177,8 @@ def test_evaluate_counts_every_image_once_on_two_ranks(run, synthetic, tmp_path)
 
 @pytest.mark.dist
 def test_two_ranks_run_st_to_the_end(recipe, synthetic, synthetic_index, tmp_path):
-    ran = torchrun(2, "-m", "stpp", "train", "--recipe", str(recipe), "--method", "st", "--data.root", str(synthetic),
+    ran = torchrun(2, "-m", "stpp", "train", "--recipe", str(recipe), "--method", "st", "--data.root",
+                   str(synthetic),
                    "--data.index", str(synthetic_index), "--out", str(tmp_path / "st"), timeout=280)
     assert ran.returncode == 0, ran.stderr
     results = json.loads((tmp_path / "st" / "results.json").read_text())
@@ -174,16 +190,18 @@ def test_without_validation_the_last_checkpoint_is_the_teacher(recipe, synthetic
     split = tmp_path / "split"
     split.mkdir()
     names = (synthetic / "ImageSets" / "Segmentation" / "train.txt").read_text().split()
-    (split / "labeled.txt").write_text("".join(f"JPEGImages/{n}.jpg SegmentationClass/{n}.png\n" for n in names[:8]))
+    (split / "labeled.txt").write_text("".join(f"JPEGImages/{n}.jpg "
+                                               f"SegmentationClass/{n}.png\n" for n in names[:8]))
     (split / "unlabeled.txt").write_text("".join(f"JPEGImages/{n}.jpg\n" for n in names[8:]))
-    ran = stpp("train", "--recipe", recipe, "--method", "supervised", "--data.root", synthetic, "--data.index",
-               synthetic_index, "--data.split", split, "--out", tmp_path / "run")
+    ran = stpp("train", "--recipe", recipe, "--method", "supervised", "--data.root", synthetic,
+               "--data.index", synthetic_index, "--data.split", split, "--out", tmp_path / "run")
     assert "no val.txt" in ran.stderr
     record = json.loads((tmp_path / "run" / "results.json").read_text())["stages"][0]
     assert (record["miou"], record["best_step"], record["steps"]) == (None, 12, 12)
     val = tmp_path / "val.txt"
     val.write_text("".join(f"JPEGImages/{n}.jpg SegmentationClass/{n}.png\n" for n in names[:2]))
-    scored = stpp("evaluate", "--checkpoint", tmp_path / "run" / "stages" / "1-supervised" / "best.pt", "--list", val)
+    scored = stpp("evaluate", "--checkpoint", tmp_path / "run" / "stages" / "1-supervised" / "best.pt",
+                  "--list", val)
     assert "2 images" in scored.stdout  # the index is the run's
 
 
@@ -220,7 +238,8 @@ def test_bad_lists_are_refused_in_one_line(recipe, synthetic, synthetic_index, t
 def test_classes_of_checkpoint_and_index_must_agree(run, synthetic, tmp_path):
     root = tmp_path / "data"
     shutil.copytree(synthetic, root)
-    (root / "classes.json").write_text(json.dumps(["background", "disc", "box", "triangle", "star", "ring", "extra"]))
+    (root / "classes.json").write_text(json.dumps(["background", "disc", "box", "triangle", "star", "ring",
+                                                   "extra"]))
     stpp("prepare", "--data.root", root, "--out", tmp_path / "index")
     refused = stpp("evaluate", "--checkpoint", run / "stages" / "1-supervised" / "best.pt", "--index",
                    tmp_path / "index", expect=2)
@@ -235,7 +254,8 @@ def test_the_first_half_is_reliable_and_ties_keep_their_order(scores, reliable):
     assert sorted(first + rest) == list(range(len(scores)))
 
 
-def test_out_of_memory_says_in_one_line_what_to_change(recipe, synthetic, synthetic_index, tmp_path, monkeypatch):
+def test_out_of_memory_says_in_one_line_what_to_change(recipe, synthetic, synthetic_index, tmp_path,
+                                                       monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand a page of advice")
 
@@ -247,4 +267,5 @@ def test_out_of_memory_says_in_one_line_what_to_change(recipe, synthetic, synthe
         start(config, here)
     said = str(raised.value)
     assert "\n" not in said
-    assert all(text in said for text in ("1-supervised", "2.00 GiB", "--train.accumulate 2", "--label.batch-pixels"))
+    assert all(text in said
+               for text in ("1-supervised", "2.00 GiB", "--train.accumulate 2", "--label.batch-pixels"))

@@ -27,7 +27,8 @@ def weights_of(shapes: list, layout: str) -> list[nn.Parameter]:
 
 
 @settings(deadline=None)  # the first step imports a part of PyTorch
-@given(ours=st.sampled_from(sorted(LAYOUTS)), gradients=st.sampled_from(sorted(LAYOUTS)), loaded=st.sampled_from(sorted(LAYOUTS)),
+@given(ours=st.sampled_from(sorted(LAYOUTS)), gradients=st.sampled_from(sorted(LAYOUTS)),
+       loaded=st.sampled_from(sorted(LAYOUTS)),
        shapes=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=4), without_gradient=st.integers(0, 4))
 def test_steps_are_those_of_plain_sgd(ours, gradients, loaded, shapes, without_gradient):
     weights, plain_weights = weights_of(shapes, ours), weights_of(shapes, "rows")

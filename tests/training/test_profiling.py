@@ -33,13 +33,14 @@ def ran(synthetic_index, folder: Path, *, profile: bool, steps: int = STEPS, sta
                       train=TrainConfig(batch_global=4, lr=0.05, precision="fp32"))
     here, classes = distributed.World(device=torch.device("cpu")), tuple("abcdef")
     step = Supervised(fresh_network(settings, here, classes, stage=1), settings)
-    Trainer(settings, here, step, step.streams(settings, samples), key=1, title="t", classes=classes, folder=folder, validate=None,
-            schedule=Schedule(steps=steps, validate_steps=1000)).run()
+    Trainer(settings, here, step, step.streams(settings, samples), key=1, title="t", classes=classes,
+            folder=folder, validate=None, schedule=Schedule(steps=steps, validate_steps=1000)).run()
     return step.network.state_dict()
 
 
 def test_a_profile_has_a_trace_and_a_table_and_changes_nothing(synthetic_index, tmp_path, capsys):
-    plain, profiled = (ran(synthetic_index, tmp_path / str(profile), profile=profile) for profile in (False, True))
+    plain, profiled = (ran(synthetic_index, tmp_path / str(profile), profile=profile)
+                       for profile in (False, True))
     assert all(torch.equal(plain[name], profiled[name]) for name in plain)
     folder = tmp_path / "True" / "profile"
     assert f"profile of {profiling.TRACED} steps in {folder}" in capsys.readouterr().err
@@ -53,7 +54,8 @@ def test_a_profile_has_a_trace_and_a_table_and_changes_nothing(synthetic_index, 
     parts = {name: float(ms) for name, ms in re.findall(r"^([a-z ]+?) +(-?[0-9.]+) +-?[0-9]+ %$", text, re.M)}
     assert set(parts) == {"data wait", *profiling.PARTS, "rest"}
     assert sum(parts.values()) == pytest.approx(total, abs=0.1)
-    assert parts["forward"] == pytest.approx(sum(event["dur"] for event in forward) / 1000 / profiling.TRACED, rel=0.05, abs=0.02)
+    assert parts["forward"] == pytest.approx(sum(event["dur"] for event in forward) / 1000 / profiling.TRACED,
+                                             rel=0.05, abs=0.02)
     assert min(parts["loss"], parts["optimizer"]) > 0 and parts["backward"] > parts["loss"]
     assert -0.01 * total < parts["rest"] < 0.5 * total
     assert "convolution" in text
@@ -66,10 +68,12 @@ def test_a_stage_that_is_too_short_for_a_profile_says_so(synthetic_index, tmp_pa
 
 
 def test_a_run_may_go_on_with_a_profile():
-    assert config.differing_keys(config.to_dict(Config()), config.to_dict(dataclasses.replace(Config(), profile=True))) == []
+    assert config.differing_keys(config.to_dict(Config()),
+                                 config.to_dict(dataclasses.replace(Config(), profile=True))) == []
 
 
-@pytest.mark.parametrize("wait_pct, exchange, kind", [(1, 0.02, "compute"), (30, 0.02, "data"), (30, 0.5, "communication"),
+@pytest.mark.parametrize("wait_pct, exchange, kind",
+                         [(1, 0.02, "compute"), (30, 0.02, "data"), (30, 0.5, "communication"),
                                                       (4, 0.09, "compute"), (12, 0.11, "data")])
 def test_what_a_step_waits_for_most_bounds_it(monkeypatch, capsys, wait_pct, exchange, kind):
     monkeypatch.setattr(profiling, "communication_share", lambda model: exchange)
@@ -80,7 +84,10 @@ def test_what_a_step_waits_for_most_bounds_it(monkeypatch, capsys, wait_pct, exc
     ours.add(1, 0.9 * profiling.LEAST_S, wait_pct)
     ours.epoch()
     said = capsys.readouterr().err
-    assert f"1-supervised: bound by {kind}: {wait_pct} % of a step waits for data, {100 * exchange:.0f} %" in said
+    assert (
+        f"1-supervised: bound by {kind}: {wait_pct} % of a step waits for data, {100 * exchange:.0f} %"
+        in said
+    )
     assert profiling.ADVICE[kind] in said
     ours.add(profiling.LEAST_STEPS, 2 * profiling.LEAST_S, wait_pct)
     ours.epoch()
@@ -91,7 +98,8 @@ def test_what_a_step_waits_for_most_bounds_it(monkeypatch, capsys, wait_pct, exc
 
 
 def test_few_steps_give_no_advice(capsys):
-    """Somebody with five labelled photographs has five steps an epoch, and the first of them is always slow."""
+    """Somebody with five labelled photographs has five steps an epoch, and the first of them is always
+    slow."""
     ours = BottleneckMeter("1-supervised", nn.Identity())
     for _ in range((profiling.LEAST_STEPS - 1) // 5):
         ours.add(5, 2 * profiling.LEAST_S, 90)

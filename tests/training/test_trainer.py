@@ -53,20 +53,23 @@ def assert_same(ours: dict, theirs: dict) -> None:
 
 @pytest.mark.dist
 def test_two_ranks_take_the_steps_of_one(synthetic, synthetic_index, alone, tmp_path):
-    ran = torchrun(2, WORKER, str(synthetic), str(synthetic_index), str(tmp_path / "steps.pt"), "1", str(STEPS))
+    ran = torchrun(2, WORKER, str(synthetic), str(synthetic_index), str(tmp_path / "steps.pt"), "1",
+                   str(STEPS))
     assert ran.returncode == 0, ran.stderr
     assert_same(torch.load(tmp_path / "steps.pt"), alone)
 
 
 @pytest.mark.dist
 def test_accumulation_takes_the_same_steps(synthetic, synthetic_index, alone, tmp_path):
-    ran = torchrun(2, WORKER, str(synthetic), str(synthetic_index), str(tmp_path / "steps.pt"), "2", str(STEPS))
+    ran = torchrun(2, WORKER, str(synthetic), str(synthetic_index), str(tmp_path / "steps.pt"), "2",
+                   str(STEPS))
     assert ran.returncode == 0, ran.stderr
     assert_same(torch.load(tmp_path / "steps.pt"), alone)
 
 
 def test_steps_equal_a_plain_loop(synthetic_index, alone):
-    """The oracle: full-size logits, cross-entropy averaged over the counted pixels, SGD with a poly schedule."""
+    """The oracle: full-size logits, cross-entropy averaged over the counted pixels, SGD with a poly
+    schedule."""
     sys.path.insert(0, str(Path(WORKER).parent))
     from steps import Plain, mixed_samples
 
@@ -94,7 +97,9 @@ def test_steps_equal_a_plain_loop(synthetic_index, alone):
                 factor = 1.0 if name.startswith("backbone") else 10.0
                 value -= lr * factor * (1 - k / STEPS) ** 0.9 * momentum[name]
     assert len(losses) == STEPS
-    assert_same(alone, {"losses": losses, "weights": {f"network.{name}": value for name, value in network.state_dict().items()}})
+    assert_same(alone, {"losses": losses,
+                        "weights": {f"network.{name}": value for name,
+                                    value in network.state_dict().items()}})
 
 
 def tiny(**changes) -> Config:
@@ -111,7 +116,8 @@ def scored(miou: float) -> Scores:
 def trainer(config: Config, samples, folder: Path, validate, steps=6, period=2) -> Trainer:
     here = distributed.World(device=torch.device("cpu"))
     step = Supervised(fresh_network(config, here, tuple("abcdef"), stage=1), config)
-    return Trainer(config, here, step, step.streams(config, samples), key=1, title="t", classes=tuple("abcdef"), folder=folder,
+    return Trainer(config, here, step, step.streams(config, samples), key=1, title="t",
+                   classes=tuple("abcdef"), folder=folder,
                    schedule=Schedule(steps=steps, validate_steps=period, keep_steps=(2, 4, 6)),
                    validate=validate and (lambda network: scored(validate(network))))
 
@@ -145,7 +151,9 @@ def test_a_run_broken_off_goes_on_to_the_same_weights(synthetic_index, tmp_path)
     assert [row for row in rows if '"loss"' in row] and len({row for row in rows}) == len(rows)
 
 
-def test_a_run_broken_off_after_its_best_and_before_its_checkpoint_keeps_the_same_files(synthetic_index, tmp_path, monkeypatch):
+def test_a_run_broken_off_after_its_best_and_before_its_checkpoint_keeps_the_same_files(
+    synthetic_index, tmp_path, monkeypatch
+):
     known = index.load(synthetic_index)
     samples = [known.sample(image) for image in sorted(known.entries)]
     scores = iter([30.0, 40.0, 25.0])
@@ -177,7 +185,9 @@ def test_a_run_broken_off_after_its_best_and_before_its_checkpoint_keeps_the_sam
 def spoil(network: nn.Module, calls: set[int]) -> None:
     """Makes the output of a network not finite in some of its calls."""
     forward, count = network.forward, itertools.count()
-    network.forward = lambda images_NCHW: forward(images_NCHW) * (float("nan") if next(count) in calls else 1.0)
+    network.forward = lambda images_NCHW: (
+        forward(images_NCHW) * (float("nan") if next(count) in calls else 1.0)
+    )
 
 
 def spoiled(policy: str, synthetic_index, folder: Path, calls: set[int]) -> Trainer:
@@ -218,7 +228,8 @@ def test_a_run_that_is_told_to_stop_saves_first(synthetic_index, tmp_path):
     samples = [known.sample(image) for image in sorted(known.entries)]
     ours = trainer(tiny(), samples, tmp_path, None, period=6)
     count = itertools.count()
-    ours.step.network.register_forward_pre_hook(lambda *_: signal.raise_signal(signal.SIGTERM) if next(count) == 3 else None)
+    ours.step.network.register_forward_pre_hook(lambda *_: signal.raise_signal(signal.SIGTERM)
+                                                if next(count) == 3 else None)
     with pytest.raises(SystemExit) as ended:
         ours.run()
     assert ended.value.code == 143
@@ -256,7 +267,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_the_old_one_kept(tmp_path
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30, 2**20))
     with checkpoint.CheckpointWriter() as writer:
         writer.save(path, step=2, weights=torch.zeros(2**20))
-        with pytest.raises(UserError, match=r"last.pt needs 4 MiB and the disk has 1 left; what was saved before is intact"):
+        with pytest.raises(
+            UserError, match=r"last.pt needs 4 MiB and the disk has 1 left; what was saved before is intact"
+        ):
             writer.wait()
     assert checkpoint.load(path)["step"] == 1
 
@@ -300,38 +313,44 @@ def test_all_ignored_pixels_give_no_nan(synthetic_index, tmp_path):
     samples = [known.sample(image) for image in sorted(known.entries)]
     ours = trainer(tiny(), samples, tmp_path, None)
     passes, _ = next(ours._passes())
-    blank = [(dataclasses.replace(batch, labels_NHW=torch.full_like(batch.labels_NHW, 255)),) for batch, in passes]
+    blank = [(dataclasses.replace(batch, labels_NHW=torch.full_like(batch.labels_NHW, 255)),) for batch,
+             in passes]
     assert ours.train_step(blank)[0].item() == 0
     assert all(torch.isfinite(value).all() for value in ours.step.network.state_dict().values())
 
 
 FOLLOWS = {"fp32": 0.01, "bf16": 0.03}
-"""How far a loss may lie from that of the recipe, as a part of the first loss; measured: 0.003 and 0.007. Rounding grows from step
-to step, the faster the higher the rate: batch norm sees as few as eight numbers here."""
+"""How far a loss may lie from that of the recipe, as a part of the first loss; measured: 0.003 and 0.007.
+Rounding grows from step to step, the faster the higher the rate: batch norm sees as few as eight numbers
+here."""
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_twenty_steps_follow_the_recipe_in_float32(synthetic_index, tmp_path, precision):
-    """The oracle: plain convolutions in NCHW, full-size logits, PyTorch's own SGD, the schedule as it is written."""
+    """The oracle: plain convolutions in NCHW, full-size logits, PyTorch's own SGD, the schedule as it is
+    written."""
     steps, known = 20, index.load(synthetic_index)
-    config = Config(model=ModelConfig(backbone="resnet18", output_stride=16), augment=AugmentConfig(crop_px=65, long_side=(48, 96)),
+    config = Config(model=ModelConfig(backbone="resnet18", output_stride=16),
+                    augment=AugmentConfig(crop_px=65, long_side=(48, 96)),
                     train=TrainConfig(batch_global=8, lr=0.0005, precision=precision))
-    found = trainer(config, [known.sample(image) for image in sorted(known.entries)], tmp_path, None, steps=steps)
+    found = trainer(config, [known.sample(image) for image in sorted(known.entries)], tmp_path, None,
+                    steps=steps)
     for module in found.step.network.modules():
         if isinstance(module, (nn.Dropout, nn.Dropout2d)):
             module.p = 0.0  # their draws differ from layout to layout
     network = export.plain_copy(copy.deepcopy(found.step.network)).to(memory_format=torch.contiguous_format)
     backbone, head = parameter_groups(network)
     lr = 0.0005 * 8 / 16
-    optimizer = torch.optim.SGD([{"params": backbone, "base": lr}, {"params": head, "base": 10 * lr}], lr=lr, momentum=0.9,
-                                weight_decay=1e-4)
+    optimizer = torch.optim.SGD([{"params": backbone, "base": lr}, {"params": head, "base": 10 * lr}], lr=lr,
+                                momentum=0.9, weight_decay=1e-4)
     ours, theirs = [], []
     for step, (passes, _) in enumerate(found._passes()):
         ((batch,),) = passes
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * (1 - step / steps) ** 0.9
         size = batch.labels_NHW.shape[1:]
-        full = F.interpolate(network(batch.images_NCHW.contiguous()), size, mode="bilinear", align_corners=True)
+        full = F.interpolate(network(batch.images_NCHW.contiguous()), size, mode="bilinear",
+                             align_corners=True)
         loss = F.cross_entropy(full, batch.labels_NHW.long(), ignore_index=255)
         optimizer.zero_grad()
         loss.backward()
@@ -339,7 +358,8 @@ def test_twenty_steps_follow_the_recipe_in_float32(synthetic_index, tmp_path, pr
         theirs.append(loss.item())
         ours.append(found.train_step(passes)[0].item())
     assert len(ours) == steps and theirs[-1] < 0.8 * theirs[0]
-    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) <= FOLLOWS[precision] * theirs[0], (ours, theirs)
+    assert max(abs(a - b) for a,
+               b in zip(ours, theirs, strict=True)) <= FOLLOWS[precision] * theirs[0], (ours, theirs)
 
 
 def looked_into(network: nn.Module, seen: list[tuple[str, bool]]) -> None:
@@ -357,7 +377,8 @@ def looked_into(network: nn.Module, seen: list[tuple[str, bool]]) -> None:
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_cudnn_searches_in_steps_only_unless_deterministic(synthetic_index, tmp_path, deterministic, accumulate):
+def test_cudnn_searches_in_steps_only_unless_deterministic(synthetic_index, tmp_path, deterministic,
+                                                           accumulate):
     known = index.load(synthetic_index)
     samples = [known.sample(image) for image in sorted(known.entries)]
     seen: list[tuple[str, bool]] = []
@@ -452,7 +473,8 @@ def test_a_checkpoint_of_other_classes_is_no_start(synthetic_index, tmp_path):
     network = build_model("deeplabv3plus", "resnet18", 6, 16)
     begun = ModelConfig(backbone="resnet18", pretrained=str(tmp_path / "best.pt"))
     start_from(network, begun, list("abcdef"))
-    assert torch.equal(network.state_dict()["classifier.weight"], weights_of(tmp_path / "best.pt")["classifier.weight"])
+    assert torch.equal(network.state_dict()["classifier.weight"],
+                       weights_of(tmp_path / "best.pt")["classifier.weight"])
     with pytest.raises(UserError, match="best.pt has 6 classes"):
         start_from(network, begun, list("abcdeg"))
 
@@ -472,7 +494,8 @@ def test_precision_is_refused_where_the_device_lacks_it():
 
 
 def test_synchronised_batch_norm_is_done_without_on_a_cpu_with_a_word(capsys):
-    network = fresh_network(tiny(sync_bn=True), distributed.World(device=torch.device("cpu")), tuple("abcdef"), stage=1)
+    network = fresh_network(tiny(sync_bn=True), distributed.World(device=torch.device("cpu")),
+                            tuple("abcdef"), stage=1)
     assert "--train.sync-bn: PyTorch has no synchronised batch norm on a CPU" in capsys.readouterr().err
     assert not any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())
     assert any(isinstance(module, nn.BatchNorm2d) for module in network.modules())

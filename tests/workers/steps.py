@@ -1,7 +1,7 @@
 """Takes a few training steps of a network without batch statistics and writes its weights.
 
-Arguments: data root, index folder, output file, accumulate, steps, and a method (supervised, unimatch, unimatch-v2). Run alone or
-under torchrun. Dropout, which draws other numbers on every rank, is off.
+Arguments: data root, index folder, output file, accumulate, steps, and a method (supervised, unimatch,
+unimatch-v2). Run alone or under torchrun. Dropout, which draws other numbers on every rank, is off.
 """
 
 import dataclasses
@@ -69,8 +69,9 @@ def main(root: str, folder: str, out: str, accumulate: str, steps: str, method: 
                     train=TrainConfig(batch_global=8, accumulate=int(accumulate), lr=0.05, precision="fp32"))
     with distributed.world("cpu") as here:
         step = kind(assemble.fresh_network(config, here, known.classes, stage=1), config)
-        ours = Trainer(config, here, step, step.streams(config, *lists), key=1, title="steps", classes=known.classes,
-                       folder=Path(out).parent, validate=None, schedule=Schedule(steps=int(steps), validate_steps=int(steps)))
+        ours = Trainer(config, here, step, step.streams(config, *lists), key=1, title="steps",
+                       classes=known.classes, folder=Path(out).parent, validate=None,
+                       schedule=Schedule(steps=int(steps), validate_steps=int(steps)))
         losses = []
         for passes, _ in ours._passes():
             losses += distributed.sum_over_ranks(ours.train_step(passes)[0]).tolist()

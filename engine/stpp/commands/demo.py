@@ -1,4 +1,5 @@
-"""`stpp demo`: a synthetic data set, and ST++ on it under torchrun. Nothing heavy is imported before it runs."""
+"""`stpp demo`: a synthetic data set, and ST++ on it under torchrun. Nothing heavy is imported before it
+runs."""
 
 import dataclasses
 import shutil
@@ -66,10 +67,11 @@ def demo(args: Sequence[str]) -> None:
 
 
 def torchrun(train: list[str]) -> int:
-    """Runs `python TRAIN` on two ranks, but never on more than there are GPUs where there are any; returns torchrun's exit code."""
+    """Runs `python TRAIN` on two ranks, but never on more than there are GPUs where there are any; returns
+    torchrun's exit code."""
     import torch
 
     ranks = min(RANKS, torch.cuda.device_count() or RANKS)
     print(f"demo: torchrun --nproc-per-node {ranks} {' '.join(train)}", file=sys.stderr)
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-                           *train], check=False).returncode
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                           str(ranks), *train], check=False).returncode

@@ -18,10 +18,12 @@ from stpp.versions import version_of
 
 LEAST_DISK_GIB, LEAST_SHARED_GIB, LEAST_FILES = 10.0, 1.0, 4096
 STALE_S = 60.0
-"""Sources newer than the built operators by this much were changed since: installing writes both within seconds."""
+"""Sources newer than the built operators by this much were changed since: installing writes both within
+seconds."""
 TORCH = ((2, 11), (2, 14))
 """The versions of PyTorch that are supported: from, to below."""
-REBUILD = "build the operators again: pip install --no-build-isolation --no-deps -e . (in a checkout: make clean setup)"
+REBUILD = ("build the operators again: pip install --no-build-isolation --no-deps -e . "
+           "(in a checkout: make clean setup)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +77,8 @@ def findings(*, self_test: bool) -> Iterator[Finding]:
     yield torch_package()
     if importlib.util.find_spec("torch") is None:
         return  # nothing else can be asked
-    for look in (processor, gpu, collectives, dali, tensorrt_package, torch_tensorrt, triton, apex, operators, disk, open_files,
-                 shared_memory):
+    for look in (processor, gpu, collectives, dali, tensorrt_package, torch_tensorrt, triton, apex, operators,
+                 disk, open_files, shared_memory):
         yield _asked(look.__name__, look)
     if self_test:
         yield from _trials()
@@ -95,7 +97,8 @@ def torch_package() -> Finding:
         return Finding("torch", "fail", "not installed", "pip install torch, then stpp again")
     import torch
 
-    text = f"{torch.__version__}, built for " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs")
+    text = f"{torch.__version__}, built for " + (f"CUDA {torch.version.cuda}" if torch.version.cuda
+                                                 else "CPUs")
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if not TORCH[0] <= version < TORCH[1]:
         return Finding("torch", "warn", text, "stpp is made for torch>=2.11,<2.14")
@@ -113,7 +116,9 @@ def processor() -> Finding:
     units = {"bf16": torch.cpu._is_avx512_bf16_supported(), "AMX": torch.cpu._is_amx_tile_supported()}
     has = ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in units.items())
     chosen = str(autocast_dtype("auto", cpu)).removeprefix("torch.")
-    return _ok("processor", f"{Device.of(cpu).name}: {torch.backends.cpu.get_cpu_capability()}, {has}; computes in {chosen}")
+    return _ok("processor",
+               f"{Device.of(cpu).name}: {torch.backends.cpu.get_cpu_capability()}, {has}; computes in "
+               f"{chosen}")
 
 
 def gpu() -> Finding:
@@ -127,7 +132,11 @@ def gpu() -> Finding:
         return _ok("gpu", f"{len(names)} x {names[0]}, {memory:.0f} GiB; driver: {driver or 'unknown'}")
     if driver is None:
         return _ok("gpu", "none, and no driver; computes on the CPU")
-    advice = "install a CUDA build of PyTorch" if torch.version.cuda is None else "check `nvidia-smi`: the driver may be too old"
+    advice = (
+        "install a CUDA build of PyTorch"
+        if torch.version.cuda is None
+        else "check `nvidia-smi`: the driver may be too old"
+    )
     return Finding("gpu", "warn", f"a driver is there ({driver}), but PyTorch sees no GPU", advice)
 
 
@@ -172,7 +181,11 @@ def tensorrt_package() -> Finding:
 
     found = tensorrt.installed()
     if found is None:
-        advice = "for faster teachers: pip install stpp[tensorrt] or stpp[tensorrt-rtx]" if torch.cuda.is_available() else ""
+        advice = (
+            "for faster teachers: pip install stpp[tensorrt] or stpp[tensorrt-rtx]"
+            if torch.cuda.is_available()
+            else ""
+        )
         return Finding("tensorrt", "ok", "not installed", advice)
     name, module = found
     kind = "for GeForce and workstation GPUs" if name == "tensorrt-rtx" else "for all GPUs"
@@ -189,7 +202,8 @@ def torch_tensorrt() -> Finding:
 
     version = version_of("torch-tensorrt")
     if version and torch.version.cuda is None:
-        return Finding("torch-tensorrt", "warn", f"{version}, beside a PyTorch for CPUs: it cannot be imported",
+        return Finding("torch-tensorrt", "warn",
+                       f"{version}, beside a PyTorch for CPUs: it cannot be imported",
                        "install a CUDA build of PyTorch, or pip uninstall torch-tensorrt")
     return _ok("torch-tensorrt", version or "not installed")
 
@@ -202,13 +216,15 @@ def triton() -> Finding:
 
     version = version_of("triton")
     if torch.cuda.is_available() and not dispatch.triton_available():
-        return Finding("triton", "warn", f"{version or 'not installed'}, or no C compiler: operators run in plain "
-                       "PyTorch on CUDA", "pip install triton, and install gcc")
+        return Finding("triton", "warn",
+                       f"{version or 'not installed'}, or no C compiler: operators run in plain PyTorch on "
+                       "CUDA", "pip install triton, and install gcc")
     return _ok("triton", version or "not installed; needed on CUDA only")
 
 
 def apex() -> Finding:
-    """NVIDIA apex, or the unrelated package of that name, told by what is in it; not imported, because that would run it."""
+    """NVIDIA apex, or the unrelated package of that name, told by what is in it; not imported, because that
+    would run it."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return _ok("apex", "not installed; PyTorch's fused SGD is used")
@@ -216,7 +232,8 @@ def apex() -> Finding:
     where = folders[0] if folders else spec.origin
     if any((folder / "optimizers" / "fused_sgd.py").is_file() for folder in folders):
         return _ok("apex", f"NVIDIA's, in {where}; --train.optimizer apex takes it")
-    return Finding("apex", "warn", f"an unrelated package of that name, version {version_of('apex')}, in {where}",
+    return Finding("apex", "warn",
+                   f"an unrelated package of that name, version {version_of('apex')}, in {where}",
                    "pip uninstall apex; NVIDIA's is installed from its repository")
 
 
@@ -237,8 +254,12 @@ def operators() -> Finding:
 
 
 def stale_build(folder: Path) -> str | None:
-    """Why the C++ operators that lie in `folder` are not of its sources; None where they are, or none are there."""
-    libraries, sources = sorted(folder.glob("_C*.so")) + sorted(folder.glob("_C*.pyd")), sorted(folder.glob("csrc/*"))
+    """Why the C++ operators that lie in `folder` are not of its sources; None where they are, or none are
+    there."""
+    libraries, sources = (
+        sorted(folder.glob("_C*.so")) + sorted(folder.glob("_C*.pyd")),
+        sorted(folder.glob("csrc/*")),
+    )
     if not libraries or not sources:
         return None
     newest = max(sources, key=lambda path: path.stat().st_mtime)
@@ -292,12 +313,14 @@ def _trials() -> Iterator[Finding]:
         found = tensorrt.installed()
         trials: list[tuple[str, bool, Callable[[], str], str]] = [
             ("PIL", True, lambda: selftest.decode(device, dali=False), "install Pillow again"),
-            ("operators", True, lambda: selftest.operators(device), REBUILD + ", or set STPP_KERNELS=reference"),
+            ("operators", True, lambda: selftest.operators(device),
+             REBUILD + ", or set STPP_KERNELS=reference"),
             ("train step", True, lambda: selftest.train_step(device), "look at the lines above"),
             ("engine", False, lambda: selftest.engine(device), "label with --backend eager"),
         ]
         if batches.has_dali():
-            trials.append(("dali", False, lambda: selftest.decode(device, dali=True), "use --loader reference"))
+            trials.append(("dali", False, lambda: selftest.decode(device, dali=True),
+                           "use --loader reference"))
         if found and found[0] == "tensorrt-rtx" and device.type == "cpu":
             trials.append(("tensorrt", False, selftest.tensorrt_build, "install tensorrt-rtx again"))
         for part, needed, trial, advice in trials:
@@ -307,8 +330,10 @@ def _trials() -> Iterator[Finding]:
         log.set_speaker(True)
 
 
-def _asked(part: str, look: Callable[[], Finding], *, state: str = "warn", advice: str = "see the message") -> Finding:
-    """A finding, or what went wrong while looking: a doctor that dies of what it looks for would be of no use."""
+def _asked(part: str, look: Callable[[], Finding], *, state: str = "warn",
+           advice: str = "see the message") -> Finding:
+    """A finding, or what went wrong while looking: a doctor that dies of what it looks for would be of no
+    use."""
     try:
         return look()
     except Exception as error:

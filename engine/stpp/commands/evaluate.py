@@ -63,8 +63,8 @@ def evaluate(args: Sequence[str]) -> None:
         network, classes, _ = load_network(options.checkpoint, output_stride=options.output_stride,
                                            class_names=known.classes)
         if (rule := exif_rule.told(options.checkpoint)) not in (None, known.exif):
-            raise UserError(f"{options.checkpoint} was trained on images {exif_rule.described(rule)}, and {folder} is "
-                            f"of images {exif_rule.described(known.exif)}; prepare an index with "
+            raise UserError(f"{options.checkpoint} was trained on images {exif_rule.described(rule)}, and "
+                            f"{folder} is of images {exif_rule.described(known.exif)}; prepare an index with "
                             f"--data.{'' if rule else 'no-'}exif")
         if tuple(classes) != tuple(known.classes):
             raise UserError(

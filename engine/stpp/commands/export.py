@@ -1,4 +1,5 @@
-"""`stpp export`: a trained network as ONNX, for programs without PyTorch. Nothing heavy is imported before it runs."""
+"""`stpp export`: a trained network as ONNX, for programs without PyTorch. Nothing heavy is imported before it
+runs."""
 
 import contextlib
 import os
@@ -28,9 +29,10 @@ class Export:
 def export(args: Sequence[str]) -> None:
     """Runs `stpp export`.
 
-    The graph takes `images` [N, 3, H, W]: red, green and blue in 0..1, less ImageNet's mean, over its deviation. It gives
-    `logits` [N, C, h, w] at the network's own resolution: resize them bilinearly to H, W with corners aligned, and take the
-    largest.
+    The graph takes `images` [N, 3, H, W]: red, green and blue in 0..1, less ImageNet's mean, over its
+    deviation. It gives
+    `logits` [N, C, h, w] at the network's own resolution: resize them bilinearly to H, W with corners
+    aligned, and take the largest.
 
     Raises:
         UserError: no such checkpoint, a package is missing, or the file cannot be written.
@@ -55,9 +57,10 @@ def export(args: Sequence[str]) -> None:
         graphs.onnx(ready, unfinished, shapes=DEFAULT_SHAPES, dtype=dtype)
         os.replace(unfinished, options.out)
     except OSError as error:
-        raise UserError(f"--out {options.out}: {error.strerror or error}; make room, or choose another --out") from None
+        raise UserError(f"--out {options.out}: {error.strerror or error}; make room, or choose another "
+                        "--out") from None
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink()
-    print(f"{options.out}: {graphs.INPUT} [N, 3, H, W] {options.precision}, (RGB in 0..1 - {IMAGENET_MEAN}) / {IMAGENET_STD} -> "
-          f"{graphs.OUTPUT} [N, {len(classes)}, h, w] fp32")
+    print(f"{options.out}: {graphs.INPUT} [N, 3, H, W] {options.precision}, (RGB in 0..1 - {IMAGENET_MEAN}) "
+          f"/ {IMAGENET_STD} -> {graphs.OUTPUT} [N, {len(classes)}, h, w] fp32")

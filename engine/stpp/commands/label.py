@@ -1,4 +1,5 @@
-"""`stpp label` and `stpp select`: their flags, and what they say. Nothing heavy is imported before one runs."""
+"""`stpp label` and `stpp select`: their flags, and what they say. Nothing heavy is imported before one
+runs."""
 
 import errno
 import sys
@@ -29,7 +30,8 @@ class CorpusOptions(LabelConfig):
     """Flags that both commands share."""
 
     source: str
-    """A folder (with its sub-folders), a list file, or tar archives (shards/{000..127}.tar); a path or a URL of fsspec."""
+    """A folder (with its sub-folders), a list file, or tar archives (shards/{000..127}.tar); a path or a URL
+    of fsspec."""
     out: Path
     """Folder of the result; the same command on it goes on where it stopped."""
     root: Path | None = None
@@ -43,7 +45,8 @@ class CorpusOptions(LabelConfig):
     update: bool = False
     """Label just what is new or changed since the source was listed; masks of images that are gone go."""
     list_only: bool = False
-    """Only list the source and check its names: one process does that, and needs no GPU. Then the same command without this."""
+    """Only list the source and check its names: one process does that, and needs no GPU. Then the same
+    command without this."""
     max_bad_fraction: float = 0.01
     """With more bad images than this share, exit with 1 at the end; the good ones are done all the same."""
     exif: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -52,7 +55,8 @@ class CorpusOptions(LabelConfig):
     no_exif: tyro.conf.FlagCreatePairsOff[bool] = False
     """Read images as they are stored."""
     compute_threads: int = 0
-    """Threads that compute on a CPU, per rank; 0: those the run was begun with, or the cores divided among the ranks."""
+    """Threads that compute on a CPU, per rank; 0: those the run was begun with, or the cores divided among
+    the ranks."""
     trust_engine: TrustEngine = False
     compute: Compute = ComputeConfig()
     reading: Reading = LoaderConfig()
@@ -71,7 +75,8 @@ class Label(CorpusOptions):
     """Write pseudo labels of any number of images with a trained network."""
 
     teacher: Path
-    """A best.pt or third-*.pt of a run, a published state dict, or the folder of an engine that `stpp compile` made."""
+    """A best.pt or third-*.pt of a run, a published state dict, or the folder of an engine that
+    `stpp compile` made."""
     output_stride: OutputStride = None
     output: Literal["png", "tar"] = "png"
     """A PNG file for every mask, or one tar archive for every shard."""
@@ -79,10 +84,12 @@ class Label(CorpusOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class Select(CorpusOptions):
-    """Rank images by how well several checkpoints agree (one view each), and halve the list: reliable first."""
+    """Rank images by how well several checkpoints agree (one view each), and halve the list: reliable
+    first."""
 
     checkpoints: tuple[Path, ...]
-    """Checkpoints of one run in the order of training; the last one judges. ST++ takes third-1.pt third-2.pt third-3.pt."""
+    """Checkpoints of one run in the order of training; the last one judges. ST++ takes third-1.pt third-2.pt
+    third-3.pt."""
 
 
 def label(args: Sequence[str]) -> None:
@@ -112,8 +119,8 @@ def select(args: Sequence[str]) -> None:
     _run(options, options.checkpoints, "none", work, "mean reliability", title="select", table="scores")
 
 
-def _run(options: CorpusOptions, paths: Sequence[Path], mode: str, work: Callable[..., "Summary"], mean: str, *,
-         output_stride: int | None = None, **more: str) -> None:
+def _run(options: CorpusOptions, paths: Sequence[Path], mode: str, work: Callable[..., "Summary"], mean: str,
+         *, output_stride: int | None = None, **more: str) -> None:
     """Runs a command on this rank and says how it ended.
 
     Args:
@@ -152,7 +159,8 @@ def _run(options: CorpusOptions, paths: Sequence[Path], mode: str, work: Callabl
             if here.is_main:
                 raise
             sys.exit(2)  # every rank finds the same; one says it
-        open_all = several.from_paths(paths, here.device, mode=mode, backend=options.backend, precision=options.compute.precision,
+        open_all = several.from_paths(paths, here.device, mode=mode, backend=options.backend,
+                                      precision=options.compute.precision,
                                        trust=options.trust_engine, output_stride=output_stride)
 
         def opened(images: int) -> list:
@@ -172,8 +180,8 @@ def _run(options: CorpusOptions, paths: Sequence[Path], mode: str, work: Callabl
                                 "written") from None
             if error.errno not in _NO_ROOM:
                 raise
-            print(f"stpp: --out {options.out}: {error.strerror}; make room and run the same command again: finished shards "
-                  "are kept", file=sys.stderr, flush=True)
+            print(f"stpp: --out {options.out}: {error.strerror}; make room and run the same command again: "
+                  "finished shards are kept", file=sys.stderr, flush=True)
             sys.exit(1)
         if here.is_main:
             _end(options, summary, mean, classes)
@@ -184,7 +192,8 @@ def _end(options: CorpusOptions, summary: "Summary", mean: str, classes: list[st
     from stpp import log
 
     if options.list_only:
-        print(f"{options.out}: {summary.listed} images listed, {summary.shards_left} shards to do, {summary.wall_s:.1f} s",
+        print(f"{options.out}: {summary.listed} images listed, {summary.shards_left} shards to do, "
+              f"{summary.wall_s:.1f} s",
               flush=True)
         return
     print(report(summary, options.out, mean, classes), flush=True)
@@ -218,7 +227,8 @@ def refuse_inside(out: Path, source: str, called: str = "--source") -> None:
     """
     folder = Path(source).expanduser()
     if "://" not in source and folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"--out {out} lies in {called} {source}: its masks would be taken for images; choose another --out")
+        raise UserError(f"--out {out} lies in {called} {source}: its masks would be taken for images; choose "
+                        "another --out")
 
 
 def report(summary: "Summary", out: Path, mean: str, classes: list[str]) -> str:
@@ -232,12 +242,17 @@ def report(summary: "Summary", out: Path, mean: str, classes: list[str]) -> str:
         lines[0] += f", {mean} {summary.mean:.4f}"
     if summary.class_pixels:
         ignored = summary.pixels - sum(summary.class_pixels)
-        names = classes if len(classes) == len(summary.class_pixels) else map(str, range(len(summary.class_pixels)))
+        names = (
+            classes
+            if len(classes) == len(summary.class_pixels)
+            else map(str, range(len(summary.class_pixels)))
+        )
         table = [("class", "pixels", "share")] + [
             (name, str(count), f"{100 * count / max(summary.pixels, 1):.2f} %")
             for name, count in zip([*names, "(ignored)"], [*summary.class_pixels, ignored], strict=True)]
         lines.append(log.table(table))
     rate = summary.labelled / max(summary.wall_s, 1e-9)
     parts = ", ".join(f"{name} {value:.1f} s" for name, value in summary.seconds.items())
-    lines.append(f"{summary.labelled} in this call, {summary.wall_s:.1f} s, {rate:.2f} images/s; over all threads: {parts}")
+    lines.append(f"{summary.labelled} in this call, {summary.wall_s:.1f} s, {rate:.2f} images/s; over all "
+                 f"threads: {parts}")
     return "\n".join(lines)

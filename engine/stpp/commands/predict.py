@@ -1,4 +1,5 @@
-"""`stpp predict`: masks of a few images, and pictures of them over the images. Nothing heavy is imported before it runs."""
+"""`stpp predict`: masks of a few images, and pictures of them over the images. Nothing heavy is imported
+before it runs."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Predict:
-    """Write the mask of every given image, and a picture of it over the image. For many images: stpp label."""
+    """Write the mask of every given image, and a picture of it over the image. For many images: stpp
+    label."""
 
     images: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Images, and folders of images with their sub-folders."""
@@ -47,7 +49,8 @@ def predict(args: Sequence[str]) -> None:
     """Runs `stpp predict`.
 
     Raises:
-        UserError: nothing to do, or no network to do it; images that could not be read, after all others are done.
+        UserError: nothing to do, or no network to do it; images that could not be read, after all others are
+            done.
     """
     options = config.parse(Predict, args, prog="stpp predict")
     network = options.checkpoint or options.engine
@@ -56,7 +59,8 @@ def predict(args: Sequence[str]) -> None:
     if not (network.is_dir() if options.engine else files.and_part(network)[0].is_file()):
         raise UserError(f"{network}: there is no such {'engine folder' if options.engine else 'checkpoint'}")
     if not options.images:
-        raise UserError("name an image or a folder: stpp predict IMAGE|FOLDER ... --checkpoint FILE --out DIR")
+        raise UserError("name an image or a folder: stpp predict IMAGE|FOLDER ... --checkpoint FILE --out "
+                        "DIR")
     asked = exif_asked(options.exif, options.no_exif)
     from stpp import distributed, log
     from stpp.inference.single_images import open_image_predictor
@@ -65,7 +69,8 @@ def predict(args: Sequence[str]) -> None:
     with distributed.world(options.compute.device) as here:
         if here.size > 1:
             raise UserError("stpp predict runs in one process; start it without torchrun, or use stpp label")
-        predictor = open_image_predictor(network, mode=options.tta, device=here.device, precision=options.compute.precision,
+        predictor = open_image_predictor(network, mode=options.tta, device=here.device,
+                                         precision=options.compute.precision,
                                    max_pixels=options.max_pixels, trust=options.trust_engine,
                                    output_stride=options.output_stride, exif=asked)
         try:
@@ -77,7 +82,11 @@ def predict(args: Sequence[str]) -> None:
     for line in bad[1:]:
         log.say(line)
     if bad:
-        more = f" ({len(bad)} of {len(items)} images have no mask, the others are named above)" if len(bad) > 1 else ""
+        more = (
+            f" ({len(bad)} of {len(items)} images have no mask, the others are named above)"
+            if len(bad) > 1
+            else ""
+        )
         raise UserError(bad[0] + more)
 
 
@@ -85,7 +94,8 @@ def _items(options: Predict) -> Iterator["Item"]:
     """The images of all arguments.
 
     Raises:
-        UserError: an argument that is not there, or a folder without an image; two images whose masks would be one file.
+        UserError: an argument that is not there, or a folder without an image; two images whose masks would
+            be one file.
     """
     from stpp import log
     from stpp.commands.label import refuse_inside
@@ -109,7 +119,8 @@ def _items(options: Predict) -> Iterator["Item"]:
             raise UserError(f"{path}: no image in this folder")
         for item in found:
             if seen.setdefault(item.key, item.file) != item.file:
-                raise UserError(f"{seen[item.key]} and {item.file} would both become {item.key}.png; give them to two --out")
+                raise UserError(f"{seen[item.key]} and {item.file} would both become {item.key}.png; give "
+                                "them to two --out")
             yield item
 
 
@@ -134,8 +145,8 @@ def _write_all(predictor: "ImagePredictor", items: list["Item"], out: Path) -> l
             bad.append(f"{item.file}: {error}")
             continue
         if is_dark(colours_HWC, reading):
-            log.say(f"warning: {item.file}: {reading.bits} bits a channel, of which it uses few: to the network it is "
-                    "nearly black; stretch it to the full range")
+            log.say(f"warning: {item.file}: {reading.bits} bits a channel, of which it uses few: to the "
+                    "network it is nearly black; stretch it to the full range")
         mask_HW = predictor.mask(colours_HWC)
         mask_path, overlay_path = (out / folder / f"{item.key}.png" for folder in ("masks", "overlays"))
         for path in (mask_path, overlay_path):

@@ -12,7 +12,8 @@ from stpp.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Write a static page about a run or about pseudo labels; any browser opens its index.html from the disk."""
+    """Write a static page about a run or about pseudo labels; any browser opens its index.html from the
+    disk."""
 
     folder: tyro.conf.Positional[Path]
     """The --out of `stpp train` or of `stpp label`."""
@@ -33,7 +34,8 @@ def report(args: Sequence[str]) -> None:
         UserError: a folder or file is not what it should be.
     """
     options = config.parse(Report, args, prog="stpp report")
-    for flag, path in (("", options.folder), ("--run ", options.run), ("--reliability ", options.reliability)):
+    for flag, path in (("", options.folder), ("--run ", options.run),
+                       ("--reliability ", options.reliability)):
         if path is not None and not path.exists():
             raise UserError(f"{flag}{path}: there is no such file or folder")
     if options.pictures < 0:
@@ -41,5 +43,6 @@ def report(args: Sequence[str]) -> None:
     from stpp.report.build import write_report
 
     out = options.out or options.folder / "report"
-    write_report(options.folder, out, run=options.run, reliability=options.reliability, most_pictures=options.pictures)
+    write_report(options.folder, out, run=options.run, reliability=options.reliability,
+                 most_pictures=options.pictures)
     print(out / "index.html")

@@ -47,7 +47,8 @@ class Tiny(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4, padding=1, bias=False), nn.BatchNorm2d(8),
+                                      nn.ReLU())
         self.classifier = nn.Conv2d(8, 3, 1)
 
     def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
@@ -80,16 +81,19 @@ def decode(device: torch.device, *, dali: bool) -> str:
 
 def train_step(device: torch.device) -> str:
     """One step of a small network on random pixels."""
-    config = Config(model=ModelConfig(backbone="resnet18", output_stride=32), train=TrainConfig(batch_global=2))
+    config = Config(model=ModelConfig(backbone="resnet18", output_stride=32),
+                    train=TrainConfig(batch_global=2))
     samples = [Sample(key=name, image=name, mask=name, width=65, height=65) for name in "ab"]
     here, classes = World(device=device), ("a", "b", "c")
     step = Supervised(fresh_network(config, here, classes, stage=1), config)
-    trainer = Trainer(config, here, step, step.streams(config, samples), key=1, title="selftest", classes=classes, folder=Path(),
-                      schedule=Schedule(steps=1, validate_steps=1), validate=None)
+    trainer = Trainer(config, here, step, step.streams(config, samples), key=1, title="selftest",
+                      classes=classes, folder=Path(), schedule=Schedule(steps=1, validate_steps=1),
+                      validate=None)
     images_NCHW = torch.randn(2, 3, 65, 65, device=device).contiguous(memory_format=torch.channels_last)
     labels_NHW = torch.randint(0, 3, (2, 65, 65), dtype=torch.uint8, device=device)
     before = next(step.network.parameters()).detach().clone()
-    loss, _ = trainer.train_step([(Batch(views=(images_NCHW,), labels_NHW=labels_NHW, indices=np.arange(2)),)])
+    loss, _ = trainer.train_step([(Batch(views=(images_NCHW,), labels_NHW=labels_NHW, indices=np.arange(2)),
+                                   )])
     if not loss.isfinite() or torch.equal(before, next(step.network.parameters())):
         raise UserError(f"a training step ended with loss {loss.item()} and did not move the weights")
     return f"one training step in {str(autocast_dtype('auto', device)).removeprefix('torch.')}"
@@ -103,7 +107,8 @@ def engine(device: torch.device) -> str:
     module, dtype = build.BACKENDS[backend], torch.float16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     ready = fold.ready(Tiny(), device=device, dtype=dtype)
-    images_NCHW = torch.randn(2, 3, 65, 97, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    images_NCHW = torch.randn(2, 3, 65, 97, device=device,
+                              dtype=dtype).contiguous(memory_format=torch.channels_last)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         module.build(ready, Path(folder), shapes=SHAPES, device=device, dtype=dtype, frozen=True)
         ours, truth = module.load(Path(folder), device=device)(images_NCHW), ready(images_NCHW)
@@ -136,13 +141,21 @@ def operators(device: torch.device) -> str:
     stpp_kernels.softmax_accumulate(sums, logits, (17, 21), (33, 41), True)
     reference.softmax_accumulate(plain_sums, logits, (17, 21), (33, 41), True)
     pairs = {
-        "upsample_cross_entropy": (stpp_kernels.upsample_cross_entropy(logits, labels)[0],
-                                   reference.upsample_cross_entropy(logits, labels, None, None, 255, False)[0]),
+        "upsample_cross_entropy": (
+            stpp_kernels.upsample_cross_entropy(logits, labels)[0],
+            reference.upsample_cross_entropy(logits, labels, None, None, 255, False)[0],
+        ),
         "upsample_argmax": (masks, reference.upsample_argmax(logits, (33, 41))[0]),
         "softmax_accumulate": (sums, plain_sums),
         "finalize": (stpp_kernels.finalize(plain_sums)[2], reference.finalize(plain_sums)[2]),
-        "confusion": (stpp_kernels.confusion(masks, labels, 5), reference.confusion(masks, labels, 5, 255).sum(0)),
-        "dilated_conv3x3": (stpp_kernels.dilated_conv3x3(logits, kernel, 3), reference.dilated_conv3x3(logits, kernel, 3)),
+        "confusion": (
+            stpp_kernels.confusion(masks, labels, 5),
+            reference.confusion(masks, labels, 5, 255).sum(0),
+        ),
+        "dilated_conv3x3": (
+            stpp_kernels.dilated_conv3x3(logits, kernel, 3),
+            reference.dilated_conv3x3(logits, kernel, 3),
+        ),
     }
     for name, (ours, truth) in pairs.items():
         ours, truth = ours.double(), truth.double()

@@ -1,11 +1,12 @@
 """A made-up data set for demonstration and tests: pictures of five kinds of shapes, in the VOC layout.
 
-A class has its shape, and a typical colour and texture. Light, shadow, noise and compression vary from picture to picture, and
-one picture in three is a poor photograph: black and white, faded, dim, out of focus or under coloured light. A few labelled
-pictures teach the task but not this breadth of appearances, which the unlabelled ones show.
+A class has its shape, and a typical colour and texture. Light, shadow, noise and compression vary from
+picture to picture, and one picture in three is a poor photograph: black and white, faded, dim, out of focus
+or under coloured light. A few labelled pictures teach the task but not this breadth of appearances, which the
+unlabelled ones show.
 
-Every number of a picture is drawn by a generator keyed by (seed, number of the picture). H, W: pixels; colours are
-float32 in 0..1.
+Every number of a picture is drawn by a generator keyed by (seed, number of the picture). H, W: pixels;
+colours are float32 in 0..1.
 """
 
 import colorsys
@@ -29,8 +30,8 @@ _LOOKS = {
     "star": (0.55, "dark", "checks"),
     "ring": (0.30, "light", "dots"),
 }
-"""Typical hue in turns, brightness and texture of a class. The strong augmentation shifts hues by up to a quarter turn,
-so brightness against the ground, which it keeps, tells apart what hue may not."""
+"""Typical hue in turns, brightness and texture of a class. The strong augmentation shifts hues by up to a
+quarter turn, so brightness against the ground, which it keeps, tells apart what hue may not."""
 _TEXTURES = ("plain", "stripes", "checks", "speckle", "dots")
 _FAULTS = ("gray", "faded", "dim", "blurred", "tinted")
 _BACKGROUNDS = ("gradient", "clouds", "stripes", "blobs")
@@ -75,16 +76,19 @@ class Difficulty:
     exposure: tuple[float, float] = (0.85, 1.15)
     blur_px: tuple[float, float] = (0.0, 0.6)
     poor: float = 0.35
-    """Part of the pictures that are poor photographs: black and white, faded, dim, out of focus or under coloured light."""
+    """Part of the pictures that are poor photographs: black and white, faded, dim, out of focus or under
+    coloured light."""
     noise: tuple[float, float] = (0.0, 0.03)
     """Standard deviation of the sensor noise."""
     jpeg_quality: tuple[int, int] = (45, 95)
 
 
 def generate(
-    out: str | os.PathLike, *, seed: int = 0, train: int = 400, val: int = 100, difficulty: Difficulty | None = None
+    out: str | os.PathLike, *, seed: int = 0, train: int = 400, val: int = 100,
+    difficulty: Difficulty | None = None
 ) -> None:
-    """Writes the data set: JPEGImages/, SegmentationClass/ (palette PNGs), ImageSets/Segmentation/, classes.json.
+    """Writes the data set: JPEGImages/, SegmentationClass/ (palette PNGs), ImageSets/Segmentation/,
+    classes.json.
 
     Args:
         out: its root.
@@ -118,14 +122,17 @@ def generate(
     files.write_text(lists / "val.txt", "".join(name + "\n" for name in names[train:]))
     colours = np.asarray(palette()).reshape(-1, 3)[: len(CLASSES)].tolist()
     # Last: a folder that has it is complete.
-    files.write_json(out / "classes.json", {"classes": list(CLASSES), "palette": colours, "ignore_index": IGNORE})
+    files.write_json(out / "classes.json",
+                     {"classes": list(CLASSES), "palette": colours, "ignore_index": IGNORE})
 
 
 def palette() -> list[int]:
-    """768 numbers, the colours of VOC's masks: the bits of an index are dealt to red, green and blue from the top."""
+    """768 numbers, the colours of VOC's masks: the bits of an index are dealt to red, green and blue from the
+    top."""
     colours = []
     for index in range(256):
-        colours += [sum(((index >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(8)) for channel in range(3)]
+        colours += [sum(((index >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(8))
+                    for channel in range(3)]
     return colours
 
 
@@ -137,7 +144,8 @@ def draw_picture(rng: np.random.Generator, difficulty: Difficulty) -> tuple[np.n
     mask = np.zeros((height, width), dtype=np.uint8)
     for _ in range(rng.integers(d.distractors[0], d.distractors[1] + 1)):
         coverage = _stroke(rng, height, width)
-        colour = _colour(rng.random(), rng.uniform(*d.saturation), rng.uniform(d.dark_value[0], d.light_value[1]))
+        colour = _colour(rng.random(), rng.uniform(*d.saturation),
+                         rng.uniform(d.dark_value[0], d.light_value[1]))
         fill = _fill(rng, height, width, colour, str(rng.choice(_TEXTURES)), d)
         canvas += coverage[..., None] * (fill - canvas)
     for _ in range(rng.integers(d.shapes[0], d.shapes[1] + 1)):
@@ -187,7 +195,9 @@ def _background(rng: np.random.Generator, height: int, width: int, d: Difficulty
         hue + rng.normal(0, 0.15), rng.uniform(*d.background_saturation), np.clip(value + contrast, 0.05, 1)
     )
     grain = rng.uniform(0, 0.15) * (_smooth(rng, height, width, 40) - 0.5)
-    return first + (second - first) * field[..., None].astype(np.float32) + grain[..., None].astype(np.float32)
+    return (
+        first + (second - first) * field[..., None].astype(np.float32) + grain[..., None].astype(np.float32)
+    )
 
 
 def _look(rng: np.random.Generator, height: int, width: int, name: str, d: Difficulty) -> np.ndarray:

@@ -26,7 +26,8 @@ from stpp.images.pixels import BadImage
 from stpp.images.reading import Proof, Reading, look, prove
 
 _CHUNK = 16
-"""Images passed to a process at once: enough to make passing them cheap, few enough that no core idles at the end."""
+"""Images passed to a process at once: enough to make passing them cheap, few enough that no core idles at the
+end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,8 @@ def check_all(tasks: list[Task], arguments: tuple, workers: int | None = None) -
     Args:
         tasks: what to look at.
         arguments: what `check` takes besides the task.
-        workers: processes; None: one a core. Few tasks are done in this process: starting others would take longer.
+        workers: processes; None: one a core. Few tasks are done in this process: starting others would take
+            longer.
     """
     chunks = (tasks[start : start + _CHUNK] for start in range(0, len(tasks), _CHUNK))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -96,7 +98,8 @@ def check_all(tasks: list[Task], arguments: tuple, workers: int | None = None) -
                 yield done
         except BrokenProcessPool as error:
             raise RuntimeError(
-                "a process that reads images died; if it was killed for lack of memory, fewer --data.threads need less"
+                "a process that reads images died; if it was killed for lack of memory, fewer --data.threads "
+                "need less"
             ) from error
         finally:
             for future in flying:
@@ -108,8 +111,10 @@ def check_many(tasks: list[Task], *arguments) -> list[Checked]:
     return [check(task, *arguments) for task in tasks]
 
 
-def check(task: Task, root: str, out: str, classes: int, exif: bool, mask_map: MaskMap | None = None) -> Checked:
-    """Decodes an image and its mask, compares them, and writes the mask anew below `out` where it is not plain.
+def check(task: Task, root: str, out: str, classes: int, exif: bool,
+          mask_map: MaskMap | None = None) -> Checked:
+    """Decodes an image and its mask, compares them, and writes the mask anew below `out` where it is not
+    plain.
 
     Args:
         task: paths relative to the root.
@@ -150,21 +155,23 @@ def check(task: Task, root: str, out: str, classes: int, exif: bool, mask_map: M
     picture = Checked(task, reading, proof.used_bits, proof.like_mask, seen.orientation, digest=digest)
     if mask is None:
         return picture
-    return replace(picture, converted=converted, class_pixels=counts[:classes].tolist(), ignored=int(counts[IGNORE]),
-                   stored=mask.stored, edges=edges(mask.values))
+    return replace(picture, converted=converted, class_pixels=counts[:classes].tolist(),
+                   ignored=int(counts[IGNORE]), stored=mask.stored, edges=edges(mask.values))
 
 
 def _mask_problems(path: str, stored: Stored, counts: np.ndarray, classes: int) -> list[str]:
     """What is wrong with one mask alone."""
     found = []
     if stored.transparent:
-        found.append(f"{path}: {stored.transparent} pixels of the mask are transparent and others are not, so what they "
-                     "hold is not plain; flatten the image (without anti-aliasing) and save it without an alpha channel")
+        found.append(f"{path}: {stored.transparent} pixels of the mask are transparent and others are not, "
+                     "so what they hold is not plain; flatten the image (without anti-aliasing) and save it "
+                     "without an alpha channel")
     wrong = [i for i in counts.nonzero()[0].tolist() if classes <= i != IGNORE]
     if len(wrong) > MANY:
-        found.append(f"{path}: {len(wrong)} ids from {wrong[0]} to {wrong[-1]} in {counts[wrong].sum()} pixels are "
-                     f"outside the class list (0 to {classes - 1}; 255 is ignore): soft edges or JPEG noise; save the mask "
-                     "as PNG without anti-aliasing, or give every pixel the nearest id in an image editor")
+        found.append(f"{path}: {len(wrong)} ids from {wrong[0]} to {wrong[-1]} in {counts[wrong].sum()} "
+                     f"pixels are outside the class list (0 to {classes - 1}; 255 is ignore): soft edges or "
+                     "JPEG noise; save the mask as PNG without anti-aliasing, or give every pixel the "
+                     "nearest id in an image editor")
     elif wrong:
         ids = ", ".join(f"id {i} in {counts[i]} pixels" for i in wrong[:5]) + ", ..." * (len(wrong) > 5)
         found.append(f"{path}: class {ids}; the class list has ids 0 to {classes - 1} (255 is ignore); "
@@ -173,7 +180,8 @@ def _mask_problems(path: str, stored: Stored, counts: np.ndarray, classes: int) 
 
 
 def _look(path: str, digested: bool) -> tuple[Reading, Proof, str | None]:
-    """How an image is read, turned upright, what its data, decoded to the end, tell besides, and their digest.
+    """How an image is read, turned upright, what its data, decoded to the end, tell besides, and their
+    digest.
 
     Headers alone would pass files that are cut short.
     """
@@ -199,7 +207,8 @@ def _size_problem(task: Task, reading: Reading, other: Reading, mask_size: tuple
         other: the reading under the other rule.
         mask_size: (width, height).
     """
-    # The mask has been turned under exif=True only; a turn by 90 degrees is its own inverse as far as the size goes.
+    # The mask has been turned under exif=True only; a turn by 90 degrees is its own inverse as far as the
+    # size goes.
     mask_other = upright_size(*mask_size, mask_turn)
     hint = ""
     if (other.width, other.height) == mask_other:

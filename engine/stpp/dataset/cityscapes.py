@@ -4,7 +4,8 @@ Masks come as `*_labelTrainIds.png` (class ids as they are trained), or as `*_la
 """
 
 CLASSES = (
-    "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain", "sky",
+    "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation",
+    "terrain", "sky",
     "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
 )  # fmt: skip
 
@@ -13,7 +14,8 @@ TRAIN_IDS_ENDING, LABEL_IDS_ENDING = "_gtFine_labelTrainIds.png", "_gtFine_label
 TRAIN_IDS, LABEL_IDS = f"gtFine/**/*{TRAIN_IDS_ENDING}", f"gtFine/**/*{LABEL_IDS_ENDING}"
 
 LABEL_IDS_MAP = (
-    "0-6=ignore", "7-8=0-1", "9-10=ignore", "11-13=2-4", "14-16=ignore", "17=5", "18=ignore", "19-28=6-15", "29-30=ignore",
+    "0-6=ignore", "7-8=0-1", "9-10=ignore", "11-13=2-4", "14-16=ignore", "17=5", "18=ignore", "19-28=6-15",
+    "29-30=ignore",
     "31-33=16-18",
 )  # fmt: skip
 """See `stpp.dataset.mask_map`. Source: the labels of the data set's own tools."""

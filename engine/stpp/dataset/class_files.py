@@ -83,7 +83,8 @@ def _parsed(text: str, path: Path) -> object:
             return ast.literal_eval(text.strip())
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             raise UserError(
-                f"{path}: is not JSON ({' '.join(str(error).split())}); write a list of class names in the order of "
+                f"{path}: is not JSON ({' '.join(str(error).split())}); "
+                "write a list of class names in the order of "
                 'their ids: ["background", "leaf"]'
             ) from error
 

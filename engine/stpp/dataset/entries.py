@@ -55,7 +55,8 @@ class Index:
     layout: str
     exif: bool
     fingerprint: str
-    """Changes when a file of the data set, or a setting, does; empty: files changed, and could not be read."""
+    """Changes when a file of the data set, or a setting, does; empty: files changed, and could not be
+    read."""
     counts: dict[str, int]
     """images, masks, converted."""
     entries: Mapping[str, Entry]

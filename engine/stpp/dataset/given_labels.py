@@ -1,4 +1,5 @@
-"""Pseudo labels from a folder: masks that `stpp label` or a run made, that a person has looked at, and perhaps mended.
+"""Pseudo labels from a folder: masks that `stpp label` or a run made, that a person has looked at, and
+perhaps mended.
 
 They are read and checked like the masks of a data set before they are trained on.
 """
@@ -26,8 +27,9 @@ def check(samples: Sequence[Sample], folder: Path, index: Index, out: Path, *, e
           began: bool = False) -> None:
     """Finds and checks the masks of samples, and writes which they are to `out`.
 
-    The mask of an image is the PNG in `folder`, or in its `masks`, with the image's path below the data root, or below the
-    first folder there (`stpp label --source DATA/photos` leaves `photos` out). Samples without a mask are left out.
+    The mask of an image is the PNG in `folder`, or in its `masks`, with the image's path below the data root,
+    or below the first folder there (`stpp label --source DATA/photos` leaves `photos` out). Samples without a
+    mask are left out.
 
     Args:
         samples: unlabelled images.
@@ -37,12 +39,13 @@ def check(samples: Sequence[Sample], folder: Path, index: Index, out: Path, *, e
         began: training on an earlier list has begun: another one is refused.
 
     Raises:
-        UserError: no folder, no mask of any sample, a mask that is broken, of another size or with ids outside the class
-            list, a list with unknown images, or masks that changed.
+        UserError: no folder, no mask of any sample, a mask that is broken, of another size or with ids
+            outside the class list, a list with unknown images, or masks that changed.
     """
     if not folder.is_dir():
         raise UserError(f"--pseudo-labels {folder}: there is no such folder")
-    excluded = {sample.key for sample in splits.read_split(exclude, index, labelled=False)} if exclude else set()
+    excluded = {sample.key
+                for sample in splits.read_split(exclude, index, labelled=False)} if exclude else set()
     found = _found([sample for sample in samples if sample.key not in excluded], folder.absolute())
     stamps = {}
     for key, path in found.items():
@@ -50,8 +53,8 @@ def check(samples: Sequence[Sample], folder: Path, index: Index, out: Path, *, e
         stamps[key] = [path, status.st_size, status.st_mtime_ns]
     if began:  # they were checked then
         if _read(out)["stamps"] != stamps:
-            raise UserError(f"--pseudo-labels {folder}: masks, or the excluded images, changed since this run began; choose "
-                            "another --out")
+            raise UserError(f"--pseudo-labels {folder}: masks, or the excluded images, changed since this "
+                            "run began; choose another --out")
         return
     image_of = {sample.key: sample.image for sample in samples}
     tasks = [Task(key, image_of[key], path, 0, 0) for key, path in found.items()]
@@ -72,7 +75,8 @@ def check(samples: Sequence[Sample], folder: Path, index: Index, out: Path, *, e
 def attach(samples: Sequence[Sample], out: Path) -> list[Sample]:
     """The samples that have a mask in the list that `check` wrote, with it, to be augmented strongly."""
     masks = _read(out)["masks"]
-    return [dataclasses.replace(sample, mask=masks[sample.key], strong=True) for sample in samples if sample.key in masks]
+    return [dataclasses.replace(sample, mask=masks[sample.key], strong=True) for sample in samples
+            if sample.key in masks]
 
 
 def _read(out: Path) -> dict:
@@ -89,12 +93,13 @@ def _found(samples: Sequence[Sample], folder: Path) -> dict[str, str]:
             found = {sample.key: path for sample in samples
                      if (path := _mask_file(below, "/".join(sample.key.split("/")[dropped:]))) is not None}
             if len(set(found.values())) < len(found):
-                raise UserError(f"--pseudo-labels {folder}: images of several folders share a mask there; keep the folders of the "
-                                "data root below it")
+                raise UserError(f"--pseudo-labels {folder}: images of several folders share a mask there; "
+                                "keep the folders of the data root below it")
             if found:
                 return found
     example = f"{samples[0].key}.png" if samples else "the images that are not excluded"
-    raise UserError(f"--pseudo-labels {folder}: no mask of an unlabelled image is in it; looked for {example}")
+    raise UserError(f"--pseudo-labels {folder}: no mask of an unlabelled image is in it; looked for "
+                    f"{example}")
 
 
 def _mask_file(folder: Path, name: str) -> str | None:

@@ -177,8 +177,8 @@ def renewed(index: Index) -> Index:
     """The index made anew, with what it was prepared with, of the files as they are now.
 
     Raises:
-        UserError: as `prepare`. The old index then stays, as one that is stale: once the files are mended, the same
-            command makes it anew.
+        UserError: as `prepare`. The old index then stays, as one that is stale: once the files are mended,
+            the same command makes it anew.
     """
     table_file = index.out / "index.parquet"
     stored, before = table.read_json(index.out), table_file.stat()

@@ -41,7 +41,8 @@ class Edges:
 
 
 def edges(values: np.ndarray) -> Edges:
-    """The edges of class ids, uint8 [H, W], in rows that are spread over a large mask; 255 counts as no id."""
+    """The edges of class ids, uint8 [H, W], in rows that are spread over a large mask; 255 counts as no
+    id."""
     count = soft = 0
     step = max(1, values.size // LOOKED_AT)
     rows = values[::step]

@@ -1,8 +1,9 @@
 """The mask map: what a user's masks hold, in class ids, where that is not class ids already.
 
-A map is a list of entries `STORED=CLASS`. STORED is an id (`7`), a range of ids (`1-150`), or a colour (`#804080` or
-`128,64,128`); CLASS is a class's id or name, `ignore` (255), or, for a range of ids, a range of as many (`1-150=0-149`).
-What the map does not name is an error, but for the id 255, which stays 255.
+A map is a list of entries `STORED=CLASS`. STORED is an id (`7`), a range of ids (`1-150`), or a colour
+(`#804080` or
+`128,64,128`); CLASS is a class's id or name, `ignore` (255), or, for a range of ids, a range of as many
+(`1-150=0-149`). What the map does not name is an error, but for the id 255, which stays 255.
 """
 
 import os
@@ -82,7 +83,8 @@ class MaskMap:
     def _named(self, found: np.ndarray, counts: np.ndarray) -> str:
         first = np.argsort(-counts, kind="stable")[:_SHOWN]
         shown = ", ".join(f"{self._name(found[i])} in {counts[i]} pixels" for i in first)
-        return f"{'colour' if self.in_colour else 'id'} {shown}{f' and {len(found) - _SHOWN} more' * (len(found) > _SHOWN)}"
+        more = f" and {len(found) - _SHOWN} more" * (len(found) > _SHOWN)
+        return f"{'colour' if self.in_colour else 'id'} {shown}{more}"
 
     def _name(self, stored: int) -> str:
         return f"#{stored:06x}" if self.in_colour else str(stored)
@@ -96,7 +98,8 @@ def parse(entries: Sequence[str], classes: Sequence[str]) -> MaskMap | None:
         classes: names in the order of their ids. A CLASS of digits is an id, even if a class is called so.
 
     Raises:
-        UserError: an entry that is none, names no class, or says again what is said; ids and colours in one map.
+        UserError: an entry that is none, names no class, or says again what is said; ids and colours in one
+            map.
     """
     if not entries:
         return None
@@ -109,15 +112,16 @@ def parse(entries: Sequence[str], classes: Sequence[str]) -> MaskMap | None:
         where = f"--data.mask-map {shown}"
         stored, in_colour = _stored(left)
         if not equals or not stored:
-            raise UserError(f"{where}: expected STORED=CLASS with an id, a range of ids or a colour on the left, such as 7=0, "
-                            "1-150=0-149 or #804080=road")
+            raise UserError(f"{where}: expected STORED=CLASS with an id, a range of ids or a colour on the "
+                            "left, such as 7=0, 1-150=0-149 or #804080=road")
         kinds.setdefault(in_colour, shown)
         for one, target in zip(stored, _targets(right, len(stored), classes, where), strict=True):
             if by.setdefault(one, shown) != shown:
                 raise UserError(f"{where}: {by[one]} names that already; leave one of them out")
             named[one] = target
     if len(kinds) == 2:
-        raise UserError(f"--data.mask-map: {kinds[False]} is of ids and {kinds[True]} of colours; masks hold one or the other")
+        raise UserError(f"--data.mask-map: {kinds[False]} is of ids and {kinds[True]} of colours; masks hold "
+                        "one or the other")
     names_ignore = False in kinds and IGNORE in named
     if False in kinds:
         named.setdefault(IGNORE, IGNORE)
@@ -141,13 +145,15 @@ def _targets(text: str, count: int, classes: Sequence[str], where: str) -> Seque
     ids = _ids(text)
     if not ids:
         if text not in classes and text != "ignore":
-            raise UserError(f"{where}: the right side names no class; the classes are {', '.join(classes)}, and ignore")
+            raise UserError(f"{where}: the right side names no class; the classes are {', '.join(classes)}, "
+                            "and ignore")
         ids = [list(classes).index(text) if text in classes else IGNORE]
     if len(ids) not in (1, count):
         raise UserError(f"{where}: {count} ids become {len(ids)}; give one class, or as many")
     wrong = next((one for one in ids if one >= len(classes) and one != IGNORE), None)
     if wrong is not None:
-        raise UserError(f"{where}: class id {wrong} is none; the class list has ids 0 to {len(classes) - 1} (255 is ignore)")
+        raise UserError(f"{where}: class id {wrong} is none; the class list has ids 0 to {len(classes) - 1} "
+                        "(255 is ignore)")
     return list(ids) * (count // len(ids))
 
 

@@ -50,19 +50,20 @@ class Notices:
         count, first, bits = self._dark
         if count:
             notes.warn(
-                f"{count} of the images of more than 8 bits use at most {bits} bits (the first: {first}): to the network "
-                "they are nearly black; stretch them to the full range, all by the same factor"
+                f"{count} of the images of more than 8 bits use at most {bits} bits (the first: {first}): to "
+                "the network they are nearly black; stretch them to the full range, all by the same factor"
             )
         count, first = self._like_masks
         if count:
             # Where all are so, as scanned pages, it is the data set's kind.
             (notes.warn if count < self._images else notes.line)(
-                f"{counted(count, 'image')} without a mask {'holds' if count == 1 else 'hold'} at most {FEW_COLOURS} "
-                f"flat colours, as masks do (the first: {first}): if they are masks, keep them out of the pattern of "
-                "--data.images, and name them with --data.masks"
+                f"{counted(count, 'image')} without a mask {'holds' if count == 1 else 'hold'} at most "
+                f"{FEW_COLOURS} flat colours, as masks do (the first: {first}): if they are masks, keep them "
+                "out of the pattern of --data.images, and name them with --data.masks"
             )
         if self._by_pil:
             notes.line(
-                f"{self._by_pil} of {self._images} images are of kinds that decoders read differently: PIL decodes "
-                "them, whatever the loader, which is slower; JPEG and 8-bit PNG in gray or RGB are fastest"
+                f"{self._by_pil} of {self._images} images are of kinds that decoders read differently: PIL "
+                "decodes them, whatever the loader, which is slower; JPEG and 8-bit PNG in gray or RGB are "
+                "fastest"
             )

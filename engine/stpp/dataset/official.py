@@ -77,11 +77,12 @@ def _say_nearly_official(index: Index, notes: Notes) -> None:
         and any(is_nearly_official(part) for part in image.split("/")[:-1])
     ]
     if images:
-        folders = sorted({part for image in images for part in image.split("/")[:-1] if is_nearly_official(part)})
+        folders = sorted({part for image in images for part in image.split("/")[:-1]
+                          if is_nearly_official(part)})
         notes.warn(
-            f"folders called {', '.join(folders[:4])}{', ...' * (len(folders) > 4)} are no official splits, and their "
-            f"{counted(len(images), 'image')} are taken like any other; for splits call them train, val or test; "
-            "if they are none, give them other names"
+            f"folders called {', '.join(folders[:4])}{', ...' * (len(folders) > 4)} are no official splits, "
+            f"and their {counted(len(images), 'image')} are taken like any other; for splits call them "
+            "train, val or test; if they are none, give them other names"
         )
 
 

@@ -1,16 +1,17 @@
-"""Split files: which images are labelled, unlabelled, and for validation, in the format that ST++ and its successors
-share.
+"""Split files: which images are labelled, unlabelled, and for validation, in the format that ST++ and its
+successors share.
 
-One sample a line, `image [mask]`, paths relative to the data root (see stpp.dataset.unlabelled_folders for images that lie
-elsewhere); public files load unchanged. Names may hold spaces:
+One sample a line, `image [mask]`, paths relative to the data root (see stpp.dataset.unlabelled_folders for
+images that lie elsewhere); public files load unchanged. Names may hold spaces:
 a line is tried as an image as a whole, then cut at every blank in turn, against the index.
 
-A labelled line needs a mask: the one it names, or, where it names none, the index's own. A mask that it names must be
-the one that the index has for that image, because only that one has been checked; the names that the masks of one image
-have in the public lists and in the original data sets (`SegmentationClass/` and `SegmentationClassAug/`,
-`_labelTrainIds.png` and `_labelIds.png`) count as one. An unlabelled line needs no mask; one that it names and that does
-not exist is passed over with a warning, and a mask that the index knows serves only to report the quality of pseudo
-labels.
+A labelled line needs a mask: the one it names, or, where it names none, the index's own. A mask that it names
+must be the one that the index has for that image, because only that one has been checked; the names that the
+masks of one image have in the public lists and in the original data sets (`SegmentationClass/` and
+`SegmentationClassAug/`,
+`_labelTrainIds.png` and `_labelIds.png`) count as one. An unlabelled line needs no mask; one that it names
+and that does not exist is passed over with a warning, and a mask that the index knows serves only to report
+the quality of pseudo labels.
 """
 
 import math
@@ -29,7 +30,8 @@ from stpp.errors import UserError
 from stpp.loading.sample import Sample
 
 LABELED, UNLABELED, VAL = "labeled.txt", "unlabeled.txt", "val.txt"
-_SAME = (("SegmentationClass/", "SegmentationClassAug/"), ("_gtFine_labelTrainIds.png", "_gtFine_labelIds.png"))
+_SAME = (("SegmentationClass/", "SegmentationClassAug/"),
+         ("_gtFine_labelTrainIds.png", "_gtFine_labelIds.png"))
 
 _DRAW_LABELED, _DRAW_VAL = 1, 2
 """Second words of the generator's key: each draw has numbers of its own."""
@@ -42,13 +44,14 @@ def read_split(path: str | os.PathLike, index: Index, *, labelled: bool,
     Args:
         path: the file, UTF-8, or UTF-16 with a byte order mark.
         index: the data set.
-        labelled: whether every line must have a mask. Where False, `Sample.mask` is the data set's own mask if there is
+        labelled: whether every line must have a mask. Where False, `Sample.mask` is the data set's own mask
+            if there is
             one: to report with, never to train on.
         notes: takes what there is to warn of.
 
     Raises:
-        UserError: the file is missing, is no text or has no line; a line names a file that is not in the index, or
-            leaves the root; a labelled line has no mask. Names file and line.
+        UserError: the file is missing, is no text or has no line; a line names a file that is not in the
+            index, or leaves the root; a labelled line has no mask. Names file and line.
     """
     path, notes = Path(path), notes or Notes()
     try:
@@ -68,7 +71,8 @@ def read_split(path: str | os.PathLike, index: Index, *, labelled: bool,
             unknown.append((number, mask))
         if entry.mask is None and labelled:
             named = f"the mask {mask} is not in the index" if mask else "has no mask"
-            raise UserError(f"{where}: {entry.image}: {named}, and a labelled image needs one; see the masks pattern")
+            raise UserError(f"{where}: {entry.image}: {named}, and a labelled image needs one; see the masks "
+                            "pattern")
         if first_line.setdefault(entry.image, number) != number:
             repeated.append(f"line {number} repeats line {first_line[entry.image]}")
             continue
@@ -87,7 +91,8 @@ def read_split(path: str | os.PathLike, index: Index, *, labelled: bool,
 def _resolved(whole: str, index: Index, where: str, labelled: bool) -> tuple[Entry, str | None]:
     """The image of a line, and the mask as the line names it, if it does.
 
-    Of several ways to cut the line, the one whose mask is the index's wins, then the one with the longest image.
+    Of several ways to cut the line, the one whose mask is the index's wins, then the one with the longest
+    image.
     """
     best = None
     for text in dict.fromkeys((whole, whole.strip())):
@@ -112,7 +117,8 @@ def _resolved(whole: str, index: Index, where: str, labelled: bool) -> tuple[Ent
     _refuse_leaving(mask, where)
     if labelled and entry.mask is not None:
         raise UserError(
-            f"{where}: {mask} is not the mask that the index has for {entry.image}: {entry.mask}; see the masks pattern"
+            f"{where}: {mask} is not the mask that the index has for {entry.image}: {entry.mask}; see the "
+            "masks pattern"
         )
     return best
 
@@ -123,9 +129,11 @@ def _unknown(text: str, index: Index, where: str) -> UserError:
     for word in dict.fromkeys((text, text.rsplit(None, 1)[0], text.split()[0])):
         if (index.place(word) / word).is_file():
             return UserError(
-                f"{where}: {word} exists but is not an image of the index; see the images pattern and --data.layout"
+                f"{where}: {word} exists but is not an image of the index; see the images pattern and "
+                "--data.layout"
             )
-    return UserError(f"{where}: {text}: there is no such image under {index.place(text)}; paths are relative to the data root")
+    return UserError(f"{where}: {text}: there is no such image under {index.place(text)}; paths are relative "
+                     "to the data root")
 
 
 def _refuse_leaving(text: str, where: str) -> None:
@@ -147,7 +155,8 @@ def _same_path(named: str, known: str | None) -> bool:
 
 
 def find_val(folder: str | os.PathLike) -> Path:
-    """Where the validation list of a user's split lies, if it has one: in its folder, or, as of public lists, one or two above."""
+    """Where the validation list of a user's split lies, if it has one: in its folder, or, as of public lists,
+    one or two above."""
     folder = Path(folder)
     above = (folder, *folder.absolute().parents[:2])
     return next((path / VAL for path in above if (path / VAL).is_file()), folder / VAL)
@@ -159,13 +168,14 @@ def make_split(
 ) -> None:
     """Draws a split and writes labeled.txt, unlabeled.txt and, if there is validation, val.txt.
 
-    The draw is uniform over the images that have a mask, depends on nothing but their names, `seed`, `fraction` and
-    `val`, and is nested: the labelled images of 1/16 are among those of 1/8. All other images become unlabelled, with
-    or without a mask.
+    The draw is uniform over the images that have a mask, depends on nothing but their names, `seed`,
+    `fraction` and
+    `val`, and is nested: the labelled images of 1/16 are among those of 1/8. All other images become
+    unlabelled, with or without a mask.
 
     Validation is the official one where there is one (see stpp.dataset.official), which is then never drawn
-    from. Otherwise, or if `val` is given, `val` times the images with masks are drawn; without either there is
-    none. Images for test are in no list. Copies of validation images that are trained on are warned of.
+    from. Otherwise, or if `val` is given, `val` times the images with masks are drawn; without either there
+    is none. Images for test are in no list. Copies of validation images that are trained on are warned of.
 
     Args:
         index: the data set.
@@ -238,7 +248,8 @@ def _count(fraction: str, total: int) -> int:
     """Number of labelled images that "1/8", "0.125" or "92" means for `total` images with masks."""
     text = str(fraction).strip()
     problem = (
-        f"--fraction {fraction}: must be a part such as 1/8 or 0.125, at most 1/1, or a number of images such as 92"
+        f"--fraction {fraction}: must be a part such as 1/8 or 0.125, at most 1/1, or a number of images "
+        "such as 92"
     )
     try:
         value = Fraction(text)
@@ -246,7 +257,8 @@ def _count(fraction: str, total: int) -> int:
         raise UserError(problem) from error
     if text.isdecimal():
         if not 1 <= value <= total:
-            raise UserError(f"--fraction {fraction}: {total} images with masks can be drawn from; ask for 1 to {total}")
+            raise UserError(f"--fraction {fraction}: {total} images with masks can be drawn from; ask for 1 "
+                            f"to {total}")
         return int(value)
     if not 0 < value <= 1:
         raise UserError(problem)

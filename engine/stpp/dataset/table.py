@@ -139,7 +139,8 @@ def _wrong(pa: ModuleType, table, classes: int) -> str | None:
     if pc.any(pc.not_equal(lengths, classes)).as_py():
         return f"class_pixels not of length {classes}"
     if (
-        not pc.equal(pc.is_valid(pixels), pc.is_valid(table.column("mask"))).combine_chunks().to_pylist().count(False)
+        not pc.equal(pc.is_valid(pixels),
+                     pc.is_valid(table.column("mask"))).combine_chunks().to_pylist().count(False)
         == 0
     ):
         return "class_pixels without a mask, or a mask without them"
@@ -161,10 +162,15 @@ def read_json(out: Path) -> dict | None:
         raise UserError(f"{path}: cannot be read as an index ({error})") from error
     with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(text)
-        if isinstance(value, dict) and value.get("format") == FORMAT and isinstance(value.get("version"), int):
+        if (
+            isinstance(value, dict)
+            and value.get("format") == FORMAT
+            and isinstance(value.get("version"), int)
+        ):
             if value["version"] != VERSION or _well_formed(value):
                 return value
-    raise UserError(f"{path}: is not an index of this program, or is damaged; remove it, or choose another folder")
+    raise UserError(f"{path}: is not an index of this program, or is damaged; remove it, or choose another "
+                    "folder")
 
 
 def _are_texts(value: object) -> bool:

@@ -46,7 +46,8 @@ class Decoded:
 class Decoder(Protocol):
     """Files in memory to pixels. One batch at a time."""
 
-    def images(self, planned: list[Planned], raw: list[bytes | BadImage]) -> list[np.ndarray | torch.Tensor | BadImage]:
+    def images(self, planned: list[Planned],
+               raw: list[bytes | BadImage]) -> list[np.ndarray | torch.Tensor | BadImage]:
         """Colours of every file as stored, uint8 [H, W, 3], or why there are none."""
         ...
 
@@ -61,9 +62,10 @@ class PilDecoder:
         return list(self._pool.map(attempt, raw))
 
 
-def batches(tasks: Iterator[tuple[int, list[Planned]]], *, device: torch.device, kind: str, threads: int, most: int,
-            clock: Clock) -> Iterator[tuple[int, Decoded | None]]:
-    """Reads and decodes the given (shard, batch) pairs, in their order, `AHEAD` of them at once; None for an empty batch.
+def batches(tasks: Iterator[tuple[int, list[Planned]]], *, device: torch.device, kind: str, threads: int,
+            most: int, clock: Clock) -> Iterator[tuple[int, Decoded | None]]:
+    """Reads and decodes the given (shard, batch) pairs, in their order, `AHEAD` of them at once; None for an
+    empty batch.
 
     Args:
         kind: "dali" or "pil".
@@ -72,8 +74,11 @@ def batches(tasks: Iterator[tuple[int, list[Planned]]], *, device: torch.device,
     """
     waiting: deque[tuple[int, list[Planned], Future]] = deque()
     warned = threading.Event()
-    with ThreadPoolExecutor(threads, "stpp-read") as readers, ThreadPoolExecutor(threads, "stpp-decode") as workers, \
-            ThreadPoolExecutor(1, "stpp-batch") as one_by_one:
+    with (
+        ThreadPoolExecutor(threads, "stpp-read") as readers,
+        ThreadPoolExecutor(threads, "stpp-decode") as workers,
+        ThreadPoolExecutor(1, "stpp-batch") as one_by_one,
+    ):
         decoder: Decoder
         if kind == "dali":
             from stpp.images.decode_dali import DaliDecoder
@@ -163,14 +168,15 @@ def _warn_of_dark(planned: list[Planned], images: list, warned: threading.Event)
     for one, image in zip(planned, images, strict=True):
         if not warned.is_set() and isinstance(image, np.ndarray) and is_dark(image, one.reading):
             warned.set()
-            log.say(f"warning: {one.item.source}: {one.reading.bits} bits a channel, of which it uses few: to the network it "
-                    "is nearly black, as others like it may be; stretch such images to the full range, all "
-                    "by the same factor")
+            log.say(f"warning: {one.item.source}: {one.reading.bits} bits a channel, of which it uses few: "
+                    "to the network it is nearly black, as others like it may be; stretch such images to the "
+                    "full range, all by the same factor")
 
 
 def _assembled(planned: list[Planned], images: list,
                device: torch.device) -> tuple[torch.Tensor, dict[int, str]]:
-    """Turns the images upright and stacks them: uint8 [N, H, W, 3], sent to the device, and errors by place."""
+    """Turns the images upright and stacks them: uint8 [N, H, W, 3], sent to the device, and errors by
+    place."""
     shape = (len(planned), *planned[0].size, 3)
     on_device = device.type != "cpu" and any(isinstance(image, torch.Tensor) for image in images)
     if on_device:

@@ -1,4 +1,5 @@
-"""Images of any size into batches of one size: how each file is read, and which go through a network together."""
+"""Images of any size into batches of one size: how each file is read, and which go through a network
+together."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -78,7 +79,8 @@ def _looked(item: Item, cut: Cut) -> Reading:
 
 
 def cut_batches(examined: Sequence[Planned], cut: Cut) -> list[Planned]:
-    """Numbers the images of a shard and their batches: largest images first, those of one size evenly spread."""
+    """Numbers the images of a shard and their batches: largest images first, those of one size evenly
+    spread."""
     groups: dict[tuple[int, int], list[tuple[int, Planned]]] = {}
     bad = []
     for position, one in enumerate(examined):
@@ -87,7 +89,8 @@ def cut_batches(examined: Sequence[Planned], cut: Cut) -> list[Planned]:
         else:
             bad.append(_numbered(one, position, -1))
     planned, batch = [], 0
-    for (height, width), members in sorted(groups.items(), key=lambda group: (-group[0][0] * group[0][1], group[0])):
+    for (height, width), members in sorted(groups.items(),
+                                           key=lambda group: (-group[0][0] * group[0][1], group[0])):
         most = min(cut.max_batch, max(1, cut.batch_pixels // (height * width)))
         count = -(-len(members) // most)
         for number in range(count):

@@ -33,7 +33,8 @@ class DaliDecoder:
         self._device, self._threads, self._most, self._pool = device, threads, most, pool
         self._pipelines: dict[int, Pipeline] = {}
 
-    def images(self, planned: list[Planned], raw: list[bytes | BadImage]) -> list[np.ndarray | torch.Tensor | BadImage]:
+    def images(self, planned: list[Planned],
+               raw: list[bytes | BadImage]) -> list[np.ndarray | torch.Tensor | BadImage]:
         found: list = [None] * len(raw)
         ours = [i for i, (one, data) in enumerate(zip(planned, raw, strict=True))
                 if not isinstance(data, BadImage) and one.reading.plain and looks_whole(data)]
@@ -41,7 +42,8 @@ class DaliDecoder:
         if ours:
             decoded = self._run([raw[i] for i in ours], self._most)
             if decoded is None:
-                decoded = [alone[0] if (alone := self._run([raw[i]], 1)) is not None else attempt(raw[i]) for i in ours]
+                decoded = [alone[0] if (alone := self._run([raw[i]], 1)) is not None else attempt(raw[i])
+                           for i in ours]
             for i, image in zip(ours, decoded, strict=True):
                 found[i] = image
         for i, image in zip(others, self._pool.map(attempt, [raw[i] for i in others]), strict=True):
@@ -63,8 +65,9 @@ class DaliDecoder:
     def _built(self, most: int) -> Pipeline:
         gpu = self._device.type == "cuda"
 
-        @pipeline_def(batch_size=most, num_threads=self._threads, device_id=self._device.index if gpu else None,
-                      prefetch_queue_depth=1, exec_dynamic=True)
+        @pipeline_def(batch_size=most, num_threads=self._threads,
+                      device_id=self._device.index if gpu else None, prefetch_queue_depth=1,
+                      exec_dynamic=True)
         def build():
             files = fn.external_source(name="files", dtype=types.UINT8, ndim=1)
             return fn.decoders.image(files, device="mixed" if gpu else "cpu", output_type=types.RGB,

@@ -1,8 +1,8 @@
 """The one EXIF rule, and opening image files safely.
 
-The rule: with `exif=True` the pixels of an image are taken upright (its EXIF orientation is applied), and its mask is
-expected upright too; a mask that carries an orientation of its own is turned by it. With `exif=False` both are read as
-they are stored. What counts as an orientation stands in `stpp.images.reading`.
+The rule: with `exif=True` the pixels of an image are taken upright (its EXIF orientation is applied), and its
+mask is expected upright too; a mask that carries an orientation of its own is turned by it. With `exif=False`
+both are read as they are stored. What counts as an orientation stands in `stpp.images.reading`.
 
 H and W: pixels. This module imports neither torch nor pyarrow, so that worker processes start quickly.
 """
@@ -59,7 +59,8 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike, formats: tuple[str, ...] = IMAGE_FORMATS) -> Iterator[Image.Image]:
-    """Opens an image lazily; any failure to decode it inside the block becomes a UserError that names the file.
+    """Opens an image lazily; any failure to decode it inside the block becomes a UserError that names the
+    file.
 
     Args:
         path: the file.
@@ -70,7 +71,8 @@ def opened(path: str | os.PathLike, formats: tuple[str, ...] = IMAGE_FORMATS) ->
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise UserError(
-                    f"{path}: {width}x{height} pixels are more than the {MAX_PIXELS} that are read; make it smaller"
+                    f"{path}: {width}x{height} pixels are more than the {MAX_PIXELS} that are read; make it "
+                    "smaller"
                 )
             yield image
     except UserError:
@@ -133,7 +135,8 @@ def upright(pixels: Pixels, value: int) -> Pixels:
     copy; or a tensor."""
     if value >= 5:
         pixels = pixels.swapaxes(0, 1)
-    # After the transposition of 5..8: 6 is turned clockwise, so columns are reversed; 8 reverses rows; 7 both.
+    # After the transposition of 5..8: 6 is turned clockwise, so columns are reversed; 8 reverses rows; 7
+    # both.
     flipped = [axis for axis, turned in ((1, (2, 3, 6, 7)), (0, (3, 4, 7, 8))) if value in turned]
     if not flipped:
         return pixels

@@ -106,13 +106,14 @@ def _lines(file: IO[bytes], path: str) -> Iterator[str]:
     if path.lower().endswith(IMAGE_EXTENSIONS) and (b"\0" in start or not head.isascii()):
         raise UserError(f"--source {path}: is an image; give its folder, or a list of images")
     if form := tars.compression(start):
-        raise UserError(f"--source {path}: is no list of images but a {form} archive; unpack it, and give the folder")
+        raise UserError(f"--source {path}: is no list of images but a {form} archive; unpack it, and give "
+                        "the folder")
     if start[:1] == b"\0" or start[1:2] == b"\0":
         raise UserError(f"--source {path}: no text in UTF-8: it begins with zero bytes, as UTF-16 without a "
                         "mark does; save it as UTF-8")
     if b"\0" in start:
-        raise UserError(f"--source {path}: is no text, and so no list of images; give a folder, a text file with an "
-                        "image a line, or .tar archives")
+        raise UserError(f"--source {path}: is no text, and so no list of images; give a folder, a text file "
+                        "with an image a line, or .tar archives")
     for number, raw in enumerate(file):
         yield raw.decode("utf-8-sig" if number == 0 else "utf-8", "surrogateescape").strip("\r\n")
 

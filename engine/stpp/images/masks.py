@@ -1,7 +1,7 @@
 """Index masks: any PNG that holds class indices, to uint8 [H, W], and back to 8-bit grayscale PNG.
 
-DALI decodes only 8-bit grayscale PNGs exactly: from a palette it makes colours, and it rescales other bit depths. So
-every mask passes through here once, and what is not plain is written anew.
+DALI decodes only 8-bit grayscale PNGs exactly: from a palette it makes colours, and it rescales other bit
+depths. So every mask passes through here once, and what is not plain is written anew.
 """
 
 import os
@@ -66,8 +66,8 @@ class Stored:
     numbers: tuple[int, ...] = ()
     """Of grays with fewer than 8 bits: the numbers that pixels hold."""
     transparent: int = 0
-    """Of an alpha channel that is not the same everywhere: pixels that are not fully opaque. Of a palette that is
-    read by its colours: those that share a colour with a less transparent entry."""
+    """Of an alpha channel that is not the same everywhere: pixels that are not fully opaque. Of a palette
+    that is read by its colours: those that share a colour with a less transparent entry."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,15 +84,16 @@ class Mask:
 
 
 _EXACT_EXTRAS = {"dpi", "srgb", "interlace"}
-"""Entries of Pillow's `info` that change no decoder's pixels; beside these a mask is written anew, to be safe."""
+"""Entries of Pillow's `info` that change no decoder's pixels; beside these a mask is written anew, to be
+safe."""
 
 
 def read_index_mask(path: str | os.PathLike, *, exif: bool = True) -> np.ndarray:
     """Reads the class indices of a mask: uint8 [H, W], contiguous.
 
-    A palette image gives its indices, not its colours. Grayscale of 1, 2 and 4 bits gives the stored numbers (not
-    stretched to 0..255), 16 bits too if all are below 256. Colour images count where red, green and blue are equal;
-    alpha is dropped.
+    A palette image gives its indices, not its colours. Grayscale of 1, 2 and 4 bits gives the stored numbers
+    (not stretched to 0..255), 16 bits too if all are below 256. Colour images count where red, green and blue
+    are equal; alpha is dropped.
 
     Args:
         path: a PNG.
@@ -108,8 +109,8 @@ def read_mask(path: str | os.PathLike, *, exif: bool = True, mask_map: Meaning |
     """As `read_index_mask`, and what the preparation needs besides.
 
     Args:
-        mask_map: what the stored ids or colours mean. A map of colours takes those that are seen: a palette gives its
-            colours, alpha is dropped.
+        mask_map: what the stored ids or colours mean. A map of colours takes those that are seen: a palette
+            gives its colours, alpha is dropped.
 
     Raises:
         UserError: as `read_index_mask`; or the map does not name what the mask holds.
@@ -119,7 +120,8 @@ def read_mask(path: str | os.PathLike, *, exif: bool = True, mask_map: Meaning |
     with opened(path, ("PNG",)) as image:
         if bits == 16 and (in_colour or kind != GRAY):
             raise UserError(
-                f"{path}: a mask with 16 bits a channel and colour or alpha is not read; save 8-bit class indices"
+                f"{path}: a mask with 16 bits a channel and colour or alpha is not read; save 8-bit class "
+                "indices"
             )
         extras = set(image.info) - _EXACT_EXTRAS
         turn = orientation(image)
@@ -142,7 +144,8 @@ def read_mask(path: str | os.PathLike, *, exif: bool = True, mask_map: Meaning |
     return Mask(values=np.ascontiguousarray(values), plain=plain, turn=turn, stored=stored)
 
 
-def write_index_png(path_or_file: str | os.PathLike | IO[bytes], mask: np.ndarray, *, fast: bool = True) -> None:
+def write_index_png(path_or_file: str | os.PathLike | IO[bytes], mask: np.ndarray, *,
+                    fast: bool = True) -> None:
     """Writes uint8 [H, W] as an 8-bit grayscale PNG.
 
     Args:
@@ -242,8 +245,9 @@ def _one_channel(values: np.ndarray, path: str | os.PathLike) -> np.ndarray:
         y, x = np.unravel_index(int(coloured.argmax()), coloured.shape)
         colour = tuple(int(v) for v in values[y, x, :3])
         raise UserError(
-            f"{path}: the mask holds colours (first {colour} at x {x}, y {y}), not class indices; say what each colour means "
-            "with --data.mask-map, or save it as a palette or grayscale PNG of class indices"
+            f"{path}: the mask holds colours (first {colour} at x {x}, y {y}), not class indices; say what "
+            "each colour means with --data.mask-map, or save it as a palette or grayscale PNG of class "
+            "indices"
         )
     return values[..., 0]
 
@@ -255,7 +259,8 @@ def _narrow(values: np.ndarray, path: str | os.PathLike) -> np.ndarray:
     above = values > 255
     if above.any():
         ids, counts = np.unique(values[above], return_counts=True)
-        listed = ", ".join(f"{i} ({n} pixels)" for i, n in zip(ids[:5].tolist(), counts[:5].tolist(), strict=True))
-        raise UserError(f"{path}: class ids above 255: {listed}; class indices must be 0 to 254, and 255 is ignore; "
-                        "--data.mask-map turns other ids into these")
+        listed = ", ".join(f"{i} ({n} pixels)" for i,
+                           n in zip(ids[:5].tolist(), counts[:5].tolist(), strict=True))
+        raise UserError(f"{path}: class ids above 255: {listed}; class indices must be 0 to 254, and 255 is "
+                        "ignore; --data.mask-map turns other ids into these")
     return values.astype(np.uint8)

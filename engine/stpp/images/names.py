@@ -1,4 +1,5 @@
-"""Names of images as names of masks: what may become a path below the output, and whether two would meet there."""
+"""Names of images as names of masks: what may become a path below the output, and whether two would meet
+there."""
 
 import hashlib
 import re
@@ -24,7 +25,8 @@ def mask_key(name: str) -> str:
         name: with forward slashes, as a folder, a list or an archive holds it: nothing about it is trusted.
 
     Raises:
-        ValueError: the name cannot be a path below a folder on every system; the reason alone, without the name.
+        ValueError: the name cannot be a path below a folder on every system; the reason alone, without the
+            name.
     """
     try:
         name.encode()
@@ -54,7 +56,8 @@ def mask_key(name: str) -> str:
 
 
 def quoted(name: str) -> str:
-    """Any name as one harmless word, to be told from others by: what the table of failures calls such an image."""
+    """Any name as one harmless word, to be told from others by: what the table of failures calls such an
+    image."""
     return urllib.parse.quote(name.encode("utf-8", "surrogateescape"), safe=" ")[:_KEY_BYTES]
 
 
@@ -67,7 +70,8 @@ def printable(name: str) -> str:
 class Collisions:
     """Finds equal keys among any number, in memory that does not grow with them.
 
-    Digests of the keys go to 256 files by their first byte; equal keys lie in the same file, and each is small.
+    Digests of the keys go to 256 files by their first byte; equal keys lie in the same file, and each is
+    small.
     """
 
     def __init__(self, folder: Path):
@@ -97,7 +101,8 @@ class Collisions:
 
 
 def first_pair(repeated: set[bytes], named: Iterable[tuple[str, str]]) -> tuple[str, str, str]:
-    """(key, source, source) of the first two of the given (key, source) whose key's digest is in `repeated`."""
+    """(key, source, source) of the first two of the given (key, source) whose key's digest is in
+    `repeated`."""
     seen: dict[str, str] = {}
     for key, source in named:
         if _digest(key) in repeated:

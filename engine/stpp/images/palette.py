@@ -1,7 +1,7 @@
 """Colours of class masks, to be told apart by people of every colour vision.
 
-Source: the eight colours of Okabe and Ito, Color Universal Design (2008), and paler and darker forms of them for classes
-beyond the eighth.
+Source: the eight colours of Okabe and Ito, Color Universal Design (2008), and paler and darker forms of them
+for classes beyond the eighth.
 """
 
 import colorsys
@@ -9,7 +9,8 @@ import colorsys
 import numpy as np
 
 VOID = (255, 255, 255)
-BASE = ((0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
+BASE = ((0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0),
+        (204, 121, 167))
 TINTS = ((0.0, (0, 0, 0)), (0.55, (255, 255, 255)), (0.5, (0, 0, 0)))
 """(share, colour) mixed into the base colours, eight classes after eight."""
 CONFIDENCE = ((0, (0, 32, 77)), (128, (124, 123, 120)), (255, (255, 234, 70)))
@@ -40,7 +41,8 @@ def overlaid(colours_HWC: np.ndarray, mask_HW: np.ndarray, num_classes: int) -> 
 def overlay(mask_HW: np.ndarray, num_classes: int) -> np.ndarray:
     """Classes to be laid over an image: uint8 [H, W, 4], without colour where ignored.
 
-    Classes beyond the eighth carry a pattern besides: stripes to one side for the next eight, to the other after that.
+    Classes beyond the eighth carry a pattern besides: stripes to one side for the next eight, to the other
+    after that.
     """
     rgba = np.dstack([colourise(mask_HW, num_classes), np.where(mask_HW == 255, 0, 255).astype(np.uint8)])
     rows, columns = np.indices(mask_HW.shape)
@@ -51,23 +53,27 @@ def overlay(mask_HW: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def ignored_overlay(mask_HW: np.ndarray) -> np.ndarray:
-    """Ignored pixels to be laid over an image: uint8 [H, W, 4], black and white stripes, nothing elsewhere."""
+    """Ignored pixels to be laid over an image: uint8 [H, W, 4], black and white stripes, nothing
+    elsewhere."""
     rows, columns = np.indices(mask_HW.shape)
     light = ((rows + columns) // STRIPE_PX % 2).astype(np.uint8) * 255
     return np.dstack([light, light, light, np.where(mask_HW == 255, 230, 0).astype(np.uint8)])
 
 
 def confidence_colours(confidence_HW: np.ndarray) -> np.ndarray:
-    """Confidence, uint8 [H, W], to uint8 [H, W, 3]: dark blue (0) by grey to yellow (255), lightness growing evenly."""
+    """Confidence, uint8 [H, W], to uint8 [H, W, 3]: dark blue (0) by grey to yellow (255), lightness growing
+    evenly."""
     at, colours = zip(*CONFIDENCE, strict=True)
-    channels = [np.interp(np.arange(256), at, channel).round().astype(np.uint8) for channel in zip(*colours, strict=True)]
+    channels = [np.interp(np.arange(256), at, channel).round().astype(np.uint8)
+                for channel in zip(*colours, strict=True)]
     return np.stack(channels, axis=-1)[confidence_HW]
 
 
 def _colour(i: int) -> tuple[int, int, int]:
     """The colour of class `i`; beyond what mixing gives, hues spread by multiples of the golden ratio."""
     if i >= len(BASE) * len(TINTS):
-        return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.75, (0.95, 0.7)[i % 2]))
+        return tuple(round(255 * part)
+                     for part in colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.75, (0.95, 0.7)[i % 2]))
     share, other = TINTS[i // len(BASE)]
     base = (60, 60, 60) if i == 0 else BASE[i % len(BASE)]
     return tuple(round((1 - share) * a + share * b) for a, b in zip(base, other, strict=True))

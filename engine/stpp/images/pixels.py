@@ -103,7 +103,8 @@ def opened_bytes(data: bytes) -> Image.Image:
         raise BadImage("the file is empty (0 bytes)")
     image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     if image.width * image.height > MAX_PIXELS:
-        raise BadImage(f"{image.width}x{image.height} pixels are more than the {MAX_PIXELS} that are ever decoded")
+        raise BadImage(f"{image.width}x{image.height} pixels are more than the {MAX_PIXELS} that are ever "
+                       "decoded")
     if image.width < 1 or image.height < 1:
         raise BadImage(f"it has no pixels ({image.width}x{image.height})")
     return image

@@ -62,12 +62,13 @@ def open_source(spec: str, *, root: Path | None = None, tar_folders: bool = Fals
         return FolderSource(_absolute(spec))
     paths = [spec] if local else expand_braces(spec)
     if re.search(r"\.(tar\.\w+|tgz|tbz2?|txz)$", spec):
-        raise UserError(f"--source {spec}: compressed archives cannot be read at any place in them; give plain .tar files "
-                        "(images are compressed already)")
+        raise UserError(f"--source {spec}: compressed archives cannot be read at any place in them; give "
+                        "plain .tar files (images are compressed already)")
     if spec.endswith(".tar"):
         return TarSource(spec, [_absolute(path) for path in paths], tar_folders)
     if len(paths) > 1:
-        raise UserError(f"--source {spec}: braces number .tar archives; give a folder, a list file or .tar archives")
+        raise UserError(f"--source {spec}: braces number .tar archives; give a folder, a list file or .tar "
+                        "archives")
     found = local or storage.kind(spec)
     if found is None:
         raise UserError(f"--source {spec}: there is no such folder, list file or .tar archive")
@@ -226,7 +227,8 @@ def expand_braces(spec: str) -> list[str]:
     if words is None:
         low, high = int(first), int(last)
         if low > high or high - low >= _MOST_BRACES:
-            raise UserError(f"--source {spec}: {{{first}..{last}}} is no range that rises, of at most {_MOST_BRACES} numbers")
+            raise UserError(f"--source {spec}: {{{first}..{last}}} is no range that rises, of at most "
+                            f"{_MOST_BRACES} numbers")
         width = len(first) if first.startswith("0") or len(first) == len(last) else 0
         inner = [f"{number:0{width}d}" for number in range(low, high + 1)]
     else:

@@ -45,7 +45,8 @@ def kind(path: str) -> str | None:
 
 
 def children(folder: str) -> Iterator[Child]:
-    """Entries of a folder in no order; of a local folder as the system yields them, without holding them all."""
+    """Entries of a folder in no order; of a local folder as the system yields them, without holding them
+    all."""
     if not is_url(folder):
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -160,8 +161,8 @@ def _remote(url: str):
     try:
         from fsspec.core import url_to_fs
     except ImportError:
-        raise UserError(f"{url}: URLs need fsspec, which is not installed; pip install fsspec, and what it needs for "
-                        f"{url.partition(':')[0]}") from None
+        raise UserError(f"{url}: URLs need fsspec, which is not installed; pip install fsspec, and what it "
+                        f"needs for {url.partition(':')[0]}") from None
     try:
         # Its cache of listings would grow with the corpus.
         return url_to_fs(url, use_listings_cache=False)

@@ -1,4 +1,5 @@
-"""Tar archives without unpacking: where the bytes of each member lie; and archives of masks, always the same bytes."""
+"""Tar archives without unpacking: where the bytes of each member lie; and archives of masks, always the same
+bytes."""
 
 import io
 import posixpath
@@ -61,8 +62,8 @@ def _entries(path: str) -> Iterator[tarfile.TarInfo]:
             file.seek(0)
             head = file.read(8)
             if kind := compression(head):
-                raise UserError(f"{path}: compressed with {kind}, though its name ends in .tar; unpack it into "
-                                "a plain .tar (images are compressed already)")
+                raise UserError(f"{path}: compressed with {kind}, though its name ends in .tar; unpack it "
+                                "into a plain .tar (images are compressed already)")
             start: int | None = 0
             while start is not None:
                 end = yield from _archive(file, start, size)

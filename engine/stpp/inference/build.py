@@ -1,7 +1,7 @@
 """Makes engine folders, and finds those made before.
 
-An engine folder holds `engine.json`, the engine's files, and `checkpoint.pt`: the network alone, from which the engine can be
-built again anywhere, and against which it is compared.
+An engine folder holds `engine.json`, the engine's files, and `checkpoint.pt`: the network alone, from which
+the engine can be built again anywhere, and against which it is compared.
 """
 
 import contextlib
@@ -27,11 +27,13 @@ from stpp.inference import record as records
 from stpp.inference.protocol import CompiledPredictor, EagerPredictor, Identity
 from stpp.inference.record import Device, EngineRecord, Shapes
 
-BACKENDS: dict[str, ModuleType] = {"tensorrt": tensorrt, "torch-tensorrt": torch_tensorrt, "inductor": inductor}
+BACKENDS: dict[str, ModuleType] = {"tensorrt": tensorrt, "torch-tensorrt": torch_tensorrt,
+                                   "inductor": inductor}
 """Each has `unavailable(device)`, `versions()`, `SHAPES`, `build(...)` and `load(...)`."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {"fp32": 0.01, "bf16": 0.05, "fp16": 0.05}
-"""Largest difference from eager in the same type, over eager's largest logit; wrong weights are off by 0.2 and more."""
+"""Largest difference from eager in the same type, over eager's largest logit; wrong weights are off by 0.2
+and more."""
 Run = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -63,7 +65,8 @@ class Compilation:
     def key(self) -> str:
         """Name of the engine in a cache: equal for predictors that can share it."""
         facts = {"architecture": self.architecture, "classes": len(self.classes), "frozen": self.frozen,
-                 "shapes": dataclasses.asdict(self.shapes), "device": dataclasses.asdict(Device.of(self.device)),
+                 "shapes": dataclasses.asdict(self.shapes),
+                 "device": dataclasses.asdict(Device.of(self.device)),
                  "versions": self.versions(), "weights": self.frozen and self.weights}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         return f"{self.backend}-{self.precision}-{digest[:16]}"
@@ -71,14 +74,16 @@ class Compilation:
     def eager(self, precision: str | None = None) -> EagerPredictor:
         """The same predictor as PyTorch runs it, in the engine's precision or another."""
         precision = precision or self.precision
-        return EagerPredictor(self.network, num_classes=len(self.classes), device=self.device, dtype=PRECISIONS[precision],
-                            identity=dataclasses.replace(self.identity(), backend="eager", precision=precision))
+        return EagerPredictor(self.network, num_classes=len(self.classes), device=self.device,
+                              dtype=PRECISIONS[precision],
+                            identity=dataclasses.replace(self.identity(), backend="eager",
+                                                         precision=precision))
 
     def identity(self) -> Identity:
         """Of the predictor that comes of it."""
         fixed = "-frozen" if self.frozen and self.backend != "eager" else ""
-        return Identity(weights_sha256=self.weights, classes=self.classes, backend=self.backend + fixed, precision=self.precision,
-                        output_stride=self.architecture.get("output_stride"))
+        return Identity(weights_sha256=self.weights, classes=self.classes, backend=self.backend + fixed,
+                        precision=self.precision, output_stride=self.architecture.get("output_stride"))
 
     def ready(self) -> nn.Module:
         """The network folded, on the device, in the engine's precision."""
@@ -108,24 +113,26 @@ def build(plan: Compilation, folder: Path, sample: Iterable[torch.Tensor] | None
         temporary.mkdir(parents=True)
         log.say(f"compiling the predictor with {plan.backend} in {plan.precision} ...")
         began, ready = time.monotonic(), plan.ready()
-        shapes = module.build(ready, temporary, shapes=plan.shapes, device=plan.device, dtype=PRECISIONS[plan.precision],
-                              frozen=plan.frozen)
+        shapes = module.build(ready, temporary, shapes=plan.shapes, device=plan.device,
+                              dtype=PRECISIONS[plan.precision], frozen=plan.frozen)
         compile_s = time.monotonic() - began
         run = module.load(temporary, device=plan.device)
         record = EngineRecord(
             backend=plan.backend, precision=plan.precision, frozen=plan.frozen, weights_sha256=plan.weights,
-            architecture=plan.architecture, classes=plan.classes, shapes=shapes, device=Device.of(plan.device),
-            versions=plan.versions(), compile_s=round(compile_s, 1),
+            architecture=plan.architecture, classes=plan.classes, shapes=shapes,
+            device=Device.of(plan.device), versions=plan.versions(), compile_s=round(compile_s, 1),
             files={path.name: files.sha256(path) for path in sorted(temporary.iterdir())})
         verify(run, ready, record, plan.device)
-        predictor = CompiledPredictor(run, record, identity=plan.identity(), dtype=PRECISIONS[plan.precision], eager=plan.eager)
+        predictor = CompiledPredictor(run, record, identity=plan.identity(), dtype=PRECISIONS[plan.precision],
+                                      eager=plan.eager)
         if sample is not None:
             record = dataclasses.replace(record, agreement=_judged(predictor, plan, sample))
         _write_folder(plan, record, temporary)
         files.replace_folder(temporary, folder)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"engine {folder}: {error.strerror} ({error.filename}); choose another folder") from error
+        raise UserError(f"engine {folder}: {error.strerror} ({error.filename}); choose another "
+                        "folder") from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -136,8 +143,9 @@ def build(plan: Compilation, folder: Path, sample: Iterable[torch.Tensor] | None
 def eager_folder(plan: Compilation, folder: Path) -> None:
     """A folder with the network alone, to be run by PyTorch: so that every backend has one."""
     record = EngineRecord(
-        backend="eager", precision=plan.precision, frozen=False, weights_sha256=plan.weights, architecture=plan.architecture,
-        classes=plan.classes, shapes=plan.shapes, device=Device.of(plan.device), versions=plan.versions(), compile_s=0.0, files={})
+        backend="eager", precision=plan.precision, frozen=False, weights_sha256=plan.weights,
+        architecture=plan.architecture, classes=plan.classes, shapes=plan.shapes,
+        device=Device.of(plan.device), versions=plan.versions(), compile_s=0.0, files={})
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     _write_folder(plan, record, temporary)
     files.replace_folder(temporary, folder)
@@ -152,10 +160,12 @@ def _write_folder(plan: Compilation, record: EngineRecord, folder: Path) -> None
 
 
 def cached(plan: Compilation, cache: Path) -> CompiledPredictor:
-    """The engine of `plan` in the folder `cache`: loaded if it is there and ours, else compiled by the process that comes first."""
+    """The engine of `plan` in the folder `cache`: loaded if it is there and ours, else compiled by the
+    process that comes first."""
     folder = cache / plan.key()
     with _alone(cache, f".{plan.key()}.lock"):
-        for left in (*cache.glob(f".{plan.key()}.*.tmp"), *cache.glob(f".{plan.key()}.*.old")):  # of a process that was killed
+        # of a process that was killed
+        for left in (*cache.glob(f".{plan.key()}.*.tmp"), *cache.glob(f".{plan.key()}.*.old")):
             shutil.rmtree(left, ignore_errors=True)
         if (folder / records.NAME).exists():
             record, reason = unfit(folder, plan)
@@ -165,7 +175,8 @@ def cached(plan: Compilation, cache: Path) -> CompiledPredictor:
         return build(plan, folder)
 
 
-def unfit(folder: Path, plan: Compilation, *, trusted: bool = False) -> tuple[EngineRecord | None, str | None]:
+def unfit(folder: Path, plan: Compilation, *,
+          trusted: bool = False) -> tuple[EngineRecord | None, str | None]:
     """The record of an engine folder, and why it cannot serve `plan`; None where it can."""
     try:
         record, signature = records.read(folder)
@@ -193,31 +204,38 @@ def load(folder: Path, record: EngineRecord, plan: Compilation) -> CompiledPredi
     if swap:
         verify(run, ready, record, plan.device)
         log.say(f"{record.describe()}: took these weights, not compiled again")
-    return CompiledPredictor(run, record, identity=plan.identity(), dtype=PRECISIONS[record.precision], eager=plan.eager)
+    return CompiledPredictor(run, record, identity=plan.identity(), dtype=PRECISIONS[record.precision],
+                             eager=plan.eager)
 
 
 @torch.no_grad()
 def verify(run: Run, ready: nn.Module, record: EngineRecord, device: torch.device) -> None:
-    """Compares an engine with the network it was made of, in the same precision, on one small image and on a few.
+    """Compares an engine with the network it was made of, in the same precision, on one small image and on a
+    few.
 
     Raises:
         UserError: it computes something else.
     """
     low, high = record.shapes.smallest, record.shapes.largest
-    several = tuple(min(max(side, least), most) for side, least, most in zip((3, 65, 97), low, high, strict=True))
+    several = tuple(min(max(side, least), most) for side, least,
+                    most in zip((3, 65, 97), low, high, strict=True))
     generator = torch.Generator().manual_seed(0)
     for count, height, width in (low, several):
         images_NCHW = torch.randn(count, 3, height, width, generator=generator)
-        images_NCHW = images_NCHW.to(device, PRECISIONS[record.precision]).contiguous(memory_format=torch.channels_last)
+        images_NCHW = images_NCHW.to(device, PRECISIONS[record.precision]).contiguous(
+            memory_format=torch.channels_last
+        )
         ours, truth = run(images_NCHW), ready(images_NCHW)
         same_shape = ours.shape == truth.shape
         error = float((ours - truth).abs().max() / truth.abs().max()) if same_shape else float("inf")
         if not error <= TOLERANCE[record.precision]:
-            raise UserError(f"{record.describe()}: logits of {count} images of {width}x{height} are off by {error:.3g} of "
-                            "the largest; not used; take --backend eager or another --precision")
+            raise UserError(f"{record.describe()}: logits of {count} images of {width}x{height} are off by "
+                            f"{error:.3g} of the largest; not used; take --backend eager or another "
+                            "--precision")
 
 
-def _judged(predictor: CompiledPredictor, plan: Compilation, sample: Iterable[torch.Tensor]) -> records.Agreement:
+def _judged(predictor: CompiledPredictor, plan: Compilation,
+            sample: Iterable[torch.Tensor]) -> records.Agreement:
     eager = plan.eager("fp32")
     with torch.no_grad():
         found = gate.compare(predictor.logits, eager.logits, sample)
@@ -227,10 +245,12 @@ def _judged(predictor: CompiledPredictor, plan: Compilation, sample: Iterable[to
 
 @contextlib.contextmanager
 def _alone(cache: Path, name: str) -> Iterator[None]:
-    """Waits until no other process builds the same engine; without locks the later of two replaces the engine of the first."""
+    """Waits until no other process builds the same engine; without locks the later of two replaces the engine
+    of the first."""
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(files.locked(cache / name))
         except OSError as error:
-            raise UserError(f"folder of engines {cache}: {error.strerror}; set XDG_CACHE_HOME, or use --backend eager") from None
+            raise UserError(f"folder of engines {cache}: {error.strerror}; set XDG_CACHE_HOME, or use "
+                            "--backend eager") from None
         yield

@@ -1,7 +1,8 @@
 """Which backend `auto` takes: the one that is done first, compiling included.
 
-The choice must be the same on every rank and again when a run goes on, or the labels would depend on it. So nothing is timed:
-it follows from the network's arithmetic, the amount of work, the kind of device and the number of cores.
+The choice must be the same on every rank and again when a run goes on, or the labels would depend on it. So
+nothing is timed: it follows from the network's arithmetic, the amount of work, the kind of device and the
+number of cores.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,8 @@ class Work:
     images: int | None
     """None: unknown."""
     views: float = 1.0
-    """Area that the network sees of an image, over the image's: 1; 2 with the mirror image; 16.1 for ST++'s ten views."""
+    """Area that the network sees of an image, over the image's: 1; 2 with the mirror image; 16.1 for ST++'s
+    ten views."""
     image_px: int = 360 * 480
     """Pixels of an image, about."""
     predictors: int = 1
@@ -52,7 +54,8 @@ COSTS: dict[str, dict[tuple[str, bool], Cost]] = {
         ("torch-tensorrt", True): Cost(compile_s=180, speedup=1.7, speedup_fp32=1.2),
     },
 }
-"""By kind of device: (backend, frozen) -> cost. CPU: measured (docs/engines.md). CUDA: estimates until they are measured."""
+"""By kind of device: (backend, frozen) -> cost. CPU: measured (docs/engines.md). CUDA: estimates until they
+are measured."""
 EAGER_FLOPS = {"cpu": {"fp32": 1.2e11, "bf16": 5e11}, "cuda": {"fp32": 3e13, "bf16": 2.8e14, "fp16": 2.8e14}}
 """Operations a second of the eager network, by precision: of one core (bf16: of one with AMX), of one GPU.
 
@@ -70,8 +73,10 @@ def flop_per_px(network: nn.Module, side: int = 321) -> float:
 
 
 def fastest(present: Sequence[str], kind: str) -> str:
-    """The backend with the best speed on a kind of device, compiling not counted; eager where there is no other."""
-    speeds = {backend: max(cost.speedup, cost.speedup_fp32) for (backend, _), cost in COSTS[kind].items() if backend in present}
+    """The backend with the best speed on a kind of device, compiling not counted; eager where there is no
+    other."""
+    speeds = {backend: max(cost.speedup, cost.speedup_fp32) for (backend, _),
+              cost in COSTS[kind].items() if backend in present}
     return max(speeds, key=speeds.get, default="eager")
 
 
@@ -93,7 +98,11 @@ def pick(network: nn.Module, work: Work, *, present: Sequence[str], kind: str, p
     backend, frozen = min(totals, key=lambda key: totals[key][0])
     seconds, compile_s = totals[backend, frozen]
     if backend != "eager":
-        return backend, frozen, f"about {compile_s:.0f} s to compile, {seconds:.0f} s in all, against {eager_s:.0f} s of eager"
+        return (
+            backend,
+            frozen,
+            f"about {compile_s:.0f} s to compile, {seconds:.0f} s in all, against {eager_s:.0f} s of eager",
+        )
     if not present:
         return "eager", False, "no compiler is installed for this device"
     best, _ = min((total, key) for key, total in totals.items() if key[0] != "eager")
@@ -113,7 +122,8 @@ def is_frozen(backend: str, network: nn.Module, work: Work, *, kind: str, precis
 
 def _seconds(network: nn.Module, work: Work, backends: Sequence[str], kind: str, precision: str,
              cores: int) -> tuple[float, dict[tuple[str, bool], tuple[float, float]]]:
-    """Seconds of the work by eager; and, by (backend, frozen), those in all and those of them that compile."""
+    """Seconds of the work by eager; and, by (backend, frozen), those in all and those of them that
+    compile."""
     flop = flop_per_px(network) * work.images * work.views * work.image_px
     eager_s = flop / (EAGER_FLOPS[kind][precision] * (cores if kind == "cpu" else 1))
     totals = {}

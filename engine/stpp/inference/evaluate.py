@@ -30,7 +30,8 @@ def evaluate(predictor: Predictor, samples: Sequence[Sample], here: World, data:
     Args:
         samples: every one has a mask.
         mode: test-time augmentation, key of `views.VIEWS`.
-        crop_px: side of the overlapping crops in which the network sees an image, pixels; None: it sees it whole.
+        crop_px: side of the overlapping crops in which the network sees an image, pixels; None: it sees it
+            whole.
         seen: is shown every batch of this rank, and its masks, uint8 [N, H, W].
 
     Returns:
@@ -39,7 +40,8 @@ def evaluate(predictor: Predictor, samples: Sequence[Sample], here: World, data:
     matrix = torch.zeros(predictor.num_classes, predictor.num_classes, dtype=torch.int64, device=here.device)
     share, threads = loader.native_share(samples, here), distributed.threads_per_rank(here, data.threads)
     for batch in native_batches(samples, share, device=here.device, loader=data.loader, threads=threads):
-        masks_NHW = views.masks(predictor.logits, batch.images_NCHW, mode, predictor.num_classes, crop_px=crop_px)
+        masks_NHW = views.masks(predictor.logits, batch.images_NCHW, mode, predictor.num_classes,
+                                crop_px=crop_px)
         matrix += confusion(masks_NHW, batch.labels_NHW, predictor.num_classes)
         if seen is not None:
             seen(batch, masks_NHW)
@@ -51,11 +53,13 @@ def report(matrix: torch.Tensor, classes: Sequence[str], *, images: int, out: Pa
     iou = dict(zip(classes, (100 * iou_per_class(matrix)).tolist(), strict=True))
     if out is not None:
         write_scores(out, images=images, miou=mean_iou(matrix), iou=iou)
-    rows = [("class", "IoU")] + [(name, "-" if math.isnan(value) else f"{value:.2f}") for name, value in iou.items()]
+    rows = [("class", "IoU")] + [(name, "-" if math.isnan(value) else f"{value:.2f}") for name,
+                                 value in iou.items()]
     return log.table([*rows, ("mean", f"{mean_iou(matrix):.2f}")]) + f"\n{images} images"
 
 
 def write_scores(out: Path, *, images: int, miou: float, iou: Mapping[str, float]) -> None:
     """Writes scores in percent as JSON; null for a class that occurs neither in truth nor in predictions."""
     files.write_json(out, {"images": images, "miou": miou,
-                           "iou": {name: None if math.isnan(value) else value for name, value in iou.items()}})
+                           "iou": {name: None if math.isnan(value) else value for name,
+                                   value in iou.items()}})

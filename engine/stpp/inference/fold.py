@@ -1,4 +1,5 @@
-"""A trained network made ready to label: batch norm folded into the convolutions, half precision up to the classifier."""
+"""A trained network made ready to label: batch norm folded into the convolutions, half precision up to the
+classifier."""
 
 import copy
 
@@ -10,11 +11,12 @@ from torch.nn.utils import fusion
 def ready(network: nn.Module, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """A copy of `network` for evaluation: images in any floating type -> float32 logits.
 
-    Folding happens in float32, before the weights are rounded to `dtype`. The classifier stays in float32, so that the
-    logits keep the bits that decide between two nearly equal classes.
+    Folding happens in float32, before the weights are rounded to `dtype`. The classifier stays in float32, so
+    that the logits keep the bits that decide between two nearly equal classes.
     """
     copied = fold_batch_norm(copy.deepcopy(network).float().eval().requires_grad_(False))
-    for name in getattr(network, "unused", ()):  # a package leaves them out, and would seem to be of another network
+    # a package leaves them out, and would seem to be of another network
+    for name in getattr(network, "unused", ()):
         holder, _, last = name.rpartition(".")
         delattr(copied.get_submodule(holder), last)
     copied.to(device=device, dtype=dtype, memory_format=torch.channels_last)

@@ -1,8 +1,9 @@
 """Before an engine labels, it must agree with the eager network in float32 on images of the work.
 
-A pixel's class is the argmax of the logits upsampled to the image. Where eager itself is nearly undecided, rounding may
-tip it over, in any half precision; such near-ties are told apart by their margin: the difference of eager's two
-largest class probabilities. The raw agreement counts all pixels, the other one those with a margin of at least `MARGIN`.
+A pixel's class is the argmax of the logits upsampled to the image. Where eager itself is nearly undecided,
+rounding may tip it over, in any half precision; such near-ties are told apart by their margin: the difference
+of eager's two largest class probabilities. The raw agreement counts all pixels, the other one those with a
+margin of at least `MARGIN`.
 """
 
 from collections.abc import Callable, Iterable
@@ -32,7 +33,8 @@ class Counts:
         self._pixels = 0
 
     def add(self, low_NChw: torch.Tensor, eager_NChw: torch.Tensor, size: tuple[int, int]) -> None:
-        """Counts the pixels of N images at full `size` (rows, columns); low-resolution logits of the engine and of eager."""
+        """Counts the pixels of N images at full `size` (rows, columns); low-resolution logits of the engine
+        and of eager."""
         for ours, truth in zip(low_NChw, eager_NChw, strict=True):  # one by one: full-size logits are large
             chances_1CHW = truth.new_zeros(1, len(truth), *size, dtype=torch.float32)
             softmax_accumulate(chances_1CHW, truth[None].float().contiguous(), size, size, False)
@@ -73,11 +75,11 @@ def accept(found: Agreement, engine: str) -> None:
     Raises:
         UserError: less than `FLOOR` outside near-ties; with both figures.
     """
-    figures = (f"{_percent(found.raw)} of {found.pixels} pixels as eager, {_percent(found.outside)} outside near-ties (of the "
-               f"{_percent(found.decided)} with a margin of {found.margin:g} or more)")
+    figures = (f"{_percent(found.raw)} of {found.pixels} pixels as eager, {_percent(found.outside)} outside "
+               f"near-ties (of the {_percent(found.decided)} with a margin of {found.margin:g} or more)")
     if not found.outside >= FLOOR:
-        raise UserError(f"{engine} is refused: {figures}; at least {_percent(FLOOR)} outside near-ties is needed; use --backend "
-                        "eager or another --precision")
+        raise UserError(f"{engine} is refused: {figures}; at least {_percent(FLOOR)} outside near-ties is "
+                        "needed; use --backend eager or another --precision")
     log.say(f"{engine}: {figures}")
 
 

@@ -1,9 +1,9 @@
 """Predictors compiled by AOTInductor, for CPU and CUDA: `engine.pt2`, one native library and the weights.
 
-An unfrozen package takes other weights of the same architecture in place of its own, so one compile serves all predictors of a
-run. A frozen one has them packed into the code: faster, for one predictor only. It would accept other weights too, and be
-silently wrong; so would an unfrozen one that was compiled without `KEEP_CONSTANTS`, because PyTorch writes vectors of up to
-eight numbers (the classifier's bias) into the code.
+An unfrozen package takes other weights of the same architecture in place of its own, so one compile serves
+all predictors of a run. A frozen one has them packed into the code: faster, for one predictor only. It would
+accept other weights too, and be silently wrong; so would an unfrozen one that was compiled without
+`KEEP_CONSTANTS`, because PyTorch writes vectors of up to eight numbers (the classifier's bias) into the code.
 """
 
 import os
@@ -40,7 +40,8 @@ def versions() -> dict[str, str]:
     return {}
 
 
-def build(ready: nn.Module, folder: Path, *, shapes: Shapes, device: torch.device, dtype: torch.dtype, frozen: bool) -> Shapes:
+def build(ready: nn.Module, folder: Path, *, shapes: Shapes, device: torch.device, dtype: torch.dtype,
+          frozen: bool) -> Shapes:
     """Compiles a network into `folder`.
 
     Args:
@@ -59,22 +60,28 @@ def build(ready: nn.Module, folder: Path, *, shapes: Shapes, device: torch.devic
     from torch._inductor.cpu_vec_isa import pick_vec_isa  # imports of seconds, which only compiling needs
     from torch._inductor.utils import fresh_inductor_cache
 
-    pick_vec_isa()  # it compiles trial programs, which the user's own cache keeps from one process to the next
+    # it compiles trial programs, which the user's own cache keeps from one process to the next
+    pick_vec_isa()
     try:
-        # A cache of its own, deleted afterwards: AOTInductor leaves a second copy of the weights there each time.
+        # A cache of its own, deleted afterwards: AOTInductor leaves a second copy of the weights there each
+        # time.
         with fresh_inductor_cache(), export.quiet(), torch.no_grad():
-            torch._inductor.aoti_compile_and_package(exported, package_path=str(folder / FILE), inductor_configs=options)
+            torch._inductor.aoti_compile_and_package(exported, package_path=str(folder / FILE),
+                                                     inductor_configs=options)
     except Exception as error:  # whatever a compiler of another machine may raise
-        raise UserError(f"--backend inductor: AOTInductor failed ({_line(error)}); use --backend eager") from error
+        raise UserError(f"--backend inductor: AOTInductor failed ({_line(error)}); use --backend "
+                        "eager") from error
     return shapes
 
 
-def load(folder: Path, *, device: torch.device, swapped: nn.Module | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
+def load(folder: Path, *, device: torch.device,
+         swapped: nn.Module | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
     """Loads an engine: images of the engine's type, channels_last -> float32 logits.
 
     Args:
         folder: holds `engine.pt2`. Native code: check it first (`stpp.inference.trust`).
-        swapped: from `fold.ready`, on `device`: its weights take the place of the engine's own, which must not be frozen.
+        swapped: from `fold.ready`, on `device`: its weights take the place of the engine's own, which must
+            not be frozen.
 
     Raises:
         ValueError: `swapped` is of another architecture, or the engine has weights in its code.
@@ -87,12 +94,13 @@ def load(folder: Path, *, device: torch.device, swapped: nn.Module | None = None
         weights = {name: value.detach() for name, value in tensors}
         ours, theirs = set(model.get_constant_fqns()), set(weights)
         if ours != theirs:
-            raise ValueError(f"engine and network differ in {sorted(ours ^ theirs)[:5]}: another architecture, or weights in "
-                             "the code")
+            raise ValueError(f"engine and network differ in {sorted(ours ^ theirs)[:5]}: another "
+                             "architecture, or weights in the code")
         model.load_constants(weights, check_full_update=True)
     return model
 
 
 def _line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "error" in line.lower()), lines[0] if lines else type(error).__name__)[:300]
+    return next((line for line in lines if "error" in line.lower()),
+                lines[0] if lines else type(error).__name__)[:300]

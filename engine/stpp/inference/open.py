@@ -1,6 +1,7 @@
 """Opens and makes predictors: `open_predictor` for whoever labels, `compile_predictor` for `stpp compile`.
 
-Both are given the function that reads a checkpoint (`stpp.models.trained.load_network`): predictors know no architectures.
+Both are given the function that reads a checkpoint (`stpp.models.trained.load_network`): predictors know no
+architectures.
 """
 
 import dataclasses
@@ -21,7 +22,8 @@ from stpp.inference.protocol import CompiledPredictor, EagerPredictor, Identity,
 from stpp.inference.record import Shapes
 from stpp.precision import autocast_dtype
 
-__all__ = ["CompiledPredictor", "EagerPredictor", "Identity", "Load", "Shapes", "Predictor", "Work", "compile_predictor", "open_predictor"]
+__all__ = ["CompiledPredictor", "EagerPredictor", "Identity", "Load", "Shapes", "Predictor", "Work",
+           "compile_predictor", "open_predictor"]
 
 Load = Callable[[Path], tuple[nn.Module, list[str], dict]]
 """A checkpoint's network, class names and architecture."""
@@ -37,10 +39,12 @@ def compile_predictor(checkpoint: Path, out: Path, *, load: Load, device: torch.
         out: the folder; an engine that is there is replaced.
         load: see the top of this file.
         device: where the engine will run.
-        backend: "eager" or a key of `BACKENDS`; "auto" takes the fastest that is present, whatever it takes to compile.
+        backend: "eager" or a key of `BACKENDS`; "auto" takes the fastest that is present, whatever it takes
+            to compile.
         precision: "auto", "bf16", "fp16" or "fp32".
         shapes: inputs to be taken; None: the backend's own range (any, for inductor).
-        sample: batches of normalised images to compare with eager on; None leaves that to the first images of the work.
+        sample: batches of normalised images to compare with eager on; None leaves that to the first images of
+            the work.
 
     Raises:
         UserError: a backend is missing or fails, the engine disagrees with eager, or `out` is something else.
@@ -59,14 +63,17 @@ def compile_predictor(checkpoint: Path, out: Path, *, load: Load, device: torch.
     return build.build(plan, out, sample)
 
 
-def open_predictor(path: Path, *, load: Load, device: torch.device, backend: str = "auto", precision: str = "auto",
-                 images: int | None = None, work: Work | None = None, cache: Path | None = None, trust: bool = False) -> Predictor:
+def open_predictor(path: Path, *, load: Load, device: torch.device, backend: str = "auto",
+                   precision: str = "auto",
+                 images: int | None = None, work: Work | None = None, cache: Path | None = None,
+                   trust: bool = False) -> Predictor:
     """The predictor in an engine folder or a checkpoint, ready to label; says in a line what it is and why.
 
     `identity` of what is returned tells what its labels depend on.
 
-    An engine is compared with eager on the first images it is given, and refused if it disagrees. One that was built for another
-    device or by other versions, or whose weights or files were changed, is never run: it is compiled again into `cache`.
+    An engine is compared with eager on the first images it is given, and refused if it disagrees. One that
+    was built for another device or by other versions, or whose weights or files were changed, is never run:
+    it is compiled again into `cache`.
 
     Args:
         path: a folder that `compile_predictor` wrote, or a best.pt.
@@ -75,7 +82,8 @@ def open_predictor(path: Path, *, load: Load, device: torch.device, backend: str
         backend: for a checkpoint: "eager" or a key of `BACKENDS`; "auto" chooses by the amount of work.
         precision: for a checkpoint: "auto", "bf16", "fp16" or "fp32".
         images: how many will be labelled, one view each; short for `work`.
-        work: what will be labelled: the same on all ranks and when a run goes on, because `auto` chooses by it.
+        work: what will be labelled: the same on all ranks and when a run goes on, because `auto` chooses by
+            it.
         cache: folder of engines compiled on the way; None: the user's own.
         trust: run an engine folder that this user did not build.
 
@@ -84,7 +92,8 @@ def open_predictor(path: Path, *, load: Load, device: torch.device, backend: str
     """
     path, cache = Path(path), Path(cache) if cache is not None else default_cache()
     if path.is_dir():
-        return _open_folder(path, load, device, backend=backend, precision=precision, cache=cache, trusted=trust)
+        return _open_folder(path, load, device, backend=backend, precision=precision, cache=cache,
+                            trusted=trust)
     chosen, why = backend, "as asked"
     plan = _plan(path, load, device, backend="eager" if backend == "auto" else backend, precision=precision)
     work = work or Work(images=images)
@@ -95,7 +104,11 @@ def open_predictor(path: Path, *, load: Load, device: torch.device, backend: str
     elif backend != "eager":
         plan = dataclasses.replace(plan, frozen=choose.is_frozen(backend, plan.network, work, **machine))
     log.say(f"predictor {path}: {chosen} {plan.precision} ({why})")
-    return _cached_or_eager(plan, cache) if backend == "auto" else _ready(plan, lambda: build.cached(plan, cache))
+    return (
+        _cached_or_eager(plan, cache)
+        if backend == "auto"
+        else _ready(plan, lambda: build.cached(plan, cache))
+    )
 
 
 def default_cache() -> Path:
@@ -109,15 +122,17 @@ def _open_folder(folder: Path, load: Load, device: torch.device, *, backend: str
     for flag, asked in (("backend", backend), ("precision", precision)):
         found = getattr(record, flag)
         if asked not in ("auto", found):
-            raise UserError(f"--{flag} {asked}: {folder} is an engine with {flag} {found}; leave the flag out, or give a "
-                            "checkpoint")
+            raise UserError(f"--{flag} {asked}: {folder} is an engine with {flag} {found}; leave the flag "
+                            "out, or give a checkpoint")
     if record.backend != "eager" and record.device.kind != device.type:
-        raise UserError(f"{folder} was built for {record.device.kind} ({record.device.name}), and this is {device.type}; give its "
-                        f"{records.WEIGHTS}")
+        raise UserError(f"{folder} was built for {record.device.kind} ({record.device.name}), and this is "
+                        f"{device.type}; give its {records.WEIGHTS}")
     weights = folder / records.WEIGHTS
     if not weights.is_file():
-        raise UserError(f"{folder} has no {records.WEIGHTS}, from which to check its engine; compile it again")
-    plan = _plan(weights, load, device, backend=record.backend, precision=record.precision, shapes=record.shapes)
+        raise UserError(f"{folder} has no {records.WEIGHTS}, from which to check its engine; compile it "
+                        "again")
+    plan = _plan(weights, load, device, backend=record.backend, precision=record.precision,
+                 shapes=record.shapes)
     if record.backend == "eager":
         return plan.eager()
     _, reason = build.unfit(folder, plan, trusted=True)
@@ -125,8 +140,9 @@ def _open_folder(folder: Path, load: Load, device: torch.device, *, backend: str
         log.say(f"engine {folder} is not used: {reason}; the predictor is compiled from its {weights.name}")
         return _ready(plan, lambda: build.cached(plan, cache))
     if not (trusted or trusting.is_own(record, signature)):
-        raise UserError(f"{folder}: you did not build this engine on this machine, and an engine is a program; give its "
-                        f"{weights.name} to compile your own, or --trust-engine if you trust its origin")
+        raise UserError(f"{folder}: you did not build this engine on this machine, and an engine is a "
+                        f"program; give its {weights.name} to compile your own, or --trust-engine if you "
+                        "trust its origin")
     return _ready(plan, lambda: build.load(folder, record, plan))
 
 
@@ -147,7 +163,8 @@ def _cached_or_eager(plan: Compilation, cache: Path) -> Predictor:
         return plan.eager()
 
 
-def _plan(path: Path, load: Load, device: torch.device, *, backend: str, precision: str, shapes: Shapes | None = None) -> Compilation:
+def _plan(path: Path, load: Load, device: torch.device, *, backend: str, precision: str,
+          shapes: Shapes | None = None) -> Compilation:
     """The predictor of a checkpoint, to be compiled with its weights fixed."""
     if backend != "eager" and backend not in BACKENDS:
         raise UserError(f"--backend {backend}: choose one of auto, eager, {', '.join(BACKENDS)}")
@@ -157,7 +174,8 @@ def _plan(path: Path, load: Load, device: torch.device, *, backend: str, precisi
     network, classes, architecture = load(path)
     return Compilation(network=network, architecture=architecture, classes=tuple(classes),
                 weights=records.weights_sha256(network.state_dict()), backend=backend, frozen=True,
-                precision=names[autocast_dtype(precision, device)], device=device, shapes=shapes or _range_of(backend))
+                precision=names[autocast_dtype(precision, device)], device=device,
+                       shapes=shapes or _range_of(backend))
 
 
 def _range_of(backend: str) -> Shapes:

@@ -20,7 +20,8 @@ class Identity:
     """See `stpp.inference.record.weights_sha256`."""
     classes: tuple[str, ...]
     backend: str
-    """"eager", "inductor", "tensorrt" or "torch-tensorrt"; with "-frozen" where the weights are part of the code."""
+    """"eager", "inductor", "tensorrt" or "torch-tensorrt"; with "-frozen" where the weights are part of the
+    code."""
     precision: str
     """bf16, fp16 or fp32."""
     output_stride: int | None = None
@@ -65,8 +66,8 @@ class CompiledPredictor:
         eager: makes the same predictor in the engine's precision.
     """
 
-    def __init__(self, run: Callable[[torch.Tensor], torch.Tensor], record: EngineRecord, *, identity: Identity,
-                 dtype: torch.dtype, eager: Callable[[], EagerPredictor]):
+    def __init__(self, run: Callable[[torch.Tensor], torch.Tensor], record: EngineRecord, *,
+                 identity: Identity, dtype: torch.dtype, eager: Callable[[], EagerPredictor]):
         self._run, self._dtype, self._make_eager = run, dtype, eager
         self._eager: EagerPredictor | None = None
         self.record, self.identity, self.num_classes = record, identity, len(identity.classes)
@@ -75,14 +76,15 @@ class CompiledPredictor:
         """See `Predictor`."""
         if not self.record.shapes.hold(images_NCHW):
             return self._fallback(images_NCHW).logits(images_NCHW)
-        # Compiled code reads memory as if it were dense; `to` alone would let a crop of larger images through.
+        # Compiled code reads memory as if it were dense; `to` alone would let a crop of larger images
+        # through.
         return self._run(images_NCHW.to(self._dtype).contiguous(memory_format=torch.channels_last))
 
     def _fallback(self, images_NCHW: torch.Tensor) -> EagerPredictor:
         if self._eager is None:
             shapes, (count, _, height, width) = self.record.shapes, images_NCHW.shape
             low, high = ("x".join(map(str, sides)) for sides in (shapes.smallest, shapes.largest))
-            log.say(f"{self.record.describe()}: inputs such as {count}x{height}x{width} lie outside {low} to {high} and are "
-                    "computed by eager; --shapes of `stpp compile` sets the range")
+            log.say(f"{self.record.describe()}: inputs such as {count}x{height}x{width} lie outside {low} to "
+                    f"{high} and are computed by eager; --shapes of `stpp compile` sets the range")
             self._eager = self._make_eager()
         return self._eager

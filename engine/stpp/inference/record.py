@@ -40,17 +40,19 @@ class Shapes:
         texts = list(texts)
         found = [re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})x([1-9]\d{0,5})", text) for text in texts]
         if len(found) != 3 or not all(found):
-            raise UserError(f"--shapes {' '.join(texts)}: expected smallest, typical and largest input as NxHxW, "
-                            f"for example {' '.join(SHAPE_TEXTS)}")
+            raise UserError(f"--shapes {' '.join(texts)}: expected smallest, typical and largest input as "
+                            f"NxHxW, for example {' '.join(SHAPE_TEXTS)}")
         smallest, typical, largest = (tuple(int(side) for side in match.groups()) for match in found)
         if any(not low <= mid <= high for low, mid, high in zip(smallest, typical, largest, strict=True)):
-            raise UserError(f"--shapes {' '.join(texts)}: each side must grow, or stay, from the smallest to the largest")
+            raise UserError(f"--shapes {' '.join(texts)}: each side must grow, or stay, from the smallest to "
+                            "the largest")
         return cls(smallest=smallest, typical=typical, largest=largest)
 
     def hold(self, images_NCHW: torch.Tensor) -> bool:
         """Whether the engine takes these images."""
         sides = (images_NCHW.shape[0], *images_NCHW.shape[2:])
-        return all(low <= side <= high for low, side, high in zip(self.smallest, sides, self.largest, strict=True))
+        return all(low <= side <= high for low, side,
+                   high in zip(self.smallest, sides, self.largest, strict=True))
 
 
 DEFAULT_SHAPES = Shapes.parse()
@@ -64,7 +66,8 @@ class Agreement:
     raw: float
     """Share of all pixels with the same class, in [0, 1]."""
     outside: float
-    """The same over the pixels where eager is decided: its two largest probabilities differ by `margin` or more."""
+    """The same over the pixels where eager is decided: its two largest probabilities differ by `margin` or
+    more."""
     margin: float
     decided: float
     """Share of the pixels where eager is decided."""
@@ -90,7 +93,8 @@ class Device:
             major, minor = torch.cuda.get_device_capability(device)
             return cls(kind="cuda", name=torch.cuda.get_device_name(device), capability=f"sm_{major}{minor}")
         facts = _cpu_facts()
-        flags = " ".join(sorted(set(facts.get("flags", facts.get("Features", "")).split())))  # code is built for all of them
+        # code is built for all of them
+        flags = " ".join(sorted(set(facts.get("flags", facts.get("Features", "")).split())))
         digest = hashlib.sha256(flags.encode()).hexdigest()[:12]
         return cls(kind="cpu", name=facts.get("model name", platform.processor() or platform.machine()),
                    capability=f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {digest}")
@@ -128,7 +132,8 @@ class EngineRecord:
             versions: see `versions_of`, for this engine's backend.
         """
         if self.device.kind != device.kind or self.device.capability != device.capability:
-            return f"built for {self.device.name} ({self.device.capability}), this is {device.name} ({device.capability})"
+            return (f"built for {self.device.name} ({self.device.capability}), "
+                    f"this is {device.name} ({device.capability})")
         if device.kind == "cuda" and self.device.name != device.name:
             return f"built for {self.device.name}, this is {device.name}"
         for name in sorted(self.versions.keys() | versions.keys()):
@@ -147,7 +152,8 @@ def versions_of(**compiler: str) -> dict[str, str]:
 
 
 def weights_sha256(state: dict[str, torch.Tensor]) -> str:
-    """Hash of a network's weights: names, shapes, types and values, in the order of names; memory layout does not count."""
+    """Hash of a network's weights: names, shapes, types and values, in the order of names; memory layout does
+    not count."""
     digest = hashlib.sha256()
     for name in sorted(state):
         value = state[name].detach().cpu().contiguous()
@@ -179,12 +185,13 @@ def read(folder: Path) -> tuple[EngineRecord, str]:
                               agreement=agreement and Agreement(**agreement))
         return dataclasses.replace(record, device=Device(**table["device"])), signature
     except OSError as error:
-        raise UserError(f"{folder}: no engine ({NAME}: {error.strerror}); give a folder that `stpp compile` wrote, or a "
-                        "checkpoint") from None
+        raise UserError(f"{folder}: no engine ({NAME}: {error.strerror}); give a folder that `stpp compile` "
+                        "wrote, or a checkpoint") from None
     except UserError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); compile the engine again") from None
+        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); compile the engine "
+                        "again") from None
 
 
 def canonical(record: EngineRecord) -> bytes:
@@ -198,4 +205,5 @@ def _cpu_facts() -> dict[str, str]:
     except OSError:
         return {}
     first = text.split("\n\n")[0]
-    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    return {key.strip(): value.strip() for key, _,
+            value in (line.partition(":") for line in first.splitlines())}

@@ -25,12 +25,13 @@ class Opened:
 
 
 Open = Callable[[int], list[Opened]]
-"""Makes predictors ready for so many images. The answer depends on that number and the threads that compute, not on ranks."""
+"""Makes predictors ready for so many images. The answer depends on that number and the threads that compute,
+not on ranks."""
 
 
-def from_paths(paths: Sequence[Path], device: torch.device, *, mode: str, backend: str = "auto", precision: str = "auto",
-               image_px: int | None = None, predictors: int | None = None, trust: bool = False,
-               output_stride: int | None = None) -> Open:
+def from_paths(paths: Sequence[Path], device: torch.device, *, mode: str, backend: str = "auto",
+               precision: str = "auto", image_px: int | None = None, predictors: int | None = None,
+               trust: bool = False, output_stride: int | None = None) -> Open:
     """Opens checkpoints or engine folders.
 
     Args:
@@ -42,8 +43,8 @@ def from_paths(paths: Sequence[Path], device: torch.device, *, mode: str, backen
         output_stride: see `load_network`.
 
     Returns:
-        What opens them. It raises a UserError for what is no predictor, does not agree with eager, or has other classes than
-        the first.
+        What opens them. It raises a UserError for what is no predictor, does not agree with eager, or has
+        other classes than the first.
     """
     scales, mirrored = views.VIEWS[mode]
     load = partial(load_network, output_stride=output_stride)
@@ -54,7 +55,8 @@ def from_paths(paths: Sequence[Path], device: torch.device, *, mode: str, backen
         work = Work(images=images, views=per_image, predictors=predictors or len(paths), **size)
         found: list[Opened] = []
         for path in paths:
-            network = open_predictor(path, load=load, device=device, backend=backend, precision=precision, work=work,
+            network = open_predictor(path, load=load, device=device, backend=backend, precision=precision,
+                                     work=work,
                                    trust=trust)
             classes = tuple(network.identity.classes)
             if found and classes != found[0].classes:

@@ -46,9 +46,10 @@ class ImagePredictor:
         """The mask of an image.
 
         Args:
-            image: path of an image file; an image opened with PIL; or its colours, uint8 [H, W, 3] in 0..255, red, green
-                and blue. Files and PIL images are read by the rules of `stpp.images.reading` (turned upright
-                by their EXIF orientation unless `exif` is False), arrays are taken as they are.
+            image: path of an image file; an image opened with PIL; or its colours, uint8 [H, W, 3] in 0..255,
+                red, green and blue. Files and PIL images are read by the rules of `stpp.images.reading`
+                (turned upright by their EXIF orientation unless `exif` is False), arrays are taken as they
+                are.
 
         Returns:
             uint8 [H, W]: class ids, positions in `classes`.
@@ -59,12 +60,14 @@ class ImagePredictor:
         """
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-                raise ValueError(f"image is an array {image.dtype} {image.shape}; expected uint8 [H, W, 3]: red, green, blue")
+                raise ValueError(f"image is an array {image.dtype} {image.shape}; expected uint8 [H, W, 3]: "
+                                 "red, green, blue")
             return self.mask(image)
         if isinstance(image, Image.Image):
             return self.mask(self._of_pil(image))
         if not isinstance(image, (str, os.PathLike)):
-            raise TypeError(f"image is a {type(image).__name__}; expected a path, a PIL image or a uint8 array [H, W, 3]")
+            raise TypeError(f"image is a {type(image).__name__}; expected a path, a PIL image or a uint8 "
+                            "array [H, W, 3]")
         try:
             return self.mask(self.read(Item(key="", source=os.fspath(image), file=os.path.abspath(image)))[0])
         except BadImage as bad:
@@ -83,18 +86,21 @@ class ImagePredictor:
     def mask(self, colours_HWC: np.ndarray) -> np.ndarray:
         """uint8 [H, W, 3] to class ids, uint8 [H, W]."""
         images_NCHW = _network_input(colours_HWC, self._device)
-        return views.masks(self._network.logits, images_NCHW, self.mode, self._network.num_classes)[0].cpu().numpy()
+        return views.masks(self._network.logits, images_NCHW, self.mode,
+                           self._network.num_classes)[0].cpu().numpy()
 
     def _of_pil(self, image: Image.Image) -> np.ndarray:
         if image.width * image.height > self.max_pixels:
-            raise UserError(f"image has {image.width}x{image.height} pixels, more than max_pixels {self.max_pixels}")
+            raise UserError(f"image has {image.width}x{image.height} pixels, more than max_pixels "
+                            f"{self.max_pixels}")
         try:
             before = orientation(image)
             found = colours(image)
             # Loaded, a TIFF has lost its tag, and a PNG may have gained one from behind its pixels.
             turn = max(before, orientation(image))
         except (BadImage, *DECODE_ERRORS) as error:
-            raise UserError(f"image: {' '.join(str(error).split()) or type(error).__name__}; it cannot be decoded") from error
+            raise UserError(f"image: {' '.join(str(error).split()) or type(error).__name__}; it cannot be "
+                            "decoded") from error
         return upright(found, turn) if self.exif else found
 
 
@@ -138,7 +144,8 @@ def _network_input(colours_HWC: np.ndarray, device: torch.device) -> torch.Tenso
     return images_NHWC.to(device).permute(0, 3, 1, 2)
 
 
-def open_image_predictor(path: str | os.PathLike, *, mode: str, device: torch.device, precision: str, max_pixels: int,
+def open_image_predictor(path: str | os.PathLike, *, mode: str, device: torch.device, precision: str,
+                         max_pixels: int,
                    trust: bool, output_stride: int | None = None, exif: bool | None = None) -> ImagePredictor:
     """A predictor with the network of a checkpoint, as PyTorch runs it, or with an engine.
 

@@ -1,8 +1,10 @@
-"""Predictors compiled by TensorRT 11, or by TensorRT for RTX where that is what is installed: `engine.plan` and `engine.onnx`.
+"""Predictors compiled by TensorRT 11, or by TensorRT for RTX where that is what is installed: `engine.plan`
+and `engine.onnx`.
 
-The ONNX graph carries its types (images, weights and maps in the predictor's precision, logits in float32), and the network is
-strongly typed: TensorRT computes in those. Both packages have the same interface; the one for RTX knows GeForce and
-workstation GPUs only, builds without a GPU, and has no timing cache (it tunes when an engine is loaded).
+The ONNX graph carries its types (images, weights and maps in the predictor's precision, logits in float32),
+and the network is strongly typed: TensorRT computes in those. Both packages have the same interface; the one
+for RTX knows GeForce and workstation GPUs only, builds without a GPU, and has no timing cache (it tunes when
+an engine is loaded).
 """
 
 import importlib
@@ -77,7 +79,8 @@ def build(ready: nn.Module, folder: Path, *, shapes: Shapes, device: torch.devic
     return shapes
 
 
-def compile_onnx(graph: Path, plan: Path, *, shapes: Shapes, device: torch.device, capabilities: Sequence[str] = ()) -> None:
+def compile_onnx(graph: Path, plan: Path, *, shapes: Shapes, device: torch.device,
+                 capabilities: Sequence[str] = ()) -> None:
     """Compiles an ONNX file that `export.onnx` wrote to a serialised engine.
 
     Args:
@@ -107,8 +110,8 @@ def compile_onnx(graph: Path, plan: Path, *, shapes: Shapes, device: torch.devic
     cache = None if name == "tensorrt-rtx" else _timing_cache(config, trt, device)
     made = builder.build_serialized_network(network, config)
     if made is None:
-        raise UserError(f"--backend tensorrt: {name} {trt.__version__} could not build the engine ({logger.last}); use --backend "
-                        "inductor or eager")
+        raise UserError(f"--backend tensorrt: {name} {trt.__version__} could not build the engine "
+                        f"({logger.last}); use --backend inductor or eager")
     with files.plain(plan) as file:
         file.write(made)
     if cache is not None:
@@ -127,12 +130,13 @@ def parse(trt: ModuleType, builder: Any, path: Path, logger: Any) -> Any:
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(path)):
         errors = "; ".join(str(parser.get_error(i)).strip() for i in range(parser.num_errors))
-        raise UserError(f"--backend tensorrt: the graph was not understood ({errors[:300]}); use --backend inductor or eager")
+        raise UserError(f"--backend tensorrt: the graph was not understood ({errors[:300]}); use --backend "
+                        "inductor or eager")
     names = [network.get_input(i).name for i in range(network.num_inputs)]
     names += [network.get_output(i).name for i in range(network.num_outputs)]
     if names != [export.INPUT, export.OUTPUT]:  # an empty file is a valid graph
-        raise UserError(f"--backend tensorrt: {path} has {names or 'neither input nor output'}, expected {export.INPUT} and "
-                        f"{export.OUTPUT}; compile it again")
+        raise UserError(f"--backend tensorrt: {path} has {names or 'neither input nor output'}, expected "
+                        f"{export.INPUT} and {export.OUTPUT}; compile it again")
     return network
 
 
@@ -150,8 +154,8 @@ def load(folder: Path, *, device: torch.device) -> Callable[[torch.Tensor], torc
     runtime = trt.Runtime(logger)
     engine = runtime.deserialize_cuda_engine((folder / FILE).read_bytes())
     if engine is None:
-        raise UserError(f"{folder}: {name} {trt.__version__} does not load the engine ({logger.last}); delete the folder to "
-                        "compile it again")
+        raise UserError(f"{folder}: {name} {trt.__version__} does not load the engine ({logger.last}); "
+                        "delete the folder to compile it again")
     return Runner(trt, engine, device=device, keep=(runtime, logger), captures=name != "tensorrt-rtx")
 
 

@@ -1,8 +1,9 @@
 """Runs a TensorRT engine on PyTorch's tensors, without a copy through the host.
 
-It runs on a stream of its own, because TensorRT synchronises in every pass on the legacy stream, PyTorch's default.
-Every shape of images has a bucket: an execution context and, from its second use on, fixed tensors and a CUDA graph
-that is replayed. A context serves one graph only: a graph holds the addresses that were bound when it was captured.
+It runs on a stream of its own, because TensorRT synchronises in every pass on the legacy stream, PyTorch's
+default. Every shape of images has a bucket: an execution context and, from its second use on, fixed tensors
+and a CUDA graph that is replayed. A context serves one graph only: a graph holds the addresses that were
+bound when it was captured.
 """
 
 from collections import OrderedDict
@@ -47,12 +48,14 @@ class Runner:
         ValueError: an engine of something else.
     """
 
-    def __init__(self, trt: ModuleType, engine: Any, *, device: torch.device, keep: tuple = (), captures: bool = True):
+    def __init__(self, trt: ModuleType, engine: Any, *, device: torch.device, keep: tuple = (),
+                 captures: bool = True):
         names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
         if names != {INPUT, OUTPUT}:
             raise ValueError(f"the engine has {sorted(names)}, expected {INPUT} and {OUTPUT}")
         self._trt, self._engine, self._device, self._keep = trt, engine, device, keep
-        types = {trt.DataType.FLOAT: torch.float32, trt.DataType.HALF: torch.float16, trt.DataType.BF16: torch.bfloat16}
+        types = {trt.DataType.FLOAT: torch.float32, trt.DataType.HALF: torch.float16,
+                 trt.DataType.BF16: torch.bfloat16}
         self._in_dtype, self._out_dtype = (types[engine.get_tensor_dtype(name)] for name in (INPUT, OUTPUT))
         self._stream, self._captures = side_stream(device), captures
         self._memory: torch.Tensor | None = None
@@ -88,7 +91,9 @@ class Runner:
     def _new_bucket(self, shape: tuple[int, ...]) -> Bucket:
         if self._one_context is not None:
             return Bucket(self._one_context, None)
-        context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        context = self._engine.create_execution_context(
+            self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
         _set(context, shape)
         needed = context.update_device_memory_size_for_shapes()
         if self._memory is None or self._memory.numel() < needed:
@@ -109,7 +114,8 @@ class Runner:
         """Queues one pass on the runner's stream."""
         if tuple(context.get_tensor_shape(INPUT)) != tuple(images_NCHW.shape):
             _set(context, tuple(images_NCHW.shape))
-        logits_NChw = torch.empty(tuple(context.get_tensor_shape(OUTPUT)), dtype=self._out_dtype, device=self._device)
+        logits_NChw = torch.empty(tuple(context.get_tensor_shape(OUTPUT)), dtype=self._out_dtype,
+                                  device=self._device)
         context.set_tensor_address(INPUT, images_NCHW.data_ptr())
         context.set_tensor_address(OUTPUT, logits_NChw.data_ptr())
         if not context.execute_async_v3(0 if self._stream is None else self._stream.cuda_stream):
@@ -117,7 +123,8 @@ class Runner:
         return logits_NChw
 
     def _capture(self, bucket: Bucket) -> None:
-        """Captures the graph of a bucket; where that fails, the runner does without from then on, and says so."""
+        """Captures the graph of a bucket; where that fails, the runner does without from then on, and says
+        so."""
         shape = tuple(bucket.context.get_tensor_shape(INPUT))
         images_NCHW = torch.zeros(shape, dtype=self._in_dtype, device=self._device)
         graph = torch.cuda.CUDAGraph()

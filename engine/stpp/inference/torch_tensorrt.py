@@ -1,7 +1,8 @@
 """Predictors compiled by Torch-TensorRT from the same exported graph: `engine.ep`.
 
-UNVERIFIED: it needs a CUDA build of PyTorch, and no machine with one has run this module. What its documentation promises
-is not trusted either: a graph that was converted in part is an error, and the engine must agree with eager like any other.
+UNVERIFIED: it needs a CUDA build of PyTorch, and no machine with one has run this module. What its
+documentation promises is not trusted either: a graph that was converted in part is an error, and the engine
+must agree with eager like any other.
 """
 
 import importlib
@@ -56,21 +57,26 @@ def build(ready: nn.Module, folder: Path, *, shapes: Shapes, device: torch.devic
     """
     torch_tensorrt = importlib.import_module("torch_tensorrt")
     exported, shapes = export.program(ready, shapes=shapes, device=device, dtype=dtype, plain=True)
-    low, typical, high = ((count, 3, height, width) for count, height, width in (shapes.smallest, shapes.typical, shapes.largest))
-    name = next(node.name for node in exported.graph.nodes if node.op == "placeholder" and node.name.startswith("images"))
+    low, typical, high = ((count, 3, height, width) for count, height,
+                          width in (shapes.smallest, shapes.typical, shapes.largest))
+    name = next(node.name for node in exported.graph.nodes if node.op == "placeholder"
+                and node.name.startswith("images"))
     images = torch_tensorrt.Input(min_shape=low, opt_shape=typical, max_shape=high, dtype=dtype, name=name)
     try:
         # Types come from the graph: `enabled_precisions` is accepted without a word, and float32 is built.
         compiled = torch_tensorrt.dynamo.compile(
-            exported, arg_inputs=[images], device=device, use_explicit_typing=True, require_full_compilation=True, min_block_size=1,
-            cache_built_engines=False, reuse_cached_engines=False, timing_cache_path=str(folder / "timing.cache"))
+            exported, arg_inputs=[images], device=device, use_explicit_typing=True,
+            require_full_compilation=True, min_block_size=1, cache_built_engines=False,
+            reuse_cached_engines=False, timing_cache_path=str(folder / "timing.cache"))
     except Exception as error:  # whatever a converter may raise
-        raise UserError(f"--backend torch-tensorrt: compiling failed ({str(error).strip().splitlines()[0][:300]}); use --backend "
-                        "tensorrt, inductor or eager") from error
+        raise UserError("--backend torch-tensorrt: compiling failed "
+                        f"({str(error).strip().splitlines()[0][:300]}); use --backend tensorrt, inductor or "
+                        "eager") from error
     if left := unconverted(compiled):
-        raise UserError(f"--backend torch-tensorrt: {', '.join(left[:5])} were left to PyTorch; use --backend tensorrt, inductor "
-                        "or eager")
-    torch_tensorrt.save(compiled, str(folder / FILE), arg_inputs=[images], retrace=True)  # from `images` it knows the ranges
+        raise UserError(f"--backend torch-tensorrt: {', '.join(left[:5])} were left to PyTorch; use "
+                        "--backend tensorrt, inductor or eager")
+    # from `images` it knows the ranges
+    torch_tensorrt.save(compiled, str(folder / FILE), arg_inputs=[images], retrace=True)
     (folder / "timing.cache").unlink(missing_ok=True)
     return shapes
 

@@ -1,9 +1,10 @@
 """Whose engines are loaded: an engine is a native program, and loading it runs it.
 
-Every engine that this user builds is signed: an HMAC over `engine.json`, which names the SHA-256 of every file, with a secret
-key that lies in the user's own cache folder and is readable by nobody else. An engine folder from elsewhere, or with
-one byte changed, has no valid signature. It says "I built this", not "I am careful": whoever can read the key, or run
-programs as the user, can sign too. Machines that share a home directory share the key.
+Every engine that this user builds is signed: an HMAC over `engine.json`, which names the SHA-256 of every
+file, with a secret key that lies in the user's own cache folder and is readable by nobody else. An engine
+folder from elsewhere, or with one byte changed, has no valid signature. It says "I built this", not "I am
+careful": whoever can read the key, or run programs as the user, can sign too. Machines that share a home
+directory share the key.
 """
 
 import hashlib
@@ -38,7 +39,8 @@ def is_own(record: EngineRecord, signature: str) -> bool:
 
 
 def altered_file(folder: Path, record: EngineRecord) -> str | None:
-    """Name of a file that is missing or differs from what the record says; None where all are as they were built."""
+    """Name of a file that is missing or differs from what the record says; None where all are as they were
+    built."""
     for name, digest in record.files.items():
         path = folder / name
         if "/" in name or "\\" in name or not path.is_file() or files.sha256(path) != digest:
@@ -55,9 +57,10 @@ def _key(*, create: bool) -> bytes:
         files.create_once(path, secrets.token_bytes(KEY_BYTES))
     stat = path.stat()
     if hasattr(os, "getuid") and (stat.st_uid != os.getuid() or stat.st_mode & 0o077):
-        raise UserError(f"{path} is not yours alone (owner {stat.st_uid}, mode {stat.st_mode & 0o777:o}); delete it: "
-                        "engines are then compiled again")
+        raise UserError(f"{path} is not yours alone (owner {stat.st_uid}, mode {stat.st_mode & 0o777:o}); "
+                        "delete it: engines are then compiled again")
     key = path.read_bytes()
     if len(key) != KEY_BYTES:
-        raise UserError(f"{path} is damaged ({len(key)} bytes, expected {KEY_BYTES}); delete it: engines are then compiled again")
+        raise UserError(f"{path} is damaged ({len(key)} bytes, expected {KEY_BYTES}); delete it: engines are "
+                        "then compiled again")
     return key

@@ -52,14 +52,15 @@ def accumulate_crops(logits: Callable[[torch.Tensor], torch.Tensor], images_NCHW
                      num_classes: int, crop_px: int) -> torch.Tensor:
     """As `accumulate`, but the network sees overlapping crops, and each has its views.
 
-    A crop begins at every two thirds of its side. The last ones of a row or column end with the image, so they may be small,
-    and an image smaller than a crop is one crop.
+    A crop begins at every two thirds of its side. The last ones of a row or column end with the image, so
+    they may be small, and an image smaller than a crop is one crop.
 
     Args:
         crop_px: side of the square crops, pixels.
 
     Returns:
-        float32 [N, C, H, W]: the sum over crops and views. How many hold a pixel differs, but a pixel's classes share that
+        float32 [N, C, H, W]: the sum over crops and views. How many hold a pixel differs, but a pixel's
+        classes share that
         number: the largest sum is the largest mean.
 
     Source: sliding-window evaluation of Cityscapes in the public code of UniMatch (arXiv 2208.09910).
@@ -78,7 +79,8 @@ def masks(logits: Callable[[torch.Tensor], torch.Tensor], images_NCHW: torch.Ten
           num_classes: int, *, crop_px: int | None = None) -> torch.Tensor:
     """The most likely class of every pixel over all views: uint8 [N, H, W].
 
-    Where there is one view no probabilities are computed. Arguments as of `accumulate` and, with `crop_px`, `accumulate_crops`.
+    Where there is one view no probabilities are computed. Arguments as of `accumulate` and, with `crop_px`,
+    `accumulate_crops`.
     """
     if crop_px is not None:
         return finalize(accumulate_crops(logits, images_NCHW, mode, num_classes, crop_px))[0]

@@ -10,7 +10,8 @@ _END = object()
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
-    """Yields `items`, each prepared in a thread while the one before is used; what it raises is raised here."""
+    """Yields `items`, each prepared in a thread while the one before is used; what it raises is raised
+    here."""
     prepared: queue.SimpleQueue = queue.SimpleQueue()
     room, stopped = threading.Semaphore(1), threading.Event()
 

@@ -1,4 +1,5 @@
-"""Where in an image a label is sure: the confidence at the centres of a coarse grid, small enough to stand in the image's row."""
+"""Where in an image a label is sure: the confidence at the centres of a coarse grid, small enough to stand in
+the image's row."""
 
 from functools import lru_cache
 
@@ -24,7 +25,8 @@ def sampled(sums_NCHW: Tensor) -> Tensor:
 
 
 def read(data: bytes, height: int, width: int) -> np.ndarray | None:
-    """The map, uint8 [rows, columns], from the row of an image of `height` x `width`; None if it has another number of cells."""
+    """The map, uint8 [rows, columns], from the row of an image of `height` x `width`; None if it has another
+    number of cells."""
     side = _side(height, width)
     rows, columns = (-(-length // side) for length in (height, width))
     return np.frombuffer(data, np.uint8).reshape(rows, columns) if len(data) == rows * columns else None

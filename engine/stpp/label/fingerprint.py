@@ -34,7 +34,8 @@ def read(out: Path) -> dict | None:
 
 def write(out: Path, fingerprint: dict, plan: dict) -> None:
     """Writes `run.json`: from here on the plan counts."""
-    versions = {name: version_of(name) for name in ("stpp", "torch", "pillow", "nvidia-dali-cuda120", "nvidia-dali-cuda130")}
+    versions = {name: version_of(name)
+                for name in ("stpp", "torch", "pillow", "nvidia-dali-cuda120", "nvidia-dali-cuda130")}
     files.write_json(out / "run.json", {"format": FORMAT, "fingerprint": fingerprint, "plan": plan,
                                         "versions": {"python": platform.python_version()} | versions})
 
@@ -47,8 +48,8 @@ def require_same(out: Path, theirs: dict, ours: dict) -> None:
     """
     differing = differing_keys(_comparable(ours), _comparable(theirs), may_change=())
     if differing:
-        raise UserError(f"--out {out} holds masks of another run ({'; '.join(differing)}); choose another --out, or what it "
-                        "was begun with")
+        raise UserError(f"--out {out} holds masks of another run ({'; '.join(differing)}); choose another "
+                        "--out, or what it was begun with")
 
 
 def _comparable(fingerprint: dict) -> dict:

@@ -127,7 +127,8 @@ class SampleSource:
     """
 
     def __init__(self, samples: Sequence[Sample], lines: Sequence[str] | None = None):
-        named_by = zip(samples, lines if lines is not None else [sample.image for sample in samples], strict=True)
+        named_by = zip(samples, lines if lines is not None else [sample.image for sample in samples],
+                       strict=True)
         self._samples = sorted(named_by, key=lambda pair: (pair[0].height, pair[0].width))
         self.passed = Passed()
 
@@ -156,9 +157,9 @@ class Labelled:
 def label_corpus(open_teacher: Open, task: Assignment, here: World) -> Summary:
     """Writes a mask (8-bit class indices, 255 below the confidence floor) of every image, and its row.
 
-    Below `task.out`: `masks/<key>.png` or `masks/shard-*.tar`, `labels/part-*.parquet` (`rows.LABELS`), at the
-    end `failed.parquet` and `summary.json`; `run.json`, `plan/` and `shards/` are the run's own. The same call
-    goes on where it was interrupted, on any number of ranks, and ends with the same bytes.
+    Below `task.out`: `masks/<key>.png` or `masks/shard-*.tar`, `labels/part-*.parquet` (`rows.LABELS`), at
+    the end `failed.parquet` and `summary.json`; `run.json`, `plan/` and `shards/` are the run's own. The same
+    call goes on where it was interrupted, on any number of ranks, and ends with the same bytes.
 
     Args:
         open_teacher: opens one teacher.
@@ -204,8 +205,8 @@ def require_none_bad(summary: Summary, out: Path) -> None:
     if summary.bad:
         first = rows.read(out / "failed.parquet")[0]
         raise UserError(f"{summary.bad} images cannot be labelled, the first: {first['source']}: "
-                        f"{first['error']}; replace them or take them off the list, and remove {out} (all are "
-                        "in its failed.parquet)")
+                        f"{first['error']}; replace them or take them off the list, and remove {out} (all "
+                        "are in its failed.parquet)")
 
 
 def agreement(samples: Sequence[Sample], out: Path, here: World, num_classes: int) -> float | None:

@@ -1,7 +1,7 @@
 """The plan of a labelling: which images make a shard, and which of them go through the network together.
 
-The listing of a shard is written when the run begins, in the order of the source; its part of the plan (sizes, batches)
-by whoever labels it first. Both are kept, so a shard is always computed in the same batches.
+The listing of a shard is written when the run begins, in the order of the source; its part of the plan
+(sizes, batches) by whoever labels it first. Both are kept, so a shard is always computed in the same batches.
 """
 
 from concurrent.futures import Executor
@@ -33,10 +33,12 @@ class Plan:
         return [Item(**row) for row in rows.read(listing_path(self.folder, shard))]
 
     def planned(self, shard: int, pool: Executor) -> list[Planned]:
-        """The items of a shard in the order that they are labelled; batches are neighbours. Read, or made and kept."""
+        """The items of a shard in the order that they are labelled; batches are neighbours. Read, or made and
+        kept."""
         path = part_path(self.folder, shard)
         if not path.exists():
-            planned = cut_batches(list(pool.map(lambda item: examine(item, self.cut), self.listed(shard))), self.cut)
+            planned = cut_batches(list(pool.map(lambda item: examine(item, self.cut), self.listed(shard))),
+                                  self.cut)
             rows.write(path, map(_row, planned), rows.PLAN)
             return planned
         try:

@@ -68,10 +68,12 @@ class Reliability:
 
 def select_corpus(open_teachers: Open, task: Assignment, here: World, *,
                   order: Sequence[str] | None = None) -> Summary:
-    """Writes `reliability.parquet`, `reliable_ids.txt` and `unreliable_ids.txt`: the reliable half, and the rest.
+    """Writes `reliability.parquet`, `reliable_ids.txt` and `unreliable_ids.txt`: the reliable half, and the
+    rest.
 
-    Reliability is the mean IoU between the last teacher's prediction and each earlier one's. Shards, markers and
-    restarts are as for `stpp.label.labels.label_corpus`; the parts of the table are `scores/part-*.parquet`.
+    Reliability is the mean IoU between the last teacher's prediction and each earlier one's. Shards, markers
+    and restarts are as for `stpp.label.labels.label_corpus`; the parts of the table are
+    `scores/part-*.parquet`.
 
     Args:
         open_teachers: opens checkpoints of one run in the order of training; the last one judges.
@@ -86,8 +88,8 @@ def select_corpus(open_teachers: Open, task: Assignment, here: World, *,
     return execute(task, job, here, conclude=lambda: write_selection(task.out, order))
 
 
-def select(open_teachers: Open, samples: Sequence[Sample], lines: Sequence[str], here: World, *, config: LabelConfig,
-           data: DataConfig, out: Path, title: str = "select") -> float:
+def select(open_teachers: Open, samples: Sequence[Sample], lines: Sequence[str], here: World, *,
+           config: LabelConfig, data: DataConfig, out: Path, title: str = "select") -> float:
     """Selects among the samples of a stage with `select_corpus`.
 
     Args:
@@ -107,14 +109,16 @@ def select(open_teachers: Open, samples: Sequence[Sample], lines: Sequence[str],
 
 
 def split_by_reliability(scores: Sequence[float]) -> tuple[list[int], list[int]]:
-    """Positions of the reliable half (floor of half, most reliable first) and of the rest; ties keep their order."""
+    """Positions of the reliable half (floor of half, most reliable first) and of the rest; ties keep their
+    order."""
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
     half = len(scores) // 2
     return order[:half], order[half:]
 
 
 def write_selection(out: Path, order: Sequence[str] | None = None) -> None:
-    """Writes the table and the two lists from the scores of all shards; images without a score are in neither.
+    """Writes the table and the two lists from the scores of all shards; images without a score are in
+    neither.
 
     The names of all images are held in memory for it, about 200 bytes each.
     """

@@ -99,7 +99,8 @@ def execute(task: Assignment, open_job: Callable[[int], Job], here: World, *,
 
 
 def _agreed_threads(out: Path, here: World, board: Board | None) -> int:
-    """Threads that compute: those that the run was begun with, because another number of ranks must not change the result."""
+    """Threads that compute: those that the run was begun with, because another number of ranks must not
+    change the result."""
     found = []
 
     def decide() -> None:
@@ -130,11 +131,13 @@ def _require_kind(out: Path, here: World, kind: str) -> None:
     """Refuses a rank on another kind of device than that of the run."""
     found = fingerprint.read(out)["fingerprint"]["device_kind"]
     if found != kind:
-        raise UserError(f"--out {out}: the run began on {found}, but rank {here.rank} has {kind}; label on devices of one kind")
+        raise UserError(f"--out {out}: the run began on {found}, but rank {here.rank} has {kind}; label on "
+                        "devices of one kind")
 
 
 def _keep_agreements(out: Path, job: Job, here: World) -> None:
-    """Writes how engines agreed with eager on the first images of this rank, if any were judged in this call."""
+    """Writes how engines agreed with eager on the first images of this rank, if any were judged in this
+    call."""
     found = [getattr(network, "agreement", None) for network in job.networks]
     if any(found):
         files.write_json(out / f"agreement-rank{here.rank}.json", {
@@ -169,9 +172,10 @@ def _total(plan: Plan, markers: Markers) -> Summary:
         images, bad, pixels = images + marker["images"], bad + marker["bad"], pixels + marker["pixels"]
         confidence += marker["confidence"]
         counts = marker["class_pixels"]
-        classes = [a + b for a, b in zip(classes, counts, strict=True)] if classes and counts else classes or counts
-    return Summary(images=images, bad=bad, class_pixels=classes, pixels=pixels, shards_left=left, listed=plan.items,
-                   mean=confidence / (images - bad) if images > bad else None)
+        classes = [a + b for a,
+                   b in zip(classes, counts, strict=True)] if classes and counts else classes or counts
+    return Summary(images=images, bad=bad, class_pixels=classes, pixels=pixels, shards_left=left,
+                   listed=plan.items, mean=confidence / (images - bad) if images > bad else None)
 
 
 def _on_first(here: World, board: Board | None, name: str, action: Callable[[], None]) -> None:
@@ -194,7 +198,8 @@ def _on_first(here: World, board: Board | None, name: str, action: Callable[[], 
 
 
 def _once(board: Board | None, action: Callable[[], None]) -> None:
-    """One rank acts, the others wait for it; not for long, because it may be stopped, and acting twice does no harm."""
+    """One rank acts, the others wait for it; not for long, because it may be stopped, and acting twice does
+    no harm."""
     if board is None or board.add("conclude", 1) == 1:
         action()
         if board is not None:
@@ -203,8 +208,10 @@ def _once(board: Board | None, action: Callable[[], None]) -> None:
         action()
 
 
-def _gathered(here: World, board: Board | None, worker: Worker) -> tuple[int, dict[str, float], tuple[str, ...]]:
-    """Images labelled, time by part and damage found by all ranks; on ranks but the first, and of a stopped one, what is known."""
+def _gathered(here: World, board: Board | None,
+              worker: Worker) -> tuple[int, dict[str, float], tuple[str, ...]]:
+    """Images labelled, time by part and damage found by all ranks; on ranks but the first, and of a stopped
+    one, what is known."""
     if board is None:
         return worker.images, worker.clock.seconds, tuple(worker.redone)
     board.set(f"last/{here.rank}", json.dumps([worker.images, worker.clock.seconds, worker.redone]))

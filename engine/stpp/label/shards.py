@@ -1,8 +1,8 @@
 """Shards among ranks: a counter in torchrun's store, static parts without one, markers on disk as the truth.
 
-No collective is called while shards are labelled, so a rank that is slow, stopped or dead holds up no other. A shard is
-done when its marker exists. The counter only spares ranks from meeting: should two label the same shard, they write the
-same bytes, each file whole.
+No collective is called while shards are labelled, so a rank that is slow, stopped or dead holds up no other.
+A shard is done when its marker exists. The counter only spares ranks from meeting: should two label the same
+shard, they write the same bytes, each file whole.
 """
 
 import json
@@ -22,11 +22,12 @@ from stpp.errors import UserError
 from stpp.label import rows
 
 PATIENCE_S = 60.0
-"""A rank that finished no batch for so long, or four times as long as any of ours took, is taken for stopped: others
-label its shards."""
+"""A rank that finished no batch for so long, or four times as long as any of ours took, is taken for stopped:
+others label its shards."""
 POLL_S = 0.2
 TELL_S = 1.0
-"""How often a rank tells the others of its progress: the store serves many ranks, one request after the other."""
+"""How often a rank tells the others of its progress: the store serves many ranks, one request after the
+other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,8 @@ class Markers:
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); remove it, the shard is labelled again") from None
+            raise UserError(f"{path}: cannot be read ({error}); remove it, the shard is labelled "
+                            "again") from None
 
     def remove(self, shard: int) -> None:
         """Makes the shard undone, on the disk too."""
@@ -97,14 +99,16 @@ class Ledger:
         done: whether a shard has its marker.
     """
 
-    def __init__(self, here: World, board: "Board | None", *, shards: int, part: Part, done: Callable[[int], bool]):
+    def __init__(self, here: World, board: "Board | None", *, shards: int, part: Part,
+                 done: Callable[[int], bool]):
         self._here, self._store, self._done = here, board, done
         self._mine = range(part.index, shards, part.count)
         self._beat_s, self._longest_s = time.monotonic(), 0.0
         self._told_s, self._totals, self._images, self._bad = 0.0, (0, 0), 0, 0
 
     def claims(self) -> Iterator[int]:
-        """Shards for this rank, one by one, until all were given out; the caller asks which of them are done."""
+        """Shards for this rank, one by one, until all were given out; the caller asks which of them are
+        done."""
         taken = -1
         while True:
             taken = taken + 1 if self._store is None else self._store.add("next", 1) - 1
@@ -169,16 +173,19 @@ class Ledger:
 
 
 class Board:
-    """Small values that the ranks of one call leave each other in torchrun's store; reading waits for nobody."""
+    """Small values that the ranks of one call leave each other in torchrun's store; reading waits for
+    nobody."""
 
     def __init__(self, store: Any, prefix: str):
         self._store, self._prefix = store, prefix
 
     @classmethod
     def of_this_call(cls, here: World) -> "Board | None":
-        """The board of the calling run; None in a world of one. All ranks must be there: it is the one collective of a run.
+        """The board of the calling run; None in a world of one. All ranks must be there: it is the one
+        collective of a run.
 
-        What a run before it left in the store, perhaps one whose ranks torchrun has started again, has other names.
+        What a run before it left in the store, perhaps one whose ranks torchrun has started again, has other
+        names.
         """
         if not dist.is_initialized() or here.size == 1:
             return None

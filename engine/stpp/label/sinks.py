@@ -1,7 +1,8 @@
 """Where masks go: a PNG file each, or one tar archive a shard.
 
-Writing is plain: nothing is synced here, and what no marker covers does not count. But every file appears whole, by
-renaming, so that a process that was held up and wakes late can only put the same bytes in the place of the same bytes.
+Writing is plain: nothing is synced here, and what no marker covers does not count. But every file appears
+whole, by renaming, so that a process that was held up and wakes late can only put the same bytes in the place
+of the same bytes.
 """
 
 import io
@@ -173,5 +174,6 @@ def _archive(shard: int) -> str:
 
 
 def _temporary(out: Path) -> Path:
-    """A path that no other process takes, on this machine or another; beside the masks, so that renaming moves nothing."""
+    """A path that no other process takes, on this machine or another; beside the masks, so that renaming
+    moves nothing."""
     return out / "tmp" / f"{os.getpid()}.{secrets.token_hex(8)}.tmp"

@@ -85,7 +85,8 @@ class Worker:
         stream = batches.batches(tasks(), device=self._here.device, kind=self._task.decoder,
                                  threads=self._threads, most=self._plan.cut.max_batch, clock=self.clock)
         line = _Line()
-        with ThreadPoolExecutor(self._threads, "stpp-store") as pool, ThreadPoolExecutor(1, "stpp-close") as closer, \
+        with ThreadPoolExecutor(self._threads,
+                                "stpp-store") as pool, ThreadPoolExecutor(1, "stpp-close") as closer, \
                 closing(stream):
             try:
                 for shard, batch in stream:
@@ -199,8 +200,8 @@ def _alone_too_large(batch: batches.Decoded, error: RuntimeError) -> str:
         raise error
     count, _, height, width = batch.images_NCHW.shape
     if count > 1:
-        raise UserError(f"{count} images of {width}x{height} pixels need more memory than there is (the first: "
-                        f"{batch.planned[0].item.source}); lower --batch-pixels, --batch-per-rank or "
+        raise UserError(f"{count} images of {width}x{height} pixels need more memory than there is (the "
+                        f"first: {batch.planned[0].item.source}); lower --batch-pixels, --batch-per-rank or "
                         "--max-pixels, with another --out") from error
     if batch.images_NCHW.is_cuda:
         torch.cuda.empty_cache()

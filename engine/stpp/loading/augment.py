@@ -1,9 +1,10 @@
 """Every random number of a training sample, drawn outside the image pipeline and keyed by its position.
 
-The numbers depend on (seed, stage, epoch, position), on the stream, the view and the sample, never on the batch around it, the
-rank, or what was drawn before. Both loaders take the same numbers; neither draws any.
+The numbers depend on (seed, stage, epoch, position), on the stream, the view and the sample, never on the
+batch around it, the rank, or what was drawn before. Both loaders take the same numbers; neither draws any.
 
-Legend: N samples of a batch. The crop is `crop_px` x `crop_px`, cut from the resized image padded right and bottom.
+Legend: N samples of a batch. The crop is `crop_px` x `crop_px`, cut from the resized image padded right and
+bottom.
 """
 
 import itertools
@@ -30,8 +31,9 @@ _AUGMENT_STREAM = 1
 _NOISE_STREAM = 2
 _ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.int8)
 
-# One block of uniform numbers belongs to a position: the first 16 are the scalars, then come cutout attempts of four.
-# An attempt fits with probability 0.27: one box in 7000 needs more than 28, and draws further blocks.
+# One block of uniform numbers belongs to a position: the first 16 are the scalars, then come cutout attempts
+# of four. An attempt fits with probability 0.27: one box in 7000 needs more than 28, and draws further
+# blocks.
 _SCALARS = 16
 _BLOCK = 128
 _COUNTS_PER_BLOCK = _BLOCK // 4
@@ -39,7 +41,8 @@ _COUNTS_PER_BLOCK = _BLOCK // 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Geometry:
-    """Where the crop of each sample is cut: resize, pad, crop, flip. All views of a sample share it; one row a sample."""
+    """Where the crop of each sample is cut: resize, pad, crop, flip. All views of a sample share it; one row
+    a sample."""
 
     resize_h: np.ndarray
     """int32 [N]: height after resizing, before padding."""
@@ -68,7 +71,8 @@ class Geometry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Appearance:
-    """What one view makes of each crop, in this order: jitter, gray, blur, cutout. One row a sample; weak ones are identities."""
+    """What one view makes of each crop, in this order: jitter, gray, blur, cutout. One row a sample; weak
+    ones are identities."""
 
     jitter: np.ndarray
     """bool [N]: whether colours are jittered. Where not, the factors are 1, 1, 1 and the hue shift is 0."""
@@ -112,8 +116,8 @@ def noise_image(side: int) -> np.ndarray:
     return bits.astype("<u8").view(np.uint8)[:count].reshape(side, side, 3)
 
 
-def draw(stream: Stream, indices: np.ndarray, positions: np.ndarray, *, augment: AugmentConfig, seed: int, stage: int,
-         epoch: int) -> Augmentation:
+def draw(stream: Stream, indices: np.ndarray, positions: np.ndarray, *, augment: AugmentConfig, seed: int,
+         stage: int, epoch: int) -> Augmentation:
     """Draws what happens to the samples at these positions of the epoch.
 
     Args:
@@ -144,7 +148,8 @@ def draw(stream: Stream, indices: np.ndarray, positions: np.ndarray, *, augment:
 
 
 def pasting(drawn: Augmentation, stream: Stream, device: torch.device) -> dict[str, torch.Tensor]:
-    """Fields of a `Batch` whose step pastes: boxes of its views and what is shown, on the device; none where boxes are erased."""
+    """Fields of a `Batch` whose step pastes: boxes of its views and what is shown, on the device; none where
+    boxes are erased."""
     if stream.box != "paste":
         return {}
     numbers = {"boxes_VN4": np.stack([view.box for view in drawn.views]), "shown_N4": drawn.geometry.shown}
@@ -171,7 +176,8 @@ def _geometry(uniforms: np.ndarray, samples: Sequence[Sample], augment: AugmentC
     )
 
 
-def _appearance(uniforms: np.ndarray, strong: np.ndarray, augment: AugmentConfig, boxes: Callable) -> Appearance:
+def _appearance(uniforms: np.ndarray, strong: np.ndarray, augment: AugmentConfig,
+                boxes: Callable) -> Appearance:
     (u_jitter, u_order, u_bright, u_contrast, u_saturation, u_hue, u_gray, u_blur, u_sigma, u_box, u_noise_y,
      u_noise_x) = uniforms[:, 4:_SCALARS].T  # fmt: skip
     jitter = strong & (u_jitter < augment.jitter_p)
@@ -196,11 +202,14 @@ def _appearance(uniforms: np.ndarray, strong: np.ndarray, augment: AugmentConfig
     )
 
 
-def _uniforms(positions: np.ndarray, block: int, *, seed: int, stage: int, epoch: int, number: int, view: int) -> np.ndarray:
-    """float64 [N, _BLOCK] in [0, 1): each row a function of its position, the stream, the view and the block's number alone."""
+def _uniforms(positions: np.ndarray, block: int, *, seed: int, stage: int, epoch: int, number: int,
+              view: int) -> np.ndarray:
+    """float64 [N, _BLOCK] in [0, 1): each row a function of its position, the stream, the view and the
+    block's number alone."""
     out = np.empty((len(positions), _BLOCK), dtype=np.uint64)
     stream = STREAMS_OF_LIST * number + (_AUGMENT_STREAM if view == 0 else _NOISE_STREAM + view)
-    # A run of consecutive positions (what the sampler yields) is one run of the counter: one generator serves it.
+    # A run of consecutive positions (what the sampler yields) is one run of the counter: one generator serves
+    # it.
     breaks = np.flatnonzero(np.diff(positions) != 1) + 1
     for run in np.split(np.arange(len(positions)), breaks):
         if len(run):
@@ -221,11 +230,12 @@ def _resized(sizes: np.ndarray, long_side: np.ndarray) -> np.ndarray:
     return np.maximum((2 * sizes * long_side[:, None] + longest) // (2 * longest), 1)
 
 
-def _boxes(attempts: np.ndarray, has_box: np.ndarray, *, positions: np.ndarray, augment: AugmentConfig, one_area: bool,
-           further: Callable[[np.ndarray, int], np.ndarray]) -> np.ndarray:
+def _boxes(attempts: np.ndarray, has_box: np.ndarray, *, positions: np.ndarray, augment: AugmentConfig,
+           one_area: bool, further: Callable[[np.ndarray, int], np.ndarray]) -> np.ndarray:
     """Boxes of the samples that have one: the first attempt that lies inside the crop.
 
-    ST's cutout draws area, shape and place anew in each attempt, UniMatch's CutMix keeps its area: two distributions.
+    ST's cutout draws area, shape and place anew in each attempt, UniMatch's CutMix keeps its area: two
+    distributions.
 
     Args:
         attempts: float64 [N, 4 k]: uniform numbers of the first k attempts.
@@ -251,7 +261,8 @@ def _boxes(attempts: np.ndarray, has_box: np.ndarray, *, positions: np.ndarray, 
         area = (smallest + (largest - smallest) * area) * crop_px**2
         ratio = flattest + (steepest - flattest) * ratio
         candidates = np.stack(
-            [np.floor(y * crop_px), np.floor(x * crop_px), np.sqrt(area * ratio), np.sqrt(area / ratio)], axis=2
+            [np.floor(y * crop_px), np.floor(x * crop_px), np.sqrt(area * ratio), np.sqrt(area / ratio)],
+            axis=2
         ).astype(np.int32)
         fits = (candidates[:, :, :2] + candidates[:, :, 2:] <= crop_px).all(axis=2)
         found = fits.any(axis=1)

@@ -1,7 +1,8 @@
 """The loader on NVIDIA DALI: files to normalised batches, on the CPU or the GPU, with the same graph.
 
-The numbers of `stpp.loading.augment` go in beside the paths; `stpp.loading.dali_graph` says what is computed. By how much it
-differs from `stpp.loading.reference`, which computes the same with PIL, is measured in docs/augmentation.md.
+The numbers of `stpp.loading.augment` go in beside the paths; `stpp.loading.dali_graph` says what is computed.
+By how much it differs from `stpp.loading.reference`, which computes the same with PIL, is measured in
+docs/augmentation.md.
 
 Plain images are read and decoded in the graph. The others are decoded by PIL in a pool of threads, some
 batches ahead, and are fed to it as pixels. A plain image that DALI fails on all the same is found, goes to
@@ -66,14 +67,16 @@ def train_batches(
 
     Raises:
         ValueError: at once, for impossible numbers.
-        UserError: while iterating, for a file that is missing, broken, or of another size than its sample says.
+        UserError: while iterating, for a file that is missing, broken, or of another size than its sample
+            says.
     """
     device = _checked(device, threads, prefetch)
     noise = noise_image(noise_side(augment.crop_px))
 
     def drawn() -> Iterator[_Fed]:
         for micro in micro_batches:
-            numbers = draw(stream, micro.indices, micro.positions, augment=augment, seed=seed, stage=stage, epoch=micro.epoch)
+            numbers = draw(stream, micro.indices, micro.positions, augment=augment, seed=seed, stage=stage,
+                           epoch=micro.epoch)
             rows = train_rows([stream.samples[i] for i in micro.indices], numbers, stream, noise)
             yield _Fed(micro, numbers, rows)
 
@@ -222,7 +225,8 @@ class _Feeder:
                 log.say(f"{sample.image}: DALI cannot decode it, PIL does")
                 self._foreign.add(i)
                 found = True
-            if self.stream.masked and (reason := _failure(sample.mask, decoded_mask, self.device)) is not None:
+            if self.stream.masked and (reason := _failure(sample.mask, decoded_mask,
+                                                          self.device)) is not None:
                 mask_of(sample)
                 raise UserError(
                     f"{sample.mask}: DALI cannot decode it, though PIL can ({reason}); write it anew or "
@@ -251,8 +255,8 @@ def _built(
 
     @pipeline_def(enable_conditionals=True)
     def build():
-        nodes = fn.external_source(source=source, num_outputs=len(inputs), batch=True, dtype=kinds, ndim=dimensions,
-                                   layout=layouts)  # fmt: skip
+        nodes = fn.external_source(source=source, num_outputs=len(inputs), batch=True, dtype=kinds,
+                                   ndim=dimensions, layout=layouts)  # fmt: skip
         return graph({name: nodes[i] for i, name in enumerate(inputs)})
 
     pipeline = build(
@@ -271,7 +275,8 @@ def _check_shapes(samples: Sequence[Sample], shapes) -> None:
 
     Args:
         samples: N samples.
-        shapes: DALI list of N int32 [3] or [6]: height, width, channels of the image, then of the mask if it was read.
+        shapes: DALI list of N int32 [3] or [6]: height, width, channels of the image, then of the mask if it
+            was read.
     """
     for sample, shape in zip(samples, np.asarray(shapes.as_array()), strict=True):
         for path, (height, width, _) in zip(
@@ -279,8 +284,8 @@ def _check_shapes(samples: Sequence[Sample], shapes) -> None:
         ):
             if (height, width) != (sample.height, sample.width):
                 raise UserError(
-                    f"{path}: is {width}x{height} pixels where the index says {sample.width}x{sample.height}; "
-                    "run `stpp prepare` again"
+                    f"{path}: is {width}x{height} pixels where the index says "
+                    f"{sample.width}x{sample.height}; run `stpp prepare` again"
                 )
 
 

@@ -16,7 +16,16 @@ import nvidia.dali.types as types
 
 from stpp.images.image_file import IMAGENET_MEAN, IMAGENET_STD
 from stpp.images.masks import IGNORE
-from stpp.loading.augment import BRIGHTNESS, CONTRAST, HUE, LUMA, SATURATION, Appearance, Augmentation, Geometry
+from stpp.loading.augment import (
+    BRIGHTNESS,
+    CONTRAST,
+    HUE,
+    LUMA,
+    SATURATION,
+    Appearance,
+    Augmentation,
+    Geometry,
+)
 from stpp.loading.sample import Sample, Stream
 
 _CROP = {
@@ -56,8 +65,8 @@ _TURNED = {
 
 
 def train_inputs(stream: Stream, *, fed: bool, turned: bool) -> dict[str, tuple]:
-    """What the graph is fed, one row a sample: name -> (type, dimensions, layout). A view's names end in its number; a weak
-    view has none.
+    """What the graph is fed, one row a sample: name -> (type, dimensions, layout). A view's names end in its
+    number; a weak view has none.
 
     Args:
         fed: some images come as pixels, upright: those of rows with `fed`. The others are read from their
@@ -82,8 +91,8 @@ def _coloured(stream: Stream) -> list[int]:
 
 
 def train_graph(x: dict, gpu: bool, *, side: int, stream: Stream) -> tuple:
-    """Files and numbers (`train_rows`) to the views, float32 [side, side, 3] each; masks, uint8 [side, side, 1], if the stream
-    has masks; shapes.
+    """Files and numbers (`train_rows`) to the views, float32 [side, side, 3] each; masks, uint8 [side, side,
+    1], if the stream has masks; shapes.
 
     Shapes: int32 [3] or [6], height, width and channels of the upright image and of the mask.
     """
@@ -94,7 +103,8 @@ def train_graph(x: dict, gpu: bool, *, side: int, stream: Stream) -> tuple:
         shapes = fn.cat(shapes, mask.shape(dtype=types.INT32))
         if gpu:
             mask = mask.gpu()
-    # Only the part of the resized image that the crop shows is computed; a reversed region comes out mirrored.
+    # Only the part of the resized image that the crop shows is computed; a reversed region comes out
+    # mirrored.
     roi = {"roi_start": x["roi_start"], "roi_end": x["roi_end"], "size": x["size"]}
     image = fn.resize(image, antialias=True, **roi)
     pad = {"start": x["pad_start"], "shape": [side, side], "axes": [0, 1], "out_of_bounds_policy": "pad"}
@@ -114,7 +124,8 @@ def train_graph(x: dict, gpu: bool, *, side: int, stream: Stream) -> tuple:
                 if stream.masked:
                     mask = _erased(mask, box)
         views.append(_normalised(seen))
-    # The merged masks may lie scattered; an operator on all of them makes one block, which torch can take over.
+    # The merged masks may lie scattered; an operator on all of them makes one block, which torch can take
+    # over.
     return (*views, *([fn.copy(mask)] if stream.masked else []), shapes)
 
 
@@ -186,7 +197,8 @@ def _upright(image, x: dict):
 
 
 def _jitter(image, x: dict, gpu: bool):
-    """Brightness, contrast, and saturation and hue as one matrix, in the drawn order, each rounded and clipped."""
+    """Brightness, contrast, and saturation and hue as one matrix, in the drawn order, each rounded and
+    clipped."""
     if x["matrix_place"] == 0:
         image = fn.coord_transform(image, M=x["matrix"], dtype=types.UINT8)
     image = _scale_around(image, x["factor_1"], x["luma_1"], gpu)
@@ -199,7 +211,8 @@ def _jitter(image, x: dict, gpu: bool):
 
 
 def _scale_around(image, factor, luma, gpu: bool):
-    """center + factor (image - center), center = mean colour times `luma`: contrast, or brightness where luma is 0."""
+    """center + factor (image - center), center = mean colour times `luma`: contrast, or brightness where luma
+    is 0."""
     mean = fn.reductions.mean(image, axes=(0, 1))
     if gpu:
         # Arguments of operators live on the CPU, this mean does not.
@@ -243,18 +256,20 @@ def train_rows(samples: Sequence[Sample], drawn: Augmentation, stream: Stream, n
             **_crop_rows(samples, drawn.geometry)}
     for number in _coloured(stream):
         view = drawn.views[number]
-        own = _view_rows(view) | (_box_rows(view, drawn.geometry.crop_px, noise) if stream.box == "erase" else {})
+        own = _view_rows(view) | (_box_rows(view, drawn.geometry.crop_px, noise) if stream.box == "erase"
+                                  else {})
         rows |= {f"{name}_{number}": values for name, values in own.items()}
     return rows
 
 
 def _crop_rows(samples: Sequence[Sample], cut: Geometry) -> dict:
-    source, side = np.array([(sample.height, sample.width) for sample in samples], dtype=np.float64), cut.crop_px
+    source, side = np.array([(sample.height, sample.width) for sample in samples],
+                            dtype=np.float64), cut.crop_px
     resized = np.stack([cut.resize_h, cut.resize_w], axis=1)
     start = np.stack([cut.crop_y, cut.crop_x], axis=1)
     shown = np.minimum(resized - start, side)
-    # Where a mask's pixel falls on the border of two, the later one is taken. DALI computes in float32, which may fall
-    # short of the border: a millionth of the size decides it, and is nothing to the image.
+    # Where a mask's pixel falls on the border of two, the later one is taken. DALI computes in float32, which
+    # may fall short of the border: a millionth of the size decides it, and is nothing to the image.
     nudge = source * 2.0**-20
     roi_start = start * source / resized + nudge
     roi_end = (start + shown) * source / resized + nudge
@@ -298,7 +313,8 @@ def _turn_rows(samples: Sequence[Sample]) -> dict[str, np.ndarray]:
 def _blur_kernel(sigma: float) -> np.ndarray:
     """float32 [K]: PIL's Gaussian blur, a box three times over; [1] for sigma 0.
 
-    Each box has a third of the variance: 2 `reach` + 1 whole pixels, and of the pixels beside them the part that makes up the rest.
+    Each box has a third of the variance: 2 `reach` + 1 whole pixels, and of the pixels beside them the part
+    that makes up the rest.
     """
     if sigma == 0:
         return np.ones(1, dtype=np.float32)
@@ -311,16 +327,19 @@ def _blur_kernel(sigma: float) -> np.ndarray:
 
 
 def _jitter_rows(view: Appearance) -> dict[str, np.ndarray]:
-    """Colour jitter as three operations: two scalings (brightness, contrast) and one matrix (saturation, hue).
+    """Colour jitter as three operations: two scalings (brightness, contrast) and one matrix (saturation,
+    hue).
 
-    Without clipping, saturation commutes with brightness and contrast, so it can be moved beside the hue at no loss
-    that shows (docs/augmentation.md): one matrix product a pixel instead of two.
+    Without clipping, saturation commutes with brightness and contrast, so it can be moved beside the hue at
+    no loss that shows (docs/augmentation.md): one matrix product a pixel instead of two.
     """
     place = np.argsort(view.jitter_order, axis=1)  # place[:, op]: when op happens
     contrast_first = place[:, CONTRAST] < place[:, BRIGHTNESS]
     saturation, hue = _saturation_matrix(view.saturation), _hue_matrix(view.hue)
     saturation_first = (place[:, SATURATION] < place[:, HUE])[:, None, None]
-    before_hue = (place[:, BRIGHTNESS] < place[:, HUE]).astype(np.int32) + (place[:, CONTRAST] < place[:, HUE])
+    before_hue = (place[:, BRIGHTNESS] < place[:, HUE]).astype(np.int32) + (
+        place[:, CONTRAST] < place[:, HUE]
+    )
     return {
         "matrix": np.where(saturation_first, hue @ saturation, saturation @ hue).astype(np.float32),
         "matrix_place": before_hue.astype(np.int32),
@@ -340,8 +359,8 @@ def _saturation_matrix(factor: np.ndarray) -> np.ndarray:
 def _hue_matrix(turns: np.ndarray) -> np.ndarray:
     """float64 [N, 3, 3]: rotation of the colours about the gray axis.
 
-    It equals the shift in HSV for gray pixels and for thirds of the circle, and is a linear map near it between. The
-    shift is taken in whole 1/256 turns, as 8-bit HSV takes it.
+    It equals the shift in HSV for gray pixels and for thirds of the circle, and is a linear map near it
+    between. The shift is taken in whole 1/256 turns, as 8-bit HSV takes it.
     """
     angle = 2 * np.pi * np.trunc(turns.astype(np.float64) * 255) / 256
     diagonal = (1 + 2 * np.cos(angle)) / 3

@@ -18,8 +18,8 @@ def pick(name: str = "auto") -> ModuleType:
     """The module whose `train_batches` is to be used.
 
     Args:
-        name: "dali"; "reference"; or "auto", which takes DALI if it is installed, else the reference, saying so once on
-            stderr, because it is slower and its colours differ a little (docs/augmentation.md).
+        name: "dali"; "reference"; or "auto", which takes DALI if it is installed, else the reference, saying
+            so once on stderr, because it is slower and its colours differ a little (docs/augmentation.md).
 
     Raises:
         UserError: "dali" is asked for but not installed.

@@ -1,7 +1,8 @@
 """The loader in PIL and NumPy: what the DALI graphs must compute, and the loader where DALI is not installed.
 
-The same functions, fed by the same numbers, as `stpp.loading.dali`. Colours are what torchvision's ColorJitter makes of
-PIL images: ImageEnhance for brightness, contrast and saturation, a shift in 8-bit HSV for hue.
+The same functions, fed by the same numbers, as `stpp.loading.dali`. Colours are what torchvision's
+ColorJitter makes of PIL images: ImageEnhance for brightness, contrast and saturation, a shift in 8-bit HSV
+for hue.
 
 Legend: N samples, H W pixels, C colours.
 """
@@ -69,7 +70,8 @@ def decoded(sample: Sample, *, masked: bool = True) -> tuple[np.ndarray, np.ndar
 
 
 def augmented(
-    image: np.ndarray, mask: np.ndarray | None, drawn: Augmentation, row: int, *, stream: Stream, noise: np.ndarray
+    image: np.ndarray, mask: np.ndarray | None, drawn: Augmentation, row: int, *, stream: Stream,
+    noise: np.ndarray
 ) -> tuple[list[np.ndarray], np.ndarray | None]:
     """Applies one row of the drawn numbers.
 
@@ -99,7 +101,8 @@ def augmented(
     return views, labels
 
 
-def _cropped(image: np.ndarray, mask: np.ndarray | None, cut: Geometry, row: int) -> tuple[np.ndarray, np.ndarray | None]:
+def _cropped(image: np.ndarray, mask: np.ndarray | None, cut: Geometry,
+             row: int) -> tuple[np.ndarray, np.ndarray | None]:
     """Resizes, pads, crops and flips."""
     size, side = (int(cut.resize_w[row]), int(cut.resize_h[row])), cut.crop_px
     top, left = int(cut.crop_y[row]), int(cut.crop_x[row])
@@ -112,7 +115,8 @@ def _cropped(image: np.ndarray, mask: np.ndarray | None, cut: Geometry, row: int
     if mask is not None:
         labels = np.full((side, side), IGNORE, dtype=np.uint8)
         source_rows = _nearest(size[1], mask.shape[0])[top : top + height]
-        labels[:height, :width] = mask[source_rows[:, None], _nearest(size[0], mask.shape[1])[left : left + width]]
+        labels[:height, :width] = mask[source_rows[:, None],
+                                       _nearest(size[0], mask.shape[1])[left : left + width]]
     if cut.flip[row]:
         crop, labels = crop[:, ::-1], None if labels is None else labels[:, ::-1]
     return crop, labels
@@ -157,11 +161,15 @@ def _shift_hue(image: Image.Image, turns: float) -> Image.Image:
 class _Loading:
     """A batch that threads load, image by image, into memory that the device can copy from."""
 
-    def __init__(self, micro: MicroBatch, drawn: Augmentation, stream: Stream, apply: Callable, pool: ThreadPoolExecutor,
-                 device: torch.device, copies: torch.cuda.Stream | None):
+    def __init__(self, micro: MicroBatch, drawn: Augmentation, stream: Stream, apply: Callable,
+                 pool: ThreadPoolExecutor, device: torch.device, copies: torch.cuda.Stream | None):
         self._micro, self._drawn, self._stream, self._apply = micro, drawn, stream, apply
         self._device, self._copies = device, copies
-        n, side, settings = len(micro.indices), drawn.geometry.crop_px, {"dtype": torch.uint8, "device": device}
+        n, side, settings = (
+            len(micro.indices),
+            drawn.geometry.crop_px,
+            {"dtype": torch.uint8, "device": device},
+        )
         self._pixels_VNHWC = staging(len(stream.views), n, side, side, 3, **settings)
         self._labels_NHW = staging(n, side, side, **settings) if stream.masked else None
         self._rows = [pool.submit(self._fill, row, stream.samples[i]) for row, i in enumerate(micro.indices)]
@@ -193,17 +201,18 @@ class _Loading:
         self.send()
         pixels_VNHWC, *labels = self._arriving.take()
         return Batch(views=tuple(normalised(view).permute(0, 3, 1, 2) for view in pixels_VNHWC),
-                     labels_NHW=labels[0] if labels else None, indices=self._micro.indices, step=self._micro.step,
-                     epoch=self._micro.epoch, **pasting(self._drawn, self._stream, self._device))
+                     labels_NHW=labels[0] if labels else None, indices=self._micro.indices,
+                     step=self._micro.step, epoch=self._micro.epoch,
+                     **pasting(self._drawn, self._stream, self._device))
 
 
-def _pooled(stream: Stream, micro_batches: Iterable[MicroBatch], numbers: Callable, apply: Callable, threads: int, prefetch: int,
-            device: torch.device) -> Iterator[Batch]:
+def _pooled(stream: Stream, micro_batches: Iterable[MicroBatch], numbers: Callable, apply: Callable,
+            threads: int, prefetch: int, device: torch.device) -> Iterator[Batch]:
     """Loads batches in a pool of threads; yields them in order, `prefetch` of them being worked on.
 
-    PIL and NumPy release the interpreter's lock in most of what they do here, so threads are enough. A batch that is
-    loaded when the one before it is asked for is copied then, beside what the device computes; one that is late or
-    broken waits for its turn.
+    PIL and NumPy release the interpreter's lock in most of what they do here, so threads are enough. A batch
+    that is loaded when the one before it is asked for is copied then, beside what the device computes; one
+    that is late or broken waits for its turn.
     """
     pool, copies = ThreadPoolExecutor(threads, thread_name_prefix="stpp-load"), copy_stream(device)
     ahead: deque[_Loading] = deque()

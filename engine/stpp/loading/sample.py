@@ -41,13 +41,16 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stream:
-    """A list of samples as a step is fed it: one batch a pass, decoded and cropped once, seen in one or several views."""
+    """A list of samples as a step is fed it: one batch a pass, decoded and cropped once, seen in one or
+    several views."""
 
     samples: Sequence[Sample]
     views: tuple[View, ...] = ("sample",)
-    """Appearances of the one crop, in the order of `Batch.views`; "sample" is strong where the sample says so."""
+    """Appearances of the one crop, in the order of `Batch.views`; "sample" is strong where the sample says
+    so."""
     box: Literal["erase", "paste"] = "erase"
-    """Use of the box that a strong view draws: erased by the loader (cutout), or pasted by the step (CutMix)."""
+    """Use of the box that a strong view draws: erased by the loader (cutout), or pasted by the step
+    (CutMix)."""
     masked: bool = True
     """Whether the step needs the samples' masks. Without, an unlabelled image needs none anywhere."""
     number: int = 0
@@ -55,7 +58,8 @@ class Stream:
 
     def __post_init__(self):
         if self.masked and (bare := next((sample for sample in self.samples if sample.mask is None), None)):
-            raise ValueError(f"sample {bare.key!r} has no mask, expected one for every sample of a stream with masks")
+            raise ValueError(f"sample {bare.key!r} has no mask, expected one for every sample of a stream "
+                             "with masks")
         if self.box == "erase" and self.masked and len(self.views) > 1 and set(self.views) != {"weak"}:
             raise ValueError(f"views {self.views} of one mask: only boxes of a single view can be erased")
 
@@ -65,13 +69,15 @@ class Batch:
     """Decoded samples on the device. N: samples, V: views, H and W: pixels."""
 
     views: tuple[torch.Tensor, ...]
-    """Images of each view: float32 [N, 3, H, W], channels_last, normalised with ImageNet mean and standard deviation."""
+    """Images of each view: float32 [N, 3, H, W], channels_last, normalised with ImageNet mean and standard
+    deviation."""
     labels_NHW: torch.Tensor | None
     """uint8 class indices, 255 is ignore; None where the stream has no masks."""
     indices: np.ndarray
     """int64 [N]: positions in the list of samples that the loader was given."""
     boxes_VN4: torch.Tensor | None = None
-    """int32: y, x, height, width of the box to be pasted in each view, zeros for none; None where boxes are erased."""
+    """int32: y, x, height, width of the box to be pasted in each view, zeros for none; None where boxes are
+    erased."""
     shown_N4: torch.Tensor | None = None
     """int32: y, x, height, width of what is no padding."""
     step: int = 0

@@ -16,18 +16,21 @@ STREAMS_OF_LIST = 16
 """Random streams that belong to each stream of samples: its order, and its views."""
 
 
-def philox(stream: int, *, seed: int, stage: int, epoch: int, counter: tuple[int, int] = (0, 0)) -> np.random.Philox:
+def philox(stream: int, *, seed: int, stage: int, epoch: int,
+           counter: tuple[int, int] = (0, 0)) -> np.random.Philox:
     """A counter-based bit generator: what it yields depends on the arguments alone.
 
     Args:
         stream: 0..255, one number for each use, so that two uses never share random bits.
         seed, stage, epoch: non-negative; below 2^64, 2^24 and 2^32.
-        counter: the low two of Philox's four 64-bit counter words. One count of the first word is four 64-bit numbers.
+        counter: the low two of Philox's four 64-bit counter words. One count of the first word is four 64-bit
+            numbers.
 
     Raises:
         ValueError: a key is negative or too large.
     """
-    for name, value, bits in (("stream", stream, 8), ("seed", seed, 64), ("stage", stage, 24), ("epoch", epoch, 32)):
+    for name, value, bits in (("stream", stream, 8), ("seed", seed, 64), ("stage", stage, 24),
+                              ("epoch", epoch, 32)):
         if not 0 <= value < 1 << bits:
             raise ValueError(f"{name} is {value}, expected 0 <= {name} < 2^{bits}")
     key = np.array([seed, stream << 56 | stage << 32 | epoch], dtype=np.uint64)
@@ -59,12 +62,14 @@ class MicroBatch:
 class StepSampler:
     """Cuts every epoch's order into global batches, and these into ranks and accumulation pieces.
 
-    Step k of an epoch takes the positions [k G, (k + 1) G). Each rank takes a contiguous part of them, and accumulation
-    cuts that part into contiguous pieces, so the stream of a step does not depend on who computes it. What is left at
-    the end of an epoch (less than G) is dropped. A list shorter than G, or than the longest list of the stage, is repeated.
+    Step k of an epoch takes the positions [k G, (k + 1) G). Each rank takes a contiguous part of them, and
+    accumulation cuts that part into contiguous pieces, so the stream of a step does not depend on who
+    computes it. What is left at the end of an epoch (less than G) is dropped. A list shorter than G, or than
+    the longest list of the stage, is repeated.
     """
 
-    def __init__(self, n_samples: int, batch_global: int, seed: int, stage: int, *, number: int = 0, longest: int = 0):
+    def __init__(self, n_samples: int, batch_global: int, seed: int, stage: int, *, number: int = 0,
+                 longest: int = 0):
         """Args:
             n_samples: length of the list of samples, at least 1.
             batch_global: samples of one optimiser step over all ranks, at least 1.
@@ -75,10 +80,12 @@ class StepSampler:
             ValueError: an empty list or batch.
         """
         if n_samples < 1 or batch_global < 1:
-            raise ValueError(f"n_samples is {n_samples} and batch_global is {batch_global}, expected both at least 1")
+            raise ValueError(f"n_samples is {n_samples} and batch_global is {batch_global}, expected both at "
+                             "least 1")
         self.n_samples, self.batch_global, self.seed, self.stage = n_samples, batch_global, seed, stage
         self.number = number
-        # A list that is too short is repeated as a whole until it fills a batch; one beside a longer list as far as that goes.
+        # A list that is too short is repeated as a whole until it fills a batch; one beside a longer list as
+        # far as that goes.
         whole = n_samples * -(-batch_global // n_samples) if n_samples < batch_global else n_samples
         self.n_positions = max(whole, longest)
         self.steps_per_epoch = self.n_positions // batch_global
@@ -86,14 +93,17 @@ class StepSampler:
     def micro_batches(
         self, first_step: int, last_step: int, *, rank: int = 0, world: int = 1, accumulate: int = 1
     ) -> Iterator[MicroBatch]:
-        """Yields this rank's micro-batches of the steps first_step <= step < last_step, `accumulate` of them a step.
+        """Yields this rank's micro-batches of the steps first_step <= step < last_step, `accumulate` of them
+        a step.
 
         Raises:
-            ValueError: batch_global is not divisible by world x accumulate, or the rank or the steps are impossible.
+            ValueError: batch_global is not divisible by world x accumulate, or the rank or the steps are
+                impossible.
         """
         if world < 1 or accumulate < 1 or self.batch_global % (world * accumulate):
             raise ValueError(
-                f"batch_global {self.batch_global} is not divisible by world {world} x accumulate {accumulate}"
+                f"batch_global {self.batch_global} is not divisible by world {world} x accumulate "
+                f"{accumulate}"
             )
         if not 0 <= rank < world:
             raise ValueError(f"rank is {rank}, expected 0 <= rank < world {world}")
@@ -123,20 +133,26 @@ class StepSampler:
                 )
 
 
-def stage_samplers(streams: Sequence[Stream], batch_global: int, *, seed: int, stage: int) -> list[StepSampler]:
-    """Samplers of the streams of a stage, in step: the longest list sets the steps of an epoch, shorter ones are repeated."""
+def stage_samplers(streams: Sequence[Stream], batch_global: int, *, seed: int,
+                   stage: int) -> list[StepSampler]:
+    """Samplers of the streams of a stage, in step: the longest list sets the steps of an epoch, shorter ones
+    are repeated."""
     def made(longest: int) -> list[StepSampler]:
-        return [StepSampler(len(stream.samples), batch_global, seed, stage, number=stream.number, longest=longest)
+        return [StepSampler(len(stream.samples), batch_global, seed, stage, number=stream.number,
+                            longest=longest)
                 for stream in streams]
 
     return made(max(sampler.n_positions for sampler in made(0)))
 
 
-def equal_size_batches(samples: Sequence[Sample], max_batch: int, *, rank: int = 0, world: int = 1) -> list[list[int]]:
-    """Batches of images of one size, each sample in exactly one batch of one rank, for evaluation and labelling.
+def equal_size_batches(samples: Sequence[Sample], max_batch: int, *, rank: int = 0,
+                       world: int = 1) -> list[list[int]]:
+    """Batches of images of one size, each sample in exactly one batch of one rank, for evaluation and
+    labelling.
 
-    The batches themselves do not depend on rank and world, only their distribution does: largest batch first, each to
-    the rank with the fewest pixels so far. A size's samples are spread evenly over its batches (7 with at most 4 a
+    The batches themselves do not depend on rank and world, only their distribution does: largest batch first,
+    each to the rank with the fewest pixels so far. A size's samples are spread evenly over its batches (7
+    with at most 4 a
     batch: 4 and 3).
 
     Returns:
@@ -146,7 +162,8 @@ def equal_size_batches(samples: Sequence[Sample], max_batch: int, *, rank: int =
         ValueError: max_batch or world below 1, or rank outside 0..world-1.
     """
     if max_batch < 1 or world < 1 or not 0 <= rank < world:
-        raise ValueError(f"max_batch {max_batch}, rank {rank}, world {world}: expected max_batch >= 1, rank < world")
+        raise ValueError(f"max_batch {max_batch}, rank {rank}, world {world}: expected max_batch >= 1, rank "
+                         "< world")
     groups: dict[tuple[int, int], list[int]] = {}
     for index, sample in enumerate(samples):
         groups.setdefault((sample.height, sample.width), []).append(index)

@@ -1,4 +1,5 @@
-"""Methods: what is computed. One file each, with its step and its stages; `METHODS` has the facts about them."""
+"""Methods: what is computed. One file each, with its step and its stages; `METHODS` has the facts about
+them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ class Method:
     pairs: bool = False
     """Mixes neighbours of a pass, so that a pass holds an even number of images of each list."""
     checkpoints: int
-    """Networks on the disk at the end: a stage that trains keeps its best one and, to resume from, its last one with momentum
-    (two), and writes one more before an old one goes; thirds come on top."""
+    """Networks on the disk at the end: a stage that trains keeps its best one and, to resume from, its last
+    one with momentum (two), and writes one more before an old one goes; thirds come on top."""
 
 
 METHODS = {

@@ -1,7 +1,8 @@
-"""What both UniMatches share: pseudo labels of a weak view, CutMix between neighbours, and streams of two lists.
+"""What both UniMatches share: pseudo labels of a weak view, CutMix between neighbours, and streams of two
+lists.
 
-Pixels of which the network is unsure, and padding, are labelled 255 before labels are pasted: thresholding and pasting commute,
-so no map of confidence is carried along, and the operators for labels serve as they are.
+Pixels of which the network is unsure, and padding, are labelled 255 before labels are pasted: thresholding
+and pasting commute, so no map of confidence is carried along, and the operators for labels serve as they are.
 
 Legend: N images of a pass (even), C classes, H W crop size, h w size of low-resolution logits.
 """
@@ -15,15 +16,19 @@ from stpp.loading.sample import Batch, Sample, Stream
 from stpp_kernels import upsample_argmax, upsample_cross_entropy
 
 
-def weak_and_strong(labelled: Sequence[Sample], unlabelled: Sequence[Sample], *, strong: int) -> tuple[Stream, Stream]:
-    """Streams of a labelled list, weakly augmented, and of an unlabelled one in a weak and `strong` strong views."""
+def weak_and_strong(labelled: Sequence[Sample], unlabelled: Sequence[Sample], *,
+                    strong: int) -> tuple[Stream, Stream]:
+    """Streams of a labelled list, weakly augmented, and of an unlabelled one in a weak and `strong` strong
+    views."""
     return (Stream(samples=labelled, views=("weak",)),
-            Stream(samples=unlabelled, views=("weak", *["strong"] * strong), box="paste", masked=False, number=1))
+            Stream(samples=unlabelled, views=("weak", *["strong"] * strong), box="paste", masked=False,
+                   number=1))
 
 
 @torch.no_grad()
 def pseudo_labels(logits_NChw: torch.Tensor, batch: Batch, confidence: float) -> torch.Tensor:
-    """Classes of the weak view: uint8 [N, H, W], 255 where the probability is below `confidence`, and on padding."""
+    """Classes of the weak view: uint8 [N, H, W], 255 where the probability is below `confidence`, and on
+    padding."""
     size = batch.images_NCHW.shape[-2:]
     labels_NHW, probability_NHW = upsample_argmax(logits_NChw, size, confidence=True)
     sure_NHW = (probability_NHW >= confidence) & inside(batch.shown_N4, size)
@@ -40,24 +45,28 @@ def inside(boxes_N4: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def swapped(tensor: torch.Tensor) -> torch.Tensor:
-    """Neighbours exchanged along the first axis: 0 with 1, 2 with 3, ... The same pairs on any number of ranks."""
+    """Neighbours exchanged along the first axis: 0 with 1, 2 with 3, ... The same pairs on any number of
+    ranks."""
     pairs = tensor.reshape(-1, 2, *tensor.shape[1:])
     mixed = pairs.flip(1).reshape(tensor.shape)
     return mixed.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else mixed
 
 
 def pasted(tensor: torch.Tensor, boxes_N4: torch.Tensor) -> torch.Tensor:
-    """Images [N, 3, H, W], or labels or flags [N, H, W], with the neighbour's pixels inside each box: CutMix."""
+    """Images [N, 3, H, W], or labels or flags [N, H, W], with the neighbour's pixels inside each box:
+    CutMix."""
     in_box = inside(boxes_N4, tensor.shape[-2:])
     return torch.where(in_box[:, None] if tensor.dim() == 4 else in_box, swapped(tensor), tensor)
 
 
 def mixed_views(batch: Batch) -> torch.Tensor:
     """Strong views, each pasted by its own boxes, one after the other: [V N, 3, H, W]."""
-    return torch.cat([pasted(view, boxes) for view, boxes in zip(batch.views[1:], batch.boxes_VN4[1:], strict=True)])
+    return torch.cat([pasted(view, boxes) for view,
+                      boxes in zip(batch.views[1:], batch.boxes_VN4[1:], strict=True)])
 
 
-def mixed_losses(logits: Sequence[torch.Tensor], labels_NHW: torch.Tensor, batch: Batch) -> list[torch.Tensor]:
+def mixed_losses(logits: Sequence[torch.Tensor], labels_NHW: torch.Tensor,
+                 batch: Batch) -> list[torch.Tensor]:
     """Sums of the cross-entropy of each strong view with labels that are pasted as its images were."""
     return [upsample_cross_entropy(logits_NChw, pasted(labels_NHW, boxes), ignore_index=IGNORE)[0]
             for logits_NChw, boxes in zip(logits, batch.boxes_VN4[1:], strict=True)]

@@ -1,4 +1,5 @@
-"""Retraining on labels and masks that the user gives: pseudo labels of `stpp label` or of a run, looked at or corrected."""
+"""Retraining on labels and masks that the user gives: pseudo labels of `stpp label` or of a run, looked at or
+corrected."""
 
 from stpp.methods.st import joint
 from stpp.methods.stages import Stages

@@ -19,5 +19,6 @@ def train(run: Stages) -> None:
 
 
 def joint(labelled: Sequence[Sample], pseudo: Sequence[Sample]) -> list[Sample]:
-    """One list: the labelled samples, repeated until they are no fewer than the pseudo-labelled ones, and these."""
+    """One list: the labelled samples, repeated until they are no fewer than the pseudo-labelled ones, and
+    these."""
     return list(labelled) * math.ceil(len(pseudo) / len(labelled)) + list(pseudo)

@@ -1,4 +1,5 @@
-"""What a method may ask of the run that it is a part of. `stpp.run.run.Run` provides it; stages pass values, not folder names."""
+"""What a method may ask of the run that it is a part of. `stpp.run.run.Run` provides it; stages pass values,
+not folder names."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ class Trained:
 class Stages(Protocol):
     """Lists of a run, and its stages. A stage that is done is read from the disk instead of being done again.
 
-    A stage's name is that of its folder below `stages/`; the number that it begins with keys its random numbers.
+    A stage's name is that of its folder below `stages/`; the number that it begins with keys its random
+    numbers.
     """
 
     labelled: list[Sample]
@@ -30,8 +32,8 @@ class Stages(Protocol):
     supervised_epochs: int
     """Epochs of a stage on the labels alone."""
 
-    def train(self, name: str, step: type[Step], *lists: Sequence[Sample], epochs: int | None = None, keep_thirds: bool = False,
-              key: int | None = None) -> Trained:
+    def train(self, name: str, step: type[Step], *lists: Sequence[Sample], epochs: int | None = None,
+              keep_thirds: bool = False, key: int | None = None) -> Trained:
         """Trains a network from the pre-trained weights.
 
         Args:
@@ -42,9 +44,11 @@ class Stages(Protocol):
         """
 
     def label(self, name: str, checkpoint: Path, samples: Sequence[Sample]) -> list[Sample]:
-        """Labels samples with the network of a checkpoint: the same samples, with these masks, to be augmented strongly."""
+        """Labels samples with the network of a checkpoint: the same samples, with these masks, to be
+        augmented strongly."""
 
-    def select(self, name: str, checkpoints: Sequence[Path], samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
+    def select(self, name: str, checkpoints: Sequence[Path],
+               samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
         """Ranks samples by how well checkpoints agree on them: the reliable half, and the rest."""
 
     def given(self) -> list[Sample]:

@@ -1,4 +1,5 @@
-"""Supervised training: cross-entropy on masks, which may be pseudo labels. Every stage of ST and ST++ that trains is this.
+"""Supervised training: cross-entropy on masks, which may be pseudo labels. Every stage of ST and ST++ that
+trains is this.
 
 Source: ST++ (arXiv 2106.05095).
 """

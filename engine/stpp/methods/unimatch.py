@@ -1,7 +1,8 @@
-"""UniMatch: one network that labels the weak view of an unlabelled image and learns from its strong views, and from the weak view
-with half of its features dropped.
+"""UniMatch: one network that labels the weak view of an unlabelled image and learns from its strong views,
+and from the weak view with half of its features dropped.
 
-Source: "Revisiting Weak-to-Strong Consistency" (CVPR 2023, arXiv 2208.09910). Departures are in docs/unimatch.md.
+Source: "Revisiting Weak-to-Strong Consistency" (CVPR 2023, arXiv 2208.09910). Departures are in
+docs/unimatch.md.
 """
 
 from collections.abc import Sequence
@@ -22,10 +23,12 @@ from stpp_kernels import upsample_cross_entropy
 class UniMatch(Step):
     """(labelled + (strong 1 + strong 2) / 4 + dropped / 2) / 2, each a mean over the global batch."""
 
-    weights = {"loss_labelled": 0.5, "loss_strong_1": 0.125, "loss_strong_2": 0.125, "loss_dropped": 0.25, "confident_share": 0.0}
+    weights = {"loss_labelled": 0.5, "loss_strong_1": 0.125, "loss_strong_2": 0.125, "loss_dropped": 0.25,
+               "confident_share": 0.0}
 
     @classmethod
-    def streams(cls, config: Config, labelled: Sequence[Sample], unlabelled: Sequence[Sample]) -> tuple[Stream, ...]:
+    def streams(cls, config: Config, labelled: Sequence[Sample],
+                unlabelled: Sequence[Sample]) -> tuple[Stream, ...]:
         return weak_and_strong(labelled, unlabelled, strong=2)
 
     def pixels(self, x: Batch, u: Batch) -> torch.Tensor:

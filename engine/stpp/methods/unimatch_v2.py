@@ -1,8 +1,8 @@
-"""UniMatch-V2: a moving average of the network labels the weak view; the network learns from two strong views of which each sees
-the channels that the other lacks. FixMatch, with and without the average, is its ablation.
+"""UniMatch-V2: a moving average of the network labels the weak view; the network learns from two strong views
+of which each sees the channels that the other lacks. FixMatch, with and without the average, is its ablation.
 
-Source: "UniMatch V2: Pushing the Limit of Semi-Supervised Semantic Segmentation" (arXiv 2410.10777). Departures are in
-docs/unimatch.md.
+Source: "UniMatch V2: Pushing the Limit of Semi-Supervised Semantic Segmentation" (arXiv 2410.10777).
+Departures are in docs/unimatch.md.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,8 @@ class UniMatchV2(Step):
         self.average = MovingAverage(network, config.consistency.ema)
 
     @classmethod
-    def streams(cls, config: Config, labelled: Sequence[Sample], unlabelled: Sequence[Sample]) -> tuple[Stream, ...]:
+    def streams(cls, config: Config, labelled: Sequence[Sample],
+                unlabelled: Sequence[Sample]) -> tuple[Stream, ...]:
         return weak_and_strong(labelled, unlabelled, strong=2)
 
     def pixels(self, x: Batch, u: Batch) -> torch.Tensor:
@@ -42,7 +43,9 @@ class UniMatchV2(Step):
         with torch.no_grad():
             labels_NHW = pseudo_labels(self.average(u.images_NCHW), u, self.config.consistency.confidence)
         maps = self.network.features(torch.cat([x.images_NCHW, mixed_views(u)]))
-        logits_x, *strong = self.network.decode(*self.dropped(maps, n, m)).split([n] + [m] * (len(u.views) - 1))
+        logits_x, *strong = self.network.decode(*self.dropped(maps, n, m)).split(
+            [n] + [m] * (len(u.views) - 1)
+        )
         losses = mixed_losses(strong, labels_NHW, u)
         confident = (labels_NHW != IGNORE).sum().float()
         return torch.stack([labelled_loss(logits_x, x.labels_NHW, self.config.train), *losses, confident])
@@ -71,7 +74,8 @@ class FixMatch(UniMatchV2):
     weights = {"loss_labelled": 0.5, "loss_strong": 0.5, "confident_share": 0.0}
 
     @classmethod
-    def streams(cls, config: Config, labelled: Sequence[Sample], unlabelled: Sequence[Sample]) -> tuple[Stream, ...]:
+    def streams(cls, config: Config, labelled: Sequence[Sample],
+                unlabelled: Sequence[Sample]) -> tuple[Stream, ...]:
         return weak_and_strong(labelled, unlabelled, strong=1)
 
     def dropped(self, maps: Sequence[torch.Tensor], n: int, m: int) -> list[torch.Tensor]:
@@ -81,8 +85,8 @@ class FixMatch(UniMatchV2):
 def complementary_dropout(n: int, channels: Sequence[int], device: torch.device) -> list[torch.Tensor]:
     """Factors of the channels of two views of n images: float32 [2 n, D] for each map.
 
-    Each channel of an image is kept, and doubled, in exactly one view; floor(n / 2) images, drawn at random, keep all channels in
-    both. Maps of equal depth, as a ViT has them, share one draw; others have their own.
+    Each channel of an image is kept, and doubled, in exactly one view; floor(n / 2) images, drawn at random,
+    keep all channels in both. Maps of equal depth, as a ViT has them, share one draw; others have their own.
     """
     whole_N = torch.zeros(n, dtype=torch.bool, device=device)
     whole_N[torch.randperm(n, device=device)[: n // 2]] = True
@@ -93,7 +97,8 @@ def complementary_dropout(n: int, channels: Sequence[int], device: torch.device)
         key = 0 if shared else level
         if key not in drawn:
             kept_ND = 2.0 * (torch.rand(n, depth, device=device) < 0.5)
-            drawn[key] = torch.cat([kept_ND.masked_fill(whole_N[:, None], 1.0), (2 - kept_ND).masked_fill(whole_N[:, None], 1.0)])
+            drawn[key] = torch.cat([kept_ND.masked_fill(whole_N[:, None], 1.0),
+                                    (2 - kept_ND).masked_fill(whole_N[:, None], 1.0)])
         found.append(drawn[key])
     return found
 

@@ -1,1 +1,2 @@
-"""Segmentation networks with the public implementation's state-dict keys. They return low-resolution logits."""
+"""Segmentation networks with the public implementation's state-dict keys. They return low-resolution
+logits."""

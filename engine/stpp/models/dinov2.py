@@ -231,7 +231,8 @@ def cubic_matrix(size: int, surplus: Tensor) -> Tensor:
 
 def _surplus(rows: int, columns: int, device: torch.device) -> Tensor:
     """0 for the trained grid, else what the published code adds to the sizes."""
-    high, wide = (torch.full((), side, dtype=torch.float32, device=device) == GRID for side in (rows, columns))
+    high, wide = (torch.full((), side, dtype=torch.float32, device=device) == GRID
+                  for side in (rows, columns))
     return torch.where(high & wide, 0.0, SURPLUS)
 
 

@@ -116,7 +116,8 @@ class DPT(Network):
 
     @property
     def least_px(self) -> int:
-        """Smallest side of images in an exported graph: three patches, because the coarsest map halves them."""
+        """Smallest side of images in an exported graph: three patches, because the coarsest map halves
+        them."""
         patch = self.backbone.strides[0]
         return 3 * patch - patch // 2
 

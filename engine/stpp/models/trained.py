@@ -66,8 +66,8 @@ def load_network(
     if output_stride not in (None, architecture["output_stride"]):
         stride_of(architecture["backbone"], output_stride)
         raise UserError(
-            f"--output-stride {output_stride}: {path} was trained at {architecture['output_stride']} and tells so; "
-            "leave the flag out"
+            f"--output-stride {output_stride}: {path} was trained at {architecture['output_stride']} and "
+            "tells so; leave the flag out"
         )
     return LoadedNetwork(network, classes, architecture)
 
@@ -120,7 +120,8 @@ def _nearest(state: dict[str, object], path: str | Path) -> tuple[str, str]:
             "superfluous": sorted(found.keys() - nearest.keys()),
         }
         raise UserError(
-            f"{path}: holds no network that is known here; nearest is {name} on {backbone} ({named_keys(misfits)})"
+            f"{path}: holds no network that is known here; nearest is {name} on {backbone} "
+            f"({named_keys(misfits)})"
         )
     return name, backbone
 

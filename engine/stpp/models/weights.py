@@ -16,7 +16,8 @@ from stpp.errors import UserError
 from stpp.models.network import Network
 
 WRAPPERS = ("model_ema", "model", "state_dict")
-"""Keys under which a file may hold a state dict; of several the first is read. UniMatch V2 scores its `model_ema`."""
+"""Keys under which a file may hold a state dict; of several the first is read. UniMatch V2 scores its
+`model_ema`."""
 PREFIXES = ("module.", "_orig_mod.")
 SHOWN = 5
 
@@ -40,22 +41,23 @@ class LoadReport:
     def summary(self) -> str:
         """One line: how much was loaded, and what did not fit."""
         loaded = f"{self.loaded} of {self.wanted} tensors loaded from {Path(self.path).name}"
-        misfits = {"missing in the file": self.missing, "of another shape": self.mismatched, "left out": self.left_out}
+        misfits = {"missing in the file": self.missing, "of another shape": self.mismatched,
+                   "left out": self.left_out}
         return "; ".join(filter(None, (loaded, named_keys(misfits))))
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:
     """Reads a checkpoint onto the CPU without running any code in it.
 
-    Of a file with several networks, `model` and the mean `model_ema` of its weights, the mean is read and the other left
-    out, which is said; `best.pth#model` asks for the other.
+    Of a file with several networks, `model` and the mean `model_ema` of its weights, the mean is read and the
+    other left out, which is said; `best.pth#model` asks for the other.
 
     Returns:
         The dict in the file: a state dict, or a dict that holds one under a key of `WRAPPERS`.
 
     Raises:
-        UserError: the file is missing, unreadable or damaged, holds objects other than tensors and plain containers, or
-            holds no dict with tensors.
+        UserError: the file is missing, unreadable or damaged, holds objects other than tensors and plain
+            containers, or holds no dict with tensors.
     """
     file, part = files.and_part(path)
     content = checkpoint.read(file)
@@ -75,15 +77,18 @@ def _one_network(content: dict, file: Path, part: str | None) -> dict:
     if part is not None and part not in found:
         raise UserError(f"checkpoint {file} holds no {part!r}; it has {', '.join(found) or 'one state dict'}")
     if part is None and len(found) > 1:
-        log.say(f"{file}: {found[0]} is read; {' or '.join(f'{file.name}#{key}' for key in found[1:])} names the other")
+        log.say(f"{file}: {found[0]} is read; {' or '.join(f'{file.name}#{key}' for key in found[1:])} names "
+                "the other")
     read = part or next(iter(found), None)
     return {key: value for key, value in content.items() if key == read or key not in found}
 
 
 def state_dict_of(content: dict) -> dict[str, object]:
-    """The state dict in what `read_checkpoint` gave, free of its wrapper and of "module." before every key."""
+    """The state dict in what `read_checkpoint` gave, free of its wrapper and of "module." before every
+    key."""
     state = {str(key): value for key, value in _unwrapped(content).items()}
-    while state and (common := [prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in state)]):
+    while state and (common := [prefix for prefix in PREFIXES
+                                if all(key.startswith(prefix) for key in state)]):
         state = {key.removeprefix(common[0]): value for key, value in state.items()}
     return state
 
@@ -94,8 +99,8 @@ def load_backbone(model: Network, path: str | os.PathLike) -> LoadReport:
     The file's classifier, or whatever of a network is not backbone, is left out and reported.
 
     Raises:
-        UserError: the file is unfit (see `read_checkpoint`), lacks a tensor of the backbone, has one in another shape,
-            or has tensors of another backbone.
+        UserError: the file is unfit (see `read_checkpoint`), lacks a tensor of the backbone, has one in
+            another shape, or has tensors of another backbone.
     """
     return load_backbone_state(model, state_dict_of(read_checkpoint(path)), path)
 
@@ -114,23 +119,26 @@ def load_backbone_state(model: Network, state: dict[str, object], path: str | os
 
 
 def load_model(model: nn.Module, path: str | os.PathLike, strict: bool = True) -> LoadReport:
-    """Loads a whole network: a state dict, plain or under a key of `WRAPPERS`, "module." before its keys or not.
+    """Loads a whole network: a state dict, plain or under a key of `WRAPPERS`, "module." before its keys or
+    not.
 
     Args:
         model: a network from `build_model`.
         path: the file.
-        strict: refuse a file that does not fit in every key and shape. Otherwise only the backbone has to fit; what
-            else does not keeps its values and stands in the report, so a network for other classes can start from a
-            published one.
+        strict: refuse a file that does not fit in every key and shape. Otherwise only the backbone has to
+            fit; what else does not keeps its values and stands in the report, so a network for other classes
+            can start from a published one.
 
     Raises:
-        UserError: the file is unfit (see `read_checkpoint`), or does not fit: the numbers of classes are named if these
-            differ (and strict), else up to five of the missing and superfluous keys and differing shapes.
+        UserError: the file is unfit (see `read_checkpoint`), or does not fit: the numbers of classes are
+            named if these differ (and strict), else up to five of the missing and superfluous keys and
+            differing shapes.
     """
     return load_state(model, state_dict_of(read_checkpoint(path)), path, strict)
 
 
-def load_state(model: nn.Module, state: dict[str, object], path: str | os.PathLike, strict: bool = True) -> LoadReport:
+def load_state(model: nn.Module, state: dict[str, object], path: str | os.PathLike,
+               strict: bool = True) -> LoadReport:
     """As `load_model`, with what `state_dict_of` found in the file `path`."""
     fitting, report = _compare(model, state, path)
     if strict:
@@ -154,7 +162,8 @@ def _compare(
 ) -> tuple[dict[str, Tensor], LoadReport]:
     """The tensors of `state` that fit `module`, and the report as it will be once they are copied.
 
-    Files older than batch norm's `num_batches_tracked` lack it; nothing here uses it, so it does not count as missing.
+    Files older than batch norm's `num_batches_tracked` lack it; nothing here uses it, so it does not count as
+    missing.
     """
     own = module.state_dict()
     fitting, mismatched = {}, []
@@ -184,7 +193,8 @@ def _copy(module: nn.Module, fitting: dict[str, Tensor], path: str | os.PathLike
     except RuntimeError as error:  # sparse, quantised or complex tensors of the right shape
         line = " ".join(str(error).split())[:200]
         raise UserError(
-            f"checkpoint {path} holds tensors of a kind that cannot be copied ({line}); save it as plain float tensors"
+            f"checkpoint {path} holds tensors of a kind that cannot be copied ({line}); save it as plain "
+            "float tensors"
         ) from error
 
 
@@ -198,15 +208,17 @@ def _backbone_part(report: LoadReport) -> LoadReport:
 
 def _refuse_unfit(report: LoadReport, what: str) -> None:
     if report.missing or report.mismatched or report.left_out:
-        misfits = {"missing": report.missing, "superfluous": report.left_out, "other shapes": report.mismatched}
-        raise UserError(f"checkpoint {report.path} does not fit {what} ({named_keys(misfits)}); check the model and backbone of "
-                        "the recipe")
+        misfits = {"missing": report.missing, "superfluous": report.left_out,
+                   "other shapes": report.mismatched}
+        raise UserError(f"checkpoint {report.path} does not fit {what} ({named_keys(misfits)}); check the "
+                        "model and backbone of the recipe")
 
 
 def _refuse_other_classes(model: nn.Module, state: dict[str, object], path: str | os.PathLike) -> None:
     for key, own in model.state_dict().items():
         value = state.get(key)
-        if not key.startswith(model.classifier_name + ".") or not isinstance(value, Tensor) or value.dim() != own.dim():
+        if not key.startswith(model.classifier_name
+                              + ".") or not isinstance(value, Tensor) or value.dim() != own.dim():
             continue
         if value.shape[1:] == own.shape[1:] and len(value) != len(own):
             raise UserError(

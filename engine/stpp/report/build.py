@@ -1,8 +1,9 @@
 """Writes a report: one folder that any browser opens from the disk, without a network.
 
-`index.html` (from `page.html`), `report.js`, `report.css`, `data/rows-<i>.js` (a browser does not read JSON from the disk, but
-runs scripts), `pictures/`, and `report.json`, which says that the folder is ours. Names of images may be hostile: they
-reach the page through the template's escaping or as data that the script sets as text, never as markup, code or file names.
+`index.html` (from `page.html`), `report.js`, `report.css`, `data/rows-<i>.js` (a browser does not read JSON
+from the disk, but runs scripts), `pictures/`, and `report.json`, which says that the folder is ours. Names of
+images may be hostile: they reach the page through the template's escaping or as data that the script sets as
+text, never as markup, code or file names.
 """
 
 import json
@@ -24,7 +25,8 @@ FORMAT = "stpp-report-1"
 CHUNK = 20_000
 """Rows of one data file."""
 DRIFT, DRIFT_LEAST = 2.0, 0.001
-"""A class drifts where its share differs by this factor from that in the labelled set, and either is at least this large."""
+"""A class drifts where its share differs by this factor from that in the labelled set, and either is at least
+this large."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,8 @@ class Share:
 
     share: float
     factor: float | None
-    """Over its share in the labelled set; None where it does not drift, or nothing is known to compare with."""
+    """Over its share in the labelled set; None where it does not drift, or nothing is known to compare
+    with."""
 
 
 def write_report(folder: Path, out: Path, *, run: Path | None = None, reliability: Path | None = None,
@@ -54,7 +57,8 @@ def write_report(folder: Path, out: Path, *, run: Path | None = None, reliabilit
         raise UserError(f"--out {out} exists and is no report; choose another folder")
     is_run = (folder / "stages").is_dir()
     if not is_run and not (folder / "labels").is_dir():
-        raise UserError(f"{folder}: neither a run (stages/) nor labels (labels/); give the --out of `stpp train` or `stpp label`")
+        raise UserError(f"{folder}: neither a run (stages/) nor labels (labels/); give the --out of `stpp "
+                        "train` or `stpp label`")
     run = folder if is_run else run or runs.of_labels(folder)
     scores, threshold = _reliability(run, reliability)
     labellings = [labelling.read(one, name, scores) for name, one in _label_folders(folder, is_run)]
@@ -63,10 +67,12 @@ def write_report(folder: Path, out: Path, *, run: Path | None = None, reliabilit
         shutil.rmtree(temporary, ignore_errors=True)
         for name in ("data", "pictures"):
             (temporary / name).mkdir(parents=True)
-        _write(temporary, folder, run if run and run.is_dir() else None, is_run, labellings, scores, threshold, most_pictures)
+        _write(temporary, folder, run if run and run.is_dir() else None, is_run, labellings, scores,
+               threshold, most_pictures)
         files.replace_folder(temporary, out)
     except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror or error}; choose a folder that can be written") from error
+        raise UserError(f"--out {out}: {error.strerror or error}; choose a folder that can be "
+                        "written") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -74,7 +80,8 @@ def write_report(folder: Path, out: Path, *, run: Path | None = None, reliabilit
 def _label_folders(folder: Path, is_run: bool) -> list[tuple[str, Path]]:
     if not is_run:
         return [(folder.resolve().name, folder)]
-    return [(one.name, one) for one in sorted((folder / "stages").iterdir()) if any(one.glob("labels/part-*.parquet"))]
+    return [(one.name, one) for one in sorted((folder / "stages").iterdir())
+            if any(one.glob("labels/part-*.parquet"))]
 
 
 def _reliability(run: Path | None, given: Path | None) -> tuple[dict[str, float], float | None]:
@@ -82,15 +89,16 @@ def _reliability(run: Path | None, given: Path | None) -> tuple[dict[str, float]
     return labelling.reliabilities(path) if path else ({}, None)
 
 
-def _write(out: Path, folder: Path, run: Path | None, is_run: bool, labellings: Sequence[Labelling], scores: dict[str, float],
-           threshold: float | None, most_pictures: int) -> None:
+def _write(out: Path, folder: Path, run: Path | None, is_run: bool, labellings: Sequence[Labelling],
+           scores: dict[str, float], threshold: float | None, most_pictures: int) -> None:
     num_classes = max((len(one.totals.class_pixels) for one in labellings), default=0)
     names = runs.classes(run) if run else []
     if len(names) < num_classes:
         names = [str(i) for i in range(num_classes)]
     drawn = _draw(out / "pictures", labellings, most_pictures, num_classes)
     chunks = _write_rows(out / "data", labellings, drawn)
-    truth, unknown = runs.labelled_pixels(run) if run else ([], "no run is known; name the teacher's with --run")
+    truth, unknown = runs.labelled_pixels(run) if run else ([], "no run is known; name the teacher's with "
+                                                                "--run")
     bins = [0] * labelling.BINS
     for score in scores.values():
         bins[labelling.bin_of(score)] += 1
@@ -100,27 +108,32 @@ def _write(out: Path, folder: Path, run: Path | None, is_run: bool, labellings: 
         shutil.copyfile(sheet, out / "pictures" / sheet.name)
     values = {
         "title": folder.resolve().name, "version": __version__, "is_run": is_run, "stages": stages,
-        "iou": _iou_table(stages), "labellings": labellings, "drift": _drift(names, truth, labellings), "drift_unknown": unknown,
+        "iou": _iou_table(stages), "labellings": labellings, "drift": _drift(names, truth, labellings),
+        "drift_unknown": unknown,
         "drift_factor": DRIFT, "classes": [{"name": name, "swatch": pictures.swatch(i, num_classes)}
                                            for i, name in enumerate(names[:num_classes])],
         "ignored_swatch": pictures.swatch(255, num_classes), "confidence_scale": pictures.confidence_scale(),
         "chunks": chunks, "drawn": sum(map(len, drawn)),
         "reliability": charts.histogram("reliability", bins, threshold=threshold), "threshold": threshold,
-        "confidence": [(one.name, charts.histogram("mean confidence", one.totals.confidences)) for one in labellings],
+        "confidence": [(one.name, charts.histogram("mean confidence", one.totals.confidences))
+                       for one in labellings],
         "provenance": (runs.provenance(run) if run else {})
         | {f"Labels {one.name}": runs.made_by(one.made_by) for one in labellings},
-        "facts": {"classes": names[:num_classes], "labellings": [one.name for one in labellings], "threshold": threshold,
+        "facts": {"classes": names[:num_classes], "labellings": [one.name for one in labellings],
+                  "threshold": threshold,
                   "id": str(folder.resolve())},
         "card": card_text, "sheet": f"pictures/{sheet.name}" if sheet else None,
         "chart": {"width": charts.WIDTH, "height": charts.HEIGHT},
     }
     here = Path(__file__).parent
-    page = jinja2.Environment(loader=jinja2.FileSystemLoader(here), autoescape=True, undefined=jinja2.StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True).get_template("page.html")
+    page = jinja2.Environment(loader=jinja2.FileSystemLoader(here), autoescape=True,
+                              undefined=jinja2.StrictUndefined, trim_blocks=True,
+                              lstrip_blocks=True).get_template("page.html")
     files.write_text(out / "index.html", page.render(values))
     for name in ("report.js", "report.css"):
         shutil.copyfile(here / name, out / name)
-    files.write_json(out / "report.json", {"format": FORMAT, "stpp": __version__, "of": str(folder.resolve()), "classes": names,
+    files.write_json(out / "report.json",
+                     {"format": FORMAT, "stpp": __version__, "of": str(folder.resolve()), "classes": names,
                                            "images": sum(one.totals.images for one in labellings),
                                            "bad": sum(one.totals.bad for one in labellings)})
 
@@ -140,8 +153,9 @@ def _write_rows(folder: Path, labellings: Sequence[Labelling], drawn: Sequence[d
     for number, one in enumerate(labellings):
         for image in one.listed:
             shares = [part for class_id, share in image.shares for part in (class_id, round(100 * share, 1))]
-            rows.append([image.key, number, image.reliability and round(image.reliability, 4), round(image.confidence, 4),
-                         round(image.ignored, 4), image.width, image.height, drawn[number].get(image.key, -1), shares])
+            rows.append([image.key, number, image.reliability and round(image.reliability, 4),
+                         round(image.confidence, 4), round(image.ignored, 4), image.width, image.height,
+                         drawn[number].get(image.key, -1), shares])
     chunks = range(0, len(rows), CHUNK)
     for number, start in enumerate(chunks):
         # ASCII JSON is JavaScript, whatever the names hold.
@@ -153,18 +167,21 @@ def _write_rows(folder: Path, labellings: Sequence[Labelling], drawn: Sequence[d
 def _iou_table(stages: Sequence[runs.Stage]) -> dict[str, list[float | None]]:
     """IoU by class for every stage that has any."""
     scored = [stage for stage in stages if stage.iou]
-    return {name: [stage.iou.get(name) for stage in scored] for name in dict.fromkeys(key for one in scored for key in one.iou)}
+    return {name: [stage.iou.get(name) for stage in scored]
+            for name in dict.fromkeys(key for one in scored for key in one.iou)}
 
 
 def _drift(names: Sequence[str], truth: Sequence[int],
            labellings: Sequence[Labelling]) -> list[tuple[str, float | None, list[Share]]]:
-    """(class, share in the labelled set, share in every labelling); shares of the pixels that are not ignored."""
+    """(class, share in the labelled set, share in every labelling); shares of the pixels that are not
+    ignored."""
     of_truth = _shares(truth, len(names))
     of_labels = [_shares(one.totals.class_pixels, len(names)) for one in labellings]
     table = []
     for i, name in enumerate(names):
         labelled = of_truth[i] if truth else None
-        table.append((name, labelled, [Share(share=shares[i], factor=_factor(shares[i], labelled)) for shares in of_labels]))
+        table.append((name, labelled,
+                      [Share(share=shares[i], factor=_factor(shares[i], labelled)) for shares in of_labels]))
     return table
 
 

@@ -45,8 +45,11 @@ def curve(title: str, pairs: Sequence[tuple[int, float]]) -> Curve | None:
     kept = pairs[::stride] + ([pairs[-1]] if (len(pairs) - 1) % stride else [])
     low, high = min(value for _, value in pairs), max(value for _, value in pairs)
     first, last = pairs[0][0], pairs[-1][0]
-    points = " ".join(f"{WIDTH * (step - first) / max(last - first, 1):.1f},{HEIGHT * (high - value) / ((high - low) or 1):.1f}"
-                      for step, value in kept)
+    points = " ".join(
+        f"{WIDTH * (step - first) / max(last - first, 1):.1f},"
+        f"{HEIGHT * (high - value) / ((high - low) or 1):.1f}"
+        for step, value in kept
+    )
     return Curve(title=title, points=points, low=low, high=high, last=pairs[-1][1], steps=(first, last))
 
 
@@ -60,5 +63,5 @@ def histogram(title: str, counts: Sequence[int], *, threshold: float | None = No
         height = HEIGHT * count / most
         label = f"{i / len(counts):.2f} to {(i + 1) / len(counts):.2f}: {count} images"
         bars.append((WIDTH * i / len(counts), HEIGHT - height, height, label))
-    return Histogram(title=title, bars=bars, bar_width=WIDTH / len(counts) - 1, most=most, threshold=threshold,
-                     threshold_x=None if threshold is None else WIDTH * threshold)
+    return Histogram(title=title, bars=bars, bar_width=WIDTH / len(counts) - 1, most=most,
+                     threshold=threshold, threshold_x=None if threshold is None else WIDTH * threshold)

@@ -1,4 +1,5 @@
-"""Examples: image, truth, and what a network makes of it, on a sheet at the end of a run and as pictures on its way."""
+"""Examples: image, truth, and what a network makes of it, on a sheet at the end of a run and as pictures on
+its way."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -56,8 +57,11 @@ class Watch:
         """Takes the pictures of a batch with its truth, if it holds watched samples."""
         for row, position in enumerate(batch.indices.tolist()):
             if position in self._watched:
-                masks = (colourise(mask_HW.cpu().numpy(), self._num_classes) for mask_HW in (batch.labels_NHW[row], masks_NHW[row]))
-                self.pictures[self._samples[position].key] = _side_by_side(_shown(batch.images_NCHW[row]), *masks)
+                masks = (colourise(mask_HW.cpu().numpy(), self._num_classes)
+                         for mask_HW in (batch.labels_NHW[row], masks_NHW[row]))
+                self.pictures[self._samples[position].key] = _side_by_side(
+                    _shown(batch.images_NCHW[row]), *masks
+                )
 
 
 def _side_by_side(image_HWC: np.ndarray, *masks_HWC: np.ndarray) -> np.ndarray:

@@ -29,7 +29,8 @@ class Image:
 
     key: str
     part: str
-    """Name of the table that it stands in, without the extension; the plan and the masks are numbered alike."""
+    """Name of the table that it stands in, without the extension; the plan and the masks are numbered
+    alike."""
     width: int
     height: int
     confidence: float
@@ -122,7 +123,8 @@ def read(folder: Path, name: str, reliability: dict[str, float]) -> Labelling:
     """
     parts = sorted((folder / "labels").glob("part-*.parquet"))
     if not parts:
-        raise UserError(f"{folder}: holds no labels (labels/part-*.parquet); give the --out of `stpp label`, or a run")
+        raise UserError(f"{folder}: holds no labels (labels/part-*.parquet); give the --out of `stpp label`, "
+                        "or a run")
     totals, failed = Totals(), []
     kept = [Lowest(MOST_LISTED, lambda image: image.lot), Lowest(MOST_WORST, lambda image: image.confidence),
             Lowest(MOST_WORST, lambda image: -image.ignored), Lowest(MOST_WORST, rank)]
@@ -137,8 +139,9 @@ def read(folder: Path, name: str, reliability: dict[str, float]) -> Labelling:
             for one in kept:
                 one.offer(image)
     listed = {image.key: image for one in kept for image in one.values()}
-    return Labelling(name=name, folder=folder, made_by=json_of(folder / "run.json"), finished=(folder / "summary.json").exists(),
-                     totals=totals, listed=[listed[key] for key in sorted(listed)], failed=failed)
+    return Labelling(name=name, folder=folder, made_by=json_of(folder / "run.json"),
+                     finished=(folder / "summary.json").exists(), totals=totals,
+                     listed=[listed[key] for key in sorted(listed)], failed=failed)
 
 
 def rank(image: Image) -> float:
@@ -147,7 +150,8 @@ def rank(image: Image) -> float:
 
 
 def samples(images: list[Image], most: int) -> list[Image]:
-    """`most` images to draw: by turns a random one, the least confident, the most ignored and the least reliable."""
+    """`most` images to draw: by turns a random one, the least confident, the most ignored and the least
+    reliable."""
     keys: list[Callable[[Image], float]] = [lambda image: image.lot, lambda image: image.confidence]
     if any(image.ignored for image in images):
         keys.append(lambda image: -image.ignored)
@@ -180,7 +184,8 @@ def added(ours: list[int], theirs: list[int]) -> list[int]:
 
 
 def json_of(path: Path) -> dict:
-    """A JSON object from a file; empty where there is none, or nothing that can be read: a report shows what there is."""
+    """A JSON object from a file; empty where there is none, or nothing that can be read: a report shows what
+    there is."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -191,5 +196,6 @@ def json_of(path: Path) -> dict:
 def _image(row: dict, part: str, reliability: float | None) -> Image:
     pixels = max(row["width"] * row["height"], 1)
     shares = tuple((i, count / pixels) for i, count in enumerate(row["class_pixels"]) if count)
-    return Image(key=row["key"], part=part, width=row["width"], height=row["height"], confidence=row["mean_confidence"],
-                 ignored=row["ignored_fraction"], reliability=reliability, shares=shares)
+    return Image(key=row["key"], part=part, width=row["width"], height=row["height"],
+                 confidence=row["mean_confidence"], ignored=row["ignored_fraction"], reliability=reliability,
+                 shares=shares)

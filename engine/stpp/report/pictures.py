@@ -22,9 +22,10 @@ SIDE_PX = 256
 SWATCH_HW = (16, 28)
 
 
-def draw(labelling: Labelling, images: Sequence[Image], folder: Path, *, first: int, num_classes: int) -> dict[str, int]:
-    """Writes `<number>.jpg`, `<number>-classes.png`; `<number>-ignored.png` where pixels are ignored; and, unless the labels are of
-    an older version, `<number>-confidence.jpg`.
+def draw(labelling: Labelling, images: Sequence[Image], folder: Path, *, first: int,
+         num_classes: int) -> dict[str, int]:
+    """Writes `<number>.jpg`, `<number>-classes.png`; `<number>-ignored.png` where pixels are ignored; and,
+    unless the labels are of an older version, `<number>-confidence.jpg`.
 
     Args:
         first: number of the first picture. Names of images, which may be hostile, become no file names.
@@ -43,14 +44,16 @@ def draw(labelling: Labelling, images: Sequence[Image], folder: Path, *, first: 
         for image in members:
             try:
                 row = planned[image.key]
-                stored = Item(**{name: row[name] for name in ("key", "source", "file", "offset", "bytes")}).read()
+                stored = Item(**{name: row[name]
+                                 for name in ("key", "source", "file", "offset", "bytes")}).read()
                 seen_HWC = upright(pixels.decode(stored), row["orientation"] or 1)
                 mask_HW = masks.read(image.key)
             except (KeyError, UserError, pixels.BadImage, *DECODE_ERRORS):
                 continue
             number = first + len(found)
             size = _write(folder, number, seen_HWC, mask_HW, num_classes)
-            sure = confidence_map.read(labelled.get(image.key, {}).get("confidence_map") or b"", *mask_HW.shape)
+            sure = confidence_map.read(labelled.get(image.key, {}).get("confidence_map") or b"",
+                                       *mask_HW.shape)
             if sure is not None:
                 Pillow.fromarray(confidence_colours(sure)).resize(size, Pillow.Resampling.BILINEAR).save(
                     folder / f"{number}-confidence.jpg", quality=82)
@@ -109,12 +112,15 @@ class _Masks:
             return np.asarray(image.convert("L") if image.mode != "L" else image)
 
 
-def _write(folder: Path, number: int, seen_HWC: np.ndarray, mask_HW: np.ndarray, num_classes: int) -> tuple[int, int]:
+def _write(folder: Path, number: int, seen_HWC: np.ndarray, mask_HW: np.ndarray,
+           num_classes: int) -> tuple[int, int]:
     """Returns the pictures' width and height."""
     height, width = mask_HW.shape
     scale = min(1.0, SIDE_PX / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    Pillow.fromarray(np.ascontiguousarray(seen_HWC)).resize(size, Pillow.Resampling.BOX).save(folder / f"{number}.jpg", quality=82)
+    Pillow.fromarray(np.ascontiguousarray(seen_HWC)).resize(size, Pillow.Resampling.BOX).save(
+        folder / f"{number}.jpg", quality=82
+    )
     small_HW = np.asarray(Pillow.fromarray(mask_HW).resize(size, Pillow.Resampling.NEAREST))
     Pillow.fromarray(overlay(small_HW, num_classes)).save(folder / f"{number}-classes.png")
     if (small_HW == 255).any():

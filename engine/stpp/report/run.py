@@ -11,7 +11,8 @@ from stpp.errors import UserError
 from stpp.report.charts import Curve, curve
 from stpp.report.labelling import added, json_of
 
-METRICS = {"miou_pct": "validation mIoU, %", "loss": "loss", "lr": "learning rate", "images_per_s": "images/s",
+METRICS = {"miou_pct": "validation mIoU, %", "loss": "loss", "lr": "learning rate",
+           "images_per_s": "images/s",
            "data_wait_pct": "time waiting for data, %"}
 """Keys of `metrics.jsonl` by what they are called in the report; others are shown by their own name."""
 SCORES = "scores.json"
@@ -35,7 +36,8 @@ def stages(run: Path) -> list[Stage]:
     found = []
     for folder in sorted(path for path in (run / "stages").iterdir() if path.is_dir()):
         iou = json_of(folder / SCORES).get("iou")
-        found.append(Stage(name=folder.name, record=json_of(folder / "DONE.json"), curves=_curves(folder / "metrics.jsonl"),
+        found.append(Stage(name=folder.name, record=json_of(folder / "DONE.json"),
+                           curves=_curves(folder / "metrics.jsonl"),
                            iou=iou if isinstance(iou, dict) else {}))
     return found
 
@@ -56,7 +58,8 @@ def labelled_pixels(run: Path) -> tuple[list[int], str | None]:
     data = json_of(run / "config.json").get("data", {})
     try:
         known = index.load(Path(data.get("index") or run / "index"))
-        samples = splits.read_split(Path(data.get("split") or run / "split") / "labeled.txt", known, labelled=True)
+        samples = splits.read_split(Path(data.get("split") or run / "split") / "labeled.txt", known,
+                                    labelled=True)
     except UserError as error:
         return [], str(error)
     counts = {entry.key: entry.class_pixels for entry in known.entries.values()}

@@ -27,8 +27,8 @@ def claim(config: Config) -> None:
         theirs = flatten(to_dict(Config())) | flatten(_table(path))
         differing = differing_keys(ours, theirs)
         if differing:
-            raise UserError(f"--out {config.out} holds a run of another config ({'; '.join(differing)}); choose another "
-                            "--out, or the old settings")
+            raise UserError(f"--out {config.out} holds a run of another config ({'; '.join(differing)}); "
+                            "choose another --out, or the old settings")
     files.write_json(path, ours)
 
 
@@ -61,7 +61,7 @@ def _table(path: Path) -> dict:
 def _provenance() -> dict:
     names = ("stpp", "torch", "numpy", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "tensorrt", "pillow")
     versions = {name: version for name in names if (version := version_of(name))}
-    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True,
-                         check=False)
+    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True,
+                         text=True, check=False)
     return {"versions": versions, "python": platform.python_version(), "platform": platform.platform(),
             "git": git.stdout.strip() or None}

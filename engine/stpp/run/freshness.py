@@ -36,7 +36,9 @@ def _renew(folder: Path, listed: Path) -> None:
     )
     if not changed:
         return
-    what = f"{counted(len(changed), 'file')} of {listed} changed since {folder} was made, {changed[0]} the first"
+    what = (
+        f"{counted(len(changed), 'file')} of {listed} changed since {folder} was made, {changed[0]} the first"
+    )
     try:
         lease.refuse_living(folder.parent)
     except UserError as error:

@@ -1,7 +1,8 @@
-"""One run directory, one run: a lease that the running process renews, so that a dead one does not hold it for ever.
+"""One run directory, one run: a lease that the running process renews, so that a dead one does not hold it
+for ever.
 
-`lease.json` names the holder, and its time of change is the heartbeat. A holder on this machine that is not running any
-more is replaced at once, one elsewhere when its heart has not beaten for `EXPIRY_S`.
+`lease.json` names the holder, and its time of change is the heartbeat. A holder on this machine that is not
+running any more is replaced at once, one elsewhere when its heart has not beaten for `EXPIRY_S`.
 """
 
 import contextlib
@@ -63,16 +64,18 @@ def refuse_living(folder: Path, expiry_s: float = EXPIRY_S) -> None:
         return  # damaged: a lease is written whole
     if age_s > expiry_s or (holder.get("machine") == _me()["machine"] and not _running(holder.get("pid"))):
         return
-    raise UserError(f"--out {path.parent} is in use by process {holder.get('pid')} on {holder.get('host')} (seen {age_s:.0f} s "
-                    f"ago); stop it, choose another --out, or wait: a lease not renewed for {expiry_s:.0f} s is void")
+    raise UserError(f"--out {path.parent} is in use by process {holder.get('pid')} on {holder.get('host')} "
+                    f"(seen {age_s:.0f} s ago); stop it, choose another --out, or wait: a lease not renewed "
+                    f"for {expiry_s:.0f} s is void")
 
 
 def _beat(path: Path, mine: dict, ended: threading.Event, beat_s: float) -> None:
     while not ended.wait(beat_s):
         try:
             if _read(path) != mine:
-                print(f"stpp: {path.parent} was taken over by another process ({_read(path)}), after this one had been held "
-                      "up for too long; it ends here and loses nothing", file=sys.stderr, flush=True)
+                print(f"stpp: {path.parent} was taken over by another process ({_read(path)}), after this "
+                      "one had been held up for too long; it ends here and loses "
+                      "nothing", file=sys.stderr, flush=True)
                 os._exit(1)  # nothing more may be written
             os.utime(path)
         except OSError:
@@ -98,15 +101,18 @@ def _read(path: Path) -> dict | None:
 
 
 def _me() -> dict:
-    """This process, and a name of what its number is unique in: a boot of a machine and, for containers, a name space."""
+    """This process, and a name of what its number is unique in: a boot of a machine and, for containers, a
+    name space."""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return {"host": socket.gethostname(), "pid": os.getpid(), "machine": f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"}
+        return {"host": socket.gethostname(), "pid": os.getpid(),
+                "machine": f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"}
     return {"host": socket.gethostname(), "pid": os.getpid(), "machine": socket.gethostname()}
 
 
 def _running(pid: object) -> bool:
-    """Whether a process of this machine lives; one that has ended and whose parent has not looked does not."""
+    """Whether a process of this machine lives; one that has ended and whose parent has not looked does
+    not."""
     if not isinstance(pid, int) or pid < 1:
         return False
     try:

@@ -34,13 +34,13 @@ class Lists:
         """
         least = METHODS[method].unlabelled
         if len(self.unlabelled) < least:
-            raise UserError(f"{self.folder / 'unlabeled.txt'}: {counted(len(self.unlabelled), 'image')}, and --method "
-                            f"{method} needs {least}; add images, or choose another method")
+            raise UserError(f"{self.folder / 'unlabeled.txt'}: {counted(len(self.unlabelled), 'image')}, and "
+                            f"--method {method} needs {least}; add images, or choose another method")
         pixels = {entry.key: sum(entry.class_pixels or ()) for entry in index.entries.values()}
         for name, samples in (("labeled.txt", self.labelled), ("val.txt", self.val)):
             if samples and not any(pixels[sample.key] for sample in samples):
-                raise UserError(f"{self.folder / name}: every pixel of its masks is 255 (ignore); nothing can be learned "
-                                "or scored")
+                raise UserError(f"{self.folder / name}: every pixel of its masks is 255 (ignore); nothing "
+                                "can be learned or scored")
 
 
 def read(config: Config, here: World, index: Index, notes: Notes) -> Lists:
@@ -52,7 +52,8 @@ def read(config: Config, here: World, index: Index, notes: Notes) -> Lists:
     folder = config.data.split or config.out / "split"
     if config.data.split is None:
         distributed.on_main(here, lambda: splits.make_split(
-            index, folder, fraction=config.data.fraction, seed=config.data.split_seed, val=config.data.val, notes=notes))
+            index, folder, fraction=config.data.fraction, seed=config.data.split_seed, val=config.data.val,
+            notes=notes))
     labelled = splits.read_split(folder / "labeled.txt", index, labelled=True, notes=notes)
     unlabelled: list[Sample] = []
     if METHODS[config.method].unlabelled:
@@ -65,7 +66,8 @@ def read(config: Config, here: World, index: Index, notes: Notes) -> Lists:
             log.say(f"validation list: {listed}")
         val = splits.read_split(listed, index, labelled=True, notes=notes)
     else:
-        log.say(f"{folder} has no val.txt: no mIoU is known, and the last checkpoint of a stage is the teacher")
+        log.say(f"{folder} has no val.txt: no mIoU is known, and the last checkpoint of a stage is the "
+                "teacher")
     return Lists(folder=folder, labelled=labelled, unlabelled=unlabelled, val=val)
 
 
@@ -73,5 +75,5 @@ def _warn_of_unused(folder: Path, unlabelled: list[Sample], index: Index, notes:
     """Names folders of unlabelled images that a list of the user's passes over."""
     used = {sample.key.partition("/")[0] for sample in unlabelled}
     for name in sorted(index.unlabelled.keys() - used):
-        notes.warn(f"{folder / 'unlabeled.txt'} names no image of --data.unlabelled {index.place(name) / name}, so none is "
-                   f"used; they are named {name}/...")
+        notes.warn(f"{folder / 'unlabeled.txt'} names no image of --data.unlabelled "
+                   f"{index.place(name) / name}, so none is used; they are named {name}/...")

@@ -34,7 +34,8 @@ def preflight(config: Config, *, lists: dict[str, Sequence[Sample]], weights: in
     _warn_of_overlaps(lists, twins or {}, notes or Notes())
     problems = []
     unlabelled = lists.get("unlabeled.txt", ())
-    for check in (*checks, lambda: _room(config, weights, unlabelled), lambda: _labelable(config, unlabelled), *(
+    for check in (*checks, lambda: _room(config, weights, unlabelled), lambda: _labelable(config, unlabelled),
+                  *(
             lambda name=name, samples=samples: _readable(name, samples) for name, samples in lists.items())):
         try:
             check()
@@ -43,12 +44,14 @@ def preflight(config: Config, *, lists: dict[str, Sequence[Sample]], weights: in
     if len(problems) == 1:
         raise UserError(problems[0])
     if problems:
-        raise UserError(f"{len(problems)} problems: " + "; ".join(f"({i}) {text}" for i, text in enumerate(problems, 1)))
+        raise UserError(f"{len(problems)} problems: "
+                        + "; ".join(f"({i}) {text}" for i, text in enumerate(problems, 1)))
 
 
 OVERLAPS = (("labeled.txt", "val.txt", "their mIoU is that of images trained on"),
             ("unlabeled.txt", "val.txt", "their mIoU is that of images whose pseudo labels were trained on"),
-            ("labeled.txt", "unlabeled.txt", "they are trained on twice, with their masks and with pseudo labels"))
+            ("labeled.txt", "unlabeled.txt",
+             "they are trained on twice, with their masks and with pseudo labels"))
 
 
 def _warn_of_overlaps(lists: dict[str, Sequence[Sample]], twins: Mapping[str, int], notes: Notes) -> None:
@@ -73,20 +76,22 @@ def _room(config: Config, weights: int, unlabelled: Sequence[Sample]) -> None:
     if needed > free:  # only then is it worth looking through what may be millions of masks
         needed -= sum(path.stat().st_size for path in config.out.glob("stages/**/*") if path.is_file())
     if needed > free:
-        raise UserError(f"--out {config.out}: about {needed / 2**20:.0f} MiB are needed for checkpoints and pseudo labels, and the "
-                        f"disk has {free / 2**20:.0f}; make room or choose another --out")
+        raise UserError(f"--out {config.out}: about {needed / 2**20:.0f} MiB are needed for checkpoints and "
+                        f"pseudo labels, and the disk has {free / 2**20:.0f}; make room or choose another "
+                        "--out")
 
 
 def _labelable(config: Config, unlabelled: Sequence[Sample]) -> None:
-    """Images that no stage could label: found there, they would end the run, and the time of earlier stages be lost."""
+    """Images that no stage could label: found there, they would end the run, and the time of earlier stages
+    be lost."""
     most = config.label.max_pixels
     large = [sample for sample in unlabelled if sample.width * sample.height > most]
     if large and METHODS[config.method].labels:
         largest = max(sample.width * sample.height for sample in large)
         first = large[0]
-        raise UserError(f"unlabeled.txt: {len(large)} images have more than --label.max-pixels {most} (the first: {first.image}, "
-                        f"{first.width}x{first.height}); make them smaller, take them off the list, or, if the memory allows it, "
-                        f"give --label.max-pixels {largest}")
+        raise UserError(f"unlabeled.txt: {len(large)} images have more than --label.max-pixels {most} (the "
+                        f"first: {first.image}, {first.width}x{first.height}); make them smaller, take them "
+                        f"off the list, or, if the memory allows it, give --label.max-pixels {largest}")
 
 
 def _readable(name: str, samples: Sequence[Sample]) -> None:

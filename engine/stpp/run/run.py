@@ -77,7 +77,8 @@ class Run:
         model = self.config.model
         network = network_of(model, len(self.index.classes))
         preflight.preflight(
-            self.config, lists={"labeled.txt": self.labelled, "unlabeled.txt": self.unlabelled, "val.txt": self.val},
+            self.config,
+            lists={"labeled.txt": self.labelled, "unlabeled.txt": self.unlabelled, "val.txt": self.val},
             weights=checkpoint.size_bytes(network.state_dict()), notes=self.notes,
             twins={self.index.entries[image].key: number for image, number in self.index.twins.items()},
             checks=[lambda: self.lists.check(self.config.method, self.index),
@@ -91,17 +92,19 @@ class Run:
         """The unlabelled samples that have a mask in `--pseudo-labels`, with it."""
         config, out = self.config, self.config.out / "given"
         began = any(self._folder("1-retrain").glob("*"))
-        distributed.on_main(self.here, lambda: given_labels.check(self.unlabelled, config.pseudo_labels, self.index, out,
+        distributed.on_main(self.here,
+                            lambda: given_labels.check(self.unlabelled, config.pseudo_labels, self.index, out,
                                                            exclude=config.exclude, began=began))
         return given_labels.attach(self.unlabelled, out)
 
-    def train(self, name: str, step: type[Step], *lists: Sequence[Sample], epochs: int | None = None, keep_thirds: bool = False,
-              key: int | None = None) -> Trained:
+    def train(self, name: str, step: type[Step], *lists: Sequence[Sample], epochs: int | None = None,
+              keep_thirds: bool = False, key: int | None = None) -> Trained:
         """See `Stages`."""
         key = key if key is not None else int(re.match(r"\d+", name)[0])
         epochs, train = epochs or self.config.train.epochs, self.config.train
         streams = step.streams(self.config, *lists)
-        per_epoch = stage_samplers(streams, train.batch_global, seed=self.config.seed, stage=key)[0].steps_per_epoch
+        per_epoch = stage_samplers(streams, train.batch_global, seed=self.config.seed,
+                                   stage=key)[0].steps_per_epoch
         thirds = tuple(max(1, epoch) * per_epoch for epoch in (epochs // 3, 2 * epochs // 3, epochs))
         validate_epochs = max(train.validate_every, math.ceil(train.validate_min_steps / per_epoch))
         schedule = Schedule(steps=epochs * per_epoch, validate_steps=validate_epochs * per_epoch,
@@ -110,7 +113,8 @@ class Run:
         what = f"train on {entries} entries, {epochs} epochs of {per_epoch} steps"
         self.stages.append(self._once(name, what, lambda: self._fit(name, step, lists, schedule, key)))
         place = self._folder(name)
-        return Trained(best=place / "best.pt", thirds=tuple(place / f"third-{i}.pt" for i in (1, 2, 3)) if keep_thirds else ())
+        return Trained(best=place / "best.pt",
+                       thirds=tuple(place / f"third-{i}.pt" for i in (1, 2, 3)) if keep_thirds else ())
 
     def control(self) -> None:
         """Trains on the labels alone for as many steps, validated as often, as the last stage."""
@@ -120,18 +124,20 @@ class Run:
         self.controlled = self._once("control", what, lambda: self._fit(
             "control", Supervised, (few_twice(self.labelled),), schedule, CONTROL))
 
-    def select(self, name: str, checkpoints: Sequence[Path], samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
+    def select(self, name: str, checkpoints: Sequence[Path],
+               samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
         """See `Stages`."""
         place = self._folder(name)
 
         def do() -> dict:
             entries = {entry.key: entry for entry in self.index.entries.values()}
             lines = [splits.line(entries[sample.key]) for sample in samples]
-            mean = reliability.select(self._opening(checkpoints, samples, "none"), samples, lines, self.here, out=place, title=name,
-                                      config=self.config.label, data=self.config.data)
+            mean = reliability.select(self._opening(checkpoints, samples, "none"), samples, lines, self.here,
+                                      out=place, title=name, config=self.config.label, data=self.config.data)
             return {"mean_reliability": mean}
 
-        self.stages.append(self._once(name, f"rank {len(samples)} images by the agreement of {len(checkpoints)} checkpoints", do))
+        self.stages.append(self._once(name, f"rank {len(samples)} images by the agreement of "
+                                            f"{len(checkpoints)} checkpoints", do))
         return tuple(splits.read_split(place / file, self.index, labelled=False)
                      for file in ("reliable_ids.txt", "unreliable_ids.txt"))
 
@@ -145,17 +151,20 @@ class Run:
                                     out=place, title=name)
             return {"images": labelled.images, "pseudo_label_miou": labelled.miou}
 
-        what = f"label {len(samples)} images with the teacher of {checkpoint.parent.name}, {config.label.tta} views"
+        what = (f"label {len(samples)} images with the teacher of {checkpoint.parent.name}, "
+                f"{config.label.tta} views")
         self.stages.append(self._once(name, what, do))
         return [dataclasses.replace(sample, mask=str(place / labels.mask_name(sample)), strong=True)
                 for sample in samples]
 
     def finish(self, results: dict) -> None:
-        """Writes `results.json`, `examples.png` (what the first and the last network make of a few images) and the report."""
+        """Writes `results.json`, `examples.png` (what the first and the last network make of a few images)
+        and the report."""
         files.write_json(self.config.out / "results.json", results)
         if self.val:
             trained = [stage["name"] for stage in self.stages if stage["steps"]]
-            teachers = {name: self._teacher(self._folder(name) / "best.pt") for name in (trained[0], trained[-1])}
+            teachers = {name: self._teacher(self._folder(name) / "best.pt")
+                        for name in (trained[0], trained[-1])}
             spread = self.val[:: math.ceil(len(self.val) / EXAMPLES)]
             write_examples(self.config.out / "examples.png", spread, teachers, self.here.device)
         out = self.config.out
@@ -167,15 +176,18 @@ class Run:
         else:
             log.say(f"report: {out / 'report' / 'index.html'}")
 
-    def _fit(self, name: str, step: type[Step], lists: Sequence[Sequence[Sample]], schedule: Schedule, key: int) -> dict:
+    def _fit(self, name: str, step: type[Step], lists: Sequence[Sequence[Sample]], schedule: Schedule,
+             key: int) -> dict:
         network = fresh_network(self.config, self.here, self.index.classes, stage=key)
-        trainer = Trainer(self.config, self.here, step(network, self.config), step.streams(self.config, *lists), key=key,
-                          title=name, classes=self.index.classes, folder=self._folder(name), schedule=schedule,
+        trainer = Trainer(self.config, self.here, step(network, self.config),
+                          step.streams(self.config, *lists), key=key, title=name, classes=self.index.classes,
+                          folder=self._folder(name), schedule=schedule,
                           validate=self._validated if self.val else None)
         result = trainer.run()
         if self.here.is_main and result.iou:
             write_scores(self._folder(name) / SCORES, images=len(self.val), miou=result.miou, iou=result.iou)
-        return {"miou": result.miou, "last_miou": result.last_miou, "best_step": result.step, "steps": result.steps,
+        return {"miou": result.miou, "last_miou": result.last_miou, "best_step": result.step,
+                "steps": result.steps,
                 "validate_steps": schedule.validate_steps, "seconds": round(result.seconds, 1)}
 
     def _validated(self, network: torch.nn.Module) -> Scores:
@@ -224,8 +236,9 @@ class Run:
         except torch.OutOfMemoryError as error:
             what = str(error).splitlines()[0][:120]
             raise UserError(f"[{name}] out of memory on the device ({what}); --train.accumulate "
-                            f"{2 * self.config.train.accumulate} halves the images of a training pass, a lower "
-                            "--label.batch-pixels those of a labelling pass; begin again with another --out") from error
+                            f"{2 * self.config.train.accumulate} halves the images of a training pass, a "
+                            "lower --label.batch-pixels those of a labelling pass; begin again with another "
+                            "--out") from error
         record["seconds"] = record["seconds"] or round(time.monotonic() - started, 1)
         distributed.on_main(self.here, lambda: files.write_json(done, record))
         log.say(f"[{name}] {outcome(record)}")

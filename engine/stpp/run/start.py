@@ -1,4 +1,5 @@
-"""A whole run, from a config to results.json: its folder claimed, its data set indexed, its method's stages."""
+"""A whole run, from a config to results.json: its folder claimed, its data set indexed, its method's
+stages."""
 
 import contextlib
 import os
@@ -24,19 +25,21 @@ def start(config: Config, here: World) -> dict:
     """Runs every stage of `config.method` that is not done yet.
 
     Returns:
-        What `results.json` holds: `{"method", "stages": [{"name", "miou", "steps", "seconds"}, ...], "control"}`,
-        mIoU in percent.
+        What `results.json` holds:
+        `{"method", "stages": [{"name", "miou", "steps", "seconds"}, ...], "control"}`, mIoU in percent.
 
     Raises:
         UserError: the data, the recipe or the run directory do not allow the run.
     """
     if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without
+        # cuBLAS refuses to be deterministic without
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     per_pass = images_per_pass(config.train, here)
     if METHODS[config.method].pairs and per_pass % 2:
-        raise UserError(f"--train.batch-global {config.train.batch_global} gives {per_pass} images a rank and pass, and --method "
-                        f"{config.method} mixes pairs; choose a multiple of {2 * here.size * config.train.accumulate}")
+        raise UserError(f"--train.batch-global {config.train.batch_global} gives {per_pass} images a rank "
+                        f"and pass, and --method {config.method} mixes pairs; choose a multiple of "
+                        f"{2 * here.size * config.train.accumulate}")
     with contextlib.ExitStack() as stack:
         distributed.on_main(here, lambda: stack.enter_context(lease.held(config.out)))
         return _run(config, here)
@@ -50,7 +53,8 @@ def _run(config: Config, here: World) -> dict:
     run = Run(config, here, index)
     log.say(f"{config.method} in {config.out}: {here.size} x {here.device.type}, "
             f"{str(autocast_dtype(config.train.precision, here.device)).removeprefix('torch.')}, "
-            f"{len(run.labelled)} labelled, {len(run.unlabelled)} unlabelled, {len(run.val)} validation images")
+            f"{len(run.labelled)} labelled, {len(run.unlabelled)} unlabelled, {len(run.val)} validation "
+            "images")
     log.say(f"operators: {described(here.device.type)}")
     distributed.on_main(here, run.preflight)
     if config.strict:
@@ -58,7 +62,8 @@ def _run(config: Config, here: World) -> dict:
     METHODS[config.method].run(run)
     if config.control or (config.out / "stages" / "control" / "DONE.json").exists():
         run.control()
-    results = {"method": config.method, "stages": run.stages} | ({"control": run.controlled} if run.controlled else {})
+    results = {"method": config.method,
+               "stages": run.stages} | ({"control": run.controlled} if run.controlled else {})
     distributed.on_main(here, lambda: run.finish(results))
     log.say(summary(results))
     return results

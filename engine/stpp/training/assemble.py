@@ -1,4 +1,5 @@
-"""A network ready to train: fresh weights, those to start from, its place on the device, and the ranks around its step."""
+"""A network ready to train: fresh weights, those to start from, its place on the device, and the ranks around
+its step."""
 
 import warnings
 from collections.abc import Sequence
@@ -39,9 +40,11 @@ def fresh_network(config: Config, here: World, classes: Sequence[str], *, stage:
     if train.sync_bn and on_cuda:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     elif train.sync_bn:
-        log.say("  --train.sync-bn: PyTorch has no synchronised batch norm on a CPU; each rank normalises over its own images")
+        log.say("  --train.sync-bn: PyTorch has no synchronised batch norm on a CPU; each rank normalises "
+                "over its own images")
     elif here.size > 1 and per_pass < FEW_IMAGES:
-        log.say(f"  each rank normalises over {per_pass} images" + ("; --train.sync-bn normalises over all" if on_cuda else ""))
+        log.say(f"  each rank normalises over {per_pass} images"
+                + ("; --train.sync-bn normalises over all" if on_cuda else ""))
     return network.to(here.device, memory_format=torch.channels_last)
 
 
@@ -68,8 +71,8 @@ def images_per_pass(train: TrainConfig, here: World) -> int:
         raise UserError(f"--train.batch-global {train.batch_global} does not divide into {here.size} ranks x "
                         f"{train.accumulate} passes; choose a multiple of {parts}")
     if train.batch_global == parts:
-        raise UserError(f"--train.batch-global {train.batch_global} leaves one image per rank and pass, and batch norm "
-                        f"after global pooling needs two; choose at least {2 * parts}")
+        raise UserError(f"--train.batch-global {train.batch_global} leaves one image per rank and pass, and "
+                        f"batch norm after global pooling needs two; choose at least {2 * parts}")
     return train.batch_global // parts
 
 

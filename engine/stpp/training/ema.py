@@ -9,8 +9,8 @@ from torch import nn
 class MovingAverage(nn.Module):
     """Network whose weights and statistics follow those of another; always in evaluation mode, never trained.
 
-    After step t, counted from 0, average = a average + (1 - a) network with a = min(1 - 1 / (t + 1), decay): the first step copies
-    the network. Integers, such as batch norm's counter, are copied.
+    After step t, counted from 0, average = a average + (1 - a) network with a = min(1 - 1 / (t + 1), decay):
+    the first step copies the network. Integers, such as batch norm's counter, are copied.
 
     Args:
         network: to start from; copied.
@@ -33,9 +33,11 @@ class MovingAverage(nn.Module):
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
-        """Takes in the weights of `network` after optimiser step number `step`; one fused call, no wait for the device."""
+        """Takes in the weights of `network` after optimiser step number `step`; one fused call, no wait for
+        the device."""
         kept = min(1 - 1 / (step + 1), self.decay)
-        pairs = [(mine, theirs) for mine, theirs in zip(self.network.state_dict().values(), network.state_dict().values(),
+        pairs = [(mine, theirs) for mine,
+                 theirs in zip(self.network.state_dict().values(), network.state_dict().values(),
                                                         strict=True)]
         floating = [pair for pair in pairs if pair[0].is_floating_point()]
         torch._foreach_lerp_([mine for mine, _ in floating], [theirs for _, theirs in floating], 1 - kept)

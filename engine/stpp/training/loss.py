@@ -16,7 +16,8 @@ Source: UniMatch's Cityscapes settings.
 def labelled_loss(logits_NChw: torch.Tensor, labels_NHW: torch.Tensor, train: TrainConfig) -> torch.Tensor:
     """Sum of the cross-entropy over the counted pixels of a pass: float32 scalar.
 
-    With `--train.loss ohem`, the mean over the hardest pixels times the counted ones, so that it is divided by the same number.
+    With `--train.loss ohem`, the mean over the hardest pixels times the counted ones, so that it is divided
+    by the same number.
     """
     kept_NHW = hardest(logits_NChw, labels_NHW) if train.loss == "ohem" else labels_NHW
     loss, kept = upsample_cross_entropy(logits_NChw, kept_NHW, ignore_index=IGNORE)
@@ -27,7 +28,8 @@ def labelled_loss(logits_NChw: torch.Tensor, labels_NHW: torch.Tensor, train: Tr
 
 @torch.no_grad()
 def hardest(logits_NChw: torch.Tensor, labels_NHW: torch.Tensor) -> torch.Tensor:
-    """Labels with 255 in place of easy ones: those more probable than 0.7 and than the 200,000th least probable of the pass."""
+    """Labels with 255 in place of easy ones: those more probable than 0.7 and than the 200,000th least
+    probable of the pass."""
     if labels_NHW.numel() < OHEM_KEPT:
         return labels_NHW
     # Pixels without a label have probability 2: where too few have one, the threshold lies above all.

@@ -34,23 +34,26 @@ def make_optimizer(backbone: list[nn.Parameter], head: list[nn.Parameter], train
     try:
         from apex.optimizers import FusedSGD
     except ImportError:
-        raise UserError("--train.optimizer apex: NVIDIA apex is not installed (build it from its repository; the PyPI "
-                        "package named apex is unrelated), or use --train.optimizer sgd") from None
+        raise UserError("--train.optimizer apex: NVIDIA apex is not installed (build it from its repository; "
+                        "the PyPI package named apex is unrelated), or use --train.optimizer sgd") from None
     return FusedSGD(groups, momentum=train.momentum, **common)
 
 
 class _InOrder:
-    """A fused optimiser of PyTorch that on a CPU is given channels_last tensors in the order of the weight's memory.
+    """A fused optimiser of PyTorch that on a CPU is given channels_last tensors in the order of the weight's
+    memory.
 
-    PyTorch 2.13 copies each of them to rows and back (six times the step of ResNet-18), and mixes numbers up where weight, gradient
-    and state are not laid out alike. `self.found_inf`, a tensor on the device, passes over the step where it is not zero.
+    PyTorch 2.13 copies each of them to rows and back (six times the step of ResNet-18), and mixes numbers up
+    where weight, gradient and state are not laid out alike. `self.found_inf`, a tensor on the device, passes
+    over the step where it is not zero.
     """
 
     state_names: tuple[str, ...]
     """Tensors of the state that are shaped as their weight."""
 
     def _begin(self) -> None:
-        for weight in self._weights():  # zeros: made by a first step that is passed over they would hold anything
+        # zeros: made by a first step that is passed over they would hold anything
+        for weight in self._weights():
             self.state[weight] |= {name: torch.zeros_like(weight) for name in self.state_names}
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -89,7 +92,8 @@ class SGD(_InOrder, torch.optim.SGD):
 
     def _fused(self, group: dict, _, *tensors: list[torch.Tensor], **found_inf) -> None:
         sgd(*tensors, fused=True, has_sparse_grad=False, **found_inf,
-            **{name: group[name] for name in ("lr", "momentum", "weight_decay", "dampening", "nesterov", "maximize")})
+            **{name: group[name]
+               for name in ("lr", "momentum", "weight_decay", "dampening", "nesterov", "maximize")})
 
 
 class AdamW(_InOrder, torch.optim.AdamW):
@@ -103,11 +107,13 @@ class AdamW(_InOrder, torch.optim.AdamW):
             self.state[weight]["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
         self._begin()
 
-    def _fused(self, group: dict, weights: list[nn.Parameter], *tensors: list[torch.Tensor], **found_inf) -> None:
+    def _fused(self, group: dict, weights: list[nn.Parameter], *tensors: list[torch.Tensor],
+               **found_inf) -> None:
         beta1, beta2 = group["betas"]
-        adam(*tensors, [], [self.state[weight]["step"] for weight in weights], fused=True, has_complex=False, foreach=False,
-             amsgrad=False, beta1=beta1, beta2=beta2, decoupled_weight_decay=True, **found_inf,
-             **{name: group[name] for name in ("lr", "weight_decay", "eps", "maximize", "capturable", "differentiable")})
+        adam(*tensors, [], [self.state[weight]["step"] for weight in weights], fused=True, has_complex=False,
+             foreach=False, amsgrad=False, beta1=beta1, beta2=beta2, decoupled_weight_decay=True, **found_inf,
+             **{name: group[name]
+                for name in ("lr", "weight_decay", "eps", "maximize", "capturable", "differentiable")})
 
 
 def _memory_order(weight: torch.Tensor) -> list[int]:
@@ -116,7 +122,8 @@ def _memory_order(weight: torch.Tensor) -> list[int]:
 
 
 def step_unless(bad: torch.Tensor, optimizer: Optimizer) -> None:
-    """One step, or none where `bad` (bool scalar on the device) holds; PyTorch's fused optimisers decide on the device."""
+    """One step, or none where `bad` (bool scalar on the device) holds; PyTorch's fused optimisers decide on
+    the device."""
     if isinstance(optimizer, _InOrder):
         optimizer.grad_scale, optimizer.found_inf = None, bad.float()
         optimizer.step()

@@ -13,19 +13,23 @@ from stpp import files, log
 from stpp.distributed import World
 
 LEAST_S, LEAST_STEPS = 5.0, 50
-"""Epochs of less time or fewer steps are judged together: the first steps of a stage are no measure of the others."""
+"""Epochs of less time or fewer steps are judged together: the first steps of a stage are no measure of the
+others."""
 DATA_SHARE, COMMUNICATION_SHARE = 0.05, 0.1
 """Waiting that takes less of a step than this does not bound it."""
 ADVICE = {
     "data": "raise --data.threads, install DALI, or put the images on a faster disk",
-    "communication": "give every rank cores or a GPU of its own; a larger --train.batch-global exchanges gradients less often",
-    "compute": "more GPUs; --train.precision bf16 where the device has it; a larger --model.output-stride; smaller crops",
+    "communication": "give every rank cores or a GPU of its own; a larger --train.batch-global exchanges "
+                     "gradients less often",
+    "compute": "more GPUs; --train.precision bf16 where the device has it; a larger --model.output-stride; "
+               "smaller crops",
 }
 """What makes steps shorter, by what bounds them."""
 WARM_UP, TRACED = 10, 5
 """Steps of a stage before those of its trace, and those."""
 FORWARD = "stpp.forward"
-PARTS = {"forward": FORWARD, "loss": "stpp_kernels::upsample_cross_entropy", "backward": "autograd::engine::evaluate_function",
+PARTS = {"forward": FORWARD, "loss": "stpp_kernels::upsample_cross_entropy",
+         "backward": "autograd::engine::evaluate_function",
          "optimizer": "Optimizer.step"}
 """Parts of a step, by how the names of their events in a trace begin."""
 OPERATORS = 25
@@ -56,13 +60,14 @@ class BottleneckMeter:
                 "communication" if communication >= COMMUNICATION_SHARE else "compute")
         if kind != self._said:
             exchange = f", {100 * communication:.0f} % for gradients of other ranks" if communication else ""
-            log.say(f"  {self._title}: bound by {kind}: {100 * data:.0f} % of a step waits for data{exchange}; "
-                    f"to make it shorter: {ADVICE[kind]}")
+            log.say(f"  {self._title}: bound by {kind}: {100 * data:.0f} % of a step waits for "
+                    f"data{exchange}; to make it shorter: {ADVICE[kind]}")
         self._said, self._steps, self._waited_s, self._spent_s = kind, 0, 0.0, 0.0
 
 
 def communication_share(model: nn.Module) -> float:
-    """Share of a step in which gradients are exchanged and nothing is computed, as DistributedDataParallel samples it; else 0."""
+    """Share of a step in which gradients are exchanged and nothing is computed, as DistributedDataParallel
+    samples it; else 0."""
     if not isinstance(model, DistributedDataParallel):
         return 0.0
     sampled = model._get_ddp_logging_data()
@@ -73,7 +78,8 @@ def communication_share(model: nn.Module) -> float:
 
 
 class Profile:
-    """Traces a few steps of a stage: `trace-rank<i>.json.gz`, for chrome://tracing and Perfetto, and `parts.txt`.
+    """Traces a few steps of a stage: `trace-rank<i>.json.gz`, for chrome://tracing and Perfetto, and
+    `parts.txt`.
 
     Args:
         folder: of the trace; made when there is one.
@@ -87,10 +93,13 @@ class Profile:
 
     def __enter__(self):
         self._open: list[record_function] = []
-        self._hooks = (self._model.register_forward_pre_hook(self._begin), self._model.register_forward_hook(self._end))
-        self._profile = profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self._cuda,
-                                schedule=torch.profiler.schedule(wait=WARM_UP - 2, warmup=2, active=TRACED, repeat=1),
-                                on_trace_ready=self._write)
+        self._hooks = (self._model.register_forward_pre_hook(self._begin),
+                       self._model.register_forward_hook(self._end))
+        self._profile = profile(
+            activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self._cuda,
+            schedule=torch.profiler.schedule(wait=WARM_UP - 2, warmup=2, active=TRACED, repeat=1),
+            on_trace_ready=self._write,
+        )
         self._profile.__enter__()
         return self
 
@@ -108,7 +117,8 @@ class Profile:
             hook.remove()
         self._profile.__exit__(None, None, None)
         if len(self._marks) < WARM_UP + TRACED:
-            log.say(f"  {self._title}: too few steps were left for a profile ({len(self._marks)}; it takes {WARM_UP + TRACED})")
+            log.say(f"  {self._title}: too few steps were left for a profile ({len(self._marks)}; it takes "
+                    f"{WARM_UP + TRACED})")
 
     def _begin(self, *_):
         self._open.append(record_function(FORWARD))
@@ -143,5 +153,11 @@ class Profile:
         rows = [("part", f"ms on the {where}", "share")]
         rows += [(part, f"{ms:.2f}", f"{100 * ms / total_ms:.0f} %") for part, ms in found.items()]
         by = "self_device_time_total" if self._cuda else "self_cpu_time_total"
-        return (f"{self._title}: {TRACED} steps after {WARM_UP}, {total_ms:.2f} ms each; data wait is measured on the host\n\n"
-                + log.table(rows) + "\n\n" + traced.key_averages().table(sort_by=by, row_limit=OPERATORS) + "\n")
+        return (
+            f"{self._title}: {TRACED} steps after {WARM_UP}, {total_ms:.2f} ms each; "
+            "data wait is measured on the host\n\n"
+            + log.table(rows)
+            + "\n\n"
+            + traced.key_averages().table(sort_by=by, row_limit=OPERATORS)
+            + "\n"
+        )

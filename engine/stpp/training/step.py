@@ -1,5 +1,5 @@
-"""The step protocol: what a method computes of a batch. DistributedDataParallel wraps the step, not the network, so that a pass
-is one forward and one backward call however often a method calls its network.
+"""The step protocol: what a method computes of a batch. DistributedDataParallel wraps the step, not the
+network, so that a pass is one forward and one backward call however often a method calls its network.
 
 Legend: N images, C classes, H W crop size, h w size of low-resolution logits, terms: parts of the loss.
 """
@@ -17,8 +17,9 @@ from stpp.loading.sample import Batch, Sample, Stream
 class Step(nn.Module, ABC):
     """Loss of one training step.
 
-    Each stream gives one batch a pass. Every term of the loss is a sum over the pass, divided by a number of pixels that the
-    data alone decide (`pixels`), summed over all passes and ranks: the loss is the mean over the global batch.
+    Each stream gives one batch a pass. Every term of the loss is a sum over the pass, divided by a number of
+    pixels that the data alone decide (`pixels`), summed over all passes and ranks: the loss is the mean over
+    the global batch.
 
     Args:
         network: to be trained, on its device.
@@ -26,7 +27,8 @@ class Step(nn.Module, ABC):
     """
 
     weights: Mapping[str, float]
-    """Factor of each term of the loss, by its key in the metrics; 0: a diagnostic. A class attribute, or set at the start."""
+    """Factor of each term of the loss, by its key in the metrics; 0: a diagnostic. A class attribute, or set
+    at the start."""
 
     def __init__(self, network: nn.Module, config: Config):
         super().__init__()
@@ -36,7 +38,8 @@ class Step(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def streams(cls, config: Config, *lists: Sequence[Sample]) -> tuple[Stream, ...]:
-        """Streams that the step is fed, each one argument of `forward`, from the lists that its stage passes on.
+        """Streams that the step is fed, each one argument of `forward`, from the lists that its stage passes
+        on.
 
         Raises:
             UserError: a list does not suffice.
@@ -51,7 +54,8 @@ class Step(nn.Module, ABC):
         """Sums of the terms over this pass: float32 [terms], in the order of `weights`."""
 
     def after(self, step: int) -> None:
-        """Runs after the optimiser's step number `step`, counted from 0: an average of the weights, for example."""
+        """Runs after the optimiser's step number `step`, counted from 0: an average of the weights, for
+        example."""
 
     @property
     def deployed(self) -> nn.Module:

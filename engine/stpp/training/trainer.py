@@ -1,6 +1,8 @@
-"""The training loop that every method shares: the step of one stage, again and again, saved so that it resumes exactly.
+"""The training loop that every method shares: the step of one stage, again and again, saved so that it
+resumes exactly.
 
-Legend: T terms of the loss. A pass is one forward and backward call; a step is `accumulate` passes and one optimiser step.
+Legend: T terms of the loss. A pass is one forward and backward call; a step is `accumulate` passes and one
+optimiser step.
 """
 
 import contextlib
@@ -79,8 +81,9 @@ class Scores:
 class Trainer:
     """Trains one stage in `folder` and leaves the deployed network there as `best.pt`."""
 
-    def __init__(self, config: Config, here: World, step: Step, streams: Sequence[Stream], *, key: int, title: str,
-                 classes: Sequence[str], folder: Path, schedule: Schedule, validate: Callable[[nn.Module], Scores] | None):
+    def __init__(self, config: Config, here: World, step: Step, streams: Sequence[Stream], *, key: int,
+                 title: str, classes: Sequence[str], folder: Path, schedule: Schedule,
+                 validate: Callable[[nn.Module], Scores] | None):
         """
         Args:
             step: what is computed, its network on the device of `here`.
@@ -88,7 +91,8 @@ class Trainer:
             key: of the random numbers, so that no two stages share them.
             validate: network in evaluation mode -> its scores; None: no validation list.
         """
-        self.config, self.here, self.step, self.streams, self.key, self.title = config, here, step, streams, key, title
+        self.config, self.here, self.step, self.streams = config, here, step, streams
+        self.key, self.title = key, title
         self.classes, self.folder, self.schedule, self.validate = classes, folder, schedule, validate
         self.samplers = stage_samplers(streams, config.train.batch_global, seed=config.seed, stage=key)
         self.optimizer = make_optimizer(*parameter_groups(step.network), config.train,
@@ -111,8 +115,9 @@ class Trainer:
             passes: `accumulate` times one batch a stream.
 
         Returns:
-            On the device: float32 [T], this rank's part of each term's mean over the global batch (the parts of all ranks add up
-            to it); bool scalar, whether loss or gradient were not finite. Such a gradient changes no weight.
+            On the device: float32 [T], this rank's part of each term's mean over the global batch (the parts
+            of all ranks add up to it); bool scalar, whether loss or gradient were not finite. Such a gradient
+            changes no weight.
         """
         torch.manual_seed(stream_seed(self.config.seed, self.key, self.steps_done, self.here.rank))  # dropout
         for group in self.optimizer.param_groups:
@@ -142,9 +147,11 @@ class Trainer:
         return rising * (1 - self.steps_done / self.schedule.steps) ** POLY_POWER
 
     def _optimise(self, nonfinite: torch.Tensor) -> torch.Tensor:
-        """Takes the optimiser's step unless a gradient is not finite; returns whether it, or the loss, was not."""
+        """Takes the optimiser's step unless a gradient is not finite; returns whether it, or the loss, was
+        not."""
         if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)  # looks itself: fp16 overflows now and then, until the scale fits
+            # looks itself: fp16 overflows now and then, until the scale fits
+            self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
             gradients = [weight.grad for weight in self.step.parameters() if weight.grad is not None]
@@ -167,7 +174,8 @@ class Trainer:
         images = sum(sampler.batch_global for sampler in self.samplers)
         with (log.Metrics(self.folder, first_step=self.steps_done) as self.metrics,
               log.Progress(self.title, self.schedule.steps * images, done=self.steps_done * images) as bar,
-              checkpoint.CheckpointWriter() as self.writer, signals.deferred() as stop, self._profile() as profile):
+              checkpoint.CheckpointWriter() as self.writer, signals.deferred() as stop,
+              self._profile() as profile):
             window = Window()
             for passes, wait_s in self._passes():
                 window.add(*self.train_step(passes), wait_s)
@@ -189,10 +197,12 @@ class Trainer:
                     self._save()
                 if told_to_stop:
                     self.writer.wait()
-                    log.say(f"  {self.title}: stopped at step {self.steps_done}, saved; the same command goes on")
+                    log.say(f"  {self.title}: stopped at step {self.steps_done}, saved; the same command "
+                            "goes on")
                     stop.leave()
-        return Result(miou=self.best_miou if self.validate else None, iou=self.best_iou, last_miou=self.last_miou,
-                      step=self.best_step, steps=self.schedule.steps, seconds=time.monotonic() - self.started)
+        return Result(miou=self.best_miou if self.validate else None, iou=self.best_iou,
+                      last_miou=self.last_miou, step=self.best_step, steps=self.schedule.steps,
+                      seconds=time.monotonic() - self.started)
 
     def _passes(self) -> Iterator[tuple[list[tuple[Batch, ...]], float]]:
         """The passes of each remaining step, and the seconds spent waiting for them."""
@@ -200,8 +210,8 @@ class Trainer:
         batches = [
             loader.pick(data.loader).train_batches(
                 stream,
-                sampler.micro_batches(self.steps_done, self.schedule.steps, rank=self.here.rank, world=self.here.size,
-                                      accumulate=train.accumulate),
+                sampler.micro_batches(self.steps_done, self.schedule.steps, rank=self.here.rank,
+                                      world=self.here.size, accumulate=train.accumulate),
                 augment=self.config.augment, seed=self.config.seed, stage=self.key, device=self.here.device,
                 threads=distributed.threads_per_rank(self.here, data.threads))
             for stream, sampler in zip(self.streams, self.samplers, strict=True)]
@@ -214,7 +224,8 @@ class Trainer:
             yield passes, time.monotonic() - asked
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.here.device.type, self.autocast_dtype, enabled=self.autocast_dtype != torch.float32)
+        return torch.autocast(self.here.device.type, self.autocast_dtype,
+                              enabled=self.autocast_dtype != torch.float32)
 
     def _gradient_sync(self, *, last: bool) -> contextlib.AbstractContextManager:
         skip = not last and isinstance(self.model, DistributedDataParallel)
@@ -226,7 +237,8 @@ class Trainer:
         return Profile(self.folder / "profile", self.here, self.step.network, self.title)
 
     def _told_to_stop(self, stop: signals.Stop) -> bool:
-        """Whether a rank was told to stop; asking waits for the device, so on a GPU it is done once in a while."""
+        """Whether a rank was told to stop; asking waits for the device, so on a GPU it is done once in a
+        while."""
         if self.here.device.type == "cuda" and self.steps_done % LOOK_STEPS:
             return False
         told = torch.tensor(float(stop.signal is not None), device=self.here.device)
@@ -247,18 +259,20 @@ class Trainer:
         interval = window.close(self.steps_done, self.step.weights)
         self.bottleneck.add(window.steps, interval.step_s * window.steps, interval.data_wait_pct)
         images = sum(sampler.batch_global for sampler in self.samplers)
-        self.metrics.write(self.steps_done, **{"loss": interval.loss} | interval.terms, lr=self.optimizer.param_groups[0]["lr"],
-                           images_per_s=images / interval.step_s, data_wait_pct=interval.data_wait_pct)
+        self.metrics.write(self.steps_done, **{"loss": interval.loss} | interval.terms,
+                           lr=self.optimizer.param_groups[0]["lr"], images_per_s=images / interval.step_s,
+                           data_wait_pct=interval.data_wait_pct)
         bar.advance(0, loss=f"{interval.loss:.3f}", data_wait=f"{interval.data_wait_pct:.0f}%")
         path = self.folder / "nonfinite.jsonl"
         for step in interval.nonfinite:
             log.note(path, {"step": step, "keys": self._keys(step)})
         if interval.nonfinite and self.config.train.on_nonfinite == "stop":
-            raise UserError(f"{self.title}: loss or gradient is not finite at step {interval.nonfinite[0]} ({path} names its "
-                            f"images); lower --train.lr, look at the images, or pass over such steps with "
-                            f"--train.on-nonfinite skip")
+            raise UserError(f"{self.title}: loss or gradient is not finite at step {interval.nonfinite[0]} "
+                            f"({path} names its images); lower --train.lr, look at the images, or pass over "
+                            "such steps with --train.on-nonfinite skip")
         if interval.nonfinite:
-            log.say(f"  {self.title}: step {interval.nonfinite[0]} was not finite and is passed over, see {path}")
+            log.say(f"  {self.title}: step {interval.nonfinite[0]} was not finite and is passed over, see "
+                    f"{path}")
 
     def _keys(self, step: int) -> list[str]:
         """Keys of the images of a step, stream after stream."""
@@ -285,11 +299,14 @@ class Trainer:
             rivals = {prefix: self._scores(network).miou for prefix, network in self.step.compared.items()}
             self.metrics.write(self.steps_done, miou_pct=scores.miou,
                                **{f"{prefix}_miou_pct": miou for prefix, miou in rivals.items()})
-            self.metrics.show(self.steps_done, values={f"iou_pct/{name}": iou for name, iou in scores.iou.items()},
-                              pictures={f"validation/{name}": picture for name, picture in scores.pictures.items()})
+            self.metrics.show(self.steps_done,
+                              values={f"iou_pct/{name}": iou for name, iou in scores.iou.items()},
+                              pictures={f"validation/{name}": picture for name,
+                                        picture in scores.pictures.items()})
             epoch = self.steps_done / self.samplers[0].steps_per_epoch
             beside = "".join(f", {prefix} {miou:.2f}" for prefix, miou in rivals.items())
-            log.say(f"  {self.title}: step {self.steps_done}/{self.schedule.steps}, epoch {epoch:.0f}, mIoU {scores.miou:.2f}"
+            log.say(f"  {self.title}: step {self.steps_done}/{self.schedule.steps}, epoch {epoch:.0f}, mIoU "
+                    f"{scores.miou:.2f}"
                     + beside)
         self.last_miou = scores and scores.miou
         at_end = self.steps_done == self.schedule.steps
@@ -322,9 +339,10 @@ class Trainer:
         self.seconds = time.monotonic() - self.started
         self.saved_step, self.saved_at = self.steps_done, time.monotonic()
         if self.here.is_main:
-            self.writer.save(self.folder / "last.pt", model=self.step.state_dict(), optimizer=self.optimizer.state_dict(),
-                             scaler=self.scaler.state_dict(), step=self.steps_done, best_step=self.best_step,
-                             best_miou=self.best_miou, best_iou=dict(self.best_iou), last_miou=self.last_miou, seconds=self.seconds)
+            self.writer.save(self.folder / "last.pt", model=self.step.state_dict(),
+                             optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
+                             step=self.steps_done, best_step=self.best_step, best_miou=self.best_miou,
+                             best_iou=dict(self.best_iou), last_miou=self.last_miou, seconds=self.seconds)
 
     def _resume(self) -> None:
         path = self.folder / "last.pt"
@@ -338,7 +356,11 @@ class Trainer:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
         self.steps_done = self.saved_step = saved["step"]
-        self.best_step, self.best_miou, self.seconds = saved["best_step"], saved["best_miou"], saved["seconds"]
+        self.best_step, self.best_miou, self.seconds = (
+            saved["best_step"],
+            saved["best_miou"],
+            saved["seconds"],
+        )
         self.best_iou, self.last_miou = saved.get("best_iou", {}), saved.get("last_miou")
         best = self.folder / "best.pt"
         if best.exists():  # written later than `last.pt`, if the run died between the two

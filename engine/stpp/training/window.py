@@ -49,9 +49,11 @@ class Window:
         both = torch.cat([torch.stack(self._terms_T), torch.stack(self._nonfinite).float()[:, None]], dim=1)
         rows = distributed.sum_over_ranks(both).tolist()  # sync: the one wait for the device
         finite = [terms for *terms, flag in rows if not flag]
-        means = [sum(values) / len(finite) for values in zip(*finite, strict=True)] if finite else [math.nan] * len(weights)
+        means = [sum(values) / len(finite)
+                 for values in zip(*finite, strict=True)] if finite else [math.nan] * len(weights)
         terms = dict(zip(weights, means, strict=True))
         spent = time.monotonic() - self._since
-        return Interval(terms=terms, loss=sum(weights[key] * value for key, value in terms.items() if weights[key]),
+        return Interval(terms=terms,
+                        loss=sum(weights[key] * value for key, value in terms.items() if weights[key]),
                         data_wait_pct=100 * self._wait_s / spent, step_s=spent / self.steps,
                         nonfinite=[step - self.steps + i for i, (*_, flag) in enumerate(rows) if flag])

@@ -1,8 +1,8 @@
 """`upsample_argmax` on CUDA: one program makes a piece of one output row, walking the classes once.
 
-Per pixel and class the kernel blends the four corner logits, which neighbouring pixels share through the cache, and
-keeps the running maximum, its class and, for the confidence, the sum of exponentials below it (rescaled whenever the
-maximum moves, as in online softmax). Nothing of size [N, C, H, W] exists.
+Per pixel and class the kernel blends the four corner logits, which neighbouring pixels share through the
+cache, and keeps the running maximum, its class and, for the confidence, the sum of exponentials below it
+(rescaled whenever the maximum moves, as in online softmax). Nothing of size [N, C, H, W] exists.
 """
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 from stpp_kernels.triton.resize import block_width, source, step
 
 # Images differ in size: one compiled variant for all of them.
-SIZES = ["stride_n", "stride_c", "stride_h", "stride_w", "in_height", "in_width", "height", "width", "classes"]
+SIZES = ["stride_n", "stride_c", "stride_h", "stride_w", "in_height", "in_width", "height", "width",
+         "classes"]
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -1,12 +1,14 @@
 """`confusion` on CUDA: int64 counts of (truth, prediction) pairs.
 
-Up to `HISTOGRAM_CLASSES` classes each program counts its pixels in a histogram of its own and adds what it found to
-the result. Above, the histogram would be too large, and a program adds runs of equal pairs instead, which masks are
-made of: from a pixel a where a run begins to b where it ends it has (b + 1) - a pixels, so every end adds its position
-plus one and every beginning takes its position off, at most two atomic additions a run, of whatever length. Sums of
-integers do not depend on their order, so both give the same bits in every run.
+Up to `HISTOGRAM_CLASSES` classes each program counts its pixels in a histogram of its own and adds what it
+found to the result. Above, the histogram would be too large, and a program adds runs of equal pairs instead,
+which masks are made of: from a pixel a where a run begins to b where it ends it has (b + 1) - a pixels, so
+every end adds its position plus one and every beginning takes its position off, at most two atomic additions
+a run, of whatever length. Sums of integers do not depend on their order, so both give the same bits in every
+run.
 
-A value outside the classes is counted nowhere and raises a flag, which fails an assert on the stream: nothing waits.
+A value outside the classes is counted nowhere and raises a flag, which fails an assert on the stream: nothing
+waits.
 """
 
 import torch
@@ -21,7 +23,8 @@ RUNS_BLOCK = 1024
 
 @triton.jit
 def _cell(pred, target, pixel, inside, ignore, classes, IGNORE_BOTH: tl.constexpr):
-    """(pair of the pixels, or classes * classes where they do not count; whether a value is outside the classes)."""
+    """(pair of the pixels, or classes * classes where they do not count; whether a value is outside the
+    classes)."""
     p = tl.load(pred + pixel, mask=inside, other=0).to(tl.int64)
     t = tl.load(target + pixel, mask=inside, other=0).to(tl.int64)
     counts = inside & (t != ignore)
@@ -67,13 +70,16 @@ def confusion(
     if target.numel() > 0:
         pixels = target.numel() // images
         wrong = torch.zeros(1, dtype=torch.int32, device=target.device)
-        bins = triton.next_power_of_2(num_classes * num_classes + 1) if num_classes <= HISTOGRAM_CLASSES else 0
+        bins = triton.next_power_of_2(num_classes * num_classes
+                                      + 1) if num_classes <= HISTOGRAM_CLASSES else 0
         block, warps = (HISTOGRAM_BLOCK, 8) if bins else (RUNS_BLOCK, 4)
         with torch.cuda.device_of(target):
             _confusion_kernel[(triton.cdiv(pixels, block), images)](
                 pred, target, matrix, wrong, pixels, ignore_index, num_classes,
                 IGNORE_BOTH=ignore_both, BINS=bins, BLOCK=block, num_warps=warps,
             )  # fmt: skip
-        message = f"a mask holds a value outside [0, {num_classes}) that is not the ignore index {ignore_index}"
+        message = (
+            f"a mask holds a value outside [0, {num_classes}) that is not the ignore index {ignore_index}"
+        )
         torch._assert_async(wrong[0] == 0, message)
     return matrix if per_image else matrix[0]

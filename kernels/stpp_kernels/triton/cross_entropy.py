@@ -1,4 +1,5 @@
-"""upsample_cross_entropy for CUDA: loss, count and gradient of the low-resolution logits. Derivation: ../cross_entropy.py.
+"""upsample_cross_entropy for CUDA: loss, count and gradient of the low-resolution logits. Derivation:
+../cross_entropy.py.
 
 A program owns a block of neighbouring cells along x and walks down a band of cell rows. Its tiles are
 [classes, cells] in registers: four corners' logits, four corners' gradients. For every pixel position inside
@@ -47,17 +48,19 @@ from stpp_kernels.triton.resize import begin, step
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """Launch settings of the forward kernel; results differ in the last bits only. The defaults are what registers
-    suggest (benchmarks/NOTES.md) and wait for a measurement on a GPU."""
+    """Launch settings of the forward kernel; results differ in the last bits only. The defaults are what
+    registers suggest (benchmarks/NOTES.md) and wait for a measurement on a GPU."""
 
     tile: int = 256
-    """Elements of a [classes, cells] tile: the classes, filled up to a power of two, times the cells of a program,
-    of which there are at least 1 and at most 64."""
+    """Elements of a [classes, cells] tile: the classes, filled up to a power of two, times the cells of a
+    program, of which there are at least 1 and at most 64."""
     warps: int = 1
-    """Warps of a program. `tile / (32 * warps)` elements a thread: 8 take 95 to 230 registers, 16 all of them. Two warps or
-    more share out the classes where a warp has fewer than 32 cells; reductions then pass through shared memory."""
+    """Warps of a program. `tile / (32 * warps)` elements a thread: 8 take 95 to 230 registers, 16 all of
+    them. Two warps or more share out the classes where a warp has fewer than 32 cells; reductions then pass
+    through shared memory."""
     programs: int = 4096
-    """Programs above which bands grow beyond one row of cells. A band reads and writes its border rows twice."""
+    """Programs above which bands grow beyond one row of cells. A band reads and writes its border rows
+    twice."""
 
 
 FAR_BELOW = tl.constexpr(-1e30)  # logit of the classes that fill a tile up to a power of two
@@ -83,10 +86,12 @@ def _blend(near, a, b):
 
 @triton.jit
 def _bound_fails(ul, ur, ll, lr, top_ul, top_ur, top_ll, top_lr):
-    """Scalar: some pixel of these cells may lie further below the bound than its exponentials keep their accuracy."""
+    """Scalar: some pixel of these cells may lie further below the bound than its exponentials keep their
+    accuracy."""
     above = tl.maximum(tl.maximum(top_ul - ul, top_ur - ur), tl.maximum(top_ll - ll, top_lr - lr))
     gap = tl.min(above, 0, keep_dims=True)
-    largest = tl.maximum(tl.maximum(tl.abs(top_ul), tl.abs(top_ur)), tl.maximum(tl.abs(top_ll), tl.abs(top_lr)))
+    largest = tl.maximum(tl.maximum(tl.abs(top_ul), tl.abs(top_ur)),
+                         tl.maximum(tl.abs(top_ll), tl.abs(top_lr)))
     holds = (gap <= MAX_GAP) & (largest <= MAX_BOUND)  # false for NaN
     return tl.min(holds.to(tl.int32)) == 0
 
@@ -147,7 +152,8 @@ def _forward(
             for j in range(0, most_x):
                 pixel = begin_x + j
                 exists = j < count_x
-                # Clamped below for cells without this pixel: outside the cell the bound is none, and inf * 0 would be NaN.
+                # Clamped below for cells without this pixel: outside the cell the bound is none, and inf * 0
+                # would be NaN.
                 across = tl.maximum(tl.minimum(pixel.to(tl.float32) * scale_x - x.to(tl.float32), 1.0), 0.0)
                 label = tl.load(labels + row + pixel, mask=exists, other=0).to(tl.int64)
                 counts = exists & (label != ignore_index)
@@ -161,7 +167,8 @@ def _forward(
                     weight *= tl.load(class_weight + label, mask=counts, other=0.0)
                 if HAS_PIXEL_WEIGHT:
                     weight *= tl.load(pixel_weight + row + pixel, mask=counts, other=0.0)
-                # The label's own logit from its four corners: a sum over the classes to pick it would cost more.
+                # The label's own logit from its four corners: a sum over the classes to pick it would cost
+                # more.
                 own = label * plane + x
                 own_ul = tl.load(base + upper + own, mask=counts, other=0.0).to(tl.float32)
                 own_ll = tl.load(base + lower + own, mask=counts, other=0.0).to(tl.float32)
@@ -231,7 +238,8 @@ def _finish(
             at = work + n * C * plane + (c * plane + y * w + x)
             total += tl.load(at, mask=is_left, other=0.0)
             total += tl.load(at + tl.cast(images, tl.int64) * C * plane - 1, mask=is_right, other=0.0)
-        if (y > 0) & ((y == cells_y) | (y % cells_per_band == 0)):  # the row below a band: the last one, or the one above y's
+        # the row below a band: the last one, or the one above y's
+        if (y > 0) & ((y == cells_y) | (y % cells_per_band == 0)):
             band = (y - 1) // cells_per_band
             at = shared + (n * bands + band) * 2 * C * w + c * w + x
             total += tl.load(at, mask=is_left, other=0.0)
@@ -267,14 +275,21 @@ def upsample_cross_entropy(
     programs = num_images * bands * blocks
 
     device = logits.device
-    loss, counted, valid = (torch.empty((), dtype=t, device=device) for t in (torch.float32, torch.int64, torch.int8))
+    loss, counted, valid = (torch.empty((), dtype=t, device=device)
+                            for t in (torch.float32, torch.int64, torch.int8))
     gradient_dtype = reference.gradient_dtype(logits.dtype)
-    gradient = torch.empty_like(logits, dtype=gradient_dtype) if with_gradient else logits.new_empty(0, dtype=gradient_dtype)
+    gradient = (
+        torch.empty_like(logits, dtype=gradient_dtype)
+        if with_gradient
+        else logits.new_empty(0, dtype=gradient_dtype)
+    )
     if logits.numel() == 0 or labels.numel() == 0:
         return loss.zero_(), counted.zero_(), gradient.zero_()
     if num_classes * h * w > MAX_ELEMENTS:
-        raise ValueError(f"logits have {num_classes * h * w} elements an image; on CUDA at most {MAX_ELEMENTS} will do")
-    partials = [torch.empty(programs, dtype=t, device=device) for t in (torch.float32, torch.int32, torch.int32)]
+        raise ValueError(f"logits have {num_classes * h * w} elements an image; on CUDA at most "
+                         f"{MAX_ELEMENTS} will do")
+    partials = [torch.empty(programs, dtype=t, device=device)
+                for t in (torch.float32, torch.int32, torch.int32)]
     work = shared = loss
     if with_gradient:
         work = torch.empty((2, num_images, num_classes, h, w), device=device)
@@ -283,8 +298,8 @@ def upsample_cross_entropy(
     scale_y, scale_x = step(h, height), step(w, width)
     with torch.cuda.device_of(logits):
         _forward[(programs,)](
-            logits.contiguous(), labels.contiguous(), _weights(class_weight, logits), _weights(pixel_weight, logits),
-            work, shared, *partials, num_images, h, w, height, width,
+            logits.contiguous(), labels.contiguous(), _weights(class_weight, logits),
+            _weights(pixel_weight, logits), work, shared, *partials, num_images, h, w, height, width,
             scale_y, scale_x, 1 / scale_y if scale_y else 0.0, 1 / scale_x if scale_x else 0.0,
             ignore_index, cells_per_band, bands,
             C=num_classes, CELLS=cells, CLASSES=classes, HAS_CLASS_WEIGHT=class_weight is not None,
@@ -295,11 +310,12 @@ def upsample_cross_entropy(
         grid = (num_images * h, triton.cdiv(num_classes * w, block)) if with_gradient else (1, 1)
         grad_strides = gradient.stride() if with_gradient else (0, 0, 0, 0)
         _finish[grid](
-            work, shared, gradient, *partials, loss, counted, valid, programs, num_images, h, w, *grad_strides,
-            cells_per_band, bands, C=num_classes, CHANNELS_LAST=logits.stride(1) == 1, WITH_GRADIENT=with_gradient,
-            BLOCK=block, num_warps=4,
+            work, shared, gradient, *partials, loss, counted, valid, programs, num_images, h, w,
+            *grad_strides, cells_per_band, bands, C=num_classes, CHANNELS_LAST=logits.stride(1) == 1,
+            WITH_GRADIENT=with_gradient, BLOCK=block, num_warps=4,
         )  # fmt: skip
-    torch._assert_async(valid, f"a label lies outside [0, {num_classes}) and is not the ignore index {ignore_index}")
+    torch._assert_async(valid, f"a label lies outside [0, {num_classes}) and is not the ignore index "
+                               f"{ignore_index}")
     return loss, counted, gradient
 
 

@@ -1,7 +1,8 @@
 """`label_probability` on CUDA: one program makes a piece of one output row, walking the classes once.
 
-Per pixel and class the kernel blends the four corner logits and keeps the running maximum m with the sum of exponentials below it
-(rescaled whenever the maximum moves, as in online softmax), and the logit l of the pixel's own label: p = exp(l - m) / sum.
+Per pixel and class the kernel blends the four corner logits and keeps the running maximum m with the sum of
+exponentials below it (rescaled whenever the maximum moves, as in online softmax), and the logit l of the
+pixel's own label: p = exp(l - m) / sum.
 """
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from stpp_kernels.triton.resize import block_width, source, step
 
 # Images differ in size: one compiled variant for all of them.
-SIZES = ["stride_n", "stride_c", "stride_h", "stride_w", "in_height", "in_width", "height", "width", "classes", "ignore_index"]
+SIZES = ["stride_n", "stride_c", "stride_h", "stride_w", "in_height", "in_width", "height", "width",
+         "classes", "ignore_index"]
 IGNORED = tl.constexpr(2.0)
 
 
@@ -61,7 +63,7 @@ def label_probability(logits: Tensor, labels: Tensor, ignore_index: int) -> Tens
         with torch.cuda.device_of(logits):
             _probability_kernel[(batch, height, triton.cdiv(width, block))](
                 logits, labels, probability, *logits.stride(),
-                in_height, in_width, height, width, step(in_height, height), step(in_width, width), classes, ignore_index,
-                BLOCK=block, num_warps=max(1, block // 128),
+                in_height, in_width, height, width, step(in_height, height), step(in_width, width), classes,
+                ignore_index, BLOCK=block, num_warps=max(1, block // 128),
             )  # fmt: skip
     return probability

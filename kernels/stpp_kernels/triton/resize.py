@@ -1,4 +1,5 @@
-"""Source pixels and weights of a bilinear resize with `align_corners=True`, in the fp32 arithmetic of PyTorch."""
+"""Source pixels and weights of a bilinear resize with `align_corners=True`, in the fp32 arithmetic of
+PyTorch."""
 
 import ctypes
 
@@ -8,7 +9,8 @@ import triton.language as tl
 
 @triton.jit
 def source(position, step_size, length):
-    """(first source index, second, weight of the second) of output indices `position` on an axis of `length` pixels."""
+    """(first source index, second, weight of the second) of output indices `position` on an axis of `length`
+    pixels."""
     at = position.to(tl.float32) * step_size
     first = tl.minimum(at.to(tl.int32), length - 1)
     second = tl.minimum(first + 1, length - 1)
@@ -23,7 +25,8 @@ def _low(index, cells, scale):
 
 @triton.jit
 def begin(cell, cells, out, scale, inverse):
-    """First output that reads `cell` or a later one. The guess from the inverse scale is off by less than two."""
+    """First output that reads `cell` or a later one. The guess from the inverse scale is off by less than
+    two."""
     first = tl.minimum(tl.cast(tl.cast(cell, tl.float32) * inverse, tl.int32) + 2, out)
     for _ in tl.static_range(4):
         first = tl.where((first > 0) & (_low(first - 1, cells, scale) >= cell), first - 1, first)
@@ -34,7 +37,8 @@ def begin(cell, cells, out, scale, inverse):
 def step(length: int, out_length: int) -> float:
     """Source pixels from one output pixel to the next, rounded to fp32 as PyTorch does.
 
-    The quotient of two integers below 2^24 in fp64, rounded to fp32, is their quotient in fp32: 53 bits are more than twice 24.
+    The quotient of two integers below 2^24 in fp64, rounded to fp32, is their quotient in fp32: 53 bits are
+    more than twice 24.
     """
     return ctypes.c_float((length - 1) / (out_length - 1)).value if out_length > 1 else 0.0
 

@@ -1,11 +1,12 @@
 """`softmax_accumulate` and `finalize` on CUDA.
 
-Accumulating takes two kernels. The first computes, for every pixel at the scaled size, the maximum over the classes
-and the inverse of the sum of exponentials below it: 2 / C of what the eager form stores. The second makes pieces of
-output rows: an output pixel blends four pixels of the scaled size, whose probability of a class is exp(logit -
-maximum) times that inverse, with the logit blended from low resolution on the fly. It recomputes up to four
-exponentials per element, which cost less than the memory traffic they save; where `size` equals the scaled size one
-is left. A view and its mirror image are added in one pass: the sums are read and written once for both.
+Accumulating takes two kernels. The first computes, for every pixel at the scaled size, the maximum over the
+classes and the inverse of the sum of exponentials below it: 2 / C of what the eager form stores. The second
+makes pieces of output rows: an output pixel blends four pixels of the scaled size, whose probability of a
+class is exp(logit - maximum) times that inverse, with the logit blended from low resolution on the fly. It
+recomputes up to four exponentials per element, which cost less than the memory traffic they save; where
+`size` equals the scaled size one is left. A view and its mirror image are added in one pass: the sums are
+read and written once for both.
 
 No atomics on floating-point numbers: the result is the same, bit for bit, in every run.
 """
@@ -20,7 +21,8 @@ from stpp_kernels.triton.resize import block_width, source, step
 # Images and views differ in size: one compiled variant for all of them.
 LOGIT_SIZES = ["stride_n", "stride_c", "stride_h", "stride_w", "in_height", "in_width", "classes"]
 SCALED_SIZES = [*LOGIT_SIZES, "height", "width"]
-SUM_SIZES = [*LOGIT_SIZES, "images", "acc_n", "acc_c", "acc_h", "acc_w", "scaled_height", "scaled_width", "width"]
+SUM_SIZES = [*LOGIT_SIZES, "images", "acc_n", "acc_c", "acc_h", "acc_w", "scaled_height", "scaled_width",
+             "width"]
 
 
 @triton.jit
@@ -52,7 +54,8 @@ def _logsumexp_kernel(
         most = tl.maximum(best, value)
         total = total * tl.exp(best - most) + tl.exp(value - most)
         best = most
-    # The two apart, not as one log-sum-exp: beside a logit of 1e4 the logarithm of the total would be rounded away.
+    # The two apart, not as one log-sum-exp: beside a logit of 1e4 the logarithm of the total would be rounded
+    # away.
     out = (n * height + y) * width + x
     tl.store(plane + 2 * out, best, mask=inside)
     tl.store(plane + 2 * out + 1, 1.0 / total, mask=inside)
@@ -62,8 +65,9 @@ def _logsumexp_kernel(
 def _columns(
     row0, row1, x0, x1, low, near, inside, logit_step_x, in_width, stride_w, SAME: tl.constexpr
 ):  # fmt: skip
-    """What the two columns x0 and x1 at the scaled size need in every class: where their logits lie, the maxima of the
-    (up to) four pixels, and the inverse sums of exponentials times their weights in the resized probability."""
+    """What the two columns x0 and x1 at the scaled size need in every class: where their logits lie, the
+    maxima of the (up to) four pixels, and the inverse sums of exponentials times their weights in the resized
+    probability."""
     left0, right0, near0 = source(x0, logit_step_x, in_width)
     left1, right1, near1 = source(x1, logit_step_x, in_width)
     most00 = tl.load(row0 + 2 * x0, mask=inside, other=0.0)
@@ -85,7 +89,8 @@ def _columns(
 
 @triton.jit
 def _add(sums, a, b, d, e, low0, low1, columns, inside, SAME: tl.constexpr):
-    """`sums` of a class plus its probability; a, b and d, e are the rows of logits around the two scaled rows."""
+    """`sums` of a class plus its probability; a, b and d, e are the rows of logits around the two scaled
+    rows."""
     (left0, right0, near0, left1, right1, near1,
      most00, most01, most10, most11, scale00, scale01, scale10, scale11) = columns  # fmt: skip
     sums += tl.exp(_logit(a, b, low0, left0, right0, near0, inside) - most00) * scale00
@@ -122,7 +127,8 @@ def _accumulate_kernel(
     if PAIR:
         behind = 2 * tl.cast(images, tl.int64) * scaled_height * scaled_width
         second = _columns(
-            row0 + behind, row1 + behind, mirrored0, mirrored1, low, near, inside, logit_step_x, in_width, stride_w, SAME
+            row0 + behind, row1 + behind, mirrored0, mirrored1, low, near, inside, logit_step_x, in_width,
+            stride_w, SAME
         )
     image = logits + n * stride_n
     other = image + images * tl.cast(stride_n, tl.int64)
@@ -131,10 +137,12 @@ def _accumulate_kernel(
         at_c = out + tl.cast(c, tl.int64) * acc_c
         sums = tl.load(at_c, mask=inside, other=0.0)
         map_c = image + c * stride_c
-        sums = _add(sums, map_c + top0, map_c + bottom0, map_c + top1, map_c + bottom1, low0, low1, first, inside, SAME)
+        sums = _add(sums, map_c + top0, map_c + bottom0, map_c + top1, map_c + bottom1, low0, low1, first,
+                    inside, SAME)
         if PAIR:
             map_c = other + c * stride_c
-            sums = _add(sums, map_c + top0, map_c + bottom0, map_c + top1, map_c + bottom1, low0, low1, second, inside, SAME)
+            sums = _add(sums, map_c + top0, map_c + bottom0, map_c + top1, map_c + bottom1, low0, low1,
+                        second, inside, SAME)
         tl.store(at_c, sums, mask=inside)
 
 
@@ -160,7 +168,8 @@ def softmax_accumulate(
             acc, logits, plane, images, *acc.stride(), *logits.stride(),
             in_height, in_width, scaled_height, scaled_width, width,
             logit_step_y, logit_step_x, step(scaled_height, height), step(scaled_width, width), classes,
-            FLIP=flip, PAIR=pair, SAME=list(scaled_size) == list(size), BLOCK=block, num_warps=max(1, block // 64),
+            FLIP=flip, PAIR=pair, SAME=list(scaled_size) == list(size), BLOCK=block,
+            num_warps=max(1, block // 64),
         )  # fmt: skip
 
 
@@ -185,7 +194,8 @@ def _finalize_kernel(
         total += value
     tl.store(mask + n * pixels + first + pixel, arg.to(tl.uint8), mask=inside)
     tl.store(shares + n * blocks + block, tl.sum(tl.where(inside, best / total, 0.0)))
-    # Pixels past the end fall into the bin behind the last class. Atomic sums of integers do not depend on their order.
+    # Pixels past the end fall into the bin behind the last class. Atomic sums of integers do not depend on
+    # their order.
     found = tl.histogram(tl.where(inside, arg, classes), BINS).to(tl.int64)
     bins = tl.arange(0, BINS)
     tl.atomic_add(counts + n * classes + bins, found, mask=(bins < classes) & (found > 0), sem="relaxed")
@@ -200,7 +210,8 @@ def finalize(acc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     shares = torch.zeros((batch, blocks), dtype=torch.float32, device=acc.device)
     counts = torch.zeros((batch, classes), dtype=torch.int64, device=acc.device)
     if batch > 0:
-        flat_NCP = acc.flatten(2)  # a copy only where rows do not follow one another; no pixel's row is searched by a division
+        # a copy only where rows do not follow one another; no pixel's row is searched by a division
+        flat_NCP = acc.flatten(2)
         with torch.cuda.device_of(acc):
             _finalize_kernel[(blocks, batch)](
                 flat_NCP, mask, shares, counts, *flat_NCP.stride(), height * width, blocks, classes,
