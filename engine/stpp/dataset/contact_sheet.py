@@ -1,7 +1,7 @@
 """The contact sheet: a few images of a data set with their masks over them, as people look at it first."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +18,14 @@ CELL_PX, TITLE_PX, GAP_PX, SWATCH_PX = 240, 16, 6, 14
 MOST_NAMES = 40
 
 
-def write(path: Path, samples: Sequence[Sample], classes: Sequence[str]) -> None:
-    """Writes a PNG of up to eight samples, spread over the list, and the colours of the classes; nothing
-    without samples."""
-    spread = samples[:: math.ceil(len(samples) / IMAGES) or 1][:IMAGES]
-    cells = [cell for sample in spread if (cell := _cell(sample, len(classes))) is not None]
+def spread(images: Sequence[str]) -> Sequence[str]:
+    """Up to eight, spread over the list."""
+    return images[:: math.ceil(len(images) / IMAGES) or 1][:IMAGES]
+
+
+def write(path: Path, samples: Iterable[Sample], classes: Sequence[str]) -> None:
+    """Writes a PNG of samples and the colours of the classes; nothing without samples that can be read."""
+    cells = [cell for sample in samples if (cell := _cell(sample, len(classes))) is not None]
     if not cells:
         return
     columns = min(COLUMNS, len(cells))

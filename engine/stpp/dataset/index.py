@@ -101,9 +101,8 @@ def _described(index: Index, tally: card.Tally, notes: Notes) -> Index:
         splits=splits,
         notes=notes,
     )
-    masked = [image for image, entry in index.entries.items() if entry.mask is not None]
-    samples = [index.sample(image) for image in (masked or list(index.entries))]
-    contact_sheet.write(index.out / card.SHEET, samples, index.classes)
+    shown = contact_sheet.spread(index.entries.having("mask") or list(index.entries))
+    contact_sheet.write(index.out / card.SHEET, map(index.sample, shown), index.classes)
     return index
 
 

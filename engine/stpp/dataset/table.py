@@ -57,6 +57,11 @@ class Rows(Mapping):
         i = self._position[image]
         return self._entry(**{name: _value(column[i]) for name, column in self._columns.items()})
 
+    def having(self, name: str) -> list[str]:
+        """Paths of the images with something in a column of text; no entry is made."""
+        return [image for image, value in zip(self._columns["image"], self._columns[name], strict=True)
+                if value is not None]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._position)
 
