@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stpp_kernels.triton.resize import block_width, source, step
+from stpp_kernels.triton.resize import block_width, logit, source, step
 
 # Images differ in size: one compiled variant for all of them.
 SIZES = ["stride_n", "stride_c", "stride_h", "stride_w", "in_height", "in_width", "height", "width",
@@ -40,11 +40,7 @@ def _probability_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     for c in range(0, classes):
         at = c * stride_c
-        a = tl.load(row_top + at + left, mask=inside, other=0.0).to(tl.float32)
-        b = tl.load(row_top + at + right, mask=inside, other=0.0).to(tl.float32)
-        d = tl.load(row_bottom + at + left, mask=inside, other=0.0).to(tl.float32)
-        e = tl.load(row_bottom + at + right, mask=inside, other=0.0).to(tl.float32)
-        value = (a * (1.0 - near) + b * near) * (1.0 - low) + (d * (1.0 - near) + e * near) * low
+        value = logit(row_top + at, row_bottom + at, low, left, right, near, inside)
         most = tl.maximum(value, best)
         total = total * tl.exp(best - most) + tl.exp(value - most)
         best = most

@@ -19,6 +19,17 @@ def source(position, step_size, length):
 
 
 @triton.jit
+def logit(row_top, row_bottom, low, left, right, near, inside):
+    """One class's logit between four, float32: pointers to two rows, weight of the lower; offsets of two
+    columns, weight of the right."""
+    a = tl.load(row_top + left, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(row_top + right, mask=inside, other=0.0).to(tl.float32)
+    d = tl.load(row_bottom + left, mask=inside, other=0.0).to(tl.float32)
+    e = tl.load(row_bottom + right, mask=inside, other=0.0).to(tl.float32)
+    return (a * (1.0 - near) + b * near) * (1.0 - low) + (d * (1.0 - near) + e * near) * low
+
+
+@triton.jit
 def _low(index, cells, scale):
     return tl.minimum(tl.cast(tl.cast(index, tl.float32) * scale, tl.int32), cells - 1)
 

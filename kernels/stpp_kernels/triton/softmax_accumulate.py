@@ -16,22 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stpp_kernels.triton.resize import block_width, source, step
+from stpp_kernels.triton.resize import block_width, logit, source, step
 
 # Images and views differ in size: one compiled variant for all of them.
 LOGIT_SIZES = ["stride_n", "stride_c", "stride_h", "stride_w", "in_height", "in_width", "classes"]
 SCALED_SIZES = [*LOGIT_SIZES, "height", "width"]
 SUM_SIZES = [*LOGIT_SIZES, "images", "acc_n", "acc_c", "acc_h", "acc_w", "scaled_height", "scaled_width",
              "width"]
-
-
-@triton.jit
-def _logit(row_top, row_bottom, low, left, right, near, inside):
-    a = tl.load(row_top + left, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(row_top + right, mask=inside, other=0.0).to(tl.float32)
-    d = tl.load(row_bottom + left, mask=inside, other=0.0).to(tl.float32)
-    e = tl.load(row_bottom + right, mask=inside, other=0.0).to(tl.float32)
-    return (a * (1.0 - near) + b * near) * (1.0 - low) + (d * (1.0 - near) + e * near) * low
 
 
 @triton.jit(do_not_specialize=SCALED_SIZES)
@@ -50,7 +41,7 @@ def _logsumexp_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     for c in range(0, classes):
         at = c * stride_c
-        value = _logit(row_top + at, row_bottom + at, low, left * stride_w, right * stride_w, near, inside)
+        value = logit(row_top + at, row_bottom + at, low, left * stride_w, right * stride_w, near, inside)
         most = tl.maximum(best, value)
         total = total * tl.exp(best - most) + tl.exp(value - most)
         best = most
@@ -93,11 +84,11 @@ def _add(sums, a, b, d, e, low0, low1, columns, inside, SAME: tl.constexpr):
     rows."""
     (left0, right0, near0, left1, right1, near1,
      most00, most01, most10, most11, scale00, scale01, scale10, scale11) = columns  # fmt: skip
-    sums += tl.exp(_logit(a, b, low0, left0, right0, near0, inside) - most00) * scale00
+    sums += tl.exp(logit(a, b, low0, left0, right0, near0, inside) - most00) * scale00
     if not SAME:
-        sums += tl.exp(_logit(a, b, low0, left1, right1, near1, inside) - most01) * scale01
-        sums += tl.exp(_logit(d, e, low1, left0, right0, near0, inside) - most10) * scale10
-        sums += tl.exp(_logit(d, e, low1, left1, right1, near1, inside) - most11) * scale11
+        sums += tl.exp(logit(a, b, low0, left1, right1, near1, inside) - most01) * scale01
+        sums += tl.exp(logit(d, e, low1, left0, right0, near0, inside) - most10) * scale10
+        sums += tl.exp(logit(d, e, low1, left1, right1, near1, inside) - most11) * scale11
     return sums
 
 
