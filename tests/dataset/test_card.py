@@ -71,42 +71,15 @@ def test_the_contact_sheet_shows_images_with_their_masks(root):
 
 
 def test_the_command_prints_the_card(root, tmp_path, capsys):
-    cli.main(
-        [
-            "prepare",
-            "--data.root",
-            str(root),
-            "--data.layout",
-            "globs",
-            "--data.images",
-            "photos/**/*",
-            "--data.masks",
-            "labels/**/*.png",
-            "--out",
-            str(tmp_path / "out"),
-        ]
-    )
+    flags = ["--data.root", str(root), "--data.layout", "globs", "--data.images", "photos/**/*",
+             "--data.masks", "labels/**/*.png", "--out", str(tmp_path / "out")]
+    cli.main(["prepare", *flags])
     printed = capsys.readouterr().out.splitlines()
     assert printed[-1].endswith("5 images, 3 with a mask, 3 classes") and any(
         "CMYK (1)" in line for line in printed
     )
     with pytest.raises(SystemExit) as ended:
-        cli.main(
-            [
-                "prepare",
-                "--strict",
-                "--data.root",
-                str(root),
-                "--data.layout",
-                "globs",
-                "--data.images",
-                "photos/**/*",
-                "--data.masks",
-                "labels/**/*.png",
-                "--out",
-                str(tmp_path / "out"),
-            ]
-        )
+        cli.main(["prepare", "--strict", *flags])
     assert ended.value.code == 2 and "stpp: --strict: passed over: 1 .heic" in capsys.readouterr().err
 
 

@@ -139,11 +139,8 @@ def redrawn_box(rng: np.random.Generator, side: int) -> tuple[int, int, int, int
             return y, x, h, w
 
 
-def test_cutout_boxes_fit_and_follow_the_redraw_rule(drawn):
-    boxes = drawn.box[drawn.box[:, 2] > 0]
-    assert (boxes >= 0).all() and (boxes[:, :2] + boxes[:, 2:] <= 320).all()
-    rng = np.random.default_rng(0)
-    told = np.array([redrawn_box(rng, 320) for _ in range(20_000)])
+def assert_same_distribution(boxes, told):
+    """Sides, places and areas of two sets of boxes pass the test of Kolmogorov and Smirnov."""
     for ours, theirs in ((boxes, told), (boxes[:, 2:3] * boxes[:, 3:], told[:, 2:3] * told[:, 3:])):
         for column in range(ours.shape[1]):
             a, b = np.sort(ours[:, column]), np.sort(theirs[:, column])
@@ -152,6 +149,14 @@ def test_cutout_boxes_fit_and_follow_the_redraw_rule(drawn):
                 np.searchsorted(a, grid, "right") / len(a) - np.searchsorted(b, grid, "right") / len(b)
             )
             assert distance.max() < 2.2 * np.sqrt(1 / len(a) + 1 / len(b)), column
+
+
+def test_cutout_boxes_fit_and_follow_the_redraw_rule(drawn):
+    boxes = drawn.box[drawn.box[:, 2] > 0]
+    assert (boxes >= 0).all() and (boxes[:, :2] + boxes[:, 2:] <= 320).all()
+    rng = np.random.default_rng(0)
+    told = np.array([redrawn_box(rng, 320) for _ in range(20_000)])
+    assert_same_distribution(boxes, told)
     # Small boxes fit more often, so they are more frequent than in the distribution that is drawn from.
     assert (boxes[:, 2] * boxes[:, 3] / 320**2).mean() < 0.19
 
@@ -237,14 +242,7 @@ def test_pasted_boxes_keep_their_area():
     assert rate_is(view.box[:, 2] > 0, 0.5) and (boxes[:, :2] + boxes[:, 2:] <= 320).all()
     rng = np.random.default_rng(1)
     told = np.array([pasted_box(rng, 320) for _ in range(10_000)])
-    for ours, theirs in ((boxes, told), (boxes[:, 2:3] * boxes[:, 3:], told[:, 2:3] * told[:, 3:])):
-        for column in range(ours.shape[1]):
-            a, b = np.sort(ours[:, column]), np.sort(theirs[:, column])
-            grid = np.unique(np.concatenate([a, b]))
-            distance = np.abs(
-                np.searchsorted(a, grid, "right") / len(a) - np.searchsorted(b, grid, "right") / len(b)
-            )
-            assert distance.max() < 2.2 * np.sqrt(1 / len(a) + 1 / len(b)), column
+    assert_same_distribution(boxes, told)
     # The mean area is that which is drawn, not that of boxes that fit easily.
     assert abs((boxes[:, 2] * boxes[:, 3] / 320**2).mean() - 0.21) < 0.01
 

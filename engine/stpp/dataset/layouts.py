@@ -60,7 +60,7 @@ def checked_root(root: str | os.PathLike, flag: str = "--data.root") -> Path:
     return path.resolve()
 
 
-def resolve(root: str | os.PathLike, layout: str, images: str | None = None, masks: str | None = None) -> str:
+def resolve(root: str | os.PathLike, layout: str, images: str | None = None) -> str:
     """The name of the layout that `layout` stands for: for "auto", the one whose folders are there.
 
     Raises:
@@ -146,7 +146,7 @@ def find(
             the root, a name that no list file could hold.
     """
     path, notes = checked_root(root), notes or Notes()
-    layout = resolve(path, layout, images, masks)
+    layout = resolve(path, layout, images)
     given = masks
     images = cityscapes.IMAGES if layout == "cityscapes" else images
     masks = masks or own_masks(path, layout, follow_links=follow_links)

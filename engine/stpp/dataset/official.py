@@ -39,7 +39,7 @@ def say(index: Index, notes: Notes) -> dict[str, int]:
     unpaired = [image for image in held if index.entries[image].mask is None]
     if held:
         notes.line(
-            f"official validation: {counted(len(held), 'image')}{_folders(index, held)}, never trained on"
+            f"official validation: {counted(len(held), 'image')}{_folders(held)}, never trained on"
         )
     if unpaired:
         text = (
@@ -51,7 +51,7 @@ def say(index: Index, notes: Notes) -> dict[str, int]:
     if apart:
         masked = sum(index.entries[image].mask is not None for image in apart)
         text = (
-            f"official test, and so in no list: {counted(len(apart), 'image')}{_folders(index, apart)}, "
+            f"official test, and so in no list: {counted(len(apart), 'image')}{_folders(apart)}, "
             f"{masked} with a mask"
         )
         (notes.warn if masked else notes.line)(
@@ -59,7 +59,7 @@ def say(index: Index, notes: Notes) -> dict[str, int]:
         )
     if not held and (alone := in_folders(index, "val")):
         notes.warn(
-            f"no official validation, though {counted(len(alone), 'image')} lie{_folders(index, alone)}: no "
+            f"no official validation, though {counted(len(alone), 'image')} lie{_folders(alone)}: no "
             f"folder is called train "
             "or training, so they are drawn from like the others"
         )
@@ -96,7 +96,7 @@ def in_folders(index: Index, kind: str) -> set[str]:
     }
 
 
-def _folders(index: Index, images: set[str]) -> str:
+def _folders(images: set[str]) -> str:
     """ " in photos/test", where the images lie in folders of the table."""
     names = sorted(
         {

@@ -34,7 +34,7 @@ def resolved(
     """
     if not isinstance(exif, bool):
         raise TypeError(f"exif: expected a bool, got {exif!r}")
-    layout = layouts.resolve(root, layout, images, masks)
+    layout = layouts.resolve(root, layout, images)
     masks = masks or layouts.own_masks(root, layout, follow_links=follow_links)
     mask_map = list(mask_map or layouts.own_mask_map(layout, masks))
     listed = class_list(root, layout, classes)

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import IO
 
 from stpp import parquet
@@ -100,7 +99,7 @@ def read(path: Path, entry: type, *, rows: int, classes: int) -> Rows:
         raise UserError(problem.format("the file is missing")) from error
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(problem.format(" ".join(str(error).split())[:200])) from error
-    wrong = _wrong(pa, table, classes)
+    wrong = _wrong(table, classes)
     if wrong:
         raise UserError(problem.format(wrong))
     nullable = ("class_pixels", "mask_bytes", "mask_mtime_ns")
@@ -123,7 +122,7 @@ def _value(value):
     return value.as_py() if hasattr(value, "as_py") else value.item() if hasattr(value, "item") else value
 
 
-def _wrong(pa: ModuleType, table, classes: int) -> str | None:
+def _wrong(table, classes: int) -> str | None:
     """What no index that was written here can hold."""
     pc = parquet.compute()
     for field in table.schema:

@@ -47,7 +47,7 @@ def require_decodable(data: bytes, few: int) -> int | None:
             image.load()
             return len(image.getcolors(few) or ()) or None
     except DECODE_ERRORS as error:
-        raise BadImage(why(error, data)) from None
+        raise BadImage(why(error)) from None
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -60,7 +60,7 @@ def decode(data: bytes) -> np.ndarray:
         with opened_bytes(data) as image:
             return colours(image)
     except DECODE_ERRORS as error:
-        raise BadImage(why(error, data)) from None
+        raise BadImage(why(error)) from None
 
 
 def colours(image: Image.Image) -> np.ndarray:
@@ -135,8 +135,8 @@ def _from_deep(values_HW: np.ndarray, bits: int) -> np.ndarray:
     return np.repeat((values_HW >> bits - 8).astype(np.uint8)[..., None], 3, axis=2)
 
 
-def why(error: Exception, data: bytes) -> str:
-    """The reason why Pillow failed on the bytes of a file, in a few words."""
+def why(error: Exception) -> str:
+    """The reason why Pillow failed on a file, in a few words."""
     if isinstance(error, Image.UnidentifiedImageError):
         return f"none of the formats {', '.join(IMAGE_FORMATS)}, or damaged at its beginning"
     if isinstance(error, Image.DecompressionBombError):

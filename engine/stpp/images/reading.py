@@ -109,7 +109,7 @@ def look(data: bytes, *, exif: bool, tail: bytes = b"") -> Reading:
                 _bits(image, data),
             )
     except DECODE_ERRORS as error:
-        raise BadImage(why(error, data)) from None
+        raise BadImage(why(error)) from None
     return found if exif else found.as_stored()
 
 
