@@ -1,11 +1,12 @@
 """Settings from plain values and from flags: both take the same values, and what they refuse is named in one
 line."""
 
+import itertools
 import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import pytest
 import tyro
@@ -101,6 +102,15 @@ def test_an_accepted_value_is_what_its_flag_gives(cls, data):
         return
     told = outcome(lambda: filled(cls, nested(key, value)))
     assert told == outcome(lambda: config.parse(cls, as_flags(key, value), prog="stpp"))
+
+
+def test_every_switch_of_a_recipe_has_its_two_flags():
+    types = known(Config)
+    switches = [key for key in types if bool in (types[key], *get_args(types[key]))]
+    assert "data.exif" in switches
+    for key, value in itertools.product(switches, (False, True)):
+        told = outcome(lambda: config.parse(Config, as_flags(key, value), prog="stpp"))  # noqa: B023
+        assert told == outcome(lambda: filled(Config, nested(key, value)))  # noqa: B023
 
 
 ARGUMENTS = ["--out", "--checkpoints", "--switch", "--no-switch", "--pair", "--out=x", "--switch=y",

@@ -137,8 +137,8 @@ class ModelConfig:
     """Path of a backbone's file or of a checkpoint to start from; `imagenet`: torchvision's ResNet,
     downloaded once, or EfficientNet from an installed package; `dinov2`: the published encoder, downloaded
     once; `none`: from scratch."""
-    dropout: bool | None = None
-    """Dropout in the head of deeplabv3plus and pspnet; unset: on, but off on a deep stem."""
+    dropout: Literal["auto", "on", "off"] = "auto"
+    """Dropout in the head of deeplabv3plus and pspnet; `auto`: on, but off on a deep stem."""
     freeze_backbone: bool = False
     """Train the head alone; the backbone keeps the weights and statistics it starts with."""
     checkpoint_activations: bool = False

@@ -170,7 +170,7 @@ def network_of(model: ModelConfig, num_classes: int) -> network.Network:
         model.backbone,
         num_classes,
         model.output_stride,
-        dropout=model.dropout,
+        dropout={"auto": None, "on": True, "off": False}[model.dropout],
         checkpoint_activations=model.checkpoint_activations or None,
     )
 
