@@ -112,7 +112,7 @@ def test_numbers_of_32_bits_that_use_few_are_named(kind):
     for factor, dark in ((1, True), (16, True), (257, False)):
         data = zoo.tiff(values * factor, sample_format=2 if kind.startswith("int") else 1)
         reading = look(data, exif=True)
-        assert reading.bits == 32 and uses_few(prove(data, reading).used_bits, reading) == dark
+        assert reading.bits == 32 and uses_few(prove(data)[1].used_bits, reading) == dark
 
 
 def test_twelve_bits_are_read_by_their_own_range():
@@ -126,7 +126,7 @@ def test_twelve_bits_are_read_by_their_own_range():
     data += struct.pack("<H", len(tags)) + entries + bytes(4)
     reading = look(data, exif=True)
     assert reading.bits == 12 and np.array_equal(upright_pixels(data, reading), zoo.repeated(zoo.gray()))
-    assert prove(data, reading).used_bits == 12 and not uses_few(12, reading) and uses_few(10, reading)
+    assert prove(data)[1].used_bits == 12 and not uses_few(12, reading) and uses_few(10, reading)
 
 
 def test_images_of_few_flat_colours_are_told_from_photographs():
@@ -134,11 +134,11 @@ def test_images_of_few_flat_colours_are_told_from_photographs():
     for data in (zoo.png(flat, 8, 0), zoo.png(flat > 1, 1, 0), zoo.png(np.dstack([flat] * 3), 8, 2),
                  zoo.saved(Image.fromarray(flat * 80).convert("P"), "PNG"), zoo.saved(flat, "TIFF"),
                  zoo.saved(flat, "BMP")):
-        assert prove(data, look(data, exif=True)).like_mask
+        assert prove(data)[1].like_mask
     photograph = noise(40, 40)
     for data in (zoo.png(photograph, 8, 2), zoo.png(flat * 0, 8, 0), zoo.png(flat[:9, :20], 8, 0),
                  zoo.saved(flat, "JPEG")):
-        assert not prove(data, look(data, exif=True)).like_mask
+        assert not prove(data)[1].like_mask
 
 
 def said(capsys, folder: Path, files: dict[str, bytes]) -> str:

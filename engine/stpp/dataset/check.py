@@ -23,7 +23,7 @@ from stpp.images.containers import looks_whole
 from stpp.images.image_file import DECODE_ERRORS, upright_size
 from stpp.images.masks import IGNORE, Stored, count_indices, read_mask, write_index_png
 from stpp.images.pixels import BadImage
-from stpp.images.reading import Proof, Reading, look, prove
+from stpp.images.reading import Proof, Reading, prove
 
 _CHUNK = 16
 """Images passed to a process at once: enough to make passing them cheap, few enough that no core idles at the
@@ -188,8 +188,7 @@ def _look(path: str, digested: bool) -> tuple[Reading, Proof, str | None]:
     try:
         with open(path, "rb") as file:
             data = file.read()
-        found = look(data, exif=True)
-        proof = prove(data, found)
+        found, proof = prove(data)
     except BadImage as bad:
         raise UserError(f"{path}: cannot be read as an image ({bad}); replace or remove it") from None
     except DECODE_ERRORS as error:

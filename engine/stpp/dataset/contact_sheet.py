@@ -55,7 +55,7 @@ def write(path: Path, samples: Iterable[Sample], classes: Sequence[str]) -> None
             )
         draw.text((left + SWATCH_PX + 4, y), _plain(name, 30), fill="black", font=font)
     with files.atomic(path) as file:
-        sheet.save(file, format="PNG")
+        sheet.save(file, format="PNG", compress_level=1)
 
 
 def _cell(sample: Sample, num_classes: int) -> tuple[str, Image.Image] | None:

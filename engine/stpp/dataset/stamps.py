@@ -30,7 +30,7 @@ def listing(root: Path, found: list[Found]) -> Iterator[Stamp]:
 def stamp(root: Path, path: str) -> Stamp:
     """The stamp of a file below the root."""
     try:
-        status = os.stat(root / path)
+        status = os.stat(os.path.join(root, path))
     except OSError:
         return Stamp(path, -1, -1, (0, 0))
     if not stat.S_ISREG(status.st_mode):

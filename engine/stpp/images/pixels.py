@@ -32,24 +32,6 @@ class BadImage(Exception):
     """An image that cannot be labelled; the message is the reason, in a few words without the name."""
 
 
-def require_decodable(data: bytes, few: int) -> int | None:
-    """Decodes a whole file; a JPEG at an eighth of its size, which reads all data but saves most arithmetic.
-
-    Returns:
-        how many colours it has, if no more than `few`.
-
-    Raises:
-        BadImage: no image, damaged, cut short, or too large.
-    """
-    try:
-        with opened_bytes(data) as image:
-            image.draft(None, (1, 1))
-            image.load()
-            return len(image.getcolors(few) or ()) or None
-    except DECODE_ERRORS as error:
-        raise BadImage(why(error)) from None
-
-
 def decode(data: bytes) -> np.ndarray:
     """Colours of a whole file as they are stored, not turned: uint8 [H, W, 3].
 

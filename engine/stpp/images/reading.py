@@ -29,10 +29,10 @@ from stpp.images import containers
 from stpp.images.image_file import DECODE_ERRORS, exif_orientation, orientation, upright, upright_size
 from stpp.images.pixels import (
     BadImage,
+    colours,
     decode,
     opened_bytes,
     range_bits,
-    require_decodable,
     stored_bits,
     why,
 )
@@ -93,24 +93,28 @@ def look(data: bytes, *, exif: bool, tail: bytes = b"") -> Reading:
     """
     try:
         with opened_bytes(data) as image:
-            turn = _turn(image, data, tail)
-            # Of a TIFF Pillow tells the upright size, of the others the stored one.
-            stored = upright_size(*image.size, turn) if image.format == "TIFF" else image.size
-            width, height = upright_size(*stored, turn)
-            plain = image.format in ("JPEG", "PNG") and _is_plain(data)
-            found = Reading(
-                width,
-                height,
-                turn,
-                plain,
-                image.format,
-                _colours(image),
-                image.mode in _ALPHA_MODES or "transparency" in image.info,
-                _bits(image, data),
-            )
+            found = _reading(image, data, tail)
     except DECODE_ERRORS as error:
         raise BadImage(why(error)) from None
     return found if exif else found.as_stored()
+
+
+def _reading(image: Image.Image, data: bytes, tail: bytes = b"") -> Reading:
+    """See `look`; of an image that Pillow has opened and not yet decoded."""
+    turn = _turn(image, data, tail)
+    # Of a TIFF Pillow tells the upright size, of the others the stored one.
+    stored = upright_size(*image.size, turn) if image.format == "TIFF" else image.size
+    width, height = upright_size(*stored, turn)
+    return Reading(
+        width,
+        height,
+        turn,
+        image.format in ("JPEG", "PNG") and _is_plain(data),
+        image.format,
+        _colours(image),
+        image.mode in _ALPHA_MODES or "transparency" in image.info,
+        _bits(image, data),
+    )
 
 
 def upright_pixels(data: bytes, reading: Reading) -> np.ndarray:
@@ -146,20 +150,35 @@ class Proof(NamedTuple):
     """True for a few flat colours, see `FEW_COLOURS`; a JPEG never has so few."""
 
 
-def prove(data: bytes, reading: Reading) -> Proof:
-    """Decodes a whole file to see that it can be.
+def prove(data: bytes) -> tuple[Reading, Proof]:
+    """Decodes a whole file to see that it can be; a JPEG at an eighth of its size, which reads all data but
+    saves most arithmetic.
+
+    Returns:
+        its reading, turned upright, and the findings.
 
     Raises:
-        BadImage: see `decode`.
+        BadImage: see `look` and `decode`.
     """
-    if reading.bits <= 8 and reading.colours in ("RGB", "gray"):
-        used, shades = reading.bits, require_decodable(data, FEW_COLOURS)
-    else:
-        pixels_HWC = decode(data)
-        used = used_bits(pixels_HWC, reading)
-        shades = len(Image.fromarray(pixels_HWC).getcolors(FEW_COLOURS) or ())
-    like_mask = (shades or 0) > 1 and reading.width * reading.height >= LEAST_PIXELS
-    return Proof(used, like_mask and reading.format not in ("JPEG", "MPO"))
+    try:
+        with opened_bytes(data) as image:
+            reading = _reading(image, data)
+            used = reading.bits
+            if reading.bits <= 8 and reading.colours in ("RGB", "gray"):
+                image.draft(None, (1, 1))
+                image.load()
+            else:
+                pixels_HWC = colours(image)
+                used, image = used_bits(pixels_HWC, reading), Image.fromarray(pixels_HWC)
+            return reading, Proof(used, _is_like_mask(image, reading))
+    except DECODE_ERRORS as error:
+        raise BadImage(why(error)) from None
+
+
+def _is_like_mask(image: Image.Image, reading: Reading) -> bool:
+    if reading.format in ("JPEG", "MPO") or reading.width * reading.height < LEAST_PIXELS:
+        return False
+    return len(image.getcolors(FEW_COLOURS) or ()) > 1
 
 
 def used_bits(pixels_HWC: np.ndarray, reading: Reading) -> int:
