@@ -10,7 +10,9 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
@@ -210,12 +212,16 @@ def mistake(cls: type, args: Sequence[str]) -> str:
         if name and types[name] is bool and values and (is_joined or not positional):
             return f"{name} takes no value such as {shown(values[0])}: it is on; {_opposite(name)} is off"
         named.add(name)
-        loose += values[taken:]
-    if positional and loose:
+        if values[taken:]:
+            loose.append(values[taken:])
+    dashed = next((value for value in itertools.chain(*loose) if re.match(r"-\D", value)), None)
+    if dashed:
+        return unknown(dashed, known(cls))
+    if positional and loose:  # those that stand together, once
         named.add(positional)
-        loose = loose[_taken(types[positional], loose):]
-    if loose:
-        return f"{shown(loose[0])} belongs to no flag"
+        loose[0] = loose[0][_taken(types[positional], loose[0]):]
+    if rest := [*itertools.chain(*loose)]:
+        return f"{shown(rest[0])} belongs to no flag"
     required = [flag(field.name) for field in dataclasses.fields(cls)
                 if field.default is field.default_factory is dataclasses.MISSING]
     missing = [name[2:].upper() if name == positional else name for name in required if name not in named]

@@ -3,7 +3,14 @@ their images."""
 
 import pytest
 
-from stpp.images.folders import PassedOver, image_of_mask, images_of_mask_folders, is_leftover, is_passed_over
+from stpp.images.folders import (
+    PassedOver,
+    folders_of,
+    image_of_mask,
+    image_of_mask_in_folder,
+    is_leftover,
+    is_passed_over,
+)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +113,9 @@ def test_other_names_are_images(other):
     (["labels/7", "bottles/8"], {}), (["masks/7", "labels/7"], {}), (["a/7", "b/7"], {}),
     (["mask", "7"], {})])
 def test_folders_of_masks_beside_folders_of_images(keys, found):
-    assert images_of_mask_folders(keys) == found
+    folders = folders_of(keys)
+    images = {key: image_of_mask_in_folder(key, set(keys), folders) for key in keys}
+    assert {key: image for key, image in images.items() if image} == found
 
 
 def test_what_is_passed_over_is_counted_and_named():

@@ -113,8 +113,31 @@ def test_masks_beside_the_images_of_a_folder_are_passed_over(tmp_path):
     assert [item.source for item in source.items()] == ["a/7.JPG", "a/7_label.jpg", "a/8_mask.png",
                                                         "b/7_mask.png",
                                                         "img_1.webp"]
-    assert source.passed.masks == 3 and "3 masks beside their images" in source.passed.line()
+    assert source.passed.masks == 3 and "3 masks of images beside them" in source.passed.line()
     assert source.stamp()["files"] == 5
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "url"])
+def test_folders_of_masks_beside_folders_of_images_are_passed_over(tmp_path, kind):
+    """A data set given whole: its masks are no photographs, and a folder of that name alone is none of
+    masks."""
+    images = ["photos/a/7.jpg", "photos/a/8.jpg", "set/9.jpg", "alone/labels/1.png", "labels/a/9.png",
+              "labels/b/7.jpg"]
+    masks = ["labels/a/7.png", "Masks/a/8.png", "set/annotations/9.png", "photos/a/8_mask.png"]
+    files = dict.fromkeys([*images, *masks], JPEG)
+    spec = str(tmp_path / "in.tar")
+    if kind == "folder":
+        spec = str(cases.as_folder(tmp_path / "in", files))
+    elif kind == "tar":
+        cases.as_tar(tmp_path / "in.tar", files)
+    else:
+        memory = pytest.importorskip("fsspec").filesystem("memory")
+        for name, data in files.items():
+            memory.pipe_file(f"/{tmp_path.name}/{name}", data)
+        spec = f"memory://{tmp_path.name}"
+    source = open_source(spec)
+    assert sorted(item.key for item in source.items()) == sorted(name.rpartition(".")[0] for name in images)
+    assert source.passed.masks == 4 and "4 masks of images beside them" in source.passed.line()
 
 
 def test_tars_give_members_where_they_lie(tmp_path):

@@ -171,7 +171,7 @@ def test_masks_beside_their_images_are_passed_over(tmp_path):
     found = {item.source.partition("::")[2]: item.read() for item in source.items()}
     assert found == {name: data for name, data in samples.items() if data == b"image"}
     assert source.passed.line() == ("passed over: 3 .json: not image formats that are read; "
-                                    "9 masks beside their images")
+                                    "9 masks of images beside them")
 
 
 def test_images_that_are_called_like_masks_but_stand_alone_are_images(tmp_path):

@@ -25,7 +25,7 @@ from stpp.dataset.patterns import Side, parsed
 from stpp.dataset.search import Search
 from stpp.dataset.walk import walk
 from stpp.errors import UserError
-from stpp.images.folders import PassedOver, image_of_mask, images_of_mask_folders
+from stpp.images.folders import PassedOver, folders_of, image_of_mask, image_of_mask_in_folder
 from stpp.images.image_file import IMAGE_EXTENSIONS
 
 LAYOUTS = ("auto", "voc", "cityscapes", "camvid", "globs")
@@ -228,9 +228,13 @@ def _leave_out_masks(taken: dict[str, str], mask_of: dict[str, str], notes: Note
     if both:
         notes.line(f"masks, no images, though they match the patterns of both: {counted(len(both), 'file')}")
     named = {os.path.splitext(path)[0]: name for name, path in taken.items()}
-    in_folders = images_of_mask_folders(named).items()
-    beside = {key: image for key, image in in_folders if taken[named[key]].lower().endswith(".png")}
-    beside |= {key: image for key in named if (image := image_of_mask(key, named)) is not None}
+    folders, beside = folders_of(named), {}
+    for key, name in named.items():
+        image = image_of_mask(key, named)
+        if image is None and taken[name].lower().endswith(".png"):
+            image = image_of_mask_in_folder(key, named, folders)
+        if image is not None:
+            beside[key] = image
     second = [key for key, image in beside.items() if named[image] in mask_of]
     first = [key for key in beside if key not in second]
     for kind, what in (

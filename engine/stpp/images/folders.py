@@ -8,7 +8,7 @@ regard to case.
 import os
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 
 SYSTEM_FOLDERS = frozenset({
@@ -81,7 +81,7 @@ def is_passed_over(name: str, *, is_folder: bool) -> bool:
     return name.startswith(".") or is_leftover(name, is_folder=is_folder)
 
 
-def image_of_mask(key: str, keys: Collection[str]) -> str | None:
+def image_of_mask(key: str, keys: Container[str]) -> str | None:
     """The image that a file beside it is a mask of, by its name: "a/7" for "a/7_mask", "a/7-label_2",
     "a/7_seg (1)" and "a/mask_7"; "a/img7" for "a/mask7".
 
@@ -102,35 +102,40 @@ def image_of_mask(key: str, keys: Collection[str]) -> str | None:
     return next((form for form in forms if form in keys), None)
 
 
-def images_of_mask_folders(keys: Collection[str]) -> dict[str, str]:
-    """The images that files in folders of masks belong to: "images/a/7" or "a/7" for "masks/a/7".
+def image_of_mask_in_folder(key: str, keys: Container[str],
+                            folders_in: Callable[[str], Iterable[str]]) -> str | None:
+    """The image that a file in a folder of masks belongs to: "images/a/7" or "a/7" for "masks/a/7".
 
     Args:
-        keys: paths without their extensions.
+        key: the file's path without its extension.
+        keys: paths of images without their extensions.
+        folders_in: names of the folders in a folder ("" is the top).
 
     Returns:
-        the image's key by the mask's, for every mask whose image is among the keys.
+        the image's key, if there is such an image; else None.
     """
-    split = {key: key.split("/") for key in keys}
-    inside = {
-        key: next((i for i, part in enumerate(parts[:-1]) if part.lower() in MASK_FOLDERS), None)
-        for key, parts in split.items()
-    }
-    if not any(place is not None for place in inside.values()):
-        return {}
-    beside = {}
-    for key, parts in split.items():
-        if inside[key] is None:
-            beside[(), tuple(parts)] = key
-            beside |= {(tuple(parts[:i]), tuple(parts[i + 1 :])): key for i in range(len(parts) - 1)}
-    found = {}
-    for key, place in inside.items():
-        if place is not None:
-            before, after = tuple(split[key][:place]), tuple(split[key][place + 1 :])
-            image = beside.get((before, after)) or beside.get(((), before + after))
-            if image is not None:
-                found[key] = image
-    return found
+    parts = key.split("/")
+    place = next((i for i, part in enumerate(parts[:-1]) if part.lower() in MASK_FOLDERS), None)
+    if place is None:
+        return None
+    before, after = parts[:place], parts[place + 1 :]
+    beside = (folder for folder in folders_in("/".join(before)) if folder.lower() not in MASK_FOLDERS)
+    forms = ("/".join([*before, *between, *after]) for between in ((), *((folder,) for folder in beside)))
+    return next((form for form in forms if form in keys), None)
+
+
+def folders_of(keys: Iterable[str]) -> Callable[[str], Iterable[str]]:
+    """Names of the folders in each folder of a listing; for `image_of_mask_in_folder`.
+
+    Args:
+        keys: paths of files.
+    """
+    found: dict[str, dict[str, None]] = {}
+    for folder in dict.fromkeys(key.rpartition("/")[0] for key in keys):
+        while folder:
+            folder, _, name = folder.rpartition("/")
+            found.setdefault(folder, {})[name] = None
+    return lambda folder: found.get(folder, ())
 
 
 @dataclass

@@ -54,14 +54,14 @@ class Passed(PassedOver):
     """Counts of what a walk through a corpus did not take."""
 
     masks: int = 0
-    """Members of archives that are masks of images beside them."""
+    """Files that are by their names masks of images beside them, or in a folder beside theirs."""
     repeated: int = 0
     """Lines of a list that repeat one before."""
 
     def line(self) -> str | None:
         """All in one line; None if all was taken."""
         found = self.lines()
-        found += [f"{self.masks} masks beside their images"] if self.masks else []
+        found += [f"{self.masks} masks of images beside them"] if self.masks else []
         found += [f"{self.repeated} lines that repeat one before"] if self.repeated else []
         return f"passed over: {'; '.join(found)}" if found else None
 

@@ -3,6 +3,7 @@
 Memory does not grow with their number.
 """
 
+import functools
 import hashlib
 import heapq
 import itertools
@@ -10,13 +11,19 @@ import os
 import pickle
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Protocol
 
 from stpp.errors import UserError
 from stpp.images import storage, tars
-from stpp.images.folders import image_of_mask, is_leftover, is_passed_over
+from stpp.images.folders import (
+    folders_of,
+    image_of_mask,
+    image_of_mask_in_folder,
+    is_leftover,
+    is_passed_over,
+)
 from stpp.images.image_file import IMAGE_EXTENSIONS
 from stpp.images.items import Item, Passed, named, require_readable_name, unnamed
 from stpp.images.lists import ListSource
@@ -82,6 +89,7 @@ class FolderSource:
 
     def __init__(self, folder: str):
         self._folder = folder.rstrip("/") if not folder.endswith("://") else folder
+        self._below = _Below(self._folder)
         self.passed = Passed()
 
     def items(self) -> Iterator[Item]:
@@ -115,32 +123,66 @@ class FolderSource:
             raise UserError(f"{folder}: {storage.why(error)}; the images in it would be left out") from None
 
     def _taken(self, folder: str) -> Iterator[tuple[str, bool, str]]:
+        beside = _BesideIn(folder)
         for child in storage.children(folder):
             if self.passed.add(child.name, is_folder=child.is_folder):
                 continue
-            if not child.is_folder and _is_mask_beside(folder, child.name):
+            if not child.is_folder and self._is_mask(folder, child.name, beside):
                 self.passed.masks += 1
             elif child.is_folder or _is_image(child.name):
                 yield tuple(child)
             else:
                 self.passed.unread(child.name)
 
+    def _is_mask(self, folder: str, name: str, beside: "_BesideIn") -> bool:
+        """True for a PNG that is by its name the mask of an image beside it, or of one in a folder beside
+        its own."""
+        if not name.lower().endswith(".png"):
+            return False
+        below = f"{folder.removeprefix(self._folder).lstrip('/')}/{_stem(name)}".lstrip("/")
+        return (image_of_mask(_stem(name), beside) is not None
+                or image_of_mask_in_folder(below, self._below, self._below.folders_in) is not None)
+
 
 class _BesideIn:
-    """The names of a local folder's images without extension, each looked for when it is asked for."""
+    """The names of a folder's images without extension. In a local folder each is looked for when it is asked
+    for; a remote one is listed once, when it is first asked."""
 
     def __init__(self, folder: str):
-        self._folder = folder
+        self._folder, self._listed = folder, None
 
     def __contains__(self, name: str) -> bool:
-        return any(os.path.exists(f"{self._folder}/{name}{form}")
-                   for extension in IMAGE_EXTENSIONS for form in (extension, extension.upper()))
+        if not storage.is_url(self._folder):
+            return any(os.path.exists(f"{self._folder}/{name}{form}")
+                       for extension in IMAGE_EXTENSIONS for form in (extension, extension.upper()))
+        if self._listed is None:
+            names = (child.name for child in storage.children(self._folder) if not child.is_folder)
+            self._listed = {_stem(found) for found in names if _is_image(found)}
+        return name in self._listed
 
 
-def _is_mask_beside(folder: str, name: str) -> bool:
-    """True for a PNG that is by its name the mask of an image in the same local folder."""
-    return (name.lower().endswith(".png") and not storage.is_url(folder)
-            and image_of_mask(_stem(name), _BesideIn(folder)) is not None)
+class _Below:
+    """The images below a folder by their paths without extension, and the folders in a folder; the last ones
+    asked for are kept."""
+
+    def __init__(self, folder: str):
+        def at(below: str) -> str:
+            return f"{folder}/{below}".rstrip("/")
+
+        @functools.lru_cache(maxsize=64)
+        def images(below: str) -> Container[str]:
+            return _BesideIn(at(below)) if storage.kind(at(below)) == "folder" else ()
+
+        @functools.lru_cache(maxsize=64)
+        def folders_in(below: str) -> list[str]:
+            folders = (child.name for child in storage.children(at(below)) if child.is_folder)
+            return sorted(name for name in folders if not is_passed_over(name, is_folder=True))
+
+        self._images, self.folders_in = images, folders_in
+
+    def __contains__(self, key: str) -> bool:
+        folder, _, name = key.rpartition("/")
+        return name in self._images(folder)
 
 
 class TarSource:
@@ -160,7 +202,7 @@ class TarSource:
                     self.passed.add(left[0], is_folder=left[1])
                 elif not _is_image(member.name):
                     self.passed.unread(member.name.rpartition("/")[2])
-                elif image_of_mask(_stem(member.name), images) is not None:
+                elif images.is_mask(member.name):
                     self.passed.masks += 1
                 else:
                     yield self._item(path, member, mark)
@@ -194,7 +236,20 @@ class _ImagesOf:
     """The names of an archive's images without extension; read when first asked, so of few archives."""
 
     def __init__(self, path: str):
-        self._path, self._names = path, None
+        self._path, self._names, self._folders_in = path, None, None
+
+    def is_mask(self, name: str) -> bool:
+        """True for a member that is by its name the mask of an image beside it, and for a PNG that is one of
+        an image in a folder beside its own."""
+        if image_of_mask(_stem(name), self) is not None:
+            return True
+        return name.lower().endswith(".png") and (
+            image_of_mask_in_folder(_stem(name), self, self._folders) is not None)
+
+    def _folders(self, folder: str) -> Iterable[str]:
+        if self._folders_in is None:
+            self._folders_in = folders_of(member.name for member in tars.members(self._path))
+        return self._folders_in(folder)
 
     def __contains__(self, name: str) -> bool:
         if self._names is None:
