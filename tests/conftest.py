@@ -17,8 +17,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH",
 if not any(Path("/dev").glob("nvidia[0-9]*")):
     # read when a kernel is defined, so before any test imports its module
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# No test asserts how long something takes: machines are shared. Where a change is judged (.ci/run sets CI) the
-# examples are always the same ones; elsewhere each run tries others.
+# No test asserts how long something takes: machines are shared. Where a change is judged (.ci/run sets CI)
+# the examples are always the same ones; elsewhere each run tries others.
 is_ci = "CI" in os.environ
 settings.register_profile("stpp", deadline=None, derandomize=is_ci, **({"database": None} if is_ci else {}))
 settings.load_profile("stpp")
