@@ -155,6 +155,26 @@ def test_masks_beside_images_are_no_images(tmp_path, images, masks, capsys):
     )
 
 
+@pytest.mark.parametrize(("images", "masks", "names"), [
+    ("img_*.jpg", "mask_*.png", ("img_1.jpg", "mask_1.png")),
+    ("a/**/IMG*.jpg", "b/**/seg-*.png", ("a/x/IMG1.jpg", "b/x/seg-1.png")),
+    ("photos/*.jpg", "labels/mask_*.png", ("photos/1.jpg", "labels/mask_1.png")),
+    ("im_[0-9]*.jpg", "gt_[0-9]*.png", ("im_1.jpg", "gt_1.png")),
+])
+def test_fixed_beginnings_are_no_part_of_a_name(tmp_path, images, masks, names):
+    photo(tmp_path / names[0])
+    mask(tmp_path / names[1])
+    assert find(tmp_path, images, masks) == [names]
+
+
+def test_whole_names_pair_before_names_without_their_beginnings(tmp_path):
+    for name in ("im_1.jpg", "im_g_1.jpg"):
+        photo(tmp_path / name)
+    mask(tmp_path / "im_1.png")
+    for masks in ("im_*.png", "i*.png"):
+        assert find(tmp_path, "im_*.jpg", masks) == [("im_1.jpg", "im_1.png"), ("im_g_1.jpg", None)]
+
+
 def test_masks_beside_unlabelled_images_are_no_images(root, tmp_path, capsys):
     for name in ("u.jpg", "u_mask.png", "v.jpg"):
         photo(tmp_path / "more" / name, hash(name) % 99)

@@ -13,7 +13,7 @@ from stpp import files
 from stpp.errors import UserError
 
 JSON = "classes.json"
-TEXTS = ("labelmap.txt", "class_names.txt", "classes.txt", "obj.names")
+TEXTS = ("labelmap.txt", "class_names.txt", "classes.txt", "labels.txt", "obj.names")
 YAMLS = ("data.yaml", "dataset.yaml")
 _NUMBERED = re.compile(r"(\d{1,5})\s*[:=,;\t ]\s*(\S.*)")
 _SEPARATOR, _NO_NAME = re.compile(r"[:=,;\t]"), re.compile(r"[{}\[\]<>:=;\t]")

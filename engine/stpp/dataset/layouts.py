@@ -161,6 +161,8 @@ def find(
     passed = PassedOver()
     taken = dict(search.named(image_side, "images", alike, passed, apart=set(mask_of.values())))
     _leave_out_masks(taken, mask_of, notes)
+    if mask_side and not taken.keys() & mask_of.keys():
+        taken, mask_of = image_side.without_lead(taken), mask_side.without_lead(mask_of)
     found, keys, matched = [], {}, 0
     for name, image in taken.items():
         key = os.path.splitext(image)[0]
@@ -178,8 +180,8 @@ def find(
         mask = next(iter(mask_of.values()))
         raise UserError(
             f"{path}: no mask belongs to an image: for example {mask}, while images are named as "
-            f"{found[0].image}; give both one name, or patterns whose fixed folders and endings are all that "
-            "differs, such as 'photos/**/*.jpg' and 'labels/**/*_mask.png'"
+            f"{found[0].image}; give both one name, or patterns whose fixed folders, beginnings and endings "
+            "are all that differs, such as 'photos/**/*.jpg' and 'labels/**/*_mask.png'"
         )
     if masks and not mask_of and not matched:
         raise UserError(f"--data.masks {masks}: no file matches it under {path}")

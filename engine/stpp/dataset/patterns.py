@@ -32,6 +32,13 @@ class Side:
     """What a path below the prefix must match, its group 1 being the name, and the further ones the name
     without the fixed folders between wildcards; None: anything."""
     extensions: tuple[str, ...] = IMAGE_EXTENSIONS
+    lead: str = ""
+    """What every name begins with: `img_` of `photos/img_*.jpg`."""
+
+    def without_lead(self, named: dict[str, str]) -> dict[str, str]:
+        """Paths by their pairing names, with these names shortened by what all of them begin with."""
+        parts = ((*name.rpartition("/"), path) for name, path in named.items())
+        return {f"{folder}{slash}{last[len(self.lead):]}": path for folder, slash, last, path in parts}
 
 
 def parsed(pattern: str, flag: str, root: Path | None = None) -> Side:
@@ -74,7 +81,10 @@ def parsed(pattern: str, flag: str, root: Path | None = None) -> Side:
     )
     compiled = re.compile(f"({folders}({expression(last, flag)}{lazy})){tail}", re.IGNORECASE | re.DOTALL)
     extensions = ("",) if ending else IMAGE_EXTENSIONS if flag == "images" else (".png",)
-    return Side(prefix, compiled, extensions)
+    name = last.rpartition("/")[2]
+    found = re.search(r"[*?\[]|" + _BRACES.pattern, name)
+    lead = name[: found.start()] if found else ""
+    return Side(prefix, compiled, extensions, lead)
 
 
 def expression(glob: str, flag: str = "images") -> str:
