@@ -4,6 +4,9 @@ to."""
 import errno
 import json
 import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from PIL import Image
 
 from dataset_cases import data_set, ids, paletted, photo, prepare
 from stpp import cli, files, log
-from stpp.dataset import check, splits
+from stpp.dataset import check, index, splits
 from stpp.distributed import World
 from stpp.errors import UserError
 from stpp.images.masks import read_index_mask
@@ -92,6 +95,32 @@ def test_after_a_refusal_files_of_old_times_are_read_again(known, here):
     photo(known.root / "photos" / "1.jpg", 1)
     fresh = of_today(known.out, path, here)
     assert (read_index_mask(fresh.sample("photos/0.jpg").mask) == ids(1, 2)).all()
+
+
+def test_evaluation_goes_on_after_a_kill_while_it_read_again(known, here):
+    """At any moment before the index is written."""
+    path = listed(known, "0", "1")
+    paletted(ids(2), *COLOURS).save(known.root / "labels" / "1.png")
+    code = """if __name__ == "__main__":
+    import os, signal, sys
+    from pathlib import Path
+    from stpp.dataset import index, survey
+    check_files = survey.check_files
+    def killed(*args, **options):
+        if sys.argv[2] == "behind":
+            check_files(*args, **options)
+        os.kill(os.getpid(), signal.SIGKILL)
+    survey.check_files = killed
+    index.renewed(Path(sys.argv[1]))
+"""
+    for moment in ("before", "behind"):
+        done = subprocess.run([sys.executable, "-c", code, str(known.out), moment])
+        assert done.returncode == -signal.SIGKILL and not (known.out / "index.json").exists()
+        with pytest.raises(UserError, match="its preparation did not end; run `stpp prepare`"):
+            index.load(known.out)
+    fresh = of_today(known.out, path, here)
+    assert (read_index_mask(fresh.sample("photos/1.jpg").mask) == ids(2)).all()
+    assert fresh.settings == known.settings and not (known.out / "unfinished.json").exists()
 
 
 def test_a_run_that_goes_on_keeps_its_masks(known, here):

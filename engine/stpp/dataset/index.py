@@ -2,13 +2,12 @@
 
 `prepare` decodes all files on all cores and writes, below a folder of the index's own,
 `index.parquet` (one row an image), `masks/` (masks that had to be written anew as 8-bit grayscale) and, last,
-`index.json` (classes, settings, fingerprint). The index exists when `index.json` exists. Nothing is written
-to the user's data.
+`index.json` (classes, settings, fingerprint). The index exists when `index.json` exists; until then
+`unfinished.json` keeps what it is made with. Nothing is written to the user's data.
 
 EXIF: one rule for images and masks, see stpp.images.image_file.
 """
 
-import contextlib
 import dataclasses
 import os
 from pathlib import Path
@@ -19,6 +18,9 @@ from stpp.dataset import settings as setting
 from stpp.dataset.entries import Entry, Index
 from stpp.dataset.notes import Notes
 from stpp.errors import UserError
+
+_UNFINISHED = "unfinished.json"
+"""Root and settings of a preparation that was begun and not ended: killed, or refused."""
 
 
 def prepare(
@@ -62,9 +64,6 @@ def prepare(
     tasks, digest = survey.tasks(root, settings, out, notes)
     try:
         _claim(out)
-        for name in ("index.json", "problems.txt", card.JSON, card.TEXT, card.SHEET):
-            (out / name).unlink(missing_ok=True)
-        found = survey.check_files(tasks, out, settings, notes, workers=workers, progress=progress)
         stored = {
             "format": table.FORMAT,
             "version": table.VERSION,
@@ -72,11 +71,16 @@ def prepare(
             "classes": settings["classes"],
             "layout": settings["layout"],
             "fingerprint": digest,
-            "counts": found.counts,
+            "counts": dict.fromkeys(("images", "masks", "converted"), 0),
             "settings": settings,
-            "twins": found.twins,
+            "twins": [],
             "warnings": [],
         }
+        files.write_json(out / _UNFINISHED, stored)
+        for name in ("index.json", "problems.txt", card.JSON, card.TEXT, card.SHEET):
+            (out / name).unlink(missing_ok=True)
+        found = survey.check_files(tasks, out, settings, notes, workers=workers, progress=progress)
+        stored |= {"counts": found.counts, "twins": found.twins}
         setting.say_classes(classes, found.tally.pixels if found.counts["masks"] else (), root, notes)
         made = _described(_opened(out, stored), found.tally, notes)
         if strict:
@@ -84,6 +88,7 @@ def prepare(
         if found.counts["converted"]:
             os.sync()  # masks are plain writes: they must be on the disk before index.json says so
         files.write_json(out / "index.json", stored | {"warnings": notes.warnings})
+        (out / _UNFINISHED).unlink()
     except OSError as error:
         raise UserError(
             f"{error.filename or out}: the index cannot be written ({error.strerror or error})"
@@ -116,7 +121,8 @@ def load(out: str | os.PathLike) -> Index:
     out = Path(out).expanduser().absolute()
     stored = table.read_json(out)
     if stored is None:
-        raise UserError(f"{out}: holds no index (index.json); run `stpp prepare` first")
+        state = "its preparation did not end" if is_unfinished(out) else "holds no index (index.json)"
+        raise UserError(f"{out}: {state}; run `stpp prepare`")
     if stored["version"] != table.VERSION:
         raise UserError(
             f"{out / 'index.json'}: index version {stored['version']}, not {table.VERSION}; run `stpp "
@@ -172,23 +178,20 @@ def warned(index: Index) -> list[str]:
     return list(dict.fromkeys([*index.warnings, *notes.warnings]))
 
 
-def renewed(index: Index) -> Index:
+def is_unfinished(out: Path) -> bool:
+    """True for a folder whose index was being made, and is not."""
+    return not (out / "index.json").exists() and (out / _UNFINISHED).exists()
+
+
+def renewed(out: Path) -> Index:
     """The index made anew, with what it was prepared with, of the files as they are now.
 
     Raises:
-        UserError: as `prepare`. The old index then stays, as one that is stale: once the files are mended,
-            the same command makes it anew.
+        UserError: as `prepare`. The index is then unfinished: once the files are mended, the same command
+            makes it anew.
     """
-    table_file = index.out / "index.parquet"
-    stored, before = table.read_json(index.out), table_file.stat()
-    try:
-        return prepare(index.root, index.out, progress=False, **index.settings)
-    except UserError:
-        after = table_file.stat()
-        if stored and (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns):
-            with contextlib.suppress(OSError):
-                files.write_json(index.out / "index.json", stored | {"fingerprint": ""})
-        raise
+    stored = table.read_json(out, _UNFINISHED if is_unfinished(out) else "index.json")
+    return prepare(stored["root"], out, progress=False, **stored["settings"])
 
 
 def _claim(out: Path) -> None:

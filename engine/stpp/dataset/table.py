@@ -151,13 +151,14 @@ def _wrong(table, classes: int) -> str | None:
     return None
 
 
-def read_json(out: Path) -> dict | None:
-    """The content of out/index.json, its form checked; None if it does not exist.
+def read_json(out: Path, name: str = "index.json") -> dict | None:
+    """The content of out/index.json, or of another file of its form, which is checked; None if it does not
+    exist.
 
     Raises:
         UserError: unreadable, foreign or damaged.
     """
-    path = out / "index.json"
+    path = out / name
     try:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):

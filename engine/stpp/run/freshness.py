@@ -29,19 +29,19 @@ def of_today(folder: Path, listed: Path, here: World) -> Index:
 
 
 def _renew(folder: Path, listed: Path) -> None:
-    known = indices.load(folder)
-    changed = known.changed(
-        sample.key
-        for sample in splits.read_split(listed, known, labelled=True, notes=Notes(quiet=True))
-    )
-    if not changed:
-        return
-    what = (
-        f"{counted(len(changed), 'file')} of {listed} changed since {folder} was made, {changed[0]} the first"
-    )
+    if indices.is_unfinished(folder):
+        what = f"{folder} was being made and is not whole"
+    else:
+        known = indices.load(folder)
+        entries = splits.read_split(listed, known, labelled=True, notes=Notes(quiet=True))
+        changed = known.changed(sample.key for sample in entries)
+        if not changed:
+            return
+        what = (f"{counted(len(changed), 'file')} of {listed} changed since {folder} was made, "
+                f"{changed[0]} the first")
     try:
         lease.refuse_living(folder.parent)
     except UserError as error:
         raise UserError(f"{what}, and a run trains on it ({error})") from None
-    log.say(f"{what}: reading {known.root} again")
-    indices.renewed(known)
+    log.say(f"{what}: reading the files again")
+    indices.renewed(folder)
