@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 
 def load(path, *, tta: str = "none", device: str = "auto", precision: str = "auto", max_pixels: int = 1 << 24,
-         trust_engine: bool = False, output_stride: int | None = None,
+         trust_engine: bool = False, output_stride: int | None = None, view_px: int | None = None,
          exif: bool | None = None) -> "ImagePredictor":
     """Opens a trained network, to make masks of single images: `stpp.load("best.pt").predict("photo.jpg")`.
 
@@ -22,6 +22,8 @@ def load(path, *, tta: str = "none", device: str = "auto", precision: str = "aut
         max_pixels: images of more pixels are refused: they need much memory.
         trust_engine: run an engine that you did not build on this machine: it is a program.
         output_stride: 8, 16 or 32, of a checkpoint that does not tell it, such as a published one; None: 8.
+        view_px: longer side in pixels at which the network sees an image, whose mask has the image's own
+            size; None: as the checkpoint tells, or the image's own.
         exif: turn images upright by their EXIF orientation; None: as those that the network was trained on.
 
     Returns:
@@ -40,5 +42,5 @@ def load(path, *, tta: str = "none", device: str = "auto", precision: str = "aut
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return open_image_predictor(path, mode=tta, device=torch.device(device), precision=precision,
-                                max_pixels=max_pixels,
-                          trust=trust_engine, output_stride=output_stride, exif=exif)
+                                max_pixels=max_pixels, trust=trust_engine, output_stride=output_stride,
+                                view_px=view_px, exif=exif)

@@ -112,11 +112,16 @@ class DataConfig(LoaderConfig, SourceConfig):
     """Seed of the drawn split."""
     val: float | None = None
     """Share of the training images drawn for validation; unset: the data set's own validation list."""
+    view_px: int | None = None
+    """Longer side at which the network sees whole images, in validation, labelling and prediction; unset:
+    their own size. Masks and scores have the images' own size."""
     _section = "data."
 
     def __post_init__(self):
         super().__post_init__()
         _check(self.val is None or 0 < self.val < 1, "data.val", self.val, "between 0 and 1")
+        _check(self.view_px is None or 16 <= self.view_px <= 1 << 15, "data.view-px", self.view_px,
+               "from 16 to 32768")
         _check(0 <= self.split_seed < 2**64, "data.split-seed", self.split_seed, "from 0 to 2^64 - 1")
 
 

@@ -4,6 +4,7 @@ they are."""
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -95,6 +96,10 @@ def sliding(network: torch.nn.Module, image_1CHW: torch.Tensor, side: int,
     return total / crops
 
 
+def predictor(network):
+    return SimpleNamespace(logits=network, num_classes=6, view_px=None)
+
+
 @pytest.mark.parametrize("mode", ["none", "flip"])
 @pytest.mark.parametrize("size, side",
                          [((70, 110), 48), ((48, 48), 48), ((33, 90), 48), ((20, 31), 48), ((65, 33), 32),
@@ -103,7 +108,7 @@ def test_crops_add_up_as_in_the_plain_form(network, mode, size, side):
     images = cases.images(2, *size)
     with torch.no_grad():
         sums = views.accumulate_crops(network, images, mode, 6, side)
-        masks = views.masks(network, images, mode, 6, crop_px=side)
+        masks = views.masks(predictor(network), images, mode, crop_px=side)
         truth = torch.cat([sliding(network, image[None], side, mode == "flip") for image in images])
     torch.testing.assert_close(sums / sums.sum(1, keepdim=True), truth, rtol=1e-3, atol=1e-4)
     decided = truth.topk(2, 1).values.diff(dim=1)[:, 0].abs() > 1e-3
@@ -113,8 +118,8 @@ def test_crops_add_up_as_in_the_plain_form(network, mode, size, side):
 def test_an_image_within_one_crop_is_seen_whole(network):
     images = cases.images(1, 40, 45)
     with torch.no_grad():
-        whole, cropped = (views.masks(network, images, "none", 6, crop_px=side) for side in (None, 68))
-        cut = views.masks(network, images, "none", 6, crop_px=24)
+        whole, cropped, cut = (views.masks(predictor(network), images, "none", crop_px=side)
+                               for side in (None, 68, 24))
     assert (whole == cropped).float().mean() > 0.999
     assert not torch.equal(whole, cut), "crops change nothing, so these tests show nothing"
 

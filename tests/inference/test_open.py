@@ -608,7 +608,7 @@ def test_the_floor_is_exact_and_a_refusal_gives_both_figures(wrong, accepted):
 class Counted:
     """Logits that are right for `good` calls, with a count of the images seen."""
 
-    num_classes, identity = 3, None
+    num_classes, view_px, identity = 3, None, None
 
     def __init__(self, good: int = 10**9):
         self.good, self.seen, self.calls = good, 0, 0

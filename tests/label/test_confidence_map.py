@@ -14,7 +14,7 @@ from stpp.label import confidence_map, rows
 def test_every_cell_is_the_share_of_the_largest_class_at_its_centre(height, width, num_classes, seed):
     generator = torch.Generator().manual_seed(seed)
     sums = torch.rand(2, num_classes, height, width, generator=generator) + 0.01
-    found = confidence_map.sampled(sums).numpy()
+    found = confidence_map.sampled(sums, (height, width)).numpy()
     share = (sums.amax(1) / sums.sum(1)).numpy()
     side = -(-max(height, width) // confidence_map.MOST_CELLS)
     rows_, columns = found.shape[1:]
@@ -32,16 +32,16 @@ def test_every_cell_is_the_share_of_the_largest_class_at_its_centre(height, widt
 def test_cells_are_placed_once_for_each_size():
     confidence_map._centres.cache_clear()
     with torch.inference_mode():
-        first = confidence_map.sampled(torch.ones(1, 2, 100, 130))
+        first = confidence_map.sampled(torch.ones(1, 2, 100, 130), (100, 130))
     made = confidence_map._centres.cache_info().misses
-    assert torch.equal(confidence_map.sampled(torch.ones(1, 2, 100, 130)), first) and made == 2
+    assert torch.equal(confidence_map.sampled(torch.ones(1, 2, 100, 130), (100, 130)), first) and made == 2
     assert confidence_map._centres.cache_info().misses == made
     assert not confidence_map._centres(100, 3, torch.device("cpu")).is_inference()
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
 def test_what_is_no_confidence_counts_as_none(value):
-    assert confidence_map.sampled(torch.full((1, 3, 2, 2), value)).tolist() == [[[0, 0], [0, 0]]]
+    assert confidence_map.sampled(torch.full((1, 3, 2, 2), value), (2, 2)).tolist() == [[[0, 0], [0, 0]]]
 
 
 def test_columns_are_read_alone_and_those_that_are_missing_passed_over(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from stpp import config, files
-from stpp.commands.options import Compute, ComputeConfig, OutputStride
+from stpp.commands.options import Compute, ComputeConfig, OutputStride, ViewPx, check_view
 from stpp.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ class Compile:
     out: Path
     """Folder of the engine; an engine that is there is replaced."""
     output_stride: OutputStride = None
+    view_px: ViewPx = None
     backend: Literal["auto", "tensorrt", "torch-tensorrt", "inductor", "eager"] = "auto"
     """Compiler; auto: the fastest that is installed."""
     shapes: tuple[str, ...] = ()
@@ -31,6 +32,9 @@ class Compile:
     sample: Path | None = None
     """Folder of images on which the engine must agree with eager; unset: the first images that it labels."""
     compute: Compute = ComputeConfig()
+
+    def __post_init__(self):
+        check_view(self.view_px)
 
 
 def compile(args: Sequence[str]) -> None:
@@ -54,7 +58,7 @@ def compile(args: Sequence[str]) -> None:
             raise UserError("stpp compile runs in one process; start it without torchrun")
         rule = exif_rule.agreed([options.checkpoint])
         sample = options.sample and sample_images(options.sample, here.device, exif=rule)
-        load = partial(load_network, output_stride=options.output_stride)
+        load = partial(load_network, output_stride=options.output_stride, view_px=options.view_px)
         compile_predictor(options.checkpoint, options.out, load=load, device=here.device, shapes=shapes,
                         backend=options.backend, precision=options.compute.precision, sample=sample)
     print(options.out)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stpp import config, files
-from stpp.commands.options import Compute, ComputeConfig, OutputStride, Reading
+from stpp.commands.options import Compute, ComputeConfig, OutputStride, Reading, ViewPx, check_view
 from stpp.config import Config, DataConfig, LoaderConfig, Views
 from stpp.errors import UserError
 
@@ -21,6 +21,7 @@ class Evaluate:
     list: Path | None = None
     """Lines `image mask`; by default val.txt of the run that the checkpoint lies in."""
     output_stride: OutputStride = None
+    view_px: ViewPx = None
     tta: Views = "none"
     sliding_window: int | None = None
     """Side in pixels of the crops that the network sees instead of the whole image (each in the views of
@@ -34,6 +35,7 @@ class Evaluate:
     def __post_init__(self):
         if self.sliding_window is not None and self.sliding_window < 1:
             raise UserError(f"--sliding-window is {self.sliding_window}: it must be at least 1")
+        check_view(self.view_px)
 
 
 def evaluate(args: Sequence[str]) -> None:
@@ -60,8 +62,9 @@ def evaluate(args: Sequence[str]) -> None:
         known = of_today(folder, listed, here)
         data = DataConfig(exif=known.exif, loader=options.reading.loader, threads=options.reading.threads)
         samples = splits.read_split(listed, known, labelled=True)
-        network, classes, _ = load_network(options.checkpoint, output_stride=options.output_stride,
-                                           class_names=known.classes)
+        network, classes, architecture = load_network(options.checkpoint, view_px=options.view_px,
+                                                      output_stride=options.output_stride,
+                                                      class_names=known.classes)
         if (rule := exif_rule.told(options.checkpoint)) not in (None, known.exif):
             raise UserError(f"{options.checkpoint} was trained on images {exif_rule.described(rule)}, and "
                             f"{folder} is of images {exif_rule.described(known.exif)}; prepare an index with "
@@ -71,7 +74,8 @@ def evaluate(args: Sequence[str]) -> None:
                 f"{options.checkpoint} was trained on {len(classes)} classes ({', '.join(classes)}) but "
                 f"{folder} has {len(known.classes)} ({', '.join(known.classes)}); use the matching index")
         teacher = EagerPredictor(network, num_classes=len(classes), device=here.device,
-                               dtype=autocast_dtype(options.compute.precision, here.device))
+                               dtype=autocast_dtype(options.compute.precision, here.device),
+                               view_px=architecture.get("view_px"))
         matrix = scoring.evaluate(teacher, samples, here, data, mode=options.tta,
                                   crop_px=options.sliding_window)
         if here.is_main:

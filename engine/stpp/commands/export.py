@@ -49,7 +49,7 @@ def export(args: Sequence[str]) -> None:
     from stpp.inference.record import DEFAULT_SHAPES
     from stpp.models.trained import load_network
 
-    network, classes, _ = load_network(options.checkpoint, output_stride=options.output_stride)
+    network, classes, architecture = load_network(options.checkpoint, output_stride=options.output_stride)
     dtype = PRECISIONS[options.precision]
     ready = fold.ready(network, device=torch.device("cpu"), dtype=dtype)
     unfinished = options.out.with_name(f".{options.out.name}.{os.getpid()}.tmp")
@@ -62,5 +62,7 @@ def export(args: Sequence[str]) -> None:
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink()
+    view_px = architecture.get("view_px")
     print(f"{options.out}: {graphs.INPUT} [N, 3, H, W] {options.precision}, (RGB in 0..1 - {IMAGENET_MEAN}) "
-          f"/ {IMAGENET_STD} -> {graphs.OUTPUT} [N, {len(classes)}, h, w] fp32")
+          f"/ {IMAGENET_STD} -> {graphs.OUTPUT} [N, {len(classes)}, h, w] fp32"
+          + (f"; images resized to a longer side of {view_px}" if view_px else ""))

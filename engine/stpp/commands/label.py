@@ -12,7 +12,15 @@ import tyro
 
 from stpp import config, files
 from stpp.commands.exif_flags import exif_asked
-from stpp.commands.options import Compute, ComputeConfig, OutputStride, Reading, TrustEngine
+from stpp.commands.options import (
+    Compute,
+    ComputeConfig,
+    OutputStride,
+    Reading,
+    TrustEngine,
+    ViewPx,
+    check_view,
+)
 from stpp.config import DataConfig, LabelConfig, LoaderConfig
 from stpp.errors import UserError
 
@@ -57,6 +65,7 @@ class CorpusOptions(LabelConfig):
     compute_threads: int = 0
     """Threads that compute on a CPU, per rank; 0: those the run was begun with, or the cores divided among
     the ranks."""
+    view_px: ViewPx = None
     trust_engine: TrustEngine = False
     compute: Compute = ComputeConfig()
     reading: Reading = LoaderConfig()
@@ -66,6 +75,7 @@ class CorpusOptions(LabelConfig):
         super().__post_init__()
         if self.compute_threads < 0:
             raise UserError(f"--compute-threads is {self.compute_threads}: it must be 0 or more")
+        check_view(self.view_px)
         if not 0 <= self.max_bad_fraction <= 1:
             raise UserError(f"--max-bad-fraction is {self.max_bad_fraction}: it must be from 0 to 1")
 
@@ -161,7 +171,8 @@ def _run(options: CorpusOptions, paths: Sequence[Path], mode: str, work: Callabl
             sys.exit(2)  # every rank finds the same; one says it
         open_all = several.from_paths(paths, here.device, mode=mode, backend=options.backend,
                                       precision=options.compute.precision,
-                                       trust=options.trust_engine, output_stride=output_stride)
+                                       trust=options.trust_engine, output_stride=output_stride,
+                                      view_px=options.view_px)
 
         def opened(images: int) -> list:
             found = open_all(images)

@@ -11,6 +11,9 @@ from stpp.settings import INLINE
 
 OutputStride = Annotated[Literal[8, 16, 32] | None, tyro.conf.arg(
     help="Output stride of a checkpoint that does not tell it, such as a published one; unset: 8.")]
+ViewPx = Annotated[int | None, tyro.conf.arg(
+    help="Longer side in pixels at which the network sees whole images; masks have the images' own size. "
+         "Unset: as the checkpoint tells (--data.view-px of its run), or the images' own.")]
 TrustEngine = Annotated[bool, tyro.conf.arg(
     help="Run engines that you did not build on this machine: they are programs.")]
 
@@ -24,6 +27,16 @@ Compute = Annotated[ComputeConfig, INLINE]
 """`--device` and `--precision`."""
 Reading = Annotated[LoaderConfig, INLINE]
 """`--loader` and `--threads`."""
+
+
+def check_view(view_px: int | None) -> None:
+    """Refuses a size at which no image can be seen.
+
+    Raises:
+        UserError: it is.
+    """
+    if view_px is not None and not 16 <= view_px <= 1 << 15:
+        raise UserError(f"--view-px is {view_px}: it must be from 16 to 32768")
 
 
 def need_root(data: SourceConfig) -> None:

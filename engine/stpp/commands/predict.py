@@ -10,7 +10,7 @@ import tyro
 
 from stpp import config, files
 from stpp.commands.exif_flags import exif_asked
-from stpp.commands.options import Compute, ComputeConfig, OutputStride, TrustEngine
+from stpp.commands.options import Compute, ComputeConfig, OutputStride, TrustEngine, ViewPx, check_view
 from stpp.config import Views
 from stpp.errors import UserError
 
@@ -33,6 +33,7 @@ class Predict:
     engine: Path | None = None
     """Instead of a checkpoint: the folder of an engine that `stpp compile` made."""
     output_stride: OutputStride = None
+    view_px: ViewPx = None
     tta: Views = "none"
     exif: tyro.conf.FlagCreatePairsOff[bool] = False
     """Turn images upright by their EXIF orientation. Without this and --no-exif: as the network was trained,
@@ -43,6 +44,9 @@ class Predict:
     """Images of more pixels get no mask: they need much memory."""
     trust_engine: TrustEngine = False
     compute: Compute = ComputeConfig()
+
+    def __post_init__(self):
+        check_view(self.view_px)
 
 
 def predict(args: Sequence[str]) -> None:
@@ -71,8 +75,9 @@ def predict(args: Sequence[str]) -> None:
             raise UserError("stpp predict runs in one process; start it without torchrun, or use stpp label")
         predictor = open_image_predictor(network, mode=options.tta, device=here.device,
                                          precision=options.compute.precision,
-                                   max_pixels=options.max_pixels, trust=options.trust_engine,
-                                   output_stride=options.output_stride, exif=asked)
+                                         max_pixels=options.max_pixels, trust=options.trust_engine,
+                                         output_stride=options.output_stride, view_px=options.view_px,
+                                         exif=asked)
         try:
             bad = _write_all(predictor, items, options.out)
         except OSError as error:

@@ -75,15 +75,16 @@ class Compilation:
         """The same predictor as PyTorch runs it, in the engine's precision or another."""
         precision = precision or self.precision
         return EagerPredictor(self.network, num_classes=len(self.classes), device=self.device,
-                              dtype=PRECISIONS[precision],
-                            identity=dataclasses.replace(self.identity(), backend="eager",
-                                                         precision=precision))
+                              dtype=PRECISIONS[precision], view_px=self.architecture.get("view_px"),
+                              identity=dataclasses.replace(self.identity(), backend="eager",
+                                                           precision=precision))
 
     def identity(self) -> Identity:
         """Of the predictor that comes of it."""
         fixed = "-frozen" if self.frozen and self.backend != "eager" else ""
         return Identity(weights_sha256=self.weights, classes=self.classes, backend=self.backend + fixed,
-                        precision=self.precision, output_stride=self.architecture.get("output_stride"))
+                        precision=self.precision, output_stride=self.architecture.get("output_stride"),
+                        view_px=self.architecture.get("view_px"))
 
     def ready(self) -> nn.Module:
         """The network folded, on the device, in the engine's precision."""

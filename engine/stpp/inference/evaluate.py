@@ -40,8 +40,7 @@ def evaluate(predictor: Predictor, samples: Sequence[Sample], here: World, data:
     matrix = torch.zeros(predictor.num_classes, predictor.num_classes, dtype=torch.int64, device=here.device)
     share, threads = loader.native_share(samples, here), distributed.threads_per_rank(here, data.threads)
     for batch in native_batches(samples, share, device=here.device, loader=data.loader, threads=threads):
-        masks_NHW = views.masks(predictor.logits, batch.images_NCHW, mode, predictor.num_classes,
-                                crop_px=crop_px)
+        masks_NHW = views.masks(predictor, batch.images_NCHW, mode, crop_px=crop_px)
         matrix += confusion(masks_NHW, batch.labels_NHW, predictor.num_classes)
         if seen is not None:
             seen(batch, masks_NHW)

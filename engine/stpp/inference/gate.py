@@ -97,7 +97,7 @@ class Gated:
         self._eager: Logits | None = None
         self._tally: Counts | None = None
         self._left_px = GATE_PX
-        self.num_classes, self.identity = engine.num_classes, engine.identity
+        self.num_classes, self.view_px, self.identity = engine.num_classes, engine.view_px, engine.identity
         self.agreement: Agreement | None = None
 
     def logits(self, images_NCHW: torch.Tensor) -> torch.Tensor:

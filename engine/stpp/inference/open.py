@@ -13,7 +13,7 @@ from torch import nn
 
 from stpp import log
 from stpp.errors import UserError
-from stpp.inference import build, choose, exif_rule, gate
+from stpp.inference import build, choose, exif_rule, gate, views
 from stpp.inference import record as records
 from stpp.inference import trust as trusting
 from stpp.inference.build import BACKENDS, PRECISIONS, Compilation
@@ -60,7 +60,8 @@ def compile_predictor(checkpoint: Path, out: Path, *, load: Load, device: torch.
     if backend == "eager":
         build.eager_folder(plan, out)
         return plan.eager()
-    return build.build(plan, out, sample)
+    view_px = plan.architecture.get("view_px")
+    return build.build(plan, out, sample and (views.seen(images, view_px) for images in sample))
 
 
 def open_predictor(path: Path, *, load: Load, device: torch.device, backend: str = "auto",

@@ -26,16 +26,22 @@ class Identity:
     """bf16, fp16 or fp32."""
     output_stride: int | None = None
     """Of the backbone, where there is one: equal weights compute something else at another."""
+    view_px: int | None = None
+    """See `Predictor`."""
 
     def __str__(self):
         stride = f"-os{self.output_stride}" if self.output_stride else ""
-        return f"{self.weights_sha256[:16]}{stride}-{self.backend}-{self.precision}"
+        view = f"-view{self.view_px}" if self.view_px else ""
+        return f"{self.weights_sha256[:16]}{stride}{view}-{self.backend}-{self.precision}"
 
 
 class Predictor(Protocol):
     """Images in, logits out."""
 
     num_classes: int
+    view_px: int | None
+    """Longer side at which the network is to see whole images, pixels; None: their own size. Whoever calls
+    `logits` resizes them (`stpp.inference.views.seen`)."""
 
     def logits(self, images_NCHW: torch.Tensor) -> torch.Tensor:
         """Low-resolution float32 logits [N, C, h, w] of normalised float32 channels_last images, any size."""
@@ -46,9 +52,9 @@ class EagerPredictor:
     """A copy of a network as PyTorch runs it."""
 
     def __init__(self, network: nn.Module, *, num_classes: int, device: torch.device, dtype: torch.dtype,
-                 identity: Identity | None = None):
+                 view_px: int | None = None, identity: Identity | None = None):
         self._network, self.identity = fold.ready(network, device=device, dtype=dtype), identity
-        self.num_classes, self._dtype = num_classes, dtype
+        self.num_classes, self.view_px, self._dtype = num_classes, view_px, dtype
 
     def logits(self, images_NCHW: torch.Tensor) -> torch.Tensor:
         """See `Predictor`."""
@@ -71,6 +77,7 @@ class CompiledPredictor:
         self._run, self._dtype, self._make_eager = run, dtype, eager
         self._eager: EagerPredictor | None = None
         self.record, self.identity, self.num_classes = record, identity, len(identity.classes)
+        self.view_px = identity.view_px
 
     def logits(self, images_NCHW: torch.Tensor) -> torch.Tensor:
         """See `Predictor`."""

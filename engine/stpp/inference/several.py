@@ -31,7 +31,8 @@ not on ranks."""
 
 def from_paths(paths: Sequence[Path], device: torch.device, *, mode: str, backend: str = "auto",
                precision: str = "auto", image_px: int | None = None, predictors: int | None = None,
-               trust: bool = False, output_stride: int | None = None) -> Open:
+               trust: bool = False, output_stride: int | None = None,
+               view_px: int | None = None) -> Open:
     """Opens checkpoints or engine folders.
 
     Args:
@@ -40,14 +41,14 @@ def from_paths(paths: Sequence[Path], device: torch.device, *, mode: str, backen
         image_px: pixels of an image, about; None: unknown.
         predictors: of one architecture in the run, which can share one engine; None: these alone.
         trust: run engines that this user did not build.
-        output_stride: see `load_network`.
+        output_stride, view_px: see `load_network`.
 
     Returns:
         What opens them. It raises a UserError for what is no predictor, does not agree with eager, or has
         other classes than the first.
     """
     scales, mirrored = views.VIEWS[mode]
-    load = partial(load_network, output_stride=output_stride)
+    load = partial(load_network, output_stride=output_stride, view_px=view_px)
     per_image = sum(scale * scale for scale in scales) * (1 + mirrored)
 
     def open_all(images: int) -> list[Opened]:

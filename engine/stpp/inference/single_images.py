@@ -86,8 +86,7 @@ class ImagePredictor:
     def mask(self, colours_HWC: np.ndarray) -> np.ndarray:
         """uint8 [H, W, 3] to class ids, uint8 [H, W]."""
         images_NCHW = _network_input(colours_HWC, self._device)
-        return views.masks(self._network.logits, images_NCHW, self.mode,
-                           self._network.num_classes)[0].cpu().numpy()
+        return views.masks(self._network, images_NCHW, self.mode)[0].cpu().numpy()
 
     def _of_pil(self, image: Image.Image) -> np.ndarray:
         if image.width * image.height > self.max_pixels:
@@ -145,14 +144,14 @@ def _network_input(colours_HWC: np.ndarray, device: torch.device) -> torch.Tenso
 
 
 def open_image_predictor(path: str | os.PathLike, *, mode: str, device: torch.device, precision: str,
-                         max_pixels: int,
-                   trust: bool, output_stride: int | None = None, exif: bool | None = None) -> ImagePredictor:
+                         max_pixels: int, trust: bool, output_stride: int | None = None,
+                         view_px: int | None = None, exif: bool | None = None) -> ImagePredictor:
     """A predictor with the network of a checkpoint, as PyTorch runs it, or with an engine.
 
     Args:
         path: a best.pt or third-*.pt of a run, a published state dict, or the folder of an engine.
         trust: run an engine that this user did not build.
-        output_stride: see `load_network`.
+        output_stride, view_px: see `load_network`.
         exif: turn images upright by their EXIF orientation; None: the rule that the network was trained with.
 
     Raises:
@@ -163,7 +162,7 @@ def open_image_predictor(path: str | os.PathLike, *, mode: str, device: torch.de
     if mode not in views.VIEWS:
         raise ValueError(f"tta is {mode!r}; expected one of {', '.join(views.VIEWS)}")
     path = Path(path)
-    load = partial(load_network, output_stride=output_stride)
+    load = partial(load_network, output_stride=output_stride, view_px=view_px)
     network = open_predictor(path, load=load, device=device, backend="auto" if path.is_dir() else "eager",
                            precision=precision, trust=trust)
     return ImagePredictor(network, network.identity.classes, device, mode=mode, max_pixels=max_pixels,

@@ -1,14 +1,21 @@
 """Test-time augmentation: the views of an image, whole or in crops, and the sum of their class probabilities.
 
 N images, C classes, H W size of the image; a view has the size (int(H * scale), int(W * scale)).
+
+A network may have been told to see whole images at another size than their own (`view_px`): the image is then
+resized once, all of the above is of the resized image, and the mask is interpolated from its probabilities.
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
-from stpp_kernels import finalize, softmax_accumulate, upsample_argmax
+from stpp_kernels import confusion, finalize, softmax_accumulate, upsample_argmax
+
+if TYPE_CHECKING:
+    from stpp.inference.protocol import Predictor
 
 VIEWS: dict[str, tuple[tuple[float, ...], bool]] = {
     "stpp": ((0.5, 0.75, 1.0, 1.5, 2.0), True),
@@ -16,6 +23,31 @@ VIEWS: dict[str, tuple[tuple[float, ...], bool]] = {
     "none": ((1.0,), False),
 }
 """Scales of each mode, and whether every scale is also seen mirrored."""
+
+
+def seen(images_NCHW: torch.Tensor, view_px: int | None) -> torch.Tensor:
+    """Images as a network sees them whole.
+
+    Args:
+        view_px: their longer side, pixels; None: their own size.
+
+    Returns:
+        float32 [N, 3, h, w], channels_last.
+    """
+    height, width = images_NCHW.shape[-2:]
+    size = view_size(height, width, view_px)
+    if size == (height, width):
+        return images_NCHW
+    return F.interpolate(images_NCHW, size, mode="bilinear", align_corners=False, antialias=True).contiguous(
+        memory_format=torch.channels_last)
+
+
+def view_size(height: int, width: int, view_px: int | None) -> tuple[int, int]:
+    """Size (rows, columns) at which an image is seen; see `seen`."""
+    if view_px is None:
+        return height, width
+    scale = view_px / max(height, width)
+    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def accumulate(logits: Callable[[torch.Tensor], torch.Tensor], images_NCHW: torch.Tensor, mode: str,
@@ -75,15 +107,48 @@ def accumulate_crops(logits: Callable[[torch.Tensor], torch.Tensor], images_NCHW
     return sums_NCHW
 
 
-def masks(logits: Callable[[torch.Tensor], torch.Tensor], images_NCHW: torch.Tensor, mode: str,
-          num_classes: int, *, crop_px: int | None = None) -> torch.Tensor:
+def masks(predictor: "Predictor", images_NCHW: torch.Tensor, mode: str, *,
+          crop_px: int | None = None) -> torch.Tensor:
     """The most likely class of every pixel over all views: uint8 [N, H, W].
 
-    Where there is one view no probabilities are computed. Arguments as of `accumulate` and, with `crop_px`,
-    `accumulate_crops`.
+    Where there is one view of the image's own size no probabilities are computed.
+
+    Args:
+        images_NCHW: float32, normalised, of their own size.
+        mode: key of `VIEWS`.
+        crop_px: see `accumulate_crops`; None: the network sees whole images.
     """
+    size, num_classes = tuple(images_NCHW.shape[-2:]), predictor.num_classes
+    images_NCHW = seen(images_NCHW, predictor.view_px)
     if crop_px is not None:
-        return finalize(accumulate_crops(logits, images_NCHW, mode, num_classes, crop_px))[0]
-    if mode == "none":
-        return upsample_argmax(logits(images_NCHW), images_NCHW.shape[-2:])
-    return finalize(accumulate(logits, images_NCHW, mode, num_classes))[0]
+        sums_NCHW = accumulate_crops(predictor.logits, images_NCHW, mode, num_classes, crop_px)
+    elif mode == "none" and images_NCHW.shape[-2:] == size:
+        return upsample_argmax(predictor.logits(images_NCHW), size)
+    else:
+        sums_NCHW = accumulate(predictor.logits, images_NCHW, mode, num_classes)
+    return concluded(sums_NCHW, size)[0]
+
+
+def concluded(sums_NCHW: torch.Tensor,
+              size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Masks of summed probabilities, at the size of the images.
+
+    Args:
+        sums_NCHW: see `accumulate`; at the size at which the images were seen.
+        size: (rows, columns) of the images.
+
+    Returns:
+        masks, uint8 [N, *size]; mean share of the chosen class at the size of the sums, float32 [N]; pixels
+        of each class, int64 [N, C].
+    """
+    masks_NHW, confidence_N, pixels_NC = finalize(sums_NCHW)
+    if tuple(sums_NCHW.shape[-2:]) != size:
+        masks_NHW = upsample_argmax(sums_NCHW, size)
+        pixels_NC = counted(masks_NHW, sums_NCHW.shape[1])
+    return masks_NHW, confidence_N, pixels_NC
+
+
+def counted(masks_NHW: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Pixels of each class in each mask, int64 [N, C]."""
+    # A mask against itself counts its classes in one pass.
+    return confusion(masks_NHW, masks_NHW, num_classes, per_image=True).diagonal(dim1=1, dim2=2)

@@ -11,15 +11,18 @@ MOST_CELLS = 48
 """Of the longer side: 1,728 bytes for an image of 4:3."""
 
 
-def sampled(sums_NCHW: Tensor) -> Tensor:
+def sampled(sums_NCHW: Tensor, size: tuple[int, int]) -> Tensor:
     """Summed probabilities to their confidence at the grid: the largest class's share of the sum.
+
+    Args:
+        size: (rows, columns) of the images, which the grid lies over; the sums may have another.
 
     Returns:
         uint8 [N, rows, columns], 0 to 255; 0 where the sum is zero or not finite.
     """
-    height, width = sums_NCHW.shape[-2:]
-    side = _side(height, width)
-    ys, xs = (_centres(length, side, sums_NCHW.device) for length in (height, width))
+    side = _side(*size)
+    ys, xs = (_centres(length, side, sums_NCHW.device) * seen // length
+              for length, seen in zip(size, sums_NCHW.shape[-2:], strict=True))
     at_NCrc = sums_NCHW[:, :, ys[:, None], xs]
     return (at_NCrc.amax(1) / at_NCrc.sum(1)).nan_to_num(0, 0, 0).mul(255).round().clamp(0, 255).byte()
 

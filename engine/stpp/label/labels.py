@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from stpp import distributed
 from stpp.clock import Clock
@@ -31,7 +32,7 @@ from stpp.label.run import Summary, execute
 from stpp.label.sinks import Sink, StoredMask, open_sink
 from stpp.loading.sample import Sample
 from stpp.metrics import mean_iou
-from stpp_kernels import confusion, finalize
+from stpp_kernels import confusion
 
 NOT_FINITE = "the network's answer is not finite"
 
@@ -76,25 +77,26 @@ class Labels:
 
     def compute(self, batch: Decoded) -> Callable[[], list[PseudoLabel | str | None]]:
         """See `Job`; a text is why an image has no label although it could be read."""
-        sums_NCHW = views.accumulate(self.network.logits, batch.images_NCHW, self.mode,
-                                     self.network.num_classes)
-        queued, errors = self._queued(sums_NCHW), batch.errors
+        images_NCHW = views.seen(batch.images_NCHW, self.network.view_px)
+        sums_NCHW = views.accumulate(self.network.logits, images_NCHW, self.mode, self.network.num_classes)
+        queued, errors = self._queued(sums_NCHW, tuple(batch.images_NCHW.shape[-2:])), batch.errors
 
         def results() -> list[PseudoLabel | str | None]:
             return [None if i in errors else label for i, label in enumerate(_labels(*queued.read()))]
 
         return results
 
-    def _queued(self, sums_NCHW: torch.Tensor) -> Readback:
+    def _queued(self, sums_NCHW: torch.Tensor, size: tuple[int, int]) -> Readback:
         """Masks, mean confidences, pixels by class and maps of confidence, on their way to the host."""
-        masks_NHW, confidence_N, pixels_NC = finalize(sums_NCHW)
+        masks_NHW, confidence_N, pixels_NC = views.concluded(sums_NCHW, size)
         if self.min_confidence > 0:
             unsure_NHW = sums_NCHW.amax(1) < self.min_confidence * sums_NCHW.sum(1)
+            if unsure_NHW.shape != masks_NHW.shape:
+                unsure_N1HW = F.interpolate(unsure_NHW[:, None].byte(), size, mode="nearest-exact")
+                unsure_NHW = unsure_N1HW[:, 0].bool()
             masks_NHW = masks_NHW.masked_fill(unsure_NHW, IGNORE)
-            # A mask against itself counts its classes in one pass.
-            pixels_NCC = confusion(masks_NHW, masks_NHW, self.network.num_classes, per_image=True)
-            pixels_NC = pixels_NCC.diagonal(dim1=1, dim2=2)
-        return Readback(masks_NHW, confidence_N, pixels_NC, confidence_map.sampled(sums_NCHW))
+            pixels_NC = views.counted(masks_NHW, self.network.num_classes)
+        return Readback(masks_NHW, confidence_N, pixels_NC, confidence_map.sampled(sums_NCHW, size))
 
     def sink(self, out: Path, shard: int, clock: Clock) -> Sink:
         """See `Job`."""

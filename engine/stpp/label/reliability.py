@@ -16,6 +16,7 @@ from stpp.device import Readback
 from stpp.distributed import World
 from stpp.images.batches import Decoded
 from stpp.images.batching import Planned
+from stpp.inference import views
 from stpp.inference.open import Predictor
 from stpp.inference.several import Open
 from stpp.label import rows
@@ -23,7 +24,7 @@ from stpp.label.assignment import Assignment
 from stpp.label.labels import SampleSource, require_none_bad
 from stpp.label.run import Summary, execute
 from stpp.loading.sample import Sample
-from stpp_kernels import pairwise_iou, upsample_argmax
+from stpp_kernels import pairwise_iou
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +45,10 @@ class Reliability:
     def compute(self, batch: Decoded) -> Callable[[], list[float | None]]:
         """See `Job`: the mean over the earlier teachers of their mask's mean IoU with the last one's."""
         *earlier, last = self.networks
-        size = batch.images_NCHW.shape[-2:]
-        reference_NHW = upsample_argmax(last.logits(batch.images_NCHW), size)
+        reference_NHW = views.masks(last, batch.images_NCHW, "none")
         total_N = torch.zeros(len(batch.planned), dtype=torch.float64, device=reference_NHW.device)
         for network in earlier:
-            masks_NHW = upsample_argmax(network.logits(batch.images_NCHW), size)
+            masks_NHW = views.masks(network, batch.images_NCHW, "none")
             total_N += pairwise_iou(masks_NHW, reference_NHW, last.num_classes)
         queued, errors = Readback(total_N / len(earlier)), batch.errors
 

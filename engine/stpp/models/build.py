@@ -175,13 +175,14 @@ def network_of(model: ModelConfig, num_classes: int) -> network.Network:
     )
 
 
-def architecture_of(model: ModelConfig) -> dict[str, str | int | None]:
-    """Name, backbone and output stride: what a checkpoint says of its network."""
+def architecture_of(model: ModelConfig, view_px: int | None = None) -> dict[str, str | int | None]:
+    """What a checkpoint says of its network: name, backbone, output stride, and the longer side at which it
+    sees whole images where that is not their own."""
     return {
         "name": model.name,
         "backbone": model.backbone,
         "output_stride": stride_of(model.backbone, model.output_stride),
-    }
+    } | ({"view_px": view_px} if view_px else {})
 
 
 def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -27,11 +27,13 @@ class LoadedNetwork(NamedTuple):
     classes: list[str]
     """Names in the order of their ids; numbers where they are not known."""
     architecture: dict
-    """Its name, backbone and output_stride, which is None where patches fix it."""
+    """Its name, backbone and output_stride, which is None where patches fix it; and view_px where it sees
+    whole images at another size than their own."""
 
 
 def load_network(
-    path: str | Path, *, output_stride: int | None = None, class_names: Sequence[str] = ()
+    path: str | Path, *, output_stride: int | None = None, view_px: int | None = None,
+    class_names: Sequence[str] = ()
 ) -> LoadedNetwork:
     """The network of a checkpoint: one of a training run, or a state dict with the public keys of ST++,
     UniMatch or UniMatch V2.
@@ -42,6 +44,8 @@ def load_network(
     Args:
         output_stride: of a state dict, whose weights do not depend on it; None: that of all published
             networks on such a backbone, if there is one. A run's checkpoint tells its own.
+        view_px: longer side at which the network is to see whole images, pixels; None: as its checkpoint
+            tells, or their own size.
         class_names: for a state dict of as many classes.
 
     Raises:
@@ -49,8 +53,10 @@ def load_network(
             stride, or one whose stride nobody told.
     """
     content = read_checkpoint(path)
+    seen = {"view_px": view_px} if view_px else {}
     if "format" not in content:
-        return _published(state_dict_of(content), path, output_stride, class_names)
+        network, classes, architecture = _published(state_dict_of(content), path, output_stride, class_names)
+        return LoadedNetwork(network, classes, architecture | seen)
     saved = checkpoint.ours(content, path)
     try:
         architecture, classes = saved["architecture"], list(saved["classes"])
@@ -69,7 +75,11 @@ def load_network(
             f"--output-stride {output_stride}: {path} was trained at {architecture['output_stride']} and "
             "tells so; leave the flag out"
         )
-    return LoadedNetwork(network, classes, architecture)
+    told = architecture.get("view_px")
+    if not (told is None or type(told) is int and told > 0):
+        raise UserError(f"{path}: holds no network of this version (view_px is {told!r}); give a best.pt or "
+                        "third-*.pt")
+    return LoadedNetwork(network, classes, architecture | seen)
 
 
 def _published(

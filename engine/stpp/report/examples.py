@@ -11,10 +11,10 @@ from PIL import Image, ImageDraw, ImageFont
 from stpp import files
 from stpp.images.image_file import IMAGENET_MEAN, IMAGENET_STD
 from stpp.images.palette import colourise
+from stpp.inference import views
 from stpp.inference.open import Predictor
 from stpp.loading.native import native_batches
 from stpp.loading.sample import Batch, Sample
-from stpp_kernels import upsample_argmax
 
 CELL_PX = 160
 TITLE_PX = 18
@@ -38,7 +38,7 @@ def write_examples(path: Path, samples: Sequence[Sample], teachers: dict[str, Pr
         columns["image"].append(_shown(batch.images_NCHW[0]))
         columns["truth"].append(colourise(batch.labels_NHW[0].cpu().numpy(), num_classes))
         for title, teacher in teachers.items():
-            mask_NHW = upsample_argmax(teacher.logits(batch.images_NCHW), batch.images_NCHW.shape[-2:])
+            mask_NHW = views.masks(teacher, batch.images_NCHW, "none")
             columns[title].append(colourise(mask_NHW[0].cpu().numpy(), num_classes))
     sheet = _sheet(columns)
     with files.atomic(path) as file:

@@ -25,6 +25,7 @@ from stpp.errors import UserError
 from stpp.inference import several
 from stpp.inference.evaluate import evaluate, write_scores
 from stpp.inference.open import EagerPredictor
+from stpp.inference.views import view_size
 from stpp.label import labels, reliability
 from stpp.loading import loader
 from stpp.loading.sample import Sample
@@ -207,7 +208,8 @@ class Run:
         backend = self.config.label.backend
         if backend == "auto" and self.config.deterministic:
             backend = "eager"  # the choice depends on the threads, and so on the number of ranks
-        pixels = sum(sample.width * sample.height for sample in samples) // len(samples)
+        sizes = (view_size(sample.height, sample.width, self.config.data.view_px) for sample in samples)
+        pixels = sum(height * width for height, width in sizes) // len(samples)
         return several.from_paths(paths, self.here.device, mode=mode, backend=backend,
                                    precision=self.config.train.precision, image_px=pixels,
                                    predictors=METHODS[self.config.method].predictors)
@@ -217,7 +219,8 @@ class Run:
 
     def _eager(self, network: torch.nn.Module) -> EagerPredictor:
         return EagerPredictor(network, num_classes=len(self.index.classes), device=self.here.device,
-                            dtype=autocast_dtype(self.config.train.precision, self.here.device))
+                              dtype=autocast_dtype(self.config.train.precision, self.here.device),
+                              view_px=self.config.data.view_px)
 
     def _folder(self, name: str) -> Path:
         return self.config.out / "stages" / name

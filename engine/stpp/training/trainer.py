@@ -331,7 +331,8 @@ class Trainer:
         distributed.broadcast_buffers(deployed)
         if self.here.is_main:
             self.writer.save(self.folder / name, model=deployed.state_dict(), classes=list(self.classes),
-                             architecture=architecture_of(self.config.model), step=self.steps_done,
+                             architecture=architecture_of(self.config.model, self.config.data.view_px),
+                             step=self.steps_done,
                              reading={"exif": self.config.data.exif}, **scores)
 
     def _save(self) -> None:
