@@ -93,9 +93,9 @@ def test_an_image_of_that_size_is_seen_as_it_is(network):
     images = cases.images(2, 48, VIEW_PX)
     assert views.seen(images, VIEW_PX) is images and views.seen(images, None) is images
     with torch.no_grad():
-        found = [views.masks(SimpleNamespace(logits=network, num_classes=CLASSES, view_px=side), images, "none")
-                 for side in (None, VIEW_PX)]
-    assert torch.equal(*found)
+        own, asked = (views.masks(SimpleNamespace(logits=network, num_classes=CLASSES, view_px=side), images,
+                                  "none") for side in (None, VIEW_PX))
+    assert torch.equal(own, asked)
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(16, 2000))
