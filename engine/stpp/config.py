@@ -146,14 +146,17 @@ class ModelConfig:
     """Dropout in the head of deeplabv3plus and pspnet; `auto`: on, but off on a deep stem."""
     freeze_backbone: bool = False
     """Train the head alone; the backbone keeps the weights and statistics it starts with."""
+    freeze_bn: bool = False
+    """The backbone's batch norms keep the statistics they start with."""
     checkpoint_activations: bool = False
     """Compute the inside of a transformer's blocks again in the backward pass instead of keeping it: less
     memory, but more time."""
 
     def __post_init__(self):
-        _check(not self.freeze_backbone or self.pretrained != "none", "model.freeze-backbone",
-               self.freeze_backbone, "given with --model.pretrained: a backbone from scratch is to be "
-                                     "trained")
+        for name in ("freeze_backbone", "freeze_bn"):
+            _check(not getattr(self, name) or self.pretrained != "none", f"model.{name.replace('_', '-')}",
+                   getattr(self, name), "given with --model.pretrained: a backbone from scratch is to be "
+                                        "trained")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +219,19 @@ class TrainConfig(PrecisionConfig):
     """Epochs of every stage that trains."""
     supervised_epochs: int | None = None
     """Epochs of stage 1 where they differ; from scratch on few labels an epoch is only a few steps."""
+    steps: int | None = None
+    """Optimiser steps of every stage that trains, in place of epochs, whatever the lists' lengths."""
+    supervised_steps: int | None = None
+    """Optimiser steps of stage 1 where they differ."""
+    labelled_ratio: float = 1.0
+    """Labelled entries for each pseudo-labelled one when retraining: the labelled list is repeated as often
+    as that takes (once at least)."""
+    from_teacher: bool = False
+    """Students, and the control, start from the weights of the network that labelled, not from the
+    pre-trained ones; not part of the published methods."""
+    recalibrate_bn: int = 0
+    """Weakly augmented training images from which batch-norm statistics are computed before every validation
+    and for the weights that are kept; 0: the running averages."""
     batch_global: int = 16
     """Images of one optimiser step, over all ranks."""
     accumulate: int = 1
@@ -256,6 +272,13 @@ class TrainConfig(PrecisionConfig):
                      "checkpoint_steps"):
             _check(getattr(self, name) >= 1, f"train.{name.replace('_', '-')}", getattr(self, name),
                    "at least 1")
+        for name in ("steps", "supervised_steps"):
+            _check(getattr(self, name) is None or getattr(self, name) >= 1, f"train.{name.replace('_', '-')}",
+                   getattr(self, name), "at least 1")
+        _check(self.supervised_epochs is None or self.supervised_steps is None, "train.supervised-steps",
+               self.supervised_steps, "given without --train.supervised-epochs")
+        _check(0 < self.labelled_ratio <= 1000, "train.labelled-ratio", self.labelled_ratio, "above 0")
+        _check(self.recalibrate_bn >= 0, "train.recalibrate-bn", self.recalibrate_bn, "0 or more")
         _check(self.warmup_steps >= 0, "train.warmup-steps", self.warmup_steps, "0 or more")
         _check(self.supervised_epochs is None or self.supervised_epochs >= 1, "train.supervised-epochs",
                self.supervised_epochs, "at least 1")
@@ -265,6 +288,17 @@ class TrainConfig(PrecisionConfig):
         _check(0 <= self.weight_decay < math.inf, "train.weight-decay", self.weight_decay, "0 or more")
         _check(self.head_lr_multiplier is None or 0 <= self.head_lr_multiplier < math.inf,
                "train.head-lr-multiplier", self.head_lr_multiplier, "0 or more")
+
+    def stage_steps(self, per_epoch: int, *, supervised: bool = False) -> int:
+        """Optimiser steps of a stage.
+
+        Args:
+            per_epoch: steps of one epoch of its lists.
+            supervised: of stage 1, on the labels alone.
+        """
+        if supervised and (self.supervised_steps or self.supervised_epochs):
+            return self.supervised_steps or self.supervised_epochs * per_epoch
+        return self.steps or self.epochs * per_epoch
 
 
 @dataclass(frozen=True, kw_only=True)

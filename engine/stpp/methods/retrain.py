@@ -11,4 +11,4 @@ LAST_STAGE = 6
 
 def train(run: Stages) -> None:
     """Trains once, on the labels and the masks of `--pseudo-labels`."""
-    run.train("1-retrain", Supervised, joint(run.labelled, run.given()), key=LAST_STAGE)
+    run.train("1-retrain", Supervised, joint(run, run.given()), key=LAST_STAGE)

@@ -17,7 +17,7 @@ class Trained:
     best: Path
     """Checkpoint of the deployed network: the teacher of later stages."""
     thirds: tuple[Path, ...] = ()
-    """Checkpoints after a third, two thirds and all of the epochs, if they were asked for."""
+    """Checkpoints after a third, two thirds and all of the steps, if they were asked for."""
 
 
 class Stages(Protocol):
@@ -29,17 +29,18 @@ class Stages(Protocol):
 
     labelled: list[Sample]
     unlabelled: list[Sample]
-    supervised_epochs: int
-    """Epochs of a stage on the labels alone."""
+    labelled_ratio: float
+    """Labelled entries for each pseudo-labelled one in a list of both."""
 
-    def train(self, name: str, step: type[Step], *lists: Sequence[Sample], epochs: int | None = None,
-              keep_thirds: bool = False, key: int | None = None) -> Trained:
+    def train(self, name: str, step: type[Step], *lists: Sequence[Sample], teacher: Path | None = None,
+              supervised: bool = False, keep_thirds: bool = False, key: int | None = None) -> Trained:
         """Trains a network from the pre-trained weights.
 
         Args:
             lists: passed to `Step.streams`.
-            epochs: of the longest stream; None: those of the config.
-            keep_thirds: keep the weights after each third of the epochs.
+            teacher: checkpoint of the network that labelled, from which it starts where the config says so.
+            supervised: it is stage 1, on the labels alone, which may have a length of its own.
+            keep_thirds: keep the weights after each third of the steps.
             key: of the random numbers; None: the number in the name.
         """
 

@@ -10,10 +10,9 @@ from stpp.methods.supervised import Supervised, few_twice
 
 def train(run: Stages) -> None:
     """Six stages; each training starts from the pre-trained weights."""
-    first = run.train("1-supervised", Supervised, few_twice(run.labelled), epochs=run.supervised_epochs,
-                      keep_thirds=True)
+    first = run.train("1-supervised", Supervised, few_twice(run.labelled), supervised=True, keep_thirds=True)
     reliable, rest = run.select("2-select", first.thirds, run.unlabelled)
     easy = run.label("3-label", first.best, reliable)
-    second = run.train("4-retrain", Supervised, joint(run.labelled, easy))
+    second = run.train("4-retrain", Supervised, joint(run, easy), teacher=first.best)
     hard = run.label("5-label", second.best, rest)
-    run.train("6-retrain", Supervised, joint(run.labelled, easy + hard))
+    run.train("6-retrain", Supervised, joint(run, easy + hard), teacher=second.best)

@@ -37,7 +37,7 @@ class Supervised(Step):
 
 def train(run: Stages) -> None:
     """Trains on the labels alone."""
-    run.train("1-supervised", Supervised, few_twice(run.labelled), epochs=run.supervised_epochs)
+    run.train("1-supervised", Supervised, few_twice(run.labelled), supervised=True)
 
 
 def few_twice(labelled: Sequence[Sample]) -> list[Sample]:

@@ -1,6 +1,7 @@
 """Interface that all networks share: a backbone gives maps, and a head decodes them."""
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class Backbone(nn.Module):
@@ -29,6 +30,7 @@ class Network(nn.Module):
     unused: tuple[str, ...] = ()
     """Modules and parameters that published files have and no pass reads."""
     frozen = False
+    frozen_norms = False
 
     def features(self, images_NCHW: Tensor) -> tuple[Tensor, ...]:
         """Normalised images [N, 3, H, W] to the maps [N, C, h, w] that `decode` takes."""
@@ -54,9 +56,15 @@ class Network(nn.Module):
         self.backbone.requires_grad_(False)
         self.train(self.training)
 
+    def freeze_batch_norm(self) -> None:
+        """Keeps the statistics of the backbone's batch norms as they are, and uses them."""
+        self.frozen_norms = True
+        self.train(self.training)
+
     def train(self, mode: bool = True) -> "Network":
-        """Sets the mode of the whole network; a frozen backbone stays in evaluation mode."""
+        """Sets the mode of the whole network; what is frozen stays in evaluation mode."""
         super().train(mode)
-        if self.frozen:
-            self.backbone.eval()
+        for part in self.backbone.modules() if self.frozen or self.frozen_norms else ():
+            if self.frozen or isinstance(part, _BatchNorm):
+                part.training = False
         return self

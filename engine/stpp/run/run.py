@@ -69,7 +69,7 @@ class Run:
         self.notes = Notes()
         self.lists = lists.read(self.config, self.here, self.index, self.notes)
         self.labelled, self.unlabelled, self.val = self.lists.labelled, self.lists.unlabelled, self.lists.val
-        self.supervised_epochs = self.config.train.supervised_epochs or self.config.train.epochs
+        self.labelled_ratio = self.config.train.labelled_ratio
         self.stages: list[dict] = []
         self.controlled: dict | None = None
 
@@ -98,32 +98,38 @@ class Run:
                                                            exclude=config.exclude, began=began))
         return given_labels.attach(self.unlabelled, out)
 
-    def train(self, name: str, step: type[Step], *lists: Sequence[Sample], epochs: int | None = None,
-              keep_thirds: bool = False, key: int | None = None) -> Trained:
+    def train(self, name: str, step: type[Step], *lists: Sequence[Sample], teacher: Path | None = None,
+              supervised: bool = False, keep_thirds: bool = False, key: int | None = None) -> Trained:
         """See `Stages`."""
         key = key if key is not None else int(re.match(r"\d+", name)[0])
-        epochs, train = epochs or self.config.train.epochs, self.config.train
+        train = self.config.train
         streams = step.streams(self.config, *lists)
         per_epoch = stage_samplers(streams, train.batch_global, seed=self.config.seed,
                                    stage=key)[0].steps_per_epoch
-        thirds = tuple(max(1, epoch) * per_epoch for epoch in (epochs // 3, 2 * epochs // 3, epochs))
+        steps, whole = train.stage_steps(per_epoch, supervised=supervised), 1
+        if steps % per_epoch == 0:  # thirds, too, are of whole epochs where they can be
+            whole = per_epoch
+        thirds = tuple(max(1, number * steps // whole // 3) * whole for number in (1, 2, 3))
         validate_epochs = max(train.validate_every, math.ceil(train.validate_min_steps / per_epoch))
-        schedule = Schedule(steps=epochs * per_epoch, validate_steps=validate_epochs * per_epoch,
+        schedule = Schedule(steps=steps, validate_steps=validate_epochs * per_epoch,
                             keep_steps=thirds if keep_thirds else ())
         entries = " + ".join(str(len(stream.samples)) for stream in streams)
-        what = f"train on {entries} entries, {epochs} epochs of {per_epoch} steps"
-        self.stages.append(self._once(name, what, lambda: self._fit(name, step, lists, schedule, key)))
+        what = f"train on {entries} entries, {steps / per_epoch:g} epochs of {per_epoch} steps"
+        self.stages.append(self._once(
+            name, what, lambda: self._fit(name, step, lists, schedule, key, teacher=teacher)))
         place = self._folder(name)
         return Trained(best=place / "best.pt",
                        thirds=tuple(place / f"third-{i}.pt" for i in (1, 2, 3)) if keep_thirds else ())
 
     def control(self) -> None:
         """Trains on the labels alone for as many steps, validated as often, as the last stage."""
-        last = next(stage for stage in reversed(self.stages) if "validate_steps" in stage)
+        trained = [stage for stage in self.stages if "validate_steps" in stage]
+        last = trained[-1]
+        teacher = self._folder(trained[0]["name"]) / "best.pt" if len(trained) > 1 else None
         schedule = Schedule(steps=last["steps"], validate_steps=last["validate_steps"])
         what = f"train on the labels alone for as many steps as {last['name']}"
         self.controlled = self._once("control", what, lambda: self._fit(
-            "control", Supervised, (few_twice(self.labelled),), schedule, CONTROL))
+            "control", Supervised, (few_twice(self.labelled),), schedule, CONTROL, teacher=teacher))
 
     def select(self, name: str, checkpoints: Sequence[Path],
                samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
@@ -178,8 +184,10 @@ class Run:
             log.say(f"report: {out / 'report' / 'index.html'}")
 
     def _fit(self, name: str, step: type[Step], lists: Sequence[Sequence[Sample]], schedule: Schedule,
-             key: int) -> dict:
+             key: int, *, teacher: Path | None = None) -> dict:
         network = fresh_network(self.config, self.here, self.index.classes, stage=key)
+        if teacher is not None and self.config.train.from_teacher:
+            network.load_state_dict(load_network(teacher).network.state_dict())
         trainer = Trainer(self.config, self.here, step(network, self.config),
                           step.streams(self.config, *lists), key=key, title=name, classes=self.index.classes,
                           folder=self._folder(name), schedule=schedule,

@@ -36,6 +36,8 @@ def fresh_network(config: Config, here: World, classes: Sequence[str], *, stage:
     start_from(network, config.model, classes)
     if config.model.freeze_backbone:
         network.freeze_backbone()
+    if config.model.freeze_bn:
+        network.freeze_batch_norm()
     on_cuda = here.device.type == "cuda"
     if train.sync_bn and on_cuda:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)

@@ -24,9 +24,10 @@ from stpp.distributed import World
 from stpp.errors import UserError
 from stpp.loading import loader
 from stpp.loading.sample import Batch, Stream
-from stpp.loading.sampler import stage_samplers
+from stpp.loading.sampler import StepSampler, stage_samplers
 from stpp.models.build import architecture_of, parameter_groups
 from stpp.precision import autocast_dtype
+from stpp.training import batch_norm
 from stpp.training.assemble import over_ranks, stream_seed
 from stpp.training.optimizer import make_optimizer, step_unless
 from stpp.training.profiling import BottleneckMeter, Profile
@@ -34,6 +35,8 @@ from stpp.training.step import Step
 from stpp.training.window import Window
 
 POLY_POWER = 0.9
+CALIBRATION = 15
+"""Number of the stream of images from which batch-norm statistics are computed: above those of any step."""
 LOOK_STEPS = 10
 """Steps between two looks at the device: for the log, for what was not finite, and for whether to stop."""
 
@@ -107,6 +110,9 @@ class Trainer:
         self.started = self.saved_at = time.monotonic()
         self.saved_step = 0
         self.bottleneck = BottleneckMeter(title, self.model)
+        unique = {sample.key: sample for stream in streams for sample in stream.samples}
+        self.calibration = Stream(samples=list(unique.values()), views=("weak",), masked=False,
+                                  number=CALIBRATION)
 
     def train_step(self, passes: Sequence[tuple[Batch, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes one optimiser step on the rank's share of the global batch.
@@ -206,22 +212,39 @@ class Trainer:
 
     def _passes(self) -> Iterator[tuple[list[tuple[Batch, ...]], float]]:
         """The passes of each remaining step, and the seconds spent waiting for them."""
-        train, data = self.config.train, self.config.data
-        batches = [
-            loader.pick(data.loader).train_batches(
-                stream,
-                sampler.micro_batches(self.steps_done, self.schedule.steps, rank=self.here.rank,
-                                      world=self.here.size, accumulate=train.accumulate),
-                augment=self.config.augment, seed=self.config.seed, stage=self.key, device=self.here.device,
-                threads=distributed.threads_per_rank(self.here, data.threads))
-            for stream, sampler in zip(self.streams, self.samplers, strict=True)]
-        together = zip(*batches, strict=True)
+        together = zip(*(self._batches(stream, sampler, self.steps_done, self.schedule.steps)
+                         for stream, sampler in zip(self.streams, self.samplers, strict=True)), strict=True)
         while True:
             asked = time.monotonic()
-            passes = list(islice(together, train.accumulate))
+            passes = list(islice(together, self.config.train.accumulate))
             if not passes:
                 return
             yield passes, time.monotonic() - asked
+
+    def _batches(self, stream: Stream, sampler: StepSampler, first_step: int,
+                 last_step: int) -> Iterator[Batch]:
+        """This rank's batches of a stream in the steps first_step <= step < last_step."""
+        data = self.config.data
+        return loader.pick(data.loader).train_batches(
+            stream,
+            sampler.micro_batches(first_step, last_step, rank=self.here.rank, world=self.here.size,
+                                  accumulate=self.config.train.accumulate),
+            augment=self.config.augment, seed=self.config.seed, stage=self.key, device=self.here.device,
+            threads=distributed.threads_per_rank(self.here, data.threads))
+
+    def _recalibrated(self, network: nn.Module) -> contextlib.AbstractContextManager:
+        """Batch-norm statistics of weakly augmented images of the stage, always the same ones, if the config
+        asks for them."""
+        asked, (sampler,) = self.config.train.recalibrate_bn, stage_samplers(
+            [self.calibration], self.config.train.batch_global, seed=self.config.seed, stage=self.key)
+        if not asked:
+            return contextlib.nullcontext()
+        steps = max(1, min(asked, len(self.calibration.samples)) // sampler.batch_global)
+
+        def images() -> Iterator[torch.Tensor]:
+            return (batch.images_NCHW for batch in self._batches(self.calibration, sampler, 0, steps))
+
+        return batch_norm.recalibrated(network, images, self.here, autocast=self._autocast())
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.here.device.type, self.autocast_dtype,
@@ -289,11 +312,16 @@ class Trainer:
     def _keep_thirds(self) -> None:
         for i, step in enumerate(self.schedule.keep_steps, 1):
             if step == self.steps_done:
-                self._keep(f"third-{i}.pt")
+                with self._recalibrated(self.step.deployed):
+                    self._keep(f"third-{i}.pt")
 
     def _validate(self) -> None:
         """Scores the current weights and keeps them as `best.pt` if they are to be the teacher."""
         distributed.broadcast_buffers(self.step)
+        with self._recalibrated(self.step.deployed):
+            self._score_and_keep()
+
+    def _score_and_keep(self) -> None:
         scores = self._scores(self.step.deployed)
         if scores is not None:
             rivals = {prefix: self._scores(network).miou for prefix, network in self.step.compared.items()}
