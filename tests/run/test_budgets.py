@@ -52,7 +52,8 @@ def test_a_run_by_steps_with_students_from_their_teacher(synthetic, synthetic_in
     code, _, said = ended(
         capsys, "train", "--recipe", str(tmp_path / "tiny.toml"), "--data.root", str(synthetic),
         "--data.index", str(synthetic_index), "--out", str(run), "--device", "cpu",
-X
+        "--train.precision", "fp32", "--train.steps", "3", "--train.supervised-steps", "5",
+        "--train.supervised-epochs", "None",
         "--train.lr", "1e-12", "--train.from-teacher", "--train.recalibrate-bn", "8", "--control")
     assert code == 0, said
     results = json.loads((run / "results.json").read_text())
