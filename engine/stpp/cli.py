@@ -4,6 +4,7 @@ Nothing heavy is imported before a command runs, so that `--help` is instant.
 """
 
 import errno
+import faulthandler
 import importlib
 import os
 import sys
@@ -51,6 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     """Runs a command; exits with 0 when done, 1 when failed, 2 for a mistake, 130 or 143 when stopped."""
     if argv is None:
         _in_utf8()
+        faulthandler.enable()  # a crash in native code says where each thread was
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help"):
         names = "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())

@@ -82,6 +82,7 @@ def world(device: str = "auto", *, timeout_minutes: float = TIMEOUT_MINUTES) -> 
     yield World(rank=rank, size=size, local_size=local_size, device=here, store=shared)
     # Not after an exception: NCCL would wait for the other ranks, and torchrun would not see this one end.
     if dist.is_initialized():
+        dist.barrier()  # no rank closes its connections while another one still uses them
         dist.destroy_process_group()
 
 
