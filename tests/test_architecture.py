@@ -22,7 +22,7 @@ FLOORS = (
     {"stpp_kernels"},
     LOOSE,
     {"images"},
-    {"loading", "models"},
+    {"loading", "models", "annotations"},
     {"training", "inference", "dataset"},
     {"methods", "label"},
     {"report"},
@@ -43,6 +43,7 @@ WRAPPERS = {
     "torch_tensorrt": {"stpp.inference.torch_tensorrt": False},
     "apex": {"stpp.training.optimizer": False},
     "fsspec": {"stpp.images.storage": False},
+    "pycocotools": {"stpp.annotations.regions": False},
 }
 LIGHT = ("stpp", "stpp.config", "stpp.cli", "stpp.errors", "stpp.files", "stpp.settings", "stpp.signals")
 

@@ -15,11 +15,13 @@ from stpp.dataset.notes import Notes, counted
 from stpp.dataset.split_folders import is_nearly_official, kind, kinds
 from stpp.errors import UserError
 
+_LISTED = ("voc", "cvat")
+
 
 def validation(index: Index, notes: Notes | None = None) -> set[str]:
     """The validation images that the data set itself names; empty if it names none."""
     lists = _lists(index)
-    if index.layout == "voc" and (lists / "train.txt").is_file() and (lists / "val.txt").is_file():
+    if index.layout in _LISTED and (lists / "train.txt").is_file() and (lists / "val.txt").is_file():
         return _listed(index, lists / "val.txt", notes or Notes())
     return in_folders(index, "val") if in_folders(index, "train") else set()
 
@@ -27,7 +29,7 @@ def validation(index: Index, notes: Notes | None = None) -> set[str]:
 def test(index: Index, notes: Notes | None = None) -> set[str]:
     """The images that are for test, which no list takes."""
     listed = _lists(index) / "test.txt"
-    if index.layout == "voc" and listed.is_file():
+    if index.layout in _LISTED and listed.is_file():
         return _listed(index, listed, notes or Notes())
     return in_folders(index, "test")
 
