@@ -88,7 +88,7 @@ class _Found:
             self._bytes.append(element.bytes)
             return
         key = _id(element.value, "id", where)
-        name = json_stream.text(element.value.get("name" if element.name == "categories" else "file_name"))
+        name = element.value.get("name" if element.name == "categories" else "file_name")
         if not isinstance(name, str) or not name.strip():
             raise UserError(f"{where}: has no "
                             f"{'name' if element.name == 'categories' else 'file_name'}")
@@ -196,7 +196,7 @@ def _id(value: dict, name: str, where: str) -> int | str:
     found = value.get(name)
     if type(found) not in (int, str):
         raise UserError(f"{where}: has no {name}")
-    return json_stream.text(found)
+    return found
 
 
 def _size(value: dict, where: str) -> tuple[int, int] | None:

@@ -23,7 +23,6 @@ class Element(NamedTuple):
     """First byte in the file."""
     bytes: int
     value: object
-    """Texts in it are bytes of UTF-8, each taken for a letter; see `text`."""
 
 
 def elements(path: str | os.PathLike) -> Iterator[Element]:
@@ -55,18 +54,6 @@ def loads(data: bytes) -> object:
         raise ValueError(" ".join(str(error).split())[:200]) from None
 
 
-def text(value: object) -> object:
-    """A text of an element as it is meant; other values as they are."""
-    if not isinstance(value, str):
-        return value
-    # An escape may name what is no byte; then the text is as it is meant already, or of both kinds and a name
-    # of nothing.
-    try:
-        return value.encode("latin-1").decode("utf-8")
-    except UnicodeError:
-        return value
-
-
 class _Reader:
     """A file as text of which each letter is a byte, so that places in it are places in the file."""
 
@@ -83,7 +70,7 @@ class _Reader:
             raise self._refusal("does not begin with an object {...}")
         self._at += 1
         while self._sign() != "}":
-            name = text(self._value())
+            name = self._value()
             self._expect(":")
             if self._sign() == "[":
                 self._at += 1
@@ -115,14 +102,20 @@ class _Reader:
             else:
                 # A number may go on behind what has been read.
                 if end < len(self._text) or self._ended:
-                    self._at = end
-                    return value
+                    part, self._at = self._text[self._at : end], end
+                    return value if part.isascii() else self._in_utf8(part)
                 failure = "is cut short"
             if self._ended:
                 raise self._refusal(f"is no JSON ({failure})")
             if len(self._text) - self._at > MOST_BYTES:
                 raise self._refusal(f"holds an element of more than {MOST_BYTES >> 20} MiB, or is no JSON")
             self._more(len(self._text))  # twice as much each time: a value is tried few times
+
+    def _in_utf8(self, part: str) -> object:
+        try:
+            return loads(part.encode("latin-1"))
+        except ValueError as error:
+            raise self._refusal(f"is no JSON in UTF-8 ({error})") from None
 
     def _comma(self, end: str) -> None:
         if self._sign() == ",":

@@ -18,9 +18,9 @@ SLACK_PX = 2.0
 LONGEST_PX = 1 << 22
 """Longest outline that is filled: memory for it grows with its length."""
 _FARTHEST = 1e7
-_CROSSED = 0.75
+_CROSSED = 0.25
 """Pixels by which what is filled and what an outline encloses may differ, per pixel of its length; of
-outlines that do not cross themselves it is below a half, see the tests."""
+outlines that do not cross themselves it is below a tenth."""
 
 
 class Patch(NamedTuple):

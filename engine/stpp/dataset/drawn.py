@@ -14,7 +14,7 @@ from pathlib import Path
 
 from stpp.annotations import coco
 from stpp.annotations.shapes import ShapeSource
-from stpp.dataset import patterns
+from stpp.dataset import class_files, patterns
 from stpp.dataset.notes import Notes, counted
 from stpp.dataset.patterns import Side
 from stpp.dataset.search import Search
@@ -135,12 +135,17 @@ def _of_files(search: Search, layout: str, images: str | None, masks: str | None
     for name, path in pairs:
         if (image := image_of.get(name)) is not None:
             found[image] = (path, ShapeSource(layout))
-        elif masks is not None or layout == "labelme" or "labels" in path.split("/")[:-1]:
+        elif masks is not None or _is_of_shapes(path, layout):
             alone.append(path)
     if alone and found:
         notes.warn(f"{search.root}: files of shapes that belong to no image: {len(alone)}, for example "
                    f"{alone[0]}")
     return found
+
+
+def _is_of_shapes(path: str, layout: str) -> bool:
+    """False for files that are of something else by their names."""
+    return path != class_files.JSON if layout == "labelme" else "labels" in path.split("/")[:-1]
 
 
 def _image_name(name: str) -> str:
@@ -192,7 +197,7 @@ class _Names:
     def __init__(self, images: Sequence[str]):
         self._images = {unicodedata.normalize("NFC", image): image for image in images}
         self._ends: dict[str, list[str]] = {}
-        for image in self._images:
+        for image in sorted(self._images):
             self._ends.setdefault(image.rpartition("/")[2], []).append(image)
 
     def find(self, name: str, file: str) -> str | None:

@@ -1,12 +1,14 @@
 """Official splits: the lists and folders with which a data set itself says what is for training, validation
 and test.
 
-VOC: ImageSets/Segmentation/{train,val,test}.txt. Else folders, at any depth, by their names in any case: see
+VOC and CVAT: ImageSets/Segmentation/{train,val,test}.txt. COCO: also the names of its JSON files
+(instances_val2017.json). Else folders, at any depth, by their names in any case: see
 stpp.dataset.split_folders. Validation counts where there is training beside it; images for test are in no
 list.
 """
 
 import os
+import re
 from pathlib import Path
 
 from stpp import files
@@ -91,10 +93,15 @@ def _say_nearly_official(index: Index, notes: Notes) -> None:
 def in_folders(index: Index, kind: str) -> set[str]:
     """The data root's images in a folder of a kind; those of further folders were given as unlabelled,
     wherever they lie."""
+    named = {}
+    if index.layout == "coco":
+        masks = {image: index.entries[image].mask or "" for image in index.entries}
+        named = {image: kinds("/".join([*re.split(r"[_.\-]", Path(mask).stem), ""]))
+                 for image, mask in masks.items()}
     return {
         image
         for image in index.entries
-        if image.partition("/")[0] not in index.unlabelled and kind in kinds(image)
+        if image.partition("/")[0] not in index.unlabelled and kind in kinds(image) | named.get(image, set())
     }
 
 
