@@ -12,7 +12,7 @@ from dataset_cases import photo
 from stpp.dataset import index
 
 SIZE = (32, 24)
-SQUARE = [2, 3, 12, 3, 12, 13, 2, 13]
+SQUARE = (2, 3, 12, 3, 12, 13, 2, 13)
 """Pixels of columns 2 to 11 and rows 3 to 12."""
 
 
@@ -64,7 +64,7 @@ def coco(images: dict[str, list[dict]], categories: dict[int, str], **more) -> d
                     "image_id": number,
                     "category_id": 1,
                     "iscrowd": 0,
-                    "segmentation": [SQUARE],
+                    "segmentation": [list(SQUARE)],
                 }
                 | one
             )

@@ -15,7 +15,7 @@ SOURCES = {"stpp": ROOT / "engine", "stpp_kernels": ROOT / "kernels"}
 
 LOOSE = {"clock", "checkpoint", "config", "device", "distributed", "errors", "files", "log", "metrics",
          "parquet",
-         "precision", "settings", "signals", "versions"}
+         "precision", "processes", "settings", "signals", "versions"}
 # From the ground up: what stands on a floor imports only itself and the floors below. A new room needs a
 # place here.
 FLOORS = (
@@ -44,6 +44,7 @@ WRAPPERS = {
     "apex": {"stpp.training.optimizer": False},
     "fsspec": {"stpp.images.storage": False},
     "pycocotools": {"stpp.annotations.regions": False},
+    "scipy": {"stpp.annotations.labelled": False},
 }
 LIGHT = ("stpp", "stpp.config", "stpp.cli", "stpp.errors", "stpp.files", "stpp.settings", "stpp.signals")
 

@@ -90,8 +90,7 @@ class _Found:
         key = _id(element.value, "id", where)
         name = element.value.get("name" if element.name == "categories" else "file_name")
         if not isinstance(name, str) or not name.strip():
-            raise UserError(f"{where}: has no "
-                            f"{'name' if element.name == 'categories' else 'file_name'}")
+            raise UserError(f"{where}: has no {'name' if element.name == 'categories' else 'file_name'}")
         if element.name == "categories":
             if type(key) is not int or key in self.categories:
                 raise UserError(f"{where}: its id {key!r} is "
@@ -116,8 +115,8 @@ class _Found:
         if unlisted.size:
             ids = list(self.numbers)
             raise UserError(f"{self.path}: annotations[{unlisted[0]}]: its image_id "
-                            f"{ids[owners[unlisted[0]]]!r} is "
-                            f"none of `images` ({unlisted.size} such annotations)")
+                            f"{ids[owners[unlisted[0]]]!r} is none of `images` ({unlisted.size} such "
+                            "annotations)")
         order = np.argsort(owners, kind="stable")
         places = np.column_stack((np.frombuffer(self._offset, dtype=np.int64),
                                   np.frombuffer(self._bytes, dtype=np.int64)))[order]

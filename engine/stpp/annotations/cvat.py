@@ -28,6 +28,15 @@ def parsed(lines: list[str]) -> list[LabelColour] | None:
             for one in found]
 
 
+def labels_in(folder: Path) -> list[LabelColour] | None:
+    """The labels of the labelmap in a folder; None without one that has colours.
+
+    Raises:
+        UserError: see `labels`.
+    """
+    return labels(folder / LABELMAP) if (folder / LABELMAP).is_file() else None
+
+
 def labels(path: Path) -> list[LabelColour] | None:
     """The labels of a file with their colours; None where it is no labelmap, or one without colours.
 
@@ -47,6 +56,5 @@ def labels(path: Path) -> list[LabelColour] | None:
             raise UserError(f"{path}: the colour {label.colour} of {label.name!r} is none: numbers go to 255")
         if names.setdefault(label.colour, label.name) != label.name:
             raise UserError(f"{path}: {names[label.colour]!r} and {label.name!r} have one colour, "
-                            f"{label.colour}; "
-                            "give each its own in the tool, and export again")
+                            f"{label.colour}; give each its own in the tool, and export again")
     return found

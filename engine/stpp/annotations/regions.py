@@ -90,8 +90,7 @@ class Outline:
         for ring in self.rings:
             if (count := len(np.unique(ring, axis=0))) < 3:
                 raise ValueError(f"it has {count} different {'point' if count == 1 else 'points'}, and a "
-                                 f"polygon "
-                                 "needs three")
+                                 "polygon needs three")
             if (length := _length(ring)) > LONGEST_PX:
                 raise ValueError(f"its outline is {length:.0f} pixels long")
         outside = max(_outside(ring, height, width) for ring in self.rings)

@@ -56,6 +56,18 @@ def pixels(counts: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.repeat(np.arange(counts.size) % 2 == 1, counts).reshape(width, height).T
 
 
+def of_part(x: int, y: int, part: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The counts of an image [height, width] that is on where a part of it, bool [h, w] with its corner at x,
+    y, is."""
+    change = np.diff(np.pad(part, ((1, 1), (0, 0))).astype(np.int8), axis=0).T
+    columns, rows = np.nonzero(change)  # by columns, and in each by turns on and off
+    places = (columns + x) * height + rows + y
+    # A run that reaches the lower edge goes on in the next column where that begins with one.
+    same = np.flatnonzero(places[1:-1:2] == places[2::2]) * 2 + 1
+    places = np.delete(places, np.concatenate((same, same + 1)))
+    return np.diff(places, prepend=0, append=height * width)
+
+
 def brush(mask_HW: np.ndarray) -> list[int]:
     """The bytes with which Label Studio writes a brush: bool [H, W], row by row, four channels of 255 where
     it is on.

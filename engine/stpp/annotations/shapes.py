@@ -116,8 +116,7 @@ def _unknown(label: int | str, legend: Legend) -> str:
     if isinstance(name, int):
         return f"its class {name} is none of the file's own list"
     return (f"the label {name[:80]!r} is no class; name it in --data.classes, or say what it means: "
-            f"--data.mask-map "
-            f"'{name[:80]}=CLASS' (or ignore)")
+            f"--data.mask-map '{name[:80]}=CLASS' (or ignore)")
 
 
 def _first(problems: Sequence[str]) -> tuple[str, ...]:

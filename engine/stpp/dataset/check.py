@@ -4,18 +4,13 @@ This module imports neither torch nor pyarrow, so that worker processes start qu
 """
 
 import hashlib
-import multiprocessing
 import os
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import numpy as np
 
-from stpp import files
+from stpp import files, processes
 from stpp.annotations import readers
 from stpp.annotations.shapes import Legend, ShapeSource, draw
 from stpp.dataset.mask_judge import Edges, edges
@@ -90,28 +85,10 @@ def check_all(tasks: list[Task], arguments: tuple, workers: int | None = None) -
             longer.
     """
     chunks = (tasks[start : start + _CHUNK] for start in range(0, len(tasks), _CHUNK))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(workers or cores, max(1, len(tasks) // (4 * _CHUNK)))
-    if workers == 1:
-        yield from (check_many(chunk, *arguments) for chunk in chunks)
-        return
-    # spawn: a fork of a process that runs threads, as torch does, can lock up.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        # A few chunks in flight only, so that memory does not grow with the data set.
-        flying = deque(pool.submit(check_many, chunk, *arguments) for chunk in islice(chunks, 4 * workers))
-        try:
-            while flying:
-                done = flying.popleft().result()
-                flying.extend(pool.submit(check_many, chunk, *arguments) for chunk in islice(chunks, 1))
-                yield done
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                "a process that reads images died; if it was killed for lack of memory, fewer --data.threads "
-                "need less"
-            ) from error
-        finally:
-            for future in flying:
-                future.cancel()
+    workers = min(workers or processes.cores(), max(1, len(tasks) // (4 * _CHUNK)))
+    died = ("a process that reads images died; if it was killed for lack of memory, fewer --data.threads "
+            "need less")
+    yield from processes.in_order(check_many, chunks, arguments, workers, died=died)
 
 
 def check_many(tasks: list[Task], *arguments) -> list[Checked]:

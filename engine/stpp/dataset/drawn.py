@@ -45,18 +45,15 @@ def refuse_settings(layout: str, images: str | None, masks: str | None, options:
         return
     if options["unlisted"] is None:
         raise UserError(f"--data.layout {layout}: say what pixels in no shape are: --data.unlisted "
-                        f"background, or "
-                        "--data.unlisted ignore where only some objects were drawn")
+                        "background, or --data.unlisted ignore where only some objects were drawn")
     if options["crowds"] is not None and layout != "coco":
         raise UserError(f"--data.crowds {options['crowds']}: goes with --data.layout coco, not {layout}")
     if options["annotated"] == "upright" and not exif:
         raise UserError("--data.annotated upright: goes not with --data.no-exif, which takes images and "
-                        "shapes as "
-                        "they are stored")
+                        "shapes as they are stored")
     if layout == "coco" and not masks:
         raise UserError("--data.layout coco: needs --data.masks, the JSON file or a pattern of several, such "
-                        "as "
-                        "annotations/instances_train2017.json or 'annotations/instances_*.json'")
+                        "as annotations/instances_train2017.json or 'annotations/instances_*.json'")
     if layout != "coco" and (images is None) != (masks is None):
         raise UserError(f"--data.layout {layout}: give both patterns, --data.images and --data.masks, or "
                         f"none")
@@ -169,8 +166,7 @@ def _of_coco(search: Search, masks: str, images: Sequence[str],
                 continue
             if image in listed:
                 raise UserError(f"{file}: {image} is listed twice, here as {one.name!r} and in "
-                                f"{listed[image]}; leave "
-                                "one of them out")
+                                f"{listed[image]}; leave one of them out")
             listed[image] = file
             if one.parts:
                 found[image] = (file, ShapeSource("coco", one.parts, one.size))
@@ -178,16 +174,13 @@ def _of_coco(search: Search, masks: str, images: Sequence[str],
                 empty.append(image)
     if missing and not listed:
         raise UserError(f"--data.masks {masks}: none of its {len(missing)} images is below {search.root}, "
-                        f"for example "
-                        f"{missing[0][:120]!r}")
+                        f"for example {missing[0][:120]!r}")
     if missing:
         notes.warn(f"{masks}: {counted(len(missing), 'image')} that it lists "
-                   f"{'is' if len(missing) == 1 else 'are'} "
-                   f"not there, for example {missing[0][:120]}")
+                   f"{'is' if len(missing) == 1 else 'are'} not there, for example {missing[0][:120]}")
     if empty:
         notes.line(f"{masks}: {counted(len(empty), 'image')} that it lists without an annotation, taken as "
-                   f"unlabelled: "
-                   f"that may mean nothing to see or not looked at, for example {empty[0]}")
+                   f"unlabelled: that may mean nothing to see or not looked at, for example {empty[0]}")
     return found
 
 
@@ -210,8 +203,7 @@ class _Names:
         parts = [part for part in plain.split("/") if part not in ("", ".")]
         if ".." in parts or _ABSOLUTE.match(plain) or "\0" in plain or not parts:
             raise UserError(f"{file}: the file_name {name[:120]!r} leads outside the data root; write names "
-                            f"relative "
-                            "to it, without '..'")
+                            "relative to it, without '..'")
         plain = "/".join(parts)
         folder = file.rpartition("/")[0]
         for exact in _exact(plain, folder):
@@ -220,8 +212,7 @@ class _Names:
         ends = [image for image in self._ends.get(parts[-1], ()) if image.endswith(f"/{plain}")]
         if len(ends) > 1:
             raise UserError(f"{file}: the file_name {name[:120]!r} may be {ends[0]} or {ends[1]}; write it "
-                            f"from the "
-                            "data root, or say which images are meant with --data.images")
+                            "from the data root, or say which images are meant with --data.images")
         return self._images[ends[0]] if ends else None
 
 

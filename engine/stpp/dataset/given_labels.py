@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stpp import files
-from stpp.dataset import splits
+from stpp.annotations import cvat
+from stpp.dataset import legends, mask_map, splits
 from stpp.dataset.check import Task, check_all
 from stpp.dataset.entries import Index
 from stpp.dataset.mask_judge import Judge
+from stpp.dataset.mask_map import MaskMap
 from stpp.errors import UserError
 from stpp.loading.sample import Sample
 
@@ -27,9 +29,10 @@ def check(samples: Sequence[Sample], folder: Path, index: Index, out: Path, *, e
           began: bool = False) -> None:
     """Finds and checks the masks of samples, and writes which they are to `out`.
 
-    The mask of an image is the PNG in `folder`, or in its `masks`, with the image's path below the data root,
-    or below the first folder there (`stpp label --source DATA/photos` leaves `photos` out). Samples without a
-    mask are left out.
+    The mask of an image is the PNG in `folder`, or in its `masks` or `SegmentationClass`, with the image's
+    path below the data root, or below the first folder there (`stpp label --source DATA/photos` leaves
+    `photos` out). What the colours of CVAT's masks mean stands in its `labelmap.txt`. Samples without a mask
+    are left out.
 
     Args:
         samples: unlabelled images.
@@ -58,8 +61,9 @@ def check(samples: Sequence[Sample], folder: Path, index: Index, out: Path, *, e
         return
     image_of = {sample.key: sample.image for sample in samples}
     tasks = [Task(key, image_of[key], path, 0, 0) for key, path in found.items()]
-    masks, problems, judge = {}, [], Judge(index.classes, None)
-    for chunk in check_all(tasks, (str(index.root), str(out), len(index.classes), index.exif)):
+    meaning = _meaning(folder, index.classes)
+    masks, problems, judge = {}, [], Judge(index.classes, meaning)
+    for chunk in check_all(tasks, (str(index.root), str(out), len(index.classes), index.exif, meaning)):
         for one in chunk:
             problems += one.problems
             masks[one.task.key] = str(out / one.converted) if one.converted else one.task.mask
@@ -86,9 +90,15 @@ def _read(out: Path) -> dict:
         raise UserError(f"{out / NAME}: cannot be read ({error}); choose another --out") from error
 
 
+def _meaning(folder: Path, classes: Sequence[str]) -> MaskMap | None:
+    """What the masks hold, where a labelmap says so; else class ids."""
+    labels = cvat.labels_in(folder)
+    return None if labels is None else mask_map.parse(legends.of_colours(folder, labels, classes), classes)
+
+
 def _found(samples: Sequence[Sample], folder: Path) -> dict[str, str]:
     """Masks by the samples' keys."""
-    for below in (folder / "masks", folder):
+    for below in (folder / "masks", folder / "SegmentationClass", folder):
         for dropped in (0, 1):
             found = {sample.key: path for sample in samples
                      if (path := _mask_file(below, "/".join(sample.key.split("/")[dropped:]))) is not None}

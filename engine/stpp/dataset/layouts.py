@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stpp.annotations import cvat
-from stpp.dataset import cityscapes, drawn
+from stpp.dataset import cityscapes, drawn, legends
 from stpp.dataset.classes import ClassList, counts_nowhere
 from stpp.dataset.notes import Notes, counted
 from stpp.dataset.patterns import Side, parsed
@@ -68,34 +68,29 @@ def resolve(root: str | os.PathLike, layout: str, images: str | None = None) -> 
         raise UserError("--data.layout globs: needs --data.images, a pattern such as 'photos/**/*.jpg'")
     if images and layout in ("voc", "cityscapes", "camvid"):
         raise UserError(f"--data.images {images}: goes with --data.layout globs, not {layout}")
-    if layout == "cvat" and cvat_labels(path) is None:
+    if layout == "cvat" and cvat.labels_in(path) is None:
         raise UserError(f"--data.layout cvat: {path / cvat.LABELMAP} is not there, or has no colours")
     if layout != "auto":
         return layout
     if images:
         return "globs"
-    if (path / _VOC[1]).is_dir() and cvat_labels(path) is not None:
+    if (path / _VOC[1]).is_dir() and cvat.labels_in(path) is not None:
         return "cvat"
     for name, folder in (("voc", "JPEGImages"), ("cityscapes", "leftImg8bit"), ("camvid", "images")):
         if (path / folder).is_dir():
             return name
     raise UserError(
         f"--data.root {path}: no known layout: neither JPEGImages/ (voc), leftImg8bit/ (cityscapes) nor "
-        f"images/ (camvid) is there; "
-        "give --data.images and --data.masks, patterns such as 'photos/**/*.jpg' and 'labels/**/*.png'"
+        "images/ (camvid) is there; give --data.images and --data.masks, patterns such as 'photos/**/*.jpg' "
+        "and 'labels/**/*.png'"
     )
-
-
-def cvat_labels(root: Path) -> list[cvat.LabelColour] | None:
-    """The labels of a labelmap with colours in the root; None without one."""
-    return cvat.labels(root / cvat.LABELMAP) if (root / cvat.LABELMAP).is_file() else None
 
 
 def own_classes(root: Path, layout: str) -> ClassList | None:
     """The class names that the labelmap of the layout cvat has; None of other layouts."""
     if layout != "cvat":
         return None
-    names = [label.name for label in cvat_labels(root) if not counts_nowhere(label.name)]
+    names = [label.name for label in cvat.labels_in(root) if not counts_nowhere(label.name)]
     return ClassList(names, str(root / cvat.LABELMAP))
 
 
@@ -124,17 +119,7 @@ def own_mask_map(root: Path, layout: str, masks: str | None, classes: Sequence[s
     """
     if layout == "cityscapes" and (masks or "").endswith("_labelIds.png"):
         return cityscapes.LABEL_IDS_MAP
-    if layout != "cvat":
-        return ()
-    entries = []
-    for label in cvat_labels(root):
-        if label.name not in classes and not counts_nowhere(label.name):
-            raise UserError(f"{root / cvat.LABELMAP}: {label.name!r} is no class; name it in --data.classes, "
-                            f"or say "
-                            "what each colour means with --data.mask-map")
-        meant = list(classes).index(label.name) if label.name in classes else "ignore"
-        entries.append(f"{','.join(map(str, label.colour))}={meant}")
-    return tuple(entries)
+    return legends.of_colours(root, cvat.labels_in(root), classes) if layout == "cvat" else ()
 
 
 def folders(layout: str, images: str | None = None, masks: str | None = None) -> list[str]:
@@ -244,8 +229,7 @@ def _with_original(search: Search, augmented: dict[str, str], notes: Notes) -> d
     if lacking:
         notes.line(
             f"{counted(len(lacking), 'mask')} from {_VOC[1]}/, as {_VOC_AUGMENTED}/ has none of these "
-            f"images, for example "
-            f"{next(iter(lacking.values()))}"
+            f"images, for example {next(iter(lacking.values()))}"
         )
     return augmented | lacking
 
@@ -301,11 +285,9 @@ def _look_for_masks(search: Search, layout: str, images: str, looked: str, notes
     what = f"{search.root}: {images}/ makes this the layout {layout}, but no mask is in {looked}"
     if pngs:
         raise UserError(
-            f"{what}, and {' and '.join(f'{name}/' for name in pngs[:3])} holds PNGs: if they are the "
-            f"masks, give "
-            f"--data.layout globs --data.images '{images}/**/*' --data.masks '{pngs[0]}/**/*.png'; if they "
-            f"are not, "
-            "leave --data.masks out"
+            f"{what}, and {' and '.join(f'{name}/' for name in pngs[:3])} holds PNGs: if they are the masks, "
+            f"give --data.layout globs --data.images '{images}/**/*' --data.masks '{pngs[0]}/**/*.png'; if "
+            "they are not, leave --data.masks out"
         )
     polygons = "; labels/ holds text files (polygons or boxes), which are no masks" if texts else ""
     notes.warn(f"{what}{polygons}; all images are unlabelled")

@@ -4,7 +4,7 @@ are."""
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from stpp.annotations import coco
+from stpp.annotations import coco, cvat
 from stpp.annotations.shapes import Legend
 from stpp.dataset import class_files
 from stpp.dataset.classes import ClassList, counts_nowhere
@@ -30,8 +30,7 @@ def _labels(root: Path, layout: str, files: Sequence[str]) -> dict[int, str] | N
         for number, name in coco.listing(root / file).categories.items():
             if names.setdefault(number, name) != name:
                 raise UserError(f"{file}: category {number} is {name!r}, and {names[number]!r} in another "
-                                f"file; "
-                                "give the files one list of categories")
+                                "file; give the files one list of categories")
     return dict(sorted(names.items()))
 
 
@@ -63,8 +62,7 @@ def legend(root: Path, settings: Mapping, files: Sequence[str] = ()) -> Legend:
     background = _background(names)
     if settings["unlisted"] == BACKGROUND and background is None:
         raise UserError(f"--data.unlisted background: no class is called {BACKGROUND}; put it on the class "
-                        f"list, "
-                        "where its id is to be")
+                        "list, where its id is to be")
     meaning = {name: i for i, name in enumerate(names)}
     labels = _labels(root, settings["layout"], files)
     known = set(labels.values()) if labels is not None else None
@@ -85,6 +83,24 @@ def legend(root: Path, settings: Mapping, files: Sequence[str] = ()) -> Legend:
                   stored=settings.get("annotated") == "stored" or not settings["exif"],
                   smallest_on_top=settings["layout"] != "labelme", crowds=settings.get("crowds") != "ignore",
                   lenient=settings.get("doubtful") == "ignore")
+
+
+def of_colours(folder: Path, labels: Sequence[cvat.LabelColour], classes: Sequence[str]) -> tuple[str, ...]:
+    """The entries of the mask map that a labelmap in a folder makes. Where no class is the background, its
+    pixels are ignored: there nothing was drawn.
+
+    Raises:
+        UserError: a label is no class.
+    """
+    entries = []
+    for label in labels:
+        nothing = counts_nowhere(label.name) or class_files.bare(label.name) == BACKGROUND
+        if label.name not in classes and not nothing:
+            raise UserError(f"{folder / cvat.LABELMAP}: {label.name!r} is no class; name it in "
+                            "--data.classes, or say what each colour means with --data.mask-map")
+        meant = list(classes).index(label.name) if label.name in classes else "ignore"
+        entries.append(f"{','.join(map(str, label.colour))}={meant}")
+    return tuple(entries)
 
 
 class _Named(dict):

@@ -98,8 +98,7 @@ class ShapeNotices:
             seen, other = ("are stored", "upright") if legend.stored else ("are seen upright", "stored")
             remedy = f"; if not, --data.annotated {other}" if exif else ""
             notes.line(f"EXIF turns {counted(count, 'labelled image')} ({first} the first): their shapes are "
-                       f"taken as "
-                       f"drawn on the images as they {seen}{remedy}")
+                       f"taken as drawn on the images as they {seen}{remedy}")
         if self._crowds:
             meant = "their class; --data.crowds ignore makes them 255" if legend.crowds else "255 (ignore)"
             notes.line(f"crowds (iscrowd): {counted(self._crowds, 'region')}, drawn below the others as "
@@ -107,5 +106,4 @@ class ShapeNotices:
         count, first = self._doubtful
         if count:
             notes.warn(f"shapes that may not be what was meant: {count}, whose pixels are 255 as far as they "
-                       f"have any; "
-                       f"the first: {first}")
+                       f"have any; the first: {first}")

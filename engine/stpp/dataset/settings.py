@@ -98,8 +98,7 @@ def say_classes(listed: ClassList, pixels: Sequence[int], root: Path, notes: Not
         highest = max((i for i, count in enumerate(pixels) if count), default=0)
         text = (
             f"classes: the {len(listed.names)} of the public data set that has {listed.source}; masks here "
-            f"hold ids up to {highest}; "
-            "for data of your own write their names to classes.json"
+            f"hold ids up to {highest}; for data of your own write their names to classes.json"
         )
         # A part of the public set lacks a few classes; another set of fewer classes ends early.
         (notes.warn if len(empty) > len(listed.names) // 2 else notes.line)(text)
