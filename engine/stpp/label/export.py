@@ -101,7 +101,8 @@ def parts_of(labels: Path) -> list[Path]:
     return found
 
 
-def encode_many(chunk: Sequence[tuple[LabelledImage, MaskPlace]], encode: Encode, scheme: Scheme) -> list[Encoded]:
+def encode_many(chunk: Sequence[tuple[LabelledImage, MaskPlace]], encode: Encode,
+                scheme: Scheme) -> list[Encoded]:
     """Reads and encodes masks, in order.
 
     Raises:
