@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "label": ("label", "write pseudo labels of any number of images"),
     "select": ("label", "rank images by the agreement of several checkpoints"),
     "export-labels": ("export_labels", "write labels for CVAT, Label Studio or as COCO or YOLO"),
+    "serve": ("serve", "answer Label Studio with predictions while people annotate"),
     "report": ("report", "write a page about a run or about pseudo labels"),
     "doctor": ("doctor", "say what this machine has, whether it works, and what to do"),
 }

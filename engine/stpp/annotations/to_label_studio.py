@@ -1,6 +1,7 @@
 """Masks as Label Studio's predictions: a task for each image, and in it a brush region for each class."""
 
 import json
+import re
 import urllib.parse
 from pathlib import Path
 from xml.sax.saxutils import quoteattr
@@ -47,6 +48,25 @@ def config(scheme: Scheme) -> str:
     labels = "\n".join(f"    <Label value={quoteattr(scheme.names[i])}/>" for i in scheme.foreground)
     return (f'<View>\n  <Image name="{TO_NAME}" value="${DATA}" zoom="true"/>\n'
             f'  <BrushLabels name="{FROM_NAME}" toName="{TO_NAME}">\n{labels}\n  </BrushLabels>\n</View>\n')
+
+
+def tags(setup: object) -> tuple[str, str, str]:
+    """(name of the brush labels, of the image, entry of a task's data with its address) of a labelling setup,
+    which is not trusted; those of `config` where there is none.
+
+    Raises:
+        ValueError: it has no brush labels or no image, with the reason.
+    """
+    if not isinstance(setup, str) or not setup.strip():
+        return FROM_NAME, TO_NAME, DATA
+    brush, image = (re.search(rf"<{tag}\b[^>]*>", setup) for tag in ("BrushLabels", "Image"))
+    if brush is None or image is None:
+        raise ValueError("the labelling setup has no <BrushLabels> or no <Image>")
+    found = [re.search(rf"\b{name}=[\"']\$?([^\"']+)[\"']", tag[0])
+             for tag, name in ((brush, "name"), (brush, "toName"), (image, "value"))]
+    if not all(found):
+        raise ValueError("the labelling setup's <BrushLabels> or <Image> lacks a name")
+    return found[0][1], found[1][1], found[2][1]
 
 
 class LabelStudioWriter:
