@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 SOURCES := $(wildcard kernels/stpp_kernels/csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu gpu-wheels triton-3.6 bench fmt check clean
+.PHONY: help setup demo test test-slow test-gpu gpu-wheels triton-3.6 readers bench fmt check clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,14 @@ gpu-wheels:  ## pure Python packages to carry to a GPU machine without a network
 triton-3.6: build/triton-3.6.0/triton  ## Triton of torch 2.11, for the slow tests that compile the CUDA kernels with it
 build/triton-3.6.0/triton: | setup
 	$(BIN)/python -m pip install --quiet --no-deps --target build/triton-3.6.0 triton==3.6.0
+
+# Datumaro wants older versions of packages that are installed here, so the readers have an environment of their own.
+readers: build/readers/.installed  ## the annotation tools' own readers, for the slow tests that read exports with them
+build/readers/.installed: | setup
+	$(BIN)/python -m venv build/readers
+	build/readers/bin/python -m pip install --quiet datumaro==1.13.12
+	build/readers/bin/python -m pip install --quiet --no-deps label-studio-converter==0.0.59
+	@touch $@
 
 bench: setup  ## the quick benchmarks, about 20 minutes on two cores (benchmarks/results/last.jsonl)
 	rm -f benchmarks/results/last/*.jsonl

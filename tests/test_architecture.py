@@ -15,14 +15,14 @@ SOURCES = {"stpp": ROOT / "engine", "stpp_kernels": ROOT / "kernels"}
 
 LOOSE = {"clock", "checkpoint", "config", "device", "distributed", "errors", "files", "log", "metrics",
          "parquet",
-         "precision", "settings", "signals", "versions"}
+         "precision", "processes", "settings", "signals", "versions"}
 # From the ground up: what stands on a floor imports only itself and the floors below. A new room needs a
 # place here.
 FLOORS = (
     {"stpp_kernels"},
     LOOSE,
     {"images"},
-    {"loading", "models"},
+    {"loading", "models", "annotations"},
     {"training", "inference", "dataset"},
     {"methods", "label"},
     {"report"},
@@ -43,6 +43,8 @@ WRAPPERS = {
     "torch_tensorrt": {"stpp.inference.torch_tensorrt": False},
     "apex": {"stpp.training.optimizer": False},
     "fsspec": {"stpp.images.storage": False},
+    "pycocotools": {"stpp.annotations.regions": False},
+    "scipy": {"stpp.annotations.labelled": False},
 }
 LIGHT = ("stpp", "stpp.config", "stpp.cli", "stpp.errors", "stpp.files", "stpp.settings", "stpp.signals")
 

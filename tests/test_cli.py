@@ -22,8 +22,9 @@ def test_help_of_every_command_loads_nothing_heavy(name):
 
 def test_every_command_is_a_function_of_its_module_and_is_listed(capsys):
     for name, (module, line) in cli.COMMANDS.items():
-        assert callable(getattr(importlib.import_module(f"stpp.commands.{module}"), name))
-        assert f"{name:<10} {line}" in ended(capsys, "--help")[1]
+        function = name.replace("-", "_")
+        assert callable(getattr(importlib.import_module(f"stpp.commands.{module}"), function))
+        assert f"{name:<13} {line}" in ended(capsys, "--help")[1]
 
 
 @pytest.mark.parametrize("args", [[], ["fly"], ["train"], ["train", "--out", "x"],

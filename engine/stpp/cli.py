@@ -25,6 +25,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compile": ("compile", "compile a checkpoint into an engine that labels faster"),
     "label": ("label", "write pseudo labels of any number of images"),
     "select": ("label", "rank images by the agreement of several checkpoints"),
+    "export-labels": ("export_labels", "write labels for CVAT, Label Studio or as COCO or YOLO"),
+    "serve": ("serve", "answer Label Studio with predictions while people annotate"),
     "report": ("report", "write a page about a run or about pseudo labels"),
     "doctor": ("doctor", "say what this machine has, whether it works, and what to do"),
 }
@@ -40,7 +42,7 @@ def run(name: str, args: list[str]) -> None:
     if name not in COMMANDS:
         raise UserError(f"no command {name!r}; choose one of {', '.join(COMMANDS)}")
     module = importlib.import_module(f"stpp.commands.{COMMANDS[name][0]}")
-    getattr(module, name)(args)
+    getattr(module, name.replace("-", "_"))(args)
 
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -55,10 +57,10 @@ def main(argv: list[str] | None = None) -> None:
         faulthandler.enable()  # a crash in native code says where each thread was
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help"):
-        names = "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
-        print("usage: stpp COMMAND [--help] ...\n\n"
-              "Trains a segmentation model from few labelled images and many unlabelled ones.\n\n"
-              f"{names}\n\nSeveral processes: torchrun --nproc-per-node 8 -m stpp train ...")
+        names = "\n".join(f"  {name:<13} {text}" for name, (_, text) in COMMANDS.items())
+        print("usage: stpp COMMAND [--help] ...\n\nTrains a segmentation model from few labelled images and "
+              f"many unlabelled ones.\n\n{names}\n\nSeveral processes: torchrun --nproc-per-node 8 -m stpp "
+              "train ...")
         sys.exit(0 if args else 2)
     if args[0] == "--version":
         from stpp import __version__
@@ -82,9 +84,8 @@ def main(argv: list[str] | None = None) -> None:
         if error.errno not in _NO_ROOM:
             _tell_torchrun(error)
             raise
-        refusal = UserError(f"{error.filename or 'a file'}: cannot be written ({error.strerror}); make "
-                            f"room, or choose "
-                            "another --out")
+        refusal = UserError(f"{error.filename or 'a file'}: cannot be written ({error.strerror}); make room, "
+                            "or choose another --out")
         if _is_heard():
             print(f"stpp: {refusal}", file=sys.stderr)
         _tell_torchrun(refusal)

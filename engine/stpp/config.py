@@ -76,17 +76,21 @@ class SourceConfig:
 
     root: Path | None = None
     """Folder of the data set."""
-    layout: Literal["auto", "voc", "cityscapes", "camvid", "globs"] = "auto"
-    """How images and masks are arranged below the root."""
+    layout: Literal["auto", "voc", "cvat", "cityscapes", "camvid", "globs", "coco", "yolo",
+                    "labelme"] = "auto"
+    """How images and masks are arranged below the root; of coco, yolo and labelme masks are drawn from
+    shapes."""
     images: str | None = None
-    """With layout globs: pattern of the images below the root, for example `photos/**/*.jpg`."""
+    """With layout globs, or one of a tool: pattern of the images below the root, for example
+    `photos/**/*.jpg`."""
     masks: str | None = None
-    """With layout globs: pattern of the masks below the root, for example `labels/**/*.png`."""
+    """With layout globs: pattern of the masks below the root, for example `labels/**/*.png`; with coco: the
+    JSON file, or a pattern of several."""
     classes: tuple[str, ...] = ()
     """Class names in the order of their ids; empty: from `classes.json` in the root, or the layout's own."""
     mask_map: tuple[str, ...] = ()
-    """What masks hold where that is not class ids, as STORED=CLASS: ids (7=0, 1-150=0-149, 0=ignore) or
-    colours (#804080=road)."""
+    """What masks hold where that is not class ids, as STORED=CLASS: ids (7=0, 1-150=0-149, 0=ignore),
+    colours (#804080=road) or labels of shapes (van=car)."""
     unlabelled: tuple[Path, ...] = ()
     """Further folders, anywhere: every image below one is an unlabelled image, named FOLDER/PATH by the
     folder's own name."""
@@ -95,6 +99,21 @@ class SourceConfig:
     stored."""
     follow_links: bool = False
     """Follow links that lead out of the root, to another disk for example; off: they are refused."""
+    unlisted: Literal["background", "ignore"] | None = None
+    """With coco, yolo and labelme, which ask for it: what pixels in no shape are."""
+    annotated: Literal["upright", "stored"] | None = None
+    """With coco, yolo and labelme: images that EXIF turns were annotated upright, as most tools show them, or
+    as they are stored; unset: as `exif` says."""
+    crowds: Literal["class", "ignore"] | None = None
+    """With coco: regions of many objects (iscrowd) are their class, or ignored; unset: their class."""
+    doubtful: Literal["refuse", "ignore"] | None = None
+    """With coco, yolo and labelme: shapes that cross themselves, leave the image or have no area are refused,
+    or their pixels ignored; unset: refused."""
+
+    def prepare_options(self) -> dict[str, Any]:
+        """What `stpp.dataset.index.prepare` is given besides the root."""
+        names = [one.name for one in dataclasses.fields(SourceConfig) if one.name != "root"]
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)

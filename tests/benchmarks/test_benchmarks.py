@@ -80,6 +80,7 @@ def test_rows_say_where_they_come_from(path):
 
 
 SMALLEST = {
+    "annotations": "--small",
     "agreement": "--images 1 --tta none --engines eager:fp32",
     "checkpoint": "--rounds 1 --crop 33",
     "corpus": "--counts 40 --shard-size 16",

@@ -52,6 +52,17 @@ def picture(seed: int, width: int = 70, height: int = 50) -> Image.Image:
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
+def test_the_mask_comes_with_the_mean_of_its_pixels_confidence(predictor, network):
+    colours_HWC = np.asarray(picture(5))
+    mask_HW, confidence = predictor.scored(colours_HWC)
+    assert (mask_HW == predictor.mask(colours_HWC)).mean() > 0.999
+    images_NCHW = torch.from_numpy(normalised(colours_HWC)).permute(2, 0, 1)[None].contiguous()
+    with torch.no_grad():
+        low = network.eval()(images_NCHW)
+    full = F.interpolate(low, colours_HWC.shape[:2], mode="bilinear", align_corners=True)
+    assert abs(confidence - full.softmax(1).amax(1).mean().item()) < 1e-4
+
+
 def plain_mask(network: torch.nn.Module, colours_HWC: np.ndarray) -> np.ndarray:
     """The same in plain PyTorch."""
     images_NCHW = torch.from_numpy(normalised(colours_HWC)).permute(2, 0, 1)[None].contiguous()

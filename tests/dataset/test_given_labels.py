@@ -131,3 +131,23 @@ def test_lists_of_all_unlabelled_images_serve(known, unlabelled, tmp_path):
     splits.make_split(known, tmp_path / "split", fraction="1/1")
     assert len(splits.read_split(tmp_path / "split" / "unlabeled.txt", known,
                                  labelled=False)) == len(unlabelled) == 4
+
+
+def test_corrected_masks_of_cvat_win_over_those_beside_them(known, unlabelled, tmp_path):
+    """An export of CVAT is unpacked into the folder of the labels."""
+    folder = written(tmp_path / "in", "masks/photos/town 0/2", "masks/photos/town 0/4", value=2)
+    colours = np.zeros((4, 6, 3), np.uint8)
+    colours[:2], colours[2, 0] = (10, 20, 30), (224, 224, 192)
+    path = folder / "SegmentationClass" / "photos" / "town 0" / "4.png"
+    path.parent.mkdir(parents=True)
+    Image.fromarray(colours).save(path)
+    (folder / "labelmap.txt").write_text("background:0,0,0::\nb:10,20,30::\nignore:224,224,192::\n")
+    given_labels.check(unlabelled, folder, known, tmp_path / "out")
+    attached = given_labels.attach(unlabelled, tmp_path / "out")
+    found = {sample.key: read_index_mask(sample.mask) for sample in attached}
+    assert (found.pop("photos/town 0/2") == 2).all()
+    (mask,) = found.values()
+    assert (mask[:2] == 1).all() and (mask[2:] == 255).all()  # no class is the background here
+    (folder / "labelmap.txt").write_text("background:0,0,0::\ntree:10,20,30::\nignore:224,224,192::\n")
+    with pytest.raises(UserError, match=r"labelmap\.txt: 'tree' is no class"):
+        given_labels.check(unlabelled, folder, known, tmp_path / "again")

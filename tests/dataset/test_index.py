@@ -317,7 +317,7 @@ def test_names_with_spaces_accents_and_dots(tmp_path):
 @pytest.mark.parametrize(
     ("layout", "images", "found", "said"),
     [
-        ("coco", None, "", "unknown; allowed: auto, voc"),
+        ("kitti", None, "", "unknown; allowed: auto, voc"),
         ("auto", None, "", "neither JPEGImages/ .* nor images/"),
         ("globs", None, "", "--data.images"),
         ("voc", "a/*.jpg", "", "goes with --data.layout globs"),

@@ -18,6 +18,10 @@ TrustEngine = Annotated[bool, tyro.conf.arg(
     help="Run engines that you did not build on this machine: they are programs.")]
 
 
+TOOLS = ("cvat", "coco", "yolo", "labelme")
+"""Layouts of annotation tools, which may have a pattern of images."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig(PrecisionConfig, DeviceConfig):
     """Where and in which type a network computes."""
@@ -45,7 +49,7 @@ def need_root(data: SourceConfig) -> None:
     Raises:
         UserError: one of them.
     """
-    if (data.layout == "globs") != (data.images is not None):
+    if data.layout not in TOOLS and (data.layout == "globs") != (data.images is not None):
         raise UserError(f"--data.layout {data.layout} with --data.images {data.images}: patterns go with "
                         "layout globs, and globs needs them")
     if data.root is None:

@@ -53,10 +53,8 @@ def prepare(args: Sequence[str]) -> None:
     need_root(data)
     from stpp.dataset import card, index
 
-    made = index.prepare(
-        data.root, options.out, layout=data.layout, images=data.images, masks=data.masks,
-        classes=data.classes, mask_map=data.mask_map, exif=data.exif, unlabelled=data.unlabelled,
-        follow_links=data.follow_links, workers=options.workers, strict=options.strict)
+    made = index.prepare(data.root, options.out, workers=options.workers, strict=options.strict,
+                         **data.prepare_options())
     print(card.table(json.loads((options.out / card.JSON).read_text(encoding="utf-8"))))
     with_mask = sum(entry.mask is not None for entry in made.entries.values())
     print(f"{options.out}: {len(made.entries)} images, {with_mask} with a mask, "

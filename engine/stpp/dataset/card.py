@@ -52,7 +52,8 @@ class Tally:
             self.images.setdefault(name, Counter())[value] += 1
         self.sizes[one.reading.width, one.reading.height] += 1
         if one.class_pixels is not None:
-            self.masks[f"{one.stored.kind}, {one.stored.bits} bits"] += 1
+            stored = one.stored
+            self.masks[f"{stored.kind}, {stored.bits} bits" if stored else "drawn from shapes"] += 1
             self.ignored += one.ignored
             for i, count in enumerate(one.class_pixels):
                 self.pixels[i] += count

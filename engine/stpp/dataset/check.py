@@ -4,23 +4,20 @@ This module imports neither torch nor pyarrow, so that worker processes start qu
 """
 
 import hashlib
-import multiprocessing
 import os
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import numpy as np
 
-from stpp import files
+from stpp import files, processes
+from stpp.annotations import readers
+from stpp.annotations.shapes import Legend, ShapeSource, draw
 from stpp.dataset.mask_judge import Edges, edges
 from stpp.dataset.mask_map import MANY, MaskMap
 from stpp.errors import UserError
 from stpp.images.containers import looks_whole
-from stpp.images.image_file import DECODE_ERRORS, upright_size
+from stpp.images.image_file import DECODE_ERRORS, upright, upright_size
 from stpp.images.masks import IGNORE, Stored, count_indices, read_mask, write_index_png
 from stpp.images.pixels import BadImage
 from stpp.images.reading import Proof, Reading, prove
@@ -44,6 +41,8 @@ class Task:
     mask_mtime_ns: int | None = None
     digest: bool = False
     """Take a digest of the image's bytes: another file is as long."""
+    shapes: ShapeSource | None = None
+    """Where in the file `mask` the shapes stand that the mask is drawn from; None: it is a mask."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +65,11 @@ class Checked:
     ignored: int = 0
     """Pixels of the mask that are 255."""
     stored: Stored | None = None
-    """How the mask stores its ids."""
+    """How the mask stores its ids; None where it was drawn."""
+    doubtful: tuple[str, ...] = ()
+    """Shapes whose pixels became 255, in words."""
+    crowds: int = 0
+    """Shapes that are crowds."""
     edges: Edges | None = None
     digest: str | None = None
     """Of the image's bytes, where the task asks for it."""
@@ -82,28 +85,10 @@ def check_all(tasks: list[Task], arguments: tuple, workers: int | None = None) -
             longer.
     """
     chunks = (tasks[start : start + _CHUNK] for start in range(0, len(tasks), _CHUNK))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(workers or cores, max(1, len(tasks) // (4 * _CHUNK)))
-    if workers == 1:
-        yield from (check_many(chunk, *arguments) for chunk in chunks)
-        return
-    # spawn: a fork of a process that runs threads, as torch does, can lock up.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        # A few chunks in flight only, so that memory does not grow with the data set.
-        flying = deque(pool.submit(check_many, chunk, *arguments) for chunk in islice(chunks, 4 * workers))
-        try:
-            while flying:
-                done = flying.popleft().result()
-                flying.extend(pool.submit(check_many, chunk, *arguments) for chunk in islice(chunks, 1))
-                yield done
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                "a process that reads images died; if it was killed for lack of memory, fewer --data.threads "
-                "need less"
-            ) from error
-        finally:
-            for future in flying:
-                future.cancel()
+    workers = min(workers or processes.cores(), max(1, len(tasks) // (4 * _CHUNK)))
+    died = ("a process that reads images died; if it was killed for lack of memory, fewer --data.threads "
+            "need less")
+    yield from processes.in_order(check_many, chunks, arguments, workers, died=died)
 
 
 def check_many(tasks: list[Task], *arguments) -> list[Checked]:
@@ -112,7 +97,7 @@ def check_many(tasks: list[Task], *arguments) -> list[Checked]:
 
 
 def check(task: Task, root: str, out: str, classes: int, exif: bool,
-          mask_map: MaskMap | None = None) -> Checked:
+          meaning: MaskMap | Legend | None = None) -> Checked:
     """Decodes an image and its mask, compares them, and writes the mask anew below `out` where it is not
     plain.
 
@@ -122,8 +107,10 @@ def check(task: Task, root: str, out: str, classes: int, exif: bool,
         out: the index's folder.
         classes: number of classes; a mask may hold 0 .. classes - 1 and 255.
         exif: the EXIF rule, see stpp.images.image_file.
-        mask_map: what the numbers or colours of masks mean; None: they are class ids.
+        meaning: what the numbers or colours of masks mean, or the labels of shapes; None: they are class ids.
     """
+    if task.shapes is not None:
+        return _check_drawn(task, root, out, classes, exif, meaning)
     seen, proof, digest, mask, problems = None, None, None, None, []
     try:
         seen, proof, digest = _look(os.path.join(root, task.image), task.digest)
@@ -131,7 +118,7 @@ def check(task: Task, root: str, out: str, classes: int, exif: bool,
         problems.append(_relative(error, root))
     if task.mask is not None:
         try:
-            mask = read_mask(os.path.join(root, task.mask), exif=exif, mask_map=mask_map)
+            mask = read_mask(os.path.join(root, task.mask), exif=exif, mask_map=meaning)
         except UserError as error:
             problems.append(_relative(error, root))
     counts = None
@@ -145,18 +132,58 @@ def check(task: Task, root: str, out: str, classes: int, exif: bool,
         problems.append(_size_problem(task, reading, other, mask.values.shape[::-1], mask.turn, exif))
     if problems:
         return Checked(task, problems=tuple(problems))
-    converted = None
-    if mask is not None and not mask.plain:
-        converted = f"masks/{task.key}.png"
-        target = os.path.join(out, converted)
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        with files.renamed(target, f"{target}.{os.getpid()}.tmp") as file:
-            write_index_png(file, mask.values)
+    converted = None if mask is None or mask.plain else _written(task, out, mask.values)
     picture = Checked(task, reading, proof.used_bits, proof.like_mask, seen.orientation, digest=digest)
     if mask is None:
         return picture
     return replace(picture, converted=converted, class_pixels=counts[:classes].tolist(),
                    ignored=int(counts[IGNORE]), stored=mask.stored, edges=edges(mask.values))
+
+
+def _check_drawn(task: Task, root: str, out: str, classes: int, exif: bool, legend: Legend) -> Checked:
+    """`check` of an image whose mask is drawn from shapes."""
+    try:
+        seen, proof, digest = _look(os.path.join(root, task.image), task.digest)
+        frame = seen.as_stored() if legend.stored else seen
+        found = readers.read(task.shapes, os.path.join(root, task.mask), frame.width, frame.height)
+    except UserError as error:
+        return Checked(task, problems=(_relative(error, root),))
+    if found.size is not None and found.size != (frame.width, frame.height):
+        other = seen if legend.stored else seen.as_stored()
+        return Checked(task, problems=(_frame_problem(task, found.size, frame, other, seen.orientation),))
+    drawn = draw(found, frame.height, frame.width, legend)
+    if drawn.problems:
+        return Checked(task, problems=tuple(f"{task.mask}: {task.image}: {text}" for text in drawn.problems))
+    mask_HW = drawn.mask_HW
+    if legend.stored and exif:
+        mask_HW = np.ascontiguousarray(upright(mask_HW, seen.orientation))
+    counts = count_indices(mask_HW)
+    reading = seen if exif else seen.as_stored()
+    return Checked(task, reading, proof.used_bits, proof.like_mask, seen.orientation,
+                   converted=_written(task, out, mask_HW), class_pixels=counts[:classes].tolist(),
+                   ignored=int(counts[IGNORE]), digest=digest, crowds=drawn.crowds,
+                   doubtful=tuple(f"{task.mask}: {task.image}: {text}" for text in drawn.doubtful))
+
+
+def _written(task: Task, out: str, mask_HW: np.ndarray) -> str:
+    """Writes the mask anew; its path relative to the index's folder."""
+    converted = f"masks/{task.key}.png"
+    target = os.path.join(out, converted)
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    with files.renamed(target, f"{target}.{os.getpid()}.tmp") as file:
+        write_index_png(file, mask_HW)
+    return converted
+
+
+def _frame_problem(task: Task, said: tuple[int, int], frame: Reading, other: Reading, turn: int) -> str:
+    """Says that an image has another size than the file with its shapes says, and whether it would not the
+    other way round."""
+    hint = ""
+    if said == (other.width, other.height):
+        way = "upright" if frame == other.as_stored() and turn != 1 else "stored"
+        hint = f"; they match with --data.annotated {way}, as the image's EXIF orientation is {turn}"
+    return (f"{task.mask}: it says that {task.image} has {said[0]}x{said[1]} pixels, but it has "
+            f"{frame.width}x{frame.height}{hint or '; the shapes were drawn at another size'}")
 
 
 def _mask_problems(path: str, stored: Stored, counts: np.ndarray, classes: int) -> list[str]:

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from stpp import files
+from stpp.annotations import cvat
 from stpp.errors import UserError
 
 JSON = "classes.json"
@@ -18,7 +19,6 @@ YAMLS = ("data.yaml", "dataset.yaml")
 _NUMBERED = re.compile(r"(\d{1,5})\s*[:=,;\t ]\s*(\S.*)")
 _SEPARATOR, _NO_NAME = re.compile(r"[:=,;\t]"), re.compile(r"[{}\[\]<>:=;\t]")
 """Signs between an id and its name; signs of files that are written for programs."""
-_CVAT = re.compile(r"([^:]+):(?:\d+,\d+,\d+)?:[^:]*:[^:]*")
 _WANTED = "write a list of names in the order of their ids"
 
 
@@ -28,20 +28,29 @@ def find(root: Path) -> tuple[list[str], str] | None:
     Raises:
         UserError: a file that cannot be read as a class list, or two that name different classes.
     """
-    if (root / JSON).is_file():
-        return _json(root / JSON), str(root / JSON)
+    return of_json(root) or of_tools(root)
+
+
+def of_json(root: Path) -> tuple[list[str], str] | None:
+    """(names, file) of `classes.json`; None without one."""
+    return (_json(root / JSON), str(root / JSON)) if (root / JSON).is_file() else None
+
+
+def of_tools(root: Path) -> tuple[list[str], str] | None:
+    """(names, file) of the other files; None without any."""
     found = [(_text(root / name), str(root / name)) for name in TEXTS if (root / name).is_file()]
     found += [(_yaml(root / name), str(root / name)) for name in YAMLS if (root / name).is_file()]
     for names, path in found[1:]:
-        if [_bare(name) for name in names] != [_bare(name) for name in found[0][0]]:
+        if [bare(name) for name in names] != [bare(name) for name in found[0][0]]:
             raise UserError(
                 f"{found[0][1]} and {path} name different classes; give --data.classes, or {JSON}"
             )
     return found[0] if found else None
 
 
-def _bare(name: str) -> str:
-    """labelme writes `_background_` where others write `background`."""
+def bare(name: str) -> str:
+    """A name in lower case without signs around it: labelme writes `_background_` where others write
+    `background`."""
     return name.strip("_ ").lower()
 
 
@@ -94,9 +103,8 @@ def _text(path: Path) -> list[str]:
     begin with # say nothing."""
     lines = [line.strip() for line in _read(path).splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]
-    cvat = [_CVAT.fullmatch(line) for line in lines]
-    if lines and all(cvat):
-        return _names([found[1].strip() for found in cvat], path)
+    if labelled := cvat.parsed(lines):
+        return _names([label.name for label in labelled], path)
     numbered = [_NUMBERED.fullmatch(line) for line in lines]
     if lines and all(numbered):
         return _ordered([(int(found[1]), found[2].strip()) for found in numbered], path)

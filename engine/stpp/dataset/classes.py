@@ -45,9 +45,13 @@ class ClassList:
     """True where they are the public data set's, which has this layout."""
 
 
-def class_list(root: str | os.PathLike, layout: str, given: Sequence[str] = ()) -> ClassList:
+def class_list(root: str | os.PathLike, layout: str, given: Sequence[str] = (),
+               own: ClassList | None = None) -> ClassList:
     """Finds the class names: `given`; else those of a file in the root (see stpp.dataset.class_files); else
     VOC's and Cityscapes' in their layouts.
+
+    Args:
+        own: those that the files of a tool have, which its layout is for; `classes.json` wins over them.
 
     Raises:
         UserError: none of these; a file that cannot be read, or two that differ; no list of 2 to 255
@@ -56,6 +60,8 @@ def class_list(root: str | os.PathLike, layout: str, given: Sequence[str] = ()) 
     folder = Path(root).expanduser()
     if given:
         found = ClassList([name.strip() for name in given], "--data.classes")
+    elif own is not None and not (folder / class_files.JSON).is_file():
+        found = own
     elif read := class_files.find(folder):
         found = ClassList(*read)
     elif layout in _OF_LAYOUT:
@@ -75,13 +81,16 @@ def class_list(root: str | os.PathLike, layout: str, given: Sequence[str] = ()) 
     return found
 
 
+def counts_nowhere(name: str) -> bool:
+    """True for what pixels that count nowhere are called, such as `ignore`, `Void` or `unlabelled area`."""
+    parts = re.split(r"[\W_]+", name.lower())
+    return "".join(parts) in _NOT_CLASSES or bool(_NOT_CLASS_WORDS & set(parts))
+
+
 def _refuse_ignore(names: list[str], source: str) -> None:
     """A class of this name would be learned, where pixels that count nowhere are meant more often than
     not."""
-    words = [re.split(r"[\W_]+", name.lower()) for name in names]
-    wrong = [
-        i for i, parts in enumerate(words) if "".join(parts) in _NOT_CLASSES or _NOT_CLASS_WORDS & set(parts)
-    ]
+    wrong = [i for i, name in enumerate(names) if counts_nowhere(name)]
     if not wrong:
         return
     kept = [i for i in range(len(names)) if i not in wrong]

@@ -97,7 +97,7 @@ class Index:
                     now = stamp(self.place(entry.image), path)[1:3]
                     if not self.fingerprint or now != (size, mtime_ns):
                         found.append(path)
-        return found
+        return list(dict.fromkeys(found))  # one file may hold the shapes of many images
 
     def sample(self, image: str, *, strong: bool = False, mask: str | None | EllipsisType = ...) -> Sample:
         """What a loader reads for an image.

@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stpp import files
-from stpp.dataset import splits
+from stpp.annotations import cvat
+from stpp.dataset import legends, mask_map, splits
 from stpp.dataset.check import Task, check_all
 from stpp.dataset.entries import Index
 from stpp.dataset.mask_judge import Judge
+from stpp.dataset.mask_map import MaskMap
 from stpp.errors import UserError
 from stpp.loading.sample import Sample
 
@@ -28,8 +30,10 @@ def check(samples: Sequence[Sample], folder: Path, index: Index, out: Path, *, e
     """Finds and checks the masks of samples, and writes which they are to `out`.
 
     The mask of an image is the PNG in `folder`, or in its `masks`, with the image's path below the data root,
-    or below the first folder there (`stpp label --source DATA/photos` leaves `photos` out). Samples without a
-    mask are left out.
+    or below the first folder there (`stpp label --source DATA/photos` leaves `photos` out). Masks of CVAT in
+    its `SegmentationClass`, beside the `labelmap.txt` that says what their colours mean, win over the others:
+    an export of corrected masks is unpacked into the folder of the labels. Samples without a mask are left
+    out.
 
     Args:
         samples: unlabelled images.
@@ -46,7 +50,9 @@ def check(samples: Sequence[Sample], folder: Path, index: Index, out: Path, *, e
         raise UserError(f"--pseudo-labels {folder}: there is no such folder")
     excluded = {sample.key
                 for sample in splits.read_split(exclude, index, labelled=False)} if exclude else set()
-    found = _found([sample for sample in samples if sample.key not in excluded], folder.absolute())
+    wanted = [sample for sample in samples if sample.key not in excluded]
+    corrected, others = _found(wanted, folder.absolute())
+    found = others | corrected
     stamps = {}
     for key, path in found.items():
         status = os.stat(path)
@@ -57,19 +63,30 @@ def check(samples: Sequence[Sample], folder: Path, index: Index, out: Path, *, e
                             "run began; choose another --out")
         return
     image_of = {sample.key: sample.image for sample in samples}
-    tasks = [Task(key, image_of[key], path, 0, 0) for key, path in found.items()]
-    masks, problems, judge = {}, [], Judge(index.classes, None)
-    for chunk in check_all(tasks, (str(index.root), str(out), len(index.classes), index.exif)):
+    masks, problems = {}, []
+    of_colours = _meaning(folder, index.classes) if corrected else None
+    for group, meaning in ((corrected, of_colours), (others, None)):
+        tasks = [Task(key, image_of[key], path, 0, 0) for key, path in group.items()]
+        written, found_problems = _checked(tasks, index, out, meaning)
+        masks, problems = masks | written, problems + found_problems
+    if problems:
+        more = f" (and {len(problems) - 1} more such masks)" if len(problems) > 1 else ""
+        raise UserError(f"--pseudo-labels: {problems[0]}{more}; mend them, or name their images in --exclude")
+    files.write_json(out / NAME, {"masks": masks, "stamps": stamps})
+
+
+def _checked(tasks: list[Task], index: Index, out: Path,
+             meaning: MaskMap | None) -> tuple[dict[str, str], list[str]]:
+    """Masks to train on by key, and what is wrong with them."""
+    masks, problems, judge = {}, [], Judge(index.classes, meaning)
+    for chunk in check_all(tasks, (str(index.root), str(out), len(index.classes), index.exif, meaning)):
         for one in chunk:
             problems += one.problems
             masks[one.task.key] = str(out / one.converted) if one.converted else one.task.mask
             if one.class_pixels is not None:
                 judge.add(one.task.mask, one.stored, [*one.class_pixels, one.ignored], one.edges)
-    problems += judge.stored_problems()  # teachers leave specks, and 255 where they are not sure
-    if problems:
-        more = f" (and {len(problems) - 1} more such masks)" if len(problems) > 1 else ""
-        raise UserError(f"--pseudo-labels: {problems[0]}{more}; mend them, or name their images in --exclude")
-    files.write_json(out / NAME, {"masks": masks, "stamps": stamps})
+    # Of masks together, stored forms alone: teachers leave specks, and 255 where they are not sure.
+    return masks, problems + judge.stored_problems()
 
 
 def attach(samples: Sequence[Sample], out: Path) -> list[Sample]:
@@ -86,20 +103,35 @@ def _read(out: Path) -> dict:
         raise UserError(f"{out / NAME}: cannot be read ({error}); choose another --out") from error
 
 
-def _found(samples: Sequence[Sample], folder: Path) -> dict[str, str]:
-    """Masks by the samples' keys."""
-    for below in (folder / "masks", folder):
-        for dropped in (0, 1):
-            found = {sample.key: path for sample in samples
-                     if (path := _mask_file(below, "/".join(sample.key.split("/")[dropped:]))) is not None}
-            if len(set(found.values())) < len(found):
-                raise UserError(f"--pseudo-labels {folder}: images of several folders share a mask there; "
-                                "keep the folders of the data root below it")
-            if found:
-                return found
+def _meaning(folder: Path, classes: Sequence[str]) -> MaskMap:
+    """What the colours of CVAT's masks mean."""
+    return mask_map.parse(legends.of_colours(folder, cvat.labels_in(folder), classes), classes)
+
+
+def _found(samples: Sequence[Sample], folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Masks by the samples' keys: those of CVAT, and the others."""
+    corrected = _below(samples, folder, "SegmentationClass") if cvat.labels_in(folder) is not None else {}
+    rest = [sample for sample in samples if sample.key not in corrected]
+    others = _below(rest, folder, "masks") or _below(rest, folder, "")
+    if corrected or others:
+        return corrected, others
     example = f"{samples[0].key}.png" if samples else "the images that are not excluded"
     raise UserError(f"--pseudo-labels {folder}: no mask of an unlabelled image is in it; looked for "
                     f"{example}")
+
+
+def _below(samples: Sequence[Sample], folder: Path, name: str) -> dict[str, str]:
+    """Masks in a folder below that of the labels, by the samples' keys."""
+    for dropped in (0, 1):
+        names = {sample.key: "/".join(sample.key.split("/")[dropped:]) for sample in samples}
+        found = {key: path for key, below in names.items()
+                 if (path := _mask_file(folder / name, below)) is not None}
+        if len(set(found.values())) < len(found):
+            raise UserError(f"--pseudo-labels {folder}: images of several folders share a mask there; keep "
+                            "the folders of the data root below it")
+        if found:
+            return found
+    return {}
 
 
 def _mask_file(folder: Path, name: str) -> str | None:

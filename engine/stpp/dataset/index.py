@@ -51,6 +51,8 @@ def prepare(
             exif: see stpp.images.image_file.
             unlabelled: further folders of images, see stpp.dataset.unlabelled_folders.
             follow_links: follow links that lead out of the root.
+            unlisted, annotated, crowds, doubtful: of layouts whose masks are drawn, see
+                stpp.annotations.shapes.Legend.
 
     Raises:
         UserError: see stpp.dataset.layouts.find; or files have problems, all of which are listed in

@@ -4,6 +4,7 @@
 `SegmentationClass/**.png`.
 `cityscapes`: `leftImg8bit/**/*_leftImg8bit.png` and `gtFine/**/*_gtFine_labelTrainIds.png`; or, where the
 original masks are more, `*_gtFine_labelIds.png`, whose ids are then mapped.
+`cvat`: VOC's folders, and `labelmap.txt`, which says what the colours of the masks mean.
 `camvid`: `images/{train,val,...}/**` and `masks/<the same relative path>.png`.
 `globs`: two patterns, such as `photos/**/*.jpg` and `labels/**/*_mask.png`. An image and a mask belong
 together when what is left of their paths is equal, once the pattern's fixed folders and its fixed ending
@@ -11,40 +12,34 @@ together when what is left of their paths is equal, once the pattern's fixed fol
 `*/photos/**/*` and `*/labels/**/*.png` pair
 `a/photos/1.jpg` with `a/labels/1.png`.
 
+`coco`, `yolo`, `labelme`: shapes, of which masks are drawn; see stpp.dataset.drawn.
+
 All paths here are relative to the root, with forward slashes. Hidden files, what systems leave behind, and
 masks among the images are passed over, and counted; extensions match in any case.
 """
 
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-from stpp.dataset import cityscapes
+from stpp.annotations import cvat
+from stpp.dataset import cityscapes, drawn, legends
+from stpp.dataset.classes import ClassList, counts_nowhere
 from stpp.dataset.notes import Notes, counted
 from stpp.dataset.patterns import Side, parsed
-from stpp.dataset.search import Search
+from stpp.dataset.search import Found, Search
 from stpp.dataset.walk import walk
 from stpp.errors import UserError
 from stpp.images.folders import PassedOver, folders_of, image_of_mask, image_of_mask_in_folder
 from stpp.images.image_file import IMAGE_EXTENSIONS
 
-LAYOUTS = ("auto", "voc", "cityscapes", "camvid", "globs")
+LAYOUTS = ("auto", "voc", "cvat", "cityscapes", "camvid", "globs", *drawn.LAYOUTS)
 
 _VOC = ("JPEGImages", "SegmentationClass")
 _VOC_AUGMENTED = "SegmentationClassAug"
 VOC_AUGMENTED_MASKS = f"{_VOC_AUGMENTED}/**/*.png"
 """The masks of a VOC root with such a folder; those that it lacks are then taken from SegmentationClass."""
 _CAMVID = ("images", "masks")
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """An image of a data set."""
-
-    key: str
-    """The image's path without its extension."""
-    image: str
-    mask: str | None
 
 
 def checked_root(root: str | os.PathLike, flag: str = "--data.root") -> Path:
@@ -73,18 +68,30 @@ def resolve(root: str | os.PathLike, layout: str, images: str | None = None) -> 
         raise UserError("--data.layout globs: needs --data.images, a pattern such as 'photos/**/*.jpg'")
     if images and layout in ("voc", "cityscapes", "camvid"):
         raise UserError(f"--data.images {images}: goes with --data.layout globs, not {layout}")
+    if layout == "cvat" and cvat.labels_in(path) is None:
+        raise UserError(f"--data.layout cvat: {path / cvat.LABELMAP} is not there, or has no colours")
     if layout != "auto":
         return layout
     if images:
         return "globs"
+    if (path / _VOC[1]).is_dir() and cvat.labels_in(path) is not None:
+        return "cvat"
     for name, folder in (("voc", "JPEGImages"), ("cityscapes", "leftImg8bit"), ("camvid", "images")):
         if (path / folder).is_dir():
             return name
     raise UserError(
         f"--data.root {path}: no known layout: neither JPEGImages/ (voc), leftImg8bit/ (cityscapes) nor "
-        f"images/ (camvid) is there; "
-        "give --data.images and --data.masks, patterns such as 'photos/**/*.jpg' and 'labels/**/*.png'"
+        "images/ (camvid) is there; give --data.images and --data.masks, patterns such as 'photos/**/*.jpg' "
+        "and 'labels/**/*.png'"
     )
+
+
+def own_classes(root: Path, layout: str) -> ClassList | None:
+    """The class names that the labelmap of the layout cvat has; None of other layouts."""
+    if layout != "cvat":
+        return None
+    names = [label.name for label in cvat.labels_in(root) if not counts_nowhere(label.name)]
+    return ClassList(names, str(root / cvat.LABELMAP))
 
 
 def own_masks(root: str | os.PathLike, layout: str, *, follow_links: bool = False) -> str | None:
@@ -103,12 +110,16 @@ def own_masks(root: str | os.PathLike, layout: str, *, follow_links: bool = Fals
     return None
 
 
-def own_mask_map(layout: str, masks: str | None) -> tuple[str, ...]:
-    """What the ids in the masks of a resolved layout mean, if they are not class ids: see
-    stpp.dataset.mask_map."""
-    return (
-        cityscapes.LABEL_IDS_MAP if layout == "cityscapes" and (masks or "").endswith("_labelIds.png") else ()
-    )
+def own_mask_map(root: Path, layout: str, masks: str | None, classes: Sequence[str]) -> tuple[str, ...]:
+    """What the ids or colours in the masks of a resolved layout mean, if they are not class ids: see
+    stpp.dataset.mask_map.
+
+    Raises:
+        UserError: a label of a labelmap is no class.
+    """
+    if layout == "cityscapes" and (masks or "").endswith("_labelIds.png"):
+        return cityscapes.LABEL_IDS_MAP
+    return legends.of_colours(root, cvat.labels_in(root), classes) if layout == "cvat" else ()
 
 
 def folders(layout: str, images: str | None = None, masks: str | None = None) -> list[str]:
@@ -147,8 +158,9 @@ def find(
     """
     path, notes = checked_root(root), notes or Notes()
     layout = resolve(path, layout, images)
-    given = masks
+    given, given_images = masks, images
     images = cityscapes.IMAGES if layout == "cityscapes" else images
+    is_drawn = layout in drawn.LAYOUTS
     masks = masks or own_masks(path, layout, follow_links=follow_links)
     image_side, mask_side = _sides(layout, images, masks, path)
     search = Search(path, Path(exclude).resolve() if exclude is not None else None, follow_links)
@@ -163,6 +175,7 @@ def find(
     _leave_out_masks(taken, mask_of, notes)
     if mask_side and not taken.keys() & mask_of.keys():
         taken, mask_of = image_side.without_lead(taken), mask_side.without_lead(mask_of)
+    shapes = drawn.match(search, layout, given_images, given, taken, notes) if is_drawn and taken else {}
     found, keys, matched = [], {}, 0
     for name, image in taken.items():
         key = os.path.splitext(image)[0]
@@ -170,7 +183,8 @@ def find(
             raise UserError(f"{path}: duplicate key {key}: {keys[key]} and {image}; rename or remove one")
         mask = mask_of.pop(name, None)
         matched += mask is not None
-        found.append(Found(key, image, mask))
+        found.append(Found(key, image, *shapes.get(image, (mask, None))))
+    passed.extensions.pop(drawn.ENDINGS.get(layout), None)
     _say_passed(passed, notes)
     if not found:
         looked = images or f"{image_side.prefix}/** ({' '.join(IMAGE_EXTENSIONS)})"
@@ -183,6 +197,8 @@ def find(
             f"{found[0].image}; give both one name, or patterns whose fixed folders, beginnings and endings "
             "are all that differs, such as 'photos/**/*.jpg' and 'labels/**/*_mask.png'"
         )
+    if is_drawn:
+        return sorted(found, key=lambda one: one.image)
     if masks and not mask_of and not matched:
         raise UserError(f"--data.masks {masks}: no file matches it under {path}")
     if mask_of:
@@ -198,12 +214,13 @@ def find(
 def _sides(layout: str, images: str | None, masks: str | None, root: Path | None) -> tuple[Side, Side | None]:
     if layout == "cityscapes":
         images, masks = cityscapes.IMAGES, masks or cityscapes.TRAIN_IDS
-    if images:
+    if layout in drawn.LAYOUTS:
+        return parsed(images, "images", root) if images else Side("", None), None
+    if images and layout != "cvat":
         return parsed(images, "images", root), parsed(masks, "masks", root) if masks else None
-    image_folder, mask_folder = _VOC if layout == "voc" else _CAMVID
-    if masks:
-        return Side(image_folder, None), parsed(masks, "masks", root)
-    return Side(image_folder, None), Side(mask_folder, None, (".png",))
+    image_folder, mask_folder = _VOC if layout in ("voc", "cvat") else _CAMVID
+    image_side = parsed(images, "images", root) if images else Side(image_folder, None)
+    return image_side, parsed(masks, "masks", root) if masks else Side(mask_folder, None, (".png",))
 
 
 def _with_original(search: Search, augmented: dict[str, str], notes: Notes) -> dict[str, str]:
@@ -214,8 +231,7 @@ def _with_original(search: Search, augmented: dict[str, str], notes: Notes) -> d
     if lacking:
         notes.line(
             f"{counted(len(lacking), 'mask')} from {_VOC[1]}/, as {_VOC_AUGMENTED}/ has none of these "
-            f"images, for example "
-            f"{next(iter(lacking.values()))}"
+            f"images, for example {next(iter(lacking.values()))}"
         )
     return augmented | lacking
 
@@ -275,11 +291,9 @@ def _look_for_masks(search: Search, layout: str, images: str, looked: str, notes
     what = f"{search.root}: {images}/ makes this the layout {layout}, but no mask is in {looked}"
     if pngs:
         raise UserError(
-            f"{what}, and {' and '.join(f'{name}/' for name in pngs[:3])} holds PNGs: if they are the "
-            f"masks, give "
-            f"--data.layout globs --data.images '{images}/**/*' --data.masks '{pngs[0]}/**/*.png'; if they "
-            f"are not, "
-            "leave --data.masks out"
+            f"{what}, and {' and '.join(f'{name}/' for name in pngs[:3])} holds PNGs: if they are the masks, "
+            f"give --data.layout globs --data.images '{images}/**/*' --data.masks '{pngs[0]}/**/*.png'; if "
+            "they are not, leave --data.masks out"
         )
     polygons = "; labels/ holds text files (polygons or boxes), which are no masks" if texts else ""
     notes.warn(f"{what}{polygons}; all images are unlabelled")

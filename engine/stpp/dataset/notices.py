@@ -2,8 +2,10 @@
 
 from collections import Counter
 
+from stpp.annotations.shapes import Legend
 from stpp.dataset.check import Checked
 from stpp.dataset.notes import Notes, counted
+from stpp.images.masks import IGNORE
 from stpp.images.pixels import range_bits
 from stpp.images.reading import FEW_COLOURS, uses_few
 
@@ -67,3 +69,41 @@ class Notices:
                 "decodes them, whatever the loader, which is slower; JPEG and 8-bit PNG in gray or RGB are "
                 "fastest"
             )
+
+
+class ShapeNotices:
+    """Counts what is worth a word of masks that were drawn from shapes."""
+
+    def __init__(self):
+        self._turned: tuple[int, str] = (0, "")
+        self._crowds = 0
+        self._doubtful: tuple[int, str] = (0, "")
+
+    def add(self, one: Checked) -> None:
+        """Counts an image with its shapes."""
+        if one.orientation != 1:
+            count, first = self._turned
+            self._turned = count + 1, first or one.task.image
+        self._crowds += one.crowds
+        if one.doubtful:
+            count, first = self._doubtful
+            self._doubtful = count + len(one.doubtful), first or one.doubtful[0]
+
+    def say(self, notes: Notes, legend: Legend, *, exif: bool) -> None:
+        """Says what the masks were taken for, and what may be otherwise."""
+        background = f"the background, class {legend.unlisted}"
+        notes.line(f"pixels in no shape are {'ignored (255)' if legend.unlisted == IGNORE else background}")
+        count, first = self._turned
+        if count:
+            seen, other = ("are stored", "upright") if legend.stored else ("are seen upright", "stored")
+            remedy = f"; if not, --data.annotated {other}" if exif else ""
+            notes.line(f"EXIF turns {counted(count, 'labelled image')} ({first} the first): their shapes are "
+                       f"taken as drawn on the images as they {seen}{remedy}")
+        if self._crowds:
+            meant = "their class; --data.crowds ignore makes them 255" if legend.crowds else "255 (ignore)"
+            notes.line(f"crowds (iscrowd): {counted(self._crowds, 'region')}, drawn below the others as "
+                       f"{meant}")
+        count, first = self._doubtful
+        if count:
+            notes.warn(f"shapes that may not be what was meant: {count}, whose pixels are 255 as far as they "
+                       f"have any; the first: {first}")

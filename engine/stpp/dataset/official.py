@@ -1,12 +1,14 @@
 """Official splits: the lists and folders with which a data set itself says what is for training, validation
 and test.
 
-VOC: ImageSets/Segmentation/{train,val,test}.txt. Else folders, at any depth, by their names in any case: see
+VOC and CVAT: ImageSets/Segmentation/{train,val,test}.txt. COCO: also the names of its JSON files
+(instances_val2017.json). Else folders, at any depth, by their names in any case: see
 stpp.dataset.split_folders. Validation counts where there is training beside it; images for test are in no
 list.
 """
 
 import os
+import re
 from pathlib import Path
 
 from stpp import files
@@ -15,11 +17,13 @@ from stpp.dataset.notes import Notes, counted
 from stpp.dataset.split_folders import is_nearly_official, kind, kinds
 from stpp.errors import UserError
 
+_LISTED = ("voc", "cvat")
+
 
 def validation(index: Index, notes: Notes | None = None) -> set[str]:
     """The validation images that the data set itself names; empty if it names none."""
     lists = _lists(index)
-    if index.layout == "voc" and (lists / "train.txt").is_file() and (lists / "val.txt").is_file():
+    if index.layout in _LISTED and (lists / "train.txt").is_file() and (lists / "val.txt").is_file():
         return _listed(index, lists / "val.txt", notes or Notes())
     return in_folders(index, "val") if in_folders(index, "train") else set()
 
@@ -27,7 +31,7 @@ def validation(index: Index, notes: Notes | None = None) -> set[str]:
 def test(index: Index, notes: Notes | None = None) -> set[str]:
     """The images that are for test, which no list takes."""
     listed = _lists(index) / "test.txt"
-    if index.layout == "voc" and listed.is_file():
+    if index.layout in _LISTED and listed.is_file():
         return _listed(index, listed, notes or Notes())
     return in_folders(index, "test")
 
@@ -89,10 +93,15 @@ def _say_nearly_official(index: Index, notes: Notes) -> None:
 def in_folders(index: Index, kind: str) -> set[str]:
     """The data root's images in a folder of a kind; those of further folders were given as unlabelled,
     wherever they lie."""
+    named = {}
+    if index.layout == "coco":
+        masks = {image: index.entries[image].mask or "" for image in index.entries}
+        named = {image: kinds("/".join([*re.split(r"[_.\-]", Path(mask).stem), ""]))
+                 for image, mask in masks.items()}
     return {
         image
         for image in index.entries
-        if image.partition("/")[0] not in index.unlabelled and kind in kinds(image)
+        if image.partition("/")[0] not in index.unlabelled and kind in kinds(image) | named.get(image, set())
     }
 
 

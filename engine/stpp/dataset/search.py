@@ -7,11 +7,25 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
+from stpp.annotations.shapes import ShapeSource
 from stpp.dataset.patterns import Side
 from stpp.dataset.walk import refuse_unlistable, walk
 from stpp.errors import UserError
 from stpp.images.folders import PassedOver
 from stpp.images.image_file import IMAGE_EXTENSIONS
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """An image of a data set; paths are relative to the root, with forward slashes."""
+
+    key: str
+    """The image's path without its extension."""
+    image: str
+    mask: str | None
+    """Its mask, or the file that its shapes stand in."""
+    shapes: ShapeSource | None = None
+    """Where in that file, of layouts whose masks are drawn."""
 
 
 @dataclass(frozen=True, slots=True)

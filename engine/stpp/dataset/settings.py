@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from stpp.dataset import layouts, unlabelled_folders
+from stpp.dataset import drawn, layouts, legends, unlabelled_folders
 from stpp.dataset import mask_map as mapping
 from stpp.dataset.classes import ClassList, class_list
 from stpp.dataset.notes import Notes
@@ -23,6 +23,10 @@ def resolved(
     exif: bool = True,
     unlabelled: Sequence[str | os.PathLike] = (),
     follow_links: bool = False,
+    unlisted: str | None = None,
+    annotated: str | None = None,
+    crowds: str | None = None,
+    doubtful: str | None = None,
 ) -> tuple[dict, ClassList]:
     """What an index depends on besides the files, JSON-able, and where the class names are from.
 
@@ -34,20 +38,31 @@ def resolved(
     """
     if not isinstance(exif, bool):
         raise TypeError(f"exif: expected a bool, got {exif!r}")
-    layout = layouts.resolve(root, layout, images)
+    layout, folder = layouts.resolve(root, layout, images), layouts.checked_root(root)
     masks = masks or layouts.own_masks(root, layout, follow_links=follow_links)
-    mask_map = list(mask_map or layouts.own_mask_map(layout, masks))
-    listed = class_list(root, layout, classes)
-    mapping.parse(mask_map, listed.names)
+    shapes = {"unlisted": unlisted, "annotated": annotated, "crowds": crowds, "doubtful": doubtful}
+    drawn.refuse_settings(layout, images, masks, shapes, exif=exif)
+    shapes = {name: value for name, value in shapes.items() if value is not None}
+    if layout in drawn.LAYOUTS:
+        files = drawn.files_of(folder, layout, masks, follow_links=follow_links)
+        masks = files[0] if len(files) == 1 else masks  # without the folder that the shell was in
+        asked = {"layout": layout, "mask_map": list(mask_map), "exif": exif} | shapes
+        listed = class_list(root, layout, classes, legends.own_classes(folder, asked, files))
+        legends.legend(folder, asked | {"classes": listed.names}, files)
+    else:
+        listed = class_list(root, layout, classes, layouts.own_classes(folder, layout))
+        mask_map = mask_map or layouts.own_mask_map(folder, layout, masks, listed.names)
+        mapping.parse(mask_map, listed.names)
     found = {
         "layout": layout,
         "images": images,
         "masks": masks,
         "classes": listed.names,
-        "mask_map": mask_map,
+        "mask_map": list(mask_map),
         "exif": exif,
     }
     # Left out where they are not used: the fingerprint is then the one that the root alone has.
+    found |= shapes
     if unlabelled:
         found["unlabelled"] = unlabelled_folders.checked(unlabelled)
     if follow_links:
@@ -83,8 +98,7 @@ def say_classes(listed: ClassList, pixels: Sequence[int], root: Path, notes: Not
         highest = max((i for i, count in enumerate(pixels) if count), default=0)
         text = (
             f"classes: the {len(listed.names)} of the public data set that has {listed.source}; masks here "
-            f"hold ids up to {highest}; "
-            "for data of your own write their names to classes.json"
+            f"hold ids up to {highest}; for data of your own write their names to classes.json"
         )
         # A part of the public set lacks a few classes; another set of fewer classes ends early.
         (notes.warn if len(empty) > len(listed.names) // 2 else notes.line)(text)

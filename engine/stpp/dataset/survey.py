@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stpp import files, log
-from stpp.dataset import layouts, table, twins, unlabelled_folders
+from stpp.dataset import drawn, layouts, legends, table, twins, unlabelled_folders
 from stpp.dataset import mask_map as mapping
 from stpp.dataset.card import Tally
 from stpp.dataset.check import Checked, Task, check_all
 from stpp.dataset.mask_judge import Judge
 from stpp.dataset.notes import Notes
-from stpp.dataset.notices import Notices
-from stpp.dataset.stamps import listing
+from stpp.dataset.notices import Notices, ShapeNotices
+from stpp.dataset.stamps import listing, stamp
 from stpp.errors import UserError
 
 SHOWN_PROBLEMS = 20
@@ -48,6 +48,8 @@ def tasks(root: Path, settings: dict, out: Path, notes: Notes) -> tuple[list[tup
         settings.get("unlabelled", ()), root, found, exclude=out, follow_links=follow, notes=notes
     )
     digest = hashlib.sha256(json.dumps([table.VERSION, str(root), settings], sort_keys=True).encode())
+    for file in _files(root, settings):  # it may list images without a shape, whose rows do not name it
+        digest.update(f"{stamp(root, file)[:3]}\n".encode())
     places = []
     for place, members in [(root, found), *further]:
         stamps = listing(place, members)
@@ -60,8 +62,8 @@ def tasks(root: Path, settings: dict, out: Path, notes: Notes) -> tuple[list[tup
     for place, members in places:
         made.append((place, []))
         for one, image, mask in members:
-            for stamp in filter(None, (image, mask)):
-                digest.update(f"{stamp.path}\n{stamp.bytes} {stamp.mtime_ns}\n".encode())
+            for file in filter(None, (image, mask)):
+                digest.update(f"{file.path}\n{file.bytes} {file.mtime_ns}\n".encode())
             made[-1][1].append(
                 Task(
                     one.key,
@@ -72,9 +74,15 @@ def tasks(root: Path, settings: dict, out: Path, notes: Notes) -> tuple[list[tup
                     mask and mask.bytes,
                     mask and mask.mtime_ns,
                     image.bytes in alike,
+                    one.shapes,
                 )
             )
     return made, digest.hexdigest()
+
+
+def _files(root: Path, settings: dict) -> list[str]:
+    return drawn.files_of(root, settings["layout"], settings["masks"],
+                          follow_links=settings.get("follow_links", False))
 
 
 def check_files(
@@ -94,13 +102,15 @@ def check_files(
     """
     from tqdm import tqdm
 
-    mask_map = mapping.parse(settings["mask_map"], settings["classes"])
+    root, total = listed[0][0], sum(len(members) for _, members in listed)
+    is_drawn = settings["layout"] in drawn.LAYOUTS
+    mask_map = None if is_drawn else mapping.parse(settings["mask_map"], settings["classes"])
+    meaning = legends.legend(root, settings, _files(root, settings)) if is_drawn else mask_map
     seen = _Seen(settings["classes"], Judge(settings["classes"], mask_map))
-    arguments = (str(out), len(settings["classes"]), settings["exif"], mask_map)
+    arguments = (str(out), len(settings["classes"]), settings["exif"], meaning)
     checked = (
         chunk for place, members in listed for chunk in check_all(members, (str(place), *arguments), workers)
     )
-    root, total = listed[0][0], sum(len(members) for _, members in listed)
     with files.atomic(out / "index.parquet") as file, table.IndexWriter(file) as writer:
         with tqdm(total=total, desc="prepare", unit="image", disable=not progress, dynamic_ncols=True) as bar:
             for chunk in checked:
@@ -115,6 +125,8 @@ def check_files(
     for text in seen.judge.warnings():
         notes.warn(text)
     seen.notices.say(notes)
+    if is_drawn:
+        seen.shapes.say(notes, meaning, exif=settings["exif"])
     return Survey(counts=seen.counts, tally=seen.tally, twins=twins.groups(seen.digests, notes))
 
 
@@ -129,7 +141,7 @@ class _Seen:
     digests: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self):
-        self.tally, self.notices = Tally(self.classes), Notices()
+        self.tally, self.notices, self.shapes = Tally(self.classes), Notices(), ShapeNotices()
 
     def add(self, one: Checked) -> None:
         self.problems.extend(one.problems)
@@ -139,7 +151,9 @@ class _Seen:
         self.tally.add(one)
         if one.reading is not None:
             self.notices.add(one)
-        if one.class_pixels is not None:
+        if one.task.shapes is not None:
+            self.shapes.add(one)
+        elif one.class_pixels is not None:
             self.judge.add(one.task.mask, one.stored, [*one.class_pixels, one.ignored], one.edges)
         if one.digest is not None:
             self.digests.setdefault(one.digest, []).append(one.task.image)

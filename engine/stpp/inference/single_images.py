@@ -23,6 +23,7 @@ from stpp.images.sources import FolderSource, Item
 from stpp.inference import exif_rule, views
 from stpp.inference.open import Predictor, open_predictor
 from stpp.models.trained import load_network
+from stpp_kernels import finalize
 
 
 class ImagePredictor:
@@ -87,6 +88,14 @@ class ImagePredictor:
         """uint8 [H, W, 3] to class ids, uint8 [H, W]."""
         images_NCHW = _network_input(colours_HWC, self._device)
         return views.masks(self._network, images_NCHW, self.mode)[0].cpu().numpy()
+
+    @torch.inference_mode()
+    def scored(self, colours_HWC: np.ndarray) -> tuple[np.ndarray, float]:
+        """The same, and the mean confidence of its pixels, 0 to 1."""
+        images_NCHW = _network_input(colours_HWC, self._device)
+        sums_NCHW = views.accumulate(self._network.logits, images_NCHW, self.mode, self._network.num_classes)
+        masks_NHW, confidence_N, _ = finalize(sums_NCHW)
+        return masks_NHW[0].cpu().numpy(), float(confidence_N[0])
 
     def _of_pil(self, image: Image.Image) -> np.ndarray:
         if image.width * image.height > self.max_pixels:

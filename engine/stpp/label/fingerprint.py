@@ -2,6 +2,7 @@
 
 import json
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -32,11 +33,13 @@ def read(out: Path) -> dict | None:
     return value
 
 
-def write(out: Path, fingerprint: dict, plan: dict) -> None:
-    """Writes `run.json`: from here on the plan counts."""
+def write(out: Path, fingerprint: dict, plan: dict, classes: Sequence[str] = ()) -> None:
+    """Writes `run.json`: from here on the plan counts. Names of classes stand beside what decides the
+    masks."""
     versions = {name: version_of(name)
                 for name in ("stpp", "torch", "pillow", "nvidia-dali-cuda120", "nvidia-dali-cuda130")}
     files.write_json(out / "run.json", {"format": FORMAT, "fingerprint": fingerprint, "plan": plan,
+                                        "classes": list(classes),
                                         "versions": {"python": platform.python_version()} | versions})
 
 

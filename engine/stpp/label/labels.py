@@ -63,6 +63,8 @@ class Labels:
     """Pixels whose class has a smaller share of the summed probabilities become 255."""
     output: str
     """ "png" or "tar"."""
+    classes: Sequence[str] = ()
+    """See `Job`."""
 
     @property
     def networks(self) -> Sequence[Predictor]:
@@ -173,7 +175,8 @@ def label_corpus(open_teacher: Open, task: Assignment, here: World) -> Summary:
     def job(images: int) -> Labels:
         (opened,) = open_teacher(images)
         return Labels(network=opened.network, teacher=opened.identity, mode=task.config.tta,
-                      output=task.output, min_confidence=task.config.min_confidence)
+                      output=task.output, min_confidence=task.config.min_confidence,
+                      classes=opened.classes)
 
     return execute(task, job, here)
 

@@ -31,6 +31,8 @@ class Job(Protocol):
     """What computes."""
     settings: dict
     """What decides the result, for the fingerprint: JSON values."""
+    classes: Sequence[str]
+    """Names of the class ids in masks, for those who read them; empty where they are not known."""
 
     def compute(self, batch: batches.Decoded) -> Callable[[], list[Any]]:
         """Queues the work on a batch.

@@ -36,6 +36,7 @@ class Reliability:
 
     networks: Sequence[Predictor]
     teacher: str
+    classes = ()
 
     @property
     def settings(self) -> dict:

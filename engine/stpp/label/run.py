@@ -124,7 +124,8 @@ def _claim(task: Assignment, job: Job, listing: dict, kind: str, threads: int) -
         # The source may have grown since: `listing.ensure` judges it.
         fingerprint.require_same(task.out, existing["fingerprint"] | {"source": ours["source"]}, ours)
     else:
-        fingerprint.write(task.out, ours, {"items": listing["items"], "shards": listing["shards"]})
+        fingerprint.write(task.out, ours, {"items": listing["items"], "shards": listing["shards"]},
+                          job.classes)
 
 
 def _require_kind(out: Path, here: World, kind: str) -> None:

@@ -1,7 +1,6 @@
 """Small pictures of labelled images: the image, its classes, its ignored pixels, how sure the labels are."""
 
 import base64
-import contextlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +9,11 @@ import numpy as np
 from PIL import Image as Pillow
 
 from stpp.errors import UserError
-from stpp.images import pixels, storage, tars
+from stpp.images import pixels
 from stpp.images.image_file import DECODE_ERRORS, upright
 from stpp.images.palette import confidence_colours, ignored_overlay, overlay
 from stpp.images.sources import Item
-from stpp.label import confidence_map, rows
+from stpp.label import confidence_map, mask_files, rows
 from stpp.report.labelling import Image, Labelling
 
 SIDE_PX = 256
@@ -40,14 +39,17 @@ def draw(labelling: Labelling, images: Sequence[Image], folder: Path, *, first: 
     for part, members in by_part.items():
         planned = _by_key(labelling.folder / "plan" / f"{part}.parquet")
         labelled = _by_key(labelling.folder / "labels" / f"{part}.parquet", ("key", "confidence_map"))
-        masks = _Masks(labelling, part)
+        try:
+            masks = mask_files.MaskFiles(labelling.folder, part)
+        except UserError:  # a damaged archive: its images have no pictures
+            continue
         for image in members:
             try:
                 row = planned[image.key]
                 stored = Item(**{name: row[name]
                                  for name in ("key", "source", "file", "offset", "bytes")}).read()
                 seen_HWC = upright(pixels.decode(stored), row["orientation"] or 1)
-                mask_HW = masks.read(image.key)
+                mask_HW = mask_files.read(masks.place(image.key))
             except (KeyError, UserError, pixels.BadImage, *DECODE_ERRORS):
                 continue
             number = first + len(found)
@@ -84,32 +86,6 @@ def _by_key(path: Path, columns: Sequence[str] | None = None) -> dict[str, dict]
         return {row["key"]: row for row in rows.read(path, columns)}
     except UserError:
         return {}
-
-
-class _Masks:
-    """The masks of a shard, wherever `stpp label --output` put them."""
-
-    def __init__(self, labelling: Labelling, part: str):
-        self._folder = labelling.folder / "masks"
-        archive = self._folder / f"shard-{part.rpartition('-')[2]}.tar"
-        self._archive = archive if archive.exists() else None
-        self._members: dict[str, tuple[int, int]] = {}
-        if self._archive is not None:
-            with contextlib.suppress(UserError):  # a damaged archive: its images have no pictures
-                self._members = {one.name: (one.offset, one.bytes) for one in tars.members(str(archive))
-                                 if one.problem is None}
-
-    def read(self, key: str) -> np.ndarray:
-        """uint8 [H, W]."""
-        if self._archive is not None:
-            data = storage.read(str(self._archive), *self._members[f"{key}.png"])
-        else:
-            path = self._folder / f"{key}.png"
-            if not path.resolve().is_relative_to(self._folder.resolve()):
-                raise KeyError(key)
-            data = path.read_bytes()
-        with Pillow.open(io.BytesIO(data), formats=("PNG",)) as image:
-            return np.asarray(image.convert("L") if image.mode != "L" else image)
 
 
 def _write(folder: Path, number: int, seen_HWC: np.ndarray, mask_HW: np.ndarray,

@@ -73,9 +73,7 @@ def _prepared_index(config: Config, here: World) -> Index:
     """The index of the data set, made or renewed by rank 0 where it is missing or stale."""
     data = config.data
     folder = data.index or config.out / "index"
-    settings = {"layout": data.layout, "images": data.images, "masks": data.masks, "classes": data.classes,
-                "mask_map": data.mask_map, "exif": data.exif, "unlabelled": data.unlabelled,
-                "follow_links": data.follow_links}
+    settings = data.prepare_options()
 
     def renew() -> None:
         if indices.is_stale(folder, data.root, **settings):

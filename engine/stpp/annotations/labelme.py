@@ -1,0 +1,109 @@
+"""labelme's JSON: a file for each image, with its shapes by the names of their labels."""
+
+import base64
+import binascii
+import io
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from stpp.annotations import json_stream
+from stpp.annotations.regions import Bitmap, Outline, Region, ring
+from stpp.annotations.shapes import Annotated, Shape
+from stpp.errors import UserError
+from stpp.images.image_file import DECODE_ERRORS, MAX_PIXELS
+
+MOST_BYTES = 1 << 28
+"""Of a file: it may hold the image itself."""
+_CORNERS = 64
+"""Of the polygon that stands for a circle."""
+
+
+def read(path: str | os.PathLike) -> Annotated:
+    """The shapes of an image.
+
+    Raises:
+        UserError: it is no such file.
+    """
+    value = _loaded(path)
+    shapes, problems = [], []
+    for number, one in enumerate(value["shapes"]):
+        where = f"shapes[{number}]"
+        try:
+            shapes.append(_shape(one, where))
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
+    size = value.get("imageWidth"), value.get("imageHeight")
+    if not all(type(one) is int and one > 0 for one in size):
+        size = None
+    return Annotated(size, shapes, problems + _other_image(value.get("imagePath"), path))
+
+
+def _loaded(path: str | os.PathLike) -> dict:
+    try:
+        if os.path.getsize(path) > MOST_BYTES:
+            raise ValueError(f"larger than {MOST_BYTES >> 20} MiB")
+        value = json_stream.loads(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as labelme's JSON ({error})") from None
+    if not isinstance(value, dict) or not isinstance(value.get("shapes"), list):
+        raise UserError(f"{path}: is no JSON of labelme: it has no list `shapes`")
+    return value
+
+
+def _other_image(named: object, path: str | os.PathLike) -> list[str]:
+    """A problem, where the file says that it is of an image of another name."""
+    if not isinstance(named, str) or not named:
+        return []
+    stem = os.path.splitext(re.split(r"[/\\]", named)[-1])[0]
+    own = os.path.splitext(os.path.basename(path))[0]
+    if stem == own:
+        return []
+    return [f"its imagePath names {named[:120]!r}, another image; give the file the image's name"]
+
+
+def _shape(value: object, where: str) -> Shape:
+    if not isinstance(value, dict) or not isinstance(label := value.get("label"), str):
+        raise ValueError("expected an object with a label")
+    kind = value.get("shape_type") or "polygon"
+    if kind == "mask":
+        return Shape(where, label, _bitmap(value))
+    if kind not in ("polygon", "rectangle", "circle"):
+        return Shape(where, label, None, doubt=f"a {str(kind)[:40]} covers no pixels")
+    return Shape(where, label, _outline(kind, ring(value.get("points"))))
+
+
+def _outline(kind: str, points: np.ndarray) -> Region:
+    if kind == "polygon":
+        return Outline((points,))
+    if len(points) not in ((2, 4) if kind == "rectangle" else (2,)):
+        raise ValueError(f"a {kind} has two points, and it has {len(points)}")
+    if kind == "rectangle":
+        (left, top), (right, low) = points.min(0), points.max(0)
+        return Outline((ring([left, top, right, top, right, low, left, low]),))
+    centre, edge = points
+    turn = np.linspace(0, 2 * np.pi, _CORNERS, endpoint=False)
+    radius = np.hypot(*(edge - centre))
+    return Outline((ring(centre + radius * np.column_stack((np.cos(turn), np.sin(turn)))),))
+
+
+def _bitmap(value: dict) -> Bitmap:
+    """A shape of the type mask: a PNG in base64, whose upper left corner is the first of two points."""
+    (x, y), _ = _two(ring(value.get("points")))
+    try:
+        data = base64.b64decode(value["mask"], validate=True)
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError("too large")
+            return Bitmap(round(x), round(y), np.asarray(image.convert("L")) > 0)
+    except (KeyError, binascii.Error, *DECODE_ERRORS) as error:
+        raise ValueError(f"its mask cannot be read ({type(error).__name__})") from None
+
+
+def _two(points: np.ndarray) -> np.ndarray:
+    if len(points) != 2:
+        raise ValueError(f"a mask has two points, and it has {len(points)}")
+    return points

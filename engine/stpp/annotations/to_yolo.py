@@ -1,0 +1,44 @@
+"""Masks as YOLO's texts of polygons, one text an image, and `data.yaml` with the names."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from stpp.annotations import trees
+from stpp.annotations.labelled import LabelledImage, Scheme, objects
+from stpp.annotations.to_coco import outline
+
+
+def encode(one: LabelledImage, mask_HW: np.ndarray, scheme: Scheme) -> str:
+    """The text of a mask, uint8 [H, W]."""
+    lines = []
+    for each in objects(mask_HW, scheme):
+        shares = (outline(each) / mask_HW.shape[::-1]).ravel().tolist()
+        words = (f"{share:.7f}".rstrip("0").rstrip(".") for share in shares)
+        lines.append(f"{scheme.foreground.index(each.class_id)} {' '.join(words)}\n")
+    return "".join(lines)
+
+
+class YoloWriter:
+    """Writes a folder or a zip archive."""
+
+    def __init__(self, out: Path, scheme: Scheme):
+        self._scheme, self._opened = scheme, trees.opened(out)
+
+    def __enter__(self) -> "YoloWriter":
+        self._tree = self._opened.__enter__()
+        return self
+
+    def add(self, one: LabelledImage, text: str) -> None:
+        """Takes an image."""
+        self._tree.add(f"labels/{one.key}.txt", text.encode())
+
+    def __exit__(self, *raised: object) -> bool | None:
+        if raised[0] is None:
+            # JSON is YAML, whatever the names hold.
+            names = {number: self._scheme.names[i] for number, i in enumerate(self._scheme.foreground)}
+            lines = [f"  {number}: {json.dumps(name)}\n" for number, name in names.items()]
+            text = f"path: .\ntrain: images\nval: images\nnames:\n{''.join(lines)}"
+            self._tree.add("data.yaml", text.encode())
+        return self._opened.__exit__(*raised)

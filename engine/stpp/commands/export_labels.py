@@ -1,0 +1,134 @@
+"""`stpp export-labels`: labels for annotation tools, to be looked at and corrected there. Nothing heavy is
+imported before it runs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from stpp import config, files
+from stpp.errors import UserError
+
+if TYPE_CHECKING:
+    from stpp.annotations.labelled import Scheme
+    from stpp.label.export import Encode, Exported, Writer
+
+MOST_CLASSES = 254
+_HOLD_IGNORED = ("cvat",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportLabels:
+    """Write labels in a format of an annotation tool."""
+
+    labels: tyro.conf.Positional[Path]
+    """The --out of `stpp label`, or a labelling stage of a run (RUN/stages/3-label)."""
+    format: Literal["cvat", "coco", "label-studio", "yolo"]
+    """cvat: Segmentation mask 1.1; coco: JSON of objects; label-studio: predictions with brushes; yolo:
+    polygons."""
+    out: Path
+    """cvat, yolo: a folder, or an archive that ends in .zip; coco: a .json file; label-studio: a .json file,
+    or a folder of several."""
+    only: Path | None = None
+    """A list of images to take, such as the report's ticked ones; unset: all."""
+    min_area: int = 0
+    """Objects of fewer pixels are left out."""
+    polygons: bool = False
+    """With coco: polygons along the edges of pixels instead of run lengths; both are exact."""
+    image_prefix: str | None = None
+    """With label-studio: what stands before the images' names, such as s3://bucket/; unset: its local
+    files."""
+    classes: tuple[str, ...] = ()
+    """Names in the order of the ids, where neither the labels nor their run know them."""
+    run: Path | None = None
+    """The run of the labels' teacher, for the names."""
+    workers: int | None = None
+    """Processes; unset: all cores."""
+
+
+def export_labels(args: Sequence[str]) -> None:
+    """Runs `stpp export-labels`.
+
+    Raises:
+        UserError: the labels or the output are not what they should be.
+    """
+    options = config.parse(ExportLabels, args, prog="stpp export-labels")
+    _check(options)
+    from stpp.annotations import trees
+    from stpp.annotations.labelled import Scheme
+    from stpp.label.export import export, parts_of
+
+    trees.refuse_existing(options.out)
+    parts_of(options.labels)
+    scheme = Scheme(names=_names(options), min_area=options.min_area)
+    encode, writer = _format(options, scheme)
+    try:
+        done = export(options.labels, writer, encode, scheme, only=options.only, workers=options.workers)
+    except OSError as error:
+        raise UserError(f"--out {options.out}: {files.why(error)}; make room, or choose another "
+                        f"--out") from None
+    _say(options, done)
+
+
+def _check(options: ExportLabels) -> None:
+    if not options.labels.is_dir():
+        raise UserError(f"{options.labels}: there is no such folder")
+    if options.min_area < 0:
+        raise UserError(f"--min-area is {options.min_area}: it must be 0 or more")
+    for flag, value, wanted in (("--polygons", options.polygons, "coco"),
+                                ("--image-prefix", options.image_prefix, "label-studio")):
+        if value and options.format != wanted:
+            raise UserError(f"{flag}: goes with --format {wanted}, not {options.format}")
+    if options.format == "coco" and options.out.suffix.lower() != ".json":
+        raise UserError(f"--out {options.out}: a COCO file ends in .json")
+
+
+def _names(options: ExportLabels) -> tuple[str, ...]:
+    """The names of the classes: given ones, those of the run, or those that the labels hold."""
+    from stpp.label import fingerprint
+    from stpp.report import run as runs
+
+    run = options.run or runs.of_labels(options.labels)
+    stored = fingerprint.read(options.labels) or {}
+    names = options.classes or (run and runs.classes(run)) or stored.get("classes") or ()
+    if options.run is not None and not runs.classes(options.run):
+        raise UserError(f"--run {options.run}: is no run that knows its classes")
+    if not isinstance(names, (list, tuple)) or not names:
+        raise UserError(f"{options.labels}: the names of the classes are not known; give --classes, in the "
+                        "order of their ids, or --run")
+    if len(set(names)) < len(names) or len(names) > MOST_CLASSES:
+        raise UserError(f"--classes: expected up to {MOST_CLASSES} different names, got {len(names)} "
+                        f"({len(set(names))} different)")
+    odd = next((name for name in names if not str(name).isprintable() or not str(name).strip()), None)
+    if options.format == "cvat":
+        odd = next((name for name in names if ":" in name or name.startswith("#")), odd)
+    if odd is not None:
+        raise UserError(f"--classes: {odd!r} is no name that {options.format} can hold; give another")
+    return tuple(names)
+
+
+def _format(options: ExportLabels, scheme: "Scheme") -> tuple["Encode", "Writer"]:
+    from stpp.annotations import to_coco, to_cvat, to_label_studio, to_yolo
+
+    if options.format == "coco":
+        encode = to_coco.encode_polygons if options.polygons else to_coco.encode
+        return encode, to_coco.CocoWriter(options.out, scheme)
+    if options.format == "label-studio":
+        prefix = to_label_studio.LOCAL_FILES if options.image_prefix is None else options.image_prefix
+        return to_label_studio.encode, to_label_studio.LabelStudioWriter(options.out, scheme, prefix)
+    if options.format == "yolo":
+        return to_yolo.encode, to_yolo.YoloWriter(options.out, scheme)
+    return to_cvat.encode, to_cvat.CvatWriter(options.out, scheme)
+
+
+def _say(options: ExportLabels, done: "Exported") -> None:
+    from stpp import log
+
+    if not (options.labels / "summary.json").exists():
+        log.say(f"warning: {options.labels}: its labelling is not finished; what is done was written")
+    if done.ignored and options.format not in _HOLD_IGNORED:
+        log.say(f"{done.ignored} pixels of {done.with_ignored} images are ignored (255), which "
+                f"{options.format} cannot hold: there they are in no object; --format cvat keeps them")
+    print(f"{options.out}: {done.images} images")

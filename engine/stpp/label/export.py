@@ -1,0 +1,179 @@
+"""Labels on their way to annotation tools: the masks of a labelling through a writer of stpp.annotations."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from stpp import files, processes
+from stpp.annotations.labelled import LabelledImage, Scheme
+from stpp.errors import UserError
+from stpp.images.masks import IGNORE, count_indices
+from stpp.images.names import mask_key
+from stpp.label import mask_files, rows
+from stpp.label.mask_files import MaskFiles, MaskPlace
+
+CHUNK = 16
+"""Images passed to a process at once."""
+_COLUMNS = ("key", "source", "status", "width", "height", "mean_confidence")
+Encode = Callable[[LabelledImage, np.ndarray, Scheme], Any]
+"""A format's own form of a mask, uint8 [H, W]."""
+
+
+class Writer(AbstractContextManager, Protocol):
+    """Takes images in that form."""
+
+    def add(self, one: LabelledImage, encoded: Any) -> None:
+        """Writes an image."""
+        ...
+
+
+class Encoded(NamedTuple):
+    """An image on its way to the writer."""
+
+    one: LabelledImage
+    form: Any
+    ignored: int
+    """Pixels that are 255."""
+
+
+@dataclass(kw_only=True)
+class Exported:
+    """What was written."""
+
+    images: int = 0
+    ignored: int = 0
+    """Pixels that are 255, and the images that have some."""
+    with_ignored: int = 0
+
+
+def export(labels: Path, writer: Writer, encode: Encode, scheme: Scheme, *, only: Path | None = None,
+           workers: int | None = None, progress: bool = True) -> Exported:
+    """Writes every labelled image of a labelling, part after part; memory does not grow with their number.
+
+    Args:
+        labels: folder with `labels/part-*.parquet` and `masks/`.
+        only: a list of images to take, a key or a name a line; None: all.
+        workers: processes; None: one a core.
+
+    Raises:
+        UserError: nothing is labelled there; a mask is missing, broken or not as its row and the classes say;
+            or a line of the list names no labelled image.
+    """
+    parts = parts_of(labels)
+    wanted = None if only is None else _listed(only)
+    found: set[str] = set()
+    total = Exported()
+    workers = min(workers or processes.cores(), max(1, len(parts)))
+    chunks = _chunks(labels, parts, wanted, found)
+    died = "a process that encodes masks died; if it was killed for lack of memory, give it more"
+    with writer, tqdm(desc="export", unit="image", disable=not progress, dynamic_ncols=True) as bar:
+        for chunk in processes.in_order(encode_many, chunks, (encode, scheme), workers, died=died):
+            bar.update(len(chunk))
+            for one, form, ignored in chunk:
+                writer.add(one, form)
+                total.images += 1
+                total.ignored += ignored
+                total.with_ignored += ignored > 0
+        missing = sorted(set(wanted or ()) - found)
+        if missing:
+            raise UserError(f"--only {only}: {len(missing)} lines name no labelled image, the first: "
+                            f"{missing[0][:120]!r}")
+        if not total.images:
+            raise UserError(f"{labels}: no image in it has a mask")
+    return total
+
+
+def parts_of(labels: Path) -> list[Path]:
+    """The tables of a labelling.
+
+    Raises:
+        UserError: there are none.
+    """
+    found = sorted((labels / "labels").glob("part-*.parquet"))
+    if not found:
+        raise UserError(f"{labels}: holds no labels (labels/part-*.parquet); give the --out of `stpp label`, "
+                        "or a labelling stage of a run, such as RUN/stages/3-label")
+    return found
+
+
+def encode_many(chunk: Sequence[tuple[LabelledImage, MaskPlace]], encode: Encode,
+                scheme: Scheme) -> list[Encoded]:
+    """Reads and encodes masks, in order.
+
+    Raises:
+        UserError: a mask is broken, or not as its row and the classes say.
+    """
+    found = []
+    for one, place in chunk:
+        mask_HW = mask_files.read(place)
+        if mask_HW.shape != (one.height, one.width):
+            raise UserError(f"{place.file}: the mask of {one.key} has {mask_HW.shape[1]}x{mask_HW.shape[0]} "
+                            f"pixels, but its row says {one.width}x{one.height}")
+        counts = count_indices(mask_HW)
+        unknown = np.flatnonzero(counts[len(scheme.names) : IGNORE])
+        if unknown.size:
+            raise UserError(f"{place.file}: the mask of {one.key} holds the class id "
+                            f"{unknown[0] + len(scheme.names)}, and there are {len(scheme.names)} classes; "
+                            "give all with --classes")
+        found.append(Encoded(one, encode(one, mask_HW, scheme), int(counts[IGNORE])))
+    return found
+
+
+def _chunks(labels: Path, parts: Sequence[Path], wanted: dict[str, None] | None,
+            found: set[str]) -> Iterator[list[tuple[LabelledImage, MaskPlace]]]:
+    """The images to write; adds the lines of the list that name one of them to `found`."""
+    for part in parts:
+        masks, chunk = MaskFiles(labels, part.stem), []
+        for row in rows.read(part, _COLUMNS):
+            if row["status"] != "ok":
+                continue
+            one = _labelled(row, part)
+            if wanted is not None:
+                lines = {line for line in (one.key, one.name) if line in wanted}
+                found |= lines
+                if not lines:
+                    continue
+            try:
+                chunk.append((one, masks.place(one.key)))
+            except KeyError:
+                raise UserError(f"{labels}: the mask of {one.key} is not there; label it again (`stpp label "
+                                "--verify`)") from None
+            if len(chunk) == CHUNK:
+                yield chunk
+                chunk = []
+        if chunk:
+            yield chunk
+
+
+def _labelled(row: dict, part: Path) -> LabelledImage:
+    """The image of a row, whose key is to become a path."""
+    key, source = row["key"], row["source"] or ""
+    try:
+        safe = mask_key(f"{key}.png") == key
+    except ValueError:
+        safe = False
+    if not safe or not row["width"] or not row["height"]:
+        raise UserError(f"{part}: the row of {key[:120]!r} is damaged; label it again")
+    stem, dot, ending = source.rpartition("/")[2].rpartition(".")
+    name = f"{key}.{ending}" if dot and stem and len(ending) <= 5 and ending.isalnum() else key
+    return LabelledImage(key, name, row["width"], row["height"], float(row["mean_confidence"] or 0.0))
+
+
+def _listed(path: Path) -> dict[str, None]:
+    """The lines of a list, in order.
+
+    Raises:
+        UserError: it cannot be read, or is empty.
+    """
+    try:
+        lines = dict.fromkeys(line.strip() for line in files.read_text(path).split("\n") if line.strip())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--only {path}: cannot be read as a list of images ({error})") from None
+    if not lines:
+        raise UserError(f"--only {path}: lists no image")
+    return lines

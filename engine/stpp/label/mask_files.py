@@ -1,0 +1,70 @@
+"""The masks of a labelling on the disk, wherever `stpp label --output` put them."""
+
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from stpp.errors import UserError
+from stpp.images import storage, tars
+from stpp.images.image_file import DECODE_ERRORS
+
+
+class MaskPlace(NamedTuple):
+    """Where the PNG of a mask lies."""
+
+    file: str
+    offset: int
+    bytes: int
+    """-1: the file is the PNG."""
+
+
+class MaskFiles:
+    """The masks of one shard.
+
+    Args:
+        labels: folder of the labelling.
+        part: name of the shard's table, without the extension.
+
+    Raises:
+        UserError: its archive is damaged.
+    """
+
+    def __init__(self, labels: Path, part: str):
+        self._folder = labels / "masks"
+        archive = self._folder / f"shard-{part.rpartition('-')[2]}.tar"
+        self._archive = str(archive) if archive.exists() else None
+        self._members: dict[str, tuple[int, int]] = {}
+        if self._archive is not None:
+            self._members = {one.name: (one.offset, one.bytes) for one in tars.members(self._archive)
+                             if one.problem is None}
+
+    def place(self, key: str) -> MaskPlace:
+        """Where a mask lies.
+
+        Raises:
+            KeyError: there is none, or its name leads outside.
+        """
+        if self._archive is not None:
+            return MaskPlace(self._archive, *self._members[f"{key}.png"])
+        path = self._folder / f"{key}.png"
+        if not path.resolve().is_relative_to(self._folder.resolve()):
+            raise KeyError(key)
+        return MaskPlace(str(path), -1, -1)
+
+
+def read(place: MaskPlace) -> np.ndarray:
+    """The class ids of a mask, uint8 [H, W].
+
+    Raises:
+        UserError: it cannot be read; names the file.
+    """
+    try:
+        data = storage.read(place.file, place.offset, place.bytes)
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            return np.asarray(image.convert("L") if image.mode != "L" else image)
+    except DECODE_ERRORS as error:
+        raise UserError(f"{place.file}: a mask cannot be read ({type(error).__name__}); label its image "
+                        "again (`stpp label --verify`)") from None

@@ -1,0 +1,188 @@
+"""`stpp serve`: what Label Studio asks and is answered, and what no client gets."""
+
+import http.client
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cli_cases import refused
+from stpp.annotations import runs
+from stpp.commands import serve
+from stpp.images.pixels import BadImage
+
+SETUP = (
+    '<View><Image name="img" value="$photo"/><BrushLabels name="tag" toName="img">'
+    '<Label value="b"/></BrushLabels></View>'
+)
+
+
+class Halves:
+    """Class 1 on the left half, and class 2 in one pixel; reads nothing but the name."""
+
+    classes = ("background", "b", "c")
+
+    def __init__(self):
+        self.opened: list[str] = []
+
+    def read(self, item):
+        self.opened.append(item.file)
+        if item.file.endswith("broken.jpg"):
+            raise BadImage("it is cut short")
+        return np.asarray(Image.open(item.file)), None
+
+    def scored(self, colours_HWC):
+        mask = np.zeros(colours_HWC.shape[:2], np.uint8)
+        mask[:, : mask.shape[1] // 2] = 1
+        mask[0, 0] = 2
+        return mask, 0.75
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    (tmp_path / "data" / "a b").mkdir(parents=True)
+    Image.new("RGB", (8, 4)).save(tmp_path / "data" / "a b" / "7.jpg")
+    (tmp_path / "data" / "broken.jpg").write_bytes(b"x")
+    Image.new("RGB", (8, 4)).save(tmp_path / "secret.jpg")
+    (tmp_path / "data" / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    return (tmp_path / "data").resolve()
+
+
+@pytest.fixture
+def network() -> Halves:
+    return Halves()
+
+
+@pytest.fixture
+def address(root, network):
+    server = serve.bound(serve.Backend(network, root, "best.pt"), "127.0.0.1", 0)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield "127.0.0.1", server.server_port
+    server.shutdown()
+    server.server_close()
+    thread.join(10)
+
+
+def asked(address, method: str, path: str, body: object = None, **headers: str) -> tuple[int, dict]:
+    connection = http.client.HTTPConnection(*address, timeout=20)
+    data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
+    connection.request(method, path, data, headers)
+    answer = connection.getresponse()
+    found = answer.status, json.loads(answer.read())
+    connection.close()
+    return found
+
+
+def task(image: object, entry: str = "photo") -> dict:
+    return {"tasks": [{"id": 1, "data": {entry: image}}], "label_config": SETUP, "project": "1.17"}
+
+
+def test_health_and_setup(address):
+    assert asked(address, "GET", "/health") == (200, {"status": "UP", "model_class": "stpp"})
+    status, found = asked(
+        address, "POST", "/setup", {"project": "1.17", "schema": SETUP, "access_token": "x"}
+    )
+    assert status == 200 and "best.pt" in found["model_version"]
+    assert asked(address, "POST", "/webhook", {"action": "ANNOTATION_CREATED"}) == (200, {})
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "/data/local-files/?d=a%20b/7.jpg",
+        "a b/7.jpg",
+        "http://label-studio:8080/data/local-files/?d=a%20b/7.jpg",
+    ],
+)
+def test_a_prediction_is_a_brush_of_each_class(address, image):
+    status, found = asked(address, "POST", "/predict", task(image))
+    assert status == 200
+    (prediction,) = found["results"]
+    assert prediction["score"] == 0.75
+    one, other = prediction["result"]
+    assert (one["from_name"], one["to_name"], one["type"]) == ("tag", "img", "brushlabels")
+    assert (one["original_width"], one["original_height"]) == (8, 4)
+    expected = np.zeros((4, 8), bool)
+    expected[:, :4] = True
+    expected[0, 0] = False
+    assert one["value"] == {"format": "rle", "rle": runs.brush(expected), "brushlabels": ["b"]}
+    assert other["value"]["brushlabels"] == ["c"]
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "../secret.jpg",
+        "/data/local-files/?d=../secret.jpg",
+        "link.jpg",
+        "/etc/passwd",
+        "a b/../../secret.jpg",
+        "%2e%2e/secret.jpg",
+        "..%2fsecret.jpg",
+        "",
+        "a b",
+        "x\0y",
+        "y" * 5000,
+        7,
+        None,
+        "gone.jpg",
+        "/data/local-files/?d=%00",
+        "x" * 300,
+    ],
+)
+def test_nothing_outside_the_root_is_opened(address, network, image):
+    status, found = asked(address, "POST", "/predict", task(image))
+    assert status == 400 and ("--root" in found["error"] or "no image" in found["error"])
+    assert network.opened == []
+
+
+@pytest.mark.parametrize("image", ["http://elsewhere/x.jpg", "file:///etc/passwd", "s3://bucket/x.jpg"])
+def test_no_address_is_fetched(address, network, image):
+    status, found = asked(address, "POST", "/predict", task(image))
+    assert status == 400 and "serve them as local files" in found["error"] and network.opened == []
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b"{", "no JSON"),
+        (b"[]", "no JSON object"),
+        (b"[" * 100_000, "no JSON"),
+        ({}, "tasks"),
+        ({"tasks": []}, "tasks"),
+        ({"tasks": [1] * 65}, "tasks"),
+        ({"tasks": [1]}, "no image"),
+        ({"tasks": [{"data": []}]}, "no image"),
+        (b"\xff\xfe", "no JSON"),
+        (task("a b/7.jpg") | {"label_config": "<View/>"}, "no <BrushLabels>"),
+        (task("a b/7.jpg") | {"label_config": "<BrushLabels><Image>"}, "lacks a name"),
+        (task("broken.jpg"), "broken.jpg: it is cut short"),
+    ],
+)
+def test_requests_that_are_none_are_refused_in_one_line(address, body, says):
+    status, found = asked(address, "POST", "/predict", body)
+    assert status == 400 and says in found["error"] and "\n" not in found["error"]
+    assert asked(address, "GET", "/")[0] == 200
+
+
+def test_requests_of_any_length_or_from_a_page_are_not_read(address):
+    assert asked(address, "POST", "/predict", **{"Content-Length": str(serve.MOST_BYTES + 1)})[0] == 413
+    assert asked(address, "POST", "/predict", **{"Content-Length": "-1"})[0] == 413
+    assert asked(address, "POST", "/predict", task("a b/7.jpg"), Origin="http://evil")[0] == 403
+    assert (
+        asked(address, "POST", "/anything", {})[0] == 404
+        and asked(address, "GET", "/../secret.jpg")[0] == 404
+    )
+
+
+def test_what_cannot_be_served_is_refused(tmp_path, capsys):
+    said = refused(capsys, "serve", "--checkpoint", tmp_path / "gone.pt", "--root", tmp_path)
+    assert "there is no such checkpoint" in said
+    (tmp_path / "best.pt").write_bytes(b"")
+    assert "there is no such folder" in refused(
+        capsys, "serve", "--checkpoint", tmp_path / "best.pt", "--root", tmp_path / "gone"
+    )
