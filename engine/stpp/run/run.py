@@ -82,6 +82,8 @@ class Run:
             weights=checkpoint.size_bytes(network.state_dict()), notes=self.notes,
             twins={self.index.entries[image].key: number for image, number in self.index.twins.items()},
             checks=[lambda: self.lists.check(self.config.method, self.index),
+                    lambda: preflight.check_crop(self.config.augment.crop_px, network.crop_multiple,
+                                                 model.backbone),
                     lambda: start_from(network, model, self.index.classes)])
 
     def refuse_warnings(self) -> None:
