@@ -1,5 +1,5 @@
-"""`stpp demo`: a synthetic data set, and ST++ or another method on it under torchrun. Nothing heavy is imported
-before it runs."""
+"""`stpp demo`: a synthetic data set, and ST++ or another method on it under torchrun. Nothing heavy is
+imported before it runs."""
 
 import dataclasses
 import shutil
@@ -36,8 +36,8 @@ DEMO = Config(
 ONE_STAGE = dataclasses.replace(
     DEMO, consistency=ConsistencyConfig(confidence=0.8),
     train=dataclasses.replace(DEMO.train, epochs=16, supervised_epochs=None, validate_every=16))
-"""The same pictures and network. A step sees four times the crops of one of ST++, so there are fewer; from scratch
-few pixels reach the published confidence before the end."""
+"""The same pictures and network. A step sees four times the crops of one of ST++, so there are fewer; from
+scratch few pixels reach the published confidence before the end."""
 DEMOS = {"stpp": DEMO} | {method: dataclasses.replace(ONE_STAGE, method=method)
                           for method in ("unimatch", "unimatch-v2", "fixmatch")}
 

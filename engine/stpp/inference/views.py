@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from stpp.config import WindowEdges
 from stpp_kernels import finalize, softmax_accumulate, upsample_argmax
 
 VIEWS: dict[str, tuple[tuple[float, ...], bool]] = {
@@ -49,41 +50,55 @@ def accumulate(logits: Callable[[torch.Tensor], torch.Tensor], images_NCHW: torc
 
 
 def accumulate_crops(logits: Callable[[torch.Tensor], torch.Tensor], images_NCHW: torch.Tensor, mode: str,
-                     num_classes: int, crop_px: int) -> torch.Tensor:
+                     num_classes: int, crop_px: int, edges: WindowEdges = "cut") -> torch.Tensor:
     """As `accumulate`, but the network sees overlapping crops, and each has its views.
 
-    A crop begins at every two thirds of its side. The last ones of a row or column end with the image, so
-    they may be small, and an image smaller than a crop is one crop.
+    A crop begins at every two thirds of its side; see `starts` for the last ones. An image smaller than a
+    crop is one crop.
 
     Args:
         crop_px: side of the square crops, pixels.
+        edges: what becomes of the last crops of a row or column.
 
     Returns:
         float32 [N, C, H, W]: the sum over crops and views. How many hold a pixel differs, but a pixel's
         classes share that
         number: the largest sum is the largest mean.
 
-    Source: sliding-window evaluation of Cityscapes in the public code of UniMatch (arXiv 2208.09910).
+    Source: sliding-window evaluation of Cityscapes in the public code of UniMatch (arXiv 2208.09910) and of
+    UniMatch-V2 (arXiv 2410.10777).
     """
     count, _, height, width = images_NCHW.shape
     sums_NCHW = images_NCHW.new_zeros(count, num_classes, height, width)
-    step = max(1, 2 * crop_px // 3)
-    for top in range(0, height, step):
-        for left in range(0, width, step):
+    for top in starts(height, crop_px, edges):
+        for left in starts(width, crop_px, edges):
             crop = (..., slice(top, top + crop_px), slice(left, left + crop_px))
             sums_NCHW[crop] += accumulate(logits, images_NCHW[crop], mode, num_classes)
     return sums_NCHW
 
 
+def starts(length: int, crop_px: int, edges: WindowEdges) -> list[int]:
+    """First rows, or columns, of the crops of a side of `length` pixels.
+
+    One at every two thirds of a crop: "cut": as long as the image goes on, so the last ones may be small, and
+    lie within others; "shifted": the last one ends with the image and has the size of the others.
+    """
+    step = max(1, 2 * crop_px // 3)
+    if edges == "cut":
+        return list(range(0, length, step))
+    last = max(0, length - crop_px)
+    return [*range(0, last, step), last]
+
+
 def masks(logits: Callable[[torch.Tensor], torch.Tensor], images_NCHW: torch.Tensor, mode: str,
-          num_classes: int, *, crop_px: int | None = None) -> torch.Tensor:
+          num_classes: int, *, crop_px: int | None = None, edges: WindowEdges = "cut") -> torch.Tensor:
     """The most likely class of every pixel over all views: uint8 [N, H, W].
 
     Where there is one view no probabilities are computed. Arguments as of `accumulate` and, with `crop_px`,
     `accumulate_crops`.
     """
     if crop_px is not None:
-        return finalize(accumulate_crops(logits, images_NCHW, mode, num_classes, crop_px))[0]
+        return finalize(accumulate_crops(logits, images_NCHW, mode, num_classes, crop_px, edges))[0]
     if mode == "none":
         return upsample_argmax(logits(images_NCHW), images_NCHW.shape[-2:])
     return finalize(accumulate(logits, images_NCHW, mode, num_classes))[0]

@@ -123,7 +123,7 @@ class DPT(Network):
 
     @property
     def crop_multiple(self) -> int:
-        """Side of a patch: resizing every crop would cost pixels and time that a crop of another side does not."""
+        """Side of a patch: crops of other sides would have to be resized, every one of them."""
         return self.backbone.strides[0]
 
     def features(self, images_NCHW: Tensor) -> tuple[Tensor, ...]:

@@ -195,7 +195,9 @@ class Run:
     def _validated(self, network: torch.nn.Module) -> Scores:
         """Scores of a network on the validation list."""
         watch = Watch(self.val, self._watched(), len(self.index.classes))
+        train = self.config.train
         matrix = evaluate(self._eager(network), self.val, self.here, self.config.data,
+                          crop_px=train.validate_window, edges=train.validate_window_edges,
                           seen=watch.see if self.here.is_main else None)
         iou = dict(zip(self.index.classes, (100 * iou_per_class(matrix)).tolist(), strict=True))
         return Scores(miou=mean_iou(matrix), iou=iou, pictures=watch.pictures)
