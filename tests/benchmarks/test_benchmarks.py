@@ -95,6 +95,7 @@ SMALLEST = {
     "shapes": "--small",
     "step": "--small",
     "teacher": "--small --backends inductor",
+    "unimatch": "--small",
 }
 """Arguments that make a benchmark short, by its name."""
 
