@@ -59,17 +59,17 @@ def test_told_to_stop_it_saves_and_goes_on(command, alone, tmp_path):
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.timeout(900)
-def test_the_moving_average_survives_kills(command, tmp_path):
-    """UniMatch-V2: student and average end with the same bits, after deaths in a step, in a save, and between
-    the two files."""
-    out = [*command[:-1], "--method", "unimatch-v2", "--consistency.confidence", "0.3", "--train.epochs", "2",
+@pytest.mark.parametrize("method", ["unimatch-v2", "unimatch"])
+def test_one_stage_survives_kills(command, tmp_path, method):
+    """Student and moving average (UniMatch-V2) end with the same bits, after deaths in a step, in a save, and
+    between the two files."""
+    out = [*command[:-1], "--method", method, "--consistency.confidence", "0.3", "--train.epochs", "2",
            command[-1]]
     ran = cases.run([*out, str(tmp_path / "alone")], events=tmp_path / "events")
     assert ran.returncode == 0, ran.stderr
     events = (tmp_path / "events").read_text().splitlines()
-    points = [next(event for event in events[start:] if event.startswith(f"{kind} 1-unimatch-v2")) for kind,
-              start in
-              (("step", 2), ("half", 0), ("replace", 0))] + [events[-1]]
+    points = [next(event for event in events[start:] if event.startswith(f"{kind} 1-{method}"))
+              for kind, start in (("step", 2), ("half", 0), ("replace", 0))] + [events[-1]]
     points = sorted(set(points), key=events.index)
     assert len(points) == 4
     assert cases.finish([*out, str(tmp_path / "run")], tmp_path, points, signal.SIGKILL) == 4
