@@ -79,6 +79,24 @@ def test_one_stage_survives_kills(command, tmp_path, method):
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.timeout(900)
+def test_two_ranks_go_on_with_one_moving_average(command, tmp_path):
+    """Batch norms normalise over a rank's images, and the average labels with their statistics: a checkpoint
+    has those of rank 0, so every rank must label with these."""
+    out = [*command[:-1], "--method", "unimatch-v2", "--consistency.confidence", "0", "--train.epochs", "2",
+           "--train.lr", "0.1", command[-1]]
+    ran = cases.run([*out, str(tmp_path / "alone")], ranks=2)
+    assert ran.returncode == 0, ran.stderr
+    bomb = {"event": "half 1-unimatch-v2/last.pt 6", "signal": signal.SIGKILL, "rank": 0}
+    ran = cases.run([*out, str(tmp_path / "run")], bomb=bomb, fired=tmp_path / "fired", ranks=2)
+    assert (tmp_path / "fired").exists() and ran.returncode, ran.stderr[-2000:]
+    ran = cases.run([*out, str(tmp_path / "run")], ranks=2)
+    assert ran.returncode == 0 and "going on from step 4" in ran.stderr, ran.stderr[-2000:]
+    assert cases.differing(cases.contents(tmp_path / "run"), cases.contents(tmp_path / "alone")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(900)
 def test_two_ranks_of_which_one_dies(command, tmp_path):
     ran = cases.run([*command, str(tmp_path / "alone")], ranks=2)
     assert ran.returncode == 0, ran.stderr
