@@ -185,7 +185,8 @@ class PublicUniMatchV2(Peer):
         kept = 2.0 * (torch.rand(n, self.network.backbone.channels[0], device=weak.device) < 0.5)
         kept[torch.randperm(n)[: n // 2]] = 1.0
         factor = torch.cat([kept, 2 - kept])[:, :, None, None]
-        logits_s = self.full([each * factor for each in self.encode(torch.cat(strong))], size).chunk(2)
+        maps = [each * factor.to(each.dtype) for each in self.encode(torch.cat(strong))]
+        logits_s = self.full(maps, size).chunk(2)
         losses = [self.unsure_of(one, *with_) for one, with_ in zip(logits_s, mixed, strict=True)]
         labelled = F.cross_entropy(logits_x, targets, ignore_index=255)
         return (labelled + (losses[0] + losses[1]) / 2) / 2
