@@ -37,6 +37,7 @@ from stpp.inference import export
 from stpp.loading.sample import Batch, Sample
 from stpp.methods.supervised import Supervised
 from stpp.training.assemble import fresh_network
+from stpp.training.step import Step
 from stpp.training.trainer import Schedule, Trainer
 
 MIB = 1024 * 1024
@@ -188,14 +189,19 @@ def freed_memory_kept() -> Iterator[None]:
             libc.malloc_trim(0)
 
 
-def bare_trainer(config: Config, here: World, folder: Path, num_classes: int,
-                 samples: Sequence[Sample] = ()) -> Trainer:
+def bare_trainer(config: Config, here: World, folder: Path, num_classes: int, *lists: Sequence[Sample],
+                 kind: type[Step] = Supervised) -> Trainer:
     """The Trainer of a run that is never started: only its step and its batches are used, these where it has
-    samples."""
+    samples.
+
+    Args:
+        lists: what `kind.streams` takes, none: one; an empty one is filled with a sample that is never read.
+    """
     side, classes = config.augment.crop_px, tuple(map(str, range(num_classes)))
     none = Sample(key="none", image="none", mask="none", width=side, height=side)
-    step = Supervised(fresh_network(config, here, classes, stage=1), config)
-    streams = step.streams(config, samples or [none] * config.train.batch_global)
+    step = kind(fresh_network(config, here, classes, stage=1), config)
+    filled = [samples or [none] * config.train.batch_global for samples in lists or [()]]
+    streams = step.streams(config, *filled)
     return Trainer(config, here, step, streams, key=1, title="bench", classes=classes, folder=folder,
                    schedule=Schedule(steps=1 << 30, validate_steps=1 << 30), validate=None)
 

@@ -39,7 +39,7 @@ export STPP_GIT=${STPP_GIT:-$(git rev-parse HEAD 2>/dev/null)}
 
 needed="import numpy, PIL, pyarrow, tqdm, tyro, jinja2, tensorboard, pytest, xdist, pytest_timeout, hypothesis, torch, stpp.cli
 import unpassed, machine, bench_data, bench_fused_conv, bench_label, bench_loss, bench_ops, bench_profile, bench_shapes
-import bench_step, bench_teacher, check_memory, check_resume, check_run
+import bench_step, bench_teacher, bench_unimatch, check_memory, check_resume, check_run
 assert '$device' != 'cuda' or torch.cuda.is_available(), 'PyTorch sees no CUDA device'"
 if ! said=$("$python" -c "$needed" 2>&1); then
     echo "run_gpu: nothing can run here: $(tail -n 1 <<<"$said") (pure Python modules can be carried: make gpu-wheels)" |
@@ -139,6 +139,7 @@ second() {
     fi
     step_compiled
     bench step-r101-721 50 bench_step --backbone resnet101 --crop 721 --batch 8 --no-compile --no-files --rounds 3
+    bench unimatch 60 bench_unimatch --no-compile --no-files --rounds 3
     bench teacher 100 bench_teacher --backends inductor --frozen --sizes 360x480 --batches 8 16
     bench label 60 bench_label --tta stpp --images 64 --size 360x480 --public-images 8
     bench label-mixed 40 bench_label --tta stpp --images 32 --warm-up none --public-images 0

@@ -98,16 +98,17 @@ def _figures(value: float) -> str:
 
 def scores() -> str:
     """Lines of mIoU, percent, of the stages that a run has; of ST where there is such a run, its name ending
-    in -st.
+    in -st. The control has as many steps as the last stage.
 
     Raises:
         KeyError: a run has no rows.
     """
-    heads = ("run", "labels alone", "control", "ST", "ST++, stage 4", "ST++, stage 6", "minutes", "rows")
+    heads = ("run", "labels alone", "control", "ST", "ST++, stage 4", "ST++, stage 6", "UniMatch", "minutes",
+             "rows")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for what, file, run in RUNS:
         of = values(file)
-        stages = ("1-supervised", "control", "-st.3-retrain", "4-retrain", "6-retrain")
+        stages = ("1-supervised", "control", "-st.3-retrain", "4-retrain", "6-retrain", "1-unimatch")
         found = (of.get(f"{run}{'' if stage[0] == '-' else '.'}{stage}.miou_pct") for stage in stages)
         miou = ["" if value is None else f"{value:.1f}" for value in found]
         lines.append(f"| {what} | {' | '.join(miou)} | {of[f'{run}.minutes']:.1f} | `{file}.jsonl`: `{run}` "

@@ -14,11 +14,11 @@ from stpp import signals
 from stpp.errors import UserError
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("demo", "make a small synthetic data set and run ST++ on it"),
+    "demo": ("demo", "make a small synthetic data set and run ST++ or UniMatch on it"),
     "prepare": ("prepare", "check a data set and write its index"),
     "split": ("prepare", "draw which images keep their labels"),
     "recipes": ("recipes", "list the recipes that come with stpp"),
-    "train": ("train", "run supervised training, ST or ST++"),
+    "train": ("train", "run supervised training, ST, ST++, UniMatch or UniMatch-V2"),
     "evaluate": ("evaluate", "score a checkpoint at native size"),
     "predict": ("predict", "write masks of a few images, and pictures of them"),
     "export": ("export", "write a checkpoint as ONNX"),

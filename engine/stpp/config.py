@@ -30,6 +30,9 @@ Method = Literal["supervised", "st", "stpp", "retrain", "unimatch", "unimatch-v2
 Views = Annotated[Literal["none", "flip", "stpp"], tyro.conf.arg(
     help="Views whose probabilities are summed: the image alone; with its mirror image; "
          "five scales, each with its mirror image.")]
+WindowEdges = Annotated[Literal["cut", "shifted"], tyro.conf.arg(
+    help="Windows at the end of a row or column: cut off where the image ends, as UniMatch scores; or "
+         "shifted back into the image, all of one size, as UniMatch-V2 does.")]
 MAY_CHANGE = ("out", "control", "device", "timeout_minutes", "data.threads", "data.index", "profile",
               "strict", "train.checkpoint_steps", "train.checkpoint_minutes", "train.on_nonfinite")
 """Keys that a run may be continued with although they differ: they do not change what is computed."""
@@ -276,6 +279,10 @@ class TrainConfig(PrecisionConfig):
     """Epochs between two validations."""
     validate_min_steps: int = 1
     """Steps between two validations, at least: an epoch of few labels is short."""
+    validate_window: int | None = None
+    """Side in pixels of the overlapping windows in which validation sees images, as is usual for Cityscapes;
+    unset: it sees them whole."""
+    validate_window_edges: WindowEdges = "cut"
     select: Literal["best", "last"] = "best"
     """Which epoch becomes the teacher: that of the strictly best validation mIoU, or the last."""
     checkpoint_steps: int = 500
@@ -298,6 +305,11 @@ class TrainConfig(PrecisionConfig):
                self.supervised_steps, "given without --train.supervised-epochs")
         _check(0 < self.labelled_ratio <= 1000, "train.labelled-ratio", self.labelled_ratio, "above 0")
         _check(self.recalibrate_bn >= 0, "train.recalibrate-bn", self.recalibrate_bn, "0 or more")
+        _check(self.validate_window is None or self.validate_window >= 1, "train.validate-window",
+               self.validate_window, "at least 1")
+        _check(self.validate_window is not None or self.validate_window_edges == "cut",
+               "train.validate-window-edges", self.validate_window_edges,
+               "given with --train.validate-window")
         _check(self.warmup_steps >= 0, "train.warmup-steps", self.warmup_steps, "0 or more")
         _check(self.supervised_epochs is None or self.supervised_epochs >= 1, "train.supervised-epochs",
                self.supervised_epochs, "at least 1")

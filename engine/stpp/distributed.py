@@ -166,10 +166,19 @@ def gather(value: Any) -> list[Any]:
 
 
 def broadcast_buffers(model: torch.nn.Module) -> None:
-    """Gives every rank the buffers (batch-norm statistics) of rank 0."""
-    if dist.is_initialized():
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+    """Gives every rank the buffers (batch-norm statistics) of rank 0, in one message for each of their
+    types."""
+    if not dist.is_initialized():
+        return
+    by_type: dict[torch.dtype, list[torch.Tensor]] = {}
+    for buffer in model.buffers():
+        by_type.setdefault(buffer.dtype, []).append(buffer)
+    for buffers in by_type.values():
+        message = torch.cat([buffer.flatten() for buffer in buffers])
+        dist.broadcast(message, 0)
+        parts = message.split([buffer.numel() for buffer in buffers])
+        torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers,
+                                                                                   strict=True)])
 
 
 def store_of_this_call(here: World) -> dist.Store | None:

@@ -96,6 +96,7 @@ SMALLEST = {
     "shapes": "--small",
     "step": "--small",
     "teacher": "--small --backends inductor",
+    "unimatch": "--small",
 }
 """Arguments that make a benchmark short, by its name."""
 

@@ -8,15 +8,17 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from cli_cases import ended, refused
 from stpp import cli, config
 from stpp.commands import recipes, train
-from stpp.config import Config, tomllib
+from stpp.config import AugmentConfig, Config, tomllib
 from stpp.dataset import splits
 from stpp.dataset.classes import class_list
 from stpp.loading.sample import Stream
 from stpp.loading.sampler import StepSampler, stage_samplers
+from stpp.models.build import network_of
 
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
 # Classes, learning rate of the backbone at a batch of 16, epochs, crop, long side; from the paper and its
@@ -174,7 +176,43 @@ def test_values_of_the_unimatches_are_the_published_ones(name):
         assert (found.method, found.model.backbone,
                 found.model.output_stride) == ("unimatch", "resnet101-deep-stem", 16)
         assert (train.optimizer, train.weight_decay, train.momentum) == ("sgd", 1e-4, 0.9)
-        assert train.head_lr_multiplier == (1 if "cityscapes" in name else None)
+        assert train.head_lr_multiplier == (1 if "cityscapes" in name else None) and train.sync_bn
+    window = {"cityscapes_unimatch": (801, "cut"), "cityscapes_unimatch_v2": (798, "shifted")}
+    assert (train.validate_window, train.validate_window_edges) == window.get(name, (None, "cut"))
+
+
+@pytest.mark.parametrize("name", [*CONSISTENCY, "camvid_unimatch"])
+def test_the_launch_lines_of_the_unimatches_and_their_variants_resolve(name, monkeypatch):
+    text = (RECIPES / f"{name}.toml").read_text()
+    line = re.search(r"stpp train (.*?)\n#\n", text, re.DOTALL)[1].replace("\\\n#", " ").split()
+    assert RECIPES / Path(line[line.index("--recipe") + 1]).name == RECIPES / f"{name}.toml"
+    monkeypatch.chdir(RECIPES.parents[1])
+    variants = [[], ["--train.accumulate", "2"], ["--method", "fixmatch", "--consistency.ema", "0"]]
+    if name.endswith("v2"):
+        variants += [["--model.backbone", f"dinov2-{size}"] for size in ("small", "base", "large")]
+        variants += [["--model.checkpoint-activations", "--model.freeze-backbone"]]
+    elif name != "camvid_unimatch":
+        variants += [["--model.backbone", "resnet50-deep-stem"]]
+    for more in variants:
+        resolved = train.parse([*line, *more]).config
+        with torch.device("meta"):
+            network = network_of(resolved.model, 21)
+        assert resolved.augment.crop_px % network.crop_multiple == 0
+        assert resolved.data.split is not None or name == "camvid_unimatch"
+
+
+def test_camvid_for_unimatch_is_small_enough_for_two_cores():
+    text, found = (RECIPES / "camvid_unimatch.toml").read_text(), recipe("camvid_unimatch")
+    streams = [Stream(samples=range(count), masked=False, number=i) for i, count in enumerate((46, 321))]
+    (steps, _) = (sampler.steps_per_epoch * found.train.epochs
+                  for sampler in stage_samplers(streams, found.train.batch_global, seed=0, stage=1))
+    crops = steps * found.train.batch_global
+    assert f"{steps} steps, {4 * crops // 1000} {4 * crops % 1000:03} crops" in text
+    assert f"the control: {steps} steps, {crops // 1000} {crops % 1000:03} crops" in text
+    assert (found.method, found.model.backbone, found.model.pretrained) == (
+        "unimatch", "efficientnet-lite0", "imagenet")
+    published = AugmentConfig()
+    assert found.augment.hue < published.hue and found.augment.jitter[0] > published.jitter[0]
 
 
 @pytest.mark.parametrize("name", CONSISTENCY)

@@ -59,20 +59,38 @@ def test_told_to_stop_it_saves_and_goes_on(command, alone, tmp_path):
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.timeout(900)
-def test_the_moving_average_survives_kills(command, tmp_path):
-    """UniMatch-V2: student and average end with the same bits, after deaths in a step, in a save, and between
-    the two files."""
-    out = [*command[:-1], "--method", "unimatch-v2", "--consistency.confidence", "0.3", "--train.epochs", "2",
+@pytest.mark.parametrize("method", ["unimatch-v2", "unimatch"])
+def test_one_stage_survives_kills(command, tmp_path, method):
+    """Student and moving average (UniMatch-V2) end with the same bits, after deaths in a step, in a save, and
+    between the two files."""
+    out = [*command[:-1], "--method", method, "--consistency.confidence", "0.3", "--train.epochs", "2",
            command[-1]]
     ran = cases.run([*out, str(tmp_path / "alone")], events=tmp_path / "events")
     assert ran.returncode == 0, ran.stderr
     events = (tmp_path / "events").read_text().splitlines()
-    points = [next(event for event in events[start:] if event.startswith(f"{kind} 1-unimatch-v2")) for kind,
-              start in
-              (("step", 2), ("half", 0), ("replace", 0))] + [events[-1]]
+    points = [next(event for event in events[start:] if event.startswith(f"{kind} 1-{method}"))
+              for kind, start in (("step", 2), ("half", 0), ("replace", 0))] + [events[-1]]
     points = sorted(set(points), key=events.index)
     assert len(points) == 4
     assert cases.finish([*out, str(tmp_path / "run")], tmp_path, points, signal.SIGKILL) == 4
+    assert cases.differing(cases.contents(tmp_path / "run"), cases.contents(tmp_path / "alone")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(900)
+def test_two_ranks_go_on_with_one_moving_average(command, tmp_path):
+    """Batch norms normalise over a rank's images, and the average labels with their statistics: a checkpoint
+    has those of rank 0, so every rank must label with these."""
+    out = [*command[:-1], "--method", "unimatch-v2", "--consistency.confidence", "0", "--train.epochs", "2",
+           "--train.lr", "0.1", command[-1]]
+    ran = cases.run([*out, str(tmp_path / "alone")], ranks=2)
+    assert ran.returncode == 0, ran.stderr
+    bomb = {"event": "half 1-unimatch-v2/last.pt 6", "signal": signal.SIGKILL, "rank": 0}
+    ran = cases.run([*out, str(tmp_path / "run")], bomb=bomb, fired=tmp_path / "fired", ranks=2)
+    assert (tmp_path / "fired").exists() and ran.returncode, ran.stderr[-2000:]
+    ran = cases.run([*out, str(tmp_path / "run")], ranks=2)
+    assert ran.returncode == 0 and "going on from step 4" in ran.stderr, ran.stderr[-2000:]
     assert cases.differing(cases.contents(tmp_path / "run"), cases.contents(tmp_path / "alone")) == []
 
 

@@ -10,19 +10,23 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import engine_cases as cases
 from cli_cases import ended
 from conftest import torchrun
 from stpp import checkpoint, cli, distributed
-from stpp.config import DataConfig
+from stpp.config import Config, DataConfig, TrainConfig
 from stpp.dataset import index
+from stpp.errors import UserError
 from stpp.images.masks import read_index_mask
 from stpp.images.pixels import normalised
 from stpp.inference import views
 from stpp.inference.evaluate import evaluate
 from stpp.inference.open import EagerPredictor
+from stpp.run.run import Run
 
 CPU = torch.device("cpu")
 HERE = distributed.World(device=CPU)
@@ -74,9 +78,11 @@ def command(capsys, *args) -> tuple[int, str, str]:
 
 
 def sliding(network: torch.nn.Module, image_1CHW: torch.Tensor, side: int,
-            mirrored: bool = False) -> torch.Tensor:
+            mirrored: bool = False, edges: str = "cut") -> torch.Tensor:
     """Mean probabilities [1, C, H, W] of crops, one pixel column and row of their grid after the other, in
     plain PyTorch."""
+    if edges == "shifted":
+        return sliding_back(network, image_1CHW, side, mirrored)
     height, width = image_1CHW.shape[-2:]
     total, crops = torch.zeros(1, 6, height, width), torch.zeros(height, width)
     top = 0
@@ -100,19 +106,63 @@ def predictor(network):
     return SimpleNamespace(logits=network, num_classes=6, view_px=None)
 
 
+def sliding_back(network: torch.nn.Module, image_1CHW: torch.Tensor, side: int,
+                 mirrored: bool) -> torch.Tensor:
+    """The same with crops of one size: one that would leave the image is moved back, and is the last."""
+    height, width = image_1CHW.shape[-2:]
+    total, crops = torch.zeros(1, 6, height, width), torch.zeros(height, width)
+    top, below = 0, True
+    while below:
+        below = top + side < height
+        left, beside = 0, True
+        while beside:
+            beside = left + side < width
+            crop = image_1CHW[:, :, top : top + side, left : left + side].contiguous()
+            assert tuple(crop.shape[-2:]) == (min(side, height), min(side, width))
+            for flip in (False, True)[: 1 + mirrored]:
+                low = network(crop.flip(3) if flip else crop)
+                prob = F.interpolate(low, crop.shape[-2:], mode="bilinear", align_corners=True).softmax(1)
+                total[:, :, top : top + side, left : left + side] += prob.flip(3) if flip else prob
+                crops[top : top + side, left : left + side] += 1
+            left = min(left + int(side * 2 / 3), width - side)
+        top = min(top + int(side * 2 / 3), height - side)
+    assert crops.min() >= 1
+    return total / crops
+
+
+@pytest.mark.parametrize("edges", ["cut", "shifted"])
 @pytest.mark.parametrize("mode", ["none", "flip"])
 @pytest.mark.parametrize("size, side",
                          [((70, 110), 48), ((48, 48), 48), ((33, 90), 48), ((20, 31), 48), ((65, 33), 32),
                                         ((8, 9), 3)])
-def test_crops_add_up_as_in_the_plain_form(network, mode, size, side):
+def test_crops_add_up_as_in_the_plain_form(network, mode, size, side, edges):
     images = cases.images(2, *size)
     with torch.no_grad():
-        sums = views.accumulate_crops(network, images, mode, 6, side)
-        masks = views.masks(predictor(network), images, mode, crop_px=side)
-        truth = torch.cat([sliding(network, image[None], side, mode == "flip") for image in images])
+        sums = views.accumulate_crops(network, images, mode, 6, side, edges)
+        masks = views.masks(predictor(network), images, mode, crop_px=side, edges=edges)
+        truth = torch.cat([sliding(network, image[None], side, mode == "flip", edges) for image in images])
     torch.testing.assert_close(sums / sums.sum(1, keepdim=True), truth, rtol=1e-3, atol=1e-4)
     decided = truth.topk(2, 1).values.diff(dim=1)[:, 0].abs() > 1e-3
     assert decided.float().mean() > 0.9 and torch.equal(masks[decided], truth.argmax(1).byte()[decided])
+
+
+def test_windows_of_cityscapes_are_the_published_ones():
+    """UniMatch, 801 pixels: rows 0 and 534, columns to the end; UniMatch-V2, 798: the last are moved back."""
+    assert views.starts(1024, 801, "cut") == [0, 534]
+    assert views.starts(2048, 801, "cut") == [0, 534, 1068, 1602]
+    assert views.starts(1024, 798, "shifted") == [0, 226]
+    assert views.starts(2048, 798, "shifted") == [0, 532, 1064, 1250]
+    assert views.starts(798, 798, "shifted") == views.starts(500, 798, "shifted") == [0]
+
+
+@given(length=st.integers(1, 300), side=st.integers(1, 120), edges=st.sampled_from(["cut", "shifted"]))
+def test_windows_cover_every_pixel_and_none_leaves_the_image(length, side, edges):
+    found = views.starts(length, side, edges)
+    covered = {at for first in found for at in range(first, min(length, first + side))}
+    assert covered == set(range(length))
+    assert found == sorted(set(found)) and 0 <= found[0] and found[-1] < length
+    if edges == "shifted":
+        assert all(first + min(side, length) <= length for first in found)
 
 
 def test_an_image_within_one_crop_is_seen_whole(network):
@@ -124,7 +174,7 @@ def test_an_image_within_one_crop_is_seen_whole(network):
     assert not torch.equal(whole, cut), "crops change nothing, so these tests show nothing"
 
 
-def plain_miou(network: torch.nn.Module, known: index.Index, listed: Path, side: int) -> float:
+def plain_miou(network: torch.nn.Module, known: index.Index, listed: Path, side: int, edges: str) -> float:
     """Percent: mean over the classes that occur."""
     both, either = np.zeros(6), np.zeros(6)
     for line in listed.read_text().splitlines():
@@ -133,7 +183,7 @@ def plain_miou(network: torch.nn.Module, known: index.Index, listed: Path, side:
             2, 0, 1
         )[None]
         with torch.no_grad():
-            found = sliding(network, image, side).argmax(1)[0].numpy()
+            found = sliding(network, image, side, edges=edges).argmax(1)[0].numpy()
         truth = read_index_mask(sample.mask)
         counted = truth != 255
         for c in range(6):
@@ -142,13 +192,15 @@ def plain_miou(network: torch.nn.Module, known: index.Index, listed: Path, side:
     return 100 * np.mean([both[c] / either[c] for c in range(6) if either[c]])
 
 
-def test_the_score_is_that_of_the_plain_form(network, best, synthetic_index, listed, tmp_path, capsys):
+@pytest.mark.parametrize("edges", ["cut", "shifted"])
+def test_the_score_is_that_of_the_plain_form(network, best, synthetic_index, listed, tmp_path, capsys, edges):
     out = tmp_path / "scores.json"
-    code, said, _ = command(capsys, best, synthetic_index, listed, "--sliding-window", "45", "--out", out)
+    code, said, _ = command(capsys, best, synthetic_index, listed, "--sliding-window", "45", "--window-edges",
+                            edges, "--out", out)
     assert code == 0 and "3 images" in said
     scores = json.loads(out.read_text())
-    assert scores["miou"] == pytest.approx(plain_miou(network, index.load(synthetic_index), listed, 45),
-                                           abs=0.05)
+    expected = plain_miou(network, index.load(synthetic_index), listed, 45, edges)
+    assert scores["miou"] == pytest.approx(expected, abs=0.05)
     command(capsys, best, synthetic_index, listed, "--out", tmp_path / "whole.json")
     assert not math.isclose(json.loads((tmp_path / "whole.json").read_text())["miou"], scores["miou"],
                             abs_tol=0.05)
@@ -179,6 +231,40 @@ def test_ranks_share_the_crops_of_all_images(best, synthetic_index, listed, tmp_
 def test_an_impossible_crop_is_named(best, synthetic_index, listed, capsys, value):
     code, _, errors = command(capsys, best, synthetic_index, listed, "--sliding-window", value)
     assert code == 2 and "--sliding-window" in errors and len(errors.strip().splitlines()) == 1
+
+
+def test_edges_without_windows_are_named(best, synthetic_index, listed, capsys):
+    code, _, errors = command(capsys, best, synthetic_index, listed, "--window-edges", "shifted")
+    assert code == 2 and "--sliding-window PX" in errors and len(errors.strip().splitlines()) == 1
+    with pytest.raises(UserError, match="-edges is shifted: .*--train.validate-window"):
+        TrainConfig(validate_window_edges="shifted")
+    with pytest.raises(UserError, match="--train.validate-window is 0"):
+        TrainConfig(validate_window=0)
+
+
+@pytest.mark.parametrize("edges", [None, "cut", "shifted"])
+def test_a_run_validates_as_evaluation_scores(network, best, synthetic, synthetic_index, listed, tmp_path,
+                                              capsys, edges):
+    """The same windows in training's validation and in `stpp evaluate`."""
+    flags = ["--sliding-window", "45", "--window-edges", edges] if edges else []
+    command(capsys, best, synthetic_index, listed, *flags, "--out", tmp_path / "scores.json")
+    known, split = index.load(synthetic_index), tmp_path / "split"
+    windows = {"validate_window": 45, "validate_window_edges": edges} if edges else {}
+    config = Config(out=tmp_path, train=TrainConfig(precision="fp32", **windows),
+                    data=DataConfig(root=synthetic, split=split_of(known, listed, split), threads=1,
+                                    loader="reference"))
+    scores = Run(config, HERE, known)._validated(network)
+    assert scores.miou == pytest.approx(json.loads((tmp_path / "scores.json").read_text())["miou"], abs=1e-6)
+
+
+def split_of(known: index.Index, val: Path, folder: Path) -> Path:
+    """Lists of a run that is validated on `val`."""
+    folder.mkdir()
+    lines = [f"{image} {entry.mask}\n" for image, entry in sorted(known.entries.items())]
+    (folder / "labeled.txt").write_text("".join(lines[:2]))
+    (folder / "unlabeled.txt").write_text("".join(lines[2:4]))
+    (folder / "val.txt").write_text(val.read_text())
+    return folder
 
 
 # --- checkpoints that do not say what they are

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stpp.loading.sample import Sample
-from stpp.loading.sampler import StepSampler, epoch_order, equal_size_batches, philox
+from stpp.loading.sample import Sample, Stream
+from stpp.loading.sampler import StepSampler, epoch_order, equal_size_batches, philox, stage_samplers
 
 
 def stream(sampler: StepSampler, first: int, last: int, world: int, accumulate: int) -> list[tuple]:
@@ -121,3 +121,34 @@ def test_evaluation_batches_cover_each_sample_once(sizes, max_batch, world):
 def test_evaluation_batches_are_even_and_largest_first():
     samples = samples_of([(2, 2)] * 7 + [(9, 9)])
     assert [len(batch) for batch in equal_size_batches(samples, 4)] == [1, 4, 3]
+
+
+@settings(deadline=None, max_examples=60)
+@given(labels=st.integers(1, 40), unlabelled=st.integers(1, 40), seed=st.integers(0, 99),
+       shape=st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]), per_pass=st.sampled_from([2, 4]))
+def test_two_lists_keep_step_and_pairs_on_any_number_of_ranks(labels, unlabelled, seed, shape, per_pass):
+    """The longer list sets the epoch and is lost nowhere; neighbours, which CutMix mixes, stay neighbours of
+    a pass."""
+    world, accumulate = shape
+    batch = world * accumulate * per_pass
+
+    def samplers() -> list[StepSampler]:
+        streams = [Stream(samples=range(count), masked=False, number=number)
+                   for number, count in enumerate((labels, unlabelled))]
+        return stage_samplers(streams, batch, seed=seed, stage=1)
+
+    both = samplers()
+    assert both[0].steps_per_epoch == both[1].steps_per_epoch == max(both[0].n_positions,
+                                                                     both[1].n_positions) // batch
+    steps = both[0].steps_per_epoch
+    for sampler, again, count in zip(both, samplers(), (labels, unlabelled), strict=True):
+        alone, shared = (stream(one, 0, steps, *how) for one, how in ((sampler, (1, 1)), (again, shape)))
+        assert shared == alone
+        taken = [index for _, _, indices in alone for index in indices]
+        spare = sampler.n_positions - len(taken)
+        assert spare < batch and len(set(taken)) >= min(count, sampler.n_positions) - spare
+        counts = np.bincount(taken, minlength=count)
+        assert counts.max() - counts.min() <= 1 + spare
+        for rank in range(world):
+            for micro in sampler.micro_batches(0, steps, rank=rank, world=world, accumulate=accumulate):
+                assert len(micro.positions) % 2 == 0 and micro.positions[0] % 2 == 0

@@ -11,14 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from stpp.config import Config, ConsistencyConfig, TrainConfig
-from stpp.loading.sample import Batch
+from stpp.config import AugmentConfig, Config, ConsistencyConfig, TrainConfig
+from stpp.distributed import World
+from stpp.loading.sample import Batch, Sample
 from stpp.methods import unimatch_v2
 from stpp.methods.consistency import inside, pasted, pseudo_labels, swapped
 from stpp.methods.unimatch import UniMatch
 from stpp.methods.unimatch_v2 import FixMatch, UniMatchV2, complementary_dropout
 from stpp.training.ema import MovingAverage
 from stpp.training.loss import hardest, labelled_loss
+from stpp.training.trainer import Schedule, Trainer
 
 CLASSES, SIDE = 4, 24
 
@@ -322,3 +324,111 @@ def test_ohem_keeps_the_hardest(seed, kept):
     cross_entropy = F.cross_entropy(full, found.long(), ignore_index=255, reduction="none")
     mean = cross_entropy.sum() / max(1, int((found != 255).sum()))
     torch.testing.assert_close(loss, mean * counted.sum(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("kind", [UniMatch, UniMatchV2])
+def test_three_steps_of_the_trainer_equal_the_plain_form(monkeypatch, tmp_path, kind, passes):
+    """Terms, learning rates, weights and moving average, where padding leaves each pass another number of
+    pixels."""
+    net, v2 = network(), kind is UniMatchV2
+    plain, teacher, queue = copy.deepcopy(net), copy.deepcopy(net), []
+    ours = trainer_of(kind, net, passes, tmp_path)
+    monkeypatch.setattr(F, "dropout2d", lambda each, p: each * queue.pop(0))
+    monkeypatch.setattr(unimatch_v2, "complementary_dropout", lambda *_: [queue.pop(0)] * 2)
+    base = 0.05 if v2 else 0.4
+    groups = [{"params": list(part.parameters())} for part in (plain.backbone, plain.classifier)]
+    optimizer = (torch.optim.AdamW(groups, weight_decay=0.01) if v2
+                 else torch.optim.SGD(groups, weight_decay=0.01, momentum=0.9))
+    for k in range(3):
+        x, u = batches(30 + k, n=4)
+        rows = [slice(0, 2), slice(2, 4)] if passes == 2 else [slice(0, 4)]
+        masks = kept_channels(k)
+        queue += queued(masks, rows, v2)
+        terms, nonfinite = ours.train_step([(part(x, some), part(u, some)) for some in rows])
+        assert not queue and not nonfinite
+
+        expected, loss = (plain_v2 if v2 else plain_v1)(plain, teacher, x, u, masks)
+        torch.testing.assert_close(terms[: len(expected)].double(), expected, rtol=1e-5, atol=1e-6)
+        rate = base * (1 - k / 3) ** 0.9
+        both = zip(optimizer.param_groups, ours.optimizer.param_groups, (1, 5), strict=True)
+        for group, theirs, factor in both:
+            group["lr"] = rate * factor
+            assert theirs["lr"] == pytest.approx(rate * factor)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        a = min(1 - 1 / (k + 1), 0.996)
+        with torch.no_grad():
+            for mine, theirs in zip(teacher.parameters(), plain.parameters(), strict=True):
+                mine.mul_(a).add_(theirs, alpha=1 - a)
+        for name, value in plain.state_dict().items():
+            torch.testing.assert_close(net.state_dict()[name], value, rtol=1e-6, atol=1e-9, msg=name)
+        if v2:
+            for name, value in teacher.state_dict().items():
+                torch.testing.assert_close(ours.step.average.network.state_dict()[name], value, rtol=1e-6,
+                                           atol=1e-9, msg=name)
+
+
+def trainer_of(kind, net: nn.Module, passes: int, folder) -> Trainer:
+    v2 = kind is UniMatchV2
+    settings = Config(consistency=ConsistencyConfig(confidence=0.5), augment=AugmentConfig(crop_px=SIDE),
+                      train=TrainConfig(batch_global=4, accumulate=passes, lr=0.2 if v2 else 1.6,
+                                        precision="fp32", head_lr_multiplier=5.0, weight_decay=0.01,
+                                        optimizer="adamw" if v2 else "sgd"))
+    step = kind(net, settings)
+    none = [Sample(key="none", image="none", mask="none", width=SIDE, height=SIDE)] * 4
+    return Trainer(settings, World(device=torch.device("cpu")), step, step.streams(settings, none, none),
+                   key=1, title="t", classes=tuple("abcd"), folder=folder, validate=None,
+                   schedule=Schedule(steps=3, validate_steps=3))
+
+
+def kept_channels(k: int) -> list[torch.Tensor]:
+    """Factors 0 and 2 of the channels of two maps, of four labelled and four unlabelled images: [8, 6]
+    each."""
+    generator = torch.Generator().manual_seed(k)
+    return [2.0 * (torch.rand(8, 6, generator=generator, dtype=torch.float64) < 0.5) for _ in range(2)]
+
+
+def complementary(kept: torch.Tensor, some: slice) -> torch.Tensor:
+    """Factors of both strong views of the unlabelled images; every other one keeps all channels."""
+    factor = kept[4:].clone()
+    factor[1::2] = 1.0
+    return torch.cat([factor[some], 2 - factor[some]])
+
+
+def queued(masks: list[torch.Tensor], rows: list[slice], v2: bool) -> list[torch.Tensor]:
+    """What dropout is to draw, in the order of its calls."""
+    if v2:
+        return [complementary(masks[0], some) for some in rows]
+    return [torch.cat([mask[:4][some], mask[4:][some]])[:, :, None, None] for some in rows for mask in masks]
+
+
+def pasted_plain(u: Batch) -> list[torch.Tensor]:
+    """Both strong views after CutMix."""
+    return [mixed_plain(view, boxes) for view, boxes in zip(u.views[1:], u.boxes_VN4[1:], strict=True)]
+
+
+def plain_v1(plain: nn.Module, _, x: Batch, u: Batch,
+             masks: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Terms and loss of UniMatch."""
+    maps = plain.features(torch.cat([x.images_NCHW, u.images_NCHW]))
+    clean = plain.decode(*maps)
+    dropped = plain.decode(*(each * mask[:, :, None, None] for each, mask in zip(maps, masks, strict=True)))
+    labels, confidence = labels_of(clean[4:].detach())
+    loss_x = F.cross_entropy(upsampled(clean[:4]), x.labels_NHW.long(), ignore_index=255)
+    strong = strong_terms([plain(view) for view in pasted_plain(u)], labels, confidence, u, 0.5)
+    loss_d = masked_mean(dropped[4:], labels, confidence, shown_of(u), 0.5)
+    loss = (loss_x + 0.25 * strong[0] + 0.25 * strong[1] + 0.5 * loss_d) / 2
+    return torch.stack([loss_x, *strong, loss_d]).detach(), loss
+
+
+def plain_v2(plain: nn.Module, teacher: nn.Module, x: Batch, u: Batch,
+             masks: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Terms and loss of UniMatch-V2."""
+    labels, confidence = labels_of(teacher(u.images_NCHW).detach())
+    factor = complementary(masks[0], slice(0, 4))[:, :, None, None]
+    logits = plain.decode(*(each * factor for each in plain.features(torch.cat(pasted_plain(u))))).chunk(2)
+    loss_x = F.cross_entropy(upsampled(plain(x.images_NCHW)), x.labels_NHW.long(), ignore_index=255)
+    strong = strong_terms(logits, labels, confidence, u, 0.5)
+    return torch.stack([loss_x, *strong]).detach(), (loss_x + (strong[0] + strong[1]) / 2) / 2

@@ -160,6 +160,18 @@ def test_work_is_estimated_from_linear_layers_and_attention_too():
     assert flop == pytest.approx(93e9 + 20e9, rel=0.02)
 
 
+@pytest.mark.parametrize("size, encoder, head", [("small", 22.057, 2.739), ("base", 86.580, 10.948),
+                                                 ("large", 304.369, 31.211)])
+def test_a_crop_of_518_has_the_published_grids_and_parameters(size, encoder, head):
+    with torch.device("meta"):
+        made = build_model("dpt", f"dinov2-{size}", 21).eval()
+        maps = made.features(torch.empty(1, 3, 518, 518))
+        assert [tuple(each.shape[2:]) for each in maps] == [(37, 37)] * 4
+        assert tuple(made.decode(*maps).shape) == (1, 21, 296, 296)
+    for part, millions in ((made.backbone, encoder), (made.head, head)):
+        assert round(sum(parameter.numel() for parameter in part.parameters()) / 1e6, 3) == millions
+
+
 def test_giant_has_the_published_size():
     with torch.device("meta"):
         encoder = build_model("dpt", "dinov2-giant", 21).backbone

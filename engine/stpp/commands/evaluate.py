@@ -6,7 +6,7 @@ from pathlib import Path
 
 from stpp import config, files
 from stpp.commands.options import Compute, ComputeConfig, OutputStride, Reading, ViewPx, check_view
-from stpp.config import Config, DataConfig, LoaderConfig, Views
+from stpp.config import Config, DataConfig, LoaderConfig, Views, WindowEdges
 from stpp.errors import UserError
 
 
@@ -27,6 +27,7 @@ class Evaluate:
     """Side in pixels of the crops that the network sees instead of the whole image (each in the views of
     --tta), as is usual for Cityscapes. One begins at every two thirds of the side; probabilities are averaged
     where they overlap."""
+    window_edges: WindowEdges = "cut"
     out: Path | None = None
     """Also write the scores to this JSON file."""
     compute: Compute = ComputeConfig()
@@ -36,6 +37,8 @@ class Evaluate:
         if self.sliding_window is not None and self.sliding_window < 1:
             raise UserError(f"--sliding-window is {self.sliding_window}: it must be at least 1")
         check_view(self.view_px)
+        if self.sliding_window is None and self.window_edges != "cut":
+            raise UserError(f"--window-edges {self.window_edges}: give --sliding-window PX with it")
 
 
 def evaluate(args: Sequence[str]) -> None:
@@ -77,7 +80,7 @@ def evaluate(args: Sequence[str]) -> None:
                                dtype=autocast_dtype(options.compute.precision, here.device),
                                view_px=architecture.get("view_px"))
         matrix = scoring.evaluate(teacher, samples, here, data, mode=options.tta,
-                                  crop_px=options.sliding_window)
+                                  crop_px=options.sliding_window, edges=options.window_edges)
         if here.is_main:
             print(scoring.report(matrix, classes, images=len(samples)))
             # After the table: a disk that is full costs the file alone.
@@ -86,6 +89,8 @@ def evaluate(args: Sequence[str]) -> None:
 
 def _of_run(options: Evaluate) -> tuple[Path, Path]:
     """Index folder and list to score: as given, else those of the run that the checkpoint lies in."""
+    if options.index and options.list:
+        return options.index, options.list  # a config.json above the file may be anybody's
     from stpp.dataset import splits
 
     above = options.checkpoint.resolve().parents

@@ -15,7 +15,8 @@ from stpp.settings import INLINE
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Run supervised training, ST or ST++; the same command on the same --out goes on where it stopped."""
+    """Run supervised training, ST, ST++, UniMatch or UniMatch-V2; the same command on the same --out goes on
+    where it stopped."""
 
     recipe: str | None = None
     """Settings to begin with: a name that `stpp recipes` lists, or the path of a .toml or config.json."""

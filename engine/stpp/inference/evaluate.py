@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from stpp import distributed, files, log
-from stpp.config import DataConfig
+from stpp.config import DataConfig, WindowEdges
 from stpp.distributed import World
 from stpp.inference import views
 from stpp.inference.open import Predictor
@@ -23,7 +23,7 @@ from stpp_kernels import confusion
 
 @torch.inference_mode()
 def evaluate(predictor: Predictor, samples: Sequence[Sample], here: World, data: DataConfig, *,
-             mode: str = "none", crop_px: int | None = None,
+             mode: str = "none", crop_px: int | None = None, edges: WindowEdges = "cut",
              seen: Callable[[Batch, torch.Tensor], None] | None = None) -> torch.Tensor:
     """Confusion matrix of the predictor's predictions, every image counted once over all ranks.
 
@@ -32,6 +32,7 @@ def evaluate(predictor: Predictor, samples: Sequence[Sample], here: World, data:
         mode: test-time augmentation, key of `views.VIEWS`.
         crop_px: side of the overlapping crops in which the network sees an image, pixels; None: it sees it
             whole.
+        edges: what becomes of the last crops of a row or column, see `views.starts`.
         seen: is shown every batch of this rank, and its masks, uint8 [N, H, W].
 
     Returns:
@@ -40,7 +41,7 @@ def evaluate(predictor: Predictor, samples: Sequence[Sample], here: World, data:
     matrix = torch.zeros(predictor.num_classes, predictor.num_classes, dtype=torch.int64, device=here.device)
     share, threads = loader.native_share(samples, here), distributed.threads_per_rank(here, data.threads)
     for batch in native_batches(samples, share, device=here.device, loader=data.loader, threads=threads):
-        masks_NHW = views.masks(predictor, batch.images_NCHW, mode, crop_px=crop_px)
+        masks_NHW = views.masks(predictor, batch.images_NCHW, mode, crop_px=crop_px, edges=edges)
         matrix += confusion(masks_NHW, batch.labels_NHW, predictor.num_classes)
         if seen is not None:
             seen(batch, masks_NHW)

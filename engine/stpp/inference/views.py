@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from stpp.config import WindowEdges
 from stpp_kernels import confusion, finalize, softmax_accumulate, upsample_argmax
 
 if TYPE_CHECKING:
@@ -81,34 +82,48 @@ def accumulate(logits: Callable[[torch.Tensor], torch.Tensor], images_NCHW: torc
 
 
 def accumulate_crops(logits: Callable[[torch.Tensor], torch.Tensor], images_NCHW: torch.Tensor, mode: str,
-                     num_classes: int, crop_px: int) -> torch.Tensor:
+                     num_classes: int, crop_px: int, edges: WindowEdges = "cut") -> torch.Tensor:
     """As `accumulate`, but the network sees overlapping crops, and each has its views.
 
-    A crop begins at every two thirds of its side. The last ones of a row or column end with the image, so
-    they may be small, and an image smaller than a crop is one crop.
+    A crop begins at every two thirds of its side; see `starts` for the last ones. An image smaller than a
+    crop is one crop.
 
     Args:
         crop_px: side of the square crops, pixels.
+        edges: what becomes of the last crops of a row or column.
 
     Returns:
         float32 [N, C, H, W]: the sum over crops and views. How many hold a pixel differs, but a pixel's
         classes share that
         number: the largest sum is the largest mean.
 
-    Source: sliding-window evaluation of Cityscapes in the public code of UniMatch (arXiv 2208.09910).
+    Source: sliding-window evaluation of Cityscapes in the public code of UniMatch (arXiv 2208.09910) and of
+    UniMatch-V2 (arXiv 2410.10777).
     """
     count, _, height, width = images_NCHW.shape
     sums_NCHW = images_NCHW.new_zeros(count, num_classes, height, width)
-    step = max(1, 2 * crop_px // 3)
-    for top in range(0, height, step):
-        for left in range(0, width, step):
+    for top in starts(height, crop_px, edges):
+        for left in starts(width, crop_px, edges):
             crop = (..., slice(top, top + crop_px), slice(left, left + crop_px))
             sums_NCHW[crop] += accumulate(logits, images_NCHW[crop], mode, num_classes)
     return sums_NCHW
 
 
-def masks(predictor: "Predictor", images_NCHW: torch.Tensor, mode: str, *,
-          crop_px: int | None = None) -> torch.Tensor:
+def starts(length: int, crop_px: int, edges: WindowEdges) -> list[int]:
+    """First rows, or columns, of the crops of a side of `length` pixels.
+
+    One at every two thirds of a crop: "cut": as long as the image goes on, so the last ones may be small, and
+    lie within others; "shifted": the last one ends with the image and has the size of the others.
+    """
+    step = max(1, 2 * crop_px // 3)
+    if edges == "cut":
+        return list(range(0, length, step))
+    last = max(0, length - crop_px)
+    return [*range(0, last, step), last]
+
+
+def masks(predictor: "Predictor", images_NCHW: torch.Tensor, mode: str, *, crop_px: int | None = None,
+          edges: WindowEdges = "cut") -> torch.Tensor:
     """The most likely class of every pixel over all views: uint8 [N, H, W].
 
     Where there is one view of the image's own size no probabilities are computed.
@@ -116,12 +131,12 @@ def masks(predictor: "Predictor", images_NCHW: torch.Tensor, mode: str, *,
     Args:
         images_NCHW: float32, normalised, of their own size.
         mode: key of `VIEWS`.
-        crop_px: see `accumulate_crops`; None: the network sees whole images.
+        crop_px, edges: see `accumulate_crops`; None: the network sees whole images.
     """
     size, num_classes = tuple(images_NCHW.shape[-2:]), predictor.num_classes
     images_NCHW = seen(images_NCHW, predictor.view_px)
     if crop_px is not None:
-        sums_NCHW = accumulate_crops(predictor.logits, images_NCHW, mode, num_classes, crop_px)
+        sums_NCHW = accumulate_crops(predictor.logits, images_NCHW, mode, num_classes, crop_px, edges)
     elif mode == "none" and images_NCHW.shape[-2:] == size:
         return upsample_argmax(predictor.logits(images_NCHW), size)
     else:

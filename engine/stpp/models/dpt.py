@@ -121,6 +121,11 @@ class DPT(Network):
         patch = self.backbone.strides[0]
         return 3 * patch - patch // 2
 
+    @property
+    def crop_multiple(self) -> int:
+        """Side of a patch: crops of other sides would have to be resized, every one of them."""
+        return self.backbone.strides[0]
+
     def features(self, images_NCHW: Tensor) -> tuple[Tensor, ...]:
         """Normalised images [N, 3, H, W] to four maps [N, D, h, w] with a cell for each patch.
 

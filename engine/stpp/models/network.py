@@ -49,6 +49,11 @@ class Network(nn.Module):
         """Smallest side of images in an exported graph, whose maps need two cells a side."""
         return max(self.backbone.strides) + 1
 
+    @property
+    def crop_multiple(self) -> int:
+        """Pixels that the side of training crops is a multiple of."""
+        return 1
+
     def freeze_backbone(self) -> None:
         """Keeps the backbone as it is: no gradients, and batch norms that use and keep their stored
         statistics."""

@@ -11,9 +11,12 @@ from stpp.errors import UserError
 from stpp.report.charts import Curve, curve
 from stpp.report.labelling import added, json_of
 
-METRICS = {"miou_pct": "validation mIoU, %", "loss": "loss", "lr": "learning rate",
-           "images_per_s": "images/s",
-           "data_wait_pct": "time waiting for data, %"}
+METRICS = {"miou_pct": "validation mIoU, %", "student_miou_pct": "validation mIoU of the student, %",
+           "loss": "loss", "loss_labelled": "loss of labelled pixels",
+           "loss_strong": "loss of the strong view", "loss_strong_1": "loss of the first strong view",
+           "loss_strong_2": "loss of the second strong view", "loss_dropped": "loss of dropped features",
+           "confident_share": "share of pixels that became labels", "lr": "learning rate",
+           "images_per_s": "images/s", "data_wait_pct": "time waiting for data, %"}
 """Keys of `metrics.jsonl` by what they are called in the report; others are shown by their own name."""
 SCORES = "scores.json"
 """In a stage's folder: what `stpp evaluate --out` writes, of its best checkpoint."""
@@ -27,6 +30,8 @@ class Stage:
     record: dict
     """Content of DONE.json; empty where the stage is not done."""
     curves: list[Curve]
+    compared: dict[str, float]
+    """mIoU in percent that other networks had at the step of the best one, by their names."""
     iou: dict[str, float | None]
     """Percent by class on the validation list; empty where it is not recorded."""
 
@@ -35,9 +40,10 @@ def stages(run: Path) -> list[Stage]:
     """The stages in their order, with the control at the end."""
     found = []
     for folder in sorted(path for path in (run / "stages").iterdir() if path.is_dir()):
-        iou = json_of(folder / SCORES).get("iou")
-        found.append(Stage(name=folder.name, record=json_of(folder / "DONE.json"),
-                           curves=_curves(folder / "metrics.jsonl"),
+        iou, record = json_of(folder / SCORES).get("iou"), json_of(folder / "DONE.json")
+        rows = _rows(folder / "metrics.jsonl")
+        found.append(Stage(name=folder.name, record=record, curves=_curves(rows),
+                           compared=_compared(rows, record.get("best_step")),
                            iou=iou if isinstance(iou, dict) else {}))
     return found
 
@@ -95,19 +101,33 @@ def _texts(values: dict) -> dict[str, str]:
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
 
 
-def _curves(path: Path) -> list[Curve]:
-    values: dict[str, list[tuple[int, float]]] = {key: [] for key in METRICS}
+def _rows(path: Path) -> list[dict[str, float]]:
+    """Rows of a stage's metrics that can be read, their numbers alone."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
+    found = []
     for line in lines:
         try:
             row = json.loads(line)
-            step = int(row.pop("step"))
-        except (ValueError, KeyError, TypeError, AttributeError):  # a line cut short by a crash
+            row["step"] = int(row["step"])
+        except (ValueError, KeyError, TypeError):  # a line cut short by a crash
             continue
+        found.append({key: value for key, value in row.items() if isinstance(value, (int, float))})
+    return found
+
+
+def _curves(rows: list[dict[str, float]]) -> list[Curve]:
+    values: dict[str, list[tuple[int, float]]] = {key: [] for key in METRICS}
+    for row in rows:
         for key, value in row.items():
-            if isinstance(value, (int, float)):
-                values.setdefault(key, []).append((step, value))
+            if key != "step":
+                values.setdefault(key, []).append((row["step"], value))
     return [drawn for key, pairs in values.items() if (drawn := curve(METRICS.get(key, key), pairs))]
+
+
+def _compared(rows: list[dict[str, float]], step: int | None) -> dict[str, float]:
+    ending = "_miou_pct"
+    return {key.removesuffix(ending): value for row in rows if row["step"] == step
+            for key, value in row.items() if key.endswith(ending)}

@@ -19,6 +19,8 @@ def outcome(record: dict) -> str:
     parts = []
     if record["miou"] is not None:
         parts.append(f"mIoU {record['miou']:.2f} at step {record['best_step']}")
+        if record["best_step"] != record["steps"] and record.get("last_miou") is not None:
+            parts.append(f"{record['last_miou']:.2f} at the end")
     if record.get("pseudo_label_miou") is not None:
         parts.append(f"mIoU {record['pseudo_label_miou']:.2f} against the masks of these images")
     if "mean_reliability" in record:

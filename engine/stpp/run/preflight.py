@@ -48,6 +48,18 @@ def preflight(config: Config, *, lists: dict[str, Sequence[Sample]], weights: in
                         + "; ".join(f"({i}) {text}" for i, text in enumerate(problems, 1)))
 
 
+def check_crop(crop_px: int, multiple: int, backbone: str) -> None:
+    """Refuses a crop whose side does not divide into a transformer's patches.
+
+    Raises:
+        UserError: names the nearest sides that do.
+    """
+    if surplus := crop_px % multiple:
+        sides = [str(side) for side in (crop_px - surplus, crop_px - surplus + multiple) if side]
+        raise UserError(f"--augment.crop-px {crop_px}: {backbone} sees patches of {multiple} pixels; choose "
+                        f"{' or '.join(sides)}")
+
+
 OVERLAPS = (("labeled.txt", "val.txt", "their mIoU is that of images trained on"),
             ("unlabeled.txt", "val.txt", "their mIoU is that of images whose pseudo labels were trained on"),
             ("labeled.txt", "unlabeled.txt",

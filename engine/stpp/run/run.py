@@ -83,6 +83,8 @@ class Run:
             weights=checkpoint.size_bytes(network.state_dict()), notes=self.notes,
             twins={self.index.entries[image].key: number for image, number in self.index.twins.items()},
             checks=[lambda: self.lists.check(self.config.method, self.index),
+                    lambda: preflight.check_crop(self.config.augment.crop_px, network.crop_multiple,
+                                                 model.backbone),
                     lambda: start_from(network, model, self.index.classes)])
 
     def refuse_warnings(self) -> None:
@@ -202,7 +204,9 @@ class Run:
     def _validated(self, network: torch.nn.Module) -> Scores:
         """Scores of a network on the validation list."""
         watch = Watch(self.val, self._watched(), len(self.index.classes))
+        train = self.config.train
         matrix = evaluate(self._eager(network), self.val, self.here, self.config.data,
+                          crop_px=train.validate_window, edges=train.validate_window_edges,
                           seen=watch.see if self.here.is_main else None)
         iou = dict(zip(self.index.classes, (100 * iou_per_class(matrix)).tolist(), strict=True))
         return Scores(miou=mean_iou(matrix), iou=iou, pictures=watch.pictures)

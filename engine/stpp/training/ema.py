@@ -5,6 +5,8 @@ import copy
 import torch
 from torch import nn
 
+from stpp import distributed
+
 
 class MovingAverage(nn.Module):
     """Network whose weights and statistics follow those of another; always in evaluation mode, never trained.
@@ -34,7 +36,11 @@ class MovingAverage(nn.Module):
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
         """Takes in the weights of `network` after optimiser step number `step`; one fused call, no wait for
-        the device."""
+        the device.
+
+        Statistics of batch norm, which each rank has of its own images, are those of rank 0 on all of them:
+        every rank labels alike, and a checkpoint, which has these, goes on to the same bits.
+        """
         kept = min(1 - 1 / (step + 1), self.decay)
         pairs = [(mine, theirs) for mine,
                  theirs in zip(self.network.state_dict().values(), network.state_dict().values(),
@@ -44,3 +50,4 @@ class MovingAverage(nn.Module):
         for mine, theirs in pairs:
             if not mine.is_floating_point():
                 mine.copy_(theirs)
+        distributed.broadcast_buffers(self.network)

@@ -1,0 +1,180 @@
+"""Whole runs of UniMatch, UniMatch-V2 and FixMatch on a tiny data set: what they leave behind, and what is
+refused in one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from cli_cases import ended, refused
+from stpp import checkpoint, distributed
+from stpp.config import AugmentConfig, Config, ConsistencyConfig, DataConfig, ModelConfig, TrainConfig
+from stpp.dataset import index
+from stpp.methods.unimatch import UniMatch
+from stpp.methods.unimatch_v2 import UniMatchV2
+from stpp.models.build import build_model
+from stpp.training.assemble import fresh_network
+from stpp.training.trainer import Schedule, Trainer
+
+FLAGS = ("--device cpu --data.fraction 8 --data.threads 1 --data.loader reference --model.backbone resnet18 "
+         "--model.output-stride 32 --augment.crop-px 33 --augment.long-side 32 64 --train.epochs 2 "
+         "--train.batch-global 4 --train.lr 0.02 --consistency.confidence 0.3").split()
+TERMS = {
+    "unimatch": ["loss_labelled", "loss_strong_1", "loss_strong_2", "loss_dropped", "confident_share"],
+    "unimatch-v2": ["loss_labelled", "loss_strong_1", "loss_strong_2", "confident_share"],
+    "fixmatch": ["loss_labelled", "loss_strong", "confident_share"],
+}
+
+
+@pytest.fixture
+def train(synthetic, synthetic_index, tmp_path):
+    """The arguments of `stpp train` with further ones."""
+    def made(*more: object) -> list[str]:
+        return ["train", "--data.root", str(synthetic), "--data.index", str(synthetic_index), "--out",
+                str(tmp_path / "run"), *FLAGS, *map(str, more)]
+    return made
+
+
+def rows(stage: Path) -> list[dict]:
+    return [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", list(TERMS))
+def test_a_run_logs_every_term_and_its_control_takes_as_many_steps(train, tmp_path, capsys, method):
+    code, _, said = ended(capsys, *train("--method", method, "--control", "--train.accumulate", 2,
+                                         "--train.precision", "bf16"))
+    assert code == 0, said
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    (stage,), control = results["stages"], results["control"]
+    # 16 unlabelled images in steps of 4; the labels are repeated
+    assert (stage["name"], stage["steps"], control["steps"]) == (f"1-{method}", 8, 8)
+    folder = tmp_path / "run" / "stages" / stage["name"]
+    logged = [row for row in rows(folder) if "loss" in row]
+    assert logged and all(set(TERMS[method]) <= row.keys() for row in logged)
+    assert all(0 < row["confident_share"] <= 1 and row["loss_labelled"] > 0 for row in logged)
+    averaged = method != "unimatch"
+    scored = [row for row in rows(folder) if "miou_pct" in row]
+    assert [row["step"] for row in scored] == [4, 8]
+    assert all(("student_miou_pct" in row) == averaged for row in scored)
+    assert stage["miou"] == max(row["miou_pct"] for row in scored)
+    assert stage["last_miou"] == scored[-1]["miou_pct"]
+    page = (tmp_path / "run" / "report" / "index.html").read_text()
+    assert "share of pixels that became labels" in page and "loss of labelled pixels" in page
+    assert ("loss of dropped features" in page) == (method == "unimatch")
+    best = next(row for row in scored if row["step"] == stage["best_step"])
+    assert (f"(student {best.get('student_miou_pct', 0):.2f})" in page) == averaged
+    assert f"<td>{stage['last_miou']:.2f}</td>" in page and "at the end, %" in page
+
+
+def test_images_of_every_stream_are_named_where_a_step_is_not_finite(synthetic_index, tmp_path):
+    known = index.load(synthetic_index)
+    names = sorted(known.entries)
+    labelled = [known.sample(image) for image in names[:5]]
+    unlabelled = [known.sample(image) for image in names[5:18]]
+    for kind in (UniMatch, UniMatchV2):
+        folder = tmp_path / kind.__name__
+        config = Config(data=DataConfig(loader="reference", threads=1),
+                        model=ModelConfig(backbone="resnet18", output_stride=32),
+                        augment=AugmentConfig(crop_px=33, long_side=(40, 80)),
+                        consistency=ConsistencyConfig(confidence=0.1),
+                        train=TrainConfig(batch_global=4, precision="fp32", on_nonfinite="skip"))
+        here = distributed.World(device=torch.device("cpu"))
+        step = kind(fresh_network(config, here, tuple("abcdef"), stage=1), config)
+        ours = Trainer(config, here, step, step.streams(config, labelled, unlabelled), key=1, title="t",
+                       classes=tuple("abcdef"), folder=folder, schedule=Schedule(steps=3, validate_steps=3),
+                       validate=None)
+        spoil(ours)
+        before = {name: value.clone() for name, value in ours.step.state_dict().items()}
+        ours.run()
+        (row,) = [json.loads(line) for line in (folder / "nonfinite.jsonl").read_text().splitlines()]
+        expected = []
+        for stream, sampler in zip(ours.streams, ours.samplers, strict=True):
+            (drawn,) = sampler.micro_batches(1, 2)
+            expected += [stream.samples[i].key for i in drawn.indices]
+        assert row == {"step": 1, "keys": expected} and len(expected) == 8
+        after = ours.step.state_dict()
+        assert all(value.isfinite().all() for name, value in after.items() if "running" not in name)
+        assert not torch.equal(before["network.classifier.weight"], after["network.classifier.weight"])
+
+
+def spoil(ours: Trainer) -> None:
+    """Makes the logits of the second step infinite."""
+    def forward_hook(module, inputs, logits):
+        return logits * float("inf") if ours.steps_done == 1 else logits
+
+    ours.step.network.classifier.register_forward_hook(forward_hook)
+
+
+# --- what is refused, in one line
+
+
+def whole(folder: Path, backbone: str) -> Path:
+    """A published checkpoint of UniMatch-V2, small because every tensor is one number."""
+    with torch.device("meta"):
+        state = build_model("dpt", backbone, 6).state_dict()
+    state = {f"module.{key}": torch.tensor(0.25).expand(value.shape) for key, value in state.items()}
+    torch.save({"model": state, "model_ema": state, "epoch": 3}, folder / "v2.pth")
+    return folder / "v2.pth"
+
+
+DPT = ("--model.name", "dpt", "--model.backbone", "dinov2-small", "--model.output-stride", "None",
+       "--augment.crop-px", "28")
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--train.batch-global", "6", "--train.accumulate", "2"],
+     "--train.batch-global 6 gives 3 images a rank and pass, and --method unimatch mixes pairs; choose a "
+     "multiple of 4"),
+    ([*DPT, "--augment.crop-px", "500"],
+     "--augment.crop-px 500: dinov2-small sees patches of 14 pixels; choose 490 or 504"),
+    ([*DPT, "--augment.crop-px", "9"],
+     "--augment.crop-px 9: dinov2-small sees patches of 14 pixels; choose 14"),
+    ([*DPT, "--model.name", "pspnet"],
+     "--model.backbone 'dinov2-small' is none of --model.name 'pspnet'; there is"),
+    ([*DPT, "--model.output-stride", "16"],
+     "output stride 16: dinov2-small has patches and no output stride"),
+    (["--model.freeze-backbone"],
+     "--model.freeze-backbone is True: it must be given with --model.pretrained"),
+    (["--consistency.ema", "1"], "--consistency.ema is 1.0: it must be from 0 to below 1"),
+])
+def test_impossible_settings_are_refused_before_the_first_step(train, capsys, tmp_path, flags, said):
+    assert said in refused(capsys, *train("--method", "unimatch", *flags))
+    assert not list((tmp_path / "run").glob("stages/*"))
+
+
+@pytest.mark.parametrize("unlabelled, said", [("", "unlabeled.txt: lists no image"),
+                                              (None, "unlabeled.txt: there is no such split file")])
+def test_a_list_without_unlabelled_images_is_refused(train, synthetic, capsys, tmp_path, unlabelled, said):
+    split = tmp_path / "split"
+    split.mkdir()
+    name = (synthetic / "ImageSets" / "Segmentation" / "train.txt").read_text().split()[0]
+    (split / "labeled.txt").write_text(f"JPEGImages/{name}.jpg SegmentationClass/{name}.png\n")
+    if unlabelled is not None:
+        (split / "unlabeled.txt").write_text(unlabelled)
+    assert said in refused(capsys, *train("--method", "unimatch-v2", "--data.split", split))
+
+
+def test_a_checkpoint_of_another_size_is_refused(train, capsys, tmp_path):
+    file = whole(tmp_path, "dinov2-small")
+    line = refused(capsys, *train("--method", "unimatch-v2", *DPT, "--model.backbone", "dinov2-base",
+                                  "--model.pretrained", file))
+    assert f"checkpoint {file} does not fit the backbone (other shapes: backbone.blocks.0" in line
+    assert "check the model and backbone of the recipe" in line
+
+
+@pytest.mark.slow
+def test_a_published_checkpoint_starts_and_is_trained(train, capsys, tmp_path):
+    """The frozen encoder is that of the file afterwards too."""
+    file = tmp_path / "v2.pth"
+    published = build_model("dpt", "dinov2-small", 6).state_dict()
+    torch.save({"model_ema": {f"module.{key}": value for key, value in published.items()}}, file)
+    code, _, said = ended(capsys, *train("--method", "unimatch-v2", *DPT, "--model.pretrained", file,
+                                         "--model.freeze-backbone", "--train.epochs", 1, "--train.optimizer",
+                                         "adamw"))
+    assert code == 0 and "237 of 237 tensors loaded" in said, said
+    saved = checkpoint.load(tmp_path / "run" / "stages" / "1-unimatch-v2" / "best.pt")["model"]
+    same = {key for key, value in saved.items() if torch.equal(value, published[key])}
+    unused = "head.scratch.refinenet4.resConfUnit1."
+    assert {key for key in saved if key.startswith(("backbone.", unused))} == same
