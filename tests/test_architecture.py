@@ -7,6 +7,7 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -264,3 +265,16 @@ def test_importing_everything_loads_no_heavy_package_and_no_cuda_context():
     assert {"stpp.models.build", "stpp_kernels"} <= loaded
     # The namespace `nvidia` alone is no sign: torch's CUDA libraries live there too.
     assert loaded & ((WRAPPERS.keys() - {"nvidia"}) | {"nvidia.dali", "CUDA-context"}) == set()
+
+
+def test_names_on_the_command_line_are_those_of_the_registries():
+    from stpp.config import BackendName, MethodName
+    from stpp.inference.build import BACKENDS
+    from stpp.inference.choose import COSTS
+    from stpp.methods import METHODS
+
+    assert set(get_args(MethodName)) == set(METHODS)
+    assert set(get_args(BackendName)) == {"auto", "eager", *BACKENDS}
+    assert {backend for costs in COSTS.values() for backend, _ in costs} == set(BACKENDS)
+    for module in BACKENDS.values():
+        assert all(hasattr(module, name) for name in ("SHAPES", "unavailable", "versions", "build", "load"))

@@ -26,13 +26,14 @@ else:
     import tomli as tomllib
 
 T = TypeVar("T")
-Method = Literal["supervised", "st", "stpp", "retrain", "unimatch", "unimatch-v2", "fixmatch"]
+MethodName = Literal["supervised", "st", "stpp", "retrain", "unimatch", "unimatch-v2", "fixmatch"]
 Views = Annotated[Literal["none", "flip", "stpp"], tyro.conf.arg(
     help="Views whose probabilities are summed: the image alone; with its mirror image; "
          "five scales, each with its mirror image.")]
 WindowEdges = Annotated[Literal["cut", "shifted"], tyro.conf.arg(
     help="Windows at the end of a row or column: cut off where the image ends, as UniMatch scores; or "
          "shifted back into the image, all of one size, as UniMatch-V2 does.")]
+BackendName = Literal["auto", "tensorrt", "torch-tensorrt", "inductor", "eager"]
 MAY_CHANGE = ("out", "control", "device", "timeout_minutes", "data.threads", "data.index", "profile",
               "strict", "train.checkpoint_steps", "train.checkpoint_minutes", "train.on_nonfinite")
 """Keys that a run may be continued with although they differ: they do not change what is computed."""
@@ -365,7 +366,7 @@ class LabelConfig:
     shard_size: int = 0
     """Images of a shard, the unit of work that an interrupted run keeps or repeats; 0: a 32nd of all, from 16
     to 1000."""
-    backend: Literal["auto", "tensorrt", "torch-tensorrt", "inductor", "eager"] = "auto"
+    backend: BackendName = "auto"
     """What computes: a compiled teacher, or PyTorch as it is; auto: by the amount of work."""
     _section = "label."
 
@@ -384,7 +385,7 @@ class Config(DeviceConfig):
 
     out: Path | None = None
     """Folder of the run; the same command on it goes on where it stopped."""
-    method: Method = "stpp"
+    method: MethodName = "stpp"
     """supervised: labels only; st: one round of pseudo labels; stpp: reliable images first; unimatch,
     unimatch-v2, fixmatch: one stage in which weak views label strong ones; retrain: one stage on the labels
     and the masks of --pseudo-labels."""

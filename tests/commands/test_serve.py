@@ -58,7 +58,7 @@ def network() -> Halves:
 
 @pytest.fixture
 def address(root, network):
-    server = serve.bound(serve.Backend(network, root, "best.pt"), "127.0.0.1", 0)
+    server = serve.bound(serve.LabelStudioBackend(network, root, "best.pt"), "127.0.0.1", 0)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield "127.0.0.1", server.server_port

@@ -11,10 +11,10 @@ from PIL import Image
 
 import zoo_files as zoo
 from stpp.dataset import index
-from stpp.images import batching, containers
-from stpp.images.batching import Cut
+from stpp.images import containers, planning
 from stpp.images.image_file import upright
 from stpp.images.pixels import BadImage, decode, normalised
+from stpp.images.planning import Cut
 from stpp.images.reading import look, prove, upright_pixels, used_bits, uses_few
 from stpp.images.sources import Item
 
@@ -33,18 +33,18 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 def test_a_long_png_tells_its_orientation_behind_its_pixels(tmp_path, behind):
     """More than is read of its beginning; where another chunk's text spells the name, the checksum tells."""
     data = zoo.png(noise(90, 120), 8, 2, after=EXIF_CHUNK + behind)
-    assert len(data) > batching.HEAD_BYTES
+    assert len(data) > planning.HEAD_BYTES
     (tmp_path / "a.png").write_bytes(b"before" + data + b"behind")
     inside = Item(key="a", source="a", file=str(tmp_path / "a.png"), offset=6, bytes=len(data))
     (tmp_path / "b.png").write_bytes(data)
     alone = Item(key="b", source="b", file=str(tmp_path / "b.png"))
     for item in (inside, alone):
-        found = batching.examine(item, CUT)
+        found = planning.examine(item, CUT)
         assert found.reading == look(data, exif=True) and (found.reading.orientation, found.size) == (
             6,
             (120, 90),
         )
-        assert batching.examine(item, Cut(**{**CUT.__dict__, "exif": False})).size == (90, 120)
+        assert planning.examine(item, Cut(**{**CUT.__dict__, "exif": False})).size == (90, 120)
 
 
 def test_pixels_that_spell_a_chunk_are_no_orientation():

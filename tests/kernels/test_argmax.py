@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import stpp_kernels
 from kernels_cases import FORMS, device_of, laid_out
-from labelling_cases import QUICK, argmax, cases, logit_tolerance, probability_tolerance, resized, worst
+from kernels_label_cases import QUICK, argmax, cases, logit_tolerance, probability_tolerance, resized, worst
 
 OP = torch.ops.stpp_kernels.upsample_argmax.default
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import stpp_kernels
 from kernels_cases import FORMS, device_of
-from labelling_cases import QUICK, confusion
+from kernels_label_cases import QUICK, confusion
 
 OP = torch.ops.stpp_kernels.confusion.default
 DTYPES = [torch.uint8, torch.int64]

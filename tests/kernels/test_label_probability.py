@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import stpp_kernels
 from kernels_cases import FORMS, device_of
-from labelling_cases import QUICK, cases, probability_tolerance, resized, worst
+from kernels_label_cases import QUICK, cases, probability_tolerance, resized, worst
 from stpp_kernels import reference
 
 OP = torch.ops.stpp_kernels.label_probability.default

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import stpp_kernels
 from kernels_cases import FORMS, device_of, laid_out
-from labelling_cases import QUICK, accumulate, cases, finalize, probability_tolerance, resized, worst
+from kernels_label_cases import QUICK, accumulate, cases, finalize, probability_tolerance, resized, worst
 from stpp.inference import views
 
 ACCUMULATE = torch.ops.stpp_kernels.softmax_accumulate.default

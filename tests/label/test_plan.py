@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import label_cases as cases
-from stpp.images import batching, pixels
-from stpp.images.batching import Cut, Planned
+from stpp.images import pixels, planning
 from stpp.images.pixels import BadImage
+from stpp.images.planning import Cut, Planned
 from stpp.images.reading import Reading, look
 from stpp.images.sources import Item, open_source
 from stpp.label import plan
@@ -31,9 +31,9 @@ def examined(size, error=None) -> Planned:
        st.integers(1, 9))
 def test_batches_hold_every_good_image_once(sizes, most):
     cut = Cut(max_batch=most, batch_pixels=10_000, max_pixels=1 << 30, exif=True)
-    planned = batching.cut_batches([examined(size[:2], "bad" if size[2] else None) for size in sizes], cut)
+    planned = planning.cut_batches([examined(size[:2], "bad" if size[2] else None) for size in sizes], cut)
     assert sorted(one.position for one in planned) == list(range(len(sizes)))
-    cut_again = list(batching.batches(planned))
+    cut_again = list(planning.batches(planned))
     assert sorted(one.position for batch in cut_again
                   for one in batch) == [i for i, size in enumerate(sizes) if not size[2]]
     for batch in cut_again:
@@ -64,8 +64,8 @@ def test_a_header_longer_than_what_is_read_first(tmp_path):
     long = cases.encoded(picture, icc_profile=b"x" * 200_000)
     path = cases.as_folder(tmp_path, {"long.jpg": long}) / "long.jpg"
     with pytest.raises(BadImage):
-        look(long[: batching.HEAD_BYTES], exif=True)
-    found = batching.examine(Item(key="long", source="long", file=str(path)), CUT)
+        look(long[: planning.HEAD_BYTES], exif=True)
+    found = planning.examine(Item(key="long", source="long", file=str(path)), CUT)
     assert found.error is None and found.size == (48, 64)
 
 
@@ -82,7 +82,7 @@ def test_the_size_is_that_of_the_upright_image(orientation):
 
 def test_bad_headers_say_why(tmp_path):
     cases.as_folder(tmp_path, cases.bad_files())
-    found = {path.name: batching.examine(Item(key=path.name, source=path.name, file=str(path)), CUT).error
+    found = {path.name: planning.examine(Item(key=path.name, source=path.name, file=str(path)), CUT).error
              for path in (tmp_path / "bad").iterdir()}
     assert found["empty.jpg"] == "the file is empty (0 bytes)"
     assert found["text.jpg"].startswith("none of the formats JPEG, PNG")
@@ -91,7 +91,7 @@ def test_bad_headers_say_why(tmp_path):
     assert "cut_header.jpg" in found and found["cut_header.jpg"] is not None
     # their pixels will tell
     assert found["truncated.jpg"] is found["half.png"] is found["floats.tif"] is None
-    absent = batching.examine(Item(key="x", source="x", file=str(tmp_path / "absent.jpg")), CUT)
+    absent = planning.examine(Item(key="x", source="x", file=str(tmp_path / "absent.jpg")), CUT)
     assert absent.error == "there is no such file" and absent.batch == -1
 
 

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from stpp import config, files
 from stpp.commands.options import Compute, ComputeConfig, OutputStride, ViewPx, check_view
+from stpp.config import BackendName
 from stpp.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class Compile:
     """Folder of the engine; an engine that is there is replaced."""
     output_stride: OutputStride = None
     view_px: ViewPx = None
-    backend: Literal["auto", "tensorrt", "torch-tensorrt", "inductor", "eager"] = "auto"
+    backend: BackendName = "auto"
     """Compiler; auto: the fastest that is installed."""
     shapes: tuple[str, ...] = ()
     """Smallest, typical and largest input as NxHxW, for example 1x32x32 4x360x480 16x1024x2048; views for

@@ -18,7 +18,7 @@ from stpp.config import Config, ModelConfig, TrainConfig
 from stpp.distributed import World
 from stpp.errors import UserError
 from stpp.images import pixels
-from stpp.images.batching import Planned
+from stpp.images.planning import Planned
 from stpp.images.reading import look
 from stpp.images.sources import Item
 from stpp.inference import build, choose, export, fold, tensorrt

@@ -65,7 +65,7 @@ def serve(args: Sequence[str]) -> None:
         predictor = open_image_predictor(options.checkpoint, mode=options.tta, device=here.device,
                                          precision=options.compute.precision, max_pixels=options.max_pixels,
                                          trust=False, output_stride=options.output_stride)
-        backend = Backend(predictor, options.root.resolve(), options.checkpoint.name)
+        backend = LabelStudioBackend(predictor, options.root.resolve(), options.checkpoint.name)
         try:
             server = bound(backend, options.host, options.port)
         except OSError as error:
@@ -76,7 +76,7 @@ def serve(args: Sequence[str]) -> None:
             server.serve_forever()
 
 
-def bound(backend: "Backend", host: str, port: int) -> ThreadingHTTPServer:
+def bound(backend: "LabelStudioBackend", host: str, port: int) -> ThreadingHTTPServer:
     """A server that answers with a backend; port 0: a free one.
 
     Raises:
@@ -85,7 +85,7 @@ def bound(backend: "Backend", host: str, port: int) -> ThreadingHTTPServer:
     return ThreadingHTTPServer((host, port), type("BoundHandler", (_Handler,), {"backend": backend}))
 
 
-class Backend:
+class LabelStudioBackend:
     """What the requests ask for.
 
     Args:
@@ -159,7 +159,7 @@ class Backend:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    backend: Backend
+    backend: LabelStudioBackend
     timeout = TIMEOUT_S
     server_version, sys_version = "stpp", ""
 

@@ -20,10 +20,10 @@ from stpp.clock import Clock
 from stpp.device import CAPTURING, Arriving, copy_stream, on, staging
 from stpp.errors import UserError
 from stpp.images import storage
-from stpp.images.batching import Planned
 from stpp.images.image_file import upright
 from stpp.images.items import content_hash
 from stpp.images.pixels import BadImage, attempt, normalised
+from stpp.images.planning import Planned
 from stpp.images.reading import is_dark, require_size
 
 AHEAD = 2

@@ -14,9 +14,9 @@ import nvidia.dali.types as types
 import torch
 from nvidia.dali import Pipeline, pipeline_def
 
-from stpp.images.batching import Planned
 from stpp.images.containers import looks_whole
 from stpp.images.pixels import BadImage, attempt
+from stpp.images.planning import Planned
 
 
 class DaliDecoder:

@@ -1,4 +1,5 @@
-"""Pixels of one image file in memory as PIL reads them, and their normalisation: the one decoder to RGB.
+"""Pixels of one image file in memory as PIL reads them, and their normalisation: the one PIL decoder
+to RGB. Beside it stands DALI's (stpp.images.decode_dali).
 
 What is bad is decided here alone, whichever decoder a run uses. The rules of colours stand in
 `stpp.images.reading`. H W: pixels. This module imports no torch.

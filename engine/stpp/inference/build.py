@@ -11,10 +11,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import nn
@@ -24,17 +23,14 @@ from stpp import files, log
 from stpp.errors import UserError
 from stpp.inference import fold, gate, inductor, tensorrt, torch_tensorrt, trust
 from stpp.inference import record as records
-from stpp.inference.protocol import CompiledPredictor, EagerPredictor, Identity
+from stpp.inference.protocol import Backend, CompiledPredictor, EagerPredictor, Identity, Run
 from stpp.inference.record import Device, EngineRecord, Shapes
 
-BACKENDS: dict[str, ModuleType] = {"tensorrt": tensorrt, "torch-tensorrt": torch_tensorrt,
-                                   "inductor": inductor}
-"""Each has `unavailable(device)`, `versions()`, `SHAPES`, `build(...)` and `load(...)`."""
+BACKENDS: dict[str, Backend] = {"tensorrt": tensorrt, "torch-tensorrt": torch_tensorrt, "inductor": inductor}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {"fp32": 0.01, "bf16": 0.05, "fp16": 0.05}
 """Largest difference from eager in the same type, over eager's largest logit; wrong weights are off by 0.2
 and more."""
-Run = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,9 @@
-"""What a predictor is, and its two kinds: run by PyTorch, or compiled."""
+"""What a predictor is, and its two kinds: run by PyTorch, or compiled; and what a backend, which compiles,
+must provide."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -9,7 +11,48 @@ from torch import nn
 
 from stpp import log
 from stpp.inference import fold
-from stpp.inference.record import EngineRecord
+from stpp.inference.record import EngineRecord, Shapes
+
+Run = Callable[[torch.Tensor], torch.Tensor]
+"""Images of the engine's type, channels_last -> float32 logits."""
+
+
+class Backend(Protocol):
+    """A module of `stpp.inference` that compiles networks: an entry of `stpp.inference.build.BACKENDS`, with
+    its costs in `stpp.inference.choose.COSTS` and its name in `stpp.config.BackendName`."""
+
+    SHAPES: Shapes
+    """Inputs that its engines take where nobody names others."""
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """What is missing to compile for `device`, in words that follow the flag; None where nothing is."""
+
+    def versions(self) -> dict[str, str]:
+        """Versions, beside PyTorch's, that an engine depends on."""
+
+    def build(self, ready: nn.Module, folder: Path, *, shapes: Shapes, device: torch.device,
+              dtype: torch.dtype, frozen: bool) -> Shapes:
+        """Compiles a network into files of `folder`.
+
+        Args:
+            ready: from `fold.ready`, on `device` in `dtype`.
+            frozen: the weights may become part of the code. False is asked only of backends with such an
+                entry in `COSTS`.
+
+        Returns:
+            `shapes`, without the sizes too small for the engine.
+
+        Raises:
+            UserError: the compiler failed.
+        """
+
+    def load(self, folder: Path, *, device: torch.device, swapped: nn.Module | None = None) -> Run:
+        """Loads an engine.
+
+        Args:
+            swapped: from `fold.ready`: its weights take the place of the engine's own; given only to backends
+                that build with `frozen` False, and only if the weights are others.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)

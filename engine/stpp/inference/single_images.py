@@ -15,9 +15,9 @@ from PIL import Image
 
 from stpp.errors import UserError
 from stpp.images import storage
-from stpp.images.batching import Cut, examine
 from stpp.images.image_file import DECODE_ERRORS, MAX_PIXELS, orientation, upright
 from stpp.images.pixels import BadImage, colours, normalised
+from stpp.images.planning import Cut, examine
 from stpp.images.reading import Reading, upright_pixels
 from stpp.images.sources import FolderSource, Item
 from stpp.inference import exif_rule, views

@@ -6,7 +6,7 @@ from typing import Literal
 
 from stpp.config import DataConfig, LabelConfig
 from stpp.images import batches
-from stpp.images.batching import Cut
+from stpp.images.planning import Cut
 from stpp.images.sources import Source
 from stpp.label.shards import WHOLE, Part
 

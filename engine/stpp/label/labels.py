@@ -20,9 +20,9 @@ from stpp.device import Readback
 from stpp.distributed import World
 from stpp.errors import UserError
 from stpp.images.batches import Decoded
-from stpp.images.batching import Planned
 from stpp.images.items import Item, Passed
 from stpp.images.masks import IGNORE, read_index_mask
+from stpp.images.planning import Planned
 from stpp.inference import views
 from stpp.inference.open import Predictor
 from stpp.inference.several import Open, Opened

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 from stpp import files
 from stpp.clock import Clock
 from stpp.images import batches
-from stpp.images.batching import Planned
 from stpp.images.items import content_hash
+from stpp.images.planning import Planned
 from stpp.inference.open import Predictor
 from stpp.label import rows
 from stpp.label.assignment import Assignment

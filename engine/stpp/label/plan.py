@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stpp.errors import UserError
-from stpp.images.batching import Cut, Planned, cut_batches, examine
 from stpp.images.names import Collisions, is_among
+from stpp.images.planning import Cut, Planned, cut_batches, examine
 from stpp.images.reading import Reading
 from stpp.images.sources import Item, Source
 from stpp.label import rows

@@ -15,7 +15,7 @@ from stpp.config import DataConfig, LabelConfig
 from stpp.device import Readback
 from stpp.distributed import World
 from stpp.images.batches import Decoded
-from stpp.images.batching import Planned
+from stpp.images.planning import Planned
 from stpp.inference import views
 from stpp.inference.open import Predictor
 from stpp.inference.several import Open

@@ -4,8 +4,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from stpp.images.batching import Planned
 from stpp.images.items import Item
+from stpp.images.planning import Planned
 from stpp.parquet import encoded as encoded
 from stpp.parquet import read as read
 from stpp.parquet import write as write

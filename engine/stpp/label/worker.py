@@ -17,8 +17,8 @@ from stpp import log
 from stpp.clock import Clock
 from stpp.distributed import World, threads_per_rank
 from stpp.errors import UserError
-from stpp.images import batches, batching
-from stpp.images.batching import Planned
+from stpp.images import batches, planning
+from stpp.images.planning import Planned
 from stpp.label.ahead import ahead
 from stpp.label.assignment import Assignment
 from stpp.label.open_shard import Job, OpenShard
@@ -79,7 +79,7 @@ class Worker:
         def tasks() -> Iterator[tuple[int, list[Planned]]]:
             for shard, planned in ahead(planned_shards()):
                 planned_of[shard] = planned
-                cut = list(batching.batches(planned))
+                cut = list(planning.batches(planned))
                 yield from ((shard, batch) for batch in cut or [[]])
 
         stream = batches.batches(tasks(), device=self._here.device, kind=self._task.decoder,

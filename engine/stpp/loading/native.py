@@ -15,7 +15,7 @@ import torch
 from stpp.clock import Clock
 from stpp.errors import UserError
 from stpp.images import batches
-from stpp.images.batching import Planned
+from stpp.images.planning import Planned
 from stpp.images.sources import Item
 from stpp.loading.decode import mask_of
 from stpp.loading.sample import Batch, Sample

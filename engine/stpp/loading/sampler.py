@@ -136,7 +136,15 @@ class StepSampler:
 def stage_samplers(streams: Sequence[Stream], batch_global: int, *, seed: int,
                    stage: int) -> list[StepSampler]:
     """Samplers of the streams of a stage, in step: the longest list sets the steps of an epoch, shorter ones
-    are repeated."""
+    are repeated.
+
+    Raises:
+        ValueError: two streams have one number, and so would have the same random numbers.
+    """
+    if len({stream.number for stream in streams}) < len(streams):
+        raise ValueError(f"streams have the numbers {[stream.number for stream in streams]}, expected each "
+                         "once")
+
     def made(longest: int) -> list[StepSampler]:
         return [StepSampler(len(stream.samples), batch_global, seed, stage, number=stream.number,
                             longest=longest)

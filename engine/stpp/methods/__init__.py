@@ -36,4 +36,4 @@ METHODS = {
     "unimatch-v2": Method(run=unimatch_v2.train, labels=False, pairs=True, checkpoints=8),
     "fixmatch": Method(run=unimatch_v2.train_fixmatch, labels=False, pairs=True, checkpoints=8),
 }
-"""By their names on the command line (`stpp.config.Method`)."""
+"""By their names on the command line (`stpp.config.MethodName`)."""

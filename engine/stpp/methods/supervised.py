@@ -20,7 +20,8 @@ FEW_LABELS = 200
 
 
 class Supervised(Step):
-    """Mean cross-entropy over the counted pixels of the global batch."""
+    """Cross-entropy, summed over the counted pixels of a pass; `Trainer.train_step` divides the sums by their
+    number in the global batch, and goes backward."""
 
     weights = {"loss": 1.0}
 
