@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 SOURCES := $(wildcard kernels/stpp_kernels/csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu gpu-wheels triton-3.6 readers bench fmt check clean
+.PHONY: help setup demo demo-camvid test test-slow test-gpu gpu-wheels triton-3.6 readers bench fmt check clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -18,6 +18,9 @@ setup: $(VENV)/.installed  ## make .venv and install everything into it
 
 demo: setup  ## draw a synthetic data set and run ST++ on it (runs/demo)
 	$(BIN)/stpp demo --out runs/demo --seed 0
+
+demo-camvid: setup  ## ST++ and its control on real street scenes: make demo-camvid DATA=FOLDER (runs/camvid)
+	$(BIN)/stpp train --recipe camvid_stpp --data.root $(DATA) --out runs/camvid --control
 
 test: setup  ## the quick tests
 	$(PYTEST) -m "not slow and not gpu"
