@@ -294,7 +294,7 @@ def test_files_that_are_no_coco_are_refused_by_the_entry(tmp_path, change, says)
     assert "annotations.json" in str(error.value) and "\n" not in str(error.value)
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_json_is_drawn_or_refused_in_one_line(tmp_path, data):
     """A value anywhere in a good file is replaced by another; nothing is written but the index."""
@@ -494,7 +494,7 @@ def test_lines_that_are_no_polygon_are_problems(tmp_path, line, says):
     assert "labels/train/a.txt: images/train/a.jpg: line 1" in str(error.value)
 
 
-@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.text(max_size=60)
     | st.lists(st.sampled_from(["0", "1", "0.5", "nan", "-1", "1e9", "\n", "7"])).map(" ".join)
