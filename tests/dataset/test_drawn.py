@@ -666,18 +666,20 @@ def test_the_names_of_json_files_tell_the_official_validation(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_trains_on_drawn_masks_and_goes_on_when_they_change(tmp_path, capsys):
-    images = {f"photos/{i}.jpg": [{"segmentation": [[i, 3, i + 8, 3, i + 8, 20, i, 20]]}] for i in range(12)}
+    outlines = [[i, 3, i + 8, 3, i + 8, 20, i, 20] for i in range(12)]
+    images = {f"photos/{i}.jpg": [{"segmentation": [outline]}] for i, outline in enumerate(outlines)}
     root = coco_set(tmp_path / "data", coco(images, NAMES), images=14)
-    command = ["train", "--method", "supervised", "--data.root", root, "--data.layout", "coco", "--data.masks",
-               "annotations.json", "--data.unlisted", "background", "--data.fraction", "1/1", "--data.val", "0.3",
-               "--device", "cpu", "--model.backbone", "resnet18", "--model.output-stride", "16", "--augment.crop-px",
-               "33", "--augment.long-side", "32", "48", "--train.epochs", "1", "--train.batch-global", "2",
-               "--train.precision", "fp32", "--data.threads", "1", "--data.loader", "reference"]  # fmt: skip
-    code, _, errors = ended(capsys, *command, "--out", tmp_path / "run")
+    flags = (
+        "--method supervised --data.layout coco --data.masks annotations.json --data.unlisted background "
+        "--data.fraction 1/1 --data.val 0.3 --device cpu --model.backbone resnet18 --model.output-stride 16 "
+        "--augment.crop-px 33 --augment.long-side 32 48 --train.epochs 1 --train.batch-global 2 "
+        "--train.precision fp32 --data.threads 1 --data.loader reference"
+    )
+    code, _, errors = ended(capsys, "train", "--data.root", root, *flags.split(), "--out", tmp_path / "run")
     assert code == 0, errors
     best = tmp_path / "run" / "stages" / "1-supervised" / "best.pt"
     path = root / "annotations.json"
     path.write_text(path.read_text().replace('"category_id": 1', '"category_id": 7'))
-    code, out, errors = ended(capsys, "evaluate", "--checkpoint", best, "--tta", "none", "--device", "cpu")
+    code, _, errors = ended(capsys, "evaluate", "--checkpoint", best, "--tta", "none", "--device", "cpu")
     assert code == 0 and "reading" in errors, errors
     assert index.load(tmp_path / "run" / "index").entries["photos/0.jpg"].class_pixels[1] == 0
