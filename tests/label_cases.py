@@ -16,7 +16,7 @@ from PIL import Image
 from stpp import distributed
 from stpp.config import DataConfig, LabelConfig
 from stpp.images.sources import open_source
-from stpp.inference.several import ready
+from stpp.inference.several import Opened
 from stpp.label.assignment import Assignment
 from stpp.label.labels import label_corpus
 from stpp.label.shards import WHOLE
@@ -143,14 +143,15 @@ def add_to(archive: tarfile.TarFile, files: dict[str, bytes]) -> None:
 
 def run(source, out: Path, *, here=HERE, teacher=None, output: str = "png", loader: str = "reference",
         tar_folders: bool = False, root=None, identity: str = "tiny", part=WHOLE, verify: bool = False,
-        exif: bool = True, update: bool = False, **config):
+        exif: bool = True, update: bool = False, classes: tuple[str, ...] = (), **config):
     """Labels in this process."""
     given = {"tta": "flip", "batch_per_rank": 3, "shard_size": 5, "max_pixels": 1 << 20} | config
     if isinstance(source, (str, Path)):
         source = open_source(str(source), root=root, tar_folders=tar_folders)
     task = Assignment(source=source, out=out, config=LabelConfig(**given), output=output, part=part,
                       verify=verify, update=update, data=DataConfig(threads=1, loader=loader, exif=exif))
-    return label_corpus(ready(teacher or Tiny(), identity=identity), task, here)
+    network = Opened(network=teacher or Tiny(), identity=identity, classes=classes)
+    return label_corpus(lambda images: [network], task, here)
 
 
 def contents(out: Path) -> dict[str, str]:

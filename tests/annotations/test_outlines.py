@@ -24,7 +24,7 @@ def regions(draw):
     return labels == int(np.bincount(labels.ravel())[1:].argmax()) + 1
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(regions())
 def test_outlines_cover_what_they_were_drawn_from(region):
     height, width = region.shape

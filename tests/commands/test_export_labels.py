@@ -15,11 +15,13 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 import exported_cases as cases
+import label_cases
 from cli_cases import ended, refused
 from shape_cases import drawn, prepare
 from stpp.annotations import runs
 from stpp.annotations.labelled import voc_colours
-from stpp.dataset import given_labels, index
+from stpp.dataset import class_files, given_labels, index
+from stpp.images.masks import read_index_mask
 
 ROOT = Path(__file__).parents[2]
 READERS = ROOT / "build" / "readers" / "bin" / "python"
@@ -137,6 +139,19 @@ def test_classes_without_a_background(tmp_path, capsys):
     export(capsys, labels, "coco", tmp_path / "coco.json")
     made = in_again(tmp_path / "coco", "coco", tmp_path / "coco.json", masks, unlisted="ignore")
     assert made.classes == ("road", "sky") and (drawn(made, "photos/0.jpg") == masks["0"]).all()
+
+
+def test_the_background_may_be_any_class(tmp_path, capsys):
+    names, masks = ("leaf", "_background_", "stem"), {"0": np.array([[0, 1, 1], [2, 1, 0]], np.uint8)}
+    labels = cases.labels(tmp_path / "labels", masks, classes=names)
+    export(capsys, labels, "cvat", tmp_path / "cvat")
+    made = in_again(tmp_path / "data", "cvat", tmp_path / "cvat", masks, classes=names)
+    assert (drawn(made, "JPEGImages/0.jpg") == masks["0"]).all()
+    export(capsys, labels, "coco", tmp_path / "coco.json")
+    made = in_again(
+        tmp_path / "coco", "coco", tmp_path / "coco.json", masks, unlisted="background", classes=names
+    )
+    assert (drawn(made, "photos/0.jpg") == masks["0"]).all()
 
 
 def test_masks_of_cvat_serve_as_pseudo_labels(tmp_path, labels, capsys):
@@ -514,3 +529,27 @@ def test_keys_that_lead_outside_are_refused(tmp_path, capsys, key):
     )
     assert "is damaged" in said
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_relative_to(labels)]
+
+
+@pytest.mark.parametrize("output", ["png", "tar"])
+def test_labels_of_a_teacher_know_its_classes(tmp_path, capsys, output):
+    """From `stpp label` as it is, with names of images that are odd, and low confidence ignored."""
+    files = dict(list(label_cases.good_files().items())[:4]) | {
+        "ünï – 火 'x' & y.jpg": label_cases.encoded(label_cases.picture(9))
+    }
+    source = label_cases.as_folder(tmp_path / "in", files)
+    label_cases.run(
+        source, tmp_path / "labels", output=output, classes=("sky", "road", "tree", "car"), min_confidence=0.7
+    )
+    said = export(capsys, tmp_path / "labels", "cvat", tmp_path / "out")
+    assert "5 images" in said and "not finished" not in said
+    shutil.copytree(source, tmp_path / "out" / "JPEGImages")
+    made = prepare(tmp_path / "out", classes=("sky", "road", "tree", "car"))
+    label_cases.run(source, tmp_path / "plain", min_confidence=0.7)
+    for name in files:
+        assert (
+            drawn(made, f"JPEGImages/{name}")
+            == read_index_mask((tmp_path / "plain" / "masks" / name).with_suffix(".png"))
+        ).all()
+    export(capsys, tmp_path / "labels", "yolo", tmp_path / "yolo")
+    assert class_files.of_tools(tmp_path / "yolo")[0] == ["sky", "road", "tree", "car"]

@@ -2,6 +2,9 @@
 
 import http.client
 import json
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -9,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import engine_cases
 from cli_cases import refused
+from stpp import checkpoint
 from stpp.annotations import runs
 from stpp.commands import serve
 from stpp.images.pixels import BadImage
@@ -186,3 +191,26 @@ def test_what_cannot_be_served_is_refused(tmp_path, capsys):
     assert "there is no such folder" in refused(
         capsys, "serve", "--checkpoint", tmp_path / "best.pt", "--root", tmp_path / "gone"
     )
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_served_and_stopped(tmp_path, root):
+    network = engine_cases.model("deeplabv3plus", seed=1, classes=3)
+    checkpoint.save(
+        tmp_path / "best.pt",
+        model=network.state_dict(),
+        classes=["background", "b", "c"],
+        architecture={"name": "deeplabv3plus", "backbone": "resnet18", "output_stride": 16},
+    )
+    command = [sys.executable, "-m", "stpp", "serve", "--checkpoint", str(tmp_path / "best.pt")]
+    command += ["--root", str(root), "--port", "0", "--device", "cpu"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            line = process.stdout.readline()
+            port = int(line.split(":")[2])
+            status, found = asked(("127.0.0.1", port), "POST", "/predict", task("a b/7.jpg"))
+            assert status == 200 and 1 / 3 < found["results"][0]["score"] <= 1
+            assert asked(("127.0.0.1", port), "GET", "/health")[0] == 200
+        finally:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0

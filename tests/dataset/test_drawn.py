@@ -294,7 +294,7 @@ def test_files_that_are_no_coco_are_refused_by_the_entry(tmp_path, change, says)
     assert "annotations.json" in str(error.value) and "\n" not in str(error.value)
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_json_is_drawn_or_refused_in_one_line(tmp_path, data):
     """A value anywhere in a good file is replaced by another; nothing is written but the index."""
@@ -494,7 +494,7 @@ def test_lines_that_are_no_polygon_are_problems(tmp_path, line, says):
     assert "labels/train/a.txt: images/train/a.jpg: line 1" in str(error.value)
 
 
-@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.text(max_size=60)
     | st.lists(st.sampled_from(["0", "1", "0.5", "nan", "-1", "1e9", "\n", "7"])).map(" ".join)
@@ -662,3 +662,24 @@ def test_the_names_of_json_files_tell_the_official_validation(tmp_path):
     assert official.validation(made) == {"photos/1.jpg"} and official.in_folders(made, "train") == {
         "photos/0.jpg"
     }
+
+
+@pytest.mark.slow
+def test_a_run_trains_on_drawn_masks_and_goes_on_when_they_change(tmp_path, capsys):
+    outlines = [[i, 3, i + 8, 3, i + 8, 20, i, 20] for i in range(12)]
+    images = {f"photos/{i}.jpg": [{"segmentation": [outline]}] for i, outline in enumerate(outlines)}
+    root = coco_set(tmp_path / "data", coco(images, NAMES), images=14)
+    flags = (
+        "--method supervised --data.layout coco --data.masks annotations.json --data.unlisted background "
+        "--data.fraction 1/1 --data.val 0.3 --device cpu --model.backbone resnet18 --model.output-stride 16 "
+        "--augment.crop-px 33 --augment.long-side 32 48 --train.epochs 1 --train.batch-global 2 "
+        "--train.precision fp32 --data.threads 1 --data.loader reference"
+    )
+    code, _, errors = ended(capsys, "train", "--data.root", root, *flags.split(), "--out", tmp_path / "run")
+    assert code == 0, errors
+    best = tmp_path / "run" / "stages" / "1-supervised" / "best.pt"
+    path = root / "annotations.json"
+    path.write_text(path.read_text().replace('"category_id": 1', '"category_id": 7'))
+    code, _, errors = ended(capsys, "evaluate", "--checkpoint", best, "--tta", "none", "--device", "cpu")
+    assert code == 0 and "reading" in errors, errors
+    assert index.load(tmp_path / "run" / "index").entries["photos/0.jpg"].class_pixels[1] == 0

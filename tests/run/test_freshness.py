@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import shape_cases
 from dataset_cases import data_set, ids, paletted, photo, prepare
 from stpp import cli, files, log
 from stpp.dataset import check, index, splits
@@ -236,3 +237,20 @@ def test_a_strict_run_refuses_a_data_set_that_was_warned_of(known, tmp_path, cap
         assert ended.value.code == 2 and "--strict: not read" in capsys.readouterr().err
         if not again:
             prepare(known.root)
+
+
+def test_a_mended_file_of_shapes_is_read_again(tmp_path, here, capsys):
+    """One file holds the shapes of all images: it is one file that changed."""
+    images = {f"photos/{i}.jpg": [{}] for i in range(3)}
+    value = shape_cases.coco(images, {1: "leaf"})
+    root = shape_cases.coco_set(tmp_path / "data", value)
+    made = shape_cases.prepare(root, layout="coco", masks="annotations.json", unlisted="background")
+    path = listed(made, "0", "1")
+    assert of_today(made.out, path, here).fingerprint == made.fingerprint
+    capsys.readouterr()
+    value["annotations"][1]["segmentation"] = [[0, 0, 32, 0, 32, 24, 0, 24]]
+    (root / "annotations.json").write_text(json.dumps(value))
+    fresh = of_today(made.out, path, here)
+    assert (read_index_mask(fresh.sample("photos/1.jpg").mask) == 1).all()
+    assert (read_index_mask(fresh.sample("photos/0.jpg").mask) == shape_cases.square(1)).all()
+    assert "1 file of" in (said := capsys.readouterr().err) and "annotations.json the first" in said

@@ -46,12 +46,17 @@ class Scheme:
     @property
     def background(self) -> int | None:
         """The class that tools know as no object; None without one."""
-        return next((i for i, name in enumerate(self.names) if name.strip("_ ").lower() == BACKGROUND), None)
+        return next((i for i, name in enumerate(self.names) if is_background(name)), None)
 
     @property
     def foreground(self) -> list[int]:
         """The classes whose pixels are objects."""
         return [i for i in range(len(self.names)) if i != self.background]
+
+
+def is_background(name: str) -> bool:
+    """True for `background`, as tools write it: labelme has `_background_`."""
+    return name.strip("_ ").lower() == BACKGROUND
 
 
 def objects(mask_HW: np.ndarray, scheme: Scheme, *, ignored: bool = False) -> list[Object]:

@@ -88,7 +88,7 @@ class Outline:
 
     def doubt(self, height: int, width: int) -> str | None:
         for ring in self.rings:
-            if (count := len(np.unique(ring, axis=0))) < 3:
+            if (count := _corners(ring)) < 3:
                 raise ValueError(f"it has {count} different {'point' if count == 1 else 'points'}, and a "
                                  "polygon needs three")
             if (length := _length(ring)) > LONGEST_PX:
@@ -189,6 +189,16 @@ def ring(values: object) -> np.ndarray:
     return found
 
 
+def _corners(ring: np.ndarray) -> int:
+    """Different points of an outline, 3 where it has more."""
+    seen: set[tuple[float, ...]] = set()
+    for point in ring.tolist():
+        seen.add(tuple(point))
+        if len(seen) == 3:
+            break
+    return len(seen)
+
+
 def _outside(ring: np.ndarray, height: int, width: int) -> float:
     """Pixels by which an outline leaves its image."""
     return max(0.0, float(-ring.min()), float((ring - (width, height)).max()))
@@ -196,9 +206,9 @@ def _outside(ring: np.ndarray, height: int, width: int) -> float:
 
 def _enclosed(ring: np.ndarray) -> float:
     """Area that an outline [N, 2] goes around, negative against the clock."""
-    x, y = (ring - ring.mean(0)).T
-    return 0.5 * float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))
+    x, y = (ring - ring[0]).T  # from its first corner, which then adds nothing
+    return 0.5 * float(np.dot(x[:-1], y[1:]) - np.dot(y[:-1], x[1:]))
 
 
 def _length(ring: np.ndarray) -> float:
-    return float(np.hypot(*(ring - np.roll(ring, -1, axis=0)).T).sum())
+    return float(np.hypot(*(ring[1:] - ring[:-1]).T).sum() + np.hypot(*(ring[0] - ring[-1])))

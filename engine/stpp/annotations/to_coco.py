@@ -49,19 +49,24 @@ class CocoWriter:
     """Writes a JSON file; what it holds in memory does not grow with the images."""
 
     def __init__(self, out: Path, scheme: Scheme):
-        self._out, self._scheme, self._stack = out, scheme, contextlib.ExitStack()
+        self._out, self._scheme = out, scheme
         self._images = self._annotations = 0
 
     def __enter__(self) -> "CocoWriter":
-        self._file = self._stack.enter_context(files.atomic(self._out))
-        # The annotations come behind all images in the file.
-        self._later = self._stack.enter_context(tempfile.TemporaryFile(dir=self._out.absolute().parent))
+        with contextlib.ExitStack() as stack:
+            self._file = stack.enter_context(files.atomic(self._out))
+            # The annotations come behind all images in the file.
+            self._later = stack.enter_context(tempfile.TemporaryFile(dir=self._out.absolute().parent))
+            self._begin()
+            self._stack = stack.pop_all()
+        return self
+
+    def _begin(self) -> None:
         categories = [{"id": number, "name": self._scheme.names[i], "supercategory": ""}
                       for number, i in enumerate(self._scheme.foreground, 1)]
         info = {"description": f"stpp {__version__} export-labels"}
         head = {"info": info, "licenses": [], "categories": categories}
         self._file.write(json.dumps(head, ensure_ascii=False)[:-1].encode() + b', "images": [')
-        return self
 
     def add(self, one: LabelledImage, parts: Parts) -> None:
         """Takes an image."""

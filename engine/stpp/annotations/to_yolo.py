@@ -36,9 +36,10 @@ class YoloWriter:
 
     def __exit__(self, *raised: object) -> bool | None:
         if raised[0] is None:
-            # JSON is YAML, whatever the names hold.
+            # A JSON text is one of YAML too.
             names = {number: self._scheme.names[i] for number, i in enumerate(self._scheme.foreground)}
-            lines = [f"  {number}: {json.dumps(name)}\n" for number, name in names.items()]
+            lines = [f"  {number}: "
+                     f"{json.dumps(name, ensure_ascii=False)}\n" for number, name in names.items()]
             text = f"path: .\ntrain: images\nval: images\nnames:\n{''.join(lines)}"
             self._tree.add("data.yaml", text.encode())
         return self._opened.__exit__(*raised)

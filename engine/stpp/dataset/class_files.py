@@ -41,14 +41,14 @@ def of_tools(root: Path) -> tuple[list[str], str] | None:
     found = [(_text(root / name), str(root / name)) for name in TEXTS if (root / name).is_file()]
     found += [(_yaml(root / name), str(root / name)) for name in YAMLS if (root / name).is_file()]
     for names, path in found[1:]:
-        if [bare(name) for name in names] != [bare(name) for name in found[0][0]]:
+        if [_bare(name) for name in names] != [_bare(name) for name in found[0][0]]:
             raise UserError(
                 f"{found[0][1]} and {path} name different classes; give --data.classes, or {JSON}"
             )
     return found[0] if found else None
 
 
-def bare(name: str) -> str:
+def _bare(name: str) -> str:
     """A name in lower case without signs around it: labelme writes `_background_` where others write
     `background`."""
     return name.strip("_ ").lower()
@@ -142,8 +142,7 @@ def _ordered(pairs: list[tuple[object, object]], path: Path) -> list[str]:
         shown = ", ".join(str(number) for number in ids[:5])
         raise UserError(
             f"{path}: its ids ({shown}{', ...' * (len(ids) > 5)}) are not 0, 1, 2, ... once each, and masks "
-            f"hold class ids "
-            f"from 0; {_WANTED}, and turn the ids in the masks into these with --data.mask-map"
+            f"hold class ids from 0; {_WANTED}, and turn the ids in the masks into these with --data.mask-map"
         )
     return _names([name for _, name in sorted(pairs, key=lambda pair: pair[0])], path)
 

@@ -5,14 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from stpp.annotations import coco, cvat
+from stpp.annotations.labelled import BACKGROUND, is_background
 from stpp.annotations.shapes import Legend
 from stpp.dataset import class_files
 from stpp.dataset.classes import ClassList, counts_nowhere
 from stpp.errors import UserError
 from stpp.images.masks import IGNORE
-
-BACKGROUND = "background"
-"""The class of pixels in no shape, where they have one."""
 
 
 def _labels(root: Path, layout: str, files: Sequence[str]) -> dict[int, str] | None:
@@ -94,7 +92,7 @@ def of_colours(folder: Path, labels: Sequence[cvat.LabelColour], classes: Sequen
     """
     entries = []
     for label in labels:
-        nothing = counts_nowhere(label.name) or class_files.bare(label.name) == BACKGROUND
+        nothing = counts_nowhere(label.name) or is_background(label.name)
         if label.name not in classes and not nothing:
             raise UserError(f"{folder / cvat.LABELMAP}: {label.name!r} is no class; name it in "
                             "--data.classes, or say what each colour means with --data.mask-map")
@@ -127,7 +125,7 @@ def _entry(entry: str) -> tuple[str, str]:
 
 
 def _background(names: Sequence[str]) -> int | None:
-    return next((i for i, name in enumerate(names) if class_files.bare(name) == BACKGROUND), None)
+    return next((i for i, name in enumerate(names) if is_background(name)), None)
 
 
 def _yolo_names(root: Path) -> tuple[list[str], str]:

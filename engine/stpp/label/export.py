@@ -161,7 +161,9 @@ def _labelled(row: dict, part: Path) -> LabelledImage:
         raise UserError(f"{part}: the row of {key[:120]!r} is damaged; label it again")
     stem, dot, ending = source.rpartition("/")[2].rpartition(".")
     name = f"{key}.{ending}" if dot and stem and len(ending) <= 5 and ending.isalnum() else key
-    return LabelledImage(key, name, row["width"], row["height"], float(row["mean_confidence"] or 0.0))
+    score = row["mean_confidence"]
+    known = score is not None and 0 <= score <= 1
+    return LabelledImage(key, name, row["width"], row["height"], score if known else 0.0)
 
 
 def _listed(path: Path) -> dict[str, None]:
