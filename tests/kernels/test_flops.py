@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stpp_kernels import dilated_conv3x3, flops
+from stpp_kernels import depthwise_conv, dilated_conv3x3, flops
 
 
 def counted(function, x, weight, *, backward: bool) -> int:
@@ -28,6 +28,24 @@ def test_a_dilated_convolution_counts_as_a_plain_one(for_x, for_weight):
     found = counted(dilated_conv3x3, x, weight, backward=backward)
     assert found == counted(plain, x, weight, backward=backward)
     assert found == (1 + for_x + for_weight) * 2 * 2 * 5 * 7 * 9 * 4 * 9
+
+
+@pytest.mark.parametrize(("for_x", "for_weight"),
+                         [(False, False), (True, False), (False, True), (True, True)])
+def test_a_depthwise_convolution_counts_its_own_taps_alone(for_x, for_weight):
+    x = torch.randn(2, 4, 7, 9, requires_grad=for_x)
+    weight = torch.randn(4, 1, 5, 5, requires_grad=for_weight)
+
+    def ours(x, weight, stride):
+        return depthwise_conv(x, weight, stride=stride, padding=(2, 2, 2, 2))
+
+    def plain(x, weight, stride):
+        return F.conv2d(x, weight, stride=stride, padding=2, groups=4)
+
+    forward = 2 * 2 * 4 * 3 * 3 * 25
+    found = counted(ours, x, weight, backward=for_x or for_weight)
+    assert found == (1 + for_x + for_weight) * forward
+    assert counted(plain, x.detach(), weight.detach(), backward=False) == forward
 
 
 def test_importing_the_operators_does_not_import_the_counter():
