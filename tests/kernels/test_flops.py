@@ -45,7 +45,20 @@ def test_a_depthwise_convolution_counts_its_own_taps_alone(for_x, for_weight):
     forward = 2 * 2 * 4 * 3 * 3 * 25
     found = counted(ours, x, weight, backward=for_x or for_weight)
     assert found == (1 + for_x + for_weight) * forward
-    assert counted(plain, x.detach(), weight.detach(), backward=False) == forward
+    assert counted(plain, x, weight, backward=for_x or for_weight) == found
+
+
+def test_transposed_and_grouped_convolutions_count_what_they_multiply():
+    x = torch.randn(2, 4, 5, 6, requires_grad=True)
+    for function, shape in ((F.conv_transpose2d, (4, 3, 2, 2)), (F.conv2d, (6, 2, 3, 3))):
+        groups = 1 if function is F.conv_transpose2d else 2
+        weight = torch.randn(shape, requires_grad=True)
+
+        def convolve(a, b, _, function=function, groups=groups):
+            return function(a, b, groups=groups)
+
+        once = counted(convolve, x, weight, backward=False)
+        assert counted(convolve, x, weight, backward=True) == 3 * once
 
 
 def test_importing_the_operators_does_not_import_the_counter():
