@@ -4,84 +4,25 @@
 // down the rows and keeps the last few of both maps as fp32 planes [block][column][16], between columns of zeros that stand for
 // the padding: so a row is widened once, no tap needs a test for the border, and all that the inner loops touch is contiguous
 // and lies in the second-level cache. These loops are two:
-//   - gather: eight neighbouring input gradients, added up over the taps that reach them;
-//   - add_products: one row of taps of the weight gradient, added up over a row of outputs.
+//   - gather: neighbouring input gradients, added up over the taps that reach them;
+//   - add_products: rows of taps of the weight gradient, added up over a row of outputs.
 // Each task has sums of the weight gradient to itself, which are added in the order of the tasks; tasks follow from the shape
 // alone, so results do not depend on the number of threads.
 #include <torch/library.h>
 
-#include "lanes.h"
-#include "rows.h"
+#include <numeric>
+
+#include "depthwise_loops.h"
+#include "depthwise_planes.h"
 
 namespace stpp {
 namespace {
 
+using namespace depthwise;
+
 constexpr int64_t kTasks = 64;          // about as many are made; by shape alone
 constexpr int64_t kPlanes = 256 << 10;  // bytes of planes that a chunk of channels should not exceed
 constexpr int64_t kLeastRows = 8;       // of a band: a smaller one reads more rows of its neighbours than of its own
-constexpr int kOutputs = 8;             // neighbours that `gather` sums up at once
-
-// A map [N, H, W, C] in memory.
-template <typename T>
-struct Map {
-  T* data;
-  int64_t height, width, channels;
-  T* at(int64_t image, int64_t row, int64_t block) const {
-    return data + (image * height + row) * width * channels + block * kLanes;
-  }
-  int64_t lanes(int64_t block) const { return std::min(kLanes, channels - block * kLanes); }
-};
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-struct Geometry {
-  int64_t images, channels, height, width, kernel, stride, dilation, top, left, rows, columns;  // rows, columns: outputs
-
-  int64_t blocks() const { return divide_up(channels, kLanes); }
-  int64_t taps() const { return kernel * kernel; }
-  int64_t span() const { return (kernel - 1) * dilation; }  // from the first tap to the last
-  // Columns of zeros before and after a row of the input, and of the output's gradient.
-  int64_t before_input() const { return left; }
-  int64_t after_input() const { return std::max<int64_t>(0, (columns - 1) * stride + span() - left - (width - 1)); }
-  int64_t before_output() const { return std::max<int64_t>(0, divide_up(span() - left, stride)); }
-  int64_t after_output() const { return std::max<int64_t>(0, (width - 1 + left) / stride - (columns - 1)); }
-  int64_t input_rows() const { return span() + 1; }  // that are needed at once
-  int64_t output_rows() const { return span() / stride + 1; }
-};
-
-// Rows of a map as planes, the last `capacity` of those asked for.
-class Planes {
- public:
-  Planes(int64_t width, int64_t before, int64_t after, int64_t capacity, int64_t blocks)
-      : stride_(plane(width, before, after)), before_(before), capacity_(capacity), row_(blocks * stride_),
-        memory_(capacity * row_), held_(capacity, -1) {}
-
-  // Floats of one block of one row: an odd number of cache lines, or blocks would share a few sets of the cache.
-  static int64_t plane(int64_t width, int64_t before, int64_t after) { return ((before + width + after) | 1) * kLanes; }
-  int64_t stride() const { return stride_; }
-
-  // Begins another image or other blocks.
-  void forget() { std::fill(held_.begin(), held_.end(), -1); }
-
-  // Column 0 of row `row`, of blocks first .. first + count; zeros lie before and after the row.
-  template <typename T>
-  const float* get(const Map<const T>& map, int64_t image, int64_t row, int64_t first, int64_t count) {
-    float* planes = memory_.data() + row % capacity_ * row_ + before_ * kLanes;
-    if (held_[row % capacity_] == row) return planes;
-    held_[row % capacity_] = row;
-    const T* source = map.at(image, row, first);
-    const int64_t rest = map.channels - first * kLanes;
-    for (int64_t x = 0; x < map.width; ++x, source += map.channels)
-      for (int64_t block = 0; block < count; ++block)
-        store(planes + block * stride_ + x * kLanes, load_part(source + block * kLanes, rest - block * kLanes));
-    return planes;
-  }
-
- private:
-  int64_t stride_, before_, capacity_, row_;
-  rows::Scratch memory_;
-  std::vector<int64_t> held_;
-};
 
 // Cuts the work: chunks of blocks, and for each of them groups of images or, where there are few, bands of rows.
 struct Plan {
@@ -100,55 +41,6 @@ struct Plan {
   int64_t slots() const { return groups * bands; }  // tasks that share a chunk
   int64_t tasks() const { return chunks * slots(); }
 };
-
-struct Tap {
-  const float *source, *weight;
-};
-
-// out(j, sum) of kCount neighbours from j on: the sum over the taps of source[j] * weight.
-template <int kCount, typename Out>
-inline void gather_some(const Tap* taps, int64_t num_taps, int64_t j, const Out& out) {
-  vfloat sum[kCount] = {};
-  for (int64_t t = 0; t < num_taps; ++t) {
-    const vfloat weight = load(taps[t].weight);
-    const float* source = taps[t].source + j * kLanes;
-#pragma GCC unroll 8
-    for (int i = 0; i < kCount; ++i) sum[i] += load(source + i * kLanes) * weight;
-  }
-  for (int i = 0; i < kCount; ++i) out(j + i, sum[i]);
-}
-
-template <typename Out>
-void gather(const Tap* taps, int64_t num_taps, int64_t count, const Out& out) {
-  if (count < kOutputs) {
-    for (int64_t j = 0; j < count; ++j) gather_some<1>(taps, num_taps, j, out);
-  } else {  // the last eight may overlap the eight before: the same sums once more
-    for (int64_t j = 0; j < count; j += kOutputs)
-      gather_some<kOutputs>(taps, num_taps, std::min(j, count - kOutputs), out);
-  }
-}
-
-// Adds to sums[block][k] the products of a row of gradients with the inputs that tap k reads for them.
-template <int kTaps, int kBlocks>
-void add_products(const float* grad, int64_t grad_stride, const float* source, int64_t source_stride, int64_t columns,
-                  int64_t step, int64_t dilation, float* sums, int64_t sums_stride) {
-  vfloat sum[kBlocks][kTaps] = {};
-  for (int64_t x = 0; x < columns; ++x) {
-#pragma GCC unroll 2
-    for (int b = 0; b < kBlocks; ++b) {
-      const vfloat value = load(grad + b * grad_stride + x * kLanes);
-      const float* read = source + b * source_stride + x * step * kLanes;
-#pragma GCC unroll 5
-      for (int k = 0; k < kTaps; ++k) sum[b][k] += value * load(read + k * dilation * kLanes);
-    }
-  }
-  for (int b = 0; b < kBlocks; ++b) {
-    for (int k = 0; k < kTaps; ++k) {
-      float* at = sums + b * sums_stride + k * kLanes;
-      store(at, load(at) + sum[b][k]);
-    }
-  }
-}
 
 template <typename T>
 struct Problem {
@@ -179,7 +71,8 @@ class Worker {
   explicit Worker(const Problem<T>& p)
       : p_(p), g_(p.g),
         input_(g_.width, g_.before_input(), g_.after_input(), p.sums ? g_.input_rows() : 0, p.plan.chunk),
-        grad_(g_.columns, g_.before_output(), g_.after_output(), g_.output_rows(), p.plan.chunk) {}
+        grad_(g_.columns, g_.before_output(), g_.after_output(), g_.output_rows(), p.plan.chunk),
+        add_rows_(add_rows_of(g_)) {}
 
   void backward(const Part& part) {
     for (int64_t image = part.first_image; image < part.last_image; ++image) {
@@ -204,73 +97,78 @@ class Worker {
   const float* weight(int64_t block, int64_t tap) const { return p_.weights + (block * g_.taps() + tap) * kLanes; }
 
   // Input y has the taps ky with y + top - ky dilation = stride * row of the output, and likewise along x: columns whose x + left
-  // leave the same remainder have the same taps, and read neighbouring outputs.
+  // leave the same remainder have the same taps, every `step`th of a row, which read outputs `gap` apart.
   void input_gradient_row(const Part& part, int64_t image, int64_t y) {
+    const int64_t common = std::gcd(g_.stride, g_.dilation), step = g_.stride / common, gap = g_.dilation / common;
     for (int64_t remainder = 0; remainder < g_.stride; ++remainder) {
       const int64_t x = ((remainder - g_.left) % g_.stride + g_.stride) % g_.stride;
       if (x >= g_.width) continue;
+      int64_t first = 0;  // tap
+      while (first < step && (x + g_.left - first * g_.dilation) % g_.stride != 0) ++first;
+      const int64_t taps = first < step ? divide_up(std::max<int64_t>(g_.kernel - first, 0), step) : 0;
+      const bool at_once = (gap == 1 && (taps == 2 || taps == 3 || taps == 5)) || (gap == 2 && (taps == 3 || taps == 5));
       taps_.clear();
       for (int64_t ky = 0; ky < g_.kernel; ++ky) {
         const int64_t at = y + g_.top - ky * g_.dilation;
         if (at < 0 || at % g_.stride != 0 || at / g_.stride >= g_.rows) continue;
         const float* source = grad_row(part, image, at / g_.stride);
-        for (int64_t kx = 0; kx < g_.kernel; ++kx) {
-          const int64_t from = x + g_.left - kx * g_.dilation;
-          if (from % g_.stride != 0) continue;
-          taps_.push_back({source + from / g_.stride * kLanes, weight(part.block, ky * g_.kernel + kx)});
+        for (int64_t tap = taps - 1; tap >= 0; tap -= at_once ? taps : 1) {
+          const int64_t kx = first + tap * step, from = (x + g_.left - kx * g_.dilation) / g_.stride;
+          taps_.push_back({source + from * kLanes, weight(part.block, ky * g_.kernel + kx)});
         }
       }
-      gather_row(part, divide_up(g_.width - x, g_.stride), p_.grad_input.at(image, y, part.block) + x * g_.channels,
-                 g_.stride * g_.channels);
+      T* target = p_.grad_input.at(image, y, part.block) + x * g_.channels;
+      gather_row(part, at_once ? taps : 1, gap, -step * kLanes, divide_up(g_.width - x, g_.stride), target);
     }
   }
 
-  // The collected taps, for all blocks of the part; neighbours of the result lie `apart` values apart.
-  void gather_row(const Part& part, int64_t count, T* target, int64_t apart) {
+  // The collected rows of `taps` taps, for all blocks of the part.
+  void gather_row(const Part& part, int64_t taps, int64_t gap, int64_t weight_step, int64_t count, T* target) {
+    const int64_t apart = g_.stride * g_.channels;
     for (int64_t block = part.block; block < part.block + part.count; ++block, target += kLanes) {
       const int64_t lanes = p_.grad_input.lanes(block);
-      gather(taps_.data(), static_cast<int64_t>(taps_.size()), count,
-             [=](int64_t j, vfloat sum) { store_part(target + j * apart, sum, lanes); });
-      for (Tap& tap : taps_) tap.source += grad_.stride(), tap.weight += g_.taps() * kLanes;
+      if (lanes == kLanes) {  // a loop of its own: in one with the other call, the sums would leave their registers
+        gather_taps(taps, gap, weight_step, count, [=](int64_t j, vfloat sum) { store_lanes(target + j * apart, sum); });
+      } else {
+        gather_taps(taps, gap, weight_step, count, [=](int64_t j, vfloat sum) { store_part(target + j * apart, sum, lanes); });
+      }
+      for (TapRow& row : taps_) row.source += grad_.stride(), row.weight += g_.taps() * kLanes;
     }
+  }
+
+  template <typename Out>
+  void gather_taps(int64_t taps, int64_t gap, int64_t weight_step, int64_t count, const Out& out) {
+    const TapRow* rows = taps_.data();
+    const int64_t num_rows = static_cast<int64_t>(taps_.size());
+    if (taps == 5 && gap == 1) return gather<5, 1>(rows, num_rows, weight_step, count, out);
+    if (taps == 5) return gather<5, 2>(rows, num_rows, weight_step, count, out);
+    if (taps == 3 && gap == 1) return gather<3, 1>(rows, num_rows, weight_step, count, out);
+    if (taps == 3) return gather<3, 2>(rows, num_rows, weight_step, count, out);
+    if (taps == 2) return gather<2, 1>(rows, num_rows, weight_step, count, out);
+    gather<1, 1>(rows, num_rows, weight_step, count, out);
   }
 
   void weight_gradient_row(const Part& part, int64_t image, int64_t row) {
     const float* grad = grad_row(part, image, row);
-    float* sums = p_.sums + (part.slot * g_.blocks() + part.block) * g_.taps() * kLanes;
+    rows_.clear();
     for (int64_t ky = 0; ky < g_.kernel; ++ky) {
       const int64_t y = row * g_.stride - g_.top + ky * g_.dilation;
       if (y < 0 || y >= g_.height) continue;
-      const float* source = input_row(part, image, y);
-      for (int64_t kx = 0; kx < g_.kernel;) {
-        const int64_t left = g_.kernel - kx;
-        const float* from = source + (kx * g_.dilation - g_.left) * kLanes;
-        float* into = sums + (ky * g_.kernel + kx) * kLanes;
-        if (left >= 5) {
-          add_taps<5>(part, grad, from, into), kx += 5;
-        } else if (left >= 3) {
-          add_taps<3>(part, grad, from, into), kx += 3;
-        } else {
-          add_taps<1>(part, grad, from, into), kx += 1;
-        }
-      }
+      float* sums = p_.sums + ((part.slot * g_.blocks() + part.block) * g_.taps() + ky * g_.kernel) * kLanes;
+      rows_.push_back({input_row(part, image, y) - g_.left * kLanes, sums});
     }
-  }
-
-  template <int kTaps>
-  void add_taps(const Part& part, const float* grad, const float* source, float* sums) {
-    const int64_t next = g_.taps() * kLanes;
-    for (int64_t b = 0; b < part.count; b += 2) {
-      const auto add = b + 1 < part.count ? add_products<kTaps, 2> : add_products<kTaps, 1>;
-      add(grad + b * grad_.stride(), grad_.stride(), source + b * input_.stride(), input_.stride(), g_.columns, g_.stride,
-          g_.dilation, sums + b * next, next);
+    for (int64_t block = 0; block < part.count; ++block, grad += grad_.stride()) {
+      add_rows_(grad, rows_.data(), static_cast<int64_t>(rows_.size()), g_);
+      for (WeightRow& each : rows_) each.source += input_.stride(), each.sums += g_.taps() * kLanes;
     }
   }
 
   const Problem<T>& p_;
   const Geometry& g_;
   Planes input_, grad_;
-  std::vector<Tap> taps_;
+  const AddRows add_rows_;
+  std::vector<TapRow> taps_;
+  std::vector<WeightRow> rows_;
 };
 
 Geometry geometry_of(const at::Tensor& x, const at::Tensor& weight, int64_t stride, int64_t dilation, at::IntArrayRef padding) {
