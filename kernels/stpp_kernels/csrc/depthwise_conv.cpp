@@ -22,14 +22,17 @@ using namespace depthwise;
 
 constexpr int64_t kTasks = 64;          // about as many are made; by shape alone
 constexpr int64_t kPlanes = 256 << 10;  // bytes of planes that a chunk of channels should not exceed
+constexpr int64_t kLeastBlocks = 4;     // of a chunk that is made small to have enough tasks: two cache lines of 16-bit values
 constexpr int64_t kLeastRows = 8;       // of a band: a smaller one reads more rows of its neighbours than of its own
 
-// Cuts the work: chunks of blocks, and for each of them groups of images or, where there are few, bands of rows.
+// Cuts the work: chunks of blocks, and for each of them groups of images or, where that gives few tasks, bands of rows, which
+// read some of their neighbours' rows again.
 struct Plan {
   int64_t chunk, chunks, bands, group, groups;  // chunk: blocks; group: images
 
   Plan(const Geometry& g, int64_t bytes_per_block) {
-    const int64_t blocks = g.blocks(), fitting = std::max<int64_t>(2, kPlanes / bytes_per_block);
+    const int64_t blocks = g.blocks(), enough = std::max(kLeastBlocks, blocks * g.images / kTasks);
+    const int64_t fitting = std::max<int64_t>(2, std::min(kPlanes / bytes_per_block, enough));
     chunk = divide_up(blocks, divide_up(blocks, fitting));
     chunk = std::min(blocks, chunk + chunk % 2);  // pairs: whole cache lines of 16-bit values
     chunks = divide_up(blocks, chunk);
