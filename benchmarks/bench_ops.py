@@ -1,4 +1,4 @@
-"""Operators 2 to 5 against eager PyTorch: time and peak memory.
+"""The operators besides the loss against eager PyTorch: time and peak memory.
 
     python benchmarks/bench_ops.py --out benchmarks/results/last.jsonl
     python benchmarks/bench_ops.py --only dilated_conv --rounds 3
@@ -7,17 +7,23 @@ One function a section; `SECTIONS` lists them. Each adds rows and summary rows t
 """
 
 import argparse
+import copy
+from collections import Counter
 
 import torch
 import torch.nn.functional as F
 
 import labelling_sections
 from harness import Report, arguments, minimum_ratio
+from stpp.models.efficientnet_lite import EfficientNetLite
+from stpp.models.layers import DepthwiseConv
 from stpp_kernels import dilated_conv3x3, implementations
 
 ASPP_RATES = (12, 24, 36)
 ASPP_MAPS = ("41x41", "63x63", "90x120")
-SMALL = {"rounds": 1, "no_compile": True, "maps": ["9x9"]}
+DEPTHWISE_IMAGES, DEPTHWISE_CROP, DEPTHWISE_STRIDE = 8, 241, 16
+"""Crops of a step on a small machine, and the network's output stride."""
+SMALL = {"rounds": 1, "no_compile": True, "maps": ["9x9"], "depthwise_crop": 33}
 
 
 def dilated_conv(report: Report, options: argparse.Namespace) -> None:
@@ -67,11 +73,81 @@ def dilated_conv(report: Report, options: argparse.Namespace) -> None:
             report.summary(f"dilated_conv.{name}_ratio_{height}x{width}", ratio)
 
 
+def depthwise_conv(report: Report, options: argparse.Namespace) -> None:
+    """The depthwise convolutions of EfficientNet-Lite0 as its step meets them, channels_last; peer: F.conv2d
+    after F.pad.
+
+    Summaries: the smallest ratio of every kind of layer, and that of their sums over all layers.
+    """
+    if report.device.type != "cpu":
+        print("depthwise_conv: cuDNN's own here, nothing to compare")
+        return
+    dtype = getattr(torch, options.conv_dtype)
+    ratios: dict[str, list[float]] = {}
+    sums_ms: Counter[tuple[str, str]] = Counter()
+    for (layer, size), count in depthwise_layers(options.depthwise_crop).items():
+        (kernel, _), (stride, _), (dilation, _) = layer.kernel_size, layer.stride, layer.dilation
+        fused = DepthwiseConv(layer.in_channels, kernel, stride=stride, dilation=dilation).to(dtype)
+        plain = copy.deepcopy(fused)
+        plain.fused = False
+        x = torch.randn(DEPTHWISE_IMAGES, layer.in_channels, *size).to(dtype)
+        x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+        layers = {"fused": fused, "eager": plain}
+        outputs = {label: one(x) for label, one in layers.items()}
+        gradient = torch.randn_like(outputs["fused"])
+
+        def backward(label, outputs=outputs, gradient=gradient, layers=layers, x=x):
+            wanted = (x, layers[label].weight)
+            return lambda: torch.autograd.grad(outputs[label], wanted, gradient, retain_graph=True)
+
+        def training(label, gradient=gradient, layers=layers, x=x):
+            return lambda: torch.autograd.grad(layers[label](x), (x, layers[label].weight), gradient)
+
+        for mine, theirs in zip(backward("fused")(), backward("eager")(), strict=True):
+            scale = float(theirs.abs().max())
+            torch.testing.assert_close(mine.float(), theirs.float(), rtol=0.02, atol=0.02 * scale)
+        kind = f"{kernel}x{kernel}_s{stride}_d{dilation}"
+        shape = f"{','.join(map(str, x.shape))} {kind}"
+        for name, wrap in (("backward", backward), ("forward_backward", training)):
+            rows = report.compare(f"depthwise_conv.{name}", shape, options.conv_dtype,
+                                  {label: wrap(label) for label in layers})  # fmt: skip
+            ratio = minimum_ratio([(rows["fused"], rows["eager"])])
+            ratios.setdefault(f"{name}_ratio_{kind}", []).append(ratio)
+            for label, row in rows.items():
+                sums_ms[name, label] += count * row["median"]
+    for name, found in ratios.items():
+        report.summary(f"depthwise_conv.{name}", min(found))
+    for name in ("backward", "forward_backward"):
+        fused_ms, eager_ms = (sums_ms[name, label] for label in ("fused", "eager"))
+        report.summary(f"depthwise_conv.{name}_ms_all_layers", fused_ms)
+        report.summary(f"depthwise_conv.{name}_ratio_all_layers", eager_ms / fused_ms)
+
+
+def depthwise_layers(crop: int) -> Counter[tuple[DepthwiseConv, tuple[int, int]]]:
+    """(layer, size of its input) -> how many of the network's are like it, one layer for all of them."""
+    found: Counter[tuple[DepthwiseConv, tuple[int, int]]] = Counter()
+    first: dict[tuple, DepthwiseConv] = {}
+
+    def note(layer, inputs):
+        size = tuple(inputs[0].shape[2:])
+        kind = (layer.in_channels, layer.kernel_size, layer.stride, layer.dilation, size)
+        found[first.setdefault(kind, layer), size] += 1
+
+    with torch.device("meta"), torch.no_grad():
+        network = EfficientNetLite("efficientnet-lite0", DEPTHWISE_STRIDE)
+        for module in network.modules():
+            if isinstance(module, DepthwiseConv):
+                module.register_forward_pre_hook(note)
+        network(torch.empty(2, 3, crop, crop))
+    return found
+
+
 SECTIONS = {
     "argmax": labelling_sections.argmax,
     "augmentation": labelling_sections.augmentation,
     "masks": labelling_sections.masks,
     "dilated_conv": dilated_conv,
+    "depthwise_conv": depthwise_conv,
 }
 
 
@@ -80,6 +156,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--conv-dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--maps", nargs="+", default=ASPP_MAPS, help="of the dilated convolution, HxW")
+    parser.add_argument("--depthwise-crop", type=int, default=DEPTHWISE_CROP,
+                        help="of the network with depthwise convolutions, pixels")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled peers")
     parser.add_argument("--graphs", action="store_true", help="the ten views also from a CUDA graph")
     options = parser.parse_args()

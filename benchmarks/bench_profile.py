@@ -37,6 +37,7 @@ CLASSES = {
     "loss": (r"upsample_cross_entropy", ""),
     "casts": (r"aten::to$|aten::_to_copy|ToCopyBackward", ""),
     "batch_norm": (r"batch_norm|BatchNorm", ""),
+    "depthwise_conv_gradient": (r"depthwise_conv_backward", ""),
     "conv_input_gradient": (r"convolution_backward|dilated_conv3x3_backward", r"dgrad"),
     "conv_weight_gradient": (r"convolution_backward|dilated_conv3x3_backward", r"wgrad"),
     "conv_other_gradient": (r"convolution_backward|dilated_conv3x3_backward", ""),

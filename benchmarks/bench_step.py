@@ -17,7 +17,9 @@ minutes;
 `.files` with loading. Summaries: the parts of the engine's step, `step.engine_vs_public_ratio`,
 `step.engine_vs_tuned_ratio` (against the faster of tuned and compiled), both again as `step.files_...`,
 images a second, the share of the measured rate of a large matrix product that the step's nominal operations
-reach, and of the engine's step on files the share that waits for data (`step.data_wait_pct`).
+reach, on a CPU what the operator `depthwise_conv` is worth to a network that has such layers
+(`step.depthwise_conv_ratio`: the engine's own step without it over that with it), and of the engine's step on
+files the share that waits for data (`step.data_wait_pct`).
 """
 
 import argparse
@@ -40,6 +42,7 @@ from stpp.distributed import World, cores
 from stpp.inference import export
 from stpp.loading.sample import Batch, Sample
 from stpp.models.build import build_model
+from stpp.models.layers import DepthwiseConv
 from stpp.precision import autocast_dtype
 from stpp.training.trainer import Trainer
 from stpp_kernels import upsample_cross_entropy
@@ -175,7 +178,8 @@ def parsed(description: str = __doc__) -> argparse.Namespace:
     """The command line, for every benchmark of a training step."""
     parser = arguments(description.splitlines()[0], SMALL)
     parser.add_argument("--model", default="deeplabv3plus", choices=["deeplabv3plus", "pspnet", "deeplabv2"])
-    parser.add_argument("--backbone", default="resnet50", choices=["resnet18", "resnet50", "resnet101"])
+    parser.add_argument("--backbone", default="resnet50",
+                        choices=["resnet18", "resnet50", "resnet101", "efficientnet-lite0"])
     parser.add_argument("--output-stride", type=int, default=8, choices=[8, 16, 32])
     parser.add_argument("--crop", type=int, default=321, help="pixels")
     parser.add_argument("--batch", type=int, default=0, help="images; 0: 16 on a GPU, 2 on a CPU")
@@ -191,6 +195,24 @@ def parsed(description: str = __doc__) -> argparse.Namespace:
     options = parser.parse_args()
     options.batch = options.batch or (16 if options.device.startswith("cuda") else 2)
     return options
+
+
+def without_depthwise_conv(trainer: Trainer, batch: Batch) -> Callable[[], torch.Tensor] | None:
+    """The engine's step with PyTorch's depthwise convolutions; None if its network has none on a CPU."""
+    layers = [each for each in trainer.step.network.modules() if isinstance(each, DepthwiseConv)]
+    if not layers or trainer.here.device.type != "cpu":
+        return None
+
+    def step() -> torch.Tensor:
+        for layer in layers:
+            layer.fused = False
+        try:
+            return trainer.train_step([(batch,)])[0]
+        finally:
+            for layer in layers:
+                layer.fused = True
+
+    return step
 
 
 def agreeing(variants: dict[str, Callable[[], torch.Tensor]]) -> None:
@@ -231,11 +253,15 @@ def main() -> None:
         for label, layout in (("public", (torch.float32, False)), ("tuned", (dtype, True))):
             steps[label], variants[label] = other(*layout)
         agreeing(variants)
+        if plain := without_depthwise_conv(trainer, batch):  # it takes its turns with the same weights
+            variants["engine, conv2d"] = plain
         rows = report.compare(name, shape, kind, variants)
         step_ms = rows["engine"]["median"]
         report.summary("step.engine_images_per_s", 1000 * options.batch / step_ms)
         report.summary("step.public_images_per_s", 1000 * options.batch / rows["public"]["median"])
         report.summary("step.engine_vs_public_ratio", rows["public"]["median"] / step_ms)
+        if plain:
+            report.summary("step.depthwise_conv_ratio", rows["engine, conv2d"]["median"] / step_ms)
         share = nominal_flop(network, images, backward=True) / (step_ms / 1000) / matmul_rate(device, dtype)
         report.summary("step.engine_share_of_matmul_rate", share)
         for part, value in parts(trainer, batch, device, options.rounds).items():

@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from stpp import distributed
 from stpp.config import Config
@@ -39,6 +38,7 @@ from stpp.methods.supervised import Supervised
 from stpp.training.assemble import fresh_network
 from stpp.training.step import Step
 from stpp.training.trainer import Schedule, Trainer
+from stpp_kernels import flops
 
 MIB = 1024 * 1024
 GPU_MEASUREMENT_MS = 20
@@ -220,7 +220,7 @@ def nominal_flop(network: nn.Module, images: torch.Tensor, *, backward: bool) ->
     counted."""
     shell = export.plain_copy(network).to("meta")
     with (
-        FlopCounterMode(display=False) as counter,
+        flops.counter() as counter,
         torch.inference_mode(False),
         torch.set_grad_enabled(backward),
     ):

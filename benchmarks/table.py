@@ -25,6 +25,8 @@ RATIOS = (
     ("the same, 90x120", "`F.conv2d`", "ops-conv", "dilated_conv.forward_ratio_90x120"),
     ("with backward, 41x41", "`F.conv2d`", "ops-conv", "dilated_conv.forward_backward_ratio_41x41"),
     ("with backward, 63x63", "`F.conv2d`", "ops-conv", "dilated_conv.forward_backward_ratio_63x63"),
+    ("depthwise convolutions of EfficientNet-Lite0, 8 x 241 px, stride 16, "
+     "backward", "`F.conv2d`", "ops-depthwise", "depthwise_conv.backward_ratio_all_layers"),
     ("loading and augmenting, half of it strongly", "PIL, worker processes", "data",
      "data.dali_vs_pil_ratio"),
     ("training step, DeepLabV3+ ResNet-50, stride 8, 2 x 321 "
@@ -32,6 +34,9 @@ RATIOS = (
     ("the same", "autocast, channels_last, fused SGD, `torch.compile`", "step", "step.engine_vs_tuned_ratio"),
     ("the same with loading", "public recipe", "step", "step.files_engine_vs_public_ratio"),
     ("the public recipe's step, images a second", "", "step", "step.public_images_per_s"),
+    ("training step, DeepLabV3+ EfficientNet-Lite0, stride 16, 8 x 241 "
+     "px", "its depthwise layers by `F.conv2d`", "step-lite0", "step.depthwise_conv_ratio"),
+    ("the same", "public recipe", "step-lite0", "step.engine_vs_public_ratio"),
     ("teacher, DeepLabV3+ ResNet-18, stride 16, "
      "360x480", "public recipe", "teacher", "teacher.best_vs_public_ratio"),
     ("labelling with ten views, ResNet-50, files to "

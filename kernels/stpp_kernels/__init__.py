@@ -4,6 +4,7 @@ PyTorch elsewhere."""
 from stpp_kernels.argmax import upsample_argmax
 from stpp_kernels.confusion import confusion, pairwise_iou
 from stpp_kernels.cross_entropy import upsample_cross_entropy
+from stpp_kernels.depthwise_conv import depthwise_conv
 from stpp_kernels.dilated_conv import dilated_conv3x3
 from stpp_kernels.dispatch import described, implementations
 from stpp_kernels.label_probability import label_probability
@@ -11,6 +12,7 @@ from stpp_kernels.softmax_accumulate import finalize, softmax_accumulate
 
 __all__ = [
     "confusion",
+    "depthwise_conv",
     "described",
     "dilated_conv3x3",
     "finalize",

@@ -1,4 +1,4 @@
-"""The five fused operators in plain PyTorch: the oracle of the tests, and what runs where nothing faster can.
+"""The fused operators in plain PyTorch: the oracle of the tests, and what runs where nothing faster can.
 
 Shape suffixes: N images, C classes, h w low-resolution size, H W full size, O I output and input channels.
 Every function computes in float32 (float64 for float64 input) whatever the input's dtype, is free of
@@ -146,6 +146,41 @@ def dilated_conv3x3_backward(
         [need_x, need_weight, False],
     )  # fmt: skip
     empty = x_NIHW.new_empty(0)
+    return grad_x if need_x else empty, grad_weight if need_weight else empty
+
+
+def depthwise_conv(
+    x_NCHW: Tensor, weight_C1KK: Tensor, stride: int, dilation: int, padding: tuple[int, int, int, int]
+) -> Tensor:
+    """`F.conv2d` of every channel by itself, after `F.pad` by (left, right, top, bottom)."""
+    channels = x_NCHW.shape[1]
+    left, right, top, bottom = padding
+    if left == right and top == bottom:
+        return F.conv2d(x_NCHW, weight_C1KK, None, stride, (top, left), dilation, channels)
+    return F.conv2d(F.pad(x_NCHW, padding), weight_C1KK, None, stride, 0, dilation, channels)
+
+
+def depthwise_conv_backward(
+    grad_NCHW: Tensor,
+    x_NCHW: Tensor,
+    weight_C1KK: Tensor,
+    stride: int,
+    dilation: int,
+    padding: tuple[int, int, int, int],
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """(gradient of x, gradient of weight); the one that is not needed is an empty tensor."""
+    left, right, top, bottom = padding
+    even = left == right and top == bottom
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad_NCHW, x_NCHW if even else F.pad(x_NCHW, padding), weight_C1KK, None, [stride] * 2,
+        [top, left] if even else [0, 0], [dilation] * 2, False, [0, 0], x_NCHW.shape[1],
+        [need_x, need_weight, False],
+    )  # fmt: skip
+    empty = x_NCHW.new_empty(0)
+    if need_x and not even:
+        grad_x = F.pad(grad_x, [-side for side in padding])
     return grad_x if need_x else empty, grad_weight if need_weight else empty
 
 

@@ -77,10 +77,10 @@ def test_plain_graphs_hold_no_operator_of_ours_and_leave_the_network_alone():
     network = ready(tiny(0))
     exported, _ = export.program(network, shapes=ANY_SIZE, device=CPU, dtype=torch.float32, plain=True)
     assert not any(name.startswith("stpp") for name in operators(exported))
-    assert network.branch[0].valid_taps
+    assert network.branch[0].fused
     assert_equal(exported.module(), network)
     copied = export.plain_copy(network)
-    assert copied.branch[0].weight is network.branch[0].weight and not copied.branch[0].valid_taps
+    assert copied.branch[0].weight is network.branch[0].weight and not copied.branch[0].fused
 
 
 @pytest.mark.parametrize("typical", ["1x1x1", "1x64x64", "2x65x65", "7x333x65"])

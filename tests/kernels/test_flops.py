@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stpp_kernels import dilated_conv3x3, flops
+from stpp_kernels import depthwise_conv, dilated_conv3x3, flops
 
 
 def counted(function, x, weight, *, backward: bool) -> int:
@@ -28,6 +28,37 @@ def test_a_dilated_convolution_counts_as_a_plain_one(for_x, for_weight):
     found = counted(dilated_conv3x3, x, weight, backward=backward)
     assert found == counted(plain, x, weight, backward=backward)
     assert found == (1 + for_x + for_weight) * 2 * 2 * 5 * 7 * 9 * 4 * 9
+
+
+@pytest.mark.parametrize(("for_x", "for_weight"),
+                         [(False, False), (True, False), (False, True), (True, True)])
+def test_a_depthwise_convolution_counts_its_own_taps_alone(for_x, for_weight):
+    x = torch.randn(2, 4, 7, 9, requires_grad=for_x)
+    weight = torch.randn(4, 1, 5, 5, requires_grad=for_weight)
+
+    def ours(x, weight, stride):
+        return depthwise_conv(x, weight, stride=stride, padding=(2, 2, 2, 2))
+
+    def plain(x, weight, stride):
+        return F.conv2d(x, weight, stride=stride, padding=2, groups=4)
+
+    forward = 2 * 2 * 4 * 3 * 3 * 25
+    found = counted(ours, x, weight, backward=for_x or for_weight)
+    assert found == (1 + for_x + for_weight) * forward
+    assert counted(plain, x, weight, backward=for_x or for_weight) == found
+
+
+def test_transposed_and_grouped_convolutions_count_what_they_multiply():
+    x = torch.randn(2, 4, 5, 6, requires_grad=True)
+    for function, shape in ((F.conv_transpose2d, (4, 3, 2, 2)), (F.conv2d, (6, 2, 3, 3))):
+        groups = 1 if function is F.conv_transpose2d else 2
+        weight = torch.randn(shape, requires_grad=True)
+
+        def convolve(a, b, _, function=function, groups=groups):
+            return function(a, b, groups=groups)
+
+        once = counted(convolve, x, weight, backward=False)
+        assert counted(convolve, x, weight, backward=True) == 3 * once
 
 
 def test_importing_the_operators_does_not_import_the_counter():

@@ -128,8 +128,8 @@ def test_every_network_decodes_its_features(name, backbone):
         made = build_model(name, backbone, 6).eval()
         images_NCHW = torch.empty(2, 3, 84, 112)
         for module in made.modules():
-            if hasattr(module, "valid_taps"):
-                module.valid_taps = False
+            if hasattr(module, "fused"):
+                module.fused = False
         encoded = made.backbone(images_NCHW)
         maps = made.features(images_NCHW)
         logits = made.decode(*maps)

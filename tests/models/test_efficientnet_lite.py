@@ -115,6 +115,36 @@ def test_same_padding_is_tensorflows(height, width, kernel, stride, dilation):
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_depthwise_layer_is_the_operator_where_gradients_are_taken(stride, dtype):
+    torch.manual_seed(0)
+    layer = DepthwiseConv(24, 5, stride=stride)
+    x = images(2, 24, 12, 9).float().contiguous(memory_format=torch.channels_last).requires_grad_()
+    found = {}
+    for fused in (True, False):
+        layer.fused = fused
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            out = layer(x)
+        assert ("stpp_kernels" in out.grad_fn.name()) == fused and out.dtype == dtype
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        found[fused] = out, *torch.autograd.grad(out.float().square().sum(), (x, layer.weight))
+    assert torch.equal(found[True][0], found[False][0])
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-6
+    for mine, plain in zip(found[True][1:], found[False][1:], strict=True):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine, plain, rtol=0, atol=tolerance * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_network_that_learns_still_exports_as_plain_convolutions(strict):
+    network = efficientnet_lite.EfficientNetLite(LITE0, 16).train()
+    with torch.enable_grad():
+        program = torch.export.export(network, (torch.randn(2, 3, 65, 70),), strict=strict)
+    names = {str(node.target) for node in program.graph.nodes}
+    assert any("conv2d" in name for name in names) and not any("stpp_kernels" in name for name in names)
+
+
 @pytest.mark.parametrize("size", [(64, 64), (65, 65), (33, 46), (50, 97)])
 def test_dilation_keeps_the_meaning_of_weights(size):
     """Where the strided network has a value, the dilated one has the same: at an offset that follows from the

@@ -287,7 +287,7 @@ def test_dilated_convolution_is_a_convolution(bias):
     x = images(2, 6, 11, 8)
     want = F.conv2d(x, module.weight, module.bias, padding=5, dilation=5)
     torch.testing.assert_close(module(x), want, **EXACT)
-    module.valid_taps = False
+    module.fused = False
     torch.testing.assert_close(module(x), want, **EXACT)
 
 

@@ -35,7 +35,7 @@ def small(name, output_stride=8):
 def plain_convolutions(model):
     for module in model.modules():
         if isinstance(module, DilatedConv3x3):
-            module.valid_taps = False
+            module.fused = False
     return model
 
 
@@ -245,13 +245,13 @@ def test_memory_format_does_not_change_values(name):
 
 
 @ALL_MODELS
-@pytest.mark.parametrize("valid_taps", [True, False])
-def test_bfloat16_autocast(name, valid_taps):
+@pytest.mark.parametrize("fused", [True, False])
+def test_bfloat16_autocast(name, fused):
     model = small(name).to(memory_format=torch.channels_last).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout | nn.Dropout2d):
             module.p = 0.0
-    if not valid_taps:
+    if not fused:
         plain_convolutions(model)
     images = torch.randn(2, 3, 65, 97).to(memory_format=torch.channels_last)
     want = model(images)

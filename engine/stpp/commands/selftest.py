@@ -136,6 +136,8 @@ def operators(device: torch.device) -> str:
     labels = torch.randint(0, 5, (2, 33, 41), generator=generator).to(torch.uint8).to(device)
     labels[:, :4] = 255
     kernel = torch.randn(4, 5, 3, 3, generator=generator).to(device)
+    ops = torch.ops.stpp_kernels
+    depthwise = (logits.flip(2), logits, kernel[0, :, None], 1, 2, (2, 2, 2, 2), True, True)
     masks = stpp_kernels.upsample_argmax(logits, (33, 41))
     sums, plain_sums = (torch.zeros(2, 5, 33, 41, device=device) for _ in range(2))
     stpp_kernels.softmax_accumulate(sums, logits, (17, 21), (33, 41), True)
@@ -155,6 +157,10 @@ def operators(device: torch.device) -> str:
         "dilated_conv3x3": (
             stpp_kernels.dilated_conv3x3(logits, kernel, 3),
             reference.dilated_conv3x3(logits, kernel, 3),
+        ),
+        "depthwise_conv": tuple(
+            torch.cat([gradient.flatten() for gradient in backward(*depthwise)])
+            for backward in (ops.depthwise_conv_backward, reference.depthwise_conv_backward)
         ),
     }
     for name, (ours, truth) in pairs.items():

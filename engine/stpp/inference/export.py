@@ -78,13 +78,12 @@ def onnx(ready: nn.Module, path: Path, *, shapes: Shapes, dtype: torch.dtype) ->
 
 
 def plain_copy(network: nn.Module) -> nn.Module:
-    """A copy with plain convolutions in place of the operator over valid taps; it shares its weights with
-    `network`."""
+    """A copy with plain convolutions in place of the operators; it shares its weights with `network`."""
     shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     copied = copy.deepcopy(network, shared)
     for module in copied.modules():
-        if hasattr(module, "valid_taps"):
-            module.valid_taps = False
+        if hasattr(module, "fused"):
+            module.fused = False
     return copied
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stpp_kernels import dilated_conv3x3
+from stpp_kernels import depthwise_conv, dilated_conv3x3
 
 
 class Conv3x3(nn.Conv2d):
@@ -54,7 +54,7 @@ class DilatedConv3x3(nn.Conv2d):
 
     It is an `nn.Conv2d` (same parameters, same function, same state-dict keys); only the way to the result
     differs. At dilation 36 on a 41x41 map most of the nine taps touch nothing but zeros, and the operator
-    does not multiply those. Set `valid_taps` to False where a plain convolution is wanted, as in a graph for
+    does not multiply those. Set `fused` to False where a plain convolution is wanted, as in a graph for
     ONNX.
 
     Args:
@@ -63,14 +63,14 @@ class DilatedConv3x3(nn.Conv2d):
         bias: adds one number per output channel.
     """
 
-    valid_taps = True
+    fused = True
 
     def __init__(self, in_channels: int, out_channels: int, dilation: int, bias: bool = False):
         super().__init__(in_channels, out_channels, 3, padding=dilation, dilation=dilation, bias=bias)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """[N, in_channels, H, W] to [N, out_channels, H, W], in autocast's dtype where autocast is on."""
-        if not self.valid_taps:
+        if not self.fused:
             return super().forward(x_NCHW)
         weight, bias = self.weight, self.bias
         device = x_NCHW.device.type
@@ -123,21 +123,40 @@ class SameConv(nn.Conv2d):
         """[N, in_channels, H, W] to [N, out_channels, H / stride, W / stride], rounded up."""
         if self.stride[0] == 1:
             return super().forward(x_NCHW)
+        return super().forward(F.pad(x_NCHW, self.same(x_NCHW)))
+
+    def same(self, x_NCHW: Tensor) -> tuple[int, int, int, int]:
+        """Padding of a map: columns to the left and to the right, rows above and below."""
         after = self.dilation[0] * (self.kernel_size[0] // 2)
-        top, left = (after - 1 + size % 2 for size in x_NCHW.shape[2:])
-        return super().forward(F.pad(x_NCHW, (left, after, top, after)))
+        if self.stride[0] == 1:
+            return after, after, after, after
+        above, left = (after - 1 + size % 2 for size in x_NCHW.shape[2:])
+        return left, after, above, after
 
 
 class DepthwiseConv(SameConv):
     """A convolution of every channel with a kernel of its own, padded as `SameConv`.
+
+    Where gradients are taken on a CPU it is the operator `depthwise_conv`: the same function, with a backward
+    pass that takes a fraction of the time. Set `fused` to False where a plain convolution is wanted.
 
     Args:
         channels: of the input and of the output.
         kernel, stride, dilation: as of `SameConv`.
     """
 
+    fused = True
+
     def __init__(self, channels: int, kernel: int, *, stride: int = 1, dilation: int = 1):
         super().__init__(channels, channels, kernel, stride=stride, dilation=dilation, groups=channels)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """[N, C, H, W] to [N, C, H / stride, W / stride], rounded up."""
+        on_cpu = x_NCHW.device.type == "cpu" and not torch.compiler.is_exporting()
+        if not (self.fused and on_cpu and torch.is_grad_enabled()):
+            return super().forward(x_NCHW)
+        return depthwise_conv(x_NCHW, self.weight, stride=self.stride[0], dilation=self.dilation[0],
+                              padding=self.same(x_NCHW))
 
 
 def conv1x1_bn_relu(in_channels: int, out_channels: int) -> list[nn.Module]:

@@ -13,18 +13,10 @@
 #include <algorithm>
 #include <limits>
 
-#include "common.h"
+#include "lanes.h"
 
 namespace stpp {
 namespace rows {
-
-// The first n (1..kLanes) values of p; the other lanes are zero.
-inline vfloat load_part(const float* p, int64_t n) {
-  if (n >= kLanes) return load(p);
-  vfloat v = {};
-  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
-  return v;
-}
 
 // fp32 scratch memory, aligned to a cache line, with slack for whole vectors read past the end.
 class Scratch {

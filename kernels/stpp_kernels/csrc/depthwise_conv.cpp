@@ -1,0 +1,254 @@
+// The backward pass of depthwise_conv on the CPU. Derivation: depthwise_conv.py.
+//
+// Channels are taken in blocks of 16, one vector of fp32; a task is some rows of some images, for a chunk of blocks. It walks
+// down the rows and keeps the last few of both maps as fp32 planes [block][column][16], between columns of zeros that stand for
+// the padding: so a row is widened once, no tap needs a test for the border, and all that the inner loops touch is contiguous
+// and lies in the second-level cache. These loops are two:
+//   - gather: neighbouring input gradients, added up over the taps that reach them;
+//   - add_products: rows of taps of the weight gradient, added up over a row of outputs.
+// Each task has sums of the weight gradient to itself, which are added in the order of the tasks; tasks follow from the shape
+// alone, so results do not depend on the number of threads.
+#include <torch/library.h>
+
+#include <numeric>
+
+#include "depthwise_loops.h"
+#include "depthwise_planes.h"
+
+namespace stpp {
+namespace {
+
+using namespace depthwise;
+
+constexpr int64_t kTasks = 64;          // about as many are made; by shape alone
+constexpr int64_t kPlanes = 256 << 10;  // bytes of planes that a chunk of channels should not exceed
+constexpr int64_t kLeastBlocks = 4;     // of a chunk that is made small to have enough tasks: two cache lines of 16-bit values
+constexpr int64_t kLeastRows = 8;       // of a band: a smaller one reads more rows of its neighbours than of its own
+
+// Cuts the work: chunks of blocks, and for each of them groups of images or, where that gives few tasks, bands of rows, which
+// read some of their neighbours' rows again.
+struct Plan {
+  int64_t chunk, chunks, bands, group, groups;  // chunk: blocks; group: images
+
+  Plan(const Geometry& g, int64_t bytes_per_block) {
+    const int64_t blocks = g.blocks(), enough = std::max(kLeastBlocks, blocks * g.images / kTasks);
+    const int64_t fitting = std::max<int64_t>(2, std::min(kPlanes / bytes_per_block, enough));
+    chunk = divide_up(blocks, divide_up(blocks, fitting));
+    chunk = std::min(blocks, chunk + chunk % 2);  // pairs: whole cache lines of 16-bit values
+    chunks = divide_up(blocks, chunk);
+    const int64_t singles = g.images * chunks;
+    bands = std::max<int64_t>(1, std::min(kTasks / singles, g.rows / kLeastRows));
+    group = std::max<int64_t>(1, singles / kTasks);
+    groups = divide_up(g.images, group);
+  }
+  int64_t slots() const { return groups * bands; }  // tasks that share a chunk
+  int64_t tasks() const { return chunks * slots(); }
+};
+
+template <typename T>
+struct Problem {
+  const Geometry g;
+  const Plan plan;
+  const Map<const T> input, grad;
+  const Map<T> grad_input;  // without data where it is not needed
+  const float* weights;     // [block][tap][16]
+  float* sums;              // of the weight gradient, [slot][block][tap][16]; null where it is not needed
+};
+
+// What a task covers: images, rows of outputs, blocks of channels.
+struct Part {
+  int64_t first_image, last_image, first_row, last_row, block, count, slot;
+
+  Part(const Geometry& g, const Plan& plan, int64_t task) {
+    const int64_t chunk = task % plan.chunks, band = task / plan.chunks % plan.bands;
+    slot = task / plan.chunks;
+    first_image = slot / plan.bands * plan.group, last_image = std::min(g.images, first_image + plan.group);
+    first_row = g.rows * band / plan.bands, last_row = g.rows * (band + 1) / plan.bands;
+    block = chunk * plan.chunk, count = std::min(plan.chunk, g.blocks() - block);
+  }
+};
+
+template <typename T>
+class Worker {
+ public:
+  explicit Worker(const Problem<T>& p)
+      : p_(p), g_(p.g),
+        input_(g_.width, g_.before_input(), g_.after_input(), p.sums ? g_.input_rows() : 0, p.plan.chunk),
+        grad_(g_.columns, g_.before_output(), g_.after_output(), g_.output_rows(), p.plan.chunk),
+        add_rows_(add_rows_of(g_)) {}
+
+  void backward(const Part& part) {
+    for (int64_t image = part.first_image; image < part.last_image; ++image) {
+      input_.forget(), grad_.forget();
+      for (int64_t row = part.first_row; row < part.last_row; ++row) {
+        if (p_.sums) weight_gradient_row(part, image, row);
+        if (!p_.grad_input.data) continue;
+        const auto reached = [&](int64_t first) { return std::clamp<int64_t>(first * g_.stride - g_.top, 0, g_.height); };
+        const int64_t end = row + 1 == g_.rows ? g_.height : reached(row + 1);
+        for (int64_t y = reached(row); y < end; ++y) input_gradient_row(part, image, y);
+      }
+    }
+  }
+
+ private:
+  const float* input_row(const Part& part, int64_t image, int64_t row) {
+    return input_.get(p_.input, image, row, part.block, part.count);
+  }
+  const float* grad_row(const Part& part, int64_t image, int64_t row) {
+    return grad_.get(p_.grad, image, row, part.block, part.count);
+  }
+  const float* weight(int64_t block, int64_t tap) const { return p_.weights + (block * g_.taps() + tap) * kLanes; }
+
+  // Input y has the taps ky with y + top - ky dilation = stride * row of the output, and likewise along x: columns whose x + left
+  // leave the same remainder have the same taps, every `step`th of a row, which read outputs `gap` apart.
+  void input_gradient_row(const Part& part, int64_t image, int64_t y) {
+    const int64_t common = std::gcd(g_.stride, g_.dilation), step = g_.stride / common, gap = g_.dilation / common;
+    for (int64_t remainder = 0; remainder < g_.stride; ++remainder) {
+      const int64_t x = ((remainder - g_.left) % g_.stride + g_.stride) % g_.stride;
+      if (x >= g_.width) continue;
+      int64_t first = 0;  // tap
+      while (first < step && (x + g_.left - first * g_.dilation) % g_.stride != 0) ++first;
+      const int64_t taps = first < step ? divide_up(std::max<int64_t>(g_.kernel - first, 0), step) : 0;
+      const bool at_once = (gap == 1 && (taps == 2 || taps == 3 || taps == 5)) || (gap == 2 && (taps == 3 || taps == 5));
+      taps_.clear();
+      for (int64_t ky = 0; ky < g_.kernel; ++ky) {
+        const int64_t at = y + g_.top - ky * g_.dilation;
+        if (at < 0 || at % g_.stride != 0 || at / g_.stride >= g_.rows) continue;
+        const float* source = grad_row(part, image, at / g_.stride);
+        for (int64_t tap = taps - 1; tap >= 0; tap -= at_once ? taps : 1) {
+          const int64_t kx = first + tap * step, from = (x + g_.left - kx * g_.dilation) / g_.stride;
+          taps_.push_back({source + from * kLanes, weight(part.block, ky * g_.kernel + kx)});
+        }
+      }
+      T* target = p_.grad_input.at(image, y, part.block) + x * g_.channels;
+      gather_row(part, at_once ? taps : 1, gap, -step * kLanes, divide_up(g_.width - x, g_.stride), target);
+    }
+  }
+
+  // The collected rows of `taps` taps, for all blocks of the part.
+  void gather_row(const Part& part, int64_t taps, int64_t gap, int64_t weight_step, int64_t count, T* target) {
+    const int64_t apart = g_.stride * g_.channels;
+    for (int64_t block = part.block; block < part.block + part.count; ++block, target += kLanes) {
+      const int64_t lanes = p_.grad_input.lanes(block);
+      if (lanes == kLanes) {  // a loop of its own: in one with the other call, the sums would leave their registers
+        gather_taps(taps, gap, weight_step, count, [=](int64_t j, vfloat sum) { store_lanes(target + j * apart, sum); });
+      } else {
+        gather_taps(taps, gap, weight_step, count, [=](int64_t j, vfloat sum) { store_part(target + j * apart, sum, lanes); });
+      }
+      for (TapRow& row : taps_) row.source += grad_.stride(), row.weight += g_.taps() * kLanes;
+    }
+  }
+
+  template <typename Out>
+  void gather_taps(int64_t taps, int64_t gap, int64_t weight_step, int64_t count, const Out& out) {
+    const TapRow* rows = taps_.data();
+    const int64_t num_rows = static_cast<int64_t>(taps_.size());
+    if (taps == 5 && gap == 1) return gather<5, 1>(rows, num_rows, weight_step, count, out);
+    if (taps == 5) return gather<5, 2>(rows, num_rows, weight_step, count, out);
+    if (taps == 3 && gap == 1) return gather<3, 1>(rows, num_rows, weight_step, count, out);
+    if (taps == 3) return gather<3, 2>(rows, num_rows, weight_step, count, out);
+    if (taps == 2) return gather<2, 1>(rows, num_rows, weight_step, count, out);
+    gather<1, 1>(rows, num_rows, weight_step, count, out);
+  }
+
+  void weight_gradient_row(const Part& part, int64_t image, int64_t row) {
+    const float* grad = grad_row(part, image, row);
+    rows_.clear();
+    for (int64_t ky = 0; ky < g_.kernel; ++ky) {
+      const int64_t y = row * g_.stride - g_.top + ky * g_.dilation;
+      if (y < 0 || y >= g_.height) continue;
+      float* sums = p_.sums + ((part.slot * g_.blocks() + part.block) * g_.taps() + ky * g_.kernel) * kLanes;
+      rows_.push_back({input_row(part, image, y) - g_.left * kLanes, sums});
+    }
+    for (int64_t block = 0; block < part.count; ++block, grad += grad_.stride()) {
+      add_rows_(grad, rows_.data(), static_cast<int64_t>(rows_.size()), g_);
+      for (WeightRow& each : rows_) each.source += input_.stride(), each.sums += g_.taps() * kLanes;
+    }
+  }
+
+  const Problem<T>& p_;
+  const Geometry& g_;
+  Planes input_, grad_;
+  const AddRows add_rows_;
+  std::vector<TapRow> taps_;
+  std::vector<WeightRow> rows_;
+};
+
+Geometry geometry_of(const at::Tensor& x, const at::Tensor& weight, int64_t stride, int64_t dilation, at::IntArrayRef padding) {
+  Geometry g{x.size(0), x.size(1), x.size(2), x.size(3), weight.size(2), stride, dilation, padding[2], padding[0], 0, 0};
+  g.rows = (g.height + padding[2] + padding[3] - g.span() - 1) / stride + 1;
+  g.columns = (g.width + padding[0] + padding[1] - g.span() - 1) / stride + 1;
+  return g;
+}
+
+// The weights [C, 1, K, K] as [block][tap][16].
+rows::Scratch blocked(const at::Tensor& weight, const Geometry& g) {
+  const at::Tensor plain = weight.to(at::kFloat).contiguous();
+  const float* source = plain.const_data_ptr<float>();
+  rows::Scratch weights(g.blocks() * g.taps() * kLanes);
+  for (int64_t c = 0; c < g.channels; ++c)
+    for (int64_t tap = 0; tap < g.taps(); ++tap)
+      weights.data()[(c / kLanes * g.taps() + tap) * kLanes + c % kLanes] = source[c * g.taps() + tap];
+  return weights;
+}
+
+// Adds the sums of all slots, in their order.
+void add_slots(const float* sums, int64_t slots, const Geometry& g, const at::Tensor& grad_weight) {
+  const int64_t size = g.blocks() * g.taps() * kLanes;
+  at::Tensor total = at::empty({g.channels, g.taps()}, grad_weight.options().dtype(at::kFloat), at::MemoryFormat::Contiguous);
+  float* out = total.data_ptr<float>();
+  for (int64_t block = 0; block < g.blocks(); ++block) {
+    for (int64_t tap = 0; tap < g.taps(); ++tap) {
+      vfloat sum = {};
+      const float* at = sums + (block * g.taps() + tap) * kLanes;
+      for (int64_t slot = 0; slot < slots; ++slot) sum += load(at + slot * size);
+      for (int64_t lane = 0; lane < kLanes && block * kLanes + lane < g.channels; ++lane)
+        out[(block * kLanes + lane) * g.taps() + tap] = sum[lane];
+    }
+  }
+  grad_weight.copy_(total.view(grad_weight.sizes()));
+}
+
+template <typename Body>
+void with_type(at::ScalarType type, const Body& body) {
+  if (type == at::kFloat) return body(float{});
+  if (type == at::kBFloat16) return body(at::BFloat16{});
+  TORCH_CHECK_VALUE(type == at::kHalf, "depthwise_conv takes float32, bfloat16 and float16, got ", type);
+  body(at::Half{});
+}
+
+at::Tensor channels_last(const at::Tensor& t) { return t.contiguous(at::MemoryFormat::ChannelsLast); }
+
+std::tuple<at::Tensor, at::Tensor> depthwise_conv_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight,
+                                                           int64_t stride, int64_t dilation, at::IntArrayRef padding,
+                                                           bool need_x, bool need_weight) {
+  const Geometry g = geometry_of(x, weight, stride, dilation, padding);
+  at::Tensor grad_x = need_x ? at::empty(x.sizes(), x.options(), at::MemoryFormat::ChannelsLast) : x.new_empty({0});
+  at::Tensor grad_weight = need_weight ? at::zeros_like(weight) : weight.new_empty({0});
+  if (grad.numel() == 0) return {grad_x.zero_(), grad_weight};
+  const at::Tensor input = channels_last(x), output = channels_last(grad);
+  const rows::Scratch weights = blocked(weight, g);
+  const int64_t input_plane = Planes::plane(g.width, g.before_input(), g.after_input());
+  const int64_t output_plane = Planes::plane(g.columns, g.before_output(), g.after_output());
+  const Plan plan(g, sizeof(float) * (g.input_rows() * input_plane + g.output_rows() * output_plane));
+  const rows::Scratch sums(need_weight ? plan.slots() * g.blocks() * g.taps() * kLanes : 0);
+  with_type(x.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    const Problem<T> problem{g, plan,
+                             {input.const_data_ptr<T>(), g.height, g.width, g.channels},
+                             {output.const_data_ptr<T>(), g.rows, g.columns, g.channels},
+                             {need_x ? grad_x.data_ptr<T>() : nullptr, g.height, g.width, g.channels},
+                             weights.data(), need_weight ? sums.data() : nullptr};
+    run_tasks<Worker<T>>(plan.tasks(), problem,
+                         [&](int64_t task, Worker<T>& worker) { worker.backward(Part(g, plan, task)); });
+  });
+  if (need_weight) add_slots(sums.data(), plan.slots(), g, grad_weight);
+  return {grad_x, grad_weight};
+}
+
+}  // namespace
+}  // namespace stpp
+
+TORCH_LIBRARY_IMPL(stpp_kernels_cpp, CPU, m) {
+  m.impl("depthwise_conv_backward", &stpp::depthwise_conv_backward);
+}
