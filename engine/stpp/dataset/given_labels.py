@@ -59,17 +59,19 @@ def check(samples: Sequence[Sample], folder: Path, index: Index, out: Path, *, e
     image_of = {sample.key: sample.image for sample in samples}
     tasks = [Task(key, image_of[key], path, 0, 0) for key, path in found.items()]
     masks, problems, judge = {}, [], Judge(index.classes, None)
+    pixels = [0] * len(index.classes)
     for chunk in check_all(tasks, (str(index.root), str(out), len(index.classes), index.exif)):
         for one in chunk:
             problems += one.problems
             masks[one.task.key] = str(out / one.converted) if one.converted else one.task.mask
             if one.class_pixels is not None:
+                pixels = [a + b for a, b in zip(pixels, one.class_pixels, strict=True)]
                 judge.add(one.task.mask, one.stored, [*one.class_pixels, one.ignored], one.edges)
     problems += judge.stored_problems()  # teachers leave specks, and 255 where they are not sure
     if problems:
         more = f" (and {len(problems) - 1} more such masks)" if len(problems) > 1 else ""
         raise UserError(f"--pseudo-labels: {problems[0]}{more}; mend them, or name their images in --exclude")
-    files.write_json(out / NAME, {"masks": masks, "stamps": stamps})
+    files.write_json(out / NAME, {"masks": masks, "stamps": stamps, "class_pixels": pixels})
 
 
 def attach(samples: Sequence[Sample], out: Path) -> list[Sample]:

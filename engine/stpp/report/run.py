@@ -1,6 +1,7 @@
 """What a run left on the disk besides its labels: stages, their curves, and the set it learned from."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,19 @@ class Stage:
     curves: list[Curve]
     iou: dict[str, float | None]
     """Percent by class on the validation list; empty where it is not recorded."""
+    shares: "Shares | None"
+    """Of the classes, as the stage last recorded them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shares:
+    """Classes among the labelled pixels of a stage, and among those that a network labelled."""
+
+    step: int
+    found: str
+    """The latter: "pseudo" or "confident"."""
+    rows: list[tuple[str, float, float, float | None]]
+    """(class, percent of the labelled pixels, percent of the others, their ratio)."""
 
 
 def stages(run: Path) -> list[Stage]:
@@ -38,6 +52,7 @@ def stages(run: Path) -> list[Stage]:
         iou = json_of(folder / SCORES).get("iou")
         found.append(Stage(name=folder.name, record=json_of(folder / "DONE.json"),
                            curves=_curves(folder / "metrics.jsonl"),
+                           shares=_shares(folder / "metrics.jsonl"),
                            iou=iou if isinstance(iou, dict) else {}))
     return found
 
@@ -62,10 +77,9 @@ def labelled_pixels(run: Path) -> tuple[list[int], str | None]:
                                     labelled=True)
     except UserError as error:
         return [], str(error)
-    counts = {entry.key: entry.class_pixels for entry in known.entries.values()}
     total: list[int] = []
-    for sample in samples:
-        total = added(total, counts[sample.key] or [])
+    for counts in known.class_pixels(samples):
+        total = added(total, counts)
     return total, None
 
 
@@ -95,19 +109,37 @@ def _texts(values: dict) -> dict[str, str]:
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
 
 
+def _shares(path: Path) -> Shares | None:
+    """The last row by class."""
+    for row in reversed(list(_rows(path))):
+        for found in ("confident", "pseudo"):
+            keys = ("labelled_pct", f"{found}_pct", f"{found}_ratio")
+            ours, theirs, ratios = (row.get(key) for key in keys)
+            if all(isinstance(one, dict) for one in (ours, theirs, ratios)):
+                return Shares(step=row["step"], found=found,
+                              rows=[(name, ours[name], theirs[name], ratios[name]) for name in ours])
+    return None
+
+
 def _curves(path: Path) -> list[Curve]:
     values: dict[str, list[tuple[int, float]]] = {key: [] for key in METRICS}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        try:
-            row = json.loads(line)
-            step = int(row.pop("step"))
-        except (ValueError, KeyError, TypeError, AttributeError):  # a line cut short by a crash
-            continue
+    for row in _rows(path):
+        step = row.pop("step")
         for key, value in row.items():
             if isinstance(value, (int, float)):
                 values.setdefault(key, []).append((step, value))
     return [drawn for key, pairs in values.items() if (drawn := curve(METRICS.get(key, key), pairs))]
+
+
+def _rows(path: Path) -> Iterator[dict]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        try:
+            row = json.loads(line)
+            row["step"] = int(row["step"])
+        except (ValueError, KeyError, TypeError, AttributeError):  # a line cut short by a crash
+            continue
+        yield row
