@@ -131,9 +131,8 @@ def _floors(options: Label, teacher: "Opened") -> tuple[float, ...]:
     """
     least = options.min_confidence
     if least == "auto":
-        from stpp import log
         from stpp.inference import calibration
-        from stpp.run.calibrated import chosen
+        from stpp.run.calibrated import floors_of
 
         path = options.calibration or options.teacher.parent / calibration.NAME
         found = calibration.read(path)
@@ -141,8 +140,7 @@ def _floors(options: Label, teacher: "Opened") -> tuple[float, ...]:
             other = "other weights" if found.tta == options.tta else f"{found.tta} views"
             raise UserError(f"{path} is of {other}; run `stpp calibrate --checkpoint {options.teacher} --tta "
                             f"{options.tta}`")
-        least = found.floors(options.target_precision)
-        log.say(chosen(found, options.target_precision))
+        least = floors_of(found, options.target_precision)
     elif not options.class_confidence:
         return ()
     return by_class.filled(options.class_confidence, "class-confidence", teacher.classes, least)

@@ -49,9 +49,23 @@ def _kept(path: Path, weights: str, tta: str, samples: Sequence[Sample]) -> Cali
     return found if same else None
 
 
-def chosen(found: Calibration, precision: float) -> str:
-    """A line about the least confidences that a precision needs."""
+def floors_of(found: Calibration, precision: float) -> tuple[float, ...]:
+    """Least confidence of every class for the wanted precision; says which.
+
+    Raises:
+        UserError: no class reaches it.
+    """
     floors = found.floors(precision)
+    if set(floors) == {NEVER}:
+        best = max(found.proposal(precision, i).precision for i in range(len(floors)))
+        raise UserError(f"a precision of {precision:g} is reached by no class at any confidence (the best "
+                        f"has {best:.2f} on {found.images} held-out images); lower it, or train the teacher "
+                        "longer")
+    log.say(_chosen(found, floors, precision))
+    return floors
+
+
+def _chosen(found: Calibration, floors: Sequence[float], precision: float) -> str:
     kept = ", ".join(f"{name} {floor:.3f}" for name, floor in zip(found.classes, floors, strict=True)
                      if floor != NEVER)
     never = [name for name, floor in zip(found.classes, floors, strict=True) if floor == NEVER]

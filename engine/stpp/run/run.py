@@ -41,7 +41,7 @@ from stpp.report.build import write_report
 from stpp.report.examples import Watch, write_examples
 from stpp.report.run import SCORES
 from stpp.run import lists, preflight
-from stpp.run.calibrated import calibrated, chosen
+from stpp.run.calibrated import calibrated, floors_of
 from stpp.run.class_watch import ClassWatch, pseudo_pixels
 from stpp.run.outcome import outcome
 from stpp.training import class_rules
@@ -246,8 +246,7 @@ class Run:
         if least == "auto":
             found = calibrated(self.here, teacher, self._teacher, self.lists.held_out, self.config.data,
                                tta=label.tta, classes=classes, wanted=label.precision)
-            least = found.floors(label.precision)
-            log.say(chosen(found, label.precision))
+            least = floors_of(found, label.precision)
         elif not label.class_confidence:
             return ()
         return by_class.filled(label.class_confidence, "label.class-confidence", classes, least)
