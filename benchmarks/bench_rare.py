@@ -4,7 +4,7 @@
     python benchmarks/bench_rare.py --name camvid --root DATA/camvid --recipe camvid_stpp \
         --rare Pole SignSymbol Pedestrian Bicyclist Fence --out benchmarks/results/rare-camvid-cpu.jsonl
 
-Without --root: 64 labelled pictures of the demonstration's kind, in which one class is a small ring in one
+Without --root: 64 labelled pictures of the demonstration's kind, in which one class is a small disc in one
 picture of eight, 0.2 % of the pixels; supervised, 320 steps of 8 crops. Every run is `stpp train`, in a
 process of its own; a run that is finished is not repeated (--work). Nothing is timed.
 
@@ -29,10 +29,10 @@ VARIANTS = {
     "none": [],
     "weights": ["--rare.weights", "inverse-sqrt"],
     "effective": ["--rare.weights", "effective", "--rare.effective-pixels", "10000"],
-    "sampling": ["--rare.sampling", "0.5"],
+    "sampling": ["--rare.sampling", "0.25"],
     "logits": ["--rare.logit-adjustment", "1"],
     "ohem": ["--train.loss", "ohem-image"],
-    "weights-sampling": ["--rare.weights", "inverse-sqrt", "--rare.sampling", "0.5"],
+    "weights-sampling": ["--rare.weights", "inverse-sqrt", "--rare.sampling", "0.25"],
     "keep-share": ["--label.keep-share", "0.5"],
     "precision": ["--label.min-confidence", "auto", "--label.precision", "0.8", "--advise.share", "0.2"],
     "select": ["--label.select-by", "class"],
@@ -44,7 +44,7 @@ MADE = ["--method", "supervised", "--data.layout", "voc", "--data.fraction", "64
         "160", "--train.epochs", "20", "--train.supervised-epochs", "20", "--train.batch-global", "8",
         "--train.lr", "0.05", "--train.head-lr-multiplier", "1", "--train.validate-every", "100"]
 """Settings on the made set: 20 epochs of 16 steps."""
-DIFFICULTY = synthetic.Difficulty(small_rings=0.13, side_px=(80, 112))
+DIFFICULTY = synthetic.Difficulty(seldom="disc", seldom_radius=(0.08, 0.1), side_px=(80, 112))
 
 
 def trained(out: Path, flags: list[str]) -> str:
@@ -108,7 +108,7 @@ if __name__ == "__main__":
     parser.add_argument("--name", default="made", help="of the data set, in the rows")
     parser.add_argument("--root", type=Path, help="a data set; without: the made one")
     parser.add_argument("--recipe", help="of stpp train")
-    parser.add_argument("--rare", nargs="+", default=["ring"], help="the rare classes")
+    parser.add_argument("--rare", nargs="+", default=["disc"], help="the rare classes")
     parser.add_argument("--variants", nargs="+", default=OF_TRAINING, choices=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--work", type=Path, help="folder of the runs, kept; without: a temporary one")

@@ -81,11 +81,11 @@ class Difficulty:
     noise: tuple[float, float] = (0.0, 0.03)
     """Standard deviation of the sensor noise."""
     jpeg_quality: tuple[int, int] = (45, 95)
-    small_rings: float | None = None
-    """Probability of one small ring in a picture, and no other ring in any: a rare class; None: rings are
-    like the other shapes."""
-    small_radius: tuple[float, float] = (0.1, 0.13)
-    """Radius of such a ring."""
+    seldom: str | None = None
+    """A class that is seldom: one small shape in some pictures, none in others; None: none is."""
+    seldom_chance: float = 0.12
+    """Probability that a picture shows it."""
+    seldom_radius: tuple[float, float] = (0.07, 0.09)
 
 
 def generate(
@@ -153,11 +153,11 @@ def draw_picture(rng: np.random.Generator, difficulty: Difficulty) -> tuple[np.n
                          rng.uniform(d.dark_value[0], d.light_value[1]))
         fill = _fill(rng, height, width, colour, str(rng.choice(_TEXTURES)), d)
         canvas += coverage[..., None] * (fill - canvas)
-    has_small = d.small_rings is not None
+    labels = [i for i, name in enumerate(CLASSES) if i and name != d.seldom]
     for _ in range(rng.integers(d.shapes[0], d.shapes[1] + 1)):
-        _draw_shape(rng, canvas, mask, int(rng.integers(1, len(CLASSES) - has_small)), d)
-    if has_small and rng.random() < d.small_rings:
-        _draw_shape(rng, canvas, mask, CLASSES.index("ring"), replace(d, radius=d.small_radius))
+        _draw_shape(rng, canvas, mask, labels[int(rng.integers(0, len(labels)))], d)
+    if d.seldom is not None and rng.random() < d.seldom_chance:
+        _draw_shape(rng, canvas, mask, CLASSES.index(d.seldom), replace(d, radius=d.seldom_radius))
     return _photograph(rng, canvas, d), mask
 
 
