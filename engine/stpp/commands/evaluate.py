@@ -71,7 +71,7 @@ def evaluate(args: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opened:
+class ReadyCheckpoint:
     """A checkpoint that is ready, and what it is looked at on."""
 
     predictor: "EagerPredictor"
@@ -82,7 +82,7 @@ class Opened:
     data: DataConfig
 
 
-def opened(options: OnLabels, folder: Path, listed: Path, here: "World") -> Opened:
+def opened(options: OnLabels, folder: Path, listed: Path, here: "World") -> ReadyCheckpoint:
     """Opens the checkpoint, and the labelled images of a list in an index.
 
     Raises:
@@ -111,7 +111,7 @@ def opened(options: OnLabels, folder: Path, listed: Path, here: "World") -> Open
             f"{folder} has {len(known.classes)} ({', '.join(known.classes)}); use the matching index")
     predictor = EagerPredictor(network, num_classes=len(classes), device=here.device,
                                dtype=autocast_dtype(options.compute.precision, here.device))
-    return Opened(predictor=predictor, classes=classes, weights=weights_sha256(network.state_dict()),
+    return ReadyCheckpoint(predictor=predictor, classes=classes, weights=weights_sha256(network.state_dict()),
                   samples=samples, data=data)
 
 

@@ -32,8 +32,8 @@ PRESENT = 0.001
 """Share of an image's pixels from which on it shows a class."""
 
 
-class Agreement(NamedTuple):
-    """Agreement of the teachers on an image."""
+class Judged(NamedTuple):
+    """An image, as its teachers judge it."""
 
     reliability: float
     class_pixels: list[int] | None
@@ -65,7 +65,7 @@ class Reliability:
         """See `Job`."""
         return self
 
-    def compute(self, batch: Decoded) -> Callable[[], list[Agreement | None]]:
+    def compute(self, batch: Decoded) -> Callable[[], list[Judged | None]]:
         """See `Job`: the mean over the earlier teachers of their mask's mean IoU with the last one's."""
         *earlier, last = self.networks
         size = batch.images_NCHW.shape[-2:]
@@ -80,10 +80,10 @@ class Reliability:
                                per_image=True).diagonal(dim1=1, dim2=2)]
         queued, errors = Readback(total_N / len(earlier), *shown), batch.errors
 
-        def results() -> list[Agreement | None]:
+        def results() -> list[Judged | None]:
             scores_N, *shown = (values.tolist() for values in queued.read())
             pixels = shown[0] if shown else [None] * len(scores_N)
-            return [None if i in errors else Agreement(*both)
+            return [None if i in errors else Judged(*both)
                     for i, both in enumerate(zip(scores_N, pixels, strict=True))]
 
         return results
@@ -91,7 +91,7 @@ class Reliability:
     def sink(self, out: Path, shard: int, clock: Clock) -> None:
         """See `Job`."""
 
-    def row(self, one: Planned, result: Agreement, stored: None) -> dict:
+    def row(self, one: Planned, result: Judged, stored: None) -> dict:
         """See `Job`."""
         return rows.good(one, self.teacher) | result._asdict()
 
