@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "recipes": ("recipes", "list the recipes that come with stpp"),
     "train": ("train", "run supervised training, ST, ST++, UniMatch or UniMatch-V2"),
     "evaluate": ("evaluate", "score a checkpoint at native size"),
+    "calibrate": ("calibrate", "measure how far confidences can be trusted, and propose thresholds"),
     "predict": ("predict", "write masks of a few images, and pictures of them"),
     "export": ("export", "write a checkpoint as ONNX"),
     "compile": ("compile", "compile a checkpoint into an engine that labels faster"),

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from stpp import files, settings
+from stpp import by_class, files, settings
 from stpp.errors import UserError
 from stpp.settings import flatten
 
@@ -269,9 +269,9 @@ class TrainConfig(PrecisionConfig):
     """SGD momentum; AdamW has betas 0.9 and 0.999."""
     weight_decay: float = 1e-4
     """L2 penalty on all parameters; AdamW's is decoupled (UniMatch-V2: 0.01)."""
-    loss: Literal["ce", "ohem"] = "ce"
+    loss: Literal["ce", "ohem", "ohem-image"] = "ce"
     """Loss of labelled pixels: cross-entropy, or that of the hardest (OHEM: probability below 0.7, 200,000
-    pixels at least)."""
+    pixels at least); ohem-image: of the hardest of each image (an eighth at least), on any ranks alike."""
     optimizer: Literal["sgd", "adamw", "apex"] = "sgd"
     """Fused SGD or AdamW of PyTorch, or FusedSGD of NVIDIA apex."""
     sync_bn: bool = False
@@ -340,12 +340,15 @@ class ConsistencyConfig:
     confidence: float = 0.95
     """Probability from which a pixel's class in the weak view is a label for the strong views; UniMatch on
     Cityscapes: 0."""
+    class_confidence: tuple[str, ...] = ()
+    """Classes with another confidence, as CLASS=CONFIDENCE (pole=0.6); `stpp calibrate` proposes them."""
     ema: float = 0.996
     """Decay of the moving average that labels, is validated and kept (UniMatch-V2, FixMatch); 0: the network
     itself."""
 
     def __post_init__(self):
         _check(0 <= self.confidence < 1, "consistency.confidence", self.confidence, "from 0 to below 1")
+        by_class.check(self.class_confidence, "consistency.class-confidence")
         _check(0 <= self.ema < 1, "consistency.ema", self.ema, "from 0 to below 1")
 
 
@@ -361,8 +364,16 @@ class LabelConfig:
     max_pixels: int = 1 << 24
     """Images of more pixels are not labelled but listed as bad: the views of a large image need much
     memory."""
-    min_confidence: float = 0.0
-    """Pixels whose class has less than this share of the summed probabilities become 255 (ignore)."""
+    min_confidence: float | Literal["auto"] = 0.0
+    """Pixels whose class has less than this share of the summed probabilities become 255 (ignore); auto: by
+    class, from held-out labels, what gives the wanted precision."""
+    class_confidence: tuple[str, ...] = ()
+    """Classes with another least confidence, as CLASS=CONFIDENCE (pole=0.6)."""
+    keep_share: float = 1.0
+    """Share of each class's pixels that keep their label, the most confident ones; the rest become 255."""
+    select_by: Literal["reliability", "class"] = "reliability"
+    """Which half of the images a selection trusts: the reliable half of all, or of the images of each class,
+    where an image counts for the rarest class that it shows."""
     shard_size: int = 0
     """Images of a shard, the unit of work that an interrupted run keeps or repeats; 0: a 32nd of all, from 16
     to 1000."""
@@ -375,8 +386,65 @@ class LabelConfig:
             _check(getattr(self, name) >= 1, f"{self._section}{name.replace('_', '-')}", getattr(self, name),
                    "at least 1")
         _check(self.shard_size >= 0, f"{self._section}shard-size", self.shard_size, "0 or more")
-        _check(0 <= self.min_confidence < 1, f"{self._section}min-confidence", self.min_confidence,
-               "from 0 to below 1")
+        _check(self.min_confidence == "auto" or 0 <= self.min_confidence < 1,
+               f"{self._section}min-confidence", self.min_confidence, "auto, or from 0 to below 1")
+        by_class.check(self.class_confidence, f"{self._section}class-confidence")
+        _check(0 < self.keep_share <= 1, f"{self._section}keep-share", self.keep_share, "above 0, at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageLabelConfig(LabelConfig):
+    """How the stages of a run compute pseudo labels."""
+
+    precision: float | None = None
+    """With min-confidence auto: share of the pixels of each class whose label is to be right."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check(self.precision is None or 0 < self.precision < 1, "label.precision", self.precision,
+               "between 0 and 1")
+        _check((self.precision is not None) == (self.min_confidence == "auto"), "label.precision",
+               self.precision, "given with --label.min-confidence auto, and only then")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RareConfig:
+    """Remedies for rare classes; all are off by default."""
+
+    weights: Literal["none", "inverse-sqrt", "effective"] = "none"
+    """Factors of the classes in the loss, from their labelled pixels n: 1 / sqrt(n), or one over the
+    effective number of n."""
+    effective_pixels: float = 1e6
+    """Pixels N from which on more of a class add little: the effective number of n is N (1 - (1 - 1/N)^n)."""
+    most_weight: float = 20.0
+    """Largest factor of a class over the smallest of all."""
+    logit_adjustment: float = 0.0
+    """Factor of the logarithm of a class's labelled share, added to its logits in training alone; 1: as
+    published."""
+    sampling: float = 0.0
+    """Share of a list's places that are filled by class: a class is drawn (the rarer the likelier), then an
+    image that shows it."""
+    crop_tries: int = 10
+    """Crops drawn for such a place, at most, until one shows the class; 1: the first is taken."""
+
+    def __post_init__(self):
+        for name, least in (("effective_pixels", 1), ("most_weight", 1), ("crop_tries", 1),
+                            ("logit_adjustment", 0)):
+            _check(least <= getattr(self, name) < math.inf, f"rare.{name.replace('_', '-')}",
+                   getattr(self, name), f"at least {least}")
+        _check(0 <= self.sampling <= 1, "rare.sampling", self.sampling, "from 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdviseConfig:
+    """Labels that a run keeps to judge the confidence of its pseudo labels by."""
+
+    share: float = 0.0
+    """Share of the labelled images that is not trained on, for `stpp calibrate` and --label.min-confidence
+    auto; 0: they take the validation list."""
+
+    def __post_init__(self):
+        _check(0 <= self.share < 1, "advise.share", self.share, "from 0 to below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -412,7 +480,9 @@ class Config(DeviceConfig):
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
-    label: LabelConfig = field(default_factory=LabelConfig)
+    label: StageLabelConfig = field(default_factory=StageLabelConfig)
+    rare: RareConfig = field(default_factory=RareConfig)
+    advise: AdviseConfig = field(default_factory=AdviseConfig)
 
     def __post_init__(self):
         _check(0 <= self.seed < 2**64, "seed", self.seed, "from 0 to 2^64 - 1")

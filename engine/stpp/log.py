@@ -83,7 +83,8 @@ class Metrics:
         self._path, self._board = folder / "metrics.jsonl", None
         if not _speaks:
             return
-        kept = [line for line in _lines(self._path) if json.loads(line)["step"] <= first_step]
+        # What stands before the first step is written again.
+        kept = [line for line in _lines(self._path) if first_step and json.loads(line)["step"] <= first_step]
         files.write_text(self._path, "".join(line + "\n" for line in kept))
         from torch.utils.tensorboard import SummaryWriter
 
@@ -96,6 +97,17 @@ class Metrics:
         note(self._path, {"step": step, **values})
         for key, value in values.items():
             self._board.add_scalar(key, value, step)
+
+    def by_class(self, step: int, columns: Mapping[str, Mapping[str, float]]) -> None:
+        """Adds a row of values by class, as `{"confident_pct": {"road": 31.0}}`; what is not a number is
+        null, and no scalar."""
+        if self._board is None:
+            return
+        note(self._path, {"step": step} | {
+            key: {name: round(value, 6) if math.isfinite(value) else None for name, value in values.items()}
+            for key, values in columns.items()})
+        self.show(step, values={f"{key}/{name}": value for key, values in columns.items()
+                                for name, value in values.items()}, pictures={})
 
     def show(self, step: int, *, values: Mapping[str, float], pictures: "Mapping[str, np.ndarray]") -> None:
         """Adds to TensorBoard alone what would be too much for a row.

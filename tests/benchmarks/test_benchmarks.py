@@ -91,6 +91,7 @@ SMALLEST = {
     "ops": "--small --only dilated_conv",
     "prepare": f"--small --before {ROOT}",
     "profile": "--small",
+    "rare": "--small",
     "scaling": "--rounds 1 --crop 33 --per-rank 2",
     "selftrain": "--shorten 80 --pictures 32",
     "shapes": "--small",

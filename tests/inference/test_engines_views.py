@@ -74,7 +74,7 @@ def test_masks_are_those_of_the_method(camvid, trained, tmp_path, monkeypatch, b
         for i, size in enumerate(SIZES):
             image = normalised(photograph(camvid / "images" / "val", 20 * i, size, "RGB"))
             images_NCHW = torch.from_numpy(image).permute(2, 0, 1)[None]
-            mask = finalize(views.accumulate(teacher.logits, images_NCHW, "stpp", CLASSES))[0][0]
+            mask = finalize(views.accumulate_views(teacher.logits, images_NCHW, "stpp", CLASSES))[0][0]
             mean = plain_probabilities(network, images_NCHW, scales,
                                        mirrored)[0] / (len(scales) * (1 + mirrored))
             first, second = mean.topk(2, dim=0).values

@@ -111,7 +111,7 @@ def test_views_add_up_as_described(mode, size):
     net, images = network(3), torch.randn(2, 3, *size)
     scales, mirrored = views.VIEWS[mode]
     with torch.no_grad():
-        ours = views.accumulate(net, images, mode, 6)
+        ours = views.accumulate_views(net, images, mode, 6)
         truth = torch.cat([plain_probabilities(net, image[None], scales, mirrored) for image in images])
     torch.testing.assert_close(ours, truth, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(ours.sum(1), torch.full_like(ours[:, 0], len(scales) * (1 + mirrored)))

@@ -117,7 +117,7 @@ def test_pairs_of_views_are_those_of_single_views():
         view = torch.cat([view, view.flip(3)]).contiguous(memory_format=torch.channels_last)
         for flip, low in zip((False, True), logits(view).split(2), strict=True):
             stpp_kernels.softmax_accumulate(expected, low, scaled, size, flip)
-    assert torch.equal(views.accumulate(logits, images, "stpp", 3), expected)
+    assert torch.equal(views.accumulate_views(logits, images, "stpp", 3), expected)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -165,7 +165,6 @@ def test_boxes_that_need_many_attempts_are_found(monkeypatch):
     """With room for two attempts in a block, most boxes need further blocks; they fit and stay keyed by
     position."""
     monkeypatch.setattr(augment, "_BLOCK", 24)
-    monkeypatch.setattr(augment, "_COUNTS_PER_BLOCK", 6)
     params = numbers(samples_of(2000), np.arange(2000), **SETTINGS)
     has_box = params.box[:, 2] > 0
     assert rate_is(has_box, 0.5) and (params.box[:, :2] + params.box[:, 2:] <= 320).all()
@@ -249,7 +248,6 @@ def test_pasted_boxes_keep_their_area():
 
 def test_pasted_boxes_that_need_many_attempts_keep_their_area(monkeypatch):
     monkeypatch.setattr(augment, "_BLOCK", 24)
-    monkeypatch.setattr(augment, "_COUNTS_PER_BLOCK", 6)
     (view,) = views_of(samples_of(4000), np.arange(4000), **SETTINGS, views=("strong",), box="paste")
     boxes = view.box[view.box[:, 2] > 0]
     assert abs((boxes[:, 2] * boxes[:, 3] / 320**2).mean() - 0.21) < 0.015

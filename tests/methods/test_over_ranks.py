@@ -15,24 +15,30 @@ STEPS = "3"
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize("method", ["unimatch", "unimatch-v2"])
-def test_ranks_and_passes_take_the_steps_of_one_process(method, synthetic, synthetic_index, tmp_path):
-    args = [str(synthetic), str(synthetic_index)]
+@pytest.mark.parametrize(("method", "rare"), [("unimatch", ""), ("unimatch-v2", ""), ("unimatch", "rare"),
+                                              ("unimatch-v2", "rare"), ("supervised", "rare")])
+def test_ranks_and_passes_take_the_steps_of_one_process(method, rare, synthetic, synthetic_index, tmp_path):
+    args, more = [str(synthetic), str(synthetic_index)], [method, *([rare] if rare else [])]
 
     def found(name: str) -> dict:
         return torch.load(tmp_path / f"{name}.pt")
 
-    ran = subprocess.run([sys.executable, WORKER, *args, tmp_path / "alone.pt", "1", STEPS, method],
+    ran = subprocess.run([sys.executable, WORKER, *args, tmp_path / "alone.pt", "1", STEPS, *more],
                          capture_output=True, text=True, timeout=200)
     assert ran.returncode == 0, ran.stderr
     alone = found("alone")
     terms = torch.tensor(alone["losses"]).view(int(STEPS), -1)
-    # the last is the confident share
-    assert (terms[:, :-1] > 0).all() and ((terms[:, -1] > 0.05) & (terms[:, -1] < 1)).all()
+    if method == "supervised":
+        assert (terms > 0).all() and alone["confident"] is None
+    else:  # the last is the confident share
+        assert (terms[:, :-1] > 0).all() and ((terms[:, -1] > 0.05) & (terms[:, -1] < 1)).all()
+        assert sum(alone["confident"]) > 1000
     for name, accumulate in (("ranks", "1"), ("passes", "2")):
-        ran = torchrun(2, WORKER, *args, str(tmp_path / f"{name}.pt"), accumulate, STEPS, method)
+        ran = torchrun(2, WORKER, *args, str(tmp_path / f"{name}.pt"), accumulate, STEPS, *more)
         assert ran.returncode == 0, ran.stderr
         torch.testing.assert_close(torch.tensor(found(name)["losses"]), torch.tensor(alone["losses"]),
                                    rtol=1e-4, atol=1e-6)
+        close = pytest.approx(alone["confident"], abs=20) if alone["confident"] else None
+        assert found(name)["confident"] == close  # rounding may move a pixel over the threshold
         for key, value in alone["weights"].items():
             torch.testing.assert_close(found(name)["weights"][key], value, rtol=1e-4, atol=1e-6, msg=key)

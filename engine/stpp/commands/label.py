@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from stpp import config, files
+from stpp import by_class, config, files
 from stpp.commands.exif_flags import exif_asked
 from stpp.commands.options import (
     Compute,
@@ -25,6 +25,7 @@ from stpp.config import DataConfig, LabelConfig, LoaderConfig
 from stpp.errors import UserError
 
 if TYPE_CHECKING:
+    from stpp.inference.several import Opened
     from stpp.label.run import Summary
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -90,6 +91,20 @@ class Label(CorpusOptions):
     output_stride: OutputStride = None
     output: Literal["png", "tar"] = "png"
     """A PNG file for every mask, or one tar archive for every shard."""
+    target_precision: float | None = None
+    """With --min-confidence auto: share of the pixels of each class whose label is to be right."""
+    calibration: Path | None = None
+    """With --min-confidence auto: what `stpp calibrate` wrote; by default calibration.json beside the
+    teacher."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        auto = self.min_confidence == "auto"
+        if self.target_precision is not None and not 0 < self.target_precision < 1:
+            raise UserError(f"--target-precision is {self.target_precision}: it must be between 0 and 1")
+        if auto != (self.target_precision is not None) or (self.calibration is not None and not auto):
+            raise UserError("--min-confidence auto and --target-precision go together, and --calibration "
+                            "goes with both; for example, --min-confidence auto --target-precision 0.95")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +124,36 @@ def label(args: Sequence[str]) -> None:
     def work(open_teachers, task, here) -> "Summary":
         from stpp.label.labels import label_corpus
 
-        return label_corpus(open_teachers, task, here)
+        return label_corpus(open_teachers, task, here, floors=floors)
+
+    def floors(teacher: "Opened") -> tuple[float, ...]:
+        return _floors(options, teacher)
 
     _run(options, [options.teacher], options.tta, work, "mean confidence", output=options.output,
          output_stride=options.output_stride)
+
+
+def _floors(options: Label, teacher: "Opened") -> tuple[float, ...]:
+    """Least confidence by class; empty where all have one.
+
+    Raises:
+        UserError: a class that does not exist, or no calibration of this teacher with these views.
+    """
+    least = options.min_confidence
+    if least == "auto":
+        from stpp.inference import calibration
+        from stpp.run.calibrated import floors_of
+
+        path = options.calibration or options.teacher.parent / calibration.NAME
+        found = calibration.read(path)
+        if found.tta != options.tta or not teacher.identity.startswith(found.weights[:16]):
+            other = "other weights" if found.tta == options.tta else f"{found.tta} views"
+            raise UserError(f"{path} is of {other}; run `stpp calibrate --checkpoint {options.teacher} --tta "
+                            f"{options.tta}`")
+        least = floors_of(found, options.target_precision)
+    elif not options.class_confidence:
+        return ()
+    return by_class.filled(options.class_confidence, "class-confidence", teacher.classes, least)
 
 
 def select(args: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ colours are float32 in 0..1.
 
 import colorsys
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +81,11 @@ class Difficulty:
     noise: tuple[float, float] = (0.0, 0.03)
     """Standard deviation of the sensor noise."""
     jpeg_quality: tuple[int, int] = (45, 95)
+    seldom: str | None = None
+    """A class that is seldom: one small shape in some pictures, none in others; None: none is."""
+    seldom_chance: float = 0.12
+    """Probability that a picture shows it."""
+    seldom_radius: tuple[float, float] = (0.07, 0.09)
 
 
 def generate(
@@ -148,12 +153,20 @@ def draw_picture(rng: np.random.Generator, difficulty: Difficulty) -> tuple[np.n
                          rng.uniform(d.dark_value[0], d.light_value[1]))
         fill = _fill(rng, height, width, colour, str(rng.choice(_TEXTURES)), d)
         canvas += coverage[..., None] * (fill - canvas)
+    labels = [i for i, name in enumerate(CLASSES) if i and name != d.seldom]
     for _ in range(rng.integers(d.shapes[0], d.shapes[1] + 1)):
-        label = int(rng.integers(1, len(CLASSES)))
-        coverage = _shape(rng, height, width, label, d)
-        canvas += coverage[..., None] * (_look(rng, height, width, CLASSES[label], d) - canvas)
-        mask[coverage >= 0.5] = label
+        _draw_shape(rng, canvas, mask, labels[int(rng.integers(0, len(labels)))], d)
+    if d.seldom is not None and rng.random() < d.seldom_chance:
+        _draw_shape(rng, canvas, mask, CLASSES.index(d.seldom), replace(d, radius=d.seldom_radius))
     return _photograph(rng, canvas, d), mask
+
+
+def _draw_shape(rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray, label: int,
+                d: Difficulty) -> None:
+    """Draws one shape of a class over what is there."""
+    coverage = _shape(rng, *mask.shape, label, d)
+    canvas += coverage[..., None] * (_look(rng, *mask.shape, CLASSES[label], d) - canvas)
+    mask[coverage >= 0.5] = label
 
 
 def _smooth(rng: np.random.Generator, height: int, width: int, cells: float) -> np.ndarray:

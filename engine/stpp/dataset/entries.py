@@ -99,6 +99,12 @@ class Index:
                         found.append(path)
         return list(dict.fromkeys(found))  # one file may hold the shapes of many images
 
+    def class_pixels(self, samples: Iterable[Sample]) -> list[list[int]]:
+        """Pixels of each class in the data set's masks of these samples, in their order; zeros without a
+        mask."""
+        counts = {entry.key: entry.class_pixels for entry in self.entries.values()}
+        return [counts[sample.key] or [0] * len(self.classes) for sample in samples]
+
     def sample(self, image: str, *, strong: bool = False, mask: str | None | EllipsisType = ...) -> Sample:
         """What a loader reads for an image.
 

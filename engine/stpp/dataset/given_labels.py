@@ -63,30 +63,33 @@ def check(samples: Sequence[Sample], folder: Path, index: Index, out: Path, *, e
                             "run began; choose another --out")
         return
     image_of = {sample.key: sample.image for sample in samples}
-    masks, problems = {}, []
+    masks, problems, pixels = {}, [], [0] * len(index.classes)
     of_colours = _meaning(folder, index.classes) if corrected else None
     for group, meaning in ((corrected, of_colours), (others, None)):
         tasks = [Task(key, image_of[key], path, 0, 0) for key, path in group.items()]
-        written, found_problems = _checked(tasks, index, out, meaning)
+        written, found_problems, counted = _checked(tasks, index, out, meaning)
         masks, problems = masks | written, problems + found_problems
+        pixels = [a + b for a, b in zip(pixels, counted, strict=True)]
     if problems:
         more = f" (and {len(problems) - 1} more such masks)" if len(problems) > 1 else ""
         raise UserError(f"--pseudo-labels: {problems[0]}{more}; mend them, or name their images in --exclude")
-    files.write_json(out / NAME, {"masks": masks, "stamps": stamps})
+    files.write_json(out / NAME, {"masks": masks, "stamps": stamps, "class_pixels": pixels})
 
 
 def _checked(tasks: list[Task], index: Index, out: Path,
-             meaning: MaskMap | None) -> tuple[dict[str, str], list[str]]:
-    """Masks to train on by key, and what is wrong with them."""
+             meaning: MaskMap | None) -> tuple[dict[str, str], list[str], list[int]]:
+    """Masks to train on by key, what is wrong with them, and the pixels of each class."""
     masks, problems, judge = {}, [], Judge(index.classes, meaning)
+    pixels = [0] * len(index.classes)
     for chunk in check_all(tasks, (str(index.root), str(out), len(index.classes), index.exif, meaning)):
         for one in chunk:
             problems += one.problems
             masks[one.task.key] = str(out / one.converted) if one.converted else one.task.mask
             if one.class_pixels is not None:
+                pixels = [a + b for a, b in zip(pixels, one.class_pixels, strict=True)]
                 judge.add(one.task.mask, one.stored, [*one.class_pixels, one.ignored], one.edges)
     # Of masks together, stored forms alone: teachers leave specks, and 255 where they are not sure.
-    return masks, problems + judge.stored_problems()
+    return masks, problems + judge.stored_problems(), pixels
 
 
 def attach(samples: Sequence[Sample], out: Path) -> list[Sample]:

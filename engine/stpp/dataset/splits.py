@@ -17,6 +17,7 @@ the quality of pseudo labels.
 import math
 import os
 import unicodedata
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -33,7 +34,7 @@ LABELED, UNLABELED, VAL = "labeled.txt", "unlabeled.txt", "val.txt"
 _SAME = (("SegmentationClass/", "SegmentationClassAug/"),
          ("_gtFine_labelTrainIds.png", "_gtFine_labelIds.png"))
 
-_DRAW_LABELED, _DRAW_VAL = 1, 2
+_DRAW_LABELED, _DRAW_VAL, _DRAW_HELD = 1, 2, 3
 """Second words of the generator's key: each draw has numbers of its own."""
 
 
@@ -269,6 +270,22 @@ def _drawn(images: list[str], count: int, seed: int, purpose: int) -> list[str]:
     """`count` of the sorted `images`, uniformly: those with the smallest of as many random 64-bit numbers."""
     numbers = np.random.Philox(key=np.array([seed, purpose], dtype=np.uint64)).random_raw(len(images))
     return [images[i] for i in np.argsort(numbers, kind="stable")[:count]]
+
+
+def held_out(samples: Sequence[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Labelled samples that are trained on, and a share of them (rounded up) that is not, drawn by their
+    names and `seed`; the order stays.
+
+    Raises:
+        UserError: none would be left to train on.
+    """
+    count = math.ceil(share * len(samples))
+    if count >= len(samples):
+        raise UserError(f"--advise.share {share} leaves no labelled image of {len(samples)} to train on; "
+                        "lower it")
+    kept = set(_drawn(sorted(sample.image for sample in samples), count, seed, _DRAW_HELD))
+    return ([sample for sample in samples if sample.image not in kept],
+            [sample for sample in samples if sample.image in kept])
 
 
 def line(entry: Entry) -> str:

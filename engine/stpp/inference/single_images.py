@@ -23,7 +23,6 @@ from stpp.images.sources import FolderSource, Item
 from stpp.inference import exif_rule, views
 from stpp.inference.open import Predictor, open_predictor
 from stpp.models.trained import load_network
-from stpp_kernels import finalize
 
 
 class ImagePredictor:
@@ -93,8 +92,8 @@ class ImagePredictor:
     def scored(self, colours_HWC: np.ndarray) -> tuple[np.ndarray, float]:
         """The same, and the mean confidence of its pixels, 0 to 1."""
         images_NCHW = _network_input(colours_HWC, self._device)
-        sums_NCHW = views.accumulate(self._network.logits, images_NCHW, self.mode, self._network.num_classes)
-        masks_NHW, confidence_N, _ = finalize(sums_NCHW)
+        sums_NCHW = views.accumulate(self._network, images_NCHW, self.mode)
+        masks_NHW, confidence_N, _ = views.concluded(sums_NCHW, tuple(images_NCHW.shape[-2:]))
         return masks_NHW[0].cpu().numpy(), float(confidence_N[0])
 
     def _of_pil(self, image: Image.Image) -> np.ndarray:

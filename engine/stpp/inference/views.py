@@ -51,8 +51,8 @@ def view_size(height: int, width: int, view_px: int | None) -> tuple[int, int]:
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def accumulate(logits: Callable[[torch.Tensor], torch.Tensor], images_NCHW: torch.Tensor, mode: str,
-               num_classes: int) -> torch.Tensor:
+def accumulate_views(logits: Callable[[torch.Tensor], torch.Tensor], images_NCHW: torch.Tensor, mode: str,
+                     num_classes: int) -> torch.Tensor:
     """Sums the class probabilities of all views at the size of the image.
 
     A view and its mirror image go through the network as one batch of 2N.
@@ -83,7 +83,7 @@ def accumulate(logits: Callable[[torch.Tensor], torch.Tensor], images_NCHW: torc
 
 def accumulate_crops(logits: Callable[[torch.Tensor], torch.Tensor], images_NCHW: torch.Tensor, mode: str,
                      num_classes: int, crop_px: int, edges: WindowEdges = "cut") -> torch.Tensor:
-    """As `accumulate`, but the network sees overlapping crops, and each has its views.
+    """As `accumulate_views`, but the network sees overlapping crops, and each has its views.
 
     A crop begins at every two thirds of its side; see `starts` for the last ones. An image smaller than a
     crop is one crop.
@@ -105,7 +105,7 @@ def accumulate_crops(logits: Callable[[torch.Tensor], torch.Tensor], images_NCHW
     for top in starts(height, crop_px, edges):
         for left in starts(width, crop_px, edges):
             crop = (..., slice(top, top + crop_px), slice(left, left + crop_px))
-            sums_NCHW[crop] += accumulate(logits, images_NCHW[crop], mode, num_classes)
+            sums_NCHW[crop] += accumulate_views(logits, images_NCHW[crop], mode, num_classes)
     return sums_NCHW
 
 
@@ -122,6 +122,20 @@ def starts(length: int, crop_px: int, edges: WindowEdges) -> list[int]:
     return [*range(0, last, step), last]
 
 
+def accumulate(predictor: "Predictor", images_NCHW: torch.Tensor, mode: str) -> torch.Tensor:
+    """Sums the class probabilities of all views of whole images.
+
+    Args:
+        images_NCHW: float32, normalised, of their own size.
+        mode: key of `VIEWS`.
+
+    Returns:
+        float32 [N, C, h, w] at the size at which the predictor sees them; `concluded` makes masks of it.
+    """
+    return accumulate_views(predictor.logits, seen(images_NCHW, predictor.view_px), mode,
+                            predictor.num_classes)
+
+
 def masks(predictor: "Predictor", images_NCHW: torch.Tensor, mode: str, *, crop_px: int | None = None,
           edges: WindowEdges = "cut") -> torch.Tensor:
     """The most likely class of every pixel over all views: uint8 [N, H, W].
@@ -133,14 +147,14 @@ def masks(predictor: "Predictor", images_NCHW: torch.Tensor, mode: str, *, crop_
         mode: key of `VIEWS`.
         crop_px, edges: see `accumulate_crops`; None: the network sees whole images.
     """
-    size, num_classes = tuple(images_NCHW.shape[-2:]), predictor.num_classes
-    images_NCHW = seen(images_NCHW, predictor.view_px)
+    size = tuple(images_NCHW.shape[-2:])
     if crop_px is not None:
-        sums_NCHW = accumulate_crops(predictor.logits, images_NCHW, mode, num_classes, crop_px, edges)
-    elif mode == "none" and images_NCHW.shape[-2:] == size:
+        sums_NCHW = accumulate_crops(predictor.logits, seen(images_NCHW, predictor.view_px), mode,
+                                     predictor.num_classes, crop_px, edges)
+    elif mode == "none" and view_size(*size, predictor.view_px) == size:
         return upsample_argmax(predictor.logits(images_NCHW), size)
     else:
-        sums_NCHW = accumulate(predictor.logits, images_NCHW, mode, num_classes)
+        sums_NCHW = accumulate(predictor, images_NCHW, mode)
     return concluded(sums_NCHW, size)[0]
 
 
@@ -149,7 +163,7 @@ def concluded(sums_NCHW: torch.Tensor,
     """Masks of summed probabilities, at the size of the images.
 
     Args:
-        sums_NCHW: see `accumulate`; at the size at which the images were seen.
+        sums_NCHW: see `accumulate`.
         size: (rows, columns) of the images.
 
     Returns:
@@ -161,6 +175,13 @@ def concluded(sums_NCHW: torch.Tensor,
         masks_NHW = upsample_argmax(sums_NCHW, size)
         pixels_NC = counted(masks_NHW, sums_NCHW.shape[1])
     return masks_NHW, confidence_N, pixels_NC
+
+
+def resized(sums_NCHW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Sums at the size (rows, columns) of the images: float32 [N, C, *size]. Labelling does without them."""
+    if tuple(sums_NCHW.shape[-2:]) == tuple(size):
+        return sums_NCHW
+    return F.interpolate(sums_NCHW, size, mode="bilinear", align_corners=True)
 
 
 def counted(masks_NHW: torch.Tensor, num_classes: int) -> torch.Tensor:

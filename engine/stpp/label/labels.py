@@ -3,6 +3,7 @@
 Legend: N images, C classes, H W size of the batch.
 """
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from stpp import distributed
 from stpp.clock import Clock
 from stpp.config import DataConfig, LabelConfig
-from stpp.device import Readback
+from stpp.device import Readback, constant
 from stpp.distributed import World
 from stpp.errors import UserError
 from stpp.images.batches import Decoded
@@ -26,8 +27,9 @@ from stpp.images.planning import Planned
 from stpp.inference import views
 from stpp.inference.open import Predictor
 from stpp.inference.several import Open, Opened
-from stpp.label import confidence_map, rows
+from stpp.label import confidence_map, rows, thresholds
 from stpp.label.assignment import Assignment
+from stpp.label.plan import Plan
 from stpp.label.run import Summary, execute
 from stpp.label.sinks import Sink, StoredMask, open_sink
 from stpp.loading.sample import Sample
@@ -65,6 +67,10 @@ class Labels:
     """ "png" or "tar"."""
     classes: Sequence[str] = ()
     """See `Job`."""
+    floors: tuple[float, ...] = ()
+    """Smallest share by class, in the place of `min_confidence`; empty: that, for all."""
+    keep_share: float = 1.0
+    """Share of each class's pixels that keep their label at most; see `stpp.label.thresholds`."""
 
     @property
     def networks(self) -> Sequence[Predictor]:
@@ -74,13 +80,27 @@ class Labels:
     @property
     def settings(self) -> dict:
         """See `Job`."""
+        by_class = {"floors": list(self.floors)} if self.floors else {}
+        share = {"keep_share": self.keep_share} if self.keep_share < 1 else {}
         return {"job": "label", "teacher": self.teacher, "tta": self.mode, "output": self.output,
-                "min_confidence": self.min_confidence}
+                "min_confidence": self.min_confidence, **by_class, **share}
+
+    def prepare(self, task: Assignment, plan: Plan, here: World) -> None:
+        """See `Job`."""
+        if self.keep_share < 1:
+            thresholds.ensure(self.network, self.mode, task, plan, here)
+
+    def prepared(self, out: Path) -> "Labels":
+        """See `Job`: with the larger floor of each class, its own and that of its share."""
+        if self.keep_share == 1:
+            return self
+        of_share = thresholds.read(out)
+        own = self.floors or (self.min_confidence,) * len(of_share)
+        return dataclasses.replace(self, floors=tuple(map(max, own, of_share)), keep_share=1.0)
 
     def compute(self, batch: Decoded) -> Callable[[], list[PseudoLabel | str | None]]:
         """See `Job`; a text is why an image has no label although it could be read."""
-        images_NCHW = views.seen(batch.images_NCHW, self.network.view_px)
-        sums_NCHW = views.accumulate(self.network.logits, images_NCHW, self.mode, self.network.num_classes)
+        sums_NCHW = views.accumulate(self.network, batch.images_NCHW, self.mode)
         queued, errors = self._queued(sums_NCHW, tuple(batch.images_NCHW.shape[-2:])), batch.errors
 
         def results() -> list[PseudoLabel | str | None]:
@@ -91,8 +111,10 @@ class Labels:
     def _queued(self, sums_NCHW: torch.Tensor, size: tuple[int, int]) -> Readback:
         """Masks, mean confidences, pixels by class and maps of confidence, on their way to the host."""
         masks_NHW, confidence_N, pixels_NC = views.concluded(sums_NCHW, size)
-        if self.min_confidence > 0:
-            unsure_NHW = sums_NCHW.amax(1) < self.min_confidence * sums_NCHW.sum(1)
+        if self.floors or self.min_confidence > 0:
+            floor = constant(self.floors, sums_NCHW.device)[sums_NCHW.argmax(1)] if self.floors \
+                else self.min_confidence
+            unsure_NHW = sums_NCHW.amax(1) < floor * sums_NCHW.sum(1)
             if unsure_NHW.shape != masks_NHW.shape:
                 unsure_N1HW = F.interpolate(unsure_NHW[:, None].byte(), size, mode="nearest-exact")
                 unsure_NHW = unsure_N1HW[:, 0].bool()
@@ -156,9 +178,16 @@ class Labelled:
     images: int
     miou: float | None
     """Agreement with the masks of the images, percent, where all have one: reported, never trained on."""
+    class_pixels: list[int]
+    """Pixels of each class in the labels."""
 
 
-def label_corpus(open_teacher: Open, task: Assignment, here: World) -> Summary:
+Floors = Callable[[Opened], tuple[float, ...]]
+"""Least confidence by class for an opened teacher; empty: `LabelConfig.min_confidence`, for all."""
+
+
+def label_corpus(open_teacher: Open, task: Assignment, here: World, *,
+                 floors: Floors = lambda _: ()) -> Summary:
     """Writes a mask (8-bit class indices, 255 below the confidence floor) of every image, and its row.
 
     Below `task.out`: `masks/<key>.png` or `masks/shard-*.tar`, `labels/part-*.parquet` (`rows.LABELS`), at
@@ -167,6 +196,7 @@ def label_corpus(open_teacher: Open, task: Assignment, here: World) -> Summary:
 
     Args:
         open_teacher: opens one teacher.
+        floors: needed where `min_confidence` is "auto".
 
     Raises:
         UserError: the source, or an output that another run began.
@@ -174,15 +204,17 @@ def label_corpus(open_teacher: Open, task: Assignment, here: World) -> Summary:
     """
     def job(images: int) -> Labels:
         (opened,) = open_teacher(images)
+        least, by_class = task.config.min_confidence, floors(opened)
+        assert by_class or least != "auto"
         return Labels(network=opened.network, teacher=opened.identity, mode=task.config.tta,
-                      output=task.output, min_confidence=task.config.min_confidence,
-                      classes=opened.classes)
+                      output=task.output, min_confidence=0.0 if least == "auto" else least, floors=by_class,
+                      keep_share=task.config.keep_share, classes=opened.classes)
 
     return execute(task, job, here)
 
 
 def label(open_teacher: Open, samples: Sequence[Sample], here: World, *, config: LabelConfig,
-          data: DataConfig, out: Path, title: str) -> Labelled:
+          data: DataConfig, out: Path, title: str, floors: Floors = lambda _: ()) -> Labelled:
     """Labels the samples of a stage with `label_corpus`.
 
     Raises:
@@ -196,9 +228,10 @@ def label(open_teacher: Open, samples: Sequence[Sample], here: World, *, config:
         return found
 
     task = Assignment(source=SampleSource(samples), out=out, config=config, data=data, title=title)
-    summary = label_corpus(opened, task, here)
+    summary = label_corpus(opened, task, here, floors=floors)
     require_none_bad(summary, out)
-    return Labelled(images=summary.images, miou=agreement(samples, out, here, classes[0]))
+    return Labelled(images=summary.images, miou=agreement(samples, out, here, classes[0]),
+                    class_pixels=summary.class_pixels)
 
 
 def require_none_bad(summary: Summary, out: Path) -> None:

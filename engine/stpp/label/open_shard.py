@@ -9,12 +9,14 @@ from typing import Any, Protocol
 
 from stpp import files
 from stpp.clock import Clock
+from stpp.distributed import World
 from stpp.images import batches
 from stpp.images.items import content_hash
 from stpp.images.planning import Planned
 from stpp.inference.open import Predictor
 from stpp.label import rows
 from stpp.label.assignment import Assignment
+from stpp.label.plan import Plan
 from stpp.label.shards import Markers, marker_of
 from stpp.label.sinks import Sink, StoredMask
 
@@ -33,6 +35,15 @@ class Job(Protocol):
     """What decides the result, for the fingerprint: JSON values."""
     classes: Sequence[str]
     """Names of the class ids in masks, for those who read them; empty where they are not known."""
+
+    def prepare(self, task: Assignment, plan: Plan, here: World) -> None:
+        """Finds out what must be known before the first shard, and keeps it below `task.out`; one rank does
+        it, in every call."""
+        ...
+
+    def prepared(self, out: Path) -> "Job":
+        """The job with what was found out."""
+        ...
 
     def compute(self, batch: batches.Decoded) -> Callable[[], list[Any]]:
         """Queues the work on a batch.

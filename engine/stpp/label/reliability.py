@@ -3,9 +3,11 @@
 Source: ST++ (arXiv 2106.05095), section 3.3. Legend: N images, H W size of the batch.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -22,9 +24,21 @@ from stpp.inference.several import Open
 from stpp.label import rows
 from stpp.label.assignment import Assignment
 from stpp.label.labels import SampleSource, require_none_bad
+from stpp.label.plan import Plan
 from stpp.label.run import Summary, execute
 from stpp.loading.sample import Sample
-from stpp_kernels import pairwise_iou
+from stpp_kernels import confusion, pairwise_iou
+
+PRESENT = 0.001
+"""Share of an image's pixels from which on it shows a class."""
+
+
+class Judged(NamedTuple):
+    """An image, as its teachers judge it."""
+
+    reliability: float
+    class_pixels: list[int] | None
+    """Pixels of each class in the last teacher's mask, where they are needed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +51,23 @@ class Reliability:
     networks: Sequence[Predictor]
     teacher: str
     classes = ()
+    by_class: bool = False
+    """Keep what each image shows, to choose by class."""
 
     @property
     def settings(self) -> dict:
         """See `Job`."""
-        return {"job": "select", "teacher": self.teacher}
+        by_class = {"select_by": "class"} if self.by_class else {}
+        return {"job": "select", "teacher": self.teacher, **by_class}
 
-    def compute(self, batch: Decoded) -> Callable[[], list[float | None]]:
+    def prepare(self, task: Assignment, plan: Plan, here: World) -> None:
+        """See `Job`."""
+
+    def prepared(self, out: Path) -> "Reliability":
+        """See `Job`."""
+        return self
+
+    def compute(self, batch: Decoded) -> Callable[[], list[Judged | None]]:
         """See `Job`: the mean over the earlier teachers of their mask's mean IoU with the last one's."""
         *earlier, last = self.networks
         reference_NHW = views.masks(last, batch.images_NCHW, "none")
@@ -51,26 +75,32 @@ class Reliability:
         for network in earlier:
             masks_NHW = views.masks(network, batch.images_NCHW, "none")
             total_N += pairwise_iou(masks_NHW, reference_NHW, last.num_classes)
-        queued, errors = Readback(total_N / len(earlier)), batch.errors
+        shown = []
+        if self.by_class:  # a mask against itself counts its classes
+            shown = [confusion(reference_NHW, reference_NHW, last.num_classes,
+                               per_image=True).diagonal(dim1=1, dim2=2)]
+        queued, errors = Readback(total_N / len(earlier), *shown), batch.errors
 
-        def results() -> list[float | None]:
-            (scores_N,) = queued.read()
-            return [None if i in errors else score for i, score in enumerate(scores_N.tolist())]
+        def results() -> list[Judged | None]:
+            scores_N, *shown = (values.tolist() for values in queued.read())
+            pixels = shown[0] if shown else [None] * len(scores_N)
+            return [None if i in errors else Judged(*both)
+                    for i, both in enumerate(zip(scores_N, pixels, strict=True))]
 
         return results
 
     def sink(self, out: Path, shard: int, clock: Clock) -> None:
         """See `Job`."""
 
-    def row(self, one: Planned, result: float, stored: None) -> dict:
+    def row(self, one: Planned, result: Judged, stored: None) -> dict:
         """See `Job`."""
-        return rows.good(one, self.teacher) | {"reliability": result}
+        return rows.good(one, self.teacher) | result._asdict()
 
 
 def select_corpus(open_teachers: Open, task: Assignment, here: World, *,
                   order: Sequence[str] | None = None) -> Summary:
     """Writes `reliability.parquet`, `reliable_ids.txt` and `unreliable_ids.txt`: the reliable half, and the
-    rest.
+    rest; with `select_by` class, the reliable half of the images of each class.
 
     Reliability is the mean IoU between the last teacher's prediction and each earlier one's. Shards, markers
     and restarts are as for `stpp.label.labels.label_corpus`; the parts of the table are
@@ -83,10 +113,11 @@ def select_corpus(open_teachers: Open, task: Assignment, here: World, *,
     """
     def job(images: int) -> Reliability:
         opened = open_teachers(images)
-        return Reliability(networks=[one.network for one in opened],
+        return Reliability(networks=[one.network for one in opened], by_class=by_class,
                            teacher="+".join(one.identity for one in opened))
 
-    return execute(task, job, here, conclude=lambda: write_selection(task.out, order))
+    by_class = task.config.select_by == "class"
+    return execute(task, job, here, conclude=lambda: write_selection(task.out, order, by_class=by_class))
 
 
 def select(open_teachers: Open, samples: Sequence[Sample], lines: Sequence[str], here: World, *,
@@ -117,20 +148,47 @@ def split_by_reliability(scores: Sequence[float]) -> tuple[list[int], list[int]]
     return order[:half], order[half:]
 
 
-def write_selection(out: Path, order: Sequence[str] | None = None) -> None:
+def split_by_class(scores: Sequence[float], pixels: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+    """As `split_by_reliability`, of the images of each class: an image is one of the rarest class that it
+    shows, which the fewest images do (of equal ones, the first).
+
+    Half of each class's images are reliable, rounded down; those that are missing to half of all are the next
+    ones of the classes with an odd number of images, the most reliable first.
+
+    Args:
+        pixels: of each class, image by image.
+    """
+    shown = [[i for i, count in enumerate(counts) if count >= PRESENT * sum(counts) and count]
+             for counts in pixels]
+    images = Counter(i for classes in shown for i in classes)
+    groups: dict[int, list[int]] = {}
+    for position in sorted(range(len(scores)), key=lambda i: -scores[i]):
+        rarest = min(shown[position], key=lambda i: (images[i], i), default=-1)
+        groups.setdefault(rarest, []).append(position)
+    chosen = {position for group in groups.values() for position in group[: len(group) // 2]}
+    next_ones = sorted((group[len(group) // 2] for group in groups.values() if len(group) % 2),
+                       key=lambda i: (-scores[i], i))
+    chosen.update(next_ones[: len(scores) // 2 - len(chosen)])
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    return [i for i in order if i in chosen], [i for i in order if i not in chosen]
+
+
+def write_selection(out: Path, order: Sequence[str] | None = None, *, by_class: bool = False) -> None:
     """Writes the table and the two lists from the scores of all shards; images without a score are in
     neither.
 
     The names of all images are held in memory for it, about 200 bytes each.
     """
-    found = [(row["key"], row["source"], row["reliability"]) for row in rows.read_parts(out / "scores")
-             if row["status"] == "ok"]
+    found = [(row["key"], row["source"], row["reliability"], row.get("class_pixels"))
+             for row in rows.read_parts(out / "scores") if row["status"] == "ok"]
     if order is not None:
         place = {key: i for i, key in enumerate(order)}
         found.sort(key=lambda row: place[row[0]])
-    reliable, unreliable = split_by_reliability([score for _, _, score in found])
+    scores = [row[2] for row in found]
+    reliable, unreliable = split_by_class(scores, [row[3] for row in found]) if by_class \
+        else split_by_reliability(scores)
     trusted = set(reliable)
     rows.write(out / "reliability.parquet", ({"key": key, "reliability": score, "reliable": i in trusted}
-                                             for i, (key, _, score) in enumerate(found)), rows.RELIABILITY)
+                                             for i, (key, _, score, _) in enumerate(found)), rows.RELIABILITY)
     for name, positions in (("reliable_ids.txt", reliable), ("unreliable_ids.txt", unreliable)):
         files.write_text(out / name, "".join(f"{found[i][1]}\n" for i in positions))

@@ -27,8 +27,9 @@ LABELS = {**_IMAGE, "mean_confidence": "float64", "ignored_fraction": "float64",
           "class_pixels": "list<int64>", "confidence_map": "binary", "size": "int64", "crc": "int64",
           "teacher": "string", "image_hash": "int64"}
 """Columns of `labels/part-*.parquet` and `failed.parquet`; `image_hash` is `content_hash` of the image."""
-SCORES = {**_IMAGE, "reliability": "float64", "teacher": "string", "image_hash": "int64"}
-"""Columns of `scores/part-*.parquet`."""
+SCORES = {**_IMAGE, "reliability": "float64", "class_pixels": "list<int64>", "teacher": "string",
+          "image_hash": "int64"}
+"""Columns of `scores/part-*.parquet`; `class_pixels` where images are chosen by class."""
 RELIABILITY = {"key": "string", "reliability": "float64", "reliable": "bool"}
 """Columns of `reliability.parquet`."""
 TABLES = {"labels": LABELS, "scores": SCORES}

@@ -81,6 +81,8 @@ def execute(task: Assignment, open_job: Callable[[int], Job], here: World, *,
         _require_kind(task.out, here, kind)
         if not here.is_main:  # one that reads another checkpoint or lacks DALI would mix its masks in
             _claim(task, job, listing, kind, threads)
+        _on_first(here, board, "prepared", lambda: job.prepare(task, plan, here))
+        job = job.prepared(task.out)
         ledger = Ledger(here, board, shards=plan.shards, part=task.part, done=markers.done)
         worker = Worker(task, job, plan, here, ledger)
         worker.run()

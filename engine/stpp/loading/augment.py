@@ -9,7 +9,7 @@ bottom.
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -17,8 +17,8 @@ import torch
 
 from stpp.config import AugmentConfig
 from stpp.device import staging
-from stpp.loading.sample import Sample, Stream
-from stpp.loading.sampler import STREAMS_OF_LIST, philox
+from stpp.loading.sample import Preference, Sample, Stream
+from stpp.loading.sampler import STREAMS_OF_LIST, drawn_classes, philox, uniform_rows
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 """Values of `Appearance.jitter_order`."""
@@ -29,6 +29,7 @@ LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 _AUGMENT_STREAM = 1
 _NOISE_STREAM = 2
+_CROP_STREAM = 15
 _ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.int8)
 
 # One block of uniform numbers belongs to a position: the first 16 are the scalars, then come cutout attempts
@@ -36,7 +37,6 @@ _ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.int8)
 # blocks.
 _SCALARS = 16
 _BLOCK = 128
-_COUNTS_PER_BLOCK = _BLOCK // 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,7 +144,11 @@ def draw(stream: Stream, indices: np.ndarray, positions: np.ndarray, *, augment:
         boxes = partial(_boxes, positions=positions, augment=augment, one_area=stream.box == "paste",
                         further=partial(_uniforms, view=number, **key))
         views.append(_appearance(own, strong_by_view[view], augment, boxes))
-    return Augmentation(geometry=_geometry(uniforms, samples, augment), views=tuple(views))
+    geometry = _geometry(uniforms, samples, augment)
+    if stream.preference is not None:
+        geometry = _recropped(geometry, uniforms, samples, indices, positions, augment, stream.preference,
+                              **key)
+    return Augmentation(geometry=geometry, views=tuple(views))
 
 
 def pasting(drawn: Augmentation, stream: Stream, device: torch.device) -> dict[str, torch.Tensor]:
@@ -174,6 +178,42 @@ def _geometry(uniforms: np.ndarray, samples: Sequence[Sample], augment: AugmentC
         flip=u_flip < 0.5,
         crop_px=augment.crop_px,
     )
+
+
+def _recropped(geometry: Geometry, uniforms: np.ndarray, samples: Sequence[Sample], indices: np.ndarray,
+               positions: np.ndarray, augment: AugmentConfig, preference: Preference, *, seed: int,
+               stage: int, epoch: int, number: int) -> Geometry:
+    """Draws size and place of the crop again where a place is filled by a class that the crop lacks, as often
+    as the preference says; the last one stays. Flips stay."""
+    key = {"seed": seed, "stage": stage, "epoch": epoch}
+    classes, _ = drawn_classes(preference, positions, number=number, **key)
+    for attempt in range(1, preference.crop_tries):
+        lacking = np.array([row for row in np.flatnonzero(classes >= 0) if not _shows(
+            geometry, row, preference.spots[indices[row]].get(classes[row]))], dtype=np.int64)
+        if not len(lacking):
+            break
+        again = uniforms[lacking].copy()
+        again[:, :3] = uniform_rows(positions[lacking], 4, stream=_CROP_STREAM + STREAMS_OF_LIST * number,
+                                    block=attempt, **key)[:, :3]
+        fresh = _geometry(again, [samples[row] for row in lacking], augment)
+        columns = {name: getattr(geometry, name).copy() for name in ("resize_h", "resize_w", "crop_y",
+                                                                     "crop_x")}
+        for name, values in columns.items():
+            values[lacking] = getattr(fresh, name)
+        geometry = replace(geometry, **columns)
+    return geometry
+
+
+def _shows(geometry: Geometry, row: int, spots: np.ndarray | None) -> bool:
+    """Whether one of these pixels lies in the crop of a row; also where none is known."""
+    if spots is None:
+        return True
+    inside = np.ones(len(spots), dtype=bool)
+    for axis, (side, first) in enumerate(((geometry.resize_h[row], geometry.crop_y[row]),
+                                          (geometry.resize_w[row], geometry.crop_x[row]))):
+        at = np.floor(spots[:, axis].astype(np.float64) * side)
+        inside &= (at >= first) & (at < first + geometry.crop_px)
+    return bool(inside.any())
 
 
 def _appearance(uniforms: np.ndarray, strong: np.ndarray, augment: AugmentConfig,
@@ -206,17 +246,8 @@ def _uniforms(positions: np.ndarray, block: int, *, seed: int, stage: int, epoch
               view: int) -> np.ndarray:
     """float64 [N, _BLOCK] in [0, 1): each row a function of its position, the stream, the view and the
     block's number alone."""
-    out = np.empty((len(positions), _BLOCK), dtype=np.uint64)
     stream = STREAMS_OF_LIST * number + (_AUGMENT_STREAM if view == 0 else _NOISE_STREAM + view)
-    # A run of consecutive positions (what the sampler yields) is one run of the counter: one generator serves
-    # it.
-    breaks = np.flatnonzero(np.diff(positions) != 1) + 1
-    for run in np.split(np.arange(len(positions)), breaks):
-        if len(run):
-            counter = (int(positions[run[0]]) * _COUNTS_PER_BLOCK, block)
-            bits = philox(stream, seed=seed, stage=stage, epoch=epoch, counter=counter)
-            out[run] = bits.random_raw(len(run) * _BLOCK).reshape(len(run), _BLOCK)
-    return (out >> np.uint64(11)) * 2.0**-53
+    return uniform_rows(positions, _BLOCK, stream=stream, seed=seed, stage=stage, epoch=epoch, block=block)
 
 
 def _integers(uniform: np.ndarray, low: int, high: int | np.ndarray) -> np.ndarray:

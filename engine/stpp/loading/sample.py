@@ -1,6 +1,6 @@
 """What the loaders read (samples), what a step is fed (streams), and what arrives (batches)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,6 +40,24 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Preference:
+    """Preference for images and crops that show rare classes: which places of an epoch are filled by class,
+    and with what. C: classes."""
+
+    share: float
+    """Share of the places that are filled by class."""
+    chances_C: np.ndarray
+    """float64: probability that such a place is filled by this class; they add up to 1."""
+    members: tuple[np.ndarray, ...]
+    """By class: int64 positions, in the list of samples, of the images that show it."""
+    spots: tuple[Mapping[int, np.ndarray], ...]
+    """By sample: some pixels of each class that it shows, float32 [n, 2]: y and x as shares of height and
+    width."""
+    crop_tries: int
+    """Crops drawn for such a place, at most, until one shows the class."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Stream:
     """A list of samples as a step is fed it: one batch a pass, decoded and cropped once, seen in one or
     several views."""
@@ -55,6 +73,8 @@ class Stream:
     """Whether the step needs the samples' masks. Without, an unlabelled image needs none anywhere."""
     number: int = 0
     """Place among the streams of a step: it keys the random numbers, so that no two streams share them."""
+    preference: Preference | None = None
+    """For images and crops with rare classes; None: every image once an epoch, and the first crop drawn."""
 
     def __post_init__(self):
         if self.masked and (bare := next((sample for sample in self.samples if sample.mask is None), None)):

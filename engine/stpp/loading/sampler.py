@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stpp.loading.sample import Sample, Stream
+from stpp.loading.sample import Preference, Sample, Stream
 
-ORDER_STREAM = 0
-"""Random stream of the epoch's order. The augmentation's numbers come from another one (see `philox`)."""
+ORDER_STREAM, CLASS_STREAM = 0, 14
+"""Random streams of the epoch's order, and of the classes of the places that are filled by class. The
+augmentation's numbers come from other ones (see `philox`)."""
 STREAMS_OF_LIST = 16
 """Random streams that belong to each stream of samples: its order, and its views."""
 
@@ -37,6 +38,26 @@ def philox(stream: int, *, seed: int, stage: int, epoch: int,
     return np.random.Philox(key=key, counter=np.array([*counter, 0, 0], dtype=np.uint64))
 
 
+def uniform_rows(positions: np.ndarray, width: int, *, stream: int, seed: int, stage: int, epoch: int,
+                 block: int = 0) -> np.ndarray:
+    """float64 [N, width] in [0, 1): each row a function of its position, the block's number and the key.
+
+    Args:
+        width: a multiple of 4, the numbers of one count.
+        stream: see `philox`.
+    """
+    out = np.empty((len(positions), width), dtype=np.uint64)
+    # A run of consecutive positions (what the sampler yields) is one run of the counter: one generator serves
+    # it.
+    breaks = np.flatnonzero(np.diff(positions) != 1) + 1
+    for run in np.split(np.arange(len(positions)), breaks):
+        if len(run):
+            counter = (int(positions[run[0]]) * (width // 4), block)
+            bits = philox(stream, seed=seed, stage=stage, epoch=epoch, counter=counter)
+            out[run] = bits.random_raw(len(run) * width).reshape(len(run), width)
+    return (out >> np.uint64(11)) * 2.0**-53
+
+
 def epoch_order(n: int, *, seed: int, stage: int, epoch: int, number: int = 0) -> np.ndarray:
     """The order of one epoch of stream `number`: an int64 [n] permutation of 0..n-1."""
     if n < 1:
@@ -44,6 +65,30 @@ def epoch_order(n: int, *, seed: int, stage: int, epoch: int, number: int = 0) -
     # Sorting raw bits, because what NumPy's own `permutation` makes of them may change between its versions.
     bits = philox(ORDER_STREAM + STREAMS_OF_LIST * number, seed=seed, stage=stage, epoch=epoch)
     return np.argsort(bits.random_raw(n), kind="stable").astype(np.int64)
+
+
+def drawn_classes(preference: Preference, positions: np.ndarray, *, seed: int, stage: int, epoch: int,
+                  number: int) -> tuple[np.ndarray, np.ndarray]:
+    """The class that each place of an epoch is filled by, int64 [n], -1 for none; and a uniform number for
+    its image."""
+    u_place, u_class, u_image, _ = uniform_rows(
+        positions, 4, stream=CLASS_STREAM + STREAMS_OF_LIST * number, seed=seed, stage=stage, epoch=epoch).T
+    ends_C = preference.chances_C.cumsum()
+    ends_C /= ends_C[-1]  # or rounding would leave a little for a last class that has no chance
+    drawn = np.searchsorted(ends_C[:-1], u_class, side="right")
+    return np.where(u_place < preference.share, drawn, -1).astype(np.int64), u_image
+
+
+def preferred(preference: Preference, positions: np.ndarray, order: np.ndarray, *, seed: int, stage: int,
+              epoch: int, number: int) -> np.ndarray:
+    """An epoch's order with other images in the places that are filled by class: int64, as `order`."""
+    classes, u_image = drawn_classes(preference, positions, seed=seed, stage=stage, epoch=epoch,
+                                     number=number)
+    order = order.copy()
+    for place in np.flatnonzero(classes >= 0):
+        shown = preference.members[classes[place]]
+        order[place] = shown[int(u_image[place] * len(shown))]
+    return order
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,12 +114,13 @@ class StepSampler:
     """
 
     def __init__(self, n_samples: int, batch_global: int, seed: int, stage: int, *, number: int = 0,
-                 longest: int = 0):
+                 longest: int = 0, preference: Preference | None = None):
         """Args:
             n_samples: length of the list of samples, at least 1.
             batch_global: samples of one optimiser step over all ranks, at least 1.
             seed, stage, number: key of the epochs' orders; the last is that of the stream.
             longest: length of the stage's longest list, which sets the length of an epoch.
+            preference: of the stream; it puts other images in some places of an epoch's order.
 
         Raises:
             ValueError: an empty list or batch.
@@ -83,7 +129,7 @@ class StepSampler:
             raise ValueError(f"n_samples is {n_samples} and batch_global is {batch_global}, expected both at "
                              "least 1")
         self.n_samples, self.batch_global, self.seed, self.stage = n_samples, batch_global, seed, stage
-        self.number = number
+        self.number, self.preference = number, preference
         # A list that is too short is repeated as a whole until it fills a batch; one beside a longer list as
         # far as that goes.
         whole = n_samples * -(-batch_global // n_samples) if n_samples < batch_global else n_samples
@@ -121,8 +167,10 @@ class StepSampler:
             step_epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
             if step_epoch != epoch:
                 epoch = step_epoch
-                order = epoch_order(self.n_positions, seed=self.seed, stage=self.stage, epoch=epoch,
-                                    number=self.number) % self.n_samples
+                key = {"seed": self.seed, "stage": self.stage, "epoch": epoch, "number": self.number}
+                order = epoch_order(self.n_positions, **key) % self.n_samples
+                if self.preference is not None:
+                    order = preferred(self.preference, np.arange(self.n_positions), order, **key)
             start = step_in_epoch * self.batch_global + rank * per_rank
             for first in range(start, start + per_rank, piece):
                 yield MicroBatch(
@@ -147,7 +195,7 @@ def stage_samplers(streams: Sequence[Stream], batch_global: int, *, seed: int,
 
     def made(longest: int) -> list[StepSampler]:
         return [StepSampler(len(stream.samples), batch_global, seed, stage, number=stream.number,
-                            longest=longest)
+                            longest=longest, preference=stream.preference)
                 for stream in streams]
 
     return made(max(sampler.n_positions for sampler in made(0)))

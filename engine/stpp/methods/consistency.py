@@ -13,7 +13,8 @@ import torch
 
 from stpp.images.masks import IGNORE
 from stpp.loading.sample import Batch, Sample, Stream
-from stpp_kernels import upsample_argmax, upsample_cross_entropy
+from stpp.training.class_rules import NONE, ClassRules
+from stpp_kernels import upsample_argmax
 
 
 def weak_and_strong(labelled: Sequence[Sample], unlabelled: Sequence[Sample], *,
@@ -26,12 +27,13 @@ def weak_and_strong(labelled: Sequence[Sample], unlabelled: Sequence[Sample], *,
 
 
 @torch.no_grad()
-def pseudo_labels(logits_NChw: torch.Tensor, batch: Batch, confidence: float) -> torch.Tensor:
-    """Classes of the weak view: uint8 [N, H, W], 255 where the probability is below `confidence`, and on
-    padding."""
+def pseudo_labels(logits_NChw: torch.Tensor, batch: Batch, confidence: float,
+                  rules: ClassRules = NONE) -> torch.Tensor:
+    """Classes of the weak view: uint8 [N, H, W], 255 where the probability is below `confidence`, or the
+    class's own, and on padding."""
     size = batch.images_NCHW.shape[-2:]
     labels_NHW, probability_NHW = upsample_argmax(logits_NChw, size, confidence=True)
-    sure_NHW = (probability_NHW >= confidence) & inside(batch.shown_N4, size)
+    sure_NHW = rules.is_sure(labels_NHW, probability_NHW, confidence) & inside(batch.shown_N4, size)
     return labels_NHW.masked_fill(~sure_NHW, IGNORE)
 
 
@@ -65,10 +67,10 @@ def mixed_views(batch: Batch) -> torch.Tensor:
                       boxes in zip(batch.views[1:], batch.boxes_VN4[1:], strict=True)])
 
 
-def mixed_losses(logits: Sequence[torch.Tensor], labels_NHW: torch.Tensor,
-                 batch: Batch) -> list[torch.Tensor]:
+def mixed_losses(logits: Sequence[torch.Tensor], labels_NHW: torch.Tensor, batch: Batch,
+                 rules: ClassRules = NONE) -> list[torch.Tensor]:
     """Sums of the cross-entropy of each strong view with labels that are pasted as its images were."""
-    return [upsample_cross_entropy(logits_NChw, pasted(labels_NHW, boxes), ignore_index=IGNORE)[0]
+    return [rules.cross_entropy(logits_NChw, pasted(labels_NHW, boxes))[0]
             for logits_NChw, boxes in zip(logits, batch.boxes_VN4[1:], strict=True)]
 
 

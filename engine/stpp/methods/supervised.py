@@ -33,7 +33,8 @@ class Supervised(Step):
         return (batch.labels_NHW != IGNORE).sum()[None]
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        return labelled_loss(self.network(batch.images_NCHW), batch.labels_NHW, self.config.train)[None]
+        logits_NChw = self.network(batch.images_NCHW)
+        return labelled_loss(logits_NChw, batch.labels_NHW, self.config.train, self.rules)[None]
 
 
 def train(run: Stages) -> None:

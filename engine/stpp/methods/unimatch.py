@@ -17,7 +17,6 @@ from stpp.methods.consistency import mixed_losses, mixed_views, pseudo_labels, s
 from stpp.methods.stages import Stages
 from stpp.training.loss import labelled_loss
 from stpp.training.step import Step
-from stpp_kernels import upsample_cross_entropy
 
 
 class UniMatch(Step):
@@ -41,10 +40,11 @@ class UniMatch(Step):
         both = [torch.cat([each, F.dropout2d(each, 0.5)]) for each in maps]
         # Dropped features of labelled images count for the decoder's batch norm alone.
         logits_x, logits_w, _, logits_d = self.network.decode(*both).split([n, m, n, m])
-        labels_NHW = pseudo_labels(logits_w, u, self.config.consistency.confidence)
-        strong_1, strong_2 = mixed_losses(self.network(mixed_views(u)).chunk(2), labels_NHW, u)
-        dropped, confident = upsample_cross_entropy(logits_d, labels_NHW, ignore_index=IGNORE)
-        labelled = labelled_loss(logits_x, x.labels_NHW, self.config.train)
+        labels_NHW = pseudo_labels(logits_w, u, self.config.consistency.confidence, self.rules)
+        self.confident.add(labels_NHW)
+        strong_1, strong_2 = mixed_losses(self.network(mixed_views(u)).chunk(2), labels_NHW, u, self.rules)
+        dropped, confident = self.rules.cross_entropy(logits_d, labels_NHW)
+        labelled = labelled_loss(logits_x, x.labels_NHW, self.config.train, self.rules)
         return torch.stack([labelled, strong_1, strong_2, dropped, confident.float()])
 
 

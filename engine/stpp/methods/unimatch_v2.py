@@ -41,14 +41,17 @@ class UniMatchV2(Step):
     def forward(self, x: Batch, u: Batch) -> torch.Tensor:
         n, m = len(x.images_NCHW), len(u.images_NCHW)
         with torch.no_grad():
-            labels_NHW = pseudo_labels(self.average(u.images_NCHW), u, self.config.consistency.confidence)
+            labels_NHW = pseudo_labels(self.average(u.images_NCHW), u, self.config.consistency.confidence,
+                                       self.rules)
+        self.confident.add(labels_NHW)
         maps = self.network.features(torch.cat([x.images_NCHW, mixed_views(u)]))
         logits_x, *strong = self.network.decode(*self.dropped(maps, n, m)).split(
             [n] + [m] * (len(u.views) - 1)
         )
-        losses = mixed_losses(strong, labels_NHW, u)
+        losses = mixed_losses(strong, labels_NHW, u, self.rules)
         confident = (labels_NHW != IGNORE).sum().float()
-        return torch.stack([labelled_loss(logits_x, x.labels_NHW, self.config.train), *losses, confident])
+        labelled = labelled_loss(logits_x, x.labels_NHW, self.config.train, self.rules)
+        return torch.stack([labelled, *losses, confident])
 
     def dropped(self, maps: Sequence[torch.Tensor], n: int, m: int) -> list[torch.Tensor]:
         """Maps of n labelled images as they are, and of 2 m strong views with complementary channels."""

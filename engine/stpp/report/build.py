@@ -17,9 +17,10 @@ import jinja2
 
 from stpp import __version__, files
 from stpp.errors import UserError
-from stpp.report import charts, labelling, pictures
+from stpp.report import calibration, charts, labelling, pictures
 from stpp.report import run as runs
 from stpp.report.labelling import Labelling
+from stpp.training.class_shares import ABSENT
 
 FORMAT = "stpp-report-1"
 CHUNK = 20_000
@@ -108,6 +109,7 @@ def _write(out: Path, folder: Path, run: Path | None, is_run: bool, labellings: 
         shutil.copyfile(sheet, out / "pictures" / sheet.name)
     values = {
         "title": folder.resolve().name, "version": __version__, "is_run": is_run, "stages": stages,
+        "absent": ABSENT, "calibrations": calibration.of_run(folder) if is_run else [],
         "iou": _iou_table(stages), "labellings": labellings, "drift": _drift(names, truth, labellings),
         "drift_unknown": unknown,
         "drift_factor": DRIFT, "classes": [{"name": name, "swatch": pictures.swatch(i, num_classes)}

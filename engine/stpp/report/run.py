@@ -34,6 +34,19 @@ class Stage:
     """mIoU in percent that other networks had at the step of the best one, by their names."""
     iou: dict[str, float | None]
     """Percent by class on the validation list; empty where it is not recorded."""
+    shares: "Shares | None"
+    """Of the classes, as the stage last recorded them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shares:
+    """Classes among the labelled pixels of a stage, and among those that a network labelled."""
+
+    step: int
+    found: str
+    """The latter: "pseudo" or "confident"."""
+    rows: list[tuple[str, float, float, float | None]]
+    """(class, percent of the labelled pixels, percent of the others, their ratio)."""
 
 
 def stages(run: Path) -> list[Stage]:
@@ -42,7 +55,7 @@ def stages(run: Path) -> list[Stage]:
     for folder in sorted(path for path in (run / "stages").iterdir() if path.is_dir()):
         iou, record = json_of(folder / SCORES).get("iou"), json_of(folder / "DONE.json")
         rows = _rows(folder / "metrics.jsonl")
-        found.append(Stage(name=folder.name, record=record, curves=_curves(rows),
+        found.append(Stage(name=folder.name, record=record, curves=_curves(rows), shares=_shares(rows),
                            compared=_compared(rows, record.get("best_step")),
                            iou=iou if isinstance(iou, dict) else {}))
     return found
@@ -68,10 +81,9 @@ def labelled_pixels(run: Path) -> tuple[list[int], str | None]:
                                     labelled=True)
     except UserError as error:
         return [], str(error)
-    counts = {entry.key: entry.class_pixels for entry in known.entries.values()}
     total: list[int] = []
-    for sample in samples:
-        total = added(total, counts[sample.key] or [])
+    for counts in known.class_pixels(samples):
+        total = added(total, counts)
     return total, None
 
 
@@ -101,8 +113,8 @@ def _texts(values: dict) -> dict[str, str]:
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
 
 
-def _rows(path: Path) -> list[dict[str, float]]:
-    """Rows of a stage's metrics that can be read, their numbers alone."""
+def _rows(path: Path) -> list[dict]:
+    """Rows of a stage's metrics that can be read."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -112,22 +124,34 @@ def _rows(path: Path) -> list[dict[str, float]]:
         try:
             row = json.loads(line)
             row["step"] = int(row["step"])
-        except (ValueError, KeyError, TypeError):  # a line cut short by a crash
+        except (ValueError, KeyError, TypeError, AttributeError):  # a line cut short by a crash
             continue
-        found.append({key: value for key, value in row.items() if isinstance(value, (int, float))})
+        found.append(row)
     return found
 
 
-def _curves(rows: list[dict[str, float]]) -> list[Curve]:
+def _shares(rows: list[dict]) -> Shares | None:
+    """The last row by class."""
+    for row in reversed(rows):
+        for found in ("confident", "pseudo"):
+            keys = ("labelled_pct", f"{found}_pct", f"{found}_ratio")
+            ours, theirs, ratios = (row.get(key) for key in keys)
+            if all(isinstance(one, dict) for one in (ours, theirs, ratios)):
+                return Shares(step=row["step"], found=found,
+                              rows=[(name, ours[name], theirs[name], ratios[name]) for name in ours])
+    return None
+
+
+def _curves(rows: list[dict]) -> list[Curve]:
     values: dict[str, list[tuple[int, float]]] = {key: [] for key in METRICS}
     for row in rows:
         for key, value in row.items():
-            if key != "step":
+            if key != "step" and isinstance(value, (int, float)):
                 values.setdefault(key, []).append((row["step"], value))
     return [drawn for key, pairs in values.items() if (drawn := curve(METRICS.get(key, key), pairs))]
 
 
-def _compared(rows: list[dict[str, float]], step: int | None) -> dict[str, float]:
+def _compared(rows: list[dict], step: int | None) -> dict[str, float]:
     ending = "_miou_pct"
     return {key.removesuffix(ending): value for row in rows if row["step"] == step
-            for key, value in row.items() if key.endswith(ending)}
+            for key, value in row.items() if key.endswith(ending) and isinstance(value, (int, float))}

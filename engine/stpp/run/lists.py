@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from stpp import distributed, log
+from stpp import distributed, files, log
 from stpp.config import Config
 from stpp.dataset import splits
 from stpp.dataset.entries import Index
@@ -12,6 +12,9 @@ from stpp.distributed import World
 from stpp.errors import UserError
 from stpp.loading.sample import Sample
 from stpp.methods import METHODS
+
+HELD_OUT = "held-out.txt"
+"""In the run's folder: the labelled images of `--advise.share`, which are not trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +28,9 @@ class Lists:
     """Empty where the method reads none."""
     val: list[Sample]
     """Empty without a validation list."""
+    held_out: list[Sample]
+    """Labelled and not trained on, to judge confidences by: those of `--advise.share`, or those of
+    validation."""
 
     def check(self, method: str, index: Index) -> None:
         """Refuses lists that the method cannot use.
@@ -55,6 +61,10 @@ def read(config: Config, here: World, index: Index, notes: Notes) -> Lists:
             index, folder, fraction=config.data.fraction, seed=config.data.split_seed, val=config.data.val,
             notes=notes))
     labelled = splits.read_split(folder / "labeled.txt", index, labelled=True, notes=notes)
+    held_out: list[Sample] = []
+    if config.advise.share:
+        labelled, held_out = splits.held_out(labelled, config.advise.share, config.seed)
+        distributed.on_main(here, lambda: _write(config.out / HELD_OUT, held_out, index))
     unlabelled: list[Sample] = []
     if METHODS[config.method].unlabelled:
         unlabelled = splits.read_split(folder / "unlabeled.txt", index, labelled=False, notes=notes)
@@ -68,7 +78,12 @@ def read(config: Config, here: World, index: Index, notes: Notes) -> Lists:
     else:
         log.say(f"{folder} has no val.txt: no mIoU is known, and the last checkpoint of a stage is the "
                 "teacher")
-    return Lists(folder=folder, labelled=labelled, unlabelled=unlabelled, val=val)
+    return Lists(folder=folder, labelled=labelled, unlabelled=unlabelled, val=val, held_out=held_out or val)
+
+
+def _write(path: Path, samples: list[Sample], index: Index) -> None:
+    entries = {entry.key: entry for entry in index.entries.values()}
+    files.write_text(path, "".join(splits.line(entries[sample.key]) for sample in samples))
 
 
 def _warn_of_unused(folder: Path, unlabelled: list[Sample], index: Index, notes: Notes) -> None:

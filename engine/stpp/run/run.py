@@ -14,21 +14,21 @@ from pathlib import Path
 
 import torch
 
-from stpp import checkpoint, distributed, files, log
+from stpp import by_class, checkpoint, distributed, files, log
 from stpp.config import Config
 from stpp.dataset import given_labels, splits
 from stpp.dataset import index as indices
 from stpp.dataset.entries import Index
 from stpp.dataset.notes import Notes
-from stpp.distributed import World
+from stpp.distributed import World, threads_per_rank
 from stpp.errors import UserError
 from stpp.inference import several
 from stpp.inference.evaluate import evaluate, write_scores
 from stpp.inference.open import EagerPredictor
 from stpp.inference.views import view_size
 from stpp.label import labels, reliability
-from stpp.loading import loader
-from stpp.loading.sample import Sample
+from stpp.loading import loader, rare_images
+from stpp.loading.sample import Sample, Stream
 from stpp.loading.sampler import stage_samplers
 from stpp.methods import METHODS
 from stpp.methods.stages import Trained
@@ -42,8 +42,12 @@ from stpp.report.build import write_report
 from stpp.report.examples import Watch, write_examples
 from stpp.report.run import SCORES
 from stpp.run import lists, preflight
+from stpp.run.calibrated import calibrated, floors_of
+from stpp.run.class_watch import ClassWatch, pseudo_pixels
 from stpp.run.outcome import outcome
+from stpp.training import class_rules
 from stpp.training.assemble import fresh_network
+from stpp.training.class_meter import ClassMeter
 from stpp.training.step import Step
 from stpp.training.trainer import Schedule, Scores, Trainer
 
@@ -70,22 +74,34 @@ class Run:
         self.lists = lists.read(self.config, self.here, self.index, self.notes)
         self.labelled, self.unlabelled, self.val = self.lists.labelled, self.lists.unlabelled, self.lists.val
         self.labelled_ratio = self.config.train.labelled_ratio
+        self.watch = ClassWatch.of(self.index, self.labelled, self.val,
+                                   advice=METHODS[self.config.method].advice)
         self.stages: list[dict] = []
         self.controlled: dict | None = None
 
     def preflight(self) -> None:
         """Refuses what would fail only after hours of training."""
         model = self.config.model
+        self.watch.name_scarce(self.lists.folder / splits.LABELED, self.notes)
         network = network_of(model, len(self.index.classes))
         preflight.preflight(
             self.config,
             lists={"labeled.txt": self.labelled, "unlabeled.txt": self.unlabelled, "val.txt": self.val},
             weights=checkpoint.size_bytes(network.state_dict()), notes=self.notes,
             twins={self.index.entries[image].key: number for image, number in self.index.twins.items()},
-            checks=[lambda: self.lists.check(self.config.method, self.index),
+            checks=[lambda: self.lists.check(self.config.method, self.index), self._check_by_class,
                     lambda: preflight.check_crop(self.config.augment.crop_px, network.crop_multiple,
                                                  model.backbone),
                     lambda: start_from(network, model, self.index.classes)])
+
+    def _check_by_class(self) -> None:
+        config, classes = self.config, self.index.classes
+        class_rules.of_run(config, classes, self.watch.labelled, self.here.device)
+        by_class.filled(config.label.class_confidence, "label.class-confidence", classes, 0.0)
+        if config.label.min_confidence == "auto" and not self.lists.held_out:
+            raise UserError("--label.min-confidence auto judges confidences by labels that are not trained "
+                            "on, and there is no validation list; give --advise.share 0.1, which keeps a "
+                            "part of the labelled images for it")
 
     def refuse_warnings(self) -> None:
         """Refuses what the preparation, the lists and the checks warned of."""
@@ -155,9 +171,11 @@ class Run:
         config, place = self.config, self._folder(name)
 
         def do() -> dict:
+            floors = self._floors(checkpoint)
             opening = self._opening([checkpoint], samples, config.label.tta)
             labelled = labels.label(opening, samples, self.here, config=config.label, data=config.data,
-                                    out=place, title=name)
+                                    out=place, title=name, floors=lambda _: floors)
+            self.watch.missing(labelled.class_pixels, f"pixels that {name} labelled")
             return {"images": labelled.images, "pseudo_label_miou": labelled.miou}
 
         what = (f"label {len(samples)} images with the teacher of {checkpoint.parent.name}, "
@@ -190,16 +208,34 @@ class Run:
         network = fresh_network(self.config, self.here, self.index.classes, stage=key)
         if teacher is not None and self.config.train.from_teacher:
             network.load_state_dict(load_network(teacher).network.state_dict())
-        trainer = Trainer(self.config, self.here, step(network, self.config),
-                          step.streams(self.config, *lists), key=key, title=name, classes=self.index.classes,
-                          folder=self._folder(name), schedule=schedule,
-                          validate=self._validated if self.val else None)
+        built = step(network, self.config)
+        built.rules = class_rules.of_run(self.config, self.index.classes, self.watch.labelled,
+                                         self.here.device)
+        trainer = Trainer(self.config, self.here, built, self._preferring(step.streams(self.config, *lists)),
+                          key=key, title=name, classes=self.index.classes, folder=self._folder(name),
+                          schedule=schedule, validate=self._validated if self.val else None,
+                          meter=self._meter(name, built, lists))
         result = trainer.run()
         if self.here.is_main and result.iou:
             write_scores(self._folder(name) / SCORES, images=len(self.val), miou=result.miou, iou=result.iou)
+        self.watch.lost(name, result.iou)
         return {"miou": result.miou, "last_miou": result.last_miou, "best_step": result.step,
                 "steps": result.steps,
                 "validate_steps": schedule.validate_steps, "seconds": round(result.seconds, 1)}
+
+    def _preferring(self, streams: Sequence[Stream]) -> list[Stream]:
+        """Streams that prefer images with rare classes, where the settings ask for it and masks tell."""
+        config, threads = self.config, threads_per_rank(self.here, self.config.data.threads)
+        return [dataclasses.replace(stream, preference=rare_images.preference(
+            stream.samples, len(self.index.classes), config.rare, self.here, threads))
+                if stream.masked else stream for stream in streams]
+
+    def _meter(self, name: str, step: Step, lists: Sequence[Sequence[Sample]]) -> ClassMeter:
+        samples = [sample for one in lists for sample in one]
+        out = self.config.out
+        pseudo = pseudo_pixels(samples, out / "stages", out / "given" / given_labels.NAME)
+        return ClassMeter(name, step.confident, classes=self.index.classes, labelled=self.watch.labelled,
+                          pseudo=pseudo, tell=self.watch.tell)
 
     def _validated(self, network: torch.nn.Module) -> Scores:
         """Scores of a network on the validation list."""
@@ -215,6 +251,18 @@ class Run:
         """Positions of a few validation images, spread over those that this rank evaluates anyway."""
         mine = sorted(position for batch in loader.native_share(self.val, self.here) for position in batch)
         return mine[:: math.ceil(len(mine) / WATCHED) or 1]
+
+    def _floors(self, teacher: Path) -> tuple[float, ...]:
+        """Least confidence by class of the labels of a teacher; empty where all have one."""
+        label, classes = self.config.label, self.index.classes
+        least = label.min_confidence
+        if least == "auto":
+            found = calibrated(self.here, teacher, self._teacher, self.lists.held_out, self.config.data,
+                               tta=label.tta, classes=classes, wanted=label.precision)
+            least = floors_of(found, label.precision)
+        elif not label.class_confidence:
+            return ()
+        return by_class.filled(label.class_confidence, "label.class-confidence", classes, least)
 
     def _opening(self, paths: list[Path], samples: list[Sample], mode: str) -> several.Open:
         backend = self.config.label.backend

@@ -1,26 +1,38 @@
-"""The loss of labelled pixels: cross-entropy, of all of them or of the hardest."""
+"""The loss of labelled pixels: cross-entropy, of all of them or of the hardest.
+
+Legend: N images, C classes, h w size of low-resolution logits, H W crop size.
+"""
 
 import torch
 
 from stpp.config import TrainConfig
 from stpp.images.masks import IGNORE
-from stpp_kernels import label_probability, upsample_cross_entropy
+from stpp.training.class_rules import NONE, ClassRules
+from stpp_kernels import label_probability
 
 OHEM_PROBABILITY, OHEM_KEPT = 0.7, 200_000
 """Pixels are dropped whose label is more probable than this, as long as so many of the pass are kept.
 
 Source: UniMatch's Cityscapes settings.
 """
+OHEM_IMAGE = 8
+"""With `ohem-image`, one pixel in so many of an image is kept at least. 200,000 pixels are one in 6.4 of a
+pass of two crops of 801."""
 
 
-def labelled_loss(logits_NChw: torch.Tensor, labels_NHW: torch.Tensor, train: TrainConfig) -> torch.Tensor:
+def labelled_loss(logits_NChw: torch.Tensor, labels_NHW: torch.Tensor, train: TrainConfig,
+                  rules: ClassRules = NONE) -> torch.Tensor:
     """Sum of the cross-entropy over the counted pixels of a pass: float32 scalar.
 
-    With `--train.loss ohem`, the mean over the hardest pixels times the counted ones, so that it is divided
-    by the same number.
+    With `--train.loss ohem`, the mean over the hardest pixels of the pass times the counted ones, so that it
+    is divided by the same number; with `ohem-image` so image by image, which makes the sum independent of how
+    images are dealt to passes and ranks.
     """
-    kept_NHW = hardest(logits_NChw, labels_NHW) if train.loss == "ohem" else labels_NHW
-    loss, kept = upsample_cross_entropy(logits_NChw, kept_NHW, ignore_index=IGNORE)
+    if train.loss == "ohem-image":
+        kept_NHW = hardest_of_images(rules.adjusted(logits_NChw), labels_NHW)
+        return rules.cross_entropy(logits_NChw, kept_NHW, evened(kept_NHW, labels_NHW))[0]
+    kept_NHW = hardest(rules.adjusted(logits_NChw), labels_NHW) if train.loss == "ohem" else labels_NHW
+    loss, kept = rules.cross_entropy(logits_NChw, kept_NHW)
     if train.loss == "ce":
         return loss
     return loss / kept.clamp(min=1) * (labels_NHW != IGNORE).sum()
@@ -36,3 +48,22 @@ def hardest(logits_NChw: torch.Tensor, labels_NHW: torch.Tensor) -> torch.Tensor
     probability_NHW = label_probability(logits_NChw, labels_NHW, ignore_index=IGNORE)
     threshold = probability_NHW.flatten().kthvalue(OHEM_KEPT).values.clamp(min=OHEM_PROBABILITY)
     return labels_NHW.masked_fill(probability_NHW > threshold, IGNORE)
+
+
+@torch.no_grad()
+def hardest_of_images(logits_NChw: torch.Tensor, labels_NHW: torch.Tensor) -> torch.Tensor:
+    """Labels with 255 in place of easy ones: those more probable than 0.7 and than the least probable eighth
+    of their own image."""
+    probability_NHW = label_probability(logits_NChw, labels_NHW, ignore_index=IGNORE)
+    per_image = labels_NHW[0].numel()
+    threshold_N = probability_NHW.flatten(1).kthvalue(-(-per_image // OHEM_IMAGE), dim=1).values
+    threshold_N = threshold_N.clamp(min=OHEM_PROBABILITY)
+    return labels_NHW.masked_fill(probability_NHW > threshold_N[:, None, None], IGNORE)
+
+
+@torch.no_grad()
+def evened(kept_NHW: torch.Tensor, labels_NHW: torch.Tensor) -> torch.Tensor:
+    """Factors of pixels that make the kept ones of an image count for all its labelled ones: float32
+    [N, H, W]."""
+    kept_N, all_N = ((masks != IGNORE).flatten(1).sum(1) for masks in (kept_NHW, labels_NHW))
+    return (all_N / kept_N.clamp(min=1)).float()[:, None, None].expand(kept_NHW.shape).contiguous()

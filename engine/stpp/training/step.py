@@ -12,6 +12,8 @@ from torch import nn
 
 from stpp.config import Config
 from stpp.loading.sample import Batch, Sample, Stream
+from stpp.training.class_meter import ClassCounter
+from stpp.training.class_rules import NONE
 
 
 class Step(nn.Module, ABC):
@@ -34,6 +36,10 @@ class Step(nn.Module, ABC):
         super().__init__()
         self.network = network
         self.config = config
+        self.rules = NONE
+        """Rules by class, put there by the run."""
+        self.confident = ClassCounter()
+        """Pixels of each class that a method labels itself while it trains."""
 
     @classmethod
     @abstractmethod

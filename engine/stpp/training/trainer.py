@@ -29,6 +29,7 @@ from stpp.models.build import architecture_of, parameter_groups
 from stpp.precision import autocast_dtype
 from stpp.training import batch_norm
 from stpp.training.assemble import over_ranks, stream_seed
+from stpp.training.class_meter import ClassMeter
 from stpp.training.optimizer import make_optimizer, step_unless
 from stpp.training.profiling import BottleneckMeter, Profile
 from stpp.training.step import Step
@@ -86,13 +87,14 @@ class Trainer:
 
     def __init__(self, config: Config, here: World, step: Step, streams: Sequence[Stream], *, key: int,
                  title: str, classes: Sequence[str], folder: Path, schedule: Schedule,
-                 validate: Callable[[nn.Module], Scores] | None):
+                 validate: Callable[[nn.Module], Scores] | None, meter: ClassMeter | None = None):
         """
         Args:
             step: what is computed, its network on the device of `here`.
             streams: what it is fed.
             key: of the random numbers, so that no two stages share them.
             validate: network in evaluation mode -> its scores; None: no validation list.
+            meter: of the step's counter; None: nothing is told by class.
         """
         self.config, self.here, self.step, self.streams = config, here, step, streams
         self.key, self.title = key, title
@@ -113,6 +115,7 @@ class Trainer:
         unique = {sample.key: sample for stream in streams for sample in stream.samples}
         self.calibration = Stream(samples=list(unique.values()), views=("weak",), masked=False,
                                   number=CALIBRATION)
+        self.meter = meter or ClassMeter(title, step.confident)
 
     def train_step(self, passes: Sequence[tuple[Batch, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes one optimiser step on the rank's share of the global batch.
@@ -183,6 +186,7 @@ class Trainer:
               checkpoint.CheckpointWriter() as self.writer, signals.deferred() as stop,
               self._profile() as profile):
             window = Window()
+            self.meter.begin(self.metrics, self.steps_done)
             for passes, wait_s in self._passes():
                 window.add(*self.train_step(passes), wait_s)
                 if profile is not None:
@@ -280,6 +284,7 @@ class Trainer:
             UserError: one was not finite, and `--train.on-nonfinite` is stop.
         """
         interval = window.close(self.steps_done, self.step.weights)
+        self.meter.look()
         self.bottleneck.add(window.steps, interval.step_s * window.steps, interval.data_wait_pct)
         images = sum(sampler.batch_global for sampler in self.samplers)
         self.metrics.write(self.steps_done, **{"loss": interval.loss} | interval.terms,
@@ -308,6 +313,7 @@ class Trainer:
     def _end_of_epoch(self) -> None:
         if self.steps_done % self.samplers[0].steps_per_epoch == 0:
             self.bottleneck.epoch()
+            self.meter.epoch(self.metrics, self.steps_done, self.schedule.steps)
 
     def _keep_thirds(self) -> None:
         for i, step in enumerate(self.schedule.keep_steps, 1):
@@ -371,7 +377,8 @@ class Trainer:
             self.writer.save(self.folder / "last.pt", model=self.step.state_dict(),
                              optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
                              step=self.steps_done, best_step=self.best_step, best_miou=self.best_miou,
-                             best_iou=dict(self.best_iou), last_miou=self.last_miou, seconds=self.seconds)
+                             best_iou=dict(self.best_iou), last_miou=self.last_miou, seconds=self.seconds,
+                             by_class=self.meter.state())
 
     def _resume(self) -> None:
         path = self.folder / "last.pt"
@@ -391,6 +398,7 @@ class Trainer:
             saved["seconds"],
         )
         self.best_iou, self.last_miou = saved.get("best_iou", {}), saved.get("last_miou")
+        self.meter.load(saved.get("by_class"))
         best = self.folder / "best.pt"
         if best.exists():  # written later than `last.pt`, if the run died between the two
             kept = checkpoint.load(best)

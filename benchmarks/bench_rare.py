@@ -1,0 +1,118 @@
+"""Remedies for rare classes, beside none: IoU of the rare classes and of the others, over seeds.
+
+    python benchmarks/bench_rare.py --out benchmarks/results/rare-made-cpu.jsonl
+    python benchmarks/bench_rare.py --name camvid --root DATA/camvid --recipe camvid_stpp \
+        --rare Pole SignSymbol Pedestrian Bicyclist Fence --out benchmarks/results/rare-camvid-cpu.jsonl
+
+Without --root: 64 labelled pictures of the demonstration's kind, in which one class is a small disc in one
+picture of eight, 0.2 % of the pixels; supervised, 320 steps of 8 crops. Every run is `stpp train`, in a
+process of its own; a run that is finished is not repeated (--work). Nothing is timed.
+
+Rows of every run: miou_pct, others_miou_pct (without the rare classes), rare_miou_pct, and iou_pct of each
+rare
+class, of the last stage's chosen weights on the validation list; warned: 1 where the run named every rare
+class. Rows of every variant: the means over the seeds.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from harness import Report, arguments
+from stpp.commands import synthetic
+
+VARIANTS = {
+    "none": [],
+    "weights": ["--rare.weights", "inverse-sqrt"],
+    "effective": ["--rare.weights", "effective", "--rare.effective-pixels", "10000"],
+    "sampling": ["--rare.sampling", "0.25"],
+    "logits": ["--rare.logit-adjustment", "1"],
+    "ohem": ["--train.loss", "ohem-image"],
+    "weights-sampling": ["--rare.weights", "inverse-sqrt", "--rare.sampling", "0.25"],
+    "keep-share": ["--label.keep-share", "0.5"],
+    "precision": ["--label.min-confidence", "auto", "--label.precision", "0.8", "--advise.share", "0.2"],
+    "select": ["--label.select-by", "class"],
+}
+"""Flags of `stpp train` by the name of the variant; the last three are for methods that label images."""
+OF_TRAINING = list(VARIANTS)[:7]
+MADE = ["--method", "supervised", "--data.layout", "voc", "--data.fraction", "64", "--model.backbone",
+        "resnet18", "--model.output-stride", "16", "--augment.crop-px", "49", "--augment.long-side", "64",
+        "160", "--train.epochs", "20", "--train.supervised-epochs", "20", "--train.batch-global", "8",
+        "--train.lr", "0.05", "--train.head-lr-multiplier", "1", "--train.validate-every", "100"]
+"""Settings on the made set: 20 epochs of 16 steps."""
+DIFFICULTY = synthetic.Difficulty(seldom="disc", seldom_radius=(0.08, 0.1), side_px=(80, 112))
+
+
+def trained(out: Path, flags: list[str]) -> str:
+    """Runs `stpp train`; returns what it said."""
+    said = out.with_suffix(".log")
+    if not (out / "results.json").exists():
+        done = subprocess.run([sys.executable, "-m", "stpp", "train", *flags, "--out", str(out)],
+                              capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(done.stderr)
+        said.write_text(done.stderr)
+    return said.read_text()
+
+
+def scored(out: Path) -> dict[str, float]:
+    """IoU by class, percent, of the last stage that trained."""
+    stages = [stage["name"] for stage in json.loads((out / "results.json").read_text())["stages"]
+              if stage["steps"]]
+    return json.loads((out / "stages" / stages[-1] / "scores.json").read_text())["iou"]
+
+
+def figures(iou: dict[str, float], rare: list[str]) -> dict[str, float]:
+    """The rows of a run."""
+    there = {name: value for name, value in iou.items() if value is not None}
+    found = {"miou_pct": statistics.fmean(there.values()),
+             "others_miou_pct": statistics.fmean(value for name, value in there.items() if name not in rare),
+             "rare_miou_pct": statistics.fmean(there[name] for name in rare)}
+    return found | {f"iou_pct.{name}": there[name] for name in rare}
+
+
+def run(options: argparse.Namespace, report: Report, work: Path) -> None:
+    root, flags = options.root, list(options.flags)
+    if root is None:
+        root = work / "data"
+        if not root.exists():
+            synthetic.generate(root, seed=0, train=160, val=60 if options.small else 200,
+                               difficulty=DIFFICULTY)
+        flags = [*MADE, *flags]
+    if options.small:
+        flags += ["--train.supervised-epochs", "1", "--train.epochs", "1"]
+    recipe = ["--recipe", options.recipe] if options.recipe else []
+    found: dict[str, list[dict[str, float]]] = {}
+    for seed in options.seeds:
+        for variant in options.variants:
+            out = work / f"{variant}-{seed}"
+            said = trained(out, [*recipe, "--data.root", str(root), "--data.threads", "1", "--device",
+                                 options.device, "--seed", str(seed), *flags, *VARIANTS[variant]])
+            values = figures(scored(out), options.rare)
+            warned = all(f"warning: class {name} " in said for name in options.rare)
+            for key, value in {**values, "warned": float(warned)}.items():
+                report.summary(f"rare.{options.name}.{variant}.seed{seed}.{key}", value)
+            found.setdefault(variant, []).append(values)
+    for variant, runs in found.items():
+        for key in runs[0]:
+            report.summary(f"rare.{options.name}.{variant}.mean.{key}", statistics.fmean(
+                values[key] for values in runs))
+
+
+if __name__ == "__main__":
+    parser = arguments(__doc__, {"seeds": [0], "variants": ["none", "sampling"]})
+    parser.add_argument("--name", default="made", help="of the data set, in the rows")
+    parser.add_argument("--root", type=Path, help="a data set; without: the made one")
+    parser.add_argument("--recipe", help="of stpp train")
+    parser.add_argument("--rare", nargs="+", default=["disc"], help="the rare classes")
+    parser.add_argument("--variants", nargs="+", default=OF_TRAINING, choices=list(VARIANTS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--work", type=Path, help="folder of the runs, kept; without: a temporary one")
+    parser.add_argument("flags", nargs="*", help="after --: further flags of stpp train")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        run(asked, Report(asked), asked.work or Path(temporary))

@@ -1,0 +1,101 @@
+"""Least confidences that keep a share of each class's pixels: class-balanced self-training.
+
+They are quantiles over images spread over the corpus, found once before the first shard is labelled, and
+kept beside the plan: every rank and every later call labels with the same ones.
+
+Source: "Unsupervised Domain Adaptation for Semantic Segmentation via Class-Balanced Self-Training"
+(arXiv 1810.07911), algorithm 2. Legend: C classes, B bins of the confidence.
+"""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from stpp import files
+from stpp.clock import Clock
+from stpp.distributed import World, threads_per_rank
+from stpp.errors import UserError
+from stpp.images import batches, planning
+from stpp.images.planning import Planned
+from stpp.inference import calibration, views
+from stpp.inference.open import Predictor
+from stpp.label.assignment import Assignment
+from stpp.label.plan import Plan
+
+NAME = "class-confidence.json"
+MOST_IMAGES = 256
+"""Images that the quantiles are taken of, at most (and the rest of a batch)."""
+
+
+def ensure(network: Predictor, mode: str, task: Assignment, plan: Plan, here: World) -> None:
+    """Writes the thresholds of a labelling, if they are not there.
+
+    Raises:
+        UserError: no image can be read.
+    """
+    path = _path(task.out)
+    if not path.exists():
+        counts_CB = _counts(network, mode, task, plan, here)
+        files.write_json(path, {"keep_share": task.config.keep_share,
+                                "confidence": quantiles(counts_CB, task.config.keep_share)})
+
+
+def read(out: Path) -> tuple[float, ...]:
+    """The least confidence of each class.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    try:
+        return tuple(map(float, json.loads(_path(out).read_text(encoding="utf-8"))["confidence"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{_path(out)}: cannot be read ({error}); choose another --out") from None
+
+
+def quantiles(counts_CB: np.ndarray, share: float) -> list[float]:
+    """The largest confidence of each class from which on at least a share of its pixels are kept; 0 for a
+    class without any."""
+    found = []
+    for counts_B in counts_CB:
+        kept_B = counts_B[::-1].cumsum()[::-1]
+        enough = np.flatnonzero(kept_B >= share * counts_B.sum())
+        found.append(float(enough[-1] / len(counts_B)) if counts_B.any() else 0.0)
+    return found
+
+
+def _path(out: Path) -> Path:
+    return out / "plan" / NAME
+
+
+@torch.inference_mode()
+def _counts(network: Predictor, mode: str, task: Assignment, plan: Plan, here: World) -> np.ndarray:
+    """Pixels by class and confidence, int64 [C, B], of images spread over the corpus."""
+    threads = threads_per_rank(here, task.data.threads)
+    size = network.num_classes
+    total_CB = torch.zeros(size, calibration.BINS, dtype=torch.int64, device=here.device)
+    with ThreadPoolExecutor(threads, "stpp-plan") as pool:
+        chosen = _spread(plan, pool)
+    for _, batch in batches.batches(((0, one) for one in chosen), device=here.device, kind=task.decoder,
+                                    threads=threads, most=plan.cut.max_batch, clock=Clock()):
+        good = [i for i in range(len(batch.planned)) if i not in batch.errors]
+        if good:
+            sums_NCHW = views.accumulate(network, batch.images_NCHW, mode)[good]
+            masks_NHW, bins_NHW = calibration.binned(sums_NCHW)
+            everywhere = torch.ones_like(masks_NHW, dtype=torch.bool)
+            total_CB += calibration.counted(masks_NHW, bins_NHW, everywhere, size)
+    if not total_CB.any():
+        raise UserError(f"{task.out}: none of the images that --keep-share looks at can be read")
+    return total_CB.cpu().numpy()
+
+
+def _spread(plan: Plan, pool: ThreadPoolExecutor) -> list[list[Planned]]:
+    """Batches of the plan, from as few shards as have enough images, spread over all."""
+    per_shard = max(1, plan.items // plan.shards)
+    wanted = min(plan.shards, -(-MOST_IMAGES // per_shard))
+    cut = [batch for i in range(wanted)
+           for batch in planning.batches(plan.planned(i * plan.shards // wanted, pool))]
+    stride = max(1, sum(map(len, cut)) // MOST_IMAGES)
+    return cut[::stride]
