@@ -508,6 +508,13 @@ def test_any_text_is_drawn_or_refused_in_one_line(tmp_path, text):
         assert "\n" not in str(error)
 
 
+def test_two_texts_of_one_image_are_refused(tmp_path):
+    root = yolo_set(tmp_path / "data", {"a": ""})
+    (root / "images" / "train" / "a.txt").write_text("0 0.1 0.1 0.5 0.1 0.5 0.9")
+    with pytest.raises(UserError, match=r"a\.txt and .*a\.txt are both of images/train/a\.jpg"):
+        prepare(root, layout="yolo", unlisted="background")
+
+
 def test_numbers_without_names_are_refused(tmp_path):
     root = yolo_set(tmp_path / "data", {"a": ""})
     (root / "data.yaml").unlink()
