@@ -132,7 +132,8 @@ def _of_files(search: Search, layout: str, images: str | None, masks: str | None
     for name, path in pairs:
         if (image := image_of.get(name)) is not None:
             if image in found:
-                raise UserError(f"{search.root}: {found[image][0]} and {path} are both of {image}; remove one")
+                raise UserError(f"{search.root}: {found[image][0]} and {path} are both of {image}; remove "
+                                "one")
             found[image] = (path, ShapeSource(layout))
         elif masks is not None or _is_of_shapes(path, layout):
             alone.append(path)
