@@ -192,7 +192,7 @@ def test_names_that_lead_outside_are_refused(tmp_path, name):
     assert {str(path) for path in tmp_path.rglob("*")} - before <= {str(tmp_path / "index")}
 
 
-def test_images_are_found_by_the_names_that_tools_write(tmp_path):
+def test_images_are_found_by_the_names_that_tools_write(tmp_path, capsys):
     for name, file in (
         ("photos/0.jpg", "annotations.json"),
         ("0.jpg", "annotations.json"),
@@ -204,6 +204,8 @@ def test_images_are_found_by_the_names_that_tools_write(tmp_path):
         )
         made = prepare(root, layout="coco", masks=file, unlisted="background")
         assert (drawn(made, "photos/0.jpg") == square(1)).all()
+        by_end = (name, file) == ("0.jpg", "annotations.json")
+        assert ("found by the end of the path alone" in capsys.readouterr().err) == by_end
 
 
 def test_a_name_of_two_images_is_refused(tmp_path):
@@ -506,6 +508,13 @@ def test_any_text_is_drawn_or_refused_in_one_line(tmp_path, text):
         prepare(root, layout="yolo", unlisted="background")
     except UserError as error:
         assert "\n" not in str(error)
+
+
+def test_two_texts_of_one_image_are_refused(tmp_path):
+    root = yolo_set(tmp_path / "data", {"a": ""})
+    (root / "images" / "train" / "a.txt").write_text("0 0.1 0.1 0.5 0.1 0.5 0.9")
+    with pytest.raises(UserError, match=r"a\.txt and .*a\.txt are both of images/train/a\.jpg"):
+        prepare(root, layout="yolo", unlisted="background")
 
 
 def test_numbers_without_names_are_refused(tmp_path):

@@ -1,5 +1,6 @@
 """Pseudo labels from a folder: which are found, what is checked, and what is refused."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,11 @@ def test_corrected_masks_of_cvat_win_over_those_beside_them(known, unlabelled, t
     assert (found.pop("photos/town 0/2") == 2).all()
     (mask,) = found.values()
     assert (mask[:2] == 1).all() and (mask[2:] == 255).all()  # no class is the background here
+    renamed = dataclasses.replace(known, classes=("_Background_", "b", "c"))  # a tool writes it in its own way
+    given_labels.check(unlabelled, folder, renamed, tmp_path / "renamed")
+    found = {sample.key: sample.mask for sample in given_labels.attach(unlabelled, tmp_path / "renamed")}
+    mask = read_index_mask(found["photos/town 0/4"])
+    assert (mask[:2] == 1).all() and mask[2, 0] == 255 and (mask[3] == 0).all()
     (folder / "labelmap.txt").write_text("background:0,0,0::\ntree:10,20,30::\nignore:224,224,192::\n")
     with pytest.raises(UserError, match=r"labelmap\.txt: 'tree' is no class"):
         given_labels.check(unlabelled, folder, known, tmp_path / "again")

@@ -56,7 +56,7 @@ def refuse_settings(layout: str, images: str | None, masks: str | None, options:
                         "as annotations/instances_train2017.json or 'annotations/instances_*.json'")
     if layout != "coco" and (images is None) != (masks is None):
         raise UserError(f"--data.layout {layout}: give both patterns, --data.images and --data.masks, or "
-                        f"none")
+                        "none")
 
 
 def files_of(root: Path, layout: str, masks: str | None, *, follow_links: bool = False) -> list[str]:
@@ -68,7 +68,7 @@ def files_of(root: Path, layout: str, masks: str | None, *, follow_links: bool =
     """
     if layout != "coco":
         return []
-    if set(masks) & set("*?[{"):
+    if set(masks) & set("*?[{") and not (root / masks).is_file():
         side = patterns.parsed(masks, "masks", root)
         below = len(side.prefix) + bool(side.prefix)
         found = [path for path in walk(root, side.prefix, follow_links=follow_links)
@@ -89,10 +89,10 @@ def _below(root: Path, masks: str, follow_links: bool) -> str:
         if form.is_relative_to(root):
             if not follow_links and not path.resolve().is_relative_to(root):
                 raise UserError(f"--data.masks {masks}: is a link out of {root}; {FOLLOW} reads what links "
-                                f"lead to")
+                                "lead to")
             return form.relative_to(root).as_posix()
     raise UserError(f"--data.masks {masks}: lies outside {root}; put it, or a link to it, below the data "
-                    f"root")
+                    "root")
 
 
 def match(search: Search, layout: str, images: str | None, masks: str | None, taken: Mapping[str, str],
@@ -131,6 +131,9 @@ def _of_files(search: Search, layout: str, images: str | None, masks: str | None
     found, alone = {}, []
     for name, path in pairs:
         if (image := image_of.get(name)) is not None:
+            if image in found:
+                raise UserError(f"{search.root}: {found[image][0]} and {path} are both of {image}; remove "
+                                "one")
             found[image] = (path, ShapeSource(layout))
         elif masks is not None or _is_of_shapes(path, layout):
             alone.append(path)
@@ -175,6 +178,10 @@ def _of_coco(search: Search, masks: str, images: Sequence[str],
     if missing and not listed:
         raise UserError(f"--data.masks {masks}: none of its {len(missing)} images is below {search.root}, "
                         f"for example {missing[0][:120]!r}")
+    if names.by_ends:
+        name, image = next(iter(names.by_ends.items()))
+        notes.line(f"{masks}: {counted(len(names.by_ends), 'image')} found by the end of the path alone, for "
+                   f"example {name[:120]}, taken for {image}")
     if missing:
         notes.warn(f"{masks}: {counted(len(missing), 'image')} that it lists "
                    f"{'is' if len(missing) == 1 else 'are'} not there, for example {missing[0][:120]}")
@@ -190,6 +197,8 @@ class _Names:
     def __init__(self, images: Sequence[str]):
         self._images = {unicodedata.normalize("NFC", image): image for image in images}
         self._ends: dict[str, list[str]] = {}
+        self.by_ends: dict[str, str] = {}
+        """Names that stand for the end of a path alone, and whose they were taken for."""
         for image in sorted(self._images):
             self._ends.setdefault(image.rpartition("/")[2], []).append(image)
 
@@ -213,7 +222,10 @@ class _Names:
         if len(ends) > 1:
             raise UserError(f"{file}: the file_name {name[:120]!r} may be {ends[0]} or {ends[1]}; write it "
                             "from the data root, or say which images are meant with --data.images")
-        return self._images[ends[0]] if ends else None
+        if not ends:
+            return None
+        self.by_ends[name] = self._images[ends[0]]
+        return self._images[ends[0]]
 
 
 def _exact(name: str, folder: str) -> Iterator[str]:

@@ -96,8 +96,10 @@ def of_colours(folder: Path, labels: Sequence[cvat.LabelColour], classes: Sequen
         if label.name not in classes and not nothing:
             raise UserError(f"{folder / cvat.LABELMAP}: {label.name!r} is no class; name it in "
                             "--data.classes, or say what each colour means with --data.mask-map")
-        meant = list(classes).index(label.name) if label.name in classes else "ignore"
-        entries.append(f"{','.join(map(str, label.colour))}={meant}")
+        meant = list(classes).index(label.name) if label.name in classes else None
+        if meant is None and is_background(label.name):
+            meant = _background(classes)
+        entries.append(f"{','.join(map(str, label.colour))}={'ignore' if meant is None else meant}")
     return tuple(entries)
 
 
@@ -120,7 +122,7 @@ def _entry(entry: str) -> tuple[str, str]:
     label, equals, class_name = (part.strip() for part in entry.rpartition("="))
     if not equals or not label or not class_name:
         raise UserError(f"--data.mask-map {entry}: expected LABEL=CLASS with names, such as van=car or "
-                        f"sketch=ignore")
+                        "sketch=ignore")
     return label, class_name
 
 
@@ -132,5 +134,5 @@ def _yolo_names(root: Path) -> tuple[list[str], str]:
     found = class_files.of_tools(root)
     if found is None:
         raise UserError(f"{root}: no file names the classes that the texts number; write data.yaml with "
-                        f"`names: [...]`")
+                        "`names: [...]`")
     return found
