@@ -43,7 +43,7 @@ def trainer(kind, known: index.Index, folder: Path, told: list, validate=None) -
     config = Config(method="unimatch-v2", deterministic=True, data=DataConfig(threads=1),
                     model=ModelConfig(backbone="resnet18", output_stride=16),
                     augment=AugmentConfig(crop_px=33, long_side=(40, 80)),
-                    consistency=ConsistencyConfig(confidence=0.3),
+                    consistency=ConsistencyConfig(confidence=0.1),
                     train=TrainConfig(batch_global=4, lr=0.05, precision="fp32"))
     samples = [known.sample(image) for image in sorted(known.entries)]
     step = kind(fresh_network(config, HERE, CLASSES, stage=1), config)
