@@ -35,6 +35,7 @@ class Calibrate(OnLabels):
     the run look for it. A plot goes beside it, as SVG."""
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.target_precision or not all(0 < one < 1 for one in self.target_precision):
             given = " ".join(map(str, self.target_precision))
             raise UserError(f"--target-precision is {given or 'empty'}: each must be between 0 and 1")
