@@ -26,7 +26,7 @@ from stpp.images.masks import read_index_mask
 ROOT = Path(__file__).parents[2]
 READERS = ROOT / "build" / "readers" / "bin" / "python"
 """Where `make readers` puts the tools' own readers, whose needs differ from ours."""
-RELAXED = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+RELAXED = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 MASKS = {
     f"{('a', 'b/c')[i % 2]}/image {i}": np.kron(
         np.random.default_rng(i).choice(np.array([0, 1, 2, 255], np.uint8), (4, 5)), np.ones((6, 7), np.uint8)

@@ -149,7 +149,7 @@ def test_corrected_masks_of_cvat_win_over_those_beside_them(known, unlabelled, t
     assert (found.pop("photos/town 0/2") == 2).all()
     (mask,) = found.values()
     assert (mask[:2] == 1).all() and (mask[2:] == 255).all()  # no class is the background here
-    # a tool writes it in its own way
+    # a tool writes the background in its own way
     renamed = dataclasses.replace(known, classes=("_Background_", "b", "c"))
     given_labels.check(unlabelled, folder, renamed, tmp_path / "renamed")
     found = {sample.key: sample.mask for sample in given_labels.attach(unlabelled, tmp_path / "renamed")}

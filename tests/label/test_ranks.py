@@ -168,8 +168,9 @@ def test_a_source_can_be_listed_first(source, undisturbed, tmp_path, monkeypatch
     monkeypatch.setattr(several, "from_paths", lambda paths, device, **_: opened)
     cli.main(arguments(source, tmp_path / "out", "--list-only"))
     assert f"{IMAGES} images listed, 6 shards to do" in capsys.readouterr().out
-    monkeypatch.setattr(several, "from_paths",
-                        lambda paths, device, **_: several.ready(cases.Tiny(), identity="tiny"))
+    # The names of the classes stand in run.json.
+    network = several.Opened(network=cases.Tiny(), identity="tiny", classes=tuple("abcd"))
+    monkeypatch.setattr(several, "from_paths", lambda paths, device, **_: lambda images: [network])
     cli.main(arguments(source, tmp_path / "out"))
     assert cases.contents(tmp_path / "out") == undisturbed
 
