@@ -29,7 +29,7 @@ VARIANTS = {
     "none": [],
     "weights": ["--rare.weights", "inverse-sqrt"],
     "effective": ["--rare.weights", "effective", "--rare.effective-pixels", "10000"],
-    "sampling": ["--rare.sampling", "0.25"],
+    "sampling": ["--rare.sampling", "0.5"],
     "logits": ["--rare.logit-adjustment", "1"],
     "ohem": ["--train.loss", "ohem-image"],
     "weights-sampling": ["--rare.weights", "inverse-sqrt", "--rare.sampling", "0.5"],
