@@ -338,7 +338,7 @@ def test_a_changed_file_makes_the_index_stale_and_is_read_anew(tmp_path):
     path.write_text(path.read_text().replace('"category_id": 1', '"category_id": 7'))
     os.utime(path, ns=(time.time_ns(), time.time_ns() + 10**9))
     assert index.is_stale(made.out, made.root, **COCO) and made.changed(["photos/0"]) == ["annotations.json"]
-    assert (drawn(index.renewed(made), "photos/0.jpg") == square(2)).all()
+    assert (drawn(index.renewed(made.out), "photos/0.jpg") == square(2)).all()
 
 
 def test_links_out_of_the_root_are_followed_only_when_asked(tmp_path):
@@ -645,7 +645,7 @@ def test_images_may_lie_where_the_export_has_none(tmp_path):
     (root / "JPEGImages").rename(root / "photos")
     made = prepare(root, layout="cvat", images="photos/**/*")
     assert (drawn(made, "photos/a/0.jpg")[3:13, 2:12] == 2).all()
-    assert index.renewed(made).fingerprint == made.fingerprint
+    assert index.renewed(made.out).fingerprint == made.fingerprint
 
 
 @pytest.mark.parametrize(

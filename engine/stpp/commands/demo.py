@@ -16,8 +16,8 @@ from stpp.config import (
     Config,
     ConsistencyConfig,
     DataConfig,
-    LabelConfig,
     ModelConfig,
+    StageLabelConfig,
     TrainConfig,
 )
 from stpp.errors import UserError
@@ -28,7 +28,7 @@ DEMO = Config(
     data=DataConfig(layout="voc", fraction="12"),
     model=ModelConfig(backbone="resnet18", output_stride=32),
     augment=AugmentConfig(crop_px=49, long_side=(36, 104)),
-    label=LabelConfig(tta="stpp"),
+    label=StageLabelConfig(tta="stpp"),
     train=TrainConfig(epochs=12, supervised_epochs=160, batch_global=16, lr=0.05, head_lr_multiplier=1.0,
                       validate_every=160),
 )
