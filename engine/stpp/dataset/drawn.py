@@ -22,7 +22,7 @@ from stpp.dataset.walk import FOLLOW, walk
 from stpp.errors import UserError
 from stpp.images.folders import PassedOver
 
-LAYOUTS = ("coco", "yolo", "labelme")
+FORMATS = ("coco", "yolo", "labelme")
 ENDINGS = {"coco": ".json", "yolo": ".txt", "labelme": ".json"}
 _ABSOLUTE = re.compile(r"[/~]|[A-Za-z]:")
 
@@ -37,7 +37,7 @@ def refuse_settings(layout: str, images: str | None, masks: str | None, options:
     Raises:
         UserError: one of them.
     """
-    if layout not in LAYOUTS:
+    if layout not in FORMATS:
         for name, value in options.items():
             if value is not None:
                 raise UserError(f"--data.{name} {value}: goes with --data.layout {', '.join(LAYOUTS)}, not "

@@ -33,7 +33,7 @@ from stpp.errors import UserError
 from stpp.images.folders import PassedOver, folders_of, image_of_mask, image_of_mask_in_folder
 from stpp.images.image_file import IMAGE_EXTENSIONS
 
-LAYOUTS = ("auto", "voc", "cvat", "cityscapes", "camvid", "globs", *drawn.LAYOUTS)
+LAYOUTS = ("auto", "voc", "cvat", "cityscapes", "camvid", "globs", *drawn.FORMATS)
 
 _VOC = ("JPEGImages", "SegmentationClass")
 _VOC_AUGMENTED = "SegmentationClassAug"
@@ -160,7 +160,7 @@ def find(
     layout = resolve(path, layout, images)
     given, given_images = masks, images
     images = cityscapes.IMAGES if layout == "cityscapes" else images
-    is_drawn = layout in drawn.LAYOUTS
+    is_drawn = layout in drawn.FORMATS
     masks = masks or own_masks(path, layout, follow_links=follow_links)
     image_side, mask_side = _sides(layout, images, masks, path)
     search = Search(path, Path(exclude).resolve() if exclude is not None else None, follow_links)
@@ -214,7 +214,7 @@ def find(
 def _sides(layout: str, images: str | None, masks: str | None, root: Path | None) -> tuple[Side, Side | None]:
     if layout == "cityscapes":
         images, masks = cityscapes.IMAGES, masks or cityscapes.TRAIN_IDS
-    if layout in drawn.LAYOUTS:
+    if layout in drawn.FORMATS:
         return parsed(images, "images", root) if images else Side("", None), None
     if images and layout != "cvat":
         return parsed(images, "images", root), parsed(masks, "masks", root) if masks else None

@@ -43,7 +43,7 @@ def resolved(
     shapes = {"unlisted": unlisted, "annotated": annotated, "crowds": crowds, "doubtful": doubtful}
     drawn.refuse_settings(layout, images, masks, shapes, exif=exif)
     shapes = {name: value for name, value in shapes.items() if value is not None}
-    if layout in drawn.LAYOUTS:
+    if layout in drawn.FORMATS:
         files = drawn.files_of(folder, layout, masks, follow_links=follow_links)
         masks = files[0] if len(files) == 1 else masks  # without the folder that the shell was in
         asked = {"layout": layout, "mask_map": list(mask_map), "exif": exif} | shapes

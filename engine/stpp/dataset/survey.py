@@ -103,7 +103,7 @@ def check_files(
     from tqdm import tqdm
 
     root, total = listed[0][0], sum(len(members) for _, members in listed)
-    is_drawn = settings["layout"] in drawn.LAYOUTS
+    is_drawn = settings["layout"] in drawn.FORMATS
     mask_map = None if is_drawn else mapping.parse(settings["mask_map"], settings["classes"])
     meaning = legends.legend(root, settings, _files(root, settings)) if is_drawn else mask_map
     seen = _Seen(settings["classes"], Judge(settings["classes"], mask_map))
