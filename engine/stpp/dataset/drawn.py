@@ -40,7 +40,7 @@ def refuse_settings(layout: str, images: str | None, masks: str | None, options:
     if layout not in FORMATS:
         for name, value in options.items():
             if value is not None:
-                raise UserError(f"--data.{name} {value}: goes with --data.layout {', '.join(LAYOUTS)}, not "
+                raise UserError(f"--data.{name} {value}: goes with --data.layout {', '.join(FORMATS)}, not "
                                 f"{layout}")
         return
     if options["unlisted"] is None:
