@@ -53,6 +53,15 @@ def synthetic_index(synthetic, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def listed(synthetic, tmp_path_factory) -> Path:
+    """A list of three images of `synthetic`."""
+    names = (synthetic / "ImageSets" / "Segmentation" / "val.txt").read_text().split()[:3]
+    path = tmp_path_factory.mktemp("list") / "val.txt"
+    path.write_text("".join(f"JPEGImages/{name}.jpg SegmentationClass/{name}.png\n" for name in names))
+    return path
+
+
 @pytest.fixture(autouse=True)
 def _threads():
     """Puts the number of threads back, which commands set."""

@@ -68,6 +68,18 @@ def model(name: str, seed: int = 0, classes: int = 6) -> nn.Module:
                   (42, 70) if kind == "dpt" else (49, 65))
 
 
+def seeing_all_classes() -> nn.Module:
+    """Made to see every class: else a network with random weights sees one class everywhere, in crops and
+    without."""
+    made = model("deeplabv3plus", seed=1)
+    with torch.no_grad():
+        logits = made(images(4, 70, 90))
+        made.classifier.bias -= logits.mean((0, 2, 3))
+        for value in (made.classifier.weight, made.classifier.bias):
+            value *= 3 / logits.std((0, 2, 3)).reshape(-1, *[1] * (value.dim() - 1))
+    return made
+
+
 def least_px(name: str) -> int:
     """Smallest side of a model's graph: two cells of the last map at stride 16; three patches, of which DPT
     makes two cells."""

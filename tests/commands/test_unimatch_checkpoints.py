@@ -50,14 +50,6 @@ def folder(tmp_path_factory, synthetic_index) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def listed(synthetic, tmp_path_factory) -> Path:
-    names = (synthetic / "ImageSets" / "Segmentation" / "val.txt").read_text().split()[:3]
-    path = tmp_path_factory.mktemp("list") / "val.txt"
-    path.write_text("".join(f"JPEGImages/{name}.jpg SegmentationClass/{name}.png\n" for name in names))
-    return path
-
-
 def masks_of(out: Path) -> dict[str, np.ndarray]:
     return {path.stem: read_index_mask(path) for path in (out / "masks").rglob("*.png")}
 

@@ -35,15 +35,7 @@ STRIDE = 16
 
 @pytest.fixture(scope="module")
 def network() -> torch.nn.Module:
-    """Made to see every class: else a network with random weights sees one class everywhere, in crops and
-    without."""
-    made = cases.model("deeplabv3plus", seed=1)
-    with torch.no_grad():
-        logits = made(cases.images(4, 70, 90))
-        made.classifier.bias -= logits.mean((0, 2, 3))
-        for value in (made.classifier.weight, made.classifier.bias):
-            value *= 3 / logits.std((0, 2, 3)).reshape(-1, *[1] * (value.dim() - 1))
-    return made
+    return cases.seeing_all_classes()
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +43,6 @@ def best(network, tmp_path_factory, synthetic_index) -> Path:
     path = tmp_path_factory.mktemp("checkpoint") / "best.pt"
     checkpoint.save(path, model=network.state_dict(), classes=list(index.load(synthetic_index).classes),
                     architecture={"name": "deeplabv3plus", "backbone": "resnet18", "output_stride": STRIDE})
-    return path
-
-
-@pytest.fixture(scope="module")
-def listed(synthetic, tmp_path_factory) -> Path:
-    """A list of three images."""
-    names = (synthetic / "ImageSets" / "Segmentation" / "val.txt").read_text().split()[:3]
-    path = tmp_path_factory.mktemp("list") / "val.txt"
-    path.write_text("".join(f"JPEGImages/{name}.jpg SegmentationClass/{name}.png\n" for name in names))
     return path
 
 
