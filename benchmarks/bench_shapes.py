@@ -80,7 +80,7 @@ def main() -> None:
     once, views = sizes[: options.sizes + 1], sizes[options.sizes + 1 :]
     first_and_second(report, "shapes.forward", plan.precision, teacher.logits, once, options.batch)
     first_and_second(report, "shapes.ten_views", plan.precision,
-                     lambda images_NCHW: masks(teacher.logits, images_NCHW, "stpp", bench_teacher.CLASSES),
+                     lambda images_NCHW: masks(teacher, images_NCHW, "stpp"),
                      views, options.batch)
     report.finish()
 

@@ -204,7 +204,9 @@ def test_a_checkpoint_is_served_and_stopped(tmp_path, root):
     )
     command = [sys.executable, "-m", "stpp", "serve", "--checkpoint", str(tmp_path / "best.pt")]
     command += ["--root", str(root), "--port", "0", "--device", "cpu"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    # Where these tests run in the background of a shell, an interrupt is ignored unless it is put back.
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
         try:
             line = process.stdout.readline()
             port = int(line.split(":")[2])
