@@ -6,7 +6,7 @@ This module imports neither torch nor pyarrow, so that worker processes start qu
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from stpp.images.masks import IGNORE, Stored, count_indices, read_mask, write_in
 from stpp.images.pixels import BadImage
 from stpp.images.reading import Proof, Reading, prove
 
-_CHUNK = 16
+_CHUNK = 32
 """Images passed to a process at once: enough to make passing them cheap, few enough that no core idles at the
 end."""
 
@@ -133,11 +133,11 @@ def check(task: Task, root: str, out: str, classes: int, exif: bool,
     if problems:
         return Checked(task, problems=tuple(problems))
     converted = None if mask is None or mask.plain else _written(task, out, mask.values)
-    picture = Checked(task, reading, proof.used_bits, proof.like_mask, seen.orientation, digest=digest)
-    if mask is None:
-        return picture
-    return replace(picture, converted=converted, class_pixels=counts[:classes].tolist(),
-                   ignored=int(counts[IGNORE]), stored=mask.stored, edges=edges(mask.values))
+    of_mask = {} if mask is None else {
+        "converted": converted, "class_pixels": counts[:classes].tolist(), "ignored": int(counts[IGNORE]),
+        "stored": mask.stored, "edges": edges(mask.values)}
+    return Checked(task, reading, proof.used_bits, proof.like_mask, seen.orientation, digest=digest,
+                   **of_mask)
 
 
 def _check_drawn(task: Task, root: str, out: str, classes: int, exif: bool, legend: Legend) -> Checked:
@@ -221,7 +221,7 @@ def _look(path: str, digested: bool) -> tuple[Reading, Proof, str | None]:
     except DECODE_ERRORS as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
         raise UserError(f"{path}: cannot be read as an image ({reason}); replace or remove it") from error
-    digest = hashlib.blake2b(data, digest_size=16).hexdigest() if digested else None
+    digest = hashlib.sha256(data).hexdigest() if digested else None
     return found._replace(plain=found.plain and looks_whole(data)), proof, digest
 
 

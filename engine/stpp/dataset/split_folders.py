@@ -1,5 +1,6 @@
 """The table of folders that say what their images are for."""
 
+import functools
 import re
 
 FOLDERS = {
@@ -19,6 +20,7 @@ _NEARLY = re.compile(
 )
 
 
+@functools.lru_cache(maxsize=4096)
 def kind(folder: str) -> str | None:
     """What a folder holds by its name, "train", "val" or "test"; None where that says nothing."""
     name = folder.lower()
