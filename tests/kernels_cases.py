@@ -43,6 +43,9 @@ def assert_three_way(name: str, fused, eager, truth, slack: float = 0.0) -> None
     if not truth.numel():
         return
     scale = max(1.0, truth.abs().max().item())
+    # PyTorch's own answer may be no number where the truth is one (depthwise weight gradients of oneDNN in
+    # bf16): there the bound is that of the truth, rounded once.
+    eager = torch.where(eager.isnan() & ~truth.isnan(), truth.to(eager.dtype), eager)
     error, eager_error = ((other.double() - truth).abs() for other in (fused, eager))
     allowed = 2 * eager_error.max().item() + TOLERANCE[fused.dtype] * scale + slack
     worst = error.max().item()

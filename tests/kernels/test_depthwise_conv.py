@@ -296,3 +296,12 @@ def test_on_cuda_it_is_cudnns(stride, padding):
     both = (torch.autograd.grad(one, (x, weight), gradient) for one in (out, expected))
     for found, truth in zip(*both, strict=True):
         torch.testing.assert_close(found, truth)
+
+
+def test_a_peer_that_is_no_number_loosens_nothing():
+    truth = torch.tensor([141.4, -3.0], dtype=torch.float64)
+    right, broken = truth.bfloat16(), torch.tensor([float("nan"), -3.0]).bfloat16()
+    assert_three_way("right", right, broken, truth)
+    for wrong in (torch.tensor([150.0, -3.0]).bfloat16(), broken):
+        with pytest.raises(AssertionError):
+            assert_three_way("wrong", wrong, broken, truth)
