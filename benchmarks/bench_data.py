@@ -31,11 +31,11 @@ from harness import Report, arguments
 from stpp.commands import synthetic
 from stpp.config import AugmentConfig
 from stpp.dataset import index
-from stpp.distributed import cores
 from stpp.images.image_file import IMAGENET_MEAN, IMAGENET_STD
 from stpp.loading import loader
 from stpp.loading.sample import Sample, Stream
 from stpp.loading.sampler import StepSampler
+from stpp.processes import cores
 
 PICTURES = 96
 SIDE_PX = (320, 480)
@@ -126,6 +126,16 @@ def samples_of(options: argparse.Namespace, folder: Path) -> list[Sample]:
     known = index.prepare(root, folder / "index", layout=layout, progress=False)
     with_mask = [image for image, entry in known.entries.items() if entry.mask is not None]
     return [known.sample(image, strong=i % 2 == 1) for i, image in enumerate(sorted(with_mask))]
+
+
+def step_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of every benchmark of steps, in memory and on files."""
+    parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"])
+    parser.add_argument("--root", type=Path, help="data set for the steps on files; unset: drawn pictures")
+    parser.add_argument("--layout", default="auto")
+    parser.add_argument("--pictures", type=int, default=PICTURES, help="how many are drawn")
+    parser.add_argument("--no-files", action="store_true", help="leave out the steps on files")
+    parser.add_argument("--no-compile", action="store_true", help="leave out the compiled peer")
 
 
 def main() -> None:

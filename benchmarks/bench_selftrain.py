@@ -36,11 +36,11 @@ from stpp import files
 from stpp.commands import demo, synthetic
 from stpp.config import AugmentConfig, Config, to_dict
 from stpp.dataset import index, splits
-from stpp.distributed import cores
 from stpp.inference import export
 from stpp.loading.sample import Sample
 from stpp.metrics import mean_iou
 from stpp.models.build import build_model, parameter_groups
+from stpp.processes import cores
 from stpp.training.optimizer import REFERENCE_BATCH
 from stpp.training.trainer import POLY_POWER
 

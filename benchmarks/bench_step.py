@@ -38,12 +38,13 @@ from torch.utils.data import DataLoader
 import bench_data
 from harness import Report, arguments, bare_trainer, call_ms, nominal_flop, random_batch
 from stpp.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
-from stpp.distributed import World, cores
+from stpp.distributed import World
 from stpp.inference import export
 from stpp.loading.sample import Batch, Sample
 from stpp.models.build import build_model
 from stpp.models.layers import DepthwiseConv
 from stpp.precision import autocast_dtype
+from stpp.processes import cores
 from stpp.training.trainer import Trainer
 from stpp_kernels import upsample_cross_entropy
 
@@ -183,12 +184,7 @@ def parsed(description: str = __doc__) -> argparse.Namespace:
     parser.add_argument("--output-stride", type=int, default=8, choices=[8, 16, 32])
     parser.add_argument("--crop", type=int, default=321, help="pixels")
     parser.add_argument("--batch", type=int, default=0, help="images; 0: 16 on a GPU, 2 on a CPU")
-    parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"])
-    parser.add_argument("--root", type=Path, help="data set for the steps on files; unset: drawn pictures")
-    parser.add_argument("--layout", default="auto")
-    parser.add_argument("--pictures", type=int, default=bench_data.PICTURES, help="how many are drawn")
-    parser.add_argument("--no-files", action="store_true", help="leave out the steps on files")
-    parser.add_argument("--no-compile", action="store_true", help="leave out the compiled peer")
+    bench_data.step_arguments(parser)
     parser.add_argument("--cudnn-benchmark", action=argparse.BooleanOptionalAction, default=True,
                         help="let cuDNN try its algorithms, as the engine and tuned users do; for all "
                              "variants")

@@ -37,13 +37,14 @@ import bench_data
 from harness import Report, arguments, bare_trainer, call_ms, random_batch
 from public_unimatch import Arithmetic, Peer, PublicUniMatch, PublicUniMatchV2, Unlabelled
 from stpp.config import AugmentConfig, Config, ConsistencyConfig, DataConfig, ModelConfig, TrainConfig
-from stpp.distributed import World, cores
+from stpp.distributed import World
 from stpp.loading.sample import Batch, Sample
 from stpp.methods.consistency import inside
 from stpp.methods.unimatch import UniMatch
 from stpp.methods.unimatch_v2 import UniMatchV2
 from stpp.models.build import network_of
 from stpp.precision import autocast_dtype
+from stpp.processes import cores
 from stpp.training.optimizer import REFERENCE_BATCH
 from stpp.training.step import Step
 from stpp.training.trainer import Trainer
@@ -214,12 +215,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--crop-v2", type=int, default=0, help="pixels; 0: 518 on a GPU, 266 on a CPU")
     parser.add_argument("--batch", type=int, default=0, help="images of each list; 0: as published for a "
                                                              "GPU, 2 on a CPU")
-    parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"])
-    parser.add_argument("--root", type=Path, help="data set for the steps on files; unset: drawn pictures")
-    parser.add_argument("--layout", default="auto")
-    parser.add_argument("--pictures", type=int, default=bench_data.PICTURES, help="how many are drawn")
-    parser.add_argument("--no-files", action="store_true", help="leave out the steps on files")
-    parser.add_argument("--no-compile", action="store_true", help="leave out the compiled peer")
+    bench_data.step_arguments(parser)
     options = parser.parse_args()
     options.crop_v2 = options.crop_v2 or (518 if options.device.startswith("cuda") else 266)
     return options

@@ -80,6 +80,14 @@ def seeing_all_classes() -> nn.Module:
     return made
 
 
+def saved(path: Path, network: nn.Module, classes: Iterable[str], **architecture: object) -> Path:
+    """A checkpoint of DeepLabV3+ on ResNet-18, with what else is said of the architecture."""
+    checkpoint.save(path, model=network.state_dict(), classes=list(classes),
+                    architecture={"name": "deeplabv3plus", "backbone": "resnet18", "output_stride": 16}
+                    | architecture)
+    return path
+
+
 def least_px(name: str) -> int:
     """Smallest side of a model's graph: two cells of the last map at stride 16; three patches, of which DPT
     makes two cells."""

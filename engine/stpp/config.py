@@ -44,6 +44,15 @@ def _check(condition: bool, flag: str, value: Any, allowed: str) -> None:
         raise UserError(f"--{flag} is {value}: it must be {allowed}")
 
 
+def check_view(view_px: int | None, flag: str = "view-px") -> None:
+    """Refuses a size at which no image can be seen.
+
+    Raises:
+        UserError: it is.
+    """
+    _check(view_px is None or 16 <= view_px <= 1 << 15, flag, view_px, "from 16 to 32768")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeviceConfig:
     """The device."""
@@ -143,8 +152,7 @@ class DataConfig(LoaderConfig, SourceConfig):
     def __post_init__(self):
         super().__post_init__()
         _check(self.val is None or 0 < self.val < 1, "data.val", self.val, "between 0 and 1")
-        _check(self.view_px is None or 16 <= self.view_px <= 1 << 15, "data.view-px", self.view_px,
-               "from 16 to 32768")
+        check_view(self.view_px, "data.view-px")
         _check(0 <= self.split_seed < 2**64, "data.split-seed", self.split_seed, "from 0 to 2^64 - 1")
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from stpp import processes
 from stpp.errors import UserError
 
 TIMEOUT_MINUTES = 30.0
@@ -70,7 +71,7 @@ def world(device: str = "auto", *, timeout_minutes: float = TIMEOUT_MINUTES) -> 
     if use_cuda:
         torch.cuda.set_device(here)
     else:
-        torch.set_num_threads(max(1, cores() // local_size))
+        torch.set_num_threads(max(1, processes.cores() // local_size))
         keep_freed_memory()
     timeout = datetime.timedelta(minutes=timeout_minutes)
     store = _fresh_store(rank, size, timeout) if "RANK" in os.environ and size > 1 else None
@@ -139,14 +140,9 @@ def keep_freed_memory() -> None:
     mallopt(_M_TRIM_THRESHOLD, no_limit)
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def threads_per_rank(here: World, asked: int = 0) -> int:
     """`asked` threads; where that is 0, the cores of this machine divided among its ranks, at least 1."""
-    return asked or max(1, cores() // here.local_size)
+    return asked or max(1, processes.cores() // here.local_size)
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:

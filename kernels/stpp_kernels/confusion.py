@@ -41,6 +41,18 @@ def confusion(
     return _checked(pred, target, num_classes, ignore_index, per_image, False)
 
 
+def class_pixels(masks: Tensor, num_classes: int, *, per_image: bool = False) -> Tensor:
+    """Pixels of each class in masks: the diagonal of `confusion` of a mask with itself.
+
+    Args:
+        masks, num_classes, per_image: see `confusion`; 255 counts nowhere.
+
+    Returns:
+        int64 [C], or [N, C] with `per_image`.
+    """
+    return confusion(masks, masks, num_classes, per_image=per_image).diagonal(dim1=-2, dim2=-1)
+
+
 def pairwise_iou(a: Tensor, b: Tensor, num_classes: int) -> Tensor:
     """Agreement of two masks per image: the mean of IoU over the classes present in either of them.
 

@@ -19,9 +19,9 @@ import label_cases
 from cli_cases import ended, refused
 from shape_cases import drawn, prepare
 from stpp.annotations import runs
-from stpp.annotations.labelled import voc_colours
 from stpp.dataset import class_files, given_labels, index
 from stpp.images.masks import read_index_mask
+from stpp.images.palette import voc_colours
 
 ROOT = Path(__file__).parents[2]
 READERS = ROOT / "build" / "readers" / "bin" / "python"

@@ -17,7 +17,7 @@ from PIL import Image
 import engine_cases as cases
 from cli_cases import ended
 from conftest import torchrun
-from stpp import checkpoint, cli, distributed
+from stpp import cli, distributed
 from stpp.config import Config, DataConfig, TrainConfig
 from stpp.dataset import index
 from stpp.errors import UserError
@@ -40,10 +40,8 @@ def network() -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def best(network, tmp_path_factory, synthetic_index) -> Path:
-    path = tmp_path_factory.mktemp("checkpoint") / "best.pt"
-    checkpoint.save(path, model=network.state_dict(), classes=list(index.load(synthetic_index).classes),
-                    architecture={"name": "deeplabv3plus", "backbone": "resnet18", "output_stride": STRIDE})
-    return path
+    return cases.saved(tmp_path_factory.mktemp("checkpoint") / "best.pt", network,
+                       index.load(synthetic_index).classes, output_stride=STRIDE)
 
 
 def flags(best: Path, index_folder: Path, listed: Path, *more: object) -> list[str]:

@@ -16,7 +16,6 @@ import engine_cases as cases
 import stpp
 from cli_cases import ended
 from run_cases import TINY
-from stpp import checkpoint
 from stpp.config import Config
 from stpp.dataset import index
 from stpp.errors import UserError
@@ -35,11 +34,8 @@ def network() -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def best(network, tmp_path_factory, synthetic_index) -> Path:
-    path = tmp_path_factory.mktemp("checkpoint") / "best.pt"
-    checkpoint.save(path, model=network.state_dict(), classes=list(index.load(synthetic_index).classes),
-                    architecture={"name": "deeplabv3plus", "backbone": "resnet18", "output_stride": 16,
-                                  "view_px": VIEW_PX})
-    return path
+    return cases.saved(tmp_path_factory.mktemp("checkpoint") / "best.pt", network,
+                       index.load(synthetic_index).classes, view_px=VIEW_PX)
 
 
 @pytest.fixture(scope="module")
@@ -163,10 +159,7 @@ def test_an_impossible_size_is_named(best, photographs, tmp_path, capsys, value)
 
 def test_a_checkpoint_with_a_senseless_size_is_refused(network, tmp_path):
     for told in ("64", 0, 1.5, True):
-        checkpoint.save(tmp_path / "odd.pt", model=network.state_dict(),
-                        classes=[str(i) for i in range(CLASSES)], architecture={
-                            "name": "deeplabv3plus", "backbone": "resnet18", "output_stride": 16,
-                            "view_px": told})
+        cases.saved(tmp_path / "odd.pt", network, map(str, range(CLASSES)), view_px=told)
         with pytest.raises(UserError, match="view_px is"):
             load_network(tmp_path / "odd.pt")
 

@@ -226,3 +226,12 @@ def test_compiles_without_graph_break():
         matrix, iou = score(pred, target)
         assert torch.equal(matrix, 2 * by_hand(pred, target, 5, 255))
         torch.testing.assert_close(iou, stpp_kernels.pairwise_iou(pred, target, 5))
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+def test_pixels_of_classes_are_counted(per_image):
+    masks = torch.randint(0, 5, (3, 7, 9), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    masks[masks == 4] = 255
+    plain = torch.stack([torch.stack([(mask == c).sum() for c in range(4)]) for mask in masks])
+    found = stpp_kernels.class_pixels(masks, 4, per_image=per_image)
+    assert found.dtype == torch.int64 and torch.equal(found, plain if per_image else plain.sum(0))

@@ -91,14 +91,3 @@ def kept(mask_HW: np.ndarray, found: list[Object], *, empty: int) -> np.ndarray:
         part = out[one.patch.y : one.patch.y + tall, one.patch.x : one.patch.x + wide]
         part[one.patch.pixels] = one.class_id
     return out
-
-
-def voc_colours(numbers: np.ndarray) -> np.ndarray:
-    """VOC's colours of numbers from 0 to 255, uint8 [N, 3]: their bits, lowest first, become the highest bits
-    of red, green and blue in turn."""
-    colours = np.zeros((len(numbers), 3), dtype=np.uint8)
-    for place in range(8):
-        for channel in range(3):
-            bit = (numbers >> (3 * place + channel)) & 1
-            colours[:, channel] |= (bit << (7 - place)).astype(np.uint8)
-    return colours

@@ -18,9 +18,9 @@ from stpp.annotations.labelled import (
     Scheme,
     kept,
     objects,
-    voc_colours,
 )
 from stpp.images.masks import IGNORE
+from stpp.images.palette import voc_colours
 
 _MOST_OBJECTS = 255
 """Of an image: readers of the format know VOC's 256 colours of objects."""

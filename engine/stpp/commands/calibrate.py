@@ -15,9 +15,6 @@ from stpp.errors import UserError
 if TYPE_CHECKING:
     from stpp.inference.calibration import Calibration, Proposal
 
-HELD_OUT = "held-out.txt"
-"""In a run's folder: labelled images that it did not train on."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrate(OnLabels):
@@ -48,15 +45,17 @@ def calibrate(args: Sequence[str]) -> None:
         UserError: no such checkpoint, index or list, classes that do not match, or labels without a pixel.
     """
     options = config.parse(Calibrate, args, prog="stpp calibrate")
+    from stpp import distributed, files, log
+    from stpp.inference import calibration
+    from stpp.report.calibration import plot
+    from stpp.run.lists import HELD_OUT
+
     run = run_of(options.checkpoint)
     if run and options.list is None and (run / HELD_OUT).is_file():
         options = dataclasses.replace(options, list=run / HELD_OUT)
     folder, listed = of_run(options, run)
     tta = options.tta or (_labelled_with(run) if run else "none")
-    out = options.out or options.checkpoint.parent / "calibration.json"
-    from stpp import distributed, files, log
-    from stpp.inference import calibration
-    from stpp.report.calibration import plot
+    out = options.out or options.checkpoint.parent / calibration.NAME
 
     with distributed.world(options.compute.device) as here:
         log.set_speaker(here.is_main)

@@ -4,15 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from stpp import config, files
-from stpp.commands.options import Compute, ComputeConfig, OutputStride, ViewPx, check_view
+from stpp.commands.options import Compute, ComputeConfig, OutputStride, ViewPx
 from stpp.config import BackendName
 from stpp.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +31,7 @@ class Compile:
     compute: Compute = ComputeConfig()
 
     def __post_init__(self):
-        check_view(self.view_px)
+        config.check_view(self.view_px)
 
 
 def compile(args: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stpp import config, files
-from stpp.commands.options import Compute, ComputeConfig, OutputStride, Reading, ViewPx, check_view
+from stpp.commands.options import Compute, ComputeConfig, OutputStride, Reading, ViewPx
 from stpp.config import Config, DataConfig, LoaderConfig, Views, WindowEdges
 from stpp.errors import UserError
 
@@ -32,7 +32,7 @@ class OnLabels:
     reading: Reading = LoaderConfig()
 
     def __post_init__(self):
-        check_view(self.view_px)
+        config.check_view(self.view_px)
 
 
 @dataclass(frozen=True, kw_only=True)

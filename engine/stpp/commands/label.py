@@ -19,7 +19,6 @@ from stpp.commands.options import (
     Reading,
     TrustEngine,
     ViewPx,
-    check_view,
 )
 from stpp.config import DataConfig, LabelConfig, LoaderConfig
 from stpp.errors import UserError
@@ -76,7 +75,7 @@ class CorpusOptions(LabelConfig):
         super().__post_init__()
         if self.compute_threads < 0:
             raise UserError(f"--compute-threads is {self.compute_threads}: it must be 0 or more")
-        check_view(self.view_px)
+        config.check_view(self.view_px)
         if not 0 <= self.max_bad_fraction <= 1:
             raise UserError(f"--max-bad-fraction is {self.max_bad_fraction}: it must be from 0 to 1")
 

@@ -33,16 +33,6 @@ Reading = Annotated[LoaderConfig, INLINE]
 """`--loader` and `--threads`."""
 
 
-def check_view(view_px: int | None) -> None:
-    """Refuses a size at which no image can be seen.
-
-    Raises:
-        UserError: it is.
-    """
-    if view_px is not None and not 16 <= view_px <= 1 << 15:
-        raise UserError(f"--view-px is {view_px}: it must be from 16 to 32768")
-
-
 def need_root(data: SourceConfig) -> None:
     """Refuses a data set that is not there, or patterns without the layout that they belong to.
 

@@ -10,7 +10,7 @@ import tyro
 
 from stpp import config, files
 from stpp.commands.exif_flags import exif_asked
-from stpp.commands.options import Compute, ComputeConfig, OutputStride, TrustEngine, ViewPx, check_view
+from stpp.commands.options import Compute, ComputeConfig, OutputStride, TrustEngine, ViewPx
 from stpp.config import Views
 from stpp.errors import UserError
 
@@ -46,7 +46,7 @@ class Predict:
     compute: Compute = ComputeConfig()
 
     def __post_init__(self):
-        check_view(self.view_px)
+        config.check_view(self.view_px)
 
 
 def predict(args: Sequence[str]) -> None:

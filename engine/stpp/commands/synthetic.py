@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from stpp import files
 from stpp.errors import UserError
 from stpp.images.masks import IGNORE
+from stpp.images.palette import voc_colours
 from stpp.loading.augment import LUMA
 
 CLASSES = ("background", "disc", "box", "triangle", "star", "ring")
@@ -113,32 +114,22 @@ def generate(
     for folder in ("JPEGImages", "SegmentationClass"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     difficulty = difficulty or Difficulty()
-    names = [f"{number:06d}" for number in range(train + val)]
+    names, colours = [f"{number:06d}" for number in range(train + val)], voc_colours(np.arange(256))
     for number, name in enumerate(names):
         rng = np.random.Generator(np.random.Philox(key=np.array([seed, number], dtype=np.uint64)))
         pixels, mask = draw_picture(rng, difficulty)
         quality = int(rng.integers(difficulty.jpeg_quality[0], difficulty.jpeg_quality[1] + 1))
         Image.fromarray(pixels).save(out / "JPEGImages" / f"{name}.jpg", quality=quality)
         paletted = Image.fromarray(mask)
-        paletted.putpalette(palette())
+        paletted.putpalette(colours.ravel().tolist())
         paletted.save(out / "SegmentationClass" / f"{name}.png")
     lists = out / "ImageSets" / "Segmentation"
     files.write_text(lists / "train.txt", "".join(name + "\n" for name in names[:train]))
     files.write_text(lists / "val.txt", "".join(name + "\n" for name in names[train:]))
-    colours = np.asarray(palette()).reshape(-1, 3)[: len(CLASSES)].tolist()
     # Last: a folder that has it is complete.
     files.write_json(out / "classes.json",
-                     {"classes": list(CLASSES), "palette": colours, "ignore_index": IGNORE})
-
-
-def palette() -> list[int]:
-    """768 numbers, the colours of VOC's masks: the bits of an index are dealt to red, green and blue from the
-    top."""
-    colours = []
-    for index in range(256):
-        colours += [sum(((index >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(8))
-                    for channel in range(3)]
-    return colours
+                     {"classes": list(CLASSES), "palette": colours[: len(CLASSES)].tolist(),
+                      "ignore_index": IGNORE})
 
 
 def draw_picture(rng: np.random.Generator, difficulty: Difficulty) -> tuple[np.ndarray, np.ndarray]:

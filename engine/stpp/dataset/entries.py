@@ -102,8 +102,12 @@ class Index:
     def class_pixels(self, samples: Iterable[Sample]) -> list[list[int]]:
         """Pixels of each class in the data set's masks of these samples, in their order; zeros without a
         mask."""
-        counts = {entry.key: entry.class_pixels for entry in self.entries.values()}
-        return [counts[sample.key] or [0] * len(self.classes) for sample in samples]
+        return [entry.class_pixels or [0] * len(self.classes) for entry in self.entries_of(samples)]
+
+    def entries_of(self, samples: Iterable[Sample]) -> list[Entry]:
+        """The entries of samples, in their order."""
+        by_key = {entry.key: entry for entry in self.entries.values()}
+        return [by_key[sample.key] for sample in samples]
 
     def sample(self, image: str, *, strong: bool = False, mask: str | None | EllipsisType = ...) -> Sample:
         """What a loader reads for an image.

@@ -28,6 +28,17 @@ def palette(num_classes: int) -> np.ndarray:
     return colours
 
 
+def voc_colours(numbers: np.ndarray) -> np.ndarray:
+    """VOC's colours of numbers from 0 to 255, uint8 [N, 3]: their bits, lowest first, become the highest bits
+    of red, green and blue in turn."""
+    colours = np.zeros((len(numbers), 3), dtype=np.uint8)
+    for place in range(8):
+        for channel in range(3):
+            bit = (numbers >> (3 * place + channel)) & 1
+            colours[:, channel] |= (bit << (7 - place)).astype(np.uint8)
+    return colours
+
+
 def colourise(mask_HW: np.ndarray, num_classes: int) -> np.ndarray:
     """uint8 [H, W] class ids to uint8 [H, W, 3]."""
     return palette(num_classes)[mask_HW]

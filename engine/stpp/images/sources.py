@@ -247,17 +247,20 @@ class _ImagesOf:
             image_of_mask_in_folder(_stem(name), self, self._folders) is not None)
 
     def _folders(self, folder: str) -> Iterable[str]:
-        if self._folders_in is None:
-            self._folders_in = folders_of(member.name for member in tars.members(self._path))
+        self._read()
         return self._folders_in(folder)
 
     def __contains__(self, name: str) -> bool:
+        self._read()
+        return name in self._names
+
+    def _read(self) -> None:
         if self._names is None:
             stems = {_stem(member.name) for member in tars.members(self._path) if _is_image(member.name)}
             # The fields of a sample may both have names (WebDataset): x.rgb.png and x.mask.png.
             self._names = stems | {stem.rpartition(".")[0] for stem in stems
                                    if stem.lower().endswith(_IMAGE_FIELDS)}
-        return name in self._names
+            self._folders_in = folders_of(stems)
 
 
 def _leftover(name: str) -> tuple[str, bool] | None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from stpp.config import WindowEdges
-from stpp_kernels import confusion, finalize, softmax_accumulate, upsample_argmax
+from stpp_kernels import class_pixels, finalize, softmax_accumulate, upsample_argmax
 
 if TYPE_CHECKING:
     from stpp.inference.protocol import Predictor
@@ -173,7 +173,7 @@ def concluded(sums_NCHW: torch.Tensor,
     masks_NHW, confidence_N, pixels_NC = finalize(sums_NCHW)
     if tuple(sums_NCHW.shape[-2:]) != size:
         masks_NHW = upsample_argmax(sums_NCHW, size)
-        pixels_NC = counted(masks_NHW, sums_NCHW.shape[1])
+        pixels_NC = class_pixels(masks_NHW, sums_NCHW.shape[1], per_image=True)
     return masks_NHW, confidence_N, pixels_NC
 
 
@@ -182,9 +182,3 @@ def resized(sums_NCHW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     if tuple(sums_NCHW.shape[-2:]) == tuple(size):
         return sums_NCHW
     return F.interpolate(sums_NCHW, size, mode="bilinear", align_corners=True)
-
-
-def counted(masks_NHW: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Pixels of each class in each mask, int64 [N, C]."""
-    # A mask against itself counts its classes in one pass.
-    return confusion(masks_NHW, masks_NHW, num_classes, per_image=True).diagonal(dim1=1, dim2=2)

@@ -34,7 +34,7 @@ from stpp.label.run import Summary, execute
 from stpp.label.sinks import Sink, StoredMask, open_sink
 from stpp.loading.sample import Sample
 from stpp.metrics import mean_iou
-from stpp_kernels import confusion
+from stpp_kernels import class_pixels, confusion
 
 NOT_FINITE = "the network's answer is not finite"
 
@@ -119,7 +119,7 @@ class Labels:
                 unsure_N1HW = F.interpolate(unsure_NHW[:, None].byte(), size, mode="nearest-exact")
                 unsure_NHW = unsure_N1HW[:, 0].bool()
             masks_NHW = masks_NHW.masked_fill(unsure_NHW, IGNORE)
-            pixels_NC = views.counted(masks_NHW, self.network.num_classes)
+            pixels_NC = class_pixels(masks_NHW, self.network.num_classes, per_image=True)
         return Readback(masks_NHW, confidence_N, pixels_NC, confidence_map.sampled(sums_NCHW, size))
 
     def sink(self, out: Path, shard: int, clock: Clock) -> Sink:

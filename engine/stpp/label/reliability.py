@@ -27,7 +27,7 @@ from stpp.label.labels import SampleSource, require_none_bad
 from stpp.label.plan import Plan
 from stpp.label.run import Summary, execute
 from stpp.loading.sample import Sample
-from stpp_kernels import confusion, pairwise_iou
+from stpp_kernels import class_pixels, pairwise_iou
 
 PRESENT = 0.001
 """Share of an image's pixels from which on it shows a class."""
@@ -76,9 +76,8 @@ class Reliability:
             masks_NHW = views.masks(network, batch.images_NCHW, "none")
             total_N += pairwise_iou(masks_NHW, reference_NHW, last.num_classes)
         shown = []
-        if self.by_class:  # a mask against itself counts its classes
-            shown = [confusion(reference_NHW, reference_NHW, last.num_classes,
-                               per_image=True).diagonal(dim1=1, dim2=2)]
+        if self.by_class:
+            shown = [class_pixels(reference_NHW, last.num_classes, per_image=True)]
         queued, errors = Readback(total_N / len(earlier), *shown), batch.errors
 
         def results() -> list[Judged | None]:

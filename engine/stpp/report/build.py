@@ -13,11 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
-
 from stpp import __version__, files
 from stpp.errors import UserError
-from stpp.report import calibration, charts, labelling, pictures
+from stpp.report import calibration, charts, labelling, pictures, templates
 from stpp.report import run as runs
 from stpp.report.labelling import Labelling
 from stpp.training.class_shares import ABSENT
@@ -127,13 +125,9 @@ def _write(out: Path, folder: Path, run: Path | None, is_run: bool, labellings: 
         "card": card_text, "sheet": f"pictures/{sheet.name}" if sheet else None,
         "chart": {"width": charts.WIDTH, "height": charts.HEIGHT},
     }
-    here = Path(__file__).parent
-    page = jinja2.Environment(loader=jinja2.FileSystemLoader(here), autoescape=True,
-                              undefined=jinja2.StrictUndefined, trim_blocks=True,
-                              lstrip_blocks=True).get_template("page.html")
-    files.write_text(out / "index.html", page.render(values))
+    files.write_text(out / "index.html", templates.template("page.html").render(values))
     for name in ("report.js", "report.css"):
-        shutil.copyfile(here / name, out / name)
+        shutil.copyfile(templates.FOLDER / name, out / name)
     files.write_json(out / "report.json",
                      {"format": FORMAT, "stpp": __version__, "of": str(folder.resolve()), "classes": names,
                                            "images": sum(one.totals.images for one in labellings),

@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import NamedTuple
 
-import jinja2
-
 from stpp.errors import UserError
 from stpp.inference import calibration
 from stpp.inference.calibration import Calibration
+from stpp.report.templates import template
 
 WIDTH, HEIGHT = 420, 260
 HUES = 360
@@ -57,9 +56,7 @@ def figure(found: Calibration, *, title: str) -> Figure:
 
 def plot(found: Calibration, *, title: str) -> str:
     """The figure as the text of an SVG file."""
-    page = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
-                              undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return page.get_template("calibration.svg").render(figure=figure(found, title=title))
+    return template("calibration.svg").render(figure=figure(found, title=title))
 
 
 def of_run(run: Path) -> list[Figure]:

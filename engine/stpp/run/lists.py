@@ -42,9 +42,8 @@ class Lists:
         if len(self.unlabelled) < least:
             raise UserError(f"{self.folder / 'unlabeled.txt'}: {counted(len(self.unlabelled), 'image')}, and "
                             f"--method {method} needs {least}; add images, or choose another method")
-        pixels = {entry.key: sum(entry.class_pixels or ()) for entry in index.entries.values()}
         for name, samples in (("labeled.txt", self.labelled), ("val.txt", self.val)):
-            if samples and not any(pixels[sample.key] for sample in samples):
+            if samples and not any(map(any, index.class_pixels(samples))):
                 raise UserError(f"{self.folder / name}: every pixel of its masks is 255 (ignore); nothing "
                                 "can be learned or scored")
 
@@ -82,8 +81,7 @@ def read(config: Config, here: World, index: Index, notes: Notes) -> Lists:
 
 
 def _write(path: Path, samples: list[Sample], index: Index) -> None:
-    entries = {entry.key: entry for entry in index.entries.values()}
-    files.write_text(path, "".join(splits.line(entries[sample.key]) for sample in samples))
+    files.write_text(path, "".join(map(splits.line, index.entries_of(samples))))
 
 
 def _warn_of_unused(folder: Path, unlabelled: list[Sample], index: Index, notes: Notes) -> None:

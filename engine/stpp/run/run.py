@@ -124,9 +124,8 @@ class Run:
         streams = step.streams(self.config, *lists)
         per_epoch = stage_samplers(streams, train.batch_global, seed=self.config.seed,
                                    stage=key)[0].steps_per_epoch
-        steps, whole = train.stage_steps(per_epoch, supervised=supervised), 1
-        if steps % per_epoch == 0:  # thirds, too, are of whole epochs where they can be
-            whole = per_epoch
+        steps = train.stage_steps(per_epoch, supervised=supervised)
+        whole = 1 if steps % per_epoch else per_epoch  # thirds are of whole epochs where they can be
         thirds = tuple(max(1, number * steps // whole // 3) * whole for number in (1, 2, 3))
         validate_epochs = max(train.validate_every, math.ceil(train.validate_min_steps / per_epoch))
         schedule = Schedule(steps=steps, validate_steps=validate_epochs * per_epoch,
@@ -155,8 +154,7 @@ class Run:
         place = self._folder(name)
 
         def do() -> dict:
-            entries = {entry.key: entry for entry in self.index.entries.values()}
-            lines = [splits.line(entries[sample.key]) for sample in samples]
+            lines = [splits.line(entry) for entry in self.index.entries_of(samples)]
             mean = reliability.select(self._opening(checkpoints, samples, "none"), samples, lines, self.here,
                                       out=place, title=name, config=self.config.label, data=self.config.data)
             return {"mean_reliability": mean}

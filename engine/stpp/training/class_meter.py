@@ -9,7 +9,7 @@ import torch
 
 from stpp import distributed, log
 from stpp.training import class_shares
-from stpp_kernels import confusion
+from stpp_kernels import class_pixels
 
 TELLING = 1 / 3
 """Part of a stage's steps from which on a missing class is told: at first a network is sure of the frequent
@@ -33,8 +33,7 @@ class ClassCounter:
         """Counts the classes of uint8 labels [N, H, W]; 255 is none. Nobody waits for the device."""
         if not self._classes:
             return
-        # A mask against itself has its counts on the diagonal.
-        found_C = confusion(labels_NHW, labels_NHW, self._classes).diagonal()
+        found_C = class_pixels(labels_NHW, self._classes)
         self._total_C = found_C.clone() if self._total_C is None else self._total_C.add_(found_C)
 
     def take(self) -> list[int] | None:

@@ -112,9 +112,6 @@ class Trainer:
         self.started = self.saved_at = time.monotonic()
         self.saved_step = 0
         self.bottleneck = BottleneckMeter(title, self.model)
-        unique = {sample.key: sample for stream in streams for sample in stream.samples}
-        self.calibration = Stream(samples=list(unique.values()), views=("weak",), masked=False,
-                                  number=CALIBRATION)
         self.meter = meter or ClassMeter(title, step.confident)
 
     def train_step(self, passes: Sequence[tuple[Batch, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -239,14 +236,17 @@ class Trainer:
     def _recalibrated(self, network: nn.Module) -> contextlib.AbstractContextManager:
         """Batch-norm statistics of weakly augmented images of the stage, always the same ones, if the config
         asks for them."""
-        asked, (sampler,) = self.config.train.recalibrate_bn, stage_samplers(
-            [self.calibration], self.config.train.batch_global, seed=self.config.seed, stage=self.key)
+        asked = self.config.train.recalibrate_bn
         if not asked:
             return contextlib.nullcontext()
-        steps = max(1, min(asked, len(self.calibration.samples)) // sampler.batch_global)
+        unique = {sample.key: sample for stream in self.streams for sample in stream.samples}
+        stream = Stream(samples=list(unique.values()), views=("weak",), masked=False, number=CALIBRATION)
+        (sampler,) = stage_samplers([stream], self.config.train.batch_global, seed=self.config.seed,
+                                    stage=self.key)
+        steps = max(1, min(asked, len(unique)) // sampler.batch_global)
 
         def images() -> Iterator[torch.Tensor]:
-            return (batch.images_NCHW for batch in self._batches(self.calibration, sampler, 0, steps))
+            return (batch.images_NCHW for batch in self._batches(stream, sampler, 0, steps))
 
         return batch_norm.recalibrated(network, images, self.here, autocast=self._autocast())
 
