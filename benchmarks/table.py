@@ -1,11 +1,12 @@
-"""Writes the README's tables of measurements from the committed rows.
+"""Writes the tables of measurements in README.md and benchmarks/README.md from the committed rows.
 
     python benchmarks/table.py
 
-A figure is a summary row of one file in `benchmarks/results/`. A test fails where README and rows differ.
+A figure is a summary row of one file in `benchmarks/results/`. A test fails where tables and rows differ.
 """
 
 import json
+import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +46,9 @@ RATIOS = (
      "selftrain.engine_vs_public_ratio"),
 )
 """What, against what, files of rows, name of the summary row."""
+HIGHLIGHTS = ("selftrain.engine_vs_public_ratio", "step.engine_vs_public_ratio", "step.engine_vs_tuned_ratio",
+              "label.engine_vs_public_ratio", "loss.fused_vs_compiled_ratio")
+"""Names of the rows of `RATIOS` that README.md shows."""
 ON_GPUS = (
     ("the loss from a CUDA graph, 16 x 21 classes x 321 "
      "px", "eager, likewise", "loss", "loss.graph_fused_vs_eager_ratio"),
@@ -61,6 +65,11 @@ GPU_SIZES = {
     "teacher": "GPU: ResNet-50, stride 8",
 }
 """Of files of rows, what GPUs measure otherwise than the line says."""
+GAINS = ("camvid-cpu-bf16", tuple(f"camvid-lite0-seed{seed}" for seed in range(3)))
+"""File of rows, and names of the runs in them, over which README.md's table of gains is taken."""
+STAGES = {"labels alone": ".1-supervised", "control": ".control", "ST": "-st.3-retrain",
+          "ST++, stage 4": ".4-retrain", "ST++, stage 6": ".6-retrain", "UniMatch": "-unimatch.1-unimatch"}
+"""Columns of scores, and how the names of their rows go on after the name of a run."""
 RUNS = (
     ("demo, seed 0", "demo-cpu-bf16", "demo-seed0"),
     ("demo, seed 1", "demo-cpu-bf16", "demo-seed1"),
@@ -70,6 +79,48 @@ RUNS = (
     ("the same on two ranks, two images each, beside other work", "camvid-cpu", "camvid-2ranks"),
 )
 """What, file of rows, name of the run in them."""
+
+
+def highlights() -> str:
+    """Lines of the ratios in `HIGHLIGHTS`, on two cores.
+
+    Raises:
+        KeyError: a name has no line or no row.
+    """
+    lines = [f"| faster than | {' | '.join(f'two cores, {machine}' for machine in MACHINES)} |",
+             "|---" * (1 + len(MACHINES)) + "|"]
+    by_name = {line[3]: (i, line) for i, line in enumerate(RATIOS)}
+    for name in HIGHLIGHTS:
+        i, (what, against, files, _) = by_name[name]
+        while what == "the same":
+            i -= 1
+            what = RATIOS[i][0]
+        found = [values(f"{files}-{word}").get(name) for word in MACHINES.values()]
+        if not any(found):
+            raise KeyError(f"no row {name}")
+        shown = ["" if value is None else f"{_figures(value)}x" for value in found]
+        lines.append(f"| {against}: {what} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def gains() -> str:
+    """Lines of the mIoU of the runs in `GAINS`: mean, lowest and highest; methods without runs are left out.
+
+    Raises:
+        KeyError: there are no rows of labels alone.
+    """
+    file, runs = GAINS
+    of = values(file)
+    found = {head: [of[key] for run in runs if (key := f"{run}{suffix}.miou_pct") in of]
+             for head, suffix in STAGES.items()}
+    if not found["labels alone"]:
+        raise KeyError(f"no rows of {runs[0]} in {file}")
+    shown = {head: values for head, values in found.items() if values}
+    lines = [f"| mIoU, % | {' | '.join(shown)} |", "|---" * (1 + len(shown)) + "|"]
+    for what, figure in (("mean", statistics.mean), ("lowest", min), ("highest", max)):
+        cells = (f"{figure(values):.1f}" for values in shown.values())
+        lines.append(f"| {what} of {len(found['labels alone'])} seeds | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def ratios() -> str:
@@ -102,27 +153,26 @@ def _figures(value: float) -> str:
 
 
 def scores() -> str:
-    """Lines of mIoU, percent, of the stages that a run has; of ST where there is such a run, its name ending
-    in -st. The control has as many steps as the last stage.
+    """Lines of mIoU, percent, of the stages that a run has; of ST and UniMatch from runs of their own, whose
+    names end in -st and -unimatch. The control has as many steps as the last stage.
 
     Raises:
         KeyError: a run has no rows.
     """
-    heads = ("run", "labels alone", "control", "ST", "ST++, stage 4", "ST++, stage 6", "UniMatch", "minutes",
-             "rows")
+    heads = ("run", *STAGES, "minutes", "rows")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for what, file, run in RUNS:
         of = values(file)
-        stages = ("1-supervised", "control", "-st.3-retrain", "4-retrain", "6-retrain", "1-unimatch")
-        found = (of.get(f"{run}{'' if stage[0] == '-' else '.'}{stage}.miou_pct") for stage in stages)
+        found = (of.get(f"{run}{suffix}.miou_pct") for suffix in STAGES.values())
         miou = ["" if value is None else f"{value:.1f}" for value in found]
         lines.append(f"| {what} | {' | '.join(miou)} | {of[f'{run}.minutes']:.1f} | `{file}.jsonl`: `{run}` "
                      "|")
     return "\n".join(lines)
 
 
-TABLES = {"ratios": ratios, "scores": scores}
-"""By the word in the two marks that a table stands between."""
+PAGES = {"README.md": {"highlights": highlights},
+         "benchmarks/README.md": {"ratios": ratios, "scores": scores}}
+"""Tables of each page, by the word in the two marks around a table."""
 
 
 def values(file: str) -> dict[str, float]:
@@ -132,9 +182,9 @@ def values(file: str) -> dict[str, float]:
     return {row["name"]: row["value"] for row in rows if "value" in row}
 
 
-def filled(text: str) -> str:
-    """A README with its tables renewed."""
-    for name, table in TABLES.items():
+def filled(page: str, text: str) -> str:
+    """The text of a page with its tables renewed."""
+    for name, table in PAGES[page].items():
         begin, end = f"<!-- {name}: written by benchmarks/table.py -->", f"<!-- end of {name} -->"
         before, rest = text.split(begin)
         text = f"{before}{begin}\n{table()}\n{end}{rest.split(end)[1]}"
@@ -142,5 +192,6 @@ def filled(text: str) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(filled(page, path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -41,7 +41,7 @@ def test_only_operators_that_the_processor_can_run_are_loaded(tmp_path, capabili
 def test_wheel_runs_outside_the_checkout(tmp_path):
     checkout, venv = tmp_path / "checkout", tmp_path / "venv"
     subprocess.run(["git", "clone", "--quiet", "--depth", "1", ROOT.as_uri(), str(checkout)], check=True)
-    environment = os.environ | {"STPP_MARCH": "x86-64-v3 x86-64-v4"}
+    environment = os.environ | {"STPP_MARCH": "x86-64-v3"}  # one of the two, for time
     for name in ("PYTHONPATH", "STPP_KERNELS"):
         environment.pop(name, None)
     pip = [sys.executable, "-m", "pip", "--quiet"]

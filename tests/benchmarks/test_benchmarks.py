@@ -18,9 +18,10 @@ import table  # noqa: E402
 RESULTS = sorted((ROOT / "benchmarks" / "results").rglob("*.jsonl"))
 
 
-def test_the_tables_of_the_readme_are_made_of_rows():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert table.filled(text) == text, "run `python benchmarks/table.py`"
+@pytest.mark.parametrize("page", table.PAGES)
+def test_tables_are_made_of_rows(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert table.filled(page, text) == text, "run `python benchmarks/table.py`"
 
 
 def test_a_figure_without_a_row_is_noticed(monkeypatch):
@@ -97,6 +98,7 @@ SMALLEST = {
     "shapes": "--small",
     "step": "--small",
     "teacher": "--small --backends inductor",
+    "threads": "--small",
     "unimatch": "--small",
 }
 """Arguments that make a benchmark short, by its name."""
