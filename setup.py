@@ -1,6 +1,6 @@
 """Installs the engine and the fused operators from their two source roots, and builds the C++ operators.
 
-Metadata stands in pyproject.toml. A failed C++ build is a warning: the operators then run in plain PyTorch.
+Metadata is in pyproject.toml. A failed C++ build is a warning: the operators then run in plain PyTorch.
 """
 
 import os
@@ -14,7 +14,7 @@ CSRC = Path("kernels/stpp_kernels/csrc")
 
 
 def cpp_operators() -> dict:
-    """Setup arguments that build `stpp_kernels._C`; none where torch is not installed yet."""
+    """Returns setup arguments that build `stpp_kernels._C`; none if torch is not installed yet."""
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:

@@ -5,6 +5,7 @@ The download is PyTorch's own, from a folder in place of the server.
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -17,10 +18,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from stpp import checkpoint, files
 from stpp.config import ModelConfig
 from stpp.errors import UserError
 from stpp.models import pretrained
 from stpp.models.build import PLAIN, build_model
+from stpp.models.trained import load_network
 
 MODEL = ModelConfig(name="deeplabv2", backbone="resnet18", output_stride=16, pretrained="imagenet")
 
@@ -205,7 +208,7 @@ def test_every_resnet_has_the_file_that_the_public_code_starts_from():
     assert {name for name in found if name.startswith("resnet")} == set(PLAIN)
     for name, file in (("resnet50", "resnet50-0676ba61.pth"), ("resnet101", "resnet101-63fe2227.pth")):
         assert found[name] == pretrained.Download(
-            url=f"https://download.pytorch.org/models/{file}", sha256=file[-12:-4]
+            url=f"https://download.pytorch.org/models/{file}", sha256=file[-12:-4], licence="BSD-3-Clause"
         )
 
 
@@ -272,6 +275,31 @@ def test_another_encoder_is_refused(tmp_path, changes, named):
     model = ModelConfig(name="dpt", backbone="dinov2-small", pretrained=str(tmp_path / "other.pth"))
     with pytest.raises(UserError, match=named):
         pretrained.start_from(build_model("dpt", "dinov2-small", 3), model, list("abc"))
+
+
+def test_origin_of_weights_is_recorded(published, cache, tmp_path):
+    made, sha256 = network(), hashlib.sha256(published.read_bytes()).hexdigest()
+    assert made.pretrained is None
+    start = functools.partial(pretrained.start_from, made, classes=list("abc"))
+    source = dataclasses.replace(pretrained.PUBLISHED["imagenet"]["resnet18"], licence="BSD-3-Clause")
+    pretrained.PUBLISHED["imagenet"]["resnet18"] = source
+    known = {"source": published.name, "sha256": sha256, "licence": "BSD-3-Clause"}
+    for file in ("imagenet", str(published)):  # by name, and by the hash of a file
+        start(ModelConfig(backbone="resnet18", pretrained=file))
+        assert made.pretrained == known
+    unknown = tmp_path / "unknown.pt"
+    architecture = {"name": "deeplabv2", "backbone": "resnet18", "output_stride": 16}
+    content = {"model": made.state_dict(), "classes": list("abc"), "architecture": architecture}
+    checkpoint.save(unknown, **content, pretrained=made.pretrained)
+    start(ModelConfig(backbone="resnet18", pretrained=str(unknown)))
+    assert made.pretrained == {"source": "unknown.pt", "sha256": files.sha256(unknown), "licence": None,
+                               "pretrained": known}
+    assert pretrained.describe(made.pretrained) == (
+        f"unknown.pt (licence unknown, SHA-256 {files.sha256(unknown)[:8]}), from {published.name} "
+        f"(BSD-3-Clause, SHA-256 {sha256[:8]})")
+    assert load_network(unknown).network.pretrained == known
+    checkpoint.save(unknown, **content)  # as versions without the record wrote it
+    assert load_network(unknown).network.pretrained is None
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from conftest import torchrun
-from stpp import checkpoint, distributed
+from stpp import checkpoint, distributed, files
 from stpp.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
 from stpp.dataset import index
 from stpp.errors import UserError
@@ -462,6 +462,9 @@ def test_a_frozen_backbone_stays_as_it_is_in_weights_and_statistics(synthetic_in
         assert torch.equal(value, before[key]) == key.startswith("backbone."), key
     assert torch.load(tmp_path / "best.pt", weights_only=True)["architecture"] == {
         "name": "deeplabv3plus", "backbone": "resnet18", "output_stride": 16}
+    for name in ("best.pt", "last.pt"):
+        assert torch.load(tmp_path / name, weights_only=True)["pretrained"] == {
+            "source": "backbone.pth", "sha256": files.sha256(path), "licence": None}
     with pytest.raises(ValueError, match="--model.freeze-backbone"):
         ModelConfig(freeze_backbone=True)
 
