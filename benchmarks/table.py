@@ -2,7 +2,7 @@
 
     python benchmarks/table.py
 
-A figure is a summary row of one file in `benchmarks/results/`. A test fails where README and rows differ.
+A figure is a summary row of one file in `benchmarks/results/`. A test fails if README and rows differ.
 """
 
 import json
@@ -10,9 +10,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 MACHINES = {"AVX-512": "cpu", "AVX-512 with bf16": "cpu-bf16"}
-"""Two cores each, by what they compute with; files of rows end in the word on the right."""
+"""Names of two-core machines by arithmetic; files of rows end in the word on the right."""
 GPUS = {"H100": "h100", "H200": "h200"}
-"""Machines with one GPU; a column is shown once there are rows of it, and so are the lines of `ON_GPUS`."""
+"""Names of machines with one GPU; a column, and the lines of `ON_GPUS`, appear once there are rows."""
 RATIOS = (
     ("upsampling cross-entropy, forward and backward, smallest of three "
      "shapes", "eager", "loss", "loss.fused_vs_eager_ratio"),
@@ -44,7 +44,7 @@ RATIOS = (
     ("all stages of ST++, a third of the demo", "public recipe", "selftrain",
      "selftrain.engine_vs_public_ratio"),
 )
-"""What, against what, files of rows, name of the summary row."""
+"""Subject, peer, files of rows, name of the summary row."""
 ON_GPUS = (
     ("the loss from a CUDA graph, 16 x 21 classes x 321 "
      "px", "eager, likewise", "loss", "loss.graph_fused_vs_eager_ratio"),
@@ -55,12 +55,12 @@ ON_GPUS = (
     ("labelling with ten views, images of 360x480, images a second", "", "label", "label.images_per_s.stpp"),
     ("the same, each image of another size", "", "label-mixed", "label.images_per_s.stpp"),
 )
-"""Lines of `RATIOS` that only GPUs have."""
+"""Lines of `RATIOS` that exist only for GPUs."""
 GPU_SIZES = {
     "step": "GPU: 16 x 321 px",
     "teacher": "GPU: ResNet-50, stride 8",
 }
-"""Of files of rows, what GPUs measure otherwise than the line says."""
+"""Sizes measured on GPUs that differ from the line's text, by files of rows."""
 RUNS = (
     ("demo, seed 0", "demo-cpu-bf16", "demo-seed0"),
     ("demo, seed 1", "demo-cpu-bf16", "demo-seed1"),
@@ -69,11 +69,11 @@ RUNS = (
     ("a third of its crops, fp32, one core", "camvid-cpu", "camvid"),
     ("the same on two ranks, two images each, beside other work", "camvid-cpu", "camvid-2ranks"),
 )
-"""What, file of rows, name of the run in them."""
+"""Subject, file of rows, name of the run in them."""
 
 
 def ratios() -> str:
-    """Lines of ratios.
+    """Formats the lines of ratios.
 
     Raises:
         KeyError: a line has no row.
@@ -97,13 +97,13 @@ def ratios() -> str:
 
 
 def _figures(value: float) -> str:
-    """Two figures, or all before the point."""
+    """Formats two significant figures, or all before the decimal point."""
     return f"{value:.0f}" if value >= 10 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
 
 def scores() -> str:
-    """Lines of mIoU, percent, of the stages that a run has; of ST where there is such a run, its name ending
-    in -st. The control has as many steps as the last stage.
+    """Formats the lines of mIoU, percent, of a run's stages; of ST if there is a run whose name ends in -st.
+    The control has as many steps as the last stage.
 
     Raises:
         KeyError: a run has no rows.
@@ -122,18 +122,18 @@ def scores() -> str:
 
 
 TABLES = {"ratios": ratios, "scores": scores}
-"""By the word in the two marks that a table stands between."""
+"""Tables by the word in the two marks around each."""
 
 
 def values(file: str) -> dict[str, float]:
-    """Summary values of a file of rows, by name; none where there is no such file."""
+    """Reads the summary values of a file of rows, by name; none if the file is missing."""
     path = ROOT / "benchmarks" / "results" / f"{file}.jsonl"
     rows = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
     return {row["name"]: row["value"] for row in rows if "value" in row}
 
 
 def filled(text: str) -> str:
-    """A README with its tables renewed."""
+    """Returns a README with updated tables."""
     for name, table in TABLES.items():
         begin, end = f"<!-- {name}: written by benchmarks/table.py -->", f"<!-- end of {name} -->"
         before, rest = text.split(begin)

@@ -140,7 +140,7 @@ def test_a_missing_package_ends_it_at_once_with_one_line(tmp_path):
 
 def test_parts_without_time_are_left_out(tmp_path):
     done = call("first", str(tmp_path), "--device", "cpu", "--small", "--limit", "0")
-    assert "  step: left out, no time" in done.stdout and "  tests: left out, no time" in done.stdout
+    assert "  step: skipped, no time left" in done.stdout and "  tests: skipped, no time left" in done.stdout
     assert done.returncode == 124  # the tests did not pass: they had no turn
 
 
