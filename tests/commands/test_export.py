@@ -1,5 +1,4 @@
-"""`stpp export`: the ONNX file of a checkpoint, and what is refused. The graph itself is tested with the
-teachers' engines."""
+"""`stpp export`: the ONNX file of a checkpoint, and refusals. The engine tests check the graph itself."""
 
 import importlib.util
 import json
@@ -38,7 +37,7 @@ def test_mistakes_are_named(best, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_another_program_computes_the_same(best, tmp_path, capsys):
+def test_onnxruntime_computes_the_same(best, tmp_path, capsys):
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (stpp[dev])")
     out = tmp_path / "deep" / "best.onnx"
     cli.main(["export", "--checkpoint", str(best), "--out", str(out)])

@@ -1,10 +1,10 @@
-"""Golden runs: hashes of what deterministic runs of ST++ and ST end with, to compare two versions of the code
-on one machine.
+"""Golden runs: hashes of the results of deterministic runs of ST++ and ST, to compare two versions of the
+code on one machine.
 
     python tests/faults/golden_run.py FOLDER    # runs the stpp of PYTHONPATH; writes FOLDER/golden.json
-    python tests/faults/golden_run.py FOLDER OTHER.json # and exits with 1 where OTHER.json differs
+    python tests/faults/golden_run.py FOLDER OTHER.json # and exits with 1 if OTHER.json differs
 
-Hashes depend on the processor and on the versions of torch and DALI, so both sides have to be made on one
+Hashes depend on the processor and on the versions of torch and DALI, so both sides must be made on one
 machine.
 """
 
@@ -42,7 +42,7 @@ def run(name: str, folder: Path) -> dict[str, str]:
 
 
 def contents(out: Path) -> dict[str, str]:
-    """Hashes of weights, masks, lists and scores below a run's stages."""
+    """Hashes weights, masks, lists and scores below a run's stages."""
     import torch
 
     found = {}

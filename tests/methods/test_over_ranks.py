@@ -17,7 +17,8 @@ STEPS = "3"
 @pytest.mark.dist
 @pytest.mark.parametrize(("method", "rare"), [("unimatch", ""), ("unimatch-v2", ""), ("unimatch", "rare"),
                                               ("unimatch-v2", "rare"), ("supervised", "rare")])
-def test_ranks_and_passes_take_the_steps_of_one_process(method, rare, synthetic, synthetic_index, tmp_path):
+def test_ranks_and_passes_take_the_same_steps_as_one_process(method, rare, synthetic, synthetic_index,
+                                                             tmp_path):
     args, more = [str(synthetic), str(synthetic_index)], [method, *([rare] if rare else [])]
 
     def found(name: str) -> dict:
@@ -40,6 +41,6 @@ def test_ranks_and_passes_take_the_steps_of_one_process(method, rare, synthetic,
         torch.testing.assert_close(torch.tensor(found(name)["losses"]), torch.tensor(alone["losses"]),
                                    rtol=1e-4, atol=1e-6)
         close = pytest.approx(alone["confident"], abs=20) if alone["confident"] else None
-        assert found(name)["confident"] == close  # rounding may move a pixel over the threshold
+        assert found(name)["confident"] == close  # rounding may move a pixel across the threshold
         for key, value in alone["weights"].items():
             torch.testing.assert_close(found(name)["weights"][key], value, rtol=1e-4, atol=1e-6, msg=key)
