@@ -126,6 +126,6 @@ def images(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
     return smooth.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-def relative_error(ours: torch.Tensor, truth: torch.Tensor) -> float:
+def relative_error(values: torch.Tensor, truth: torch.Tensor) -> float:
     """Largest difference over the largest value."""
-    return float((ours.float() - truth.float()).abs().max() / truth.float().abs().max())
+    return float((values.float() - truth.float()).abs().max() / truth.float().abs().max())

@@ -46,13 +46,13 @@ def _value(name: str, like: Tensor) -> Tensor:
     return v * math.sqrt(2 / like[0].numel())
 
 
-def assert_gives(found: Tensor, expected: dict) -> None:
+def assert_gives(output: Tensor, expected: dict) -> None:
     """Asserts that shape, mean, deviation and some values of an output are the recorded ones."""
-    assert list(found.shape) == expected["shape"]
+    assert list(output.shape) == expected["shape"]
     tolerance = TOLERANCE * expected["std"]
-    assert abs(found.mean().item() - expected["mean"]) <= tolerance
-    assert abs(found.std(unbiased=False).item() - expected["std"]) <= tolerance
+    assert abs(output.mean().item() - expected["mean"]) <= tolerance
+    assert abs(output.std(unbiased=False).item() - expected["std"]) <= tolerance
     values = torch.tensor(expected["values"], dtype=torch.float64)
     assert (
-        found.flatten()[expected["flat_indices"]] - values
+        output.flatten()[expected["flat_indices"]] - values
     ).abs().max() <= tolerance + 1e-9  # nine decimals are recorded

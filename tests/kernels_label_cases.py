@@ -125,9 +125,9 @@ def resized(logits: torch.Tensor, size) -> torch.Tensor:
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=True)
 
 
-def worst(found: torch.Tensor, truth: torch.Tensor) -> str:
+def worst(values: torch.Tensor, truth: torch.Tensor) -> str:
     """Describes the largest difference of two tensors, for a failure's message."""
-    error = (found.double() - truth.double()).abs()
+    error = (values.double() - truth.double()).abs()
     at = int(error.argmax())
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(at), error.shape))
-    return f"worst at {index}: {found.flatten()[at].item()!r} for {truth.flatten()[at].item()!r}"
+    return f"worst at {index}: {values.flatten()[at].item()!r} for {truth.flatten()[at].item()!r}"

@@ -95,10 +95,10 @@ def test_wrong_operator_fails_its_trial(monkeypatch):
 
 
 def test_failing_check_is_reported_and_not_raised():
-    def look():
+    def check():
         raise OSError("the driver\nis gone")
 
-    found = doctor._asked("gpu", look)
+    found = doctor._asked("gpu", check)
     assert found.state == "warn" and found.text == "failed: the driver is gone" and "\n" not in found.line()
 
 

@@ -77,24 +77,24 @@ def contents(out: Path) -> dict:
     return found
 
 
-def differing(ours: dict, theirs: dict) -> list[str]:
+def differing(first: dict, second: dict) -> list[str]:
     """Returns the names whose content differs."""
-    return [name for name in sorted(ours.keys() | theirs.keys())
-            if name not in ours or name not in theirs or not same(ours[name], theirs[name])]
+    return [name for name in sorted(first.keys() | second.keys())
+            if name not in first or name not in second or not same(first[name], second[name])]
 
 
-def same(ours, theirs) -> bool:
-    if isinstance(ours, torch.Tensor):
-        return isinstance(theirs, torch.Tensor) and torch.equal(ours, theirs)
-    if isinstance(ours, dict):
+def same(first, second) -> bool:
+    if isinstance(first, torch.Tensor):
+        return isinstance(second, torch.Tensor) and torch.equal(first, second)
+    if isinstance(first, dict):
         return (
-            isinstance(theirs, dict)
-            and ours.keys() == theirs.keys()
-            and all(same(ours[key], theirs[key]) for key in ours)
+            isinstance(second, dict)
+            and first.keys() == second.keys()
+            and all(same(first[key], second[key]) for key in first)
         )
-    if isinstance(ours, (list, tuple)):
-        return len(ours) == len(theirs) and all(map(same, ours, theirs))
-    return ours == theirs
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first == second
 
 
 def chosen(events: list[str], count: int, seed: int) -> list[str]:

@@ -64,7 +64,7 @@ def contents(out: Path) -> dict[str, str]:
     return found
 
 
-def main(folder: str, other: str | None = None) -> None:
+def main(folder: str, reference: str | None = None) -> None:
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "data").exists():
@@ -74,10 +74,10 @@ def main(folder: str, other: str | None = None) -> None:
         found |= run(name, out)
     (out / "golden.json").write_text(json.dumps(found, indent=1, sort_keys=True))
     print(f"{out / 'golden.json'}: {len(found)} hashes")
-    if other:
-        expected = json.loads(Path(other).read_text())
+    if reference:
+        expected = json.loads(Path(reference).read_text())
         wrong = [key for key in sorted(expected.keys() | found.keys()) if expected.get(key) != found.get(key)]
-        print("\n".join(f"differs: {key}" for key in wrong) or f"equal to {other}")
+        print("\n".join(f"differs: {key}" for key in wrong) or f"equal to {reference}")
         sys.exit(bool(wrong))
 
 

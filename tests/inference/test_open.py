@@ -266,11 +266,11 @@ def test_leftovers_of_a_killed_process_are_removed(first, fake, tmp_path, monkey
 def test_concurrent_processes_compile_once(first, fake, tmp_path):
     barrier, found = threading.Barrier(4), []
 
-    def one():
+    def open_once():
         barrier.wait(timeout=30)
         found.append(opened(first, backend="fake", cache=tmp_path / "cache"))
 
-    threads = [threading.Thread(target=one) for _ in range(4)]
+    threads = [threading.Thread(target=open_once) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -377,11 +377,11 @@ def test_key_readable_by_others_is_refused(first, fake, tmp_path, user):
 def test_concurrent_processes_make_one_key(user):
     barrier, keys = threading.Barrier(8), []
 
-    def one():
+    def open_once():
         barrier.wait(timeout=30)
         keys.append(trust._key(create=True))
 
-    threads = [threading.Thread(target=one) for _ in range(8)]
+    threads = [threading.Thread(target=open_once) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -555,9 +555,9 @@ def logits_of(classes_HW: torch.Tensor, lead: float) -> torch.Tensor:
     return torch.nn.functional.one_hot(classes_HW, 3).permute(2, 0, 1)[None].float() * lead
 
 
-def agreement(ours, eager):
+def agreement(engine, eager):
     tally = gate.Counts(CPU)
-    tally.add(ours, eager, tuple(ours.shape[2:]))
+    tally.add(engine, eager, tuple(engine.shape[2:]))
     return tally.agreement()
 
 

@@ -36,14 +36,14 @@ def test_depthwise_convolution_counts_only_its_own_taps(for_x, for_weight):
     x = torch.randn(2, 4, 7, 9, requires_grad=for_x)
     weight = torch.randn(4, 1, 5, 5, requires_grad=for_weight)
 
-    def ours(x, weight, stride):
+    def operator(x, weight, stride):
         return depthwise_conv(x, weight, stride=stride, padding=(2, 2, 2, 2))
 
     def plain(x, weight, stride):
         return F.conv2d(x, weight, stride=stride, padding=2, groups=4)
 
     forward = 2 * 2 * 4 * 3 * 3 * 25
-    found = counted(ours, x, weight, backward=for_x or for_weight)
+    found = counted(operator, x, weight, backward=for_x or for_weight)
     assert found == (1 + for_x + for_weight) * forward
     assert counted(plain, x, weight, backward=for_x or for_weight) == found
 

@@ -14,7 +14,7 @@ from stpp_kernels import reference
 OP = torch.ops.stpp_kernels.label_probability.default
 
 
-def found(form: str, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def label_probabilities(form: str, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     if form == "triton":
         from stpp_kernels.triton.label_probability import label_probability
 
@@ -36,7 +36,7 @@ def test_probability_matches_resized_logits(form, data):
     if case.c < 256:  # with 256 classes 255 is one of them, and still ignored
         labels[ignored] = 255
     ignored = labels == 255
-    probability = found(form, logits, labels.to(logits.device)).cpu()
+    probability = label_probabilities(form, logits, labels.to(logits.device)).cpu()
     assert probability.dtype == torch.float32 and probability.shape == labels.shape
     assert (probability[ignored] == 2).all()
     index = labels.masked_fill(ignored, 0).long()[:, None]
@@ -51,7 +51,7 @@ def test_probability_matches_resized_logits(form, data):
 @pytest.mark.parametrize("form", FORMS)
 def test_label_outside_the_classes_has_probability_zero(form):
     labels = torch.tensor([[[0, 3, 254, 255]]], dtype=torch.uint8, device=device_of(form))
-    probability = found(form, torch.zeros(1, 3, 1, 2, device=device_of(form)), labels)
+    probability = label_probabilities(form, torch.zeros(1, 3, 1, 2, device=device_of(form)), labels)
     torch.testing.assert_close(probability.cpu(), torch.tensor([[[1 / 3, 0, 0, 2]]]))
 
 

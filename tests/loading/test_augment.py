@@ -139,9 +139,10 @@ def redrawn_box(rng: np.random.Generator, side: int) -> tuple[int, int, int, int
             return y, x, h, w
 
 
-def assert_same_distribution(boxes, told):
+def assert_same_distribution(boxes, expected):
     """Asserts that sides, places and areas of two sets of boxes pass the test of Kolmogorov and Smirnov."""
-    for ours, theirs in ((boxes, told), (boxes[:, 2:3] * boxes[:, 3:], told[:, 2:3] * told[:, 3:])):
+    areas = (boxes[:, 2:3] * boxes[:, 3:], expected[:, 2:3] * expected[:, 3:])
+    for ours, theirs in ((boxes, expected), areas):
         for column in range(ours.shape[1]):
             a, b = np.sort(ours[:, column]), np.sort(theirs[:, column])
             grid = np.unique(np.concatenate([a, b]))

@@ -101,12 +101,12 @@ def test_non_finite_step_names_images_of_every_stream(synthetic_index, tmp_path)
         assert not torch.equal(before["network.classifier.weight"], after["network.classifier.weight"])
 
 
-def spoil(ours: Trainer) -> None:
+def spoil(trainer: Trainer) -> None:
     """Makes the logits of the second step infinite."""
     def forward_hook(module, inputs, logits):
-        return logits * float("inf") if ours.steps_done == 1 else logits
+        return logits * float("inf") if trainer.steps_done == 1 else logits
 
-    ours.step.network.classifier.register_forward_hook(forward_hook)
+    trainer.step.network.classifier.register_forward_hook(forward_hook)
 
 
 # --- refusals in one line

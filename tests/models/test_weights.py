@@ -50,9 +50,9 @@ def torchvision_file(folder, batches_tracked=True, seed=7):
     return save(collections.OrderedDict(state), folder, "resnet18-f37072fd.pth")
 
 
-def assert_same(got, want):
-    assert got.keys() == want.keys()
-    assert all(torch.equal(got[key], want[key]) for key in want)
+def assert_same(loaded, expected):
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[key], expected[key]) for key in expected)
 
 
 def refusal(function, *arguments, **options):

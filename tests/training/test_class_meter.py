@@ -60,10 +60,10 @@ def rows_of(folder: Path) -> list[dict]:
     return [row for row in map(json.loads, lines) if "confident_pct" in row]
 
 
-def spied(ours: Trainer) -> list[torch.Tensor]:
+def spied(trainer_: Trainer) -> list[torch.Tensor]:
     """Records the label maps that the step counts."""
-    seen, add = [], ours.step.confident.add
-    ours.step.confident.add = lambda labels_NHW: (seen.append(labels_NHW.clone()), add(labels_NHW))[1]
+    seen, add = [], trainer_.step.confident.add
+    trainer_.step.confident.add = lambda labels_NHW: (seen.append(labels_NHW.clone()), add(labels_NHW))[1]
     return seen
 
 

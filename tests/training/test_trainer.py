@@ -45,10 +45,10 @@ def alone(synthetic, synthetic_index, tmp_path_factory) -> dict:
     return torch.load(out)
 
 
-def assert_same(ours: dict, theirs: dict) -> None:
-    assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-5)
-    for key, value in theirs["weights"].items():
-        torch.testing.assert_close(ours["weights"][key], value, rtol=1e-4, atol=1e-6)
+def assert_same(first: dict, second: dict) -> None:
+    assert first["losses"] == pytest.approx(second["losses"], rel=1e-5)
+    for key, value in second["weights"].items():
+        torch.testing.assert_close(first["weights"][key], value, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.dist
