@@ -16,7 +16,7 @@ from PIL import Image
 import engine_cases as cases
 from cli_cases import ended
 from conftest import torchrun
-from stpp import cli, distributed
+from stpp import checkpoint, cli, distributed
 from stpp.config import Config, DataConfig, TrainConfig
 from stpp.dataset import index
 from stpp.errors import UserError
@@ -303,3 +303,12 @@ def test_stride_that_contradicts_the_checkpoint_is_refused(best, synthetic_index
         and "trained at 16" in errors
         and len(errors.strip().splitlines()) == 1
     )
+
+
+def test_origin_of_pretrained_weights_is_logged(best, synthetic_index, listed, tmp_path, capsys):
+    content = checkpoint.load(best)
+    del content["format"]
+    record = {"source": "backbone.pth", "sha256": 64 * "0", "licence": "MIT"}
+    checkpoint.save(tmp_path / "best.pt", **content, pretrained=record)
+    code, _, errors = command(capsys, tmp_path / "best.pt", synthetic_index, listed)
+    assert code == 0 and "started from backbone.pth (MIT, SHA-256 00000000)" in errors
