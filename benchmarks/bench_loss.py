@@ -49,7 +49,7 @@ def training(loss: Callable, logits: torch.Tensor, labels: torch.Tensor) -> Call
     """Returns a function that computes a loss with its backward pass."""
     def run() -> torch.Tensor:
         value = loss(logits, labels)
-        # dropped at once: a gradient kept between runs would be counted in the memory before
+        # dropped immediately: a gradient kept between runs would be counted in the memory before
         torch.autograd.grad(value, logits)
         return value.detach()
 

@@ -15,7 +15,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")),
 RECIPE = "launch/recipes/camvid_stpp.toml"
 ELIDED = {"label": ["--teacher", "best.pt", "--source", "photos", "--out", "labels"],
           "train": ["--recipe", RECIPE, "--data.root", "DATA", "--out", "RUN"]}
-"""Arguments that `...` in a command stands for."""
+"""Arguments that replace `...` in a command."""
 
 
 def lines_of(page: Path) -> list[str]:

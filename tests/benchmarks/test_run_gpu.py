@@ -77,7 +77,7 @@ def test_all_files_with_gpu_tests_are_run():
     tests = ROOT / "tests"
     marked = {path.relative_to(tests).with_suffix("").as_posix() for path in tests.rglob("test_*.py")
               if re.search(r"pytest\.mark\.gpu|from kernels(_label)?_cases", path.read_text())}
-    # Minutes of compiling: the second call has a case; TensorRT is not on such machines.
+    # Minutes of compiling: the second call has a case; those machines lack TensorRT.
     compiling = {"inference/test_engines_gpu", "inference/test_tensorrt"}
     assert marked - compiling - {"benchmarks/test_run_gpu"} == set(listed.split())
 

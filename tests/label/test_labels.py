@@ -81,7 +81,7 @@ def test_rows_describe_the_files(corpus, whole):
             and row["ignored_fraction"] == 0
         )
         assert 0.25 < row["mean_confidence"] <= 1
-        # every pixel, or every second, of such small images
+        # every pixel, or every second one, of small images
         sure = confidence_map.read(row["confidence_map"], *mask.shape) / 255
         assert abs(sure.mean() - row["mean_confidence"]) < 0.05
     summary = json.loads((whole / "summary.json").read_text())

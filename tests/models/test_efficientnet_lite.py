@@ -106,7 +106,7 @@ def test_same_padding_equals_tensorflow(height, width, kernel, stride, dilation)
         DepthwiseConv(4, kernel, stride=stride, dilation=dilation),
     ):
         if kernel == 1 and stride == 2:
-            continue  # TensorFlow takes the first of two rows; there is no such layer
+            continue  # TensorFlow takes the first of two rows; the network has no layer of that kind
         convolution = convolution.double()
         found = convolution(x)
         assert found.shape[2:] == (-(-height // stride), -(-width // stride))
