@@ -48,7 +48,8 @@ def call(*args: str, **more: str) -> subprocess.CompletedProcess:
 def test_every_part_of_a_call_runs(number, tmp_path):
     earlier = tmp_path / "unpassed.txt"
     earlier.write_text(
-        "tests/kernels/test_argmax.py::test_empty_batch_and_float64\ntests/kernels/test_argmax.py::test_gone\n"
+        "tests/kernels/test_argmax.py::test_empty_batch_and_float64\n"
+        "tests/kernels/test_argmax.py::test_gone\n"
     )
     args = ["--unpassed", str(earlier)] if number == "second" else []
     done = call(number, str(tmp_path / "out"), "--device", "cpu", "--small", *args, STPP_GIT="some-commit")

@@ -298,6 +298,8 @@ def test_origin_of_weights_is_recorded(published, cache, tmp_path):
         f"unknown.pt (licence unknown, SHA-256 {files.sha256(unknown)[:8]}), from {published.name} "
         f"(BSD-3-Clause, SHA-256 {sha256[:8]})")
     assert load_network(unknown).network.pretrained == known
+    checkpoint.save(unknown, **content, pretrained={"source": 7, "other": "text"})
+    assert load_network(unknown).network.pretrained == dict.fromkeys(("source", "sha256", "licence"))
     checkpoint.save(unknown, **content)  # as in versions without the record
     assert load_network(unknown).network.pretrained is None
 

@@ -88,6 +88,8 @@ PUBLISHED: dict[str, dict[str, Download | Packaged]] = {
     },
 }
 """`--model.pretrained` -> `--model.backbone` -> file."""
+RECORDED = ("source", "sha256", "licence")
+"""Keys of `Network.pretrained` with text."""
 SILENCE_S = 60.0
 """A server that sends nothing for so long is given up."""
 
@@ -138,7 +140,10 @@ def _record(path: str | Path, model: ModelConfig, content: dict) -> dict:
 def record_of(content: dict) -> dict | None:
     """Reads the origin of the pretrained weights from a checkpoint's content; None if it holds no record."""
     record = content.get("pretrained")
-    return record if isinstance(record, dict) else None
+    if not isinstance(record, dict):
+        return None
+    texts = {key: value if isinstance(value := record.get(key), str) else None for key in RECORDED}
+    return texts | ({"pretrained": earlier} if (earlier := record_of(record)) else {})
 
 
 def describe(record: dict) -> str:
