@@ -1,10 +1,10 @@
-# `make demo` and `make test` are all that a fresh machine needs: Python >= 3.10, a C++ compiler, make.
+# A fresh machine needs Python >= 3.10, a C++ compiler and make; `make demo` and `make test` install the rest.
 PYTHON ?= python3
 DALI ?= nvidia-dali-cuda120
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := 2.13.0
-# Two workers with one thread each, whole files to one of them: module fixtures are made once.
+# Two workers with one thread each; a file stays on one worker, so its module fixtures are made once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 SOURCES := $(wildcard kernels/stpp_kernels/csrc/*)
 
@@ -36,18 +36,18 @@ wheel: setup  ## a wheel for this version of Python and of torch (dist)
 	rm -rf build/lib* build/bdist* build/temp*  # old modules would be packed too
 	STPP_MARCH="$(or $(STPP_MARCH),x86-64-v3 x86-64-v4)" $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
-# tyro and its needs, for Python 3.12: what a machine with PyTorch and the usual packages is likely to lack. docs/gpu.md.
+# tyro and its dependencies, for Python 3.12, which machines with PyTorch are likely to lack. docs/gpu.md.
 gpu-wheels:  ## pure Python packages to carry to a GPU machine without a network (build/gpu-wheels)
 	rm -rf build/gpu-wheels
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 \
 	    --dest build/gpu-wheels $(shell grep -o '^tyro==[0-9.]*' requirements.txt) docstring-parser==0.18.0 typeguard==4.6.1
 
-triton-3.6: build/triton-3.6.0/triton  ## Triton of torch 2.11, for the slow tests that compile the CUDA kernels with it
+triton-3.6: build/triton-3.6.0/triton  ## Triton of torch 2.11, for slow tests that compile the CUDA kernels
 build/triton-3.6.0/triton: | setup
 	$(BIN)/python -m pip install --quiet --no-deps --target build/triton-3.6.0 triton==3.6.0
 
-# Datumaro wants older versions of packages that are installed here, so the readers have an environment of their own.
-readers: build/readers/.installed  ## the annotation tools' own readers, for the slow tests that read exports with them
+# Datumaro needs older versions of packages that are installed here, so the readers have their own environment.
+readers: build/readers/.installed  ## the annotation tools' own readers, for slow tests of exports
 build/readers/.installed: | setup
 	$(BIN)/python -m venv build/readers
 	build/readers/bin/python -m pip install --quiet datumaro==1.13.12
@@ -66,10 +66,11 @@ fmt: setup  ## format and sort imports
 check: setup  ## lint
 	$(BIN)/ruff check .
 
-clean:  ## remove what was built, not the runs
+clean:  ## remove build outputs, keep runs
 	rm -rf $(VENV) build *.egg-info engine/*.egg-info kernels/stpp_kernels/*.so
 
-# torch comes first and alone: the C++ operators are compiled against it, and an unpinned torch would bring its own CUDA.
+# torch is pinned and installed first: the C++ operators are compiled against it, and another torch brings its own
+# CUDA.
 $(VENV)/.torch-$(TORCH)-$(DALI): Makefile requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja

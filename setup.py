@@ -15,7 +15,7 @@ CSRC = Path("kernels/stpp_kernels/csrc")
 
 
 def cpp_operators() -> dict:
-    """Setup arguments that build `stpp_kernels._C`; none where torch is not installed yet."""
+    """Returns setup arguments that build `stpp_kernels._C`; none if torch is not installed yet."""
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:

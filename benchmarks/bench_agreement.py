@@ -1,18 +1,17 @@
-"""Masks of `stpp label` against the method step by step in plain PyTorch: how many pixels have the same
-class.
+"""Agreement of `stpp label` with the method in plain PyTorch: share of pixels with the same class.
 
-    python benchmarks/bench_agreement.py --source DATA/camvid/images/val --images 101 --teacher
-    runs/camvid/stages/6-retrain/best.pt python benchmarks/bench_agreement.py --source DATA/camvid/images/val
-    --backbone resnet50 --images 24 --engines inductor:bf16
+    python benchmarks/bench_agreement.py --source DATA/camvid/images/val --images 101 \
+        --teacher runs/camvid/stages/6-retrain/best.pt
+    python benchmarks/bench_agreement.py --source DATA/camvid/images/val --backbone resnet50 --images 24 \
+        --engines inductor:bf16
 
-Nothing is timed here. The plain form works in float32, image by image, with ten views at full size
-(`bench_label.py`: the public recipe). Where its two largest mean probabilities lie closer than `gate.MARGIN`,
-a pixel is a near-tie. PNGs are compared exactly; decoders of JPEG differ by a grey level.
+Nothing is timed. The plain form computes in float32, image by image, with ten views at full size
+(`bench_label.py`: the public recipe). A pixel is a near-tie if its two largest mean probabilities differ by
+less than `gate.MARGIN`. PNGs are compared exactly; decoders of JPEG differ by a grey level.
 
-Rows, of each engine: `agreement.<backend>-<precision>.raw` (share of all pixels), `.outside` (of those
-outside near-ties). And
-`agreement.decided` (share of pixels outside near-ties), `agreement.images`, `agreement.classes` (that the
-plain form gave).
+Rows of each engine: `agreement.<backend>-<precision>.raw` (share of all pixels) and `.outside` (share of the
+pixels outside near-ties). Others: `agreement.decided` (share of pixels outside near-ties),
+`agreement.images`, `agreement.classes` (number of classes in the plain masks).
 """
 
 import tempfile
@@ -38,9 +37,9 @@ def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--source", type=Path, help="folder of images; unset: drawn pictures of 320 to 480 "
                                                     "pixels")
-    parser.add_argument("--images", type=int, default=24, help="how many of them; all where there are fewer")
+    parser.add_argument("--images", type=int, default=24, help="number of images, at most")
     parser.add_argument("--teacher", type=Path, help="checkpoint; unset: random weights")
-    parser.add_argument("--backbone", default="resnet18", help="of the random weights")
+    parser.add_argument("--backbone", default="resnet18", help="backbone with random weights")
     parser.add_argument("--tta", default="stpp", choices=list(VIEWS))
     parser.add_argument("--engines", nargs="+", default=["eager:fp32", "inductor:bf16"],
                         metavar="BACKEND:PRECISION")

@@ -1,15 +1,15 @@
-"""Shapes of annotation tools to masks, and masks to their formats: rates, and that memory does not grow with
-the set.
+"""Shapes of annotation tools to masks, and masks to the tools' formats: rates, and independence of memory
+from the set's size.
 
-A COCO file of 5,000 photographs with 20 polygons each, of 8 to 40 points, is prepared in a process of its
-own, and one of a tenth of that; then a fifth of the masks that were drawn is exported to each format.
-Starting Python and importing are outside the clock.
+A COCO file of 5,000 photographs with 20 polygons each, of 8 to 40 points, is prepared in a separate process,
+and then one of a tenth of that; a fifth of the drawn masks is exported to each format. Starting Python and
+importing are not timed.
 
 Rows: `annotations`, variants *prepare* and *export FORMAT*. Summary rows: `annotations.prepare_images_per_s`,
-`annotations.prepare_polygons_per_s`, `annotations.prepare_cpu_ms` (of all processes, an image),
-`annotations.prepare_peak_mib` (of the process that leads),
-`annotations.worker_peak_mib` (of one that draws), `annotations.peak_growth_mib` (of the leading process, from
-the tenth to the whole), and `annotations.export_images_per_s.FORMAT`.
+`annotations.prepare_polygons_per_s`, `annotations.prepare_cpu_ms` (of all processes, per image),
+`annotations.prepare_peak_mib` (of the leading process), `annotations.worker_peak_mib` (of a drawing process),
+`annotations.peak_growth_mib` (of the leading process, from a tenth of the set to the whole), and
+`annotations.export_images_per_s.FORMAT`.
 """
 
 import json
@@ -60,7 +60,7 @@ done.set()
 watching.join()
 print(json.dumps(found | {"cpu_s": cpu_s() - before, "peak": peak_mib("self"), "worker": max(peaks)}))
 """
-"""The peaks are VmHWM: what a process that was just started reports as its largest is its parent's."""
+"""Peaks are VmHWM, because a new process reports its parent's largest memory as its own."""
 EXPORT = """
 import json, sys, time
 from stpp import cli
@@ -75,7 +75,7 @@ print(json.dumps({"seconds": time.perf_counter() - start}))
 
 
 def draw(root: Path, images: int) -> None:
-    """Writes photographs and their file of polygons."""
+    """Writes photographs and a COCO file of their polygons."""
     rng = np.random.default_rng(0)
     listed, annotations = [], []
     (root / "photos").mkdir(parents=True)
@@ -110,7 +110,7 @@ def polygon(rng: np.random.Generator) -> list[float]:
 
 
 def child(script: str, *args: object) -> dict:
-    """What a process of its own found."""
+    """Runs a script in a separate process and returns its JSON result."""
     done = subprocess.run([sys.executable, "-c", script, *map(str, args)], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"failed: {' '.join(map(str, args))}\n{done.stderr}")
@@ -118,7 +118,7 @@ def child(script: str, *args: object) -> dict:
 
 
 def as_labels(index: Path, out: Path, images: int) -> Path:
-    """The masks of an index as labels of `stpp label`, in parts of 500."""
+    """Writes the masks of an index as labels of `stpp label`, in parts of 500."""
     (out / "masks").mkdir(parents=True)
     (index / "masks" / "photos").rename(out / "masks" / "photos")
     keys = sorted(path.stem for path in (out / "masks" / "photos").iterdir())[:images]

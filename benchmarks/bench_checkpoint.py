@@ -1,10 +1,9 @@
-"""What a checkpoint costs a training step: stall and slower steps while the file is written.
+"""Cost of a checkpoint during training: stalls, and slower steps while the file is written.
 
     python benchmarks/bench_checkpoint.py --out benchmarks/results/checkpoint-cpu.jsonl
 
-Rows: milliseconds of 20 steps of the CamVid recipe on a batch in memory, without and with one checkpoint
-among them. Summary:
-`checkpoint.overhead_pct`, the share of time that a checkpoint every 200 steps takes.
+Rows: milliseconds of 20 steps of the CamVid recipe on a batch in memory, without and with one checkpoint.
+Summary: `checkpoint.overhead_pct`, the share of time of a checkpoint every 200 steps.
 """
 
 import dataclasses
@@ -26,7 +25,7 @@ def main() -> None:
     recipe = load_recipe(Config, RECIPE)
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--crop", type=int, default=recipe.augment.crop_px,
-                        help="pixels; the recipe's unless told")
+                        help="pixels; default: the recipe's")
     options = parser.parse_args()
     report, crop, count = Report(options), options.crop, recipe.train.batch_global
     config = dataclasses.replace(recipe, augment=dataclasses.replace(recipe.augment, crop_px=crop))

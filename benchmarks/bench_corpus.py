@@ -1,16 +1,15 @@
 """Labelling of corpora of 1,000, 10,000 and 100,000 tiny images: memory and rate must not depend on their
 number.
 
-Every corpus is labelled by a process of its own, whose highest memory is what the kernel counted. The network
-is one small convolution, so that the rate is that of listing, planning, decoding, encoding and writing.
+A separate process labels each corpus, and the kernel reports its peak memory. The network is one small
+convolution, so the rate is that of listing, planning, decoding, encoding and writing.
 
 Rows, for each number of images: `corpus.rate.<n>` (images a second, planning included),
-`corpus.peak_mib.<n>`,
-`corpus.list_s.<n>` (listing, names checked), `corpus.restart_s.<n>` (the same command again, all done),
-`corpus.bytes.<folder>.<n>` (of a folder of the output, bytes an image), and `corpus.time.<n>.<part>`. Of
-torchrun's store, which hands out the shards, over the loopback: `store.add_us` (one client) and
-`store.adds_per_s` (several at once). The summary row `corpus.memory_growth_mib` is the highest memory of the
-largest corpus less that of the smallest.
+`corpus.peak_mib.<n>`, `corpus.list_s.<n>` (listing, names checked), `corpus.restart_s.<n>` (the same command
+again, all done), `corpus.bytes.<folder>.<n>` (of a folder of the output, bytes an image), and
+`corpus.time.<n>.<part>`. Of torchrun's store, which hands out the shards, over the loopback: `store.add_us`
+(one client) and `store.adds_per_s` (concurrent clients). The summary row `corpus.memory_growth_mib` is the
+peak memory of the largest corpus less that of the smallest.
 """
 
 import io
@@ -42,7 +41,7 @@ SIDE = 32
 
 
 class Small:
-    """Four classes from one convolution."""
+    """Predictor of four classes from one convolution."""
 
     num_classes, view_px = 4, None
 
@@ -55,7 +54,7 @@ class Small:
 
 
 def pictures() -> list[bytes]:
-    """A few different JPEGs."""
+    """Encodes a few different JPEGs."""
     rng, found = np.random.default_rng(0), []
     for _ in range(16):
         file = io.BytesIO()
@@ -66,7 +65,7 @@ def pictures() -> list[bytes]:
 
 
 def make_corpus(folder: Path, count: int, kind: str) -> str:
-    """Writes the images; returns the source that names them."""
+    """Writes the images, and returns their source."""
     data = pictures()
     for first in range(0, count, PER_FOLDER):
         name = f"{first // PER_FOLDER:05d}"
@@ -86,7 +85,7 @@ def make_corpus(folder: Path, count: int, kind: str) -> str:
 
 
 def child(source: str, out: str, output: str, shard_size: str) -> None:
-    """One labelling, in its own process; prints what it measured."""
+    """Labels a corpus in its own process, and prints the measurements."""
     listing = {}
     make = plan.make
 
@@ -101,7 +100,7 @@ def child(source: str, out: str, output: str, shard_size: str) -> None:
 
     listings.make = timed
     here = distributed.World(device=torch.device("cpu"))
-    distributed.keep_freed_memory()  # as `stpp label` has it: what is held must not grow all the same
+    distributed.keep_freed_memory()  # as in `stpp label`: kept memory must not grow either
     start = time.perf_counter()
     config = LabelConfig(tta="none", batch_per_rank=64, shard_size=int(shard_size))
     task = Assignment(source=open_source(source), out=Path(out), output=output, config=config)
@@ -113,14 +112,14 @@ def child(source: str, out: str, output: str, shard_size: str) -> None:
 
 
 def measured(source: str, out: Path, output: str, shard_size: int) -> dict:
-    """What a child measured."""
+    """Runs `child` in a separate process, and returns its measurements."""
     done = subprocess.run([sys.executable, __file__, "--child", source, str(out), output, str(shard_size)],
                           capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def client(port: str, count: str) -> None:
-    """Adds to a counter of the store, in its own process; prints the seconds."""
+    """Adds to a counter of the store in its own process, and prints the seconds."""
     store = torch.distributed.TCPStore("127.0.0.1", int(port), is_master=False)
     store.add("next", 1)
     start = time.perf_counter()
@@ -130,7 +129,7 @@ def client(port: str, count: str) -> None:
 
 
 def measure_store(report: Report, clients: int = 4, count: int = 2000) -> None:
-    """How fast the counter of shards is."""
+    """Measures the rate of the counter of shards."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
     for number in (1, clients):
         command = [sys.executable, __file__, "--client", str(store.port), str(count)]

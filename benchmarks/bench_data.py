@@ -1,18 +1,18 @@
-"""Loading and augmenting: DALI, the reference loader, and a DataLoader of worker processes with PIL, each for
-a null consumer.
+"""Loading and augmenting for a null consumer: DALI, the reference loader, and a DataLoader of worker
+processes with PIL.
 
     python benchmarks/bench_data.py --out benchmarks/results/data-cpu.jsonl
     python benchmarks/bench_data.py --root DATA --layout camvid --batch 16 --crop 321
 
 Half of the samples are weak, half strong, as in the later stages of self-training. All loaders have the same
-cores: `--threads` threads, or as many worker processes. The peer is the public recipe: a Dataset whose
-`__getitem__` does with PIL and NumPy what the public code does (resize, pad, crop, flip; jitter, gray, blur,
-cutout), and PyTorch's DataLoader.
+cores: `--threads` threads, or as many worker processes. The peer is the public recipe: PyTorch's DataLoader
+and a Dataset whose `__getitem__` follows the public code with PIL and NumPy (resize, pad, crop, flip; jitter,
+gray, blur, cutout).
 
-A loader keeps preparing after its turn until its queue is full. So a turn starts with batches outside the
-clock, which empty the loader's queue and give the one before it time to fill its own; then `--batches` are
-timed. Where DALI is not installed, it is left out. Summaries: images a second of each,
-`data.dali_vs_pil_ratio`, `data.reference_vs_pil_ratio`.
+A loader keeps preparing after its turn until its queue is full. So a turn starts with untimed batches, which
+empty the loader's queue and give the previous loader time to fill its own; then `--batches` are timed. DALI
+is skipped where it is not installed. Summaries: images a second of each, `data.dali_vs_pil_ratio`,
+`data.reference_vs_pil_ratio`.
 """
 
 import argparse
@@ -41,17 +41,18 @@ PICTURES = 96
 SIDE_PX = (320, 480)
 FOREVER = 1 << 30
 MANY_CORES = 8
-"""From so many on, a DataLoader's queue, two batches a worker, holds more than a short measurement takes."""
+"""Number of workers from which a DataLoader's queue, two batches a worker, holds more than a short
+measurement."""
 SMALL = {"rounds": 1, "batch": 2, "batches": 1, "crop": 33, "pictures": 4}
 
 
 def untimed_batches(workers: int) -> int:
-    """Batches to take before the clock starts: more than any loader of so many workers has in its queue."""
+    """Number of untimed batches: more than any loader with this number of workers holds in its queue."""
     return 2 * workers + 8 if workers >= MANY_CORES else 6
 
 
 class Public(Dataset):
-    """What the public recipe does to a sample."""
+    """Samples augmented as in the public recipe."""
 
     def __init__(self, samples: list[Sample], crop: int, long_side: tuple[int, int]):
         self._samples, self._crop, self._long_side = samples, crop, long_side
@@ -73,7 +74,7 @@ class Public(Dataset):
         return torch.from_numpy(pixels.transpose(2, 0, 1).copy()), torch.from_numpy(labels).long()
 
     def _placed(self, image: Image.Image, mask: Image.Image) -> tuple[Image.Image, Image.Image]:
-        """Resized, padded, cropped, perhaps mirrored."""
+        """Resizes, pads, crops, and mirrors at random."""
         factor = random.randint(*self._long_side) / max(image.size)
         size = tuple(max(1, round(side * factor)) for side in image.size)
         image, mask = (
@@ -117,7 +118,7 @@ def _cut_out(pixels: np.ndarray, labels: np.ndarray) -> None:
 
 
 def samples_of(options: argparse.Namespace, folder: Path) -> list[Sample]:
-    """Samples with masks, every other one strong."""
+    """Returns samples with masks, every other one strong."""
     root, layout = options.root, options.layout
     if root is None:
         root, layout = folder / "data", "voc"
@@ -133,16 +134,16 @@ def step_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"])
     parser.add_argument("--root", type=Path, help="data set for the steps on files; unset: drawn pictures")
     parser.add_argument("--layout", default="auto")
-    parser.add_argument("--pictures", type=int, default=PICTURES, help="how many are drawn")
-    parser.add_argument("--no-files", action="store_true", help="leave out the steps on files")
-    parser.add_argument("--no-compile", action="store_true", help="leave out the compiled peer")
+    parser.add_argument("--pictures", type=int, default=PICTURES, help="number of drawn pictures")
+    parser.add_argument("--no-files", action="store_true", help="skip the steps on files")
+    parser.add_argument("--no-compile", action="store_true", help="skip the compiled peer")
 
 
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0], SMALL)
     parser.add_argument("--root", type=Path, help="data set; unset: drawn pictures of 320 to 480 pixels")
     parser.add_argument("--layout", default="auto")
-    parser.add_argument("--pictures", type=int, default=PICTURES, help="how many are drawn")
+    parser.add_argument("--pictures", type=int, default=PICTURES, help="number of drawn pictures")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--crop", type=int, default=321, help="pixels")
     parser.add_argument("--batches", type=int, default=0, help="batches of one measurement; 0: 12, or 100 on "
@@ -155,7 +156,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         samples = samples_of(options, Path(name))
 
-        def ours(kind: str) -> Iterator:
+        def engine_loader(kind: str) -> Iterator:
             draws = StepSampler(len(samples), options.batch, seed=0, stage=1).micro_batches(0, FOREVER)
             return loader.pick(kind).train_batches(Stream(samples=samples), draws, augment=augment, seed=0,
                                                    stage=1, device=device, threads=threads)
@@ -163,9 +164,9 @@ def main() -> None:
         peer = DataLoader(Public(samples, options.crop, augment.long_side), options.batch,
                           num_workers=threads, prefetch_factor=2, pin_memory=device.type == "cuda",
                           persistent_workers=True)
-        streams = {"reference": ours("reference"), "pil workers": iter(peer)}
+        streams = {"reference": engine_loader("reference"), "pil workers": iter(peer)}
         if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
-            streams = {"dali": ours("dali"), **streams}
+            streams = {"dali": engine_loader("dali"), **streams}
 
         def take(label: str, batches: int) -> None:
             for _ in range(batches):

@@ -4,9 +4,9 @@
 
 With batch norm folded, a block is three convolutions with bias, each followed by ReLU, the last after adding
 the shortcut. PyTorch launches the convolution, the bias, the ReLU and the sum one by one;
-`torch.cudnn_convolution_relu` and `torch.cudnn_convolution_add_relu` do it in one pass each. Where they do
-not serve a type or layout (their message is printed), and on a CPU, which has no cuDNN, the fused form is
-composed of plain operators, and its variant says so.
+`torch.cudnn_convolution_relu` and `torch.cudnn_convolution_add_relu` compute them in one pass. If they do not
+support a type or layout (their message is printed), and on a CPU, which has no cuDNN, the fused form is
+composed of plain operators, and its variant is named so.
 
 Rows: `fused_conv.bottleneck`, by type. Summaries, by type: `fused_conv.served` (1: by cuDNN), `.ratio` of
 times, and the largest errors against float64, relative to the largest value: `.error`, `.eager_error`.
@@ -25,7 +25,7 @@ SMALL = {"rounds": 1, "batch": 1, "width": 8, "map": "5x6", "dtypes": ["bf16", "
 
 
 def bottleneck(width: int, dilation: int) -> nn.Module:
-    """A folded block as layer 3 has it at stride 8, in float64."""
+    """Builds a folded block of layer 3 at stride 8, in float64."""
     torch.manual_seed(0)
     block = Bottleneck(4 * width, width, 1, dilation, dilation, None)
     for module in block.modules():
@@ -36,7 +36,7 @@ def bottleneck(width: int, dilation: int) -> nn.Module:
 
 
 def by_cudnn(block: nn.Module, x_NCHW: Tensor) -> Tensor:
-    """The block in three calls of cuDNN."""
+    """Computes the block in three calls of cuDNN."""
     one, two, three = block.conv1, block.conv2, block.conv3
     y_NCHW = torch.cudnn_convolution_relu(x_NCHW, one.weight, one.bias, one.stride, one.padding, one.dilation,
                                           1)
@@ -47,7 +47,7 @@ def by_cudnn(block: nn.Module, x_NCHW: Tensor) -> Tensor:
 
 
 def composed(block: nn.Module, x_NCHW: Tensor) -> Tensor:
-    """The same arguments to plain operators."""
+    """Computes the same with plain operators."""
     one, two, three = block.conv1, block.conv2, block.conv3
     y_NCHW = F.conv2d(x_NCHW, one.weight, one.bias, one.stride, one.padding, one.dilation).relu_()
     y_NCHW = F.conv2d(y_NCHW, two.weight, two.bias, two.stride, two.padding, two.dilation).relu_()
@@ -55,13 +55,13 @@ def composed(block: nn.Module, x_NCHW: Tensor) -> Tensor:
     return y_NCHW.add_(x_NCHW).relu_()
 
 
-def error(found: Tensor, truth: Tensor) -> float:
-    """Largest difference over the largest magnitude of the truth."""
-    return ((found.double() - truth).abs().max() / truth.abs().max()).item()
+def error(values: Tensor, truth: Tensor) -> float:
+    """Returns the largest difference over the largest magnitude of the truth."""
+    return ((values.double() - truth).abs().max() / truth.abs().max()).item()
 
 
 def measure(report: Report, exact: nn.Module, images_NCHW: Tensor, name: str) -> None:
-    """Rows and summaries of one type."""
+    """Adds rows and summaries of one type."""
     dtype = DTYPES[name]
     block = bottleneck(exact.conv1.out_channels, exact.conv2.dilation[0])
     block.to(report.device, dtype=dtype, memory_format=torch.channels_last)
@@ -70,7 +70,7 @@ def measure(report: Report, exact: nn.Module, images_NCHW: Tensor, name: str) ->
     try:
         by_cudnn(block, x_NCHW)
     except (RuntimeError, NotImplementedError) as refusal:
-        print(f"{name}: cuDNN's fused convolutions do not serve it: "
+        print(f"{name}: not supported by cuDNN's fused convolutions: "
               f"{str(refusal).splitlines()[0][:160]}", flush=True)
         fused, label = composed, "composed"
     report.summary(f"fused_conv.served.{name}", float(fused is by_cudnn))

@@ -2,18 +2,17 @@
 views.
 
 The public recipe: batch 1, fp32, eager, NCHW, logits and probabilities of every view at full size, PIL in a
-DataLoader, a palette PNG each. Weights are random: they cost the same, and the masks of both are compared.
+DataLoader, a palette PNG each. Weights are random, which costs the same, and the masks of both are compared.
 
 On a GPU a new size costs a plan for each convolution, and sometimes a kernel: labelling once before the clock
-starts (`--warm-up all`, the default there) leaves that out, `--warm-up none` with images of all sizes
-measures it. `--size` gives all images one size. `--public-images` lets the public recipe label fewer, or
-none.
+starts (`--warm-up all`, the default there) excludes that cost, `--warm-up none` with images of all sizes
+measures it. `--size` gives all images one size. `--public-images` lets the public recipe label fewer images,
+or none.
 
 Rows: `label.end_to_end.<views>`, milliseconds an image (variants engine and public),
-`label.images_per_s.<views>`,
-`label.time.<views>.<part>` (seconds of the engine's run, added over threads), `label.agreement.<views>`
-(share of equal pixels), `label.ratio.<views>`. The summary row `label.engine_vs_public_ratio` is the ratio of
-ST++'s ten views.
+`label.images_per_s.<views>`, `label.time.<views>.<part>` (seconds of the engine's run, summed over threads),
+`label.agreement.<views>` (share of equal pixels), `label.ratio.<views>`. The summary row
+`label.engine_vs_public_ratio` is the ratio of ST++'s ten views.
 """
 
 import argparse
@@ -49,7 +48,7 @@ SMALL = {"rounds": 1, "images": 2, "size": (33, 49), "backbone": "resnet18", "wo
 
 
 class Pictures(Dataset):
-    """Normalised images, one at a time, as the public loader gives them."""
+    """Normalised images, one at a time, as in the public loader."""
 
     def __init__(self, paths: list[Path]):
         self._paths = paths
@@ -66,7 +65,7 @@ class Pictures(Dataset):
 
 @torch.no_grad()
 def public_probabilities(network: torch.nn.Module, images_1CHW: torch.Tensor, mode: str) -> torch.Tensor:
-    """Probabilities of one image, added over its views one by one, all of them at full size: [1, C, H, W]."""
+    """Sums the probabilities of one image over its views one by one, at full size: [1, C, H, W]."""
     scales, mirrored = VIEWS[mode]
     height, width = images_1CHW.shape[-2:]
     total = torch.zeros(())
@@ -83,7 +82,7 @@ def public_probabilities(network: torch.nn.Module, images_1CHW: torch.Tensor, mo
 
 def public(network: torch.nn.Module, paths: list[Path], out: Path, mode: str, device: torch.device,
            workers: int) -> None:
-    """Labels as the public code does."""
+    """Labels like the public code."""
     palette = [value for i in range(256) for value in (i * 37 % 256, i * 73 % 256, i * 109 % 256)]
     out.mkdir(parents=True)
     for images, (name,) in DataLoader(Pictures(paths), batch_size=1, num_workers=workers):
@@ -94,14 +93,14 @@ def public(network: torch.nn.Module, paths: list[Path], out: Path, mode: str, de
 
 
 def plain(path: Path, device: torch.device) -> torch.nn.Module:
-    """The network as the public code has it."""
+    """Builds the network in the form of the public code."""
     return export.plain_copy(load_network(path)[0]).eval().to(device)
 
 
 @torch.no_grad()
 def settled(network: torch.nn.Module, pictures: Pictures) -> torch.nn.Module:
-    """Gives random weights batch-norm statistics, and a classifier that prefers no class: or all pixels would
-    be of one."""
+    """Gives random weights batch-norm statistics and a balanced classifier; otherwise all pixels would have
+    one class."""
     images = torch.stack([pictures[i % len(pictures)][0][:, :129, :129] for i in range(4)])
     network.train()
     for _ in range(3):
@@ -117,8 +116,7 @@ def settled(network: torch.nn.Module, pictures: Pictures) -> torch.nn.Module:
 
 
 def untrained_checkpoint(path: Path, backbone: str, pictures: Pictures) -> Path:
-    """Writes a checkpoint of a network of stride 8 that nobody trained, but that labels pictures with all of
-    its classes."""
+    """Writes a checkpoint of an untrained network of stride 8 that predicts all of its classes."""
     torch.manual_seed(0)
     network = settled(build_model("deeplabv3plus", backbone, CLASSES, 8), pictures)
     checkpoint.save(path, model=network.state_dict(), classes=[f"class {i}" for i in range(CLASSES)],
@@ -127,7 +125,7 @@ def untrained_checkpoint(path: Path, backbone: str, pictures: Pictures) -> Path:
 
 
 def copied(source: Path | None, count: int, folder: Path, size: tuple[int, int] | None = None) -> list[Path]:
-    """The first images below `source`, or drawn ones, in `folder/source`, which holds nothing else; all of
+    """Copies the first images below `source`, or draws some, into the empty `folder/source`, optionally at
     one size (H, W)."""
     if source is None:
         synthetic.generate(folder / "data", train=count, val=0,
@@ -142,25 +140,25 @@ def copied(source: Path | None, count: int, folder: Path, size: tuple[int, int] 
     return paths
 
 
-def agreement(ours: Path, theirs: Path) -> float:
-    """Share of pixels with the same class."""
+def agreement(engine_masks: Path, public_masks: Path) -> float:
+    """Returns the share of pixels with the same class."""
     same = total = 0
-    for path in sorted(theirs.glob("*.png")):
-        a, b = read_index_mask(path), read_index_mask(ours / path.name)
+    for path in sorted(public_masks.glob("*.png")):
+        a, b = read_index_mask(path), read_index_mask(engine_masks / path.name)
         same, total = same + int((a == b).sum()), total + a.size
     return same / total
 
 
 def compare(report: "LabelReport", options: argparse.Namespace, mode: str, paths: list[Path], trained: Path,
             folder: Path) -> None:
-    """Measures both in turn."""
+    """Measures engine and public recipe in turn."""
     here = distributed.World(device=report.device)
     opening = from_paths([trained], report.device, mode=mode, backend=options.backend,
                          precision=options.precision)
     (opened,) = opening(len(paths))
     network = plain(trained, report.device)
-    theirs = paths if options.public_images is None else paths[: options.public_images]
-    times: dict[str, list[float]] = {"engine": []} | ({"public": []} if theirs else {})
+    public_paths = paths if options.public_images is None else paths[: options.public_images]
+    times: dict[str, list[float]] = {"engine": []} | ({"public": []} if public_paths else {})
     seconds: dict[str, float] = {}
 
     def engine(out: Path, corpus: Path) -> None:
@@ -170,14 +168,14 @@ def compare(report: "LabelReport", options: argparse.Namespace, mode: str, paths
             summary = label_corpus(lambda _: [opened], task, here)
         seconds.update(summary.seconds)
 
-    def turn(name: str, ours: Path, others: list[Path], clock: bool) -> None:
-        counts = {"engine": len(list(ours.iterdir())), "public": len(others)}
+    def turn(name: str, images: Path, public_images: list[Path], clock: bool) -> None:
+        counts = {"engine": len(list(images.iterdir())), "public": len(public_images)}
         for label in times:
             start = time.perf_counter()
             if label == "engine":
-                engine(folder / f"engine-{mode}-{name}", ours)
+                engine(folder / f"engine-{mode}-{name}", images)
             else:
-                public(network, others, folder / f"public-{mode}-{name}", mode, report.device,
+                public(network, public_images, folder / f"public-{mode}-{name}", mode, report.device,
                        options.workers)
             if clock:
                 times[label].append((time.perf_counter() - start) * 1000 / counts[label])
@@ -186,11 +184,11 @@ def compare(report: "LabelReport", options: argparse.Namespace, mode: str, paths
         few = folder / "few"
         few.mkdir(exist_ok=True)
         shutil.copy(paths[0], few)
-        turn("warm", few, theirs[:1], clock=False)
+        turn("warm", few, public_paths[:1], clock=False)
     elif options.warm_up == "all":
-        turn("warm", folder / "source", theirs, clock=False)
+        turn("warm", folder / "source", public_paths, clock=False)
     for number in range(report.rounds):
-        turn(str(number), folder / "source", theirs, clock=True)
+        turn(str(number), folder / "source", public_paths, clock=True)
     sizes = {Image.open(path).size for path in paths}
     width, height = max(sizes)
     shape = f"{len(paths)} x {height}x{width}" + (f", {len(sizes)} sizes" if len(sizes) > 1 else "")
@@ -204,7 +202,7 @@ def compare(report: "LabelReport", options: argparse.Namespace, mode: str, paths
     report.summary(f"label.images_per_s.{mode}", 1000 / statistics.median(times["engine"]))
     for part, value in seconds.items():
         report.summary(f"label.time.{mode}.{part}", value)
-    if not theirs:
+    if not public_paths:
         return
     ratio = statistics.median(times["public"]) / statistics.median(times["engine"])
     report.summary(f"label.ratio.{mode}", ratio)
@@ -217,15 +215,15 @@ def compare(report: "LabelReport", options: argparse.Namespace, mode: str, paths
 
 
 class LabelReport(Report):
-    """A report whose rows are measured here."""
+    """Report whose rows are measured by `compare`."""
 
     def add(self, row: dict) -> None:
-        """Adds a row of all columns."""
+        """Adds a row with all columns."""
         self._add(row)
 
 
 def size_of(text: str) -> tuple[int, int]:
-    """`360x480` as (360, 480)."""
+    """Parses `360x480` as (360, 480)."""
     height, width = map(int, text.split("x"))
     return height, width
 
@@ -234,19 +232,19 @@ def main() -> None:
     parser = arguments(__doc__.splitlines()[0], SMALL)
     parser.add_argument("--source", type=Path, help="folder of images; unset: drawn pictures of 320 to 480 "
                                                     "pixels")
-    parser.add_argument("--images", type=int, default=24, help="how many of them; all where there are fewer")
+    parser.add_argument("--images", type=int, default=24, help="number of images, at most")
     parser.add_argument("--size", type=size_of, metavar="HxW",
-                        help="size that all images are brought to; unset: their own")
-    parser.add_argument("--public-images", type=int, help="how many the public recipe labels; unset: all")
+                        help="common size of all images; unset: their own")
+    parser.add_argument("--public-images", type=int, help="number that the public recipe labels; unset: all")
     parser.add_argument("--warm-up", choices=["none", "one", "all"],
                         help="images labelled before the clock starts; "
                         "unset: all on a GPU, else one")
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--tta", nargs="+", default=["none", "flip", "stpp"], choices=list(VIEWS))
     parser.add_argument("--precision", default="auto")
-    parser.add_argument("--backend", default="auto", help="of the engine; compiling is not timed")
-    parser.add_argument("--batch", type=int, default=8, help="images that the engine labels at once")
-    parser.add_argument("--workers", type=int, default=2, help="of the public recipe's DataLoader")
+    parser.add_argument("--backend", default="auto", help="the engine's backend; compiling is not timed")
+    parser.add_argument("--batch", type=int, default=8, help="images in a batch of the engine")
+    parser.add_argument("--workers", type=int, default=2, help="workers of the public recipe's DataLoader")
     parser.set_defaults(rounds=1)
     options = parser.parse_args()
     report = LabelReport(options)

@@ -3,13 +3,13 @@ memory.
 
     python benchmarks/bench_loss.py --out benchmarks/results/last.jsonl
 
-Peer: `F.cross_entropy(F.interpolate(logits, size, mode="bilinear", align_corners=True), labels)`, as the
-public recipes have it, and the same under torch.compile. Labels are random (worst for branch prediction and
-caches) and a tenth is ignored.
+Peer: `F.cross_entropy(F.interpolate(logits, size, mode="bilinear", align_corners=True), labels)`, as in the
+public recipes, and the same under torch.compile. Labels are random (worst for branch prediction and caches)
+and a tenth is ignored.
 
-`--graphs` times all but the compiled form once more from a CUDA graph: what the GPU takes where the host's
-launches do not count. `--launches` times the Triton kernels with several tiles, warps and programs
-(`LAUNCHES`), likewise from a graph; on a CPU they are interpreted, which says nothing of their speed.
+`--graphs` also times all but the compiled form from a CUDA graph: the GPU's time without the host's launches.
+`--launches` times the Triton kernels with several tiles, warps and programs (`LAUNCHES`), also from a graph;
+on a CPU they are interpreted, so their times mean nothing.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 if "--launches" in sys.argv and not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which others do
+    os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when imported, which other imports do
 
 from harness import Report, arguments, copy_bandwidth, graphed, minimum_ratio
 from stpp_kernels import implementations, upsample_cross_entropy
@@ -46,10 +46,10 @@ def fused(logits, labels):
 
 
 def training(loss: Callable, logits: torch.Tensor, labels: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """A loss with its backward pass."""
+    """Returns a function that computes a loss with its backward pass."""
     def run() -> torch.Tensor:
         value = loss(logits, labels)
-        # dropped at once: a gradient kept from run to run would hide in "before"
+        # dropped immediately: a gradient kept between runs would be counted in the memory before
         torch.autograd.grad(value, logits)
         return value.detach()
 
@@ -58,7 +58,7 @@ def training(loss: Callable, logits: torch.Tensor, labels: torch.Tensor) -> Call
 
 def measure(report: Report, shape: tuple[int, ...], size: int,
             options: argparse.Namespace) -> dict[str, dict]:
-    """Rows of one shape, by variant; checks that the variants agree first."""
+    """Adds the rows of one shape, by variant, after checking that the variants agree."""
     torch.manual_seed(0)
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     logits = (
@@ -90,7 +90,7 @@ def measure(report: Report, shape: tuple[int, ...], size: int,
 
 
 def agreeing(variants: dict[str, Callable[[], torch.Tensor]]) -> None:
-    """Compares what the variants compute."""
+    """Compares the results of the variants."""
     values = [variant() for variant in variants.values()]
     for value in values[1:]:
         torch.testing.assert_close(value, values[0], rtol=1e-3, atol=1e-3)
@@ -98,10 +98,11 @@ def agreeing(variants: dict[str, Callable[[], torch.Tensor]]) -> None:
 
 def launches(logits: torch.Tensor, labels: torch.Tensor,
              device: torch.device) -> dict[str, Callable[[], object]]:
-    """The Triton operator under each of `LAUNCHES`; none, said in a line, where it takes no such settings."""
+    """Returns the Triton operator under each of `LAUNCHES`; none, with a printed line, if it takes no launch
+    settings."""
     module = importlib.import_module("stpp_kernels.triton.cross_entropy")
     if not hasattr(module, "Launch"):
-        print(f"launch settings are left out: {module.__name__} has no Launch", flush=True)
+        print(f"launch settings are skipped: {module.__name__} has no Launch", flush=True)
         return {}
 
     def under(settings: dict[str, int]) -> Callable[[], torch.Tensor]:
@@ -128,9 +129,9 @@ def main() -> None:
     parser.set_defaults(shapes=SHAPES)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--channels-last", action="store_true",
-                        help="logits as the engine's models give them")
+                        help="channels_last logits, as the engine's models return")
     parser.add_argument("--no-compile", action="store_true",
-                        help="leave out compiled eager (it takes minutes on a CPU)")
+                        help="skip compiled eager (it takes minutes on a CPU)")
     parser.add_argument("--graphs", action="store_true", help="also from CUDA graphs")
     parser.add_argument("--launches", action="store_true", help="also with other launch settings")
     options = parser.parse_args()

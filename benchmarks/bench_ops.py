@@ -1,9 +1,9 @@
-"""The operators besides the loss against eager PyTorch: time and peak memory.
+"""Operators other than the loss against eager PyTorch: time and peak memory.
 
     python benchmarks/bench_ops.py --out benchmarks/results/last.jsonl
     python benchmarks/bench_ops.py --only dilated_conv --rounds 3
 
-One function a section; `SECTIONS` lists them. Each adds rows and summary rows to the report.
+`SECTIONS` lists the sections, one function each. Each adds rows and summary rows to the report.
 """
 
 import argparse
@@ -27,8 +27,8 @@ SMALL = {"rounds": 1, "no_compile": True, "maps": ["9x9"], "depthwise_crop": 33}
 
 
 def dilated_conv(report: Report, options: argparse.Namespace) -> None:
-    """ASPP's three dilated convolutions together, 2048 to 256 channels, batch 4, channels_last; peer:
-    F.conv2d."""
+    """Measures ASPP's three dilated convolutions together, 2048 to 256 channels, batch 4, channels_last;
+    peer: F.conv2d."""
     dtype = getattr(torch, options.conv_dtype)
     torch.manual_seed(0)
 
@@ -74,13 +74,13 @@ def dilated_conv(report: Report, options: argparse.Namespace) -> None:
 
 
 def depthwise_conv(report: Report, options: argparse.Namespace) -> None:
-    """The depthwise convolutions of EfficientNet-Lite0 as its step meets them, channels_last; peer: F.conv2d
+    """Measures the depthwise convolutions of EfficientNet-Lite0 in a step, channels_last; peer: F.conv2d
     after F.pad.
 
     Summaries: the smallest ratio of every kind of layer, and that of their sums over all layers.
     """
     if report.device.type != "cpu":
-        print("depthwise_conv: cuDNN's own here, nothing to compare")
+        print("depthwise_conv: uses cuDNN here, nothing to compare")
         return
     dtype = getattr(torch, options.conv_dtype)
     ratios: dict[str, list[float]] = {}
@@ -124,7 +124,8 @@ def depthwise_conv(report: Report, options: argparse.Namespace) -> None:
 
 
 def depthwise_layers(crop: int) -> Counter[tuple[DepthwiseConv, tuple[int, int]]]:
-    """(layer, size of its input) -> how many of the network's are like it, one layer for all of them."""
+    """Counts the network's depthwise layers by (layer, size of its input); one layer represents all equal
+    ones."""
     found: Counter[tuple[DepthwiseConv, tuple[int, int]]] = Counter()
     first: dict[tuple, DepthwiseConv] = {}
 
@@ -155,13 +156,13 @@ def main() -> None:
     parser = arguments(__doc__.splitlines()[0], SMALL)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--conv-dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--maps", nargs="+", default=ASPP_MAPS, help="of the dilated convolution, HxW")
+    parser.add_argument("--maps", nargs="+", default=ASPP_MAPS, help="maps of the dilated convolution, HxW")
     parser.add_argument("--depthwise-crop", type=int, default=DEPTHWISE_CROP,
-                        help="of the network with depthwise convolutions, pixels")
-    parser.add_argument("--no-compile", action="store_true", help="leave out the compiled peers")
+                        help="crop of the network with depthwise convolutions, px")
+    parser.add_argument("--no-compile", action="store_true", help="skip the compiled peers")
     parser.add_argument("--graphs", action="store_true", help="the ten views also from a CUDA graph")
     options = parser.parse_args()
-    # a view of test-time augmentation is a shape, and each is compiled
+    # each view of test-time augmentation is a new shape, and compiled separately
     torch._dynamo.config.cache_size_limit = 64
     report = Report(options)
     print("implementations:", implementations(report.device.type))

@@ -1,13 +1,12 @@
-"""Preparation of a data set, against the version before: one decision how a file is read must not make it
-slow.
+"""Preparation of a data set, against the previous version: deciding once how a file is read must not slow it
+down.
 
 Photographs in JPEG and masks in PNG are drawn once, all different. `index.prepare` then reads them with this
-version and with the one of another checkout in turn, each time in a process of its own and into a new folder;
-starting Python and importing are outside the clock, and one round of each that nobody times fills the page
-cache first.
+version and with that of another checkout in turn, each time in a separate process and into a new folder.
+Starting Python and importing are not timed, and an untimed round of each first fills the page cache.
 
 Rows: `prepare`, variants *this* and *before*. Summary rows: `prepare.images_per_s`, and `prepare.ratio`, the
-seconds of this version by those of the one before (medians): 1.1 is a tenth slower.
+seconds of this version over those of the previous one (medians): 1.1 is a tenth slower.
 """
 
 import json
@@ -24,7 +23,7 @@ from PIL import Image, ImageDraw
 from harness import Report, arguments
 
 WIDTH, HEIGHT = 500, 375
-"""Pixels of an image; that of VOC's."""
+"""Pixels of an image, those of VOC."""
 CLASSES = ("background", "disc", "box")
 PER_FOLDER = 1000
 CHILD = """
@@ -44,12 +43,12 @@ seconds = time.perf_counter() - start
 masks = sum(entry.mask is not None for entry in made.entries.values())
 print(json.dumps({"seconds": seconds, "images": len(made.entries), "masks": masks, "module": index.__file__}))
 """
-"""What a version runs: nothing but `index.prepare`, which lay in `stpp.data` before. An editable install
-would lend one version the modules of another."""
+"""Script that a version runs: nothing but `index.prepare`, which was in `stpp.data` before. An editable
+install would mix the modules of two versions."""
 
 
 def draw(root: Path, count: int) -> None:
-    """Writes photographs and their masks, every one different."""
+    """Writes photographs and their masks, all different."""
     rng = np.random.default_rng(0)
     for i in range(count):
         folder = f"{i // PER_FOLDER:03d}"
@@ -65,7 +64,7 @@ def draw(root: Path, count: int) -> None:
 
 
 def prepared(checkout: Path, root: Path, count: int) -> float:
-    """Seconds that a version takes."""
+    """Returns the seconds that a version takes."""
     path = os.pathsep.join(str(checkout / part) for part in ("engine", "kernels"))
     with tempfile.TemporaryDirectory() as out:
         done = subprocess.run([sys.executable, "-c", CHILD, str(root), f"{out}/index", *CLASSES],
@@ -83,7 +82,7 @@ def main() -> None:
     parser = arguments(__doc__.splitlines()[0], small={"files": 40, "rounds": 1})
     parser.add_argument("--files", type=int, default=10_000, help="photographs, each with a mask")
     parser.add_argument("--before", type=Path, required=True,
-                        help="a checkout of the version to compare with")
+                        help="checkout of the version to compare with")
     options = parser.parse_args()
     report = Report(options)
     checkouts = {"this": Path(__file__).resolve().parents[1], "before": options.before.resolve()}

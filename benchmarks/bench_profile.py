@@ -3,13 +3,13 @@ steps.
 
     python benchmarks/bench_profile.py --out benchmarks/results/last.jsonl
     python benchmarks/bench_profile.py --no-cudnn-benchmark   # cuDNN does not try its algorithms; in
-                                                              # a process of its own: it keeps its choices
+                                                              # a separate process: it keeps its choices
 
-On a GPU the device's time counts, each kernel for the operator that launched it; on a CPU the operators' own
-time on the host, so that convolutions' two gradients, made by one operator, stay together there. Summaries:
-`profile.CLASS_ms` (see `CLASSES`), `profile.gaps_ms` (nothing ran on the device, or on a CPU no operator),
-`profile.host_ms` (the host's time of a step that it does not wait for: the launches). Rows: `profile.step`, a
-step without the profiler; `profile.aspp`, the pyramid alone.
+On a GPU the device's time counts, each kernel for the operator that launched it. On a CPU the operators' own
+time on the host counts, so convolutions' two gradients, computed by one operator, stay together there.
+Summaries: `profile.CLASS_ms` (see `CLASSES`), `profile.gaps_ms` (nothing ran on the device, or on a CPU no
+operator), `profile.host_ms` (the host's time of a step without waiting: the launches). Rows: `profile.step`,
+a step without the profiler; `profile.aspp`, the pyramid alone.
 """
 
 import re
@@ -46,12 +46,12 @@ CLASSES = {
     "add": (r"aten::add_?$", ""),
     "upsample": (r"upsample_bilinear|UpsampleBilinear", ""),
 }
-"""Patterns of an operator or of one that called it, and of the kernel. The first class that fits has the
-time, `rest` the others; `compiled` are kernels that torch.compile wrote, of several operators each."""
+"""Patterns of an operator or of one of its callers, and of the kernel. The first matching class gets the
+time, `rest` the remainder; `compiled` are kernels of torch.compile, which combine several operators."""
 
 
 def class_of(operators: Sequence[str], kernel: str) -> str:
-    """Class of a kernel by its name and the operators around it, innermost first."""
+    """Classifies a kernel by its name and the operators around it, innermost first."""
     for name, (operator, launched) in CLASSES.items():
         if any(re.search(operator, one) for one in operators) and re.search(launched, kernel):
             return name
@@ -59,7 +59,8 @@ def class_of(operators: Sequence[str], kernel: str) -> str:
 
 
 def class_ms(events: Iterable, *, on_device: bool) -> dict[str, float]:
-    """Milliseconds by class of the host's events of a profile; on a GPU of the kernels that they launched."""
+    """Sums milliseconds by class over the host's events of a profile; on a GPU over the kernels that they
+    launched."""
     found: dict[str, float] = defaultdict(float)
     for event in events:
         if event.device_type != DeviceType.CPU:
@@ -77,7 +78,8 @@ def class_ms(events: Iterable, *, on_device: bool) -> dict[str, float]:
 
 
 def busy_ms(events: Iterable) -> tuple[float, float]:
-    """Milliseconds in which anything ran on the device, and from its first work to the end of its last."""
+    """Returns the milliseconds in which anything ran on the device, and those from its first work to the end
+    of its last."""
     spans = sorted((event.time_range.start, event.time_range.end) for event in events
                    if event.device_type != DeviceType.CPU and not getattr(event, "is_user_annotation", False))
     if not spans:
@@ -113,8 +115,8 @@ def profiled(report: Report, step: Callable[[], object]) -> None:
 
 
 def host_ms(step: Callable[[], object], report: Report) -> float:
-    """Milliseconds until a step's last launch, the device idle before it: the host's own time, where it need
-    not wait."""
+    """Returns the milliseconds until a step's last launch, with an idle device before: the host's own time
+    without waiting."""
     times = []
     for _ in range(report.rounds):
         _wait(report.device)

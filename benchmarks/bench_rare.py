@@ -1,4 +1,4 @@
-"""Remedies for rare classes, beside none: IoU of the rare classes and of the others, over seeds.
+"""Remedies for rare classes against none: IoU of the rare classes and of the others, over seeds.
 
     python benchmarks/bench_rare.py --out benchmarks/results/rare-made-cpu.jsonl
     python benchmarks/bench_rare.py --name camvid --root DATA/camvid --recipe camvid_stpp \
@@ -6,11 +6,10 @@
 
 Without --root: 64 labelled pictures of the demonstration's kind, in which one class is a small disc in one
 picture of eight, 0.2 % of the pixels; supervised, 160 steps of 8 crops. Every run is `stpp train`, in a
-process of its own; a run that is finished is not repeated (--work). Nothing is timed.
+separate process; finished runs are not repeated (--work). Nothing is timed.
 
 Rows of every run: miou_pct, others_miou_pct (without the rare classes), rare_miou_pct, and iou_pct of each
-rare
-class, of the last stage's chosen weights on the validation list; warned: 1 where the run named every rare
+rare class, of the last stage's selected weights on the validation list; warned: 1 if the run named every rare
 class. Rows of every variant: the means over the seeds.
 """
 
@@ -49,7 +48,7 @@ DIFFICULTY = synthetic.Difficulty(seldom="disc", seldom_radius=(0.08, 0.1), side
 
 
 def trained(out: Path, flags: list[str]) -> str:
-    """Runs `stpp train`; returns what it said."""
+    """Runs `stpp train`, and returns its log."""
     said = out.with_suffix(".log")
     if not (out / "results.json").exists():
         done = subprocess.run([sys.executable, "-m", "stpp", "train", *flags, "--out", str(out)],
@@ -61,14 +60,14 @@ def trained(out: Path, flags: list[str]) -> str:
 
 
 def scored(out: Path) -> dict[str, float]:
-    """IoU by class, percent, of the last stage that trained."""
+    """Reads the IoU by class, percent, of the last training stage."""
     stages = [stage["name"] for stage in json.loads((out / "results.json").read_text())["stages"]
               if stage["steps"]]
     return json.loads((out / "stages" / stages[-1] / "scores.json").read_text())["iou"]
 
 
 def figures(iou: dict[str, float], rare: list[str]) -> dict[str, float]:
-    """The rows of a run."""
+    """Computes the rows of a run."""
     there = {name: value for name, value in iou.items() if value is not None}
     found = {"miou_pct": statistics.fmean(there.values()),
              "others_miou_pct": statistics.fmean(value for name, value in there.items() if name not in rare),
@@ -106,14 +105,14 @@ def run(options: argparse.Namespace, report: Report, work: Path) -> None:
 
 if __name__ == "__main__":
     parser = arguments(__doc__, {"seeds": [0], "variants": ["none", "sampling"]})
-    parser.add_argument("--name", default="made", help="of the data set, in the rows")
-    parser.add_argument("--root", type=Path, help="a data set; without: the made one")
-    parser.add_argument("--recipe", help="of stpp train")
+    parser.add_argument("--name", default="made", help="name of the data set, in the rows")
+    parser.add_argument("--root", type=Path, help="data set; unset: the made one")
+    parser.add_argument("--recipe", help="recipe of stpp train")
     parser.add_argument("--rare", nargs="+", default=["disc"], help="the rare classes")
     parser.add_argument("--variants", nargs="+", default=OF_TRAINING, choices=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--work", type=Path, help="folder of the runs, kept; without: a temporary one")
-    parser.add_argument("flags", nargs="*", help="after --: further flags of stpp train")
+    parser.add_argument("--work", type=Path, help="folder of the runs, kept; unset: a temporary one")
+    parser.add_argument("flags", nargs="*", help="further flags of stpp train, after --")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         run(asked, Report(asked), asked.work or Path(temporary))

@@ -1,12 +1,12 @@
-"""Training on one and two ranks, each with the same images per rank; and on paper to 64 ranks, from the
-measured parts.
+"""Training on one and two ranks with the same images per rank, and an estimate to 64 ranks from the measured
+parts.
 
     python benchmarks/bench_scaling.py --out benchmarks/results/scaling-cpu.jsonl
 
 Every rank has one GPU, or on a CPU one thread. Rows: milliseconds a step. Summaries:
 `scaling.two_ranks_efficiency` (images a second of two ranks over twice those of one), the time of
-all-reducing the gradients alone, and for 4 to 64 ranks the efficiency on paper: what the second rank was seen
-to cost, and the bytes that a longer ring sends besides, over links as fast as the measured one and without
+all-reducing the gradients alone, and for 4 to 64 ranks the estimated efficiency: the measured cost of the
+second rank plus the bytes that a longer ring sends, over links as fast as the measured one and without
 overlap.
 """
 
@@ -29,7 +29,7 @@ MODEL = {"backbone": "resnet18", "output_stride": 16}
 
 
 def rank(out: str, device: str, crop: str, per_rank: str, rounds: str) -> None:
-    """Times the steps of one rank; rank 0 writes them, and the time of an all-reduce of the gradients
+    """Times the steps of one rank; rank 0 writes them, with the time of an all-reduce of the gradients
     alone."""
     crop, per_rank, rounds = int(crop), int(per_rank), int(rounds)
     with distributed.world(device) as here, tempfile.TemporaryDirectory() as name:
@@ -50,7 +50,7 @@ def rank(out: str, device: str, crop: str, per_rank: str, rounds: str) -> None:
 
 
 def timed(action, device: torch.device, rounds: int) -> list[float]:
-    """Milliseconds of each call after a warm-up."""
+    """Returns the milliseconds of each call after a warm-up."""
     found = []
     for number in range(WARM_UP + rounds):
         began = time.perf_counter()
@@ -65,7 +65,7 @@ def timed(action, device: torch.device, rounds: int) -> list[float]:
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--crop", type=int, default=161, help="pixels")
-    parser.add_argument("--per-rank", type=int, default=4, help="images of a rank and step")
+    parser.add_argument("--per-rank", type=int, default=4, help="images per rank and step")
     options = parser.parse_args()
     options.threads = options.threads or (0 if options.device == "cuda" else 1)
     report, turns = Report(options), 3

@@ -5,13 +5,13 @@ to files.
 
 The engine: `torchrun -m stpp train` on two ranks, as `make demo` starts it. The public recipe: one process
 with all threads, a DataLoader of as many worker processes, PIL, float32 NCHW, cross-entropy of full-size
-logits, plain SGD; selection, labelling and validation image by image. It has the engine's split and takes as
-many steps, and validates as often, in every stage; views of labelling are the recipe's. Epochs are the
-demonstration's divided by `--shorten`: neither gets slower or faster by them.
+logits, plain SGD; selection, labelling and validation image by image. It uses the engine's split, and takes
+as many steps and validations in every stage; views of labelling are the recipe's. Epochs are the
+demonstration's divided by `--shorten`, which affects both equally.
 
 Rows: milliseconds a stage, and of the whole (for the engine with its start, preparation of the data and
-report). Summaries:
-`selftrain.engine_vs_public_ratio` (whole), the ratio of every stage, and what the last stages scored.
+report). Summaries: `selftrain.engine_vs_public_ratio` (whole), the ratio of every stage, and the scores of
+the last stages.
 """
 
 import argparse
@@ -46,14 +46,14 @@ from stpp.training.trainer import POLY_POWER
 
 
 class Epoch(bench_data.Public):
-    """The public recipe's samples, each once."""
+    """Samples of the public recipe, each once."""
 
     def __len__(self) -> int:
         return len(self._samples)
 
 
 class Public:
-    """The stages as the public recipe does them, timed."""
+    """Timed stages of the public recipe."""
 
     def __init__(self, config: Config, known: index.Index, split: Path, out: Path, device: torch.device,
                  done: dict[str, dict]):
@@ -66,7 +66,7 @@ class Public:
         self.miou: dict[str, float] = {}
 
     def run(self) -> None:
-        """All stages."""
+        """Runs all stages."""
         best, thirds = self._timed("1-supervised", lambda: self._train("1-supervised", self.labelled * 2))
         order = self._timed("2-select", lambda: self._ranked(thirds))
         reliable, rest = order[: len(order) // 2], order[len(order) // 2 :]
@@ -86,7 +86,7 @@ class Public:
         return self.labelled * -(-len(pseudo) // len(self.labelled)) + pseudo
 
     def _train(self, name: str, samples: list[Sample]) -> tuple[torch.nn.Module, list[torch.nn.Module]]:
-        """The best network by validation, and those after each third."""
+        """Trains; returns the best network by validation, and those after each third."""
         config, steps, period = self.config, self.done[name]["steps"], self.done[name]["validate_steps"]
         train = config.train
         network = export.plain_copy(build_model(config.model.name, config.model.backbone, self.num_classes,
@@ -127,7 +127,7 @@ class Public:
 
     @torch.no_grad()
     def _masks(self, networks: Sequence[torch.nn.Module], samples: Sequence[Sample]):
-        """Of every image in turn, what each network predicts."""
+        """Yields the prediction of each network for every image in turn."""
         for images, _ in DataLoader(bench_label.Pictures([Path(sample.image) for sample in samples]), 1,
                                     num_workers=self.workers):
             images = images.to(self.device)
@@ -135,15 +135,15 @@ class Public:
                                  align_corners=True).argmax(1)[0].cpu().numpy()
                    for network in networks]
 
-    def _confusion(self, truth: np.ndarray, found: np.ndarray) -> np.ndarray:
+    def _confusion(self, truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
         counted = truth != 255
-        pairs = truth[counted].astype(np.int64) * self.num_classes + found[counted]
+        pairs = truth[counted].astype(np.int64) * self.num_classes + predicted[counted]
         return np.bincount(pairs, minlength=self.num_classes**2).reshape(self.num_classes, self.num_classes)
 
     def _validate(self, network: torch.nn.Module) -> float:
-        masks = (found for (found,) in self._masks([network], self.val))
-        return mean_iou(torch.from_numpy(sum(self._confusion(_mask(sample.mask), found)
-                                             for sample, found in zip(self.val, masks, strict=True))))
+        masks = (predicted for (predicted,) in self._masks([network], self.val))
+        return mean_iou(torch.from_numpy(sum(self._confusion(_mask(sample.mask), predicted)
+                                             for sample, predicted in zip(self.val, masks, strict=True))))
 
     def _ranked(self, networks: Sequence[torch.nn.Module]) -> list[Sample]:
         scores = [sum(mean_iou(torch.from_numpy(self._confusion(last, other))) for other in earlier)
@@ -164,7 +164,7 @@ def _mask(path: str) -> np.ndarray:
 
 
 def engine(config: Config, root: Path, out: Path) -> tuple[float, dict]:
-    """Seconds of the whole run, and its `results.json`."""
+    """Runs the engine; returns the seconds of the whole run, and its `results.json`."""
     recipe = out.with_suffix(".json")
     files.write_json(recipe, to_dict(config))
     began = time.perf_counter()
@@ -176,10 +176,10 @@ def engine(config: Config, root: Path, out: Path) -> tuple[float, dict]:
 
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--shorten", type=int, default=3, help="divides the demonstration's epochs")
-    parser.add_argument("--pictures", type=int, default=400, help="for training; 12 of them are labelled")
+    parser.add_argument("--shorten", type=int, default=3, help="divisor of the demonstration's epochs")
+    parser.add_argument("--pictures", type=int, default=400, help="training pictures, 12 of them labelled")
     parser.add_argument("--side", type=int, nargs=2, default=synthetic.Difficulty().side_px,
-                        help="pixels of pictures, range")
+                        help="range of the pictures' sides, pixels")
     parser.add_argument("--crop", type=int, default=demo.DEMO.augment.crop_px, help="pixels")
     parser.set_defaults(rounds=1)
     options = parser.parse_args()
@@ -219,7 +219,7 @@ def main() -> None:
 
 
 def shortened(options: argparse.Namespace) -> Config:
-    """The demonstration's recipe with fewer epochs, for pictures of the sizes asked for."""
+    """Builds the demonstration's recipe with fewer epochs, for the requested sizes of pictures."""
     train, drawn, resized = demo.DEMO.train, synthetic.Difficulty().side_px, demo.DEMO.augment.long_side
     long_side = tuple(round(ours * to / of) for ours, to,
                       of in zip(options.side, resized, drawn, strict=True))

@@ -1,14 +1,15 @@
-"""Cost of an image size met for the first time: first against second forward pass of a folded teacher.
+"""Cost of a new image size: first against second forward pass of a folded teacher.
 
     python benchmarks/bench_shapes.py --out benchmarks/results/last.jsonl
 
-cuDNN plans each convolution anew for every shape, and a Triton kernel may be compiled for one: labelling
-images of many sizes pays for that, in the first batch of each. Sizes are drawn once and differ all; a pass is
-waited for. Before them one more size warms up what does not depend on sizes.
+cuDNN plans each convolution anew for every shape, and a Triton kernel may be compiled for one, so labelling
+images of many sizes pays for both in the first batch of each size. Sizes are drawn once and are all
+different; every pass is synchronised. One additional size first warms up the work that does not depend on
+sizes.
 
-Rows: `shapes.forward` (the network), `shapes.ten_views` (all of labelling but the files), variants first and
-second, each over all sizes. Summaries: the medians' difference, `..._first_costs_ms`, and of a whole set what
-the plans cost beside the passes, `..._first_over_second_ratio`.
+Rows: `shapes.forward` (the network), `shapes.ten_views` (labelling without files), variants first and second,
+each over all sizes. Summaries: the difference of the medians, `..._first_costs_ms`, and the ratio over a
+whole set, `..._first_over_second_ratio`.
 """
 
 import random
@@ -26,7 +27,7 @@ SMALL = {**bench_teacher.SMALL, "sizes": 2, "views_sizes": 1, "batch": 1, "sides
 
 
 def drawn(count: int, sides: tuple[int, int]) -> list[tuple[int, int]]:
-    """Different sizes (H, W)."""
+    """Draws different sizes (H, W)."""
     generator, found = random.Random(0), {}
     while len(found) < count:
         found[generator.randint(*sides), generator.randint(*sides)] = None
@@ -34,7 +35,7 @@ def drawn(count: int, sides: tuple[int, int]) -> list[tuple[int, int]]:
 
 
 def pass_ms(run: Callable[[torch.Tensor], object], images_NCHW: torch.Tensor) -> float:
-    """Milliseconds until everything is computed, the host's share included."""
+    """Returns the milliseconds until everything is computed, the host's share included."""
     if images_NCHW.is_cuda:
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -67,9 +68,9 @@ def main() -> None:
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--output-stride", type=int, default=8)
     parser.add_argument("--precision", default="auto")
-    parser.add_argument("--batch", type=int, default=2, help="images of a pass")
-    parser.add_argument("--sizes", type=int, default=12, help="for passes of the network")
-    parser.add_argument("--views-sizes", type=int, default=4, help="for ten views")
+    parser.add_argument("--batch", type=int, default=2, help="images per pass")
+    parser.add_argument("--sizes", type=int, default=12, help="number of sizes for passes of the network")
+    parser.add_argument("--views-sizes", type=int, default=4, help="number of sizes for ten views")
     parser.set_defaults(sides=SIDES_PX)
     options = parser.parse_args()
     report = Report(options)

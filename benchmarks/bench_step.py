@@ -4,22 +4,21 @@ on image files.
     python benchmarks/bench_step.py --out benchmarks/results/last.jsonl
     python benchmarks/bench_step.py --backbone resnet18 --crop 161 --output-stride 16 --batch 8 --rounds 3
 
-Peers, as their users run them: *public*: float32, NCHW, dilated convolutions as PyTorch gives them,
-cross-entropy of full-size logits, plain SGD. *tuned*: the same with autocast in the engine's precision,
-channels_last and fused SGD; *compiled*: tuned under torch.compile. The engine's step is the Trainer's own.
-All start from equal weights and take the same images and labels; before the clock starts, their first losses
-are compared. On files the engine has its own loader, and public and tuned have a DataLoader with as many
-worker processes as there are cores and PIL, half of the samples strong (`bench_data.py`); where many cores
-queue many batches, these are used up first and then a hundred steps in a row are timed.
+Peers, as their users run them: *public*: float32, NCHW, PyTorch's own dilated convolutions, cross-entropy of
+full-size logits, plain SGD. *tuned*: the same with autocast in the engine's precision, channels_last and
+fused SGD; *compiled*: tuned under torch.compile. The engine's step is the Trainer's own. All start from equal
+weights and take the same images and labels; their first losses are compared before timing starts. On files
+the engine has its own loader; public and tuned have a DataLoader with PIL and a worker process for each core,
+half of the samples strong (`bench_data.py`). Where many cores queue many batches, these are used up first and
+then a hundred steps in a row are timed.
 
 Rows: milliseconds a step; `.compiled` engine and compiled peer, measured last, because compiling takes
-minutes;
-`.files` with loading. Summaries: the parts of the engine's step, `step.engine_vs_public_ratio`,
-`step.engine_vs_tuned_ratio` (against the faster of tuned and compiled), both again as `step.files_...`,
-images a second, the share of the measured rate of a large matrix product that the step's nominal operations
-reach, on a CPU what the operator `depthwise_conv` is worth to a network that has such layers
-(`step.depthwise_conv_ratio`: the engine's own step without it over that with it), and of the engine's step on
-files the share that waits for data (`step.data_wait_pct`).
+minutes; `.files` with loading. Summaries: the parts of the engine's step; `step.engine_vs_public_ratio`;
+`step.engine_vs_tuned_ratio` (against the faster of tuned and compiled); both again as `step.files_...`;
+images a second; the step's nominal operations a second over the measured rate of a large matrix product; on a
+CPU, for networks with depthwise layers, the gain of the operator `depthwise_conv`
+(`step.depthwise_conv_ratio`: the engine's own step without it over that with it); and the share of the
+engine's step on files that waits for data (`step.data_wait_pct`).
 """
 
 import argparse
@@ -51,30 +50,31 @@ from stpp_kernels import upsample_cross_entropy
 CLASSES = 21
 IGNORED = 0.1
 TIMED_ON_MANY_CORES, TURNS_ON_MANY_CORES = 100, 2
-"""Steps in a row on files, and how often each variant takes them, where cores are many."""
+"""Steps in a row on files, and turns of each variant, on machines with many cores."""
 SMALL = {"rounds": 1, "backbone": "resnet18", "output_stride": 32, "crop": 33, "batch": 2, "no_compile": True,
          "pictures": 4}
 
 
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Images [N, 3, H, W] and labels [N, H, W] to the loss."""
+"""Function of images [N, 3, H, W] and labels [N, H, W] that returns the loss."""
 
 
 def engine(options: argparse.Namespace, device: torch.device, folder: Path,
            samples: Sequence[Sample] = ()) -> Trainer:
-    """What takes the engine's steps."""
+    """Builds the engine's trainer."""
     config = Config(
         data=DataConfig(root=folder), out=folder,
         model=ModelConfig(name=options.model, backbone=options.backbone, output_stride=options.output_stride,
                           pretrained="none"),
         augment=AugmentConfig(crop_px=options.crop),
         train=TrainConfig(batch_global=options.batch, precision=options.precision),
-        deterministic=not options.cudnn_benchmark)  # of a step alone it only keeps cuDNN from trying
+        deterministic=not options.cudnn_benchmark)  # for a step alone it only stops cuDNN's search
     return bare_trainer(config, World(device=device), folder, CLASSES, samples)
 
 
 def peer(network: nn.Module, *, dtype: torch.dtype, channels_last: bool, compiled: bool, lr: float) -> Step:
-    """A step as PyTorch's users write it: `network` with plain convolutions, the loss of full-size logits."""
+    """Builds a step as PyTorch's users write it: `network` with plain convolutions, the loss of full-size
+    logits."""
     network = export.plain_copy(network)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     network.to(memory_format=layout)
@@ -97,25 +97,25 @@ def peer(network: nn.Module, *, dtype: torch.dtype, channels_last: bool, compile
 
 def on_files(report: Report, options: argparse.Namespace, name: str, dtype: torch.dtype,
              peers: dict[str, Step], folder: Path) -> None:
-    """Steps with loading, by the engine and by peers."""
+    """Measures steps with loading, by the engine and by peers."""
     device, samples, workers = report.device, bench_data.samples_of(options, folder), cores()
     trainer = engine(options, device, folder, samples)
     batches, waits = trainer._passes(), []
     public = bench_data.Public(samples, options.crop, trainer.config.augment.long_side)
 
-    def ours() -> None:
+    def engine_step() -> None:
         passes, wait_s = next(batches)
         trainer.train_step(passes)
         waits.append(wait_s)
 
-    def theirs(label: str) -> None:
+    def peer_step(label: str) -> None:
         images, labels = next(streams[label])
         peers[label](images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
 
     streams = {label: iter(DataLoader(public, options.batch, num_workers=workers,
                                       pin_memory=device.type == "cuda"))
                for label in peers}
-    variants = {"engine": ours, **{label: partial(theirs, label) for label in peers}}
+    variants = {"engine": engine_step, **{label: partial(peer_step, label) for label in peers}}
     many = workers >= bench_data.MANY_CORES and not options.small
     untimed, timed = (bench_data.untimed_batches(workers), TIMED_ON_MANY_CORES) if many else (0, 1)
     times: dict[str, list[float]] = {label: [] for label in variants}
@@ -136,8 +136,8 @@ def on_files(report: Report, options: argparse.Namespace, name: str, dtype: torc
 
 
 def parts(trainer: Trainer, batch: Batch, device: torch.device, rounds: int) -> dict[str, float]:
-    """Milliseconds of the forward pass, the loss, the backward pass and the optimiser, each waited for:
-    medians."""
+    """Returns the median milliseconds of forward pass, loss, backward pass and optimiser, each
+    synchronised."""
     found: dict[str, list[float]] = {"forward": [], "loss": [], "backward": [], "optimizer": []}
     for _ in range(rounds):
         marks = [_now(device)]
@@ -158,7 +158,7 @@ def parts(trainer: Trainer, batch: Batch, device: torch.device, rounds: int) -> 
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large square matrix product: the rate that a step is measured against."""
+    """Measures the operations a second of a large square matrix product, the reference rate of a step."""
     side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     best = float("inf")
@@ -176,7 +176,7 @@ def _now(device: torch.device) -> float:
 
 
 def parsed(description: str = __doc__) -> argparse.Namespace:
-    """The command line, for every benchmark of a training step."""
+    """Parses the command line of every benchmark of a training step."""
     parser = arguments(description.splitlines()[0], SMALL)
     parser.add_argument("--model", default="deeplabv3plus", choices=["deeplabv3plus", "pspnet", "deeplabv2"])
     parser.add_argument("--backbone", default="resnet50",
@@ -186,7 +186,7 @@ def parsed(description: str = __doc__) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=0, help="images; 0: 16 on a GPU, 2 on a CPU")
     bench_data.step_arguments(parser)
     parser.add_argument("--cudnn-benchmark", action=argparse.BooleanOptionalAction, default=True,
-                        help="let cuDNN try its algorithms, as the engine and tuned users do; for all "
+                        help="let cuDNN search its algorithms, as the engine and tuned users do; for all "
                              "variants")
     options = parser.parse_args()
     options.batch = options.batch or (16 if options.device.startswith("cuda") else 2)
@@ -194,7 +194,8 @@ def parsed(description: str = __doc__) -> argparse.Namespace:
 
 
 def without_depthwise_conv(trainer: Trainer, batch: Batch) -> Callable[[], torch.Tensor] | None:
-    """The engine's step with PyTorch's depthwise convolutions; None if its network has none on a CPU."""
+    """Builds the engine's step with PyTorch's depthwise convolutions; None if its network has none on a
+    CPU."""
     layers = [each for each in trainer.step.network.modules() if isinstance(each, DepthwiseConv)]
     if not layers or trainer.here.device.type != "cpu":
         return None
@@ -249,7 +250,7 @@ def main() -> None:
         for label, layout in (("public", (torch.float32, False)), ("tuned", (dtype, True))):
             steps[label], variants[label] = other(*layout)
         agreeing(variants)
-        if plain := without_depthwise_conv(trainer, batch):  # it takes its turns with the same weights
+        if plain := without_depthwise_conv(trainer, batch):  # it alternates with the same weights
             variants["engine, conv2d"] = plain
         rows = report.compare(name, shape, kind, variants)
         step_ms = rows["engine"]["median"]

@@ -1,19 +1,19 @@
-"""Teachers of every backend that is present against eager and the public recipe: time by batch and size,
-compile time, agreement.
+"""Teachers of every installed backend against eager and the public recipe: time by batch and size, compile
+time, agreement.
 
     python benchmarks/bench_teacher.py --out benchmarks/results/last.jsonl
     python benchmarks/bench_teacher.py --backbone resnet18 --output-stride 16 --precision fp32 --batches 1 8
 
-Peers: `eager`, the folded network in the same precision, as the engine's teachers are without a compiler;
-`public`, float32, NCHW, dilated convolutions as PyTorch gives them, image by image, measured beside the first
-batch of every size. The network has random weights: time does not depend on them. Its agreement with eager in
-float32 is measured on smooth random images.
+Peers: `eager`, the folded network in the same precision, the engine's teacher without a compiler; `public`,
+float32, NCHW, PyTorch's own dilated convolutions, image by image, measured with the first batch of every
+size. The network has random weights: time does not depend on them. Its agreement with eager in float32 is
+measured on smooth random images.
 
 Rows: milliseconds of one forward pass over a batch, `teacher.forward` eager and public,
-`teacher.forward.NAME` a compiled teacher beside eager. Summaries: operations a second of eager; seconds to
-compile, and to take another teacher's weights; agreement, the least ratio to eager over all shapes, after how
-many images of the first size (one view) compiling has paid for itself; and `teacher.best_vs_public_ratio`:
-images a second of the best variant and batch, the least of all sizes.
+`teacher.forward.NAME` a compiled teacher with eager. Summaries: operations a second of eager; seconds to
+compile, and to load another teacher's weights; agreement; the smallest ratio to eager over all shapes; the
+number of images of the first size (one view) after which compiling pays off; and
+`teacher.best_vs_public_ratio`: images a second of the best variant and batch, the smallest of all sizes.
 """
 
 import argparse
@@ -41,14 +41,14 @@ SMALL = {"rounds": 1, "backbone": "resnet18", "output_stride": 32, "batches": [1
 
 
 def plan_of(options: argparse.Namespace, device: torch.device, seed: int = 0) -> Compilation:
-    """A network with random weights whose batch norms have seen data and whose classifier tells classes
-    apart."""
+    """Builds a network with random weights, batch-norm statistics of data and a classifier that separates
+    classes."""
     torch.manual_seed(seed)
     network = build_model(options.model, options.backbone, CLASSES, options.output_stride).train()
     with torch.no_grad():
         for module in network.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
-                module.momentum = None  # statistics of what it saw, not of a tenth of it
+                module.momentum = None  # full statistics of this data, not a tenth of them
         seen_NCHW = smooth(4, 129, 129, torch.device("cpu"))
         network(seen_NCHW)
         spread = network.eval()(seen_NCHW).std()
@@ -65,7 +65,7 @@ def plan_of(options: argparse.Namespace, device: torch.device, seed: int = 0) ->
 
 
 def smooth(count: int, height: int, width: int, device: torch.device) -> torch.Tensor:
-    """Pictures without noise, in the teachers' input format."""
+    """Draws pictures without noise, in the teachers' input format."""
     coarse = torch.randn(count, 3, 7, 9, device=device)
     images_NCHW = F.interpolate(coarse, (height, width), mode="bilinear", align_corners=True)
     return images_NCHW.contiguous(memory_format=torch.channels_last)
@@ -73,7 +73,7 @@ def smooth(count: int, height: int, width: int, device: torch.device) -> torch.T
 
 def compiled(report: Report, plan: Compilation,
              options: argparse.Namespace) -> Iterator[tuple[str, Predictor]]:
-    """Teachers by the name of their variant; each is compiled when asked for, in a folder that is deleted."""
+    """Returns teachers by the name of their variant; each is compiled on request, in a temporary folder."""
     sizes = [tuple(map(int, size.split("x"))) for size in options.sizes]
     largest = (max(options.batches), *(max(size[i] for size in sizes) for i in (0, 1)))
     shapes = Shapes(smallest=(1, 33, 33), typical=(options.batches[len(options.batches) // 2], *sizes[0]),
@@ -101,14 +101,14 @@ def compiled(report: Report, plan: Compilation,
 
 
 def parsed() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = arguments(__doc__.splitlines()[0], SMALL)
     parser.add_argument("--model", default="deeplabv3plus")
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--output-stride", type=int, default=8)
     parser.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto")
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="default: all that are present")
-    parser.add_argument("--frozen", action="store_true", help="of inductor only the form that holds its "
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="default: all installed")
+    parser.add_argument("--frozen", action="store_true", help="of inductor only the form with frozen "
                                                               "weights")
     parser.add_argument("--no-compile", action="store_true", help="eager and public only")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32])
@@ -117,7 +117,7 @@ def parsed() -> argparse.Namespace:
 
 
 class Measured:
-    """Forward passes by batch and size, and what an image takes with the batch that suits a variant."""
+    """Forward passes by batch and size, and the time of an image at a variant's best batch."""
 
     def __init__(self, report: Report, options: argparse.Namespace, precision: str):
         self._report, self._options, self._precision = report, options, precision
@@ -125,7 +125,7 @@ class Measured:
         self.image_ms: list[dict[str, float]] = [defaultdict(lambda: math.inf) for _ in options.sizes]
 
     def measure(self, name: str, teachers: dict[str, Forward], plain: torch.nn.Module | None = None) -> None:
-        """Times teachers, and beside the first batch of every size the public recipe's network image by
+        """Times teachers, and with the first batch of every size the public recipe's network image by
         image."""
         for size, image_ms in zip(self._options.sizes, self.image_ms, strict=True):
             for count in self._options.batches:

@@ -5,17 +5,17 @@ PyTorch.
     python benchmarks/bench_unimatch.py --methods unimatch-v2 --backbone-v2 dinov2-base --crop-v2 518
 
 UniMatch: DeepLabV3+ on a deep-stem ResNet-50 at output stride 16, crops of 321 pixels. UniMatch-V2: DPT on
-DINOv2-small, crops of 518 pixels on a GPU, 266 on a CPU. A step takes as many labelled as unlabelled
-images: on a GPU those that the published settings have on each, else two of each. Peers
-(`public_unimatch.py`): *public*: float32, NCHW, the public code's passes, full-size losses; *tuned*: the
-same with autocast in the engine's precision, channels_last and a fused optimiser; *compiled*: tuned under
-torch.compile, measured last. On files the engine has its own loader, which decodes and crops an image once
-for its three views; the peers have a DataLoader with as many worker processes as there are cores and PIL,
-and UniMatch's a second one for its other augmentation of the same images.
+DINOv2-small, crops of 518 pixels on a GPU, 266 on a CPU. A step takes as many labelled as unlabelled images:
+on a GPU the published number per GPU, otherwise two of each. Peers (`public_unimatch.py`): *public*: float32,
+NCHW, the public code's passes, full-size losses; *tuned*: the same with autocast in the engine's precision,
+channels_last and a fused optimiser; *compiled*: tuned under torch.compile, measured last. On files the engine
+has its own loader, which decodes and crops an image once for its three views; the peers have a DataLoader
+with PIL and a worker process for each core, and UniMatch's peer a second one for its other augmentation of
+the same images.
 
-All start from equal weights. Before the clock starts their first losses are compared, without boxes,
-because the public code pastes from elsewhere; what dropout draws differs. Every pixel of the weak view is a
-label, so that no loss is spared.
+All start from equal weights. Their first losses are compared before timing starts, without boxes, because the
+public code pastes from other images; dropout draws differ. Every pixel of the weak view is a label, so that
+all losses are computed.
 
 Rows: milliseconds a step; `.compiled`, `.files`. Summaries: `unimatch.METHOD.engine_vs_public_ratio`,
 `engine_vs_tuned_ratio` (against the faster of tuned and compiled), `files_engine_vs_public_ratio`,
@@ -55,30 +55,30 @@ SMALL = {"rounds": 1, "backbone_v1": "resnet18", "crop_v1": 33, "crop_v2": 28, "
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contest:
-    """A method, and the public recipe of it."""
+class Comparison:
+    """Method and its public recipe."""
 
     kind: type[Step]
     peer: type[Peer]
     train: TrainConfig
     batch_of_gpu: int
-    """Labelled, and unlabelled, images that the published settings have on a GPU."""
+    """Labelled, and unlabelled, images per GPU in the published settings."""
 
 
-CONTESTS = {
-    "unimatch": Contest(kind=UniMatch, peer=PublicUniMatch, batch_of_gpu=2,
+COMPARISONS = {
+    "unimatch": Comparison(kind=UniMatch, peer=PublicUniMatch, batch_of_gpu=2,
                         train=TrainConfig(lr=0.001, head_lr_multiplier=10.0)),
-    "unimatch-v2": Contest(kind=UniMatchV2, peer=PublicUniMatchV2, batch_of_gpu=4,
+    "unimatch-v2": Comparison(kind=UniMatchV2, peer=PublicUniMatchV2, batch_of_gpu=4,
                            train=TrainConfig(lr=5e-6, head_lr_multiplier=40.0, optimizer="adamw",
                                              weight_decay=0.01)),
 }
 
 
-class Match:
-    """The variants of one method."""
+class MethodBenchmark:
+    """Variants of one method."""
 
     def __init__(self, method: str, options: argparse.Namespace, report: Report, folder: Path):
-        self.contest, self.report, self.folder, self.options = CONTESTS[method], report, folder, options
+        self.contest, self.report, self.folder, self.options = COMPARISONS[method], report, folder, options
         self.device, v2 = report.device, method == "unimatch-v2"
         self.batch = options.batch or (self.contest.batch_of_gpu if self.device.type == "cuda" else 2)
         self.crop = options.crop_v2 if v2 else options.crop_v1
@@ -95,7 +95,7 @@ class Match:
         self.network = network_of(self.config.model, CLASSES).to(self.device)
 
     def engine(self, *lists: list[Sample]) -> Trainer:
-        """What takes the engine's steps, from the common weights."""
+        """Builds the engine's trainer, from the common weights."""
         trainer = bare_trainer(self.config, World(device=self.device), self.folder, CLASSES,
                                *(lists or ((), ())), kind=self.contest.kind)
         state = self.network.state_dict()
@@ -105,7 +105,7 @@ class Match:
         return trainer
 
     def peer(self, label: str) -> Peer:
-        """A peer by its name."""
+        """Builds a peer by its name."""
         how = Arithmetic() if label == "public" else Arithmetic(
             dtype=self.dtype, channels_last=True, fused=True, compiled=label == "compiled")
         train = self.config.train
@@ -119,11 +119,12 @@ class Match:
         trainer, peers = self.engine(), {label: self.peer(label) for label in ("public", "tuned")}
         self._agree(trainer, peers, x, u)
         trainer, peers = self.engine(), {label: self.peer(label) for label in peers}
-        ours, theirs = [(x, dataclasses.replace(u, boxes_VN4=boxes))], self._for_peers(x, u, boxes)
+        engine_batches = [(x, dataclasses.replace(u, boxes_VN4=boxes))]
+        peer_batches = self._for_peers(x, u, boxes)
         shape = f"{self.batch} + {self.batch},3,{self.crop},{self.crop}"
         kind = str(self.dtype).removeprefix("torch.")
-        variants: dict[str, Callable] = {"engine": lambda: trainer.train_step(ours)}
-        variants |= {label: partial(peer, *theirs) for label, peer in peers.items()}
+        variants: dict[str, Callable] = {"engine": lambda: trainer.train_step(engine_batches)}
+        variants |= {label: partial(peer, *peer_batches) for label, peer in peers.items()}
         rows = self.report.compare(self.name, shape, kind, variants)
         step_ms, public_ms = rows["engine"]["median"], rows["public"]["median"]
         self.report.summary(f"{self.name}.engine_vs_public_ratio", public_ms / step_ms)
@@ -131,7 +132,7 @@ class Match:
             self.report.summary(f"{self.name}.{label}_unlabelled_images_per_s", 1000 * self.batch / value)
         ratio = rows["tuned"]["median"] / step_ms
         if not self.options.no_compile:
-            both = {"engine": variants["engine"], "compiled": partial(self.peer("compiled"), *theirs)}
+            both = {"engine": variants["engine"], "compiled": partial(self.peer("compiled"), *peer_batches)}
             compiled = self.report.compare(f"{self.name}.compiled", shape, kind, both)
             ratio = min(ratio, compiled["compiled"]["median"] / compiled["engine"]["median"])
         self.report.summary(f"{self.name}.engine_vs_tuned_ratio", ratio)
@@ -139,7 +140,8 @@ class Match:
             self._on_files(peers, shape, kind)
 
     def _batches(self) -> tuple[Batch, Batch, torch.Tensor]:
-        """Labelled noise; unlabelled noise in three views without boxes; and boxes of its strong views."""
+        """Draws labelled noise; unlabelled noise in three views without boxes; and boxes of its strong
+        views."""
         x = random_batch(self.batch, self.crop, CLASSES, self.device, ignored=IGNORED)
         views = [random_batch(self.batch, self.crop, CLASSES, self.device).images_NCHW for _ in range(3)]
         shown = torch.tensor([[0, 0, self.crop, self.crop]] * self.batch, dtype=torch.int32,
@@ -152,7 +154,7 @@ class Match:
         return x, u, boxes
 
     def _for_peers(self, x: Batch, u: Batch, boxes: torch.Tensor) -> tuple[list, list, list]:
-        """The same as peers take it. The other augmentation is the images in another order."""
+        """Converts the batches to the peers' form. The other augmentation is the images in another order."""
         size = (self.crop, self.crop)
         masks = [inside(one, size).float() for one in boxes[1:]]
         unlabelled = [*u.views, torch.zeros(self.batch, *size, dtype=torch.long, device=self.device), *masks]
@@ -169,19 +171,19 @@ class Match:
         assert max(found.values()) - min(found.values()) < 0.05 * found["engine"], found
 
     def _on_files(self, peers: dict[str, Peer], shape: str, kind: str) -> None:
-        """Steps with loading."""
+        """Measures steps with loading."""
         samples = bench_data.samples_of(self.options, self.folder)
         lists = samples[::2], [dataclasses.replace(sample, mask=None) for sample in samples[1::2]]
         trainer = self.engine(*lists)
         batches = trainer._passes()
         streams = {label: self._streams(*lists) for label in peers}
 
-        def theirs(label: str) -> None:
+        def peer_step(label: str) -> None:
             peers[label](*([each.to(self.device, non_blocking=True) for each in next(stream)]
                            for stream in streams[label]))
 
         variants = {"engine": lambda: trainer.train_step(next(batches)[0]),
-                    **{label: partial(theirs, label) for label in peers}}
+                    **{label: partial(peer_step, label) for label in peers}}
         times: dict[str, list[float]] = {label: [] for label in variants}
         untimed = bench_data.untimed_batches(cores()) if cores() >= bench_data.MANY_CORES else 1
         for turn in range(self.report.rounds):
@@ -196,7 +198,8 @@ class Match:
                                 rows[label]["median"] / rows["engine"]["median"])
 
     def _streams(self, labelled: list[Sample], unlabelled: list[Sample]) -> list[Iterator]:
-        """Labelled images, unlabelled ones, and for UniMatch another augmentation of these."""
+        """Builds samples of labelled images, of unlabelled ones, and for UniMatch of another augmentation of
+        these."""
         placing = self.crop, self.config.augment.long_side
         sets = [bench_data.Public(labelled, *placing), Unlabelled(unlabelled, *placing)]
         sets += [Unlabelled(unlabelled, *placing)] * (self.contest.peer is PublicUniMatch)
@@ -206,14 +209,14 @@ class Match:
 
 
 def parsed() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = arguments(__doc__.splitlines()[0], SMALL)
-    parser.add_argument("--methods", nargs="+", default=list(CONTESTS), choices=list(CONTESTS))
+    parser.add_argument("--methods", nargs="+", default=list(COMPARISONS), choices=list(COMPARISONS))
     parser.add_argument("--backbone-v1", default="resnet50-deep-stem")
     parser.add_argument("--backbone-v2", default="dinov2-small")
     parser.add_argument("--crop-v1", type=int, default=321, help="pixels")
     parser.add_argument("--crop-v2", type=int, default=0, help="pixels; 0: 518 on a GPU, 266 on a CPU")
-    parser.add_argument("--batch", type=int, default=0, help="images of each list; 0: as published for a "
+    parser.add_argument("--batch", type=int, default=0, help="images of each list; 0: published number per "
                                                              "GPU, 2 on a CPU")
     bench_data.step_arguments(parser)
     options = parser.parse_args()
@@ -227,7 +230,7 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True
     for method in options.methods:
         with tempfile.TemporaryDirectory() as folder:
-            Match(method, options, report, Path(folder)).run()
+            MethodBenchmark(method, options, report, Path(folder)).run()
     report.finish()
 
 

@@ -1,11 +1,10 @@
-"""Operators under NVIDIA's compute-sanitizer: reads and writes beyond what was allocated.
+"""Operators under NVIDIA's compute-sanitizer: reads and writes outside of allocations.
 
     python benchmarks/check_memory.py --out benchmarks/results/last.jsonl
 
-Each case runs in a process of its own, on awkward shapes, without PyTorch's caching allocator, in whose large
-blocks a stray access would land on the next tensor unseen. Where there is no compute-sanitizer, and on a CPU,
-the cases run as they are. Summaries: `memory.CASE_clean` (1: no error), and `memory.sanitizer` (1: they ran
-under it).
+Each case runs in a separate process, on awkward shapes, without PyTorch's caching allocator, in whose large
+blocks a stray access would hit the next tensor undetected. Without compute-sanitizer, and on a CPU, the cases
+run directly. Summaries: `memory.CASE_clean` (1: no error), and `memory.sanitizer` (1: it was used).
 """
 
 import os
@@ -24,7 +23,7 @@ TIMEOUT_S = 120
 
 
 def cross_entropy(device: torch.device) -> None:
-    """Loss and gradient, in both layouts, of maps that fill no tile."""
+    """Computes loss and gradient, in both layouts, of maps that fill no tile."""
     for layout in (torch.contiguous_format, torch.channels_last):
         logits = torch.randn(2, 21, 7, 9, device=device).contiguous(memory_format=layout).requires_grad_()
         labels = torch.randint(21, (2, 27, 33), dtype=torch.uint8, device=device)
@@ -35,7 +34,7 @@ def cross_entropy(device: torch.device) -> None:
 
 
 def ten_views(device: torch.device) -> None:
-    """Views of several sizes, plain and mirrored, summed and finished."""
+    """Sums and finishes views of several sizes, plain and mirrored."""
     sums = torch.zeros(2, 21, 37, 53, device=device)
     for size in ((18, 26), (37, 53), (74, 106)):
         low = torch.randn(2, 21, -(-size[0] // 4), -(-size[1] // 4), device=device)
@@ -50,7 +49,7 @@ CASES: dict[str, Callable[[torch.device], None]] = {"cross_entropy": cross_entro
 
 
 def checked(case: str, device: torch.device, sanitizer: str | None) -> bool:
-    """Runs a case in a process, prints what it says, and returns whether it was without error."""
+    """Runs a case in a process, prints its output, and returns whether it was free of errors."""
     command = [sys.executable, __file__, "--device", str(device), "--case", case]
     if sanitizer:
         command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "99", *command]
@@ -65,7 +64,7 @@ def checked(case: str, device: torch.device, sanitizer: str | None) -> bool:
 
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--case", choices=CASES, help="run this one here, without the sanitizer")
+    parser.add_argument("--case", choices=CASES, help="run this case here, without the sanitizer")
     options = parser.parse_args()
     if options.case:
         CASES[options.case](torch.device(options.device))

@@ -1,12 +1,13 @@
-"""A training run that is stopped and goes on, against one that never stopped: equal weights, to the bit.
+"""Resume after SIGTERM against an uninterrupted run: weights equal bit for bit.
 
     python benchmarks/check_resume.py --out benchmarks/results/last.jsonl
 
 Three runs of one small recipe under torchrun, one process each, with --deterministic: two to their end, and
 one that gets SIGTERM after its first checkpoint and is then started again by the same command. All three must
-end with equal weights, momentum and step: the first two show that a run repeats, the third that stopping
-leaves no trace. On a GPU they run at once, on a CPU one after the other. Summaries: `resume.repeats`,
-`resume.equal` (1: so), `resume.stopped_at_step` of `resume.steps`; the script fails where it is not so.
+end with equal weights, momentum and step: the first two show that a run is repeatable, the third that an
+interruption leaves no trace. On a GPU they run concurrently, on a CPU one after the other. Summaries:
+`resume.repeats`, `resume.equal` (1: equal), `resume.stopped_at_step` of `resume.steps`; the script fails if
+either is 0.
 """
 
 import argparse
@@ -32,7 +33,7 @@ SMALL = {"epochs": 2, "crop": 33, "stride": 32}
 
 
 def command(options: argparse.Namespace, data: Path, out: Path) -> list[str]:
-    """One run's command line."""
+    """Builds the command line of a run."""
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m",
             "stpp", "train",
             "--method", "supervised", "--deterministic", "--device", options.device.partition(":")[0],
@@ -46,7 +47,7 @@ def command(options: argparse.Namespace, data: Path, out: Path) -> list[str]:
 
 
 def run(arguments: list[str], log: Path, *, stop_after: Path | None = None) -> None:
-    """A run to its end, its output added to `log`; with `stop_after`, until SIGTERM once that file is there.
+    """Runs to the end, and adds the output to `log`; with `stop_after`, sends SIGTERM once that file exists.
 
     Raises:
         RuntimeError: it ended otherwise, or not within `LIMIT_S`.
@@ -73,45 +74,45 @@ def run(arguments: list[str], log: Path, *, stop_after: Path | None = None) -> N
             process.wait()
     if bool(code) == (stop_after is None):
         raise RuntimeError(f"a run ended with {code}"
-                           + (", before it was told to stop" if stop_after else ""))
+                           + (", before SIGTERM" if stop_after else ""))
 
 
 def stopped(arguments: list[str], out: Path, log: Path) -> int:
-    """A run that is stopped at its first checkpoint and started again; returns the step that was saved."""
+    """Runs until the first checkpoint, stops, and runs again; returns the saved step."""
     run(arguments, log, stop_after=out / STAGE / "last.pt")
     step = checkpoint.load(out / STAGE / "last.pt")["step"]
     run(arguments, log)
     return step
 
 
-def same(ours: object, theirs: object) -> bool:
-    """Equality to the bit of what a checkpoint holds."""
-    if isinstance(ours, torch.Tensor):
-        return torch.equal(ours, theirs)
-    if isinstance(ours, dict):
-        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
-    if isinstance(ours, (list, tuple)):
-        return len(ours) == len(theirs) and all(map(same, ours, theirs))
-    return ours == theirs
+def equal_content(first: object, second: object) -> bool:
+    """Compares the contents of checkpoints bit for bit."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(equal_content(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(equal_content, first, second))
+    return first == second
 
 
 def state(out: Path) -> dict:
-    """What the last step left: weights, momentum, its number."""
+    """Reads the state after the last step: weights, momentum, step number."""
     saved = checkpoint.load(out / STAGE / "last.pt")
     return {name: saved[name] for name in ("model", "optimizer", "step")}
 
 
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0], SMALL)
-    parser.add_argument("--epochs", type=int, default=50, help="of eight steps each")
-    parser.add_argument("--crop", type=int, default=65, help="pixels")
+    parser.add_argument("--epochs", type=int, default=50, help="epochs of eight steps each")
+    parser.add_argument("--crop", type=int, default=65, help="crop, pixels")
     parser.add_argument("--stride", type=int, default=16, help="output stride of the network")
     options = parser.parse_args()
     report = Report(options)
-    # one thread a run: two on a busy machine wait for each other at every barrier
+    # one thread a run: two threads on a busy machine wait for each other at every barrier
     if report.device.type == "cpu":
         os.sched_setaffinity(0, [random.choice(sorted(os.sched_getaffinity(0)))])
-    # Deterministic cuBLAS wants this before CUDA starts, whatever the engine itself sets.
+    # Deterministic cuBLAS needs this before CUDA starts, whatever the engine itself sets.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -131,15 +132,15 @@ def main() -> None:
                         out in outs.items()}, logs["stopped"].read_text(errors="replace")
     report.summary("resume.steps", states["whole"]["step"])
     report.summary("resume.stopped_at_step", step)
-    repeats, equal = (same(states["whole"], states[kind]) for kind in ("again", "stopped"))
+    repeats, equal = (equal_content(states["whole"], states[kind]) for kind in ("again", "stopped"))
     report.summary("resume.repeats", float(repeats))
     report.summary("resume.equal", float(equal))
     report.finish()
-    assert 0 < step < states["whole"]["step"], "the run had ended before it was told to stop"
+    assert 0 < step < states["whole"]["step"], "the run ended before SIGTERM"
     assert re.search(rf"going on from step {step}\b",
-                     text), "the run was not continued from what it had saved"
+                     text), "the run did not resume from its checkpoint"
     assert repeats and equal, (
-        f"two runs with --deterministic: equal {repeats}; stopped and continued: equal {equal}"
+        f"two runs with --deterministic: equal {repeats}; interrupted and resumed: equal {equal}"
     )
 
 

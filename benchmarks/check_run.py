@@ -2,10 +2,9 @@
 
     python benchmarks/check_run.py --out benchmarks/results/last.jsonl
 
-Shows that everything works together where it was never run (CUDA, NCCL); few steps, so its scores say
-nothing. The ranks are those of `stpp demo`: two, or the GPUs that there are. Ends with an error where a
-stage, a mask or the report is missing. Summaries: seconds of each stage, `run.STAGE_s`, and of the whole with
-its start, `run.whole_s`.
+Checks that all parts work together on new platforms (CUDA, NCCL); with so few steps its scores mean nothing.
+The ranks are those of `stpp demo`: two, or the number of GPUs. Fails if a stage, a mask or the report is
+missing. Summaries: seconds of each stage, `run.STAGE_s`, and of the whole with its start, `run.whole_s`.
 """
 
 import dataclasses
@@ -24,7 +23,7 @@ SMALL = {"pictures": 16, "val": 2, "epochs": 1, "supervised_epochs": 1}
 
 
 def missing(out: Path, stages: dict[str, dict], unlabelled: int) -> list[str]:
-    """Parts of a run that are not there."""
+    """Lists the missing parts of a run."""
     masks = len(list(out.glob("stages/*-label/**/*.png")))
     lacking = [name for name in STAGES if name not in stages]
     lacking += [] if masks == unlabelled else [f"{unlabelled - masks} of {unlabelled} masks"]
@@ -34,10 +33,10 @@ def missing(out: Path, stages: dict[str, dict], unlabelled: int) -> list[str]:
 
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0], SMALL)
-    parser.add_argument("--pictures", type=int, default=60, help="for training; 12 of them are labelled")
+    parser.add_argument("--pictures", type=int, default=60, help="training pictures, 12 of them labelled")
     parser.add_argument("--val", type=int, default=20, help="pictures for validation")
-    parser.add_argument("--epochs", type=int, default=2, help="of the last stages")
-    parser.add_argument("--supervised-epochs", type=int, default=20, help="of the first stage")
+    parser.add_argument("--epochs", type=int, default=2, help="epochs of the last stages")
+    parser.add_argument("--supervised-epochs", type=int, default=20, help="epochs of the first stage")
     options = parser.parse_args()
     report = Report(options)
     train = dataclasses.replace(demo.DEMO.train, epochs=options.epochs,

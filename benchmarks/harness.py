@@ -1,14 +1,14 @@
-"""Times variants of one computation against one another and writes what was found.
+"""Timing of alternating variants of one computation, and rows of results.
 
-Variants take turns (A B A B ...) in one process after a warm-up, so a slow phase of the machine meets all of
-them. Time: wall clock on a CPU, events on a GPU. Memory: in a run of its own, the highest use above what was
-held before (inputs and earlier results), as the kernel counts this process's pages on a CPU and as the
-caching allocator counts on a GPU.
+Variants alternate (A B A B ...) in one process after a warm-up, so a slow phase of the machine affects all of
+them. Time: wall clock on a CPU, events on a GPU. Memory: in a separate run, the peak above the memory held
+before (inputs and earlier results), from the kernel's count of this process's pages on a CPU and from the
+caching allocator on a GPU.
 
 A row of the JSONL file: name, variant, shape, dtype, median, p20, p80, unit, peak_mib, device, threads,
-versions, git, date. A summary row: {"name": ..., "value": ...} and the last five. Two more: `part`, named by
-run_gpu.sh in STPP_PART, where several runs share a file; `cudnn_benchmark` on a GPU, whether cuDNN tried its
-algorithms. STPP_GIT names the commit where there is no repository.
+versions, git, date. A summary row: {"name": ..., "value": ...} and the last five. Two more: `part`, set by
+run_gpu.sh in STPP_PART, where several runs share a file; `cudnn_benchmark` on a GPU, true if cuDNN searched
+its algorithms. STPP_GIT names the commit where there is no repository.
 """
 
 import argparse
@@ -42,11 +42,11 @@ from stpp_kernels import flops
 
 MIB = 1024 * 1024
 GPU_MEASUREMENT_MS = 20
-"""A timed run on a GPU repeats a call until it lasts about as long."""
+"""Least duration of a timed run on a GPU, reached by repeating the call."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Parser whose --small overrules other options."""
+    """Parser whose --small overrides other options."""
 
     def __init__(self, small: dict[str, Any], **settings):
         super().__init__(**settings)
@@ -60,17 +60,17 @@ class _Parser(argparse.ArgumentParser):
 
 
 def arguments(description: str, small: dict[str, Any] | None = None) -> argparse.ArgumentParser:
-    """Parser with the options that every benchmark has.
+    """Builds a parser with the options common to all benchmarks.
 
     Args:
-        small: options that make the run as short as it can be, by name: values under --small, whatever else
-            is asked for.
+        small: options that make the run as short as possible, by name; --small sets these values,
+            overriding the command line.
     """
     parser = _Parser(small or {}, description=description)
     parser.add_argument("--out", type=Path, help="JSONL file to write (replaced)")
     parser.add_argument("--append", action="store_true", help="add to the file instead of replacing it")
-    parser.add_argument("--small", action="store_true", help="everything at its smallest, to see that it "
-                                                             "runs")
+    parser.add_argument("--small", action="store_true", help="run everything at its smallest size, to check "
+                                                             "that it runs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")
     parser.add_argument("--rounds", type=int, default=7, help="timed runs of each variant")
@@ -78,8 +78,8 @@ def arguments(description: str, small: dict[str, Any] | None = None) -> argparse
 
 
 class Report:
-    """Rows of one run of a benchmark: printed and written as they come, so that a run cut short leaves what
-    it measured."""
+    """Rows of a benchmark's run, printed and written immediately, so that an interrupted run keeps its
+    results."""
 
     def __init__(self, options: argparse.Namespace):
         if options.threads:
@@ -102,8 +102,8 @@ class Report:
 
     def compare(self, name: str, shape: str, dtype: str, variants: dict[str, Callable[[], object]],
                 before: Callable[[str], object] = lambda label: None) -> dict[str, dict]:
-        """Measures every variant and returns its row, by name. Every turn begins with `before(name)`, outside
-        the clock."""
+        """Measures every variant and returns its row, by name. `before(name)` precedes every turn and is not
+        timed."""
         calls = {label: self._calls(variant) for label, variant in variants.items()}
         peaks = {label: self._peak_mib(variant) for label, variant in variants.items()}
         times: dict[str, list[float]] = {label: [] for label in variants}
@@ -116,7 +116,7 @@ class Report:
 
     def measured(self, name: str, variant: str, shape: str, dtype: str, times_ms: list[float],
                  peak_mib: float | None = None) -> dict:
-        """Adds the row of a variant that was timed, and returns it."""
+        """Adds the row of a timed variant, and returns it."""
         row = {"name": name, "variant": variant, "shape": shape, "dtype": dtype,
                "median": statistics.median(times_ms),
                "p20": _quantile(times_ms, 0.2), "p80": _quantile(times_ms, 0.8), "unit": "ms",
@@ -125,15 +125,15 @@ class Report:
         return row
 
     def _calls(self, variant: Callable[[], object]) -> int:
-        """Calls of one measurement, after a warm-up: on a GPU enough to hide the first launch and the steps
-        of the clock."""
+        """Warms up, and returns the calls of one measurement: on a GPU enough to hide the first launch and
+        the clock's resolution."""
         call_ms(variant, self.device)
         if self.device.type != "cuda":
             return 1
         return max(1, min(1000, round(GPU_MEASUREMENT_MS / max(call_ms(variant, self.device), 1e-3))))
 
     def summary(self, name: str, value: float) -> None:
-        """Adds one number that stands for the run."""
+        """Adds one number as a summary of the run."""
         self._add({"name": name, "value": value})
 
     def finish(self) -> None:
@@ -174,9 +174,10 @@ class Report:
 
 @contextlib.contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """As `stpp` has it on a CPU, for an engine that runs beside peers; afterwards as their users have it.
+    """Keeps freed memory, as `stpp` does on a CPU, while the engine runs next to peers; then restores the
+    peers' settings.
 
-    glibc moves its limits up to 32 and 64 MiB by itself until one is set, so the peers get these.
+        Until a limit is set, glibc raises its limits up to 32 and 64 MiB by itself, so the peers get these.
     """
     distributed.keep_freed_memory()
     try:
@@ -191,11 +192,12 @@ def freed_memory_kept() -> Iterator[None]:
 
 def bare_trainer(config: Config, here: World, folder: Path, num_classes: int, *lists: Sequence[Sample],
                  kind: type[Step] = Supervised) -> Trainer:
-    """The Trainer of a run that is never started: only its step and its batches are used, these where it has
-    samples.
+    """Builds the Trainer of a run that is never started: only its step is used, and its batches where samples
+    are given.
 
     Args:
-        lists: what `kind.streams` takes, none: one; an empty one is filled with a sample that is never read.
+        lists: arguments of `kind.streams`, one by default; an empty list is filled with a sample that is
+            never read.
     """
     side, classes = config.augment.crop_px, tuple(map(str, range(num_classes)))
     none = Sample(key="none", image="none", mask="none", width=side, height=side)
@@ -208,7 +210,7 @@ def bare_trainer(config: Config, here: World, folder: Path, num_classes: int, *l
 
 def random_batch(count: int, side: int, num_classes: int, device: torch.device, *,
                  ignored: float = 0.0) -> Batch:
-    """Noise, `count` images of `side` pixels, and labels, of which a share is 255."""
+    """Draws noise, `count` images of `side` pixels, and labels, of which the share `ignored` is 255."""
     images = torch.randn(count, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(num_classes, (count, side, side), dtype=torch.uint8, device=device)
     labels[torch.rand(labels.shape, device=device) < ignored] = 255
@@ -216,8 +218,8 @@ def random_batch(count: int, side: int, num_classes: int, device: torch.device, 
 
 
 def nominal_flop(network: nn.Module, images: torch.Tensor, *, backward: bool) -> int:
-    """Operations of a forward pass, or of one with its backward pass: those of plain convolutions, padding
-    counted."""
+    """Counts the operations of a forward pass, optionally with its backward pass, as plain convolutions with
+    padding."""
     shell = export.plain_copy(network).to("meta")
     with (
         flops.counter() as counter,
@@ -232,10 +234,9 @@ def nominal_flop(network: nn.Module, images: torch.Tensor, *, backward: bool) ->
 
 def graphed(variants: dict[str, Callable[[], object]],
             device: torch.device) -> dict[str, Callable[[], object]]:
-    """The same computations replayed from a CUDA graph, without the host's share; on a CPU as they are, and
-    named so.
+    """Captures the computations in CUDA graphs, which exclude the host's share; on a CPU renames them.
 
-    One that cannot be captured is left out, with a line that says why.
+        A computation that cannot be captured is skipped, and a line gives the reason.
     """
     if device.type != "cuda":
         return {f"{label}, no graph on a CPU": variant for label, variant in variants.items()}
@@ -251,7 +252,7 @@ def graphed(variants: dict[str, Callable[[], object]],
 def _captured(variant: Callable[[], object]) -> Callable[[], None]:
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
-    # libraries make their workspaces and Triton its kernels outside the capture
+    # libraries allocate their workspaces and Triton compiles its kernels outside the capture
     with torch.cuda.stream(aside):
         for _ in range(3):
             variant()
@@ -267,12 +268,12 @@ def _captured(variant: Callable[[], object]) -> Callable[[], None]:
 
 
 def minimum_ratio(pairs: list[tuple[dict, dict]], key: str = "median") -> float:
-    """Smallest of baseline / fused over (fused, baseline) pairs of rows."""
+    """Returns the smallest ratio of baseline / fused over (fused, baseline) pairs of rows."""
     return min(baseline[key] / fused[key] for fused, baseline in pairs)
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read and written, of a large copy: the limit against which memory traffic is judged."""
+    """Measures the bytes a second, read and written, of a large copy: the limit of memory traffic."""
     source = torch.ones(64 * MIB, device=device)
     target = torch.empty_like(source)
     best_ms = min(call_ms(lambda: target.copy_(source), device) for _ in range(5))
@@ -280,7 +281,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def call_ms(variant: Callable[[], object], device: torch.device, calls: int = 1) -> float:
-    """Milliseconds of one call, the mean of `calls` in a row."""
+    """Returns the milliseconds of one call, the mean of `calls` in a row."""
     if device.type == "cuda":
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
@@ -297,10 +298,10 @@ def call_ms(variant: Callable[[], object], device: torch.device, calls: int = 1)
 
 
 def _peak_resident_mib(variant: Callable[[], object]) -> float | None:
-    """Peak resident memory during one call above that before it; None where /proc cannot tell."""
+    """Returns the peak resident memory during one call above that before it; None without /proc."""
     try:
         gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # or freed memory of earlier calls would be used unseen
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # or earlier calls' freed memory would be reused unseen
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         before = _status_kib("VmRSS")
         variant()

@@ -1,8 +1,8 @@
 """Sections of bench_ops.py for the operators that label: upsample_argmax, softmax_accumulate with finalize,
 confusion.
 
-Every section first checks that the variants agree, then measures them. Images are 360x480; logits lie at a
-quarter of the size that they are resized to, as DeepLabV3+ leaves them.
+Every section first checks that the variants agree, then measures them. Images are 360x480; logits have a
+quarter of the target size, as in DeepLabV3+.
 """
 
 import argparse
@@ -20,7 +20,8 @@ SCALES = (0.5, 0.75, 1.0, 1.5, 2.0)
 
 
 def argmax(report: Report, options: argparse.Namespace) -> None:
-    """Mask, and mask with confidence, of batch 4; peers: F.interpolate and argmax, eager and compiled."""
+    """Measures the mask, and the mask with confidence, of batch 4; peers: F.interpolate and argmax, eager and
+    compiled."""
     pairs = []
     for classes in CLASSES:
         logits = _logits(4, classes, SIZE, report.device)
@@ -52,8 +53,8 @@ def argmax(report: Report, options: argparse.Namespace) -> None:
 
 
 def augmentation(report: Report, options: argparse.Namespace) -> None:
-    """One view at scale 2, and the ten views of test-time augmentation with their mask; peer: the two-step
-    form."""
+    """Measures one view at scale 2, and the ten views of test-time augmentation with their mask; peer: the
+    two-step form."""
     pairs = []
     for classes in CLASSES:
         views = []
@@ -103,15 +104,15 @@ def augmentation(report: Report, options: argparse.Namespace) -> None:
             },
         )  # fmt: skip
         pairs += [(rows["fused"], rows["eager"])]
-        if options.graphs:  # eager's bincount waits for the device, which a graph cannot
+        if options.graphs:  # eager's bincount synchronises with the device, which a graph cannot
             report.compare("ten_views.graph", f"1,{classes},{SIZE[0]},{SIZE[1]}", "float32",
                            graphed({"fused": fused}, report.device))
     report.summary("softmax_accumulate.fused_vs_eager_ratio", minimum_ratio(pairs))
 
 
 def masks(report: Report, options: argparse.Namespace) -> None:
-    """Confusion matrix, and the reliability score of ST++, of batch 4; peers: bincount and a loop over the
-    classes."""
+    """Measures the confusion matrix, and the reliability score of ST++, of batch 4; peers: bincount and a
+    loop over the classes."""
     pairs = []
     for kind in ("regions", "noise"):
         if kind == "regions":
@@ -155,12 +156,12 @@ def masks(report: Report, options: argparse.Namespace) -> None:
 
 
 def _compiled(options: argparse.Namespace, function: Callable) -> dict[str, Callable]:
-    """The compiled form of `function` as a further variant, unless --no-compile."""
+    """Returns the compiled form of `function` as a further variant, unless --no-compile."""
     return {} if options.no_compile else {"compiled": torch.compile(function, dynamic=False)}
 
 
 def _logits(batch: int, classes: int, size: tuple[int, int], device: torch.device) -> torch.Tensor:
-    """Random logits at a quarter of `size`."""
+    """Draws random logits at a quarter of `size`."""
     generator = torch.Generator().manual_seed(classes)
     values = 4 * torch.randn(batch, classes, (size[0] + 3) // 4, (size[1] + 3) // 4, generator=generator)
     return values.to(device)

@@ -1,4 +1,4 @@
-"""Prints a machine's device, driver, versions, libraries for DALI and TensorRT, and the operators' forms.
+"""Facts of a machine: device, driver, versions, libraries for DALI and TensorRT, and the operators' forms.
 
     python benchmarks/machine.py
 """
@@ -23,7 +23,7 @@ FIND_S = 10
 
 
 def version(package: str) -> str:
-    """Installed version of a package."""
+    """Returns the installed version of a package."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -31,7 +31,7 @@ def version(package: str) -> str:
 
 
 def output(command: list[str]) -> str:
-    """What a command says, or why it says nothing."""
+    """Returns a command's output, or the reason why there is none."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=FIND_S)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -1,4 +1,4 @@
-"""Draws rows of benchmarks: a bar a variant, from p20 to p80 a line.
+"""Plots rows of benchmarks: a bar per variant, with a line from p20 to p80.
 
     python benchmarks/plot.py benchmarks/results/last.jsonl [--out FILE.png]
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows", type=Path, nargs="+")
-    parser.add_argument("--out", type=Path, help="picture to write; unset: beside the first file")
+    parser.add_argument("--out", type=Path, help="picture to write; unset: next to the first file")
     options = parser.parse_args()
     import matplotlib
 

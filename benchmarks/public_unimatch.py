@@ -1,9 +1,9 @@
-"""The public recipes of UniMatch and UniMatch-V2 as their users run them, in plain PyTorch, for
+"""Public recipes of UniMatch and UniMatch-V2 as their users run them, in plain PyTorch, for
 `bench_unimatch.py`.
 
-Written from the methods' description: float32, NCHW, the passes through the network as the public code
-makes them, losses of full-size logits, PIL and a DataLoader of worker processes. Attention is PyTorch's
-fused one, in the place of xformers', which their users have.
+Implemented from the methods' description: float32, NCHW, the public code's passes through the network, losses
+of full-size logits, PIL and a DataLoader of worker processes. PyTorch's fused attention replaces that of
+xformers, which their users have.
 
 Legend: n labelled and n unlabelled images, H W the crop, C classes.
 """
@@ -30,16 +30,16 @@ DECAY, MOMENTUM = 0.996, 0.9
 
 @dataclass(frozen=True, kw_only=True)
 class Arithmetic:
-    """How a peer computes: the public recipe's way by default."""
+    """Arithmetic of a peer: the public recipe's by default."""
 
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
     fused: bool = False
-    """Fused optimiser."""
+    """Use of a fused optimiser."""
     compiled: bool = False
 
     def made(self, function: Callable) -> Callable:
-        """The function, compiled if functions are."""
+        """Returns the function, compiled if `compiled` is set."""
         return torch.compile(function, dynamic=False) if self.compiled else function
 
     @property
@@ -48,7 +48,7 @@ class Arithmetic:
 
 
 class PublishedFusion(Fusion):
-    """The 1x1 convolution after the upsampling, where there are four times the cells."""
+    """Fusion with the 1x1 convolution after the upsampling, on four times the cells."""
 
     def forward(self, x_NCHW: Tensor, fine_NCHW: Tensor | None, size: tuple[int, int]) -> Tensor:
         if fine_NCHW is not None:
@@ -57,7 +57,7 @@ class PublishedFusion(Fusion):
 
 
 def as_published(network: nn.Module) -> nn.Module:
-    """A copy with weights of its own that computes as the public code does."""
+    """Copies a network into the public code's form, with its own weights."""
     copied = export.plain_copy(copy.deepcopy(network)).train()
     for module in copied.modules():
         if type(module) is Fusion:
@@ -73,7 +73,7 @@ class Peer:
         how: its arithmetic.
         lr, weight_decay: of the backbone.
         head: learning rate of the head over that of the backbone.
-        confidence: from which a pixel of the weak view is a label.
+        confidence: least confidence of a pixel of the weak view that becomes a label.
     """
 
     optimizer: Callable[..., torch.optim.Optimizer]
@@ -94,11 +94,11 @@ class Peer:
         return maps if type(self.network).__name__ == "DPT" else (maps[0], maps[3])
 
     def full(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        """Full-size logits of feature maps."""
+        """Upsamples the logits of feature maps to full size."""
         return F.interpolate(self.decode(*maps), size, mode="bilinear", align_corners=True)
 
     def __call__(self, x: Sequence[Tensor], u: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
-        """One step.
+        """Takes one step.
 
         Args:
             x: images [n, 3, H, W] and labels [n, H, W].
@@ -122,10 +122,10 @@ class Peer:
         raise NotImplementedError
 
     def after(self) -> None:
-        """Nothing, unless there is a moving average."""
+        """Updates a moving average, if there is one."""
 
     def unsure_of(self, logits: Tensor, labels: Tensor, sure: Tensor, ignored: Tensor) -> Tensor:
-        """Mean over what is no padding of the cross-entropy where the label is sure."""
+        """Averages the cross-entropy of confident labels over all pixels that are not padding."""
         loss = F.cross_entropy(logits, labels, reduction="none")
         shown = ignored != 255
         return (loss * ((sure >= self.confidence) & shown)).sum() / shown.sum()
@@ -200,8 +200,7 @@ class PublicUniMatchV2(Peer):
 
 
 class Unlabelled(bench_data.Public):
-    """What the public recipe makes of an unlabelled image: a weak view, two strong ones, what is padding,
-    two boxes."""
+    """Unlabelled samples of the public recipe: a weak view, two strong ones, padding, two boxes."""
 
     def __getitem__(self, i: int) -> tuple[Tensor, ...]:
         sample = self._samples[i % len(self._samples)]
@@ -213,7 +212,7 @@ class Unlabelled(bench_data.Public):
         return (*(_normalised(view) for view in views), ignored, *boxes)
 
     def _box(self) -> np.ndarray:
-        """1 in the box that is pasted, 0 elsewhere: float32 [H, W]."""
+        """Draws the pasted box as 1, 0 elsewhere: float32 [H, W]."""
         side, found = self._crop, np.zeros((self._crop, self._crop), np.float32)
         if random.random() < 0.5:
             return found

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# All that wants a GPU, in two calls of about six minutes each, on a machine without network and installation.
+# All tests and benchmarks that need a GPU, in two calls of about six minutes, without network and installation.
 #
-#   benchmarks/run_gpu.sh first|second|single [FOLDER] [--device cpu] [--small] [--limit SECONDS] [--unpassed FILE]
+#   benchmarks/run_gpu.sh first|second|single [FOLDER]
+#       [--device cpu] [--small] [--limit SECONDS] [--unpassed FILE]
 #
-# first: whether it is right, and where the time goes. second: the tests that did not pass in the first (--unpassed,
-# its unpassed.txt; else all), and what needs compiling. single: the first without its last part and with the compiled
-# peer, where there will be no second. FOLDER ($OUT, or benchmarks/results/gpu) gets rows.jsonl, log.txt and
-# unpassed.txt, written as parts run, so that a call that is cut off keeps what it has. --device cpu --small runs every
-# part at its smallest. docs/gpu.md has the rest. The exit code is that of the tests; 2: nothing could run.
+# first: correctness, and where the time goes. second: the tests that did not pass in the first (--unpassed, its
+# unpassed.txt; otherwise all), and benchmarks that compile. single: the first without its last part and with the
+# compiled peer, if there is no second. FOLDER ($OUT, or benchmarks/results/gpu) gets rows.jsonl, log.txt and
+# unpassed.txt, written as parts run, so that an interrupted call keeps its results. --device cpu --small runs
+# every part at its smallest. See docs/gpu.md. The exit code is that of the tests; 2: nothing could run.
 set -u
 here=$(cd "$(dirname "$0")/.." && pwd)
 usage="usage: benchmarks/run_gpu.sh first|second|single [FOLDER] [--device cpu] [--small] [--limit SECONDS] [--unpassed FILE]"
@@ -24,14 +25,14 @@ while (($#)); do
         *) out=$1 && shift ;;
     esac || { echo "$usage" >&2; exit 2; }
 done
-[[ -z $unpassed || -f $unpassed ]] || { echo "run_gpu: --unpassed $unpassed is no file" >&2; exit 2; }
+[[ -z $unpassed || -f $unpassed ]] || { echo "run_gpu: --unpassed $unpassed does not exist" >&2; exit 2; }
 mkdir -p "$out" && out=$(cd "$out" && pwd) && unpassed=${unpassed:+$(realpath "$unpassed")} || exit 2
 cd "$here" || exit 2
 rows=$out/rows.jsonl log=$out/log.txt python=${PYTHON:-python3}
-if [ "$device" = cpu ]; then slack=10; else slack=1; fi  # limits are a GPU's; a CPU may do other work besides
+if [ "$device" = cpu ]; then slack=10; else slack=1; fi  # limits are for a GPU; a CPU may be shared
 deadline=$((SECONDS + ${limit:-$([ "$call" = second ] && echo 370 || echo 340) * slack}))
 reserve=6  # seconds for the summary
-for wheel in build/gpu-wheels/*.whl; do  # pure Python, importable as they are
+for wheel in build/gpu-wheels/*.whl; do  # pure Python, importable without installation
     [ -e "$wheel" ] && carried=${carried:-}:$here/$wheel
 done
 export PYTHONPATH=$here/engine:$here/kernels:$here/benchmarks${carried:-}${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
@@ -48,7 +49,7 @@ if ! said=$("$python" -c "$needed" 2>&1); then
 fi
 
 lines=() running= tests=0
-note() { # TEXT: a line of the log, of what is shown, and of the summary
+note() { # TEXT: adds a line to the log, the output and the summary
     lines+=("$1")
     echo "$1" | tee -a "$log"
 }
@@ -68,12 +69,12 @@ cut_off() {
 }
 trap cut_off TERM INT HUP
 
-part() { # NAME SECONDS COMMAND...: at most so long, and never beyond the call's own limit
+part() { # NAME SECONDS COMMAND...: runs at most that long, within the call's own limit
     local name=$1 most=$(($2 * slack)) began=$SECONDS left=$((deadline - SECONDS - reserve)) code
     shift 2
     ((most > left)) && most=$left
     if ((most < 5)); then
-        note "$name: left out, no time"
+        note "$name: skipped, no time left"
         return 124
     fi
     printf '\n== %s, at most %s s: %s\n' "$name" "$most" "$*" >>"$log"
@@ -126,14 +127,14 @@ second() {
         pytest tests 110 --unpassed="$out/unpassed.txt" "${listed[@]}"
         tests=$?
     elif [ -s "$unpassed" ]; then
-        # A copy: the file to write may be the one to read.
+        # A copy, because the file to write may be the one to read.
         cp "$unpassed" "$out/.only" && pytest tests 60 --only="$out/.only" --unpassed="$out/unpassed.txt" "${listed[@]}"
         tests=$?
         rm -f "$out/.only"
     else
-        note "tests: all had passed"
+        note "tests: all passed before"
     fi
-    if [ -n "${NEW_TESTS:-}" ]; then  # files of tests written since, set by the caller
+    if [ -n "${NEW_TESTS:-}" ]; then  # files of newer tests, set by the caller
         # shellcheck disable=SC2086  # words
         pytest new-tests 60 $NEW_TESTS || tests=$?
     fi
@@ -151,7 +152,7 @@ second() {
 }
 
 printf '\n%s call, %s\n' "$call" "$(date -u +%FT%TZ)" >>"$log"
-{ # read as a whole: the file may change while it runs
+{ # read completely first, because the file may change while it runs
     case $call in
         first) first; bench run 60 check_run ;;
         single) first; step_compiled ;;

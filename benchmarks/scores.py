@@ -1,9 +1,9 @@
-"""Rows of what runs scored and how long their stages took, for the README's table.
+"""Scores of runs, and the minutes of their stages, as rows for the README's table.
 
     python benchmarks/scores.py --out benchmarks/results/demo-cpu.jsonl demo-seed0=runs/demo/run
 
-For each run NAME: NAME.minutes of all stages but the control, NAME.STAGE.miou_pct of each stage that trains,
-and NAME.control.miou_pct where the run has one.
+For each run NAME: NAME.minutes of all stages except the control, NAME.STAGE.miou_pct of each training stage,
+and NAME.control.miou_pct if the run has one.
 """
 
 import json
@@ -13,7 +13,7 @@ from harness import Report, arguments
 
 
 def add_rows(report: Report, name: str, run: Path) -> None:
-    """Rows of one run that is finished.
+    """Adds the rows of one finished run.
 
     Raises:
         FileNotFoundError: the run has no results.json.

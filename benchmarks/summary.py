@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def whole_rows(path: Path) -> list[dict]:
-    """Rows of a file; a last line that was cut off is no row, and where there is no file there are none."""
+    """Reads the rows of a file; a truncated last line is skipped, and a missing file has no rows."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
@@ -20,7 +20,7 @@ def whole_rows(path: Path) -> list[dict]:
 
 
 def described(rows: list[dict]) -> str:
-    """A line for each part and name."""
+    """Formats a line for each part and name."""
     last = {(row.get("part", ""), row["name"]): row["value"] for row in rows if "value" in row}
     if not last:
         return "no summary rows"

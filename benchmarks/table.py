@@ -11,9 +11,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 MACHINES = {"AVX-512": "cpu", "AVX-512 with bf16": "cpu-bf16"}
-"""Two cores each, by what they compute with; files of rows end in the word on the right."""
+"""Names of two-core machines by arithmetic; files of rows end in the word on the right."""
 GPUS = {"H100": "h100", "H200": "h200"}
-"""Machines with one GPU; a column is shown once there are rows of it, and so are the lines of `ON_GPUS`."""
+"""Names of machines with one GPU; a column, and the lines of `ON_GPUS`, appear once there are rows."""
 RATIOS = (
     ("upsampling cross-entropy, forward and backward, smallest of three "
      "shapes", "eager", "loss", "loss.fused_vs_eager_ratio"),
@@ -45,7 +45,7 @@ RATIOS = (
     ("all stages of ST++, a third of the demo", "public recipe", "selftrain",
      "selftrain.engine_vs_public_ratio"),
 )
-"""What, against what, files of rows, name of the summary row."""
+"""Subject, peer, files of rows, name of the summary row."""
 HIGHLIGHTS = ("selftrain.engine_vs_public_ratio", "step.engine_vs_public_ratio", "step.engine_vs_tuned_ratio",
               "label.engine_vs_public_ratio", "loss.fused_vs_compiled_ratio")
 """Names of the rows of `RATIOS` that README.md shows."""
@@ -59,17 +59,17 @@ ON_GPUS = (
     ("labelling with ten views, images of 360x480, images a second", "", "label", "label.images_per_s.stpp"),
     ("the same, each image of another size", "", "label-mixed", "label.images_per_s.stpp"),
 )
-"""Lines of `RATIOS` that only GPUs have."""
+"""Lines of `RATIOS` that exist only for GPUs."""
 GPU_SIZES = {
     "step": "GPU: 16 x 321 px",
     "teacher": "GPU: ResNet-50, stride 8",
 }
-"""Of files of rows, what GPUs measure otherwise than the line says."""
+"""Sizes measured on GPUs that differ from the line's text, by files of rows."""
 GAINS = ("camvid-cpu-bf16", tuple(f"camvid-lite0-seed{seed}" for seed in range(3)))
 """File of rows, and names of the runs in them, over which README.md's table of gains is taken."""
 STAGES = {"labels alone": ".1-supervised", "control": ".control", "ST": "-st.3-retrain",
           "ST++, stage 4": ".4-retrain", "ST++, stage 6": ".6-retrain", "UniMatch": "-unimatch.1-unimatch"}
-"""Columns of scores, and how the names of their rows go on after the name of a run."""
+"""Columns of scores, with the suffix of their rows' names after the name of a run."""
 RUNS = (
     ("demo, seed 0", "demo-cpu-bf16", "demo-seed0"),
     ("demo, seed 1", "demo-cpu-bf16", "demo-seed1"),
@@ -78,11 +78,11 @@ RUNS = (
     ("a third of its crops, fp32, one core", "camvid-cpu", "camvid"),
     ("the same on two ranks, two images each, beside other work", "camvid-cpu", "camvid-2ranks"),
 )
-"""What, file of rows, name of the run in them."""
+"""Subject, file of rows, name of the run in them."""
 
 
 def highlights() -> str:
-    """Lines of the ratios in `HIGHLIGHTS`, on two cores.
+    """Formats the lines of the ratios in `HIGHLIGHTS`, on two cores.
 
     Raises:
         KeyError: a name has no line or no row.
@@ -104,7 +104,7 @@ def highlights() -> str:
 
 
 def gains() -> str:
-    """Lines of the mIoU of the runs in `GAINS`: mean, lowest and highest; methods without runs are left out.
+    """Formats mean, lowest and highest mIoU of the runs in `GAINS`; methods without runs are left out.
 
     Raises:
         KeyError: there are no rows of labels alone.
@@ -124,7 +124,7 @@ def gains() -> str:
 
 
 def ratios() -> str:
-    """Lines of ratios.
+    """Formats the lines of ratios.
 
     Raises:
         KeyError: a line has no row.
@@ -148,13 +148,13 @@ def ratios() -> str:
 
 
 def _figures(value: float) -> str:
-    """Two figures, or all before the point."""
+    """Formats two significant figures, or all before the decimal point."""
     return f"{value:.0f}" if value >= 10 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
 
 def scores() -> str:
-    """Lines of mIoU, percent, of the stages that a run has; of ST and UniMatch from runs of their own, whose
-    names end in -st and -unimatch. The control has as many steps as the last stage.
+    """Formats the lines of mIoU, percent, of a run's stages; of ST and UniMatch if there is a run whose name
+    ends in -st or -unimatch. The control has as many steps as the last stage.
 
     Raises:
         KeyError: a run has no rows.
@@ -176,14 +176,14 @@ PAGES = {"README.md": {"highlights": highlights},
 
 
 def values(file: str) -> dict[str, float]:
-    """Summary values of a file of rows, by name; none where there is no such file."""
+    """Reads the summary values of a file of rows, by name; none if the file is missing."""
     path = ROOT / "benchmarks" / "results" / f"{file}.jsonl"
     rows = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
     return {row["name"]: row["value"] for row in rows if "value" in row}
 
 
 def filled(page: str, text: str) -> str:
-    """The text of a page with its tables renewed."""
+    """Returns the text of a page with updated tables."""
     for name, table in PAGES[page].items():
         begin, end = f"<!-- {name}: written by benchmarks/table.py -->", f"<!-- end of {name} -->"
         before, rest = text.split(begin)

@@ -2,9 +2,8 @@
 
     python benchmarks/take.py FOLDER/rows.jsonl ...     # then: python benchmarks/table.py
 
-A row of part `step`, measured on an H100, goes to `results/step-h100.jsonl`. Of a part that was run more than
-once, in one file or in several, the last run counts: that of the latest date. The files of parts that are not
-there stay.
+A row of part `step`, measured on an H100, goes to `results/step-h100.jsonl`. If a part was run more than
+once, in one file or in several, the run of the latest date counts. Files of other parts are kept.
 """
 
 import json
@@ -19,8 +18,8 @@ RESULTS = table.ROOT / "benchmarks" / "results"
 
 
 def kept(rows: list[dict]) -> dict[str, list[dict]]:
-    """Rows of the last run of each part, by name of the file; those of other devices than `table.GPUS` are
-    left out."""
+    """Selects the rows of the last run of each part, by name of the file; devices not in `table.GPUS` are
+    dropped."""
     runs: dict[str, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         word = next((word for name, word in table.GPUS.items() if name in row.get("device", "")), None)

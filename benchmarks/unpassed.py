@@ -1,12 +1,11 @@
-"""Plugin of pytest (`-p unpassed`) that keeps a file of the tests that did not pass, and runs those of one.
+"""Pytest plugin (`-p unpassed`) that records the tests that did not pass, and runs those of a record.
 
-`--unpassed=FILE`: FILE holds the ids of all tests of this run, one a line, less those that have passed or
-were skipped so far. So after a run that was cut off it holds the tests that failed and those that had no
-turn.
-`--only=FILE`: of the collected tests only those that FILE names.
+`--unpassed=FILE`: FILE lists the ids of all tests of this run, one a line, except those that have passed or
+were skipped so far. So after an interrupted run it lists the failed tests and those that did not run.
+`--only=FILE`: runs only the collected tests that FILE lists.
 
-It works under xdist: there the workers choose the tests and the controller keeps the file. With a space in
-place of `=` pytest takes FILE for a test when it looks for its root.
+It works under xdist: the workers select the tests and the controller writes the file. With a space in place
+of `=` pytest takes FILE for a test when it looks for its root.
 """
 
 import os
@@ -36,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Unpassed:
-    """Keeps the file, in the process that hears of all tests."""
+    """Writer of the file, in the process that receives all test reports."""
 
     def __init__(self, path: Path):
         self._path, self._left, self._bad = path, {}, set()

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Labels a corpus on one machine, with a process for each GPU (NPROC sets another number). The same command goes on where it stopped.
+# Labels a corpus on one machine, with a process for each GPU (NPROC sets another number). To resume, run the
+# same command again.
 #
 #   launch/label.sh [--dry-run] --teacher best.pt --source photos --out labels [flags of stpp label]
 set -euo pipefail

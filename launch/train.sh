@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Trains on one machine, with a process for each GPU (NPROC sets another number). The same command goes on where it stopped.
+# Trains on one machine, with a process for each GPU (NPROC sets another number). To resume, run the same
+# command again.
 #
-#   launch/train.sh [--dry-run] --recipe launch/recipes/camvid_stpp.toml --data.root DATA --out RUN [flags of stpp train]
+#   launch/train.sh [--dry-run] --recipe launch/recipes/camvid_stpp.toml --data.root DATA --out RUN \
+#       [flags of stpp train]
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"

@@ -1,4 +1,4 @@
-"""Commands in this process: what they end with, and whether the command line takes them at all."""
+"""Commands in this process: their exit code and output, and the acceptance of their flags."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from stpp import cli, config
 
 
 class _Read(Exception):
-    """The command's flags were read."""
+    """Raised once the command's flags were read."""
 
 
 def assert_accepted(name: str, args: list[str], monkeypatch) -> None:
@@ -25,7 +25,7 @@ def assert_accepted(name: str, args: list[str], monkeypatch) -> None:
 
 
 def ended(capsys, *args: object) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of `stpp ARGS`."""
+    """Runs `stpp ARGS`; returns exit code, standard output and standard error."""
     capsys.readouterr()
     try:
         cli.main([*map(str, args)])
@@ -38,7 +38,7 @@ def ended(capsys, *args: object) -> tuple[int, str, str]:
 
 
 def refused(capsys, *args: object) -> str:
-    """The last line that `stpp ARGS`, which ends with code 2, writes to standard error."""
+    """Runs `stpp ARGS`, which ends with code 2; returns its last line of standard error."""
     code, _, errors = ended(capsys, *args)
     assert code == 2
     return errors.strip().splitlines()[-1]

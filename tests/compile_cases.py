@@ -1,11 +1,11 @@
-"""Variants of the Triton kernels that real calls ask for, and their compilation for sm_90: neither needs a
+"""Variants of the Triton kernels that real calls request, and their compilation for sm_90; neither needs a
 GPU.
 
-A program of its own, because Triton decides when a kernel is defined whether it is interpreted (as in the
-other tests), and because the package `triton` is the first on PYTHONPATH.
+A separate program, because Triton decides when a kernel is defined whether it is interpreted (as in the other
+tests), and because it takes the package `triton` that comes first on PYTHONPATH.
 
-    python compile_cases.py compile --classes 2 21 --full --jobs 2    # a JSON line for each variant asked for
-    python compile_cases.py count    # variants of each kernel that a set of photographs asks for
+    python compile_cases.py compile --classes 2 21 --full --jobs 2    # a JSON line for each requested variant
+    python compile_cases.py count    # variants of each kernel that a set of photographs requests
 """
 
 import argparse
@@ -34,22 +34,22 @@ from stpp_kernels.triton.softmax_accumulate import finalize, softmax_accumulate
 TARGET = GPUTarget("cuda", 90, 32)
 BACKEND = make_backend(TARGET)
 ODD, ODD_FULL = (33, 47), (131, 187)
-"""Sizes whose strides divide by nothing that a compiler could use."""
+"""Sizes whose strides have no divisor useful to a compiler."""
 EVEN, EVEN_FULL = (32, 48), (128, 192)
-"""Sizes whose strides all divide by 16."""
+"""Sizes whose strides are all divisible by 16."""
 VIEWS = (0.5, 0.75, 1.0, 1.5, 2.0)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel as specialised for one call."""
+    """Kernel as specialised for one call."""
 
     label: str
     kernel: JITFunction
     kwargs: dict
     bound: dict
     specialization: list
-    """Type and, where it is specialised, property (1, or divisible by 16) of every argument."""
+    """Type and, if specialised, property (1, or divisible by 16) of every argument."""
     options: dict
 
     @classmethod
@@ -60,7 +60,7 @@ class Variant:
 
     @property
     def key(self) -> str:
-        """What Triton keeps the compiled kernel by."""
+        """Key of the compiled kernel in Triton's cache."""
         return f"{self.kernel.__name__} {self.specialization} {self.options}"
 
     def compiled(self) -> triton.compiler.CompiledKernel:
@@ -72,14 +72,14 @@ class Variant:
 
 @contextlib.contextmanager
 def recorded(label: str, variants: dict[str, Variant]) -> Iterator[None]:
-    """Adds the variant of every launch to `variants`, by key, instead of running it."""
+    """Records the variant of every launch in `variants`, by key, instead of running it."""
 
     def record(kernel, *args, grid, warmup, **kwargs):
         variant = Variant.of(label, kernel, args, kwargs)
         variants.setdefault(variant.key, variant)
 
     run, check = JITFunction.run, torch._assert_async
-    # what a kernel would have written is not there
+    # the kernel did not write its results
     JITFunction.run, torch._assert_async = record, lambda *_: None
     try:
         yield
@@ -112,7 +112,8 @@ def label_calls(low: torch.Tensor, size: tuple[int, int]) -> None:
 
 
 def calls(classes: int, full: bool) -> dict[str, Variant]:
-    """Variants of all kernels for this number of classes; all dtypes, layouts and options if `full`."""
+    """Records variants of all kernels for this number of classes; all dtypes, layouts and options if
+    `full`."""
     variants: dict[str, Variant] = {}
     dtypes = (torch.float32, torch.bfloat16, torch.float16) if full else (torch.bfloat16,)
     for dtype, channels_last in itertools.product(dtypes, (False, True) if full else (True,)):
@@ -130,8 +131,8 @@ def calls(classes: int, full: bool) -> dict[str, Variant]:
 
 
 def resources(compiled: triton.compiler.CompiledKernel) -> dict[str, int]:
-    """Registers, bytes of stack (where spilled registers lie) and of local memory a thread; bytes of shared
-    memory a program."""
+    """Returns registers, bytes of stack (for spilled registers) and of local memory a thread, and bytes of
+    shared memory a program."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -144,14 +145,14 @@ def resources(compiled: triton.compiler.CompiledKernel) -> dict[str, int]:
 
 
 def row(variant: Variant) -> dict:
-    """What compiling one variant gives."""
+    """Compiles one variant and returns its row."""
     warps = variant.kwargs.get("num_warps", 4)
     return {"triton": triton.__version__, "kernel": variant.kernel.__name__.strip("_"), "case": variant.label,
             "warps": warps, **resources(variant.compiled())}  # fmt: skip
 
 
 def photographs(number: int = 100, classes: int = 21) -> dict[str, Variant]:
-    """Variants for labelling and scoring `number` images of the sizes of VOC, one by one, by a teacher of
+    """Records variants for labelling and scoring `number` images of VOC's sizes, one by one, by a teacher of
     output stride 8."""
     draw = random.Random(0)
     variants: dict[str, Variant] = {}
@@ -193,7 +194,7 @@ def main() -> None:
             print(json.dumps(found), flush=True)
 
 
-def _row_at(index: int) -> dict:  # kernels cannot be sent to another process; a forked one has them
+def _row_at(index: int) -> dict:  # kernels cannot be sent to another process; a forked process inherits them
     return row(_all[index])
 
 

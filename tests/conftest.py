@@ -1,5 +1,4 @@
-"""What every test sees: the packages from the source roots, two threads, and where CamVid lies if it is
-there."""
+"""Shared settings of all tests: packages from the source roots, two threads, and the place of CamVid."""
 
 import os
 import subprocess
@@ -17,8 +16,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH",
 if not any(Path("/dev").glob("nvidia[0-9]*")):
     # read when a kernel is defined, so before any test imports its module
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# No test asserts how long something takes: machines are shared. Where a change is judged (.ci/run sets CI)
-# the examples are always the same ones; elsewhere each run tries others.
+# No test asserts a duration, because machines are shared. With CI set (.ci/run) the examples are always
+# the same; otherwise each run draws others.
 is_ci = "CI" in os.environ
 settings.register_profile("stpp", deadline=None, derandomize=is_ci, **({"database": None} if is_ci else {}))
 settings.load_profile("stpp")
@@ -27,7 +26,7 @@ CAMVID = ROOT.parent / "shared" / "data" / "camvid"
 
 @pytest.fixture(scope="session")
 def camvid() -> Path:
-    """Folder of CamVid; skips where it is absent."""
+    """Folder of CamVid; skips if it is absent."""
     if not CAMVID.is_dir():
         pytest.skip(f"CamVid is not at {CAMVID}")
     return CAMVID
@@ -55,7 +54,7 @@ def synthetic_index(synthetic, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def listed(synthetic, tmp_path_factory) -> Path:
-    """A list of three images of `synthetic`."""
+    """List of three images of `synthetic`."""
     names = (synthetic / "ImageSets" / "Segmentation" / "val.txt").read_text().split()[:3]
     path = tmp_path_factory.mktemp("list") / "val.txt"
     path.write_text("".join(f"JPEGImages/{name}.jpg SegmentationClass/{name}.png\n" for name in names))
@@ -64,7 +63,7 @@ def listed(synthetic, tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _threads():
-    """Puts the number of threads back, which commands set."""
+    """Restores the number of threads, which commands set."""
     import torch
 
     before = torch.get_num_threads()

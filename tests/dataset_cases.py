@@ -1,4 +1,4 @@
-"""A small data set of photographs and masks, to be spoilt in many ways."""
+"""Small data set of photographs and masks, to be damaged in many ways."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ SIZE = (32, 24)
 
 
 def photo(path: Path, number: int = 0, size: tuple[int, int] = SIZE) -> Path:
-    """A picture whose pixels its number decides."""
+    """Writes a picture whose pixels depend on its number."""
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(number).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)
@@ -22,7 +22,7 @@ def photo(path: Path, number: int = 0, size: tuple[int, int] = SIZE) -> Path:
 
 
 def ids(*blocks: int, size: tuple[int, int] = SIZE) -> np.ndarray:
-    """A mask of 0 with a solid block of each id."""
+    """Returns a mask of 0 with a solid block of each id."""
     mask = np.zeros(size[::-1], np.uint8)
     for i, block in enumerate(blocks):
         mask[4:14, 2 + 9 * i : 10 + 9 * i] = block
@@ -37,8 +37,8 @@ def paletted(values: np.ndarray, *colours: tuple[int, int, int]) -> Image.Image:
 
 
 def data_set(root: Path, masks: Mapping[str, object], classes=("background", "leaf", "stem")) -> Path:
-    """Photographs `photos/<name>.jpg` with masks `labels/<name>.png`: arrays, images, bytes of a PNG, or
-    None."""
+    """Writes photographs `photos/<name>.jpg` with masks `labels/<name>.png`: arrays, images, bytes of a PNG,
+    or None."""
     for number, (name, mask) in enumerate(masks.items()):
         photo(root / "photos" / f"{name}.jpg", number)
         path = root / "labels" / f"{name}.png"

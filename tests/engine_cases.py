@@ -1,5 +1,5 @@
-"""Cases shared by the tests of teacher engines: a tiny network with its checkpoints, and the real models at
-their smallest."""
+"""Cases shared by the tests of engines: a tiny network with its checkpoints, and the real models at their
+smallest."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,8 +26,8 @@ QUICK = ("deeplabv3plus", "pspnet")
 
 
 class Tiny(nn.Module):
-    """The parts that engines stumble over: batch norms, a dilated convolution, a pooled branch, a small
-    classifier."""
+    """Network of parts that are hard for engines: batch norms, a dilated convolution, a pooled branch, a
+    small classifier."""
 
     classifier_name = "classifier"
     least_px = 2
@@ -45,8 +45,7 @@ class Tiny(nn.Module):
 
 
 def warmed(network: nn.Module, size: tuple[int, int] = (49, 65)) -> nn.Module:
-    """Batch norms that have seen data, so that folding has something to get wrong; a classifier that tells
-    classes apart."""
+    """Gives batch norms statistics, so that folding matters, and a classifier that separates classes."""
     with torch.no_grad():
         for _ in range(2):
             network.train()(torch.randn(4, 3, *size) * 2 + 1)
@@ -61,7 +60,7 @@ def warmed(network: nn.Module, size: tuple[int, int] = (49, 65)) -> nn.Module:
 
 
 def model(name: str, seed: int = 0, classes: int = 6) -> nn.Module:
-    """One of the real models, as `MODELS` says."""
+    """Builds one of `MODELS`."""
     torch.manual_seed(seed)
     kind, backbone, output_stride = MODELS[name]
     return warmed(build_model(kind, backbone, classes, output_stride),
@@ -69,8 +68,8 @@ def model(name: str, seed: int = 0, classes: int = 6) -> nn.Module:
 
 
 def seeing_all_classes() -> nn.Module:
-    """Made to see every class: else a network with random weights sees one class everywhere, in crops and
-    without."""
+    """Builds a network that predicts every class; with random weights it would predict one class everywhere,
+    with crops and without."""
     made = model("deeplabv3plus", seed=1)
     with torch.no_grad():
         logits = made(images(4, 70, 90))
@@ -81,7 +80,7 @@ def seeing_all_classes() -> nn.Module:
 
 
 def saved(path: Path, network: nn.Module, classes: Iterable[str], **architecture: object) -> Path:
-    """A checkpoint of DeepLabV3+ on ResNet-18, with what else is said of the architecture."""
+    """Saves a checkpoint of DeepLabV3+ on ResNet-18, with further entries of the architecture."""
     checkpoint.save(path, model=network.state_dict(), classes=list(classes),
                     architecture={"name": "deeplabv3plus", "backbone": "resnet18", "output_stride": 16}
                     | architecture)
@@ -89,13 +88,13 @@ def saved(path: Path, network: nn.Module, classes: Iterable[str], **architecture
 
 
 def least_px(name: str) -> int:
-    """Smallest side of a model's graph: two cells of the last map at stride 16; three patches, of which DPT
-    makes two cells."""
+    """Smallest side of a model's graph: two cells of the last map at stride 16; for DPT three patches, which
+    give two cells."""
     return 35 if name == "dinov2-small" else 17
 
 
 def sizes_from(least_px: int, sizes: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """Those of the inputs (images, rows, columns) that a graph takes."""
+    """Selects the inputs (images, rows, columns) that a graph accepts."""
     return [size for size in sizes if min(size[1:]) >= least_px]
 
 
@@ -105,13 +104,13 @@ def tiny(seed: int) -> nn.Module:
 
 
 def save(path: Path, seed: int) -> Path:
-    """A checkpoint of a `tiny` network."""
+    """Saves a checkpoint of a `tiny` network."""
     checkpoint.save(path, model=tiny(seed).state_dict(), classes=CLASSES, architecture={"name": "tiny"})
     return path
 
 
 def load(path: Path) -> tuple[nn.Module, list[str], dict]:
-    """What `stpp.models.trained.load_network` is for the real models."""
+    """Replaces `stpp.models.trained.load_network` of the real models."""
     saved = checkpoint.load(path)
     network = Tiny(len(saved["classes"]))
     network.load_state_dict(saved["model"])
@@ -119,7 +118,7 @@ def load(path: Path) -> tuple[nn.Module, list[str], dict]:
 
 
 def images(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Smooth pictures [N, 3, H, W], channels_last: noise alone would make every pixel a near-tie."""
+    """Draws smooth pictures [N, 3, H, W], channels_last: in pure noise every pixel would be a near-tie."""
     count, height, width = shape
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(count, 3, 5, 7, generator=generator) * 2
@@ -127,6 +126,6 @@ def images(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
     return smooth.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-def relative_error(ours: torch.Tensor, truth: torch.Tensor) -> float:
+def relative_error(values: torch.Tensor, truth: torch.Tensor) -> float:
     """Largest difference over the largest value."""
-    return float((ours.float() - truth.float()).abs().max() / truth.float().abs().max())
+    return float((values.float() - truth.float()).abs().max() / truth.float().abs().max())

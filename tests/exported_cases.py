@@ -1,5 +1,4 @@
-"""Labels on the disk as `stpp label` leaves them, made without a network, and masks that hypothesis draws for
-them."""
+"""Labels on the disk in the form of `stpp label`, made without a network, and masks drawn by hypothesis."""
 
 import json
 import tarfile
@@ -21,7 +20,7 @@ SHARD = 4
 def labels(
     out: Path, masks: Mapping[str, np.ndarray], *, tar: bool = False, classes=NAMES, ending: str = "jpg"
 ) -> Path:
-    """A labelling of masks by their keys; one of the images could not be read."""
+    """Writes a labelling of masks by their keys; one of the images could not be read."""
     keys = list(masks)
     for shard in range(-(-len(keys) // SHARD)):
         members = keys[shard * SHARD : (shard + 1) * SHARD]
@@ -68,7 +67,7 @@ def _row(key: str, mask: np.ndarray, ending: str) -> dict:
 
 @st.composite
 def masks(draw, ids=(0, 1, 2, 255), most: int = 26):
-    """A mask of noise or of blocks, uint8 [H, W]."""
+    """Draws a mask of noise or of blocks, uint8 [H, W]."""
     height, width = draw(st.integers(1, most)), draw(st.integers(1, most))
     grain = draw(st.sampled_from([1, 3, 7]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
@@ -77,7 +76,7 @@ def masks(draw, ids=(0, 1, 2, 255), most: int = 26):
 
 
 def data_set(root: Path, masks: Mapping[str, np.ndarray], folder: str = "") -> Path:
-    """Images of the masks' sizes."""
+    """Writes images of the masks' sizes."""
     for number, (key, mask) in enumerate(masks.items()):
         path = root / folder / f"{key}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Weights and images by a rule instead of by chance, and numbers that the public implementations give on
+"""Weights and images given by a rule instead of chance, and the results of the public implementations on
 them."""
 
 import json
@@ -11,22 +11,22 @@ from torch import Tensor, nn
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 TOLERANCE = 1e-6
-"""Of an output's standard deviation, in float64."""
+"""Tolerance relative to an output's standard deviation, in float64."""
 
 
 def read(name: str) -> dict:
-    """The numbers of a public implementation: "unimatch_resnet50" or "unimatch_v2"."""
+    """Reads the results of a public implementation: "unimatch_resnet50" or "unimatch_v2"."""
     return json.loads((GOLDEN / f"{name}.json").read_text())
 
 
 def waves(name: str, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """Values in [-1, 1] that differ from name to name, float64."""
+    """Returns values in [-1, 1] that differ from name to name, float64."""
     index = torch.arange(math.prod(shape), dtype=torch.float64)
     return torch.sin(0.7 * index + zlib.crc32(name.encode()) % 1000).reshape(tuple(shape))
 
 
 def filled(network: nn.Module) -> nn.Module:
-    """The network in float64, every tensor of its state dict filled by the rule."""
+    """Fills every tensor of the network's state dict by the rule, in float64."""
     network = network.double()
     for name, tensor in network.state_dict().items():
         tensor.copy_(_value(name, tensor))
@@ -46,13 +46,13 @@ def _value(name: str, like: Tensor) -> Tensor:
     return v * math.sqrt(2 / like[0].numel())
 
 
-def assert_gives(found: Tensor, expected: dict) -> None:
-    """Shape, mean, deviation and some values of an output are those that are written down."""
-    assert list(found.shape) == expected["shape"]
+def assert_gives(output: Tensor, expected: dict) -> None:
+    """Asserts that shape, mean, deviation and some values of an output are the recorded ones."""
+    assert list(output.shape) == expected["shape"]
     tolerance = TOLERANCE * expected["std"]
-    assert abs(found.mean().item() - expected["mean"]) <= tolerance
-    assert abs(found.std(unbiased=False).item() - expected["std"]) <= tolerance
+    assert abs(output.mean().item() - expected["mean"]) <= tolerance
+    assert abs(output.std(unbiased=False).item() - expected["std"]) <= tolerance
     values = torch.tensor(expected["values"], dtype=torch.float64)
     assert (
-        found.flatten()[expected["flat_indices"]] - values
-    ).abs().max() <= tolerance + 1e-9  # nine decimals are written
+        output.flatten()[expected["flat_indices"]] - values
+    ).abs().max() <= tolerance + 1e-9  # nine decimals are recorded

@@ -1,8 +1,8 @@
-"""Cases, forms and the three-way rule shared by the tests of the operators that train: cross entropy and
-dilated convolution.
+"""Cases, forms and the three-way rule of the tests of the training operators: cross entropy and dilated
+convolution.
 
-The three-way rule: with the truth (float64) and eager PyTorch in the input's dtype at hand, the fused form
-may err at most twice as much as eager does, plus a tolerance from the one table below.
+The three-way rule compares with the truth (float64) and with eager PyTorch in the input's dtype: the error of
+the fused form may be at most twice the error of eager, plus a tolerance from the one table below.
 """
 
 from dataclasses import dataclass
@@ -30,8 +30,8 @@ FORMS = [
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["contiguous", "channels_last", "sliced"]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-"""Of a result stored in this dtype, relative to the largest magnitude of the truth (at least 1): half a unit
-of its last place for the 16-bit types, a few sums' rounding for float32."""
+"""Tolerance of a result stored in this dtype, relative to the largest magnitude of the truth (at least 1):
+half a unit of its last place for the 16-bit types, a few sums' rounding for float32."""
 LOGIT_ULP = 8.0
 """Rounding of an interpolated logit in float32, in units of the last place of the largest logit."""
 
@@ -43,7 +43,7 @@ def assert_three_way(name: str, fused, eager, truth, slack: float = 0.0) -> None
     if not truth.numel():
         return
     scale = max(1.0, truth.abs().max().item())
-    # PyTorch's own answer may be no number where the truth is one (depthwise weight gradients of oneDNN in
+    # PyTorch's own result may be NaN where the truth is finite (depthwise weight gradients of oneDNN in
     # bf16): there the bound is that of the truth, rounded once.
     eager = torch.where(eager.isnan() & ~truth.isnan(), truth.to(eager.dtype), eager)
     error, eager_error = ((other.double() - truth).abs() for other in (fused, eager))
@@ -58,8 +58,8 @@ def assert_three_way(name: str, fused, eager, truth, slack: float = 0.0) -> None
 
 
 def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
-    """The same values as `contiguous`, `channels_last`, or a `sliced` view with a stride of 2 along width and
-    an offset."""
+    """Copies the values into a layout: `contiguous`, `channels_last`, or a `sliced` view with a stride of 2
+    along width and an offset."""
     if layout == "sliced":
         n, c, h, w = tensor.shape
         view = torch.full((n, c + 1, h + 2, 2 * w + 1), 777.0, dtype=tensor.dtype,
@@ -71,7 +71,7 @@ def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class LossCase:
-    """One draw: logits [n, c, *source], labels [n, *size], and how they are made."""
+    """One draw: logits [n, c, *source], labels [n, *size], and their properties."""
 
     n: int
     c: int
@@ -86,7 +86,7 @@ class LossCase:
     seed: int
 
     def tensors(self, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor, dict]:
-        """(logits, labels with 255 where ignored, keyword arguments of the loss)."""
+        """Returns (logits, labels with 255 where ignored, keyword arguments of the loss)."""
         generator = torch.Generator().manual_seed(self.seed)
         logits = torch.randn(self.n, self.c, *self.source, generator=generator) * self.magnitude
         logits = logits.clamp(-1e4, 1e4).to(self.dtype)
@@ -99,15 +99,15 @@ class LossCase:
         return laid_out(logits.to(device), self.layout), labels.to(self.label_dtype).to(device), weights
 
     def slack(self) -> float:
-        """How far float32 rounding of the interpolated logits may move the gradient of one low-resolution
-        logit."""
+        """Bounds the effect of float32 rounding of the interpolated logits on the gradient of one
+        low-resolution logit."""
         (h, w), (height, width) = self.source, self.size
         pixels = min(height, 2 * height / h + 2) * min(width, 2 * width / w + 2)
         return LOGIT_ULP * torch.finfo(torch.float32).eps * self.magnitude * pixels
 
 
 def loss_cases(form: str) -> st.SearchStrategy[LossCase]:
-    """Draws cases; small ones where the Triton interpreter must walk them."""
+    """Draws cases; small ones for the Triton interpreter."""
     small = form == "triton"
     length = st.one_of(st.just(1),
                        st.integers(1, 9)) if small else st.one_of(st.just(1), st.integers(1, 40), st.just(65))
@@ -133,7 +133,7 @@ def device_of(form: str) -> str:
 
 
 def fused_loss(form: str, logits, labels, *, ignore_index=255, class_weight=None, pixel_weight=None):
-    """(loss sum, counted, gradient of the loss sum in the logits' dtype) of one form."""
+    """Returns (loss sum, counted, gradient of the loss sum in the logits' dtype) of one form."""
     if form in ("cpu", "cuda"):
         leaf = logits.detach().requires_grad_()
         loss, counted = stpp_kernels.upsample_cross_entropy(
@@ -149,7 +149,7 @@ def fused_loss(form: str, logits, labels, *, ignore_index=255, class_weight=None
 
 
 def eager_loss(logits, labels, *, ignore_index=255, class_weight=None, pixel_weight=None, compute=None):
-    """The same by F.interpolate in `compute` (default: the logits' dtype, as autocast does) and
+    """Computes the same by F.interpolate in `compute` (default: the logits' dtype, as under autocast) and
     F.cross_entropy."""
     leaf = logits.detach().to(compute or logits.dtype).requires_grad_()
     full = F.interpolate(leaf, labels.shape[1:], mode="bilinear", align_corners=True)

@@ -1,9 +1,9 @@
-"""Cases shared by the tests of the operators that label: argmax, softmax_accumulate, confusion.
+"""Cases shared by the tests of the labelling operators: argmax, softmax_accumulate, confusion.
 
 A "form" (`kernels_cases.FORMS`) is one way to run an operator: `cpu` is the public function on this machine
-(C++, or plain PyTorch where nothing was built), `reference` the plain PyTorch form, `triton` the Triton
-kernels interpreted on the CPU, `cuda` the public function on a GPU. A test is parametrized with them and goes
-through the same code for all.
+(C++, or plain PyTorch if it was not built), `reference` the plain PyTorch form, `triton` the Triton kernels
+interpreted on the CPU, `cuda` the public function on a GPU. Tests are parametrized with the forms and share
+their code.
 """
 
 from dataclasses import dataclass
@@ -17,19 +17,20 @@ import stpp_kernels
 from kernels_cases import DTYPES, LAYOUTS, LOGIT_ULP, laid_out
 from stpp_kernels import reference
 
-# No shrinking: an interpreted kernel would spend minutes on it, and the printed case is small anyway.
+# No shrinking: it would take minutes in the interpreter, and the printed case is small anyway.
 QUICK = settings(deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 PROBABILITY_TOLERANCE = 2e-6
-"""Absolute, of a softmax and two blends in float32, over at most 256 classes."""
+"""Absolute tolerance of a softmax and two blends in float32, over at most 256 classes."""
 
 
 def logit_tolerance(logits: torch.Tensor) -> float:
-    """By how much two fp32 evaluations of one blended logit may differ."""
+    """Largest difference of two fp32 evaluations of one blended logit."""
     return LOGIT_ULP * torch.finfo(torch.float32).eps * max(1.0, logits.float().abs().max().item())
 
 
 def probability_tolerance(logits: torch.Tensor) -> float:
-    """The same for a softmax probability of blended logits, whose slope in the logits is at most 1/2."""
+    """Largest difference of a softmax probability of blended logits, whose slope in the logits is at most
+    1/2."""
     return PROBABILITY_TOLERANCE + logit_tolerance(logits)
 
 
@@ -55,7 +56,7 @@ class Case:
 
 
 def cases(form: str) -> st.SearchStrategy[Case]:
-    """Draws cases; small ones where the Triton interpreter must walk them."""
+    """Draws cases; small ones for the Triton interpreter."""
     small = form == "triton"
     classes = [2, 3, 19] if small else [1, 2, 3, 19, 21, 150, 256]
     lengths = [st.just(1), st.integers(1, 6)] if small else [st.just(1), st.integers(1, 40), st.just(65)]
@@ -75,7 +76,7 @@ def cases(form: str) -> st.SearchStrategy[Case]:
 
 
 def argmax(form: str, logits, size, confidence=True):
-    """(mask, confidence) of one form."""
+    """Returns (mask, confidence) of one form."""
     if form == "triton":
         from stpp_kernels.triton.argmax import upsample_argmax
 
@@ -120,13 +121,13 @@ def confusion(form: str, pred, target, num_classes, ignore_index=255, per_image=
 
 
 def resized(logits: torch.Tensor, size) -> torch.Tensor:
-    """The eager bilinear resize, in the dtype of the logits."""
+    """Resizes bilinearly in eager mode, in the dtype of the logits."""
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=True)
 
 
-def worst(found: torch.Tensor, truth: torch.Tensor) -> str:
-    """Where two tensors differ most, for a failure's message."""
-    error = (found.double() - truth.double()).abs()
+def worst(values: torch.Tensor, truth: torch.Tensor) -> str:
+    """Describes the largest difference of two tensors, for a failure's message."""
+    error = (values.double() - truth.double()).abs()
     at = int(error.argmax())
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(at), error.shape))
-    return f"worst at {index}: {found.flatten()[at].item()!r} for {truth.flatten()[at].item()!r}"
+    return f"worst at {index}: {values.flatten()[at].item()!r} for {truth.flatten()[at].item()!r}"

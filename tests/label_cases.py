@@ -1,4 +1,4 @@
-"""What the tests of labelling share: tiny images of every kind, good and bad, and a teacher that needs no
+"""Cases of the tests of labelling: tiny images of every kind, good and bad, and a teacher that needs no
 network."""
 
 import hashlib
@@ -26,7 +26,8 @@ SIZES = [(48, 64), (64, 48), (40, 56)]
 
 
 class Tiny:
-    """Four classes from one fixed convolution at a quarter of the size; counts the images it saw."""
+    """Teacher of four classes from one fixed convolution at a quarter of the size; counts the images it
+    saw."""
 
     num_classes, view_px = 4, None
 
@@ -43,7 +44,7 @@ class Tiny:
 
 
 def picture(seed: int, size: tuple[int, int] = (48, 64)) -> Image.Image:
-    """A smooth picture, (height, width)."""
+    """Draws a smooth picture, (height, width)."""
     noise = np.random.default_rng(seed).integers(0, 256, (size[0] // 8 + 1, size[1] // 8 + 1, 3),
                                                  dtype=np.uint8)
     return Image.fromarray(noise).resize(size[::-1], Image.Resampling.BICUBIC)
@@ -102,7 +103,7 @@ def bad_files() -> dict[str, bytes]:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG of few bytes that declares many pixels."""
+    """Builds a PNG of few bytes that declares many pixels."""
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -155,14 +156,14 @@ def run(source, out: Path, *, here=HERE, teacher=None, output: str = "png", load
 
 
 def contents(out: Path) -> dict[str, str]:
-    """Digest of every file of a result, but for the temporary files of killed processes."""
+    """Returns the digest of every file of a result, except temporary files of killed processes."""
     return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(out.rglob("*"))
             if path.is_file() and not path.name.endswith(".tmp")}
 
 
 def plain_mask(teacher, path: Path, scales, mirrored: bool) -> np.ndarray:
-    """The mask of one image by the description of the method, view by view: uint8 [H, W]."""
+    """Computes the mask of one image by the description of the method, view by view: uint8 [H, W]."""
     with Image.open(path) as image:
         turn = {6: Image.Transpose.ROTATE_270}.get(image.getexif().get(0x0112))
         if image.mode == "I;16":

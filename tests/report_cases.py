@@ -1,4 +1,4 @@
-"""What the tests of the report share: labels of a few images with hostile names, and a run around them."""
+"""Cases of the tests of the report: labels of a few images with hostile names, and a run around them."""
 
 import json
 from pathlib import Path
@@ -14,13 +14,13 @@ GOOD = 6
 
 
 def images() -> dict[str, bytes]:
-    """Good images with hostile and plain names, and one that cannot be read."""
+    """Images with hostile and plain names, and one that cannot be read."""
     hostile = {name: cases.encoded(cases.picture(40 + i)) for i, name in enumerate(HOSTILE)}
     return cases.good_files(GOOD) | hostile | {"<b>bad</b>.jpg": b"no image"}
 
 
 def labels(folder: Path, output: str = "png", **config) -> Path:
-    """An output of `stpp label` of `images`; a pixel of low confidence is ignored."""
+    """Writes an output of `stpp label` of `images`, in which a pixel of low confidence is ignored."""
     cases.run(cases.as_folder(folder / "in", images()), folder / "labels", output=output, min_confidence=0.7,
               **config)
     return folder / "labels"
@@ -31,7 +31,7 @@ def key_of(name: str) -> str:
 
 
 def run(folder: Path) -> Path:
-    """A run with the labels as its third stage; its data set is gone."""
+    """Writes a run with the labels as its third stage; its data set is gone."""
     out, stages = folder / "run", folder / "run" / "stages"
     for name in ("1-supervised", "2-select", "4-retrain"):
         (stages / name).mkdir(parents=True)
@@ -44,7 +44,7 @@ def run(folder: Path) -> Path:
     steps = [{"step": step, "loss": 1 / step, "lr": 0.1, "images_per_s": 9.0} for step in range(1, 1001)]
     lines = [json.dumps(row)
              for row in [*steps, {"step": 1000, "miou_pct": 61.5}, {"step": 1000, "loss": float("nan")}]]
-    # cut short by a crash
+    # truncated by a crash
     (stages / "1-supervised" / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 10')
     done = {"name": "1-supervised", "miou": 61.5, "best_step": 1000, "steps": 1000, "seconds": 12.5,
             "validate_steps": 100}

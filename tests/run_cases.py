@@ -1,4 +1,4 @@
-"""A recipe of ST++ that takes seconds."""
+"""Recipe of ST++ that takes seconds."""
 
 TINY = """
 method = "stpp"

@@ -1,4 +1,4 @@
-"""Shapes for tests: outlines that hypothesis draws, an exact rasteriser, and data sets of the tools'
+"""Shapes for tests: outlines drawn by hypothesis, an exact rasteriser, and data sets in the tools'
 formats."""
 
 import json
@@ -18,21 +18,21 @@ SQUARE = (2, 3, 12, 3, 12, 13, 2, 13)
 
 @st.composite
 def outlines(draw, width: float, height: float) -> np.ndarray:
-    """float64 [N, 2]: an outline that does not cross itself, inside an image of this size."""
+    """Draws float64 [N, 2]: an outline that does not cross itself, inside an image of this size."""
     count = draw(st.integers(3, 16))
     centre = np.array(
         [draw(st.floats(width * 0.2, width * 0.8)), draw(st.floats(height * 0.2, height * 0.8))]
     )
     room = min(*centre, width - centre[0], height - centre[1])
-    # Corners at rising angles, none half a turn from the next: seen from the centre none hides another.
+    # Corners at rising angles, less than half a turn apart: seen from the centre none hides another.
     turns = (np.arange(count) + [draw(st.floats(0, 0.45)) for _ in range(count)]) * 2 * np.pi / count
     radii = np.array([draw(st.floats(0.05, 1.0)) for _ in range(count)]) * room
     return centre + radii[:, None] * np.column_stack((np.cos(turns), np.sin(turns)))
 
 
 def exact(ring: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """(pixels whose centre an outline [N, 2] goes around an odd number of times, distance of every centre
-    from the outline), each [H, W]."""
+    """Returns (pixels whose centre an outline [N, 2] encloses an odd number of times, distance of every
+    centre from the outline), each [H, W]."""
     y, x = (part + 0.5 for part in np.indices((height, width)))
     inside, distance = np.zeros((height, width), bool), np.full((height, width), np.inf)
     for (x0, y0), (x1, y1) in zip(ring, np.roll(ring, -1, axis=0), strict=True):
@@ -46,14 +46,14 @@ def exact(ring: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.nda
 
 
 def square(value: int, unlisted: int = 0, size: tuple[int, int] = SIZE) -> np.ndarray:
-    """The mask that `SQUARE` makes."""
+    """Returns the mask of `SQUARE`."""
     mask = np.full(size[::-1], unlisted, np.uint8)
     mask[3:13, 2:12] = value
     return mask
 
 
 def coco(images: dict[str, list[dict]], categories: dict[int, str], **more) -> dict:
-    """A COCO object: images by name with their annotations, which are completed."""
+    """Builds a COCO object of images by name with their annotations, which are completed."""
     listed, annotations = [], []
     for number, (name, members) in enumerate(images.items(), 1):
         listed.append({"id": number, "file_name": name, "width": SIZE[0], "height": SIZE[1]})
@@ -77,7 +77,7 @@ def coco(images: dict[str, list[dict]], categories: dict[int, str], **more) -> d
 
 
 def coco_set(root: Path, value: object, *, images: int = 3, name: str = "annotations.json") -> Path:
-    """Photographs `photos/<number>.jpg` and a JSON file."""
+    """Writes photographs `photos/<number>.jpg` and a JSON file."""
     for number in range(images):
         photo(root / "photos" / f"{number}.jpg", number)
     (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def prepare(root: Path, **options) -> index.Index:
 
 
 def drawn(made: index.Index, image: str) -> np.ndarray:
-    """The mask that a prepared index has for an image."""
+    """Reads the mask that a prepared index has for an image."""
     with Image.open(made.sample(image).mask) as file:
         assert file.mode == "L"
         return np.asarray(file)

@@ -1,4 +1,4 @@
-"""Stand-ins for CUDA's streams and events where there is no GPU: they only write down who waited for what."""
+"""Stand-ins for CUDA's streams and events without a GPU: they only record the order of waits."""
 
 import contextlib
 import threading
@@ -8,7 +8,7 @@ import torch
 
 
 class Event:
-    """What a stream had been given when it was recorded."""
+    """Event that records the work queued on its stream."""
 
     def __init__(self, name: str, log: list):
         self.name, self._log = name, log
@@ -18,7 +18,7 @@ class Event:
 
 
 class Stream:
-    """A stream by its name."""
+    """Stream identified by its name."""
 
     def __init__(self, name: str, log: list, handle: int = 7):
         self.name, self.cuda_stream, self._log, self._events = name, handle, log, 0
@@ -39,7 +39,7 @@ class Stream:
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Puts stand-ins in the place of `torch.cuda`'s streams; the log of what they were asked for."""
+    """Replaces `torch.cuda`'s streams by stand-ins; returns the log of their calls."""
     log: list[str] = []
     main, of_thread = Stream("main", log, 0), threading.local()
 

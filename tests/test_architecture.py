@@ -1,4 +1,4 @@
-"""Who may import whom, read from the sources; and what an import loads, seen in a process of its own."""
+"""Import rules, checked in the sources; and what an import loads, checked in a separate process."""
 
 import ast
 import importlib.util
@@ -16,7 +16,7 @@ SOURCES = {"stpp": ROOT / "engine", "stpp_kernels": ROOT / "kernels"}
 
 LOOSE = {"by_class", "clock", "checkpoint", "config", "device", "distributed", "errors", "files", "log",
          "metrics", "parquet", "precision", "processes", "settings", "signals", "versions"}
-# From the ground up: what stands on a floor imports only itself and the floors below. A new room needs a
+# Layers from the lowest: a package imports only itself and the layers below it. A new package needs a
 # place here.
 FLOORS = (
     {"stpp_kernels"},
@@ -32,9 +32,9 @@ FLOORS = (
     {"__main__"},
 )
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
-# The package itself offers `stpp.load`, lazily; anything may ask it for its version.
+# The package itself offers `stpp.load`, lazily; any module may ask it for its version.
 PACKAGE = "stpp"
-# Heavy packages, and the modules that wrap them. True: the wrapper is itself imported lazily.
+# Heavy packages, and the modules that wrap them. True: the wrapper itself is imported lazily.
 WRAPPERS = {
     "nvidia": {"stpp.loading.dali": True, "stpp.loading.dali_graph": True, "stpp.images.decode_dali": True},
     "pyarrow": {"stpp.parquet": False},
@@ -53,11 +53,11 @@ LIGHT = ("stpp", "stpp.by_class", "stpp.config", "stpp.cli", "stpp.errors", "stp
 @dataclass(frozen=True)
 class Import:
     module: str
-    """The importing module."""
+    """Importing module."""
     target: str
-    """What is imported, as far as it can be a module: `from a.b import c` gives "a.b.c"."""
+    """Imported name, as far as it can be a module: `from a.b import c` gives "a.b.c"."""
     eager: bool
-    """Runs when the module is imported."""
+    """True if the import runs when the module is imported."""
     line: int
 
     def __str__(self):
@@ -70,7 +70,7 @@ def module_name(path, source):
 
 
 def imports_of(text, module, is_package=False):
-    """All imports of a source: plain, from, relative, and `import_module("...")`."""
+    """Finds all imports of a source: plain, from, relative, and `import_module("...")`."""
     found = []
 
     def visit(node, eager):
@@ -113,8 +113,8 @@ def all_imports(package):
 
 
 def room(name):
-    """The room or loose file of `stpp` that a dotted name lies in: "loading" for "stpp.loading.dali", "stpp"
-    for itself."""
+    """Returns the package or top-level module of `stpp` of a dotted name: "loading" for "stpp.loading.dali",
+    "stpp" for itself."""
     first = name.split(".")[1] if "." in name else ""
     folder = SOURCES["stpp"] / "stpp"
     there = bool(first) and ((folder / first).is_dir() or (folder / f"{first}.py").is_file())
@@ -125,7 +125,7 @@ def package(name):
     return name.split(".")[0]
 
 
-def test_the_reader_of_imports_sees_every_kind():
+def test_import_reader_finds_every_kind():
     text = (
         "import a.b, c\nfrom d import e\nfrom . import f\nfrom ..g import h\n"
         "def late():\n    import i\n    import_module('j')\n"
@@ -142,7 +142,7 @@ def test_the_reader_of_imports_sees_every_kind():
     assert [one.target for one in found] == ["x.y.f", "x.y.g.h"]
 
 
-def test_every_module_of_stpp_has_a_floor():
+def test_every_module_has_a_layer():
     folder = SOURCES["stpp"] / "stpp"
     names = {path.stem for path in folder.glob("*.py")} | {path.parent.name
                                                            for path in folder.glob("*/__init__.py")}
@@ -150,7 +150,7 @@ def test_every_module_of_stpp_has_a_floor():
     assert unplaced == set(), f"say in FLOORS where {unplaced} belongs"
 
 
-def test_imports_go_down_the_floors():
+def test_imports_only_from_layers_below():
     wrong = []
     for found in all_imports("stpp"):
         if package(found.target) not in SOURCES:
@@ -159,14 +159,14 @@ def test_imports_go_down_the_floors():
         target = room(found.target) if package(found.target) == "stpp" else "stpp_kernels"
         if PACKAGE in (source, target) or target == source:
             continue
-        # Loose files import one another; rooms of one floor do not.
+        # Top-level modules import one another; packages of one layer do not.
         if FLOOR[target] > FLOOR[source] or (FLOOR[target] == FLOOR[source] and source not in LOOSE):
             wrong.append(str(found))
     assert wrong == []
 
 
 @pytest.mark.parametrize("name", list(SOURCES))
-def test_no_two_files_import_each_other(name):
+def test_no_import_cycles(name):
     source = SOURCES[name]
     modules = {module_name(path, source) for path in (source / name).rglob("*.py")}
     needs = {module: set() for module in modules}
@@ -190,7 +190,7 @@ def test_no_two_files_import_each_other(name):
     assert circles == []
 
 
-def test_no_class_name_means_two_things():
+def test_class_names_are_unique():
     places = defaultdict(list)
     for path in sorted((SOURCES["stpp"] / "stpp").rglob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -199,7 +199,7 @@ def test_no_class_name_means_two_things():
     assert {name: found for name, found in places.items() if len(found) > 1} == {}
 
 
-def test_the_operators_know_only_torch():
+def test_operators_import_only_torch():
     wrong = []
     for found in all_imports("stpp_kernels"):
         name = package(found.target)
@@ -218,7 +218,7 @@ def test_triton_kernels_are_imported_lazily():
 
 
 @pytest.mark.parametrize("heavy", list(WRAPPERS))
-def test_heavy_packages_are_imported_by_their_wrappers_only_and_lazily(heavy):
+def test_heavy_packages_are_imported_lazily_by_their_wrappers(heavy):
     wrappers = WRAPPERS[heavy]
     lazy_wrappers = {name for name, lazy in wrappers.items() if lazy}
     wrong = []
@@ -233,7 +233,7 @@ def test_heavy_packages_are_imported_by_their_wrappers_only_and_lazily(heavy):
 
 
 def loaded_after(code):
-    """Names in sys.modules, and "CUDA context" if there is one, after `code` in a new process."""
+    """Returns names in sys.modules, and "CUDA context" if there is one, after `code` in a new process."""
     show = "import sys\nprint(*sys.modules)\ntorch = sys.modules.get('torch')\n"
     show += "print('CUDA-context' if torch and torch.cuda.is_initialized() else '')"
     done = subprocess.run([sys.executable, "-c", f"{code}\n{show}"], capture_output=True, text=True,
@@ -249,7 +249,7 @@ def test_light_modules_load_neither_torch_nor_numpy(module):
     assert loaded_after(f"import {module}") & {"torch", "numpy", "stpp_kernels", "PIL", *WRAPPERS} == set()
 
 
-def test_importing_everything_loads_no_heavy_package_and_no_cuda_context():
+def test_importing_all_modules_loads_no_heavy_package_or_cuda_context():
     lazy = {name for wrappers in WRAPPERS.values() for name, is_lazy in wrappers.items() if is_lazy}
     modules = []
     for name, source in SOURCES.items():
@@ -263,11 +263,11 @@ def test_importing_everything_loads_no_heavy_package_and_no_cuda_context():
                 modules.append(module)
     loaded = loaded_after("\n".join(f"import {module}" for module in modules))
     assert {"stpp.models.build", "stpp_kernels"} <= loaded
-    # The namespace `nvidia` alone is no sign: torch's CUDA libraries live there too.
+    # The namespace `nvidia` alone proves nothing: torch's CUDA libraries use it too.
     assert loaded & ((WRAPPERS.keys() - {"nvidia"}) | {"nvidia.dali", "CUDA-context"}) == set()
 
 
-def test_names_on_the_command_line_are_those_of_the_registries():
+def test_command_line_names_match_registries():
     from stpp.config import BackendName, MethodName
     from stpp.inference.build import BACKENDS
     from stpp.inference.choose import COSTS

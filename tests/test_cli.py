@@ -1,4 +1,4 @@
-"""The command line: every command has instant help, and a mistake is one line and exit code 2."""
+"""Command line: the help of every command is instant, and a mistake is one line and exit code 2."""
 
 import importlib
 import subprocess
@@ -20,7 +20,7 @@ def test_help_of_every_command_loads_nothing_heavy(name):
     assert set(loaded.split()) & {"torch", "numpy", "PIL", "stpp_kernels", "pyarrow"} == set()
 
 
-def test_every_command_is_a_function_of_its_module_and_is_listed(capsys):
+def test_every_command_is_listed_and_a_function_of_its_module(capsys):
     for name, (module, line) in cli.COMMANDS.items():
         function = name.replace("-", "_")
         assert callable(getattr(importlib.import_module(f"stpp.commands.{module}"), function))

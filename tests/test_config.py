@@ -1,4 +1,4 @@
-"""Configuration: recipes and flags are checked by the same rules, and every refusal names what to change."""
+"""Configuration: the same rules check recipes and flags, and every refusal names the value to change."""
 
 import json
 import subprocess
@@ -51,7 +51,7 @@ def test_impossible_flags_are_named_in_one_line(args, names):
     ("[train", ["TOML"]),
     ("seed = true", ["--seed"]),
 ])
-def test_recipes_are_refused_like_flags_and_name_the_file(tmp_path, text, names):
+def test_invalid_recipes_are_refused_like_flags_with_the_file(tmp_path, text, names):
     path = tmp_path / "recipe.toml"
     path.write_text(text)
     with pytest.raises(UserError) as refused:
@@ -61,7 +61,7 @@ def test_recipes_are_refused_like_flags_and_name_the_file(tmp_path, text, names)
         assert name in str(refused.value)
 
 
-def test_flags_win_over_the_recipe(tmp_path):
+def test_flags_override_the_recipe(tmp_path):
     path = tmp_path / "recipe.toml"
     path.write_text(
         'method = "st"\n[data]\nexif = false\nclasses = ["a b", "c"]\n[train]\nepochs = 7\nlr = 1e-2\n'
@@ -80,7 +80,7 @@ def test_a_run_can_be_repeated_from_its_config(tmp_path):
     assert config.load_recipe(Config, path) == ours
 
 
-def test_differing_keys_leave_out_what_does_not_matter():
+def test_differing_keys_omit_irrelevant_settings():
     ours = config.to_dict(parse("--train.epochs", "3", "--out", "a", "--control", "--data.threads", "2"))
     theirs = config.to_dict(parse("--train.epochs", "4", "--out", "b"))
     assert config.differing_keys(ours, theirs) == ["train.epochs: 4 -> 3"]
@@ -91,7 +91,7 @@ def test_differing_keys_leave_out_what_does_not_matter():
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8))
 @settings(max_examples=150, deadline=None)
-def test_any_json_is_a_config_or_one_line(tmp_path_factory, value):
+def test_any_json_is_accepted_or_refused_in_one_line(tmp_path_factory, value):
     path = tmp_path_factory.mktemp("json") / "config.json"
     path.write_text(json.dumps(value))
     try:

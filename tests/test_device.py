@@ -1,4 +1,4 @@
-"""Copies, constants and cuDNN's search: on a CPU, and against stand-ins for CUDA's streams."""
+"""Copies, constants and cuDNN's search: on a CPU, and with stand-ins for CUDA's streams."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("wanted", [False, True])
-def test_cudnn_searches_inside_the_block_only(monkeypatch, before, wanted):
+def test_cudnn_searches_only_inside_the_block(monkeypatch, before, wanted):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
     with device.cudnn_search(wanted):
         assert torch.backends.cudnn.benchmark is wanted
@@ -25,7 +25,7 @@ def test_cudnn_searches_inside_the_block_only(monkeypatch, before, wanted):
     assert torch.backends.cudnn.benchmark is before
 
 
-def test_a_constant_is_made_once_and_serves_training_too():
+def test_constant_is_made_once_also_for_training():
     device.constant.cache_clear()
     with torch.inference_mode():
         first = device.constant((1.5, 2.0, 3.0), CPU)
@@ -33,7 +33,7 @@ def test_a_constant_is_made_once_and_serves_training_too():
     assert device.constant((2.0, 2.0, 3.0), CPU) is not first
     assert not first.is_inference()
     weights = torch.ones(3, requires_grad=True)
-    (weights * first).sum().backward()  # an inference tensor cannot be saved for this
+    (weights * first).sum().backward()  # an inference tensor could not be saved for this
     assert weights.grad.tolist() == [1.5, 2.0, 3.0]
     normalised(torch.zeros(1, 2, 2, 3, dtype=torch.uint8))
     made = device.constant.cache_info().misses
@@ -41,7 +41,7 @@ def test_a_constant_is_made_once_and_serves_training_too():
     assert device.constant.cache_info().misses == made
 
 
-def test_on_a_cpu_nothing_is_copied():
+def test_cpu_copies_nothing():
     assert device.side_stream(CPU) is None and device.copy_stream(CPU) is None
     staged = device.staging(2, 3, dtype=torch.uint8, device=CPU)
     assert staged.shape == (2, 3) and staged.dtype == torch.uint8 and not staged.is_pinned()
@@ -51,7 +51,7 @@ def test_on_a_cpu_nothing_is_copied():
     assert taken is staged and read is staged
 
 
-def test_all_copies_to_a_device_share_a_stream(monkeypatch):
+def test_copies_to_a_device_share_one_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream_cases.Stream(str(device), []))
     device.copy_stream.cache_clear()
     zero, one = (torch.device("cuda", index) for index in (0, 1))
@@ -61,17 +61,17 @@ def test_all_copies_to_a_device_share_a_stream(monkeypatch):
     device.copy_stream.cache_clear()
 
 
-def test_who_takes_what_arrives_waits_on_the_device_and_keeps_its_memory(monkeypatch):
+def test_consumer_of_a_copy_waits_on_the_device_and_keeps_memory(monkeypatch):
     log = stream_cases.install(monkeypatch)
     side, first = stream_cases.Stream("side", log), torch.zeros(2, 3)
     arriving = device.Arriving(first, torch.zeros(2), stream=side)
-    side.record_event()  # what is queued behind is not waited for
+    side.record_event()  # work queued later is not waited for
     assert arriving.take()[0] is first
     assert log == ["side event 1", "side event 2", "main waits for side event 1", "main uses 2-d float32",
                    "main uses 1-d float32"]
 
 
-def test_streams_that_take_turns_wait_for_each_other_also_after_an_error(monkeypatch):
+def test_alternating_streams_wait_for_each_other_also_after_errors(monkeypatch):
     log = stream_cases.install(monkeypatch)
     own = stream_cases.Stream("own", log)
     with pytest.raises(KeyError), device.in_turn(own, CPU):
@@ -82,7 +82,7 @@ def test_streams_that_take_turns_wait_for_each_other_also_after_an_error(monkeyp
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_copies_arrive_whole_on_a_gpu_beside_its_work():
+def test_copies_are_complete_next_to_gpu_work():
     gpu = torch.device("cuda", torch.cuda.current_device())
     side, ballast, found = device.side_stream(gpu), torch.randn(2048, 2048, device=gpu), []
     for number in range(50):

@@ -1,4 +1,4 @@
-"""A process among others: what it claims of its machine, and how ranks wait for the first."""
+"""One process among others: its use of the machine, and ranks that wait for the first."""
 
 import os
 import platform
@@ -35,7 +35,7 @@ print(resident_mib() - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the setting")
 @pytest.mark.parametrize(("variables", "kept"), [({}, True), ({"MALLOC_MMAP_MAX_": "65536"}, False)])
-def test_freed_memory_is_kept_unless_the_user_set_it_up(variables, kept):
+def test_freed_memory_is_kept_unless_configured_by_the_user(variables, kept):
     done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, timeout=120,
                           env=os.environ | variables)
     assert done.returncode == 0, done.stderr
@@ -43,7 +43,7 @@ def test_freed_memory_is_kept_unless_the_user_set_it_up(variables, kept):
 
 
 def without_torchrun(case: str) -> list[tuple[int, str, str]]:
-    """Exit code and output of two ranks that find each other by the environment alone."""
+    """Runs two ranks that find each other by the environment alone; returns exit code and output."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -60,7 +60,7 @@ def without_torchrun(case: str) -> list[tuple[int, str, str]]:
 
 
 def said(output: str) -> list[str]:
-    """What the ranks say, sorted; a line of one may end behind the beginning of another's."""
+    """Sorts the messages of the ranks; a line of one rank may end after the start of another's."""
     return sorted(re.findall(r"rank \d (?:counts \[.*?\]|ends)", output))
 
 
@@ -74,7 +74,7 @@ def test_ranks_wait_for_the_first_longer_than_for_a_collective():
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_where_the_first_rank_fails_all_end_and_it_alone_says_why():
+def test_failure_of_first_rank_ends_all_and_is_reported_once():
     ran = torchrun(2, WORKER, "failing")
     assert ran.returncode != 0 and "went on" not in ran.stdout
     assert ran.stderr.count("stpp: the data is not there") == 1
@@ -86,7 +86,7 @@ def test_where_the_first_rank_fails_all_end_and_it_alone_says_why():
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_each_call_has_a_part_of_the_store_to_itself():
+def test_each_call_has_its_own_store_prefix():
     ran = torchrun(2, WORKER, "parts")
     outputs = [ran.stdout, "".join(out for _, out, _ in without_torchrun("parts"))]
     for output in outputs:
@@ -94,7 +94,7 @@ def test_each_call_has_a_part_of_the_store_to_itself():
                                 "rank 1 ends"]
 
 
-def test_alone_an_action_is_just_run():
+def test_single_process_runs_the_action():
     here, done = distributed.World(device=torch.device("cpu")), []
     distributed.on_main(here, lambda: done.append(1))
     assert done == [1] and distributed.store_of_this_call(here) is None

@@ -1,4 +1,4 @@
-"""Every `stpp ...` command of README and docs is one that the command line accepts; nothing is run."""
+"""The command line accepts every `stpp ...` command of README and docs; nothing is run."""
 
 import re
 import shlex
@@ -15,11 +15,11 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")),
 RECIPE = "launch/recipes/camvid_stpp.toml"
 ELIDED = {"label": ["--teacher", "best.pt", "--source", "photos", "--out", "labels"],
           "train": ["--recipe", RECIPE, "--data.root", "DATA", "--out", "RUN"]}
-"""What `...` in a command stands for."""
+"""Arguments that replace `...` in a command."""
 
 
 def lines_of(page: Path) -> list[str]:
-    """Lines of the page's code (a recipe's comment), those that end in a backslash joined with the next."""
+    """Returns the lines of the page's code (or a recipe's comment), joined after a backslash."""
     text = page.read_text(encoding="utf-8")
     if page.suffix == ".toml":
         text = "\n".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
@@ -29,7 +29,7 @@ def lines_of(page: Path) -> list[str]:
 
 
 def commands(page: Path) -> list[str]:
-    """The stpp commands of a page, without what starts them."""
+    """Returns the stpp commands of a page, without their launcher."""
     found = []
     for line in lines_of(page):
         start = re.match(r"(?:stpp |torchrun .*?-m stpp )(?=[a-z])", line)
@@ -48,14 +48,14 @@ def commands(page: Path) -> list[str]:
 COMMANDS = [pytest.param(text, id=f"{page.stem}: {text[:60]}") for page in PAGES for text in commands(page)]
 
 
-def test_the_pages_have_commands():
+def test_pages_contain_commands():
     assert len(COMMANDS) > 30
     used = {text.values[0].split()[0] for text in COMMANDS}
     assert used >= {"train", "label", "evaluate", "compile", "report", "doctor", "prepare"}
 
 
 @pytest.mark.parametrize("text", COMMANDS)
-def test_commands_of_the_pages_are_accepted(text, monkeypatch):
+def test_commands_of_pages_are_accepted(text, monkeypatch):
     name, *args = shlex.split(text, comments=True)
     if "..." in args:
         elided = ELIDED[name]
@@ -70,12 +70,12 @@ def test_commands_of_the_pages_are_accepted(text, monkeypatch):
 @pytest.mark.parametrize("page", [page for page in [*PAGES, ROOT / "CONTRIBUTING.md"]
                                   if page.suffix == ".md"],
                          ids=lambda page: page.name)
-def test_links_lead_to_files(page):
+def test_links_point_to_existing_files(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         assert "://" in target or (page.parent / target).exists(), target
 
 
-def test_the_recipe_of_the_guide_resolves(tmp_path):
+def test_recipe_of_the_guide_resolves(tmp_path):
     (toml,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "your-data.md").read_text(encoding="utf-8"),
                          re.DOTALL)
     path = tmp_path / "mine.toml"

@@ -1,5 +1,4 @@
-"""Files are opened for writing in one module; what it writes is whole at every point where a process may
-die."""
+"""One module opens files for writing, and its files are complete at every point where a process may die."""
 
 import ast
 import errno
@@ -17,7 +16,7 @@ SYSTEM = {("os", name) for name in ("open", "fdopen", "mkfifo")}
 
 
 def opened_for_writing(text: str) -> list[str]:
-    """Calls of a source that open a file for writing other than through `files`."""
+    """Finds calls of a source that open a file for writing other than through `files`."""
     found = []
     for node in ast.walk(ast.parse(text)):
         if not isinstance(node, ast.Call) or (node.args and ast.unparse(node.args[0]) == "os.devnull"):
@@ -38,7 +37,7 @@ def opened_for_writing(text: str) -> list[str]:
     return found
 
 
-def test_the_reader_of_writes_sees_every_kind():
+def test_write_reader_finds_every_kind():
     text = (
         'open(p, "w")\nopen(p)\nopen(p, mode="ab")\np.open("x")\np.write_text(t)\n'
         'files.write_text(p, t)\nos.open(p, 1)\n'
@@ -49,7 +48,7 @@ def test_the_reader_of_writes_sees_every_kind():
                                         "line 7: os.open"]
 
 
-def test_nothing_in_the_engine_opens_a_file_for_writing_outside_the_module():
+def test_engine_opens_files_for_writing_in_one_module_only():
     wrong = [f"{path.relative_to(ENGINE)} {call}" for path in sorted(ENGINE.rglob("*.py"))
              if path.name != "files.py"
              for call in opened_for_writing(path.read_text(encoding="utf-8"))]
@@ -60,7 +59,7 @@ COMMITS = ("fsync", "replace")
 
 
 def points(write) -> list[str]:
-    """The calls of `write` that make something last, in their order."""
+    """Lists the calls of `write` that make something permanent, in order."""
     return _trace(write, -1)
 
 
@@ -88,10 +87,10 @@ def _trace(write, fail_at: int) -> list[str]:
 
 
 class Died(BaseException):
-    """The process, at one point."""
+    """Raised to end the process at one point."""
 
 
-def test_the_file_is_old_or_new_at_every_point(tmp_path):
+def test_file_is_old_or_new_at_every_point(tmp_path):
     path = tmp_path / "value.json"
     files.write_json(path, "old")
     calls = points(lambda: files.write_json(path, "old"))
@@ -105,7 +104,7 @@ def test_the_file_is_old_or_new_at_every_point(tmp_path):
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(),
                                    SystemExit(143)])
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, error):
+def test_failed_write_keeps_the_old_file(tmp_path, error):
     path = tmp_path / "value"
     files.write_text(path, "old")
     with pytest.raises(type(error)), files.atomic(path, "w") as file:
@@ -114,7 +113,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, error):
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_an_error_names_the_file_and_not_its_beginning(tmp_path):
+def test_error_names_the_file_instead_of_the_temporary_one(tmp_path):
     (tmp_path / "scores.json").mkdir()
     with pytest.raises(OSError) as caught:
         files.write_json(tmp_path / "missing" / ("x" * 300), {})
@@ -124,7 +123,7 @@ def test_an_error_names_the_file_and_not_its_beginning(tmp_path):
     assert caught.value.filename == str(tmp_path / "scores.json")
 
 
-def test_created_once_stays(tmp_path):
+def test_file_created_once_is_not_replaced(tmp_path):
     path = tmp_path / "below" / "key"
     files.create_once(path, b"first")
     files.create_once(path, b"second")
@@ -132,7 +131,7 @@ def test_created_once_stays(tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["key"]
 
 
-def test_renamed_is_whole_or_absent(tmp_path):
+def test_renamed_file_is_complete_or_absent(tmp_path):
     with files.renamed(tmp_path / "mask", tmp_path / "t") as file:
         file.write(b"whole")
     with pytest.raises(RuntimeError), files.renamed(tmp_path / "other", tmp_path / "t") as file:

@@ -1,5 +1,4 @@
-"""Files of strangers: whatever their bytes, they are read or refused in one line, and nothing is written
-outside."""
+"""Untrusted files: any bytes are read or refused in one line, and nothing is written outside."""
 
 import io
 import json
@@ -33,7 +32,7 @@ NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=
 
 @st.composite
 def damaged(draw, data: bytes) -> bytes:
-    """`data` with some bytes changed, perhaps cut short."""
+    """Draws `data` with some bytes changed, possibly truncated."""
     found = bytearray(data[: draw(st.integers(0, len(data)))] if draw(st.booleans()) else data)
     for place, value in draw(st.lists(st.tuples(st.integers(0, max(len(found) - 1, 0)), st.integers(0, 255)),
                                       max_size=6)):
@@ -88,7 +87,7 @@ def test_damaged_rows(tmp_path, parquet, data):
     refused_or(lambda: rows.read(tmp_path / "rows.parquet"))
 
 
-def test_text_that_is_not_utf8_is_no_table(tmp_path):
+def test_text_that_is_not_utf8_is_refused_as_a_table(tmp_path):
     offsets, text = pa.py_buffer(np.array([0, 1], dtype=np.int32)), pa.py_buffer(b"\x80")
     keys = pa.Array.from_buffers(pa.string(), 1, [None, offsets, text])
     pq.write_table(pa.table({"key": keys}), tmp_path / "rows.parquet")
@@ -111,7 +110,7 @@ def test_damaged_checkpoints(tmp_path, saved, data):
 
 
 class Bomb:
-    """What a pickle can do when it is loaded."""
+    """Object that writes a file when unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -120,7 +119,7 @@ class Bomb:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_pickle_bomb_does_not_go_off(tmp_path):
+def test_pickle_code_is_not_run(tmp_path):
     torch.save({"format": checkpoint.FORMAT, "model": Bomb(tmp_path / "boom")}, tmp_path / "last.pt")
     with pytest.raises(UserError, match=r"last.pt holds a Python object"):
         checkpoint.load(tmp_path / "last.pt")
@@ -148,7 +147,7 @@ def test_damaged_archives(tmp_path, data, names):
 @given(st.lists(st.sampled_from(["../out.png", "/etc/x.png", "a/../../x.jpg", "a\nb.jpg", "$(touch x).jpg",
                                  "a.jpg", "C:\\x.jpg"]) |
                 NAMES.map(lambda name: name + ".jpg"), min_size=1, max_size=4))
-def test_no_key_of_an_archive_leads_outside(tmp_path, names):
+def test_archive_keys_never_lead_outside(tmp_path, names):
     (tmp_path / "a.tar").write_bytes(archive(names))
     out = tmp_path / "masks"
     for item in sources.open_source(str(tmp_path / "a.tar")).items():
@@ -173,8 +172,8 @@ def listing(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def test_a_decompression_bomb_and_absurd_headers_are_named(tmp_path):
-    """Headers that promise 60000x60000 pixels: refused from the header, with the file's name."""
+def test_decompression_bombs_and_absurd_headers_are_named(tmp_path):
+    """Headers that declare 60000x60000 pixels are refused from the header, with the file's name."""
     root = tmp_path / "data"
     (root / "images").mkdir(parents=True)
     (root / "masks").mkdir()
@@ -194,8 +193,8 @@ def test_a_decompression_bomb_and_absurd_headers_are_named(tmp_path):
 
 
 def test_links_out_of_the_root_and_shell_characters(tmp_path):
-    """A linked image is as the user arranged it, a name with shell characters is a name; nothing is run or
-    written outside."""
+    """A linked image is accepted, a name with shell characters is read literally; nothing is run or written
+    outside."""
     root = tmp_path / "data"
     (root / "images").mkdir(parents=True)
     name = "$(touch boom);`touch boom` & 'x'.png"

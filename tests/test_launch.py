@@ -1,4 +1,4 @@
-"""Launch scripts: what they would start, the Kubernetes manifest, and two machines played by two torchrun
+"""Launch scripts: their commands, the Kubernetes manifest, and two machines simulated by two torchrun
 agents."""
 
 import contextlib
@@ -34,7 +34,7 @@ BARE = {key: value for key,
 
 
 def dry(script: str, *args: str, **variables: str) -> list[str]:
-    """The words of the command that a script would start."""
+    """Returns the words of the command that a script would start."""
     ran = subprocess.run(["bash", f"launch/{script}", "--dry-run", *args], env=BARE | variables, cwd=ROOT,
                          capture_output=True, text=True, timeout=30)
     assert ran.returncode == 0, ran.stderr
@@ -54,7 +54,7 @@ def test_one_machine_starts_a_process_for_each_gpu(script, command):
     assert int(flag(dry(script, *TRAIN), "--nproc-per-node")) >= max(1, torch.cuda.device_count())
 
 
-def test_several_machines_meet_and_may_come_and_go():
+def test_several_machines_meet_and_may_leave_and_return():
     words = dry("multinode.sh", "label", *TRAIN, HOST="host0", NNODES="1:8", NPROC="8", JOB="j7")
     assert [
         flag(words, name)
@@ -70,7 +70,7 @@ def test_several_machines_meet_and_may_come_and_go():
     assert words[-len(TRAIN) - 3:] == ["-m", "stpp", "label", *TRAIN]
 
 
-def test_slurm_gives_every_start_a_meeting_of_its_own():
+def test_slurm_gives_every_start_its_own_rendezvous():
     given = {"SLURM_JOB_ID": "42", "SLURM_RESTART_COUNT": "2", "SLURM_JOB_NUM_NODES": "4",
              "SLURM_GPUS_ON_NODE": "8"}
     words = dry("slurm.sbatch", "train", *TRAIN, **given)
@@ -82,7 +82,7 @@ def test_slurm_gives_every_start_a_meeting_of_its_own():
 @pytest.mark.parametrize("args", [["train.sh"], ["multinode.sh"], ["multinode.sh", "evaluate"],
                                   ["multinode.sh", "train"]],
                          ids=" ".join)
-def test_scripts_without_what_they_need_say_so(args):
+def test_scripts_name_missing_arguments(args):
     ran = subprocess.run(["bash", f"launch/{args[0]}", *args[1:]], env=BARE, cwd=ROOT, capture_output=True,
                          text=True, timeout=30)
     assert ran.returncode != 0 and ("launch/" in ran.stderr) and "torch.distributed" not in ran.stdout
@@ -107,13 +107,13 @@ def documents() -> dict[str, dict]:
 
 
 def assert_taken(words: list[str], monkeypatch) -> None:
-    """Asserts that the command line takes what follows `-m stpp`."""
+    """Asserts that the command line accepts the words after `-m stpp`."""
     name, *args = words[words.index("stpp") + 1:]
     monkeypatch.chdir(ROOT)
     assert_accepted(name, args, monkeypatch)
 
 
-def test_the_manifest_trains_elastically(monkeypatch):
+def test_manifest_trains_elastically(monkeypatch):
     job = documents()["stpp-train"]
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     elastic, worker = job["spec"]["elasticPolicy"], job["spec"]["pytorchReplicaSpecs"]["Worker"]
@@ -134,7 +134,7 @@ def test_the_manifest_trains_elastically(monkeypatch):
     assert_taken(container["command"] + container["args"], monkeypatch)
 
 
-def test_the_manifest_labels_every_part_once(monkeypatch):
+def test_manifest_labels_every_part_once(monkeypatch):
     found = documents()
     assert found.keys() == {"stpp-train", "stpp-list", "stpp-label"}
     job = found["stpp-label"]["spec"]
@@ -156,7 +156,7 @@ def test_the_manifest_labels_every_part_once(monkeypatch):
     assert_taken(lister["command"] + lister["args"], monkeypatch)
 
 
-def test_torchruns_closing_report_says_what_was_wrong(tmp_path):
+def test_torchrun_closing_report_names_the_error(tmp_path):
     ran = torchrun(2, "-m", "stpp", "train", "--data.root", str(tmp_path / "none"), "--out",
                    str(tmp_path / "run"))
     assert ran.returncode != 0
@@ -167,14 +167,14 @@ def test_torchruns_closing_report_says_what_was_wrong(tmp_path):
     assert len([line for line in ran.stderr.splitlines() if line.startswith("stpp: ")]) == 1
 
 
-def test_a_report_that_cannot_be_left_changes_no_exit_code(capsys, tmp_path, monkeypatch):
+def test_unwritable_error_report_keeps_the_exit_code(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "none" / "error.json"))
     assert refused(capsys, "train", "--data.root", tmp_path / "none", "--out",
                    tmp_path / "run").endswith("folder")
 
 
 @pytest.mark.parametrize("name", ["stpp-train", "stpp-list", "stpp-label"])
-def test_every_mount_of_the_manifest_has_a_volume(name):
+def test_manifest_mounts_have_volumes(name):
     spec = documents()[name]["spec"]
     pod = (spec["pytorchReplicaSpecs"]["Worker"] if name == "stpp-train" else spec)["template"]["spec"]
     mounts = {mount["name"] for container in pod["containers"] for mount in container["volumeMounts"]}
@@ -189,11 +189,11 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def machines(folder: Path, *args: str):
-    """A function that starts a machine: a torchrun agent of two that meet on loopback. All are killed at the
-    end.
+    """Returns a function that starts a machine: a torchrun agent of two that meet on loopback. All are killed
+    at the end.
 
-    Both have the address where they meet, so the first is waited for until it holds the port: the other must
-    not be the host.
+    Both have the address of the rendezvous, so the first must hold the port before the other starts: the
+    other must not become the host.
     """
     variables = os.environ | {"HOST": "127.0.0.1", "PORT": str(free_port()), "NNODES": "2", "NPROC": "1",
                               "PYTHON": sys.executable,
@@ -219,13 +219,13 @@ def machines(folder: Path, *args: str):
 
 
 def listens(port: int) -> bool:
-    """Whether a process of this machine takes connections on a port."""
+    """Returns True if a process of this machine listens on a port."""
     with contextlib.closing(socket.socket()) as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def kill(agent: subprocess.Popen) -> None:
-    """Ends an agent and its workers at once, as a machine that loses its power."""
+    """Kills an agent and its workers together, like a machine that loses power."""
     if agent.poll() is not None:
         return
     for number in [agent.pid, *children(agent.pid)]:
@@ -235,7 +235,7 @@ def kill(agent: subprocess.Popen) -> None:
 
 
 def children(parent: int) -> list[int]:
-    """Processes that a process started; torchrun gives its workers sessions of their own."""
+    """Lists the children of a process; torchrun gives its workers separate sessions."""
     try:
         return [int(word) for word in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
     except OSError:
@@ -271,7 +271,7 @@ def test_two_machines_label(teacher, tmp_path):
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_two_machines_train_and_one_that_dies_comes_back(synthetic, synthetic_index, tmp_path):
+def test_two_machines_train_and_a_killed_one_returns(synthetic, synthetic_index, tmp_path):
     recipe, out = tmp_path / "tiny.toml", tmp_path / "run"
     recipe.write_text(TINY)
     with machines(tmp_path, "train", "--recipe", str(recipe), "--method", "supervised",

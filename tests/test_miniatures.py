@@ -1,5 +1,5 @@
-"""ST++ from the files to results on a miniature of every layout: 4 labels, 4 unlabelled images, 2 to validate
-on."""
+"""ST++ from files to results on a miniature of every layout: 4 labels, 4 unlabelled images, 2 for
+validation."""
 
 import json
 from collections.abc import Iterator
@@ -21,8 +21,8 @@ CLASSES = ["ground", "box"]
 
 
 def scenes() -> Iterator[tuple[str, str, Image.Image, np.ndarray]]:
-    """(part, name, image, mask): noise with a bright box; eight images to train on, of two sizes, and two for
-    validation."""
+    """Yields (part, name, image, mask): noise with a bright box; eight images for training, of two sizes, and
+    two for validation."""
     rng = np.random.default_rng(0)
     for i in range(10):
         width, height = (48, 40) if i % 2 else (40, 56)
@@ -101,7 +101,7 @@ def test_stpp_runs_on_a_miniature_of_each_layout(tmp_path, build, classes):
     assert {name: len(lines) for name, lines in lists.items()} == {"labeled": 4, "unlabeled": 4, "val": 2}
     results = json.loads((out / "results.json").read_text())
     trained = [stage for stage in results["stages"] if stage["steps"]]
-    # Twice 4 labels are 2 steps an epoch; 4 labels and 2 pseudo labels 1; 4 and 4 2.
+    # Twice 4 labels give 2 steps an epoch; 4 labels and 2 pseudo labels 1; 4 and 4 give 2.
     assert [(stage["name"], stage["steps"])
             for stage in trained] == [("1-supervised", 4), ("4-retrain", 1), ("6-retrain", 2)]
     assert all(0 <= stage["miou"] <= 100 for stage in trained)

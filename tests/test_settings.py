@@ -1,5 +1,5 @@
-"""Settings from plain values and from flags: both take the same values, and what they refuse is named in one
-line."""
+"""Settings from plain values and from flags: both accept the same values, and a refusal names its value in
+one line."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ from stpp.config import Config
 from stpp.errors import UserError
 from stpp.settings import allowed, filled, fitted, flag, flatten, known, mistake
 
-# A flag's value that begins with a dash must be joined with `=`, which a list cannot be.
+# A flag's value that starts with a dash must be joined with `=`, which a list cannot be.
 TEXT = st.text(min_size=1, max_size=6).filter(lambda text: not text.startswith("-"))
 PLAIN = (st.none() | st.booleans() | st.integers(-5, 5) | st.integers() | st.floats() | TEXT
          | st.sampled_from(["None", "1/8", "voc", "st", "auto", "8", "true", "1e-3", "imagenet"]))
@@ -45,7 +45,7 @@ class Kitchen:
 
 @dataclass(frozen=True, kw_only=True)
 class House:
-    """A section."""
+    """Section of settings."""
 
     seed: int = 0
     kitchen_sink: Kitchen = field(default_factory=Kitchen)
@@ -53,7 +53,7 @@ class House:
 
 @dataclass(frozen=True, kw_only=True)
 class Tool:
-    """Flags, some of which must be there."""
+    """Flags, some of them required."""
 
     images: tyro.conf.Positional[tuple[Path, ...]] = ()
     out: Path
@@ -63,7 +63,7 @@ class Tool:
 
 
 def as_flags(key: str, value: object) -> list[str]:
-    """The command line that says the same as a plain value."""
+    """Converts a plain value to its command line."""
     if isinstance(value, bool):
         section, dot, name = key.replace("_", "-").rpartition(".")
         return [f"--{section}{dot}{name}" if value else f"--{section}{dot}no-{name}"]
@@ -79,7 +79,7 @@ def nested(key: str, value: object) -> dict:
 
 
 def outcome(action) -> object:
-    """What an action returns, or the line it refuses with; nan is never equal to itself."""
+    """Returns an action's result, or the line of its refusal; nan never equals itself."""
     try:
         return repr(action())
     except UserError as refused:
@@ -90,7 +90,7 @@ def outcome(action) -> object:
 @pytest.mark.parametrize("cls", [House, Config])
 @given(data=st.data())
 @settings(max_examples=100, deadline=None)
-def test_an_accepted_value_is_what_its_flag_gives(cls, data):
+def test_plain_values_and_flags_give_the_same_settings(cls, data):
     types = known(cls)
     key = data.draw(st.sampled_from(sorted(types)))
     value = data.draw(VALUES)
@@ -104,7 +104,7 @@ def test_an_accepted_value_is_what_its_flag_gives(cls, data):
     assert told == outcome(lambda: config.parse(cls, as_flags(key, value), prog="stpp"))
 
 
-def test_every_switch_of_a_recipe_has_its_two_flags():
+def test_every_boolean_setting_has_two_flags():
     types = known(Config)
     switches = [key for key in types if bool in (types[key], *get_args(types[key]))]
     assert "data.exif" in switches
@@ -120,7 +120,7 @@ ARGUMENTS = ["--out", "--checkpoints", "--switch", "--no-switch", "--pair", "--o
 
 @given(st.lists(st.sampled_from(ARGUMENTS), max_size=7))
 @settings(max_examples=100, deadline=None)
-def test_any_arguments_are_flags_or_one_line(args):
+def test_any_arguments_are_accepted_or_refused_in_one_line(args):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("stpp.settings.mistake", lambda *given: (asked.append(given), mistake(*given))[1])
         asked = []
@@ -144,7 +144,7 @@ def test_any_arguments_are_flags_or_one_line(args):
     (["--outt", "x"], "there is no setting --outt; perhaps you meant --out"),
     (["--checkpoints", "a", "b", "--out", "x", "--zebra"], "there is no setting --zebra"),
 ])
-def test_a_mistake_is_named(args, line):
+def test_mistakes_are_named(args, line):
     with pytest.raises(UserError) as refused:
         config.parse(Tool, args, prog="stpp tool")
     assert str(refused.value) == line
@@ -168,13 +168,13 @@ def test_a_mistake_is_named(args, line):
     ({"seed": "a\nb"}, '--seed is "a\\nb": it must be a whole number'),
     ({"x" * 500: 3}, f"there is no setting --{'x' * 78}..."),
 ])
-def test_a_value_that_does_not_fit_is_named(values, line):
+def test_values_of_wrong_type_are_named(values, line):
     with pytest.raises(UserError) as refused:
         filled(House, values)
     assert str(refused.value) == line
 
 
-def test_values_get_the_types_of_their_fields():
+def test_values_take_the_types_of_their_fields():
     values = {"number": 3, "text": 0.125, "path": "a b", "pair": [4, 5], "paths": ["x", "y"], "switch": False,
               "perhaps_text": None, "perhaps_choice": 16}
     found = filled(House, {"kitchen-sink": values}).kitchen_sink
@@ -188,19 +188,19 @@ def test_values_get_the_types_of_their_fields():
     assert math.isnan(fitted(float | None, math.nan))
 
 
-def test_every_setting_of_a_run_has_a_type_that_is_known():
+def test_every_setting_has_a_known_type():
     types = known(Config)
     assert types.keys() == flatten(config.to_dict(Config())).keys()
     assert all(allowed(annotation) for annotation in types.values())
 
 
-def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path):
+def test_recipe_may_start_with_a_byte_order_mark(tmp_path):
     for name, text in (("a.toml", "seed = 7"), ("a.json", json.dumps({"seed": 7}))):
         (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
         assert config.load_recipe(Config, tmp_path / name).seed == 7
 
 
-def test_a_list_in_a_recipe_cannot_hold_flags(tmp_path):
+def test_lists_in_recipes_cannot_hold_flags(tmp_path):
     (tmp_path / "a.toml").write_text('[data]\nclasses = ["--seed=5", "--help"]')
     found = config.load_recipe(Config, tmp_path / "a.toml")
     assert found.data.classes == ("--seed=5", "--help") and found.seed == 0

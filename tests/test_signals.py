@@ -1,4 +1,4 @@
-"""What a process does when it is told to stop."""
+"""Signals: checkpoint requests, exit codes and repeated interrupts."""
 
 import signal
 import subprocess
@@ -24,7 +24,7 @@ def test_a_signal_is_noted_and_gives_the_code(number, code):
     assert ended.value.code == code
 
 
-def test_an_impatient_user_is_heard(monkeypatch):
+def test_second_interrupt_ends_immediately(monkeypatch):
     monkeypatch.setattr(signals, "PATIENCE_S", 0.0)
     with pytest.raises(KeyboardInterrupt), signals.deferred():
         signal.raise_signal(signal.SIGINT)
@@ -32,13 +32,13 @@ def test_an_impatient_user_is_heard(monkeypatch):
         signal.raise_signal(signal.SIGINT)
 
 
-def test_a_rank_that_was_not_told_itself_ends_as_after_sigterm():
+def test_rank_without_own_signal_ends_as_after_sigterm():
     with pytest.raises(SystemExit) as ended:
         signals.Stop().leave()
     assert ended.value.code == 143
 
 
-def test_outside_training_sigterm_closes_what_is_open():
+def test_sigterm_outside_training_closes_open_resources():
     text = """
 import signal
 from stpp import signals

@@ -1,4 +1,4 @@
-"""The guide for one's own data, followed to the letter on photographs in the state that folders are in.
+"""Guide for one's own data, followed exactly on photographs in a realistic folder.
 
 Every command is the page's own, in its order. Only steps, sizes and the network are smaller.
 """
@@ -22,8 +22,7 @@ PAGE = ROOT / "docs" / "your-data.md"
 SMALL = ("--device cpu --model.backbone resnet18 --model.output-stride 32 --model.pretrained none "
          "--augment.crop-px 49 --augment.long-side 60 120 --train.epochs 1 --train.supervised-epochs 2 "
          "--train.batch-global 4 --train.lr 0.02 --label.tta none --data.threads 1").split()
-# Photographs, whether they have a mask, and the EXIF orientation that they are stored in. Some have other
-# colours than RGB.
+# Photographs, whether they have a mask, and their EXIF orientation. Some have other colours than RGB.
 PHOTOS = [
     ("IMG_0001.JPG", True, 1), ("IMG 0002.jpg", True, 6), ("été à la mer/IMG_0001.JPG", True, 1),
     ("été à la mer/b.Png", True, 1), ("été à la mer/c.jpeg", True, 8),
@@ -35,12 +34,12 @@ MODES = {"été à la mer/b.Png": "RGBA", "Neuer Ordner (2)/b.PNG": "P", "Neuer 
 BROKEN = "deep/er/half a download.JPG"
 STORED = {1: (), 3: (Image.Transpose.ROTATE_180,), 5: (Image.Transpose.TRANSPOSE,),
           6: (Image.Transpose.ROTATE_90,), 8: (Image.Transpose.ROTATE_270,)}
-"""How an upright image is turned so that a viewer that heeds the orientation shows it upright."""
+"""Transposition of an upright image that viewers which apply the orientation show upright."""
 
 
 def folder(root: Path, camvid: Path) -> Path:
-    """Twelve photographs of CamVid and one that is cut short; eight palette masks and one of a photograph
-    that is gone; the names of the classes; and what systems leave behind."""
+    """Writes twelve photographs of CamVid and a truncated one; eight palette masks and one of a missing
+    photograph; class names; and leftovers of systems."""
     given = json.loads((camvid / "classes.json").read_text())
     sources = sorted((camvid / "images" / "train").iterdir())[:: 367 // len(PHOTOS)]
     for i, (name, labelled, orientation) in enumerate(PHOTOS):
@@ -80,14 +79,14 @@ def stpp(text: str, *more: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_guide_leads_from_a_real_folder_to_masks(tmp_path, camvid, monkeypatch, capsys):
+def test_guide_leads_from_a_real_folder_to_masks(tmp_path, camvid, monkeypatch, capsys):
     data = folder(tmp_path / "DATA", camvid)
     files = {path: path.read_bytes() for path in data.rglob("*") if path.is_file()}
     monkeypatch.chdir(tmp_path)
     page = PAGE.read_text(encoding="utf-8")
     prepare, train, many_gpus, evaluate, predict, retrain = commands(PAGE)
 
-    # 3. Check: the broken photograph is named, with words that the page has an answer to.
+    # 3. Check: the broken photograph is named, with a message that the page explains.
     with pytest.raises(SystemExit) as ended:
         stpp(prepare)
     (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("stpp: ")]

@@ -1,8 +1,8 @@
-"""Reads exports with the tools' own readers: `build/readers/bin/python tool_readers.py datumaro|label-studio
-SOURCE OUT`.
+"""Reads exports with the tools' own readers:
+`build/readers/bin/python tool_readers.py datumaro|label-studio SOURCE OUT`.
 
-Runs in an environment of its own (`make readers`), whose packages need other versions than ours. OUT.npz
-holds `keys` and a mask `m0`, `m1`, ... for each of them.
+Runs in a separate environment (`make readers`), whose packages need other versions than stpp. OUT.npz holds
+`keys` and a mask `m0`, `m1`, ... for each of them.
 """
 
 import json
@@ -12,7 +12,7 @@ import numpy as np
 
 
 def datumaro(source: str, kind: str) -> dict[str, np.ndarray]:
-    """Masks by image, of numbers of labels and 1, 0 where there is none; and the labels' names."""
+    """Reads masks by image, of label numbers plus 1, 0 for no label; and the labels' names."""
     from datumaro.components.annotation import AnnotationType
     from datumaro.components.dataset import Dataset
 
@@ -40,7 +40,7 @@ def filled(points: list[float], height: int, width: int) -> np.ndarray:
 
 
 def label_studio(source: str) -> dict[str, np.ndarray]:
-    """Brushes, 0 or 255, by image and label."""
+    """Reads brushes, 0 or 255, by image and label."""
     from label_studio_converter.brush import decode_rle
 
     masks = {}

@@ -1,5 +1,4 @@
-"""Image files of every kind that people have, made from one picture, with the pixels that each of them
-shows."""
+"""Image files of every common kind, made from one picture, with the pixels that each shows."""
 
 import io
 import struct
@@ -36,19 +35,19 @@ from zoo_files import (
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file."""
+    """Kind of file."""
 
     name: str
-    """With the extension."""
+    """Name with its extension."""
     data: bytes
     truth: np.ndarray | None = None
-    """uint8 [H, W, 3] upright; None: refused."""
+    """Pixels uint8 [H, W, 3] upright; None: refused."""
     near: float = 0.0
-    """Grey levels by which the truth may be missed on average: 0 for lossless kinds."""
+    """Mean tolerance to the truth, in grey levels: 0 for lossless kinds."""
     plain: bool = False
-    """Whether DALI is given the file."""
+    """True if DALI decodes the file."""
     refused: str | None = None
-    """Part of the reason where it is refused."""
+    """Part of the reason of its refusal."""
 
 
 def _jpegs() -> list[Kind]:
@@ -114,7 +113,7 @@ def _jpegs() -> list[Kind]:
     marked = jpeg(cmyk)
     kinds += [
         Kind("cmyk.jpg", marked, rgb, near=6.0),
-        # Without the marker the numbers are inks as they are: Pillow inverts when it writes, so this is
+        # Without the marker the numbers are plain inks: Pillow inverts when it writes, so this is
         # written inverted again.
         Kind("cmyk_unmarked.jpg",
              without_segment(jpeg(Image.fromarray(255 - np.asarray(cmyk), "CMYK")), 0xEE), rgb, near=6.0),
@@ -247,7 +246,7 @@ def _tiffs() -> list[Kind]:
 
 
 def _gray_of_lightness(lightness_HW: np.ndarray) -> np.ndarray:
-    """uint8 [H, W] of sRGB whose CIE lightness is 100 / 255 of these numbers."""
+    """Returns uint8 [H, W] of sRGB whose CIE lightness is 100 / 255 of these numbers."""
     f = (lightness_HW / 255 * 100 + 16) / 116
     linear = np.where(f > 6 / 29, f**3, 3 * (6 / 29) ** 2 * (f - 4 / 29))
     return np.round(255 * np.where(linear <= 0.0031308, 12.92 * linear,
@@ -311,5 +310,5 @@ FAMILIES: dict[str, Callable[[], list[Kind]]] = {"jpeg": _jpegs, "png": _pngs, "
 
 
 def kinds() -> list[Kind]:
-    """Every kind, in a fixed order."""
+    """Lists every kind, in a fixed order."""
     return [kind for family in FAMILIES.values() for kind in family()]

@@ -1,4 +1,4 @@
-"""Image files made byte by byte: what no library of the tests writes, but people have. See zoo_cases."""
+"""Image files made byte by byte, which no library of the tests writes, but which occur. See zoo_cases."""
 
 import io
 import struct
@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image
 
 HEIGHT, WIDTH = 40, 56
-"""Of the picture, upright; no multiple of a block of a subsampled JPEG."""
+"""Size of the picture, upright; not a multiple of a block of a subsampled JPEG."""
 ORIENTATION = 0x0112
-TURNS = {  # of the upright picture, to what is stored
+TURNS = {  # from the upright picture to the stored one
     1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
          5: lambda a: a.swapaxes(0, 1),
     6: lambda a: np.rot90(a), 7: lambda a: a[::-1, ::-1].swapaxes(0, 1), 8: lambda a: np.rot90(a, -1),
@@ -18,8 +18,8 @@ TURNS = {  # of the upright picture, to what is stored
 
 
 def picture() -> np.ndarray:
-    """uint8 [HEIGHT, WIDTH, 3]: smooth, no two corners alike, so that JPEG keeps it and a wrong turn
-    shows."""
+    """Draws uint8 [HEIGHT, WIDTH, 3]: smooth, so that JPEG preserves it, with different corners, so that a
+    wrong turn shows."""
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     channels = (40 + 3.2 * x, 30 + 4 * y, 200 - 2 * x - 1.5 * y)
     out = np.stack(channels, axis=2)
@@ -28,19 +28,19 @@ def picture() -> np.ndarray:
 
 
 def gray() -> np.ndarray:
-    """uint8 [HEIGHT, WIDTH]: the picture's first channel."""
+    """Returns uint8 [HEIGHT, WIDTH]: the picture's first channel."""
     return picture()[..., 0]
 
 
 def repeated(gray_HW: np.ndarray) -> np.ndarray:
-    """A gray image as three equal channels."""
+    """Repeats a gray image as three equal channels."""
     return np.repeat(gray_HW[..., None], 3, axis=2)
 
 
 def exif_block(value: object = 6, *, kind: int = 3, count: int = 1, big: bool = True,
                prefix: bytes = b"Exif\0\0") -> bytes:
-    """An EXIF block that holds an orientation alone; `kind` is its TIFF type: 1 byte, 2 text, 3 short, 4
-    long, 5 rational."""
+    """Builds an EXIF block that holds only an orientation; `kind` is its TIFF type: 1 byte, 2 text, 3 short,
+    4 long, 5 rational."""
     order = ">" if big else "<"
     packed = {1: lambda: bytes([value] * count), 2: lambda: b"%d\0" % value,
               3: lambda: struct.pack(f"{order}{count}H", *[value] * count),
@@ -56,7 +56,7 @@ def exif_block(value: object = 6, *, kind: int = 3, count: int = 1, big: bool = 
 
 
 def saved(image: np.ndarray | Image.Image, form: str, **options) -> bytes:
-    """An image as Pillow writes it."""
+    """Encodes an image with Pillow."""
     image = Image.fromarray(np.ascontiguousarray(image)) if isinstance(image, np.ndarray) else image
     file = io.BytesIO()
     image.save(file, form, **options)
@@ -69,29 +69,29 @@ def jpeg(image=None, **options) -> bytes:
 
 
 def segment(marker: int, payload: bytes) -> bytes:
-    """A JPEG segment."""
+    """Builds a JPEG segment."""
     return b"\xff" + bytes([marker]) + struct.pack(">H", len(payload) + 2) + payload
 
 
 def with_segments(data: bytes, *segments: bytes) -> bytes:
-    """A JPEG with further segments at its beginning."""
+    """Inserts segments at the start of a JPEG."""
     return data[:2] + b"".join(segments) + data[2:]
 
 
 def without_segment(data: bytes, marker: int) -> bytes:
-    """A JPEG without its first segment of this marker."""
+    """Removes a JPEG's first segment of this marker."""
     at = data.find(bytes([0xFF, marker]))
     return data[:at] + data[at + 2 + struct.unpack(">H", data[at + 2:at + 4])[0]:]
 
 
 def chunk(name: bytes, payload: bytes) -> bytes:
-    """A PNG chunk."""
+    """Builds a PNG chunk."""
     return struct.pack(">I", len(payload)) + name + payload + struct.pack(">I", zlib.crc32(name + payload))
 
 
 def png(values: np.ndarray, bits: int, kind: int, *, before: bytes = b"", after: bytes = b"",
         interlaced: bool = False) -> bytes:
-    """A PNG of stored values [H, W] or [H, W, C], with further chunks before and after its pixels."""
+    """Builds a PNG of stored values [H, W] or [H, W, C], with further chunks before and after its pixels."""
     values = values[..., None] if values.ndim == 2 else values
     height, width, channels = values.shape
 
@@ -121,7 +121,7 @@ def png(values: np.ndarray, bits: int, kind: int, *, before: bytes = b"", after:
 def tiff(values: np.ndarray, *, sample_format: int = 1, photometric: int | None = None,
          orientation: bytes | None = None,
          big: bool = False) -> bytes:
-    """An uncompressed TIFF of one strip of values [H, W] or [H, W, C] as they are in memory.
+    """Builds an uncompressed TIFF of one strip of values [H, W] or [H, W, C] as they are in memory.
 
     Args:
         sample_format: 1 unsigned, 2 signed, 3 floating point.
@@ -156,7 +156,7 @@ def tiff(values: np.ndarray, *, sample_format: int = 1, photometric: int | None 
 
 
 def riff(data: bytes, *chunks: bytes, flags: int) -> bytes:
-    """A simple WebP as an extended one, with further chunks behind its pixels."""
+    """Converts a simple WebP to an extended one, with further chunks after its pixels."""
     body, (width, height) = data[12:], (struct.pack("<I", side - 1)[:3] for side in (WIDTH, HEIGHT))
     head = b"VP8X" + struct.pack("<I", 10) + bytes([flags, 0, 0, 0]) + width + height
     body = b"WEBP" + head + body + b"".join(chunks)
@@ -169,7 +169,7 @@ def webp_chunk(name: bytes, payload: bytes) -> bytes:
 
 def bmp(values: np.ndarray, bits: int, colours: bytes = b"", *, top_down: bool = False,
         masks: bytes = b"") -> bytes:
-    """A BMP of rows of bytes already packed: uint8 [H, bytes of a row]."""
+    """Builds a BMP of rows of bytes already packed: uint8 [H, bytes of a row]."""
     height = len(values)
     padded = np.pad(values, ((0, 0), (0, -values.shape[1] % 4)))
     pixels = (padded if top_down else padded[::-1]).tobytes()
@@ -181,8 +181,8 @@ def bmp(values: np.ndarray, bits: int, colours: bytes = b"", *, top_down: bool =
 
 
 def ycck(cmyk_HWC: np.ndarray) -> bytes:
-    """A JPEG of inverted YCCK: the first three channels are the YCbCr of the inverted inks, and the marker
-    says transform 2."""
+    """Builds a JPEG of inverted YCCK: the first three channels are the YCbCr of the inverted inks, and the
+    marker declares transform 2."""
     inverted = 255 - cmyk_HWC
     ycc = np.asarray(Image.fromarray(np.ascontiguousarray(255 - inverted[..., :3])).convert("YCbCr"))
     four = np.concatenate([ycc, inverted[..., 3:]], axis=2)
@@ -192,8 +192,8 @@ def ycck(cmyk_HWC: np.ndarray) -> bytes:
 
 
 def scans(sampling: tuple[int, int]) -> bytes:
-    """A baseline JPEG of the picture with these factors of the luma, one scan a component: 4:4:4, 4:1:1,
-    4:4:0 and so on.
+    """Builds a baseline JPEG of the picture with these factors of the luma, one scan a component: 4:4:4,
+    4:1:1, 4:4:0 and so on.
 
     Each scan is taken from a gray JPEG of the component, because Pillow writes few samplings; all use the
     same tables.
@@ -217,7 +217,7 @@ def scans(sampling: tuple[int, int]) -> bytes:
 
 
 def segments(data: bytes) -> list[tuple[int, bytes]]:
-    """(marker, bytes) of the segments of a JPEG up to its first scan's header, that one included."""
+    """Lists (marker, bytes) of the segments of a JPEG up to its first scan's header, including that one."""
     at, found = 2, []
     while not found or found[-1][0] != 0xDA:
         length = 2 + struct.unpack(">H", data[at + 2:at + 4])[0]

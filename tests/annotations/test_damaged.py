@@ -1,4 +1,4 @@
-"""Files of annotation tools, damaged anywhere: read, or refused in one line that names the file."""
+"""Files of annotation tools with any damage are read, or refused in one line that names the file."""
 
 import json
 
@@ -35,7 +35,7 @@ LABELME = json.dumps(
 
 
 def drawn_or_refused(path, read) -> None:
-    """Reads what was damaged; what it tells of is drawn, or has problems."""
+    """Reads a damaged file; its shapes are drawn, or listed as problems."""
     try:
         found = read()
     except UserError as error:
@@ -53,7 +53,7 @@ def test_damaged_coco(tmp_path, data):
     path.write_bytes(data.draw(damaged(COCO)))
 
     def read() -> list[Annotated]:
-        coco._listing.cache_clear()  # the stamps of files that are written at once may be alike
+        coco._listing.cache_clear()  # files written in quick succession may have equal stamps
         return [coco.read(path, one.parts, one.size) for one in coco.listing(path).images if one.parts]
 
     drawn_or_refused(path, read)
@@ -89,8 +89,8 @@ def test_damaged_labelmaps(tmp_path, data):
 
 @RELAXED
 @given(st.lists(st.floats(-40, 80), min_size=6, max_size=24).filter(lambda values: len(values) % 2 == 0))
-def test_any_outline_is_drawn_or_a_problem(values):
-    """Whatever it is, nothing is written outside the mask, and a lenient legend always has a mask."""
+def test_any_outline_is_drawn_or_reported(values):
+    """Never writes outside the mask, and a lenient legend always gives a mask."""
     shape = Shape("annotation 1", 1, Outline((ring(values),)))
     made = draw(Annotated(None, [shape]), 24, 32, LEGEND)
     assert made.problems or set(made.mask_HW.ravel().tolist()) <= {0, 1}

@@ -1,5 +1,5 @@
-"""JSON read an element at a time: the same elements as of the whole, in little memory, and one line for what
-is broken."""
+"""JSON read element by element: the elements of the whole file, in little memory, and one line for a broken
+file."""
 
 import json
 import tracemalloc
@@ -75,7 +75,7 @@ def test_broken_files_are_refused_in_one_line(tmp_path, text):
     assert "\n" not in str(refused.value)
 
 
-def test_an_element_may_be_large_but_not_without_end(tmp_path, monkeypatch):
+def test_elements_may_be_large_but_not_unlimited(tmp_path, monkeypatch):
     monkeypatch.setattr(json_stream, "MOST_BYTES", 1 << 20)
     monkeypatch.setattr(json_stream, "BLOCK_BYTES", 1 << 12)
     (tmp_path / "a.json").write_text(json.dumps({"a": ["x" * 300_000]}))

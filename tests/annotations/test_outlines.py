@@ -1,4 +1,4 @@
-"""Outlines of pixels: they cover exactly what they were drawn from, holes and all."""
+"""Outlines of pixels cover exactly the region that they were drawn from, with its holes."""
 
 import numpy as np
 import pycocotools.mask as coco_mask
@@ -13,7 +13,7 @@ from stpp.annotations.regions import Outline
 
 @st.composite
 def regions(draw):
-    """A region that hangs together, bool [H, W], of noise or of blocks, often with holes."""
+    """Draws a connected region, bool [H, W], of noise or of blocks, often with holes."""
     height, width = draw(st.integers(1, 24)), draw(st.integers(1, 24))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     grain = draw(st.sampled_from([1, 2, 5]))
@@ -26,7 +26,7 @@ def regions(draw):
 
 @settings(max_examples=100)
 @given(regions())
-def test_outlines_cover_what_they_were_drawn_from(region):
+def test_outlines_cover_their_region(region):
     height, width = region.shape
     ring = polygon(region)
     inside, _ = exact(ring.astype(float), height, width)
@@ -37,7 +37,7 @@ def test_outlines_cover_what_they_were_drawn_from(region):
         assert Outline((ring.astype(float),)).doubt(height, width) is None
 
 
-def test_a_ring_of_pixels_has_its_hole():
+def test_ring_of_pixels_keeps_its_hole():
     region = np.ones((3, 3), bool)
     region[1, 1] = False
     assert len(polygon(region)) == 4 + 4 + 3

@@ -1,4 +1,4 @@
-"""Outlines, run lengths and bitmaps: which pixels they cover, and what is found doubtful."""
+"""Outlines, run lengths and bitmaps: the pixels that they cover, and the shapes reported as doubtful."""
 
 import numpy as np
 import pycocotools.mask as coco_mask
@@ -22,15 +22,15 @@ def painted(region, height=H, width=W) -> np.ndarray:
 
 
 @given(outlines(W, H))
-def test_outlines_cover_what_an_exact_rasteriser_covers(points):
+def test_outlines_match_an_exact_rasteriser(points):
     inside, distance = exact(points, H, W)
     found = painted(Outline((points,)))
     assert not ((found != inside) & (distance > 1.0)).any()
 
 
 @given(st.lists(outlines(W, H), min_size=1, max_size=3), st.tuples(st.floats(-9, 9), st.floats(-9, 9)))
-def test_a_part_of_the_image_is_filled_as_the_whole_would_be(rings, shift):
-    """Only the part that an outline lies in is filled; also where it leaves the image."""
+def test_filling_a_part_equals_filling_the_whole(rings, shift):
+    """Fills only the part that an outline lies in, also if it leaves the image."""
     rings = [one + shift for one in rings]
     whole = coco_mask.decode(
         coco_mask.merge(coco_mask.frPyObjects([one.ravel().tolist() for one in rings], H, W))
@@ -39,12 +39,12 @@ def test_a_part_of_the_image_is_filled_as_the_whole_would_be(rings, shift):
 
 
 @given(outlines(W, H))
-def test_outlines_that_do_not_cross_themselves_are_not_doubted(points):
+def test_simple_outlines_are_not_doubtful(points):
     assert Outline((points,)).doubt(H, W) is None
 
 
 @given(st.floats(8, 20), st.floats(8, 20), st.floats(2, 20), st.floats(2, 20))
-def test_outlines_that_cross_themselves_are_doubted(wide, tall, x, y):
+def test_self_crossing_outlines_are_doubtful(wide, tall, x, y):
     bow = ring([x, y, x + wide, y + tall, x + wide, y, x, y + tall])
     assert "crosses itself" in Outline((bow,)).doubt(H, W)
     twice = np.concatenate([ring([x, y, x + wide, y, x + wide, y + tall, x, y + tall])] * 2)
@@ -81,18 +81,18 @@ def test_outlines_without_an_area_are_refused(points, says):
         ([["1", "x"]], "x and y"),
     ],
 )
-def test_what_is_no_outline_is_refused(values, says):
+def test_values_that_are_no_outline_are_refused(values, says):
     with pytest.raises(ValueError, match=says):
         ring(values)
 
 
-def test_an_outline_outside_is_doubted_and_one_at_the_edge_is_not():
+def test_outline_outside_is_doubtful_but_not_at_the_edge():
     assert Outline((ring([-1, 0, 64.5, 0, 64.5, 49, -1, 49]),)).doubt(H, W) is None
     assert painted(Outline((ring([-1, 0, 64.5, 0, 64.5, 49, -1, 49]),))).all()
     assert "36 pixels outside the image of 64x48" in Outline((ring([0, 0, 100, 0, 9, 9]),)).doubt(H, W)
 
 
-def test_an_outline_of_endless_length_is_not_filled():
+def test_endless_outline_is_not_filled():
     zigzag = np.column_stack((np.tile([0.0, W], LONGEST_PX // W), np.linspace(0, H, 2 * (LONGEST_PX // W))))
     with pytest.raises(ValueError, match="pixels long"):
         Outline((zigzag,)).doubt(H, W)
@@ -129,7 +129,7 @@ def test_any_text_as_run_lengths(text, height, width):
 
 
 @pytest.mark.parametrize("counts", [[2**31], [768, 2**40], [-1, 769], [], [3, 4]])
-def test_run_lengths_of_another_size_are_refused_before_they_take_memory(counts):
+def test_run_lengths_of_another_size_are_refused_without_allocation(counts):
     with pytest.raises(ValueError, match="its counts"):
         Runs(np.array(counts, dtype=np.int64), (24, 32)).doubt(24, 32)
     with pytest.raises(ValueError, match="has 90000x90000 pixels, but the image has 32x24"):

@@ -1,5 +1,4 @@
-"""The README's figures are those of committed rows, every row says what it was measured on, and every
-benchmark runs."""
+"""The README's figures match committed rows, every row names its machine, and every benchmark runs."""
 
 import json
 import subprocess
@@ -24,7 +23,7 @@ def test_tables_are_made_of_rows(page):
     assert table.filled(page, text) == text, "run `python benchmarks/table.py`"
 
 
-def test_a_figure_without_a_row_is_noticed(monkeypatch):
+def test_figure_without_a_row_fails(monkeypatch):
     monkeypatch.setattr(table, "RATIOS", (("x", "y", "loss", "loss.no_such_ratio"),))
     with pytest.raises(KeyError, match="no_such_ratio"):
         table.ratios()
@@ -33,7 +32,7 @@ def test_a_figure_without_a_row_is_noticed(monkeypatch):
         table.scores()
 
 
-def test_columns_of_gpus_come_with_their_rows(monkeypatch):
+def test_gpu_columns_appear_with_their_rows(monkeypatch):
     assert "H100" not in table.ratios()
     on_cpus = table.values
     rows = {"step-h100": {"step.engine_vs_public_ratio": 3.25, "step.engine_share_of_matmul_rate": 0.41},
@@ -49,7 +48,7 @@ def test_columns_of_gpus_come_with_their_rows(monkeypatch):
     assert not any("r101" in line for line in lines)  # no row, no line
 
 
-def test_a_row_names_its_part_and_the_commit_of_a_copy(tmp_path, monkeypatch):
+def test_rows_name_part_and_commit_of_a_copy(tmp_path, monkeypatch):
     monkeypatch.setenv("STPP_GIT", "abc")
     monkeypatch.setenv("STPP_PART", "some-part")
     out = tmp_path / "rows.jsonl"
@@ -58,8 +57,8 @@ def test_a_row_names_its_part_and_the_commit_of_a_copy(tmp_path, monkeypatch):
         options = parser.parse_args(["--out", str(out), "--device", "cpu", *more])
         report = harness.Report(options)
         report.summary("x.y", 2.0)
-        assert json.loads(out.read_text().splitlines()[-1])["value"] == 2.0  # at once, not at the end
-    assert report.rounds == 1  # --small overrules
+        assert json.loads(out.read_text().splitlines()[-1])["value"] == 2.0  # immediately, not at the end
+    assert report.rounds == 1  # --small overrides
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["part"], row["git"]) for row in rows] == [("some-part", "abc")] * 3
     harness.Report(parser.parse_args(["--out", str(out), "--device", "cpu"]))
@@ -68,12 +67,12 @@ def test_a_row_names_its_part_and_the_commit_of_a_copy(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("workers", [8, 16, 64])
 def test_more_batches_are_drained_than_a_loader_queues(workers):
-    prefetched_by_each = 2  # PyTorch's default, which the peers have
+    prefetched_by_each = 2  # PyTorch's default, which the peers use
     assert bench_data.untimed_batches(workers) > prefetched_by_each * workers
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
-def test_rows_say_where_they_come_from(path):
+def test_rows_name_their_origin(path):
     for line in path.read_text().splitlines():
         row = json.loads(line)
         assert {"name", "device", "threads", "versions", "git", "date"} <= row.keys()
@@ -104,14 +103,14 @@ SMALLEST = {
 """Arguments that make a benchmark short, by its name."""
 
 
-def test_every_benchmark_is_tried():
+def test_every_benchmark_is_covered():
     assert {path.stem.removeprefix("bench_")
             for path in (ROOT / "benchmarks").glob("bench_*.py")} == set(SMALLEST)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(SMALLEST))
-def test_a_benchmark_runs_and_writes_its_rows(name, tmp_path):
+def test_benchmark_runs_and_writes_its_rows(name, tmp_path):
     out = tmp_path / "rows.jsonl"
     command = [sys.executable, str(ROOT / "benchmarks" / f"bench_{name}.py"), *SMALLEST[name].split(),
                "--out", str(out)]

@@ -1,5 +1,5 @@
-"""run_gpu.sh: each part runs, in the smallest form, on a CPU; a call that is cut off leaves whole files; what
-it is made of."""
+"""run_gpu.sh: each part runs, in its smallest form, on a CPU; an interrupted call leaves complete files; and
+its helpers."""
 
 import json
 import os
@@ -48,7 +48,8 @@ def call(*args: str, **more: str) -> subprocess.CompletedProcess:
 def test_every_part_of_a_call_runs(number, tmp_path):
     earlier = tmp_path / "unpassed.txt"
     earlier.write_text(
-        "tests/kernels/test_argmax.py::test_no_images_and_float64\ntests/kernels/test_argmax.py::test_gone\n"
+        "tests/kernels/test_argmax.py::test_empty_batch_and_float64\n"
+        "tests/kernels/test_argmax.py::test_gone\n"
     )
     args = ["--unpassed", str(earlier)] if number == "second" else []
     done = call(number, str(tmp_path / "out"), "--device", "cpu", "--small", *args, STPP_GIT="some-commit")
@@ -72,18 +73,18 @@ def test_every_part_of_a_call_runs(number, tmp_path):
                 "run.6-retrain_s"} <= value.keys()
 
 
-def test_all_files_with_tests_for_gpus_are_run():
+def test_all_files_with_gpu_tests_are_run():
     (listed,) = re.findall(r"^files=\((.*)\)$", SCRIPT.read_text(), re.MULTILINE)
     tests = ROOT / "tests"
     marked = {path.relative_to(tests).with_suffix("").as_posix() for path in tests.rglob("test_*.py")
               if re.search(r"pytest\.mark\.gpu|from kernels(_label)?_cases", path.read_text())}
-    # Minutes of compiling: the second call has a case; TensorRT is not on such machines.
+    # Minutes of compiling: the second call has a case; those machines lack TensorRT.
     compiling = {"inference/test_engines_gpu", "inference/test_tensorrt"}
     assert marked - compiling - {"benchmarks/test_run_gpu"} == set(listed.split())
 
 
 def descendants(pid: int) -> list[int]:
-    """Processes below a process, those of other sessions too."""
+    """Lists the processes below a process, including those of other sessions."""
     try:
         children = [int(one) for path in Path(f"/proc/{pid}/task").iterdir()
                     for one in (path / "children").read_text().split()]
@@ -95,7 +96,7 @@ def descendants(pid: int) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.timeout(LIMIT_S)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_call_that_is_cut_off_keeps_what_it_has(number, tmp_path):
+def test_interrupted_call_keeps_its_results(number, tmp_path):
     rows, log = tmp_path / "rows.jsonl", tmp_path / "log.txt"
     process = subprocess.Popen([str(SCRIPT), "first", str(tmp_path), "--device", "cpu", "--small"],
                                env=environment(), stdout=subprocess.PIPE, text=True)
@@ -129,7 +130,7 @@ def test_wrong_arguments_are_refused(args, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_package_ends_it_at_once_with_one_line(tmp_path):
+def test_missing_package_ends_the_call_with_one_line(tmp_path):
     (tmp_path / "tqdm.py").write_text("raise ModuleNotFoundError(\"No module named 'tqdm'\")")
     done = call("first", str(tmp_path / "out"), "--device", "cpu", "--small", PYTHONPATH=str(tmp_path))
     assert done.returncode == 2
@@ -138,14 +139,14 @@ def test_a_missing_package_ends_it_at_once_with_one_line(tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["log.txt"]
 
 
-def test_parts_without_time_are_left_out(tmp_path):
+def test_parts_without_time_are_skipped(tmp_path):
     done = call("first", str(tmp_path), "--device", "cpu", "--small", "--limit", "0")
-    assert "  step: left out, no time" in done.stdout and "  tests: left out, no time" in done.stdout
-    assert done.returncode == 124  # the tests did not pass: they had no turn
+    assert "  step: skipped, no time left" in done.stdout and "  tests: skipped, no time left" in done.stdout
+    assert done.returncode == 124  # the tests did not pass: they did not run
 
 
 @pytest.mark.parametrize("workers", [[], ["-n", "2"]])
-def test_tests_that_did_not_pass_are_kept_and_run_again(workers, tmp_path):
+def test_unpassed_tests_are_recorded_and_run_again(workers, tmp_path):
     (tmp_path / "test_x.py").write_text(
         "import pytest\n"
         "@pytest.mark.parametrize('i', ['a b', 'c'])\ndef test_a(i): assert i == 'c'\n"
@@ -167,7 +168,7 @@ def test_tests_that_did_not_pass_are_kept_and_run_again(workers, tmp_path):
     assert run("--only=before.txt") == "test_x.py::test_a[a b]\n"
 
 
-def test_a_run_that_dies_leaves_the_tests_that_had_no_turn(tmp_path):
+def test_killed_run_records_tests_that_did_not_run(tmp_path):
     (tmp_path / "test_x.py").write_text(
         "import os\ndef test_a(): pass\ndef test_b(): os._exit(3)\ndef test_c(): pass\n"
     )
@@ -203,7 +204,7 @@ def test_kernels_are_sorted_by_the_operators_that_launched_them(operators, kerne
     assert bench_profile.class_of(operators, kernel) == expected
 
 
-def test_a_profile_counts_each_kernel_once_and_overlaps_once():
+def test_profile_counts_each_kernel_and_each_overlap_once():
     parent = SimpleNamespace(name="aten::relu_", cpu_parent=None, device_type=DeviceType.CPU, kernels=[])
     child = SimpleNamespace(name="aten::clamp_min_", cpu_parent=parent, device_type=DeviceType.CPU,
                             kernels=[SimpleNamespace(name="k", duration=2000),
@@ -220,7 +221,7 @@ def test_a_profile_counts_each_kernel_once_and_overlaps_once():
     assert bench_profile.busy_ms([parent]) == (0.0, 0.0)
 
 
-def test_a_row_that_was_cut_off_is_no_row(tmp_path):
+def test_truncated_row_is_skipped(tmp_path):
     path = tmp_path / "rows.jsonl"
     assert whole_rows(path) == [] and described([]) == "no summary rows"
     path.write_text(
@@ -241,7 +242,7 @@ def test_rows_are_taken_from_the_last_run_of_each_part():
         "step-h100": [2], "loss-h100": [3], "step-h200": [5]}
 
 
-def test_the_carried_packages_are_those_of_the_requirements():
+def test_carried_packages_match_the_requirements():
     recipe = subprocess.run(["make", "-n", "gpu-wheels"], cwd=ROOT, capture_output=True, text=True,
                             check=True).stdout
     (pinned,) = re.findall(r"^tyro==\S+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)

@@ -1,4 +1,4 @@
-"""`stpp demo`: each method has its settings, and what torchrun is handed is a whole run."""
+"""`stpp demo`: each method has settings, and torchrun receives a complete run."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ UNLABELLED = 388
 
 @pytest.fixture
 def handed(monkeypatch) -> list[list[str]]:
-    """What torchrun is handed instead of being started; data sets are small."""
+    """Captures torchrun's arguments instead of starting it; data sets are small."""
     real, found = synthetic.generate, []
     monkeypatch.setattr(synthetic, "generate", lambda out, *, seed: real(out, seed=seed, train=20, val=2))
     monkeypatch.setattr(demo, "torchrun", lambda train: found.append(train) or 0)
@@ -39,11 +39,11 @@ def test_each_method_has_settings_that_a_recipe_can_hold(method, tmp_path):
         streams = [Stream(samples=range(count), masked=False, number=number)
                    for number, count in enumerate((12, UNLABELLED))]
         sampler, _ = stage_samplers(streams, chosen.train.batch_global, seed=0, stage=1)
-        # validated at the end alone, as the demonstration of ST++ is
+        # validated only at the end, as in the demonstration of ST++
         assert chosen.train.validate_every >= chosen.train.epochs and sampler.steps_per_epoch > 1
 
 
-def test_the_recipe_is_written_and_handed_over(handed, tmp_path, capsys):
+def test_recipe_is_written_and_passed_to_torchrun(handed, tmp_path, capsys):
     out = tmp_path / "demo"
     assert ended(capsys, "demo", "--out", out, "--method", "unimatch", "--seed", 2, "--control")[0] == 0
     (train,) = handed
@@ -62,7 +62,7 @@ def test_the_recipe_is_written_and_handed_over(handed, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_what_is_handed_over_runs(handed, tmp_path, monkeypatch, capsys):
+def test_passed_command_runs(handed, tmp_path, monkeypatch, capsys):
     short = demo.DEMOS["unimatch"]
     short = dataclasses.replace(short, device="cpu", train=dataclasses.replace(
         short.train, epochs=2, batch_global=4, validate_every=2), data=dataclasses.replace(

@@ -1,4 +1,4 @@
-"""`stpp doctor`: traps are found, what is broken is said, and its own trials pass here."""
+"""`stpp doctor`: known problems are found and reported, and its own trials pass here."""
 
 import importlib
 import json
@@ -35,7 +35,7 @@ def fake_apex(tmp_path, monkeypatch) -> Path:
     return package
 
 
-def test_an_unrelated_apex_is_told_by_what_is_in_it(fake_apex):
+def test_unrelated_apex_is_recognised_by_its_contents(fake_apex):
     found = doctor.apex()
     assert (
         found.state == "warn"
@@ -46,27 +46,27 @@ def test_an_unrelated_apex_is_told_by_what_is_in_it(fake_apex):
     assert "apex" not in sys.modules
 
 
-def test_a_genuine_apex_is_told_too(fake_apex):
+def test_genuine_apex_is_recognised(fake_apex):
     (fake_apex / "optimizers").mkdir()
     (fake_apex / "optimizers" / "fused_sgd.py").touch()
     found = doctor.apex()
     assert found.state == "ok" and "NVIDIA's" in found.text and "apex" not in sys.modules
 
 
-def test_missing_dali_is_said_with_what_to_install(monkeypatch):
+def test_missing_dali_is_reported_with_the_package(monkeypatch):
     monkeypatch.setattr(batches, "has_dali", lambda: False)
     found = doctor.dali()
     assert found.state == "warn" and "stpp[cuda12]" in found.advice
 
 
-def test_two_dalis_are_one_too_many(monkeypatch):
+def test_two_dali_packages_are_reported(monkeypatch):
     monkeypatch.setattr(batches, "has_dali", lambda: True)
     monkeypatch.setattr(doctor, "version_of", lambda name: "2.4.0" if "dali" in name else None)
     assert "pip uninstall" in doctor.dali().advice
 
 
 def built(folder: Path, *, age_s: float) -> Path:
-    """A folder of operators whose build is so much older than its sources."""
+    """Folder of operators whose build is this much older than its sources."""
     (folder / "csrc").mkdir()
     for name, time_s in (("csrc/argmax.cpp", 1e9), ("_C.cpython-311.so", 1e9 - age_s)):
         (folder / name).touch()
@@ -81,14 +81,14 @@ def test_a_build_older_than_its_sources_is_stale(tmp_path, age_s, stale):
     assert not stale or "argmax.cpp" in found
 
 
-def test_a_stale_build_is_a_warning_with_how_to_build_again(monkeypatch):
+def test_stale_build_is_a_warning_with_the_remedy(monkeypatch):
     monkeypatch.delenv("STPP_KERNELS", raising=False)
     monkeypatch.setattr(doctor, "stale_build", lambda folder: "_C.so was built before argmax.cpp was changed")
     found = doctor.operators()
     assert found.state == "warn" and "argmax.cpp" in found.text and found.advice == doctor.REBUILD
 
 
-def test_an_operator_that_computes_something_else_fails_its_trial(monkeypatch):
+def test_wrong_operator_fails_its_trial(monkeypatch):
     import stpp_kernels
 
     right = stpp_kernels.confusion
@@ -97,15 +97,15 @@ def test_an_operator_that_computes_something_else_fails_its_trial(monkeypatch):
         selftest.operators(CPU)
 
 
-def test_what_cannot_be_looked_at_is_said_and_not_raised():
-    def look():
+def test_failing_check_is_reported_and_not_raised():
+    def check():
         raise OSError("the driver\nis gone")
 
-    found = doctor._asked("gpu", look)
+    found = doctor._asked("gpu", check)
     assert found.state == "warn" and found.text == "failed: the driver is gone" and "\n" not in found.line()
 
 
-def test_a_needed_part_that_fails_ends_with_1(monkeypatch, capsys):
+def test_failure_of_a_required_part_exits_with_1(monkeypatch, capsys):
     monkeypatch.setattr(
         doctor,
         "findings",
@@ -124,7 +124,7 @@ def test_a_needed_part_that_fails_ends_with_1(monkeypatch, capsys):
                                                     ["fail", "torch"]] and lines[1].endswith("-> install it")
 
 
-def test_every_part_has_one_line_and_the_machine_has_what_the_tests_need(capsys):
+def test_every_part_has_one_line_and_the_machine_suits_the_tests(capsys):
     cli.main(["doctor", "--json", "--no-self-test"])
     report = json.loads(capsys.readouterr().out)
     found = {one["part"]: one for one in report["findings"]}
@@ -137,7 +137,7 @@ def test_every_part_has_one_line_and_the_machine_has_what_the_tests_need(capsys)
     assert (found["dali"]["state"] == "ok") == has_dali()
 
 
-def test_the_trials_pass_here():
+def test_trials_pass():
     assert "operators" in selftest.operators(CPU)
     assert "decoded" in selftest.decode(CPU, dali=False)
     assert "training step" in selftest.train_step(CPU)
@@ -176,7 +176,7 @@ def test_other_load_counts_other_processes_and_not_this_one():
 
 
 @pytest.mark.slow
-def test_the_whole_examination_passes_here(capsys):
+def test_whole_examination_passes(capsys):
     cli.main(["doctor"])
     lines = capsys.readouterr().out.splitlines()
     trials = [line.split()[:1] + line[6:22].split() for line in lines if " try " in line]

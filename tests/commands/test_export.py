@@ -1,7 +1,7 @@
-"""`stpp export`: the ONNX file of a checkpoint, and what is refused. The graph itself is tested with the
-teachers' engines."""
+"""`stpp export`: the ONNX file of a checkpoint, and refusals. The engine tests check the graph itself."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -12,12 +12,15 @@ from cli_cases import refused
 from stpp import checkpoint, cli
 from stpp.images.image_file import IMAGENET_MEAN
 
+PRETRAINED = {"source": "backbone.pth", "sha256": "0" * 64, "licence": None}
+
 
 @pytest.fixture(scope="module")
 def best(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("checkpoint") / "best.pt"
     checkpoint.save(path, model=cases.model("pspnet", classes=3).state_dict(), classes=cases.CLASSES,
-                    architecture={"name": "pspnet", "backbone": "resnet18", "output_stride": 16})
+                    architecture={"name": "pspnet", "backbone": "resnet18", "output_stride": 16},
+                    pretrained=PRETRAINED)
     return path
 
 
@@ -34,7 +37,7 @@ def test_mistakes_are_named(best, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_another_program_computes_the_same(best, tmp_path, capsys):
+def test_onnxruntime_computes_the_same(best, tmp_path, capsys):
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (stpp[dev])")
     out = tmp_path / "deep" / "best.onnx"
     cli.main(["export", "--checkpoint", str(best), "--out", str(out)])
@@ -42,6 +45,7 @@ def test_another_program_computes_the_same(best, tmp_path, capsys):
         "best.onnx"
     ]
     session = runtime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    assert session.get_modelmeta().custom_metadata_map == {"pretrained": json.dumps(PRETRAINED)}
     network = cases.model("pspnet", classes=3)
     network.load_state_dict(checkpoint.load(best)["model"])
     for shape in ((1, 70, 90), (3, 97, 65)):

@@ -1,4 +1,4 @@
-"""Labels out to annotation tools, and in again: the same masks, read by the tools' own readers."""
+"""Labels exported to annotation tools and imported again: the same masks, read by the tools' own readers."""
 
 import io
 import json
@@ -25,7 +25,7 @@ from stpp.images.palette import voc_colours
 
 ROOT = Path(__file__).parents[2]
 READERS = ROOT / "build" / "readers" / "bin" / "python"
-"""Where `make readers` puts the tools' own readers, whose needs differ from ours."""
+"""Environment of the tools' own readers (`make readers`), which need other packages."""
 RELAXED = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 MASKS = {
     f"{('a', 'b/c')[i % 2]}/image {i}": np.kron(
@@ -48,7 +48,7 @@ def labels(tmp_path_factory):
 
 
 def export(capsys, labels: Path, form: str, out: Path, *flags: object) -> str:
-    """What was said."""
+    """Exports; returns the messages."""
     code, said, errors = ended(
         capsys, "export-labels", labels, "--format", form, "--out", out, "--workers", "1", *flags
     )
@@ -57,7 +57,7 @@ def export(capsys, labels: Path, form: str, out: Path, *flags: object) -> str:
 
 
 def in_again(root: Path, form: str, out: Path, masks, **options) -> index.Index:
-    """The data set whose labels were exported, with its export, prepared."""
+    """Prepares the data set whose labels were exported, with its export."""
     photos = "JPEGImages" if form == "cvat" else "images" if form == "yolo" else "photos"
     cases.data_set(root, masks, photos)
     if form == "cvat":
@@ -74,10 +74,10 @@ def without_ignored(mask: np.ndarray) -> np.ndarray:
     return np.where(mask == 255, 0, mask)
 
 
-# --- in again
+# --- import of exports
 
 
-def test_cvat_out_and_in_gives_the_same_masks(tmp_path, labels, capsys):
+def test_cvat_export_and_import_give_the_same_masks(tmp_path, labels, capsys):
     said = export(capsys, labels, "cvat", tmp_path / "out")
     assert "6 images" in said and "ignored" not in said
     made = in_again(tmp_path / "data", "cvat", tmp_path / "out", MASKS)
@@ -87,7 +87,8 @@ def test_cvat_out_and_in_gives_the_same_masks(tmp_path, labels, capsys):
 
 
 @pytest.mark.parametrize(("form", "flags"), [("coco", []), ("coco", ["--polygons"]), ("yolo", [])])
-def test_shapes_out_and_in_give_the_same_masks_but_for_ignored_pixels(tmp_path, labels, capsys, form, flags):
+def test_shapes_export_and_import_give_the_same_masks_except_ignored_pixels(tmp_path, labels, capsys, form,
+                                                                            flags):
     out = tmp_path / ("out.json" if form == "coco" else "out")
     ignored = sum(int((mask == 255).sum()) for mask in MASKS.values())
     said = export(capsys, labels, form, out, *flags)
@@ -105,7 +106,7 @@ def test_shapes_out_and_in_give_the_same_masks_but_for_ignored_pixels(tmp_path, 
     polygons=st.booleans(),
     form=st.sampled_from(["cvat", "coco", "yolo"]),
 )
-def test_any_masks_out_and_in_again(tmp_path, capsys, masks, polygons, form):
+def test_any_masks_survive_export_and_import(tmp_path, capsys, masks, polygons, form):
     named = {f"{i}": mask for i, mask in enumerate(masks)}
     shutil.rmtree(tmp_path, ignore_errors=True)
     out = tmp_path / ("out.json" if form == "coco" else "out")
@@ -155,7 +156,7 @@ def test_the_background_may_be_any_class(tmp_path, capsys):
 
 
 def test_masks_of_cvat_serve_as_pseudo_labels(tmp_path, labels, capsys):
-    """Labelled, exported, corrected, exported there, and given to --method retrain."""
+    """Labelled, exported, corrected, exported from CVAT, and given to --method retrain."""
     root = cases.data_set(tmp_path / "data", MASKS, "photos")
     key = next(iter(MASKS))
     (root / "labels" / key).parent.mkdir(parents=True)
@@ -194,7 +195,7 @@ def test_pycocotools_loads_and_decodes_coco(tmp_path, labels, capsys, flags):
 
 
 def decoded(values: list[int]) -> np.ndarray:
-    """A brush of Label Studio, read as its format is described: runs of 8-bit values, behind a head of their
+    """Decodes a brush of Label Studio by its format: runs of 8-bit values, after a header with their
     number."""
     bits = np.unpackbits(np.array(values, np.uint8)).tolist()
     at = 0
@@ -217,18 +218,18 @@ def decoded(values: list[int]) -> np.ndarray:
 
 @RELAXED
 @given(cases.masks(ids=(0, 1)))
-def test_brushes_are_read_as_their_format_is_described(mask):
+def test_brushes_follow_their_format(mask):
     found = decoded(runs.brush(mask == 1)).reshape(*mask.shape, 4)
     assert (found == np.where(mask == 1, 255, 0)[..., None]).all()
 
 
-def test_a_long_run_of_a_brush_is_cut():
+def test_long_run_of_a_brush_is_split():
     mask = np.zeros((300, 300), bool)
     mask[20:290] = True
     assert (decoded(runs.brush(mask)).reshape(300, 300, 4)[..., 3] == mask * 255).all()
 
 
-def test_label_studio_gets_a_region_a_class(tmp_path, labels, capsys):
+def test_label_studio_gets_one_region_per_class(tmp_path, labels, capsys):
     export(capsys, labels, "label-studio", tmp_path / "one.json", "--image-prefix", "s3://bucket/")
     tasks = json.loads((tmp_path / "one.json").read_text())
     assert len(tasks) == 6
@@ -269,7 +270,7 @@ needs_readers = pytest.mark.skipif(
 
 
 def read_elsewhere(out: Path, *args: object) -> dict[str, np.ndarray]:
-    """Masks by their names, as a tool's own reader finds them."""
+    """Reads masks by their names with a tool's own reader."""
     command = [READERS, "-W", "ignore", ROOT / "tests" / "tool_readers.py", *args, out]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -318,7 +319,7 @@ def test_label_studios_converter_decodes_the_brushes(tmp_path, labels, capsys):
 # --- CVAT's folder
 
 
-def test_the_folder_of_cvat(tmp_path, labels, capsys):
+def test_cvat_folder(tmp_path, labels, capsys):
     export(capsys, labels, "cvat", tmp_path / "out")
     assert (tmp_path / "out" / "labelmap.txt").read_text().splitlines() == [
         "# label:color_rgb:parts:actions",
@@ -337,7 +338,7 @@ def test_the_folder_of_cvat(tmp_path, labels, capsys):
             assert len(np.unique(mask[numbers == number])) == 1  # an object is of one class
 
 
-def test_more_objects_than_the_format_has_numbers_for(tmp_path, capsys):
+def test_more_objects_than_cvat_numbers(tmp_path, capsys):
     mask = np.zeros((60, 60), np.uint8)
     mask[::2, ::2], mask[1::4, 1::2] = 1, 2
     mask[40:50, 40:50] = 1
@@ -366,7 +367,7 @@ def test_colours_are_those_of_voc():
     assert len(np.unique(voc_colours(np.arange(256)), axis=0)) == 256
 
 
-# --- what is taken, and what is refused
+# --- input and refusals
 
 
 @pytest.mark.parametrize(("form", "out"), KINDS)
@@ -400,7 +401,7 @@ def test_archives_and_several_processes_give_the_same_bytes(tmp_path, labels, ca
             assert archive.testzip() is None and "SegmentationClass/a/image 0.png" in archive.namelist()
 
 
-def test_ticked_images_alone_are_written(tmp_path, labels, capsys):
+def test_only_ticked_images_are_written(tmp_path, labels, capsys):
     keys = list(MASKS)
     (tmp_path / "ticked.txt").write_text(f"{keys[1]}\n{keys[4]}.jpg\n")
     assert "2 images" in export(capsys, labels, "cvat", tmp_path / "out", "--only", tmp_path / "ticked.txt")
@@ -444,7 +445,7 @@ def test_small_objects_are_left_out(tmp_path, capsys, form):
     assert (drawn(made, next(iter(made.entries))) == expected).all()
 
 
-def test_names_of_classes_are_asked_for(tmp_path, capsys):
+def test_class_names_are_required(tmp_path, capsys):
     labels = cases.labels(tmp_path / "labels", MASKS, classes=())
     command = ["export-labels", labels, "--format", "coco", "--workers", "1", "--out"]
     assert "the names of the classes are not known; give --classes" in refused(
@@ -497,7 +498,7 @@ def test_impossible_flags_are_refused(tmp_path, labels, capsys, monkeypatch, fla
     assert list(tmp_path.iterdir()) == []
 
 
-def test_damaged_labels_are_named_and_nothing_is_left(tmp_path, capsys):
+def test_damaged_labels_are_named_and_leave_no_output(tmp_path, capsys):
     labels = cases.labels(tmp_path / "labels", MASKS)
     command = ["export-labels", labels, "--format", "cvat", "--workers", "1", "--out", tmp_path / "out"]
     key = next(iter(MASKS))
@@ -534,7 +535,7 @@ def test_keys_that_lead_outside_are_refused(tmp_path, capsys, key):
 
 @pytest.mark.parametrize("output", ["png", "tar"])
 def test_labels_of_a_teacher_know_its_classes(tmp_path, capsys, output):
-    """From `stpp label` as it is, with names of images that are odd, and low confidence ignored."""
+    """From `stpp label`, with odd names of images, and low confidence ignored."""
     files = dict(list(label_cases.good_files().items())[:4]) | {
         "ünï – 火 'x' & y.jpg": label_cases.encoded(label_cases.picture(9))
     }

@@ -1,4 +1,4 @@
-"""`stpp.load(path).predict(image)` and `stpp predict`: what they compute, and what they refuse."""
+"""`stpp.load(path).predict(image)` and `stpp predict`: their results and refusals."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def predictor(best):
 
 @pytest.fixture(autouse=True)
 def threads():
-    """Commands set the number of threads."""
+    """Restores the number of threads, which commands set."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -52,7 +52,7 @@ def picture(seed: int, width: int = 70, height: int = 50) -> Image.Image:
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def test_the_mask_comes_with_the_mean_of_its_pixels_confidence(predictor, network):
+def test_mask_comes_with_its_mean_confidence(predictor, network):
     colours_HWC = np.asarray(picture(5))
     mask_HW, confidence = predictor.scored(colours_HWC)
     assert (mask_HW == predictor.mask(colours_HWC)).mean() > 0.999
@@ -64,7 +64,7 @@ def test_the_mask_comes_with_the_mean_of_its_pixels_confidence(predictor, networ
 
 
 def plain_mask(network: torch.nn.Module, colours_HWC: np.ndarray) -> np.ndarray:
-    """The same in plain PyTorch."""
+    """Computes the mask in plain PyTorch."""
     images_NCHW = torch.from_numpy(normalised(colours_HWC)).permute(2, 0, 1)[None].contiguous()
     with torch.no_grad():
         low = network.eval()(images_NCHW)
@@ -73,14 +73,14 @@ def plain_mask(network: torch.nn.Module, colours_HWC: np.ndarray) -> np.ndarray:
 
 
 def command(capsys, *args) -> tuple[int, str, str]:
-    """Exit code, standard output, standard error of `stpp predict`."""
+    """Runs `stpp predict`; returns exit code, standard output, standard error."""
     return ended(capsys, "predict", *args, "--device", "cpu", "--precision", "fp32")
 
 
 # --- from Python
 
 
-def test_a_path_an_image_and_an_array_give_the_same_mask(network, predictor, tmp_path):
+def test_path_image_and_array_give_the_same_mask(network, predictor, tmp_path):
     image = picture(0)
     image.save(tmp_path / "caf\u00e9 au lait.png")
     mask = predictor.predict(np.asarray(image))
@@ -112,7 +112,7 @@ def test_views_are_summed(best, network):
     assert (found == (views[0] + views[1].flip(3)).argmax(1)[0].numpy()).mean() >= 0.999
 
 
-def test_what_is_no_image_is_refused(best, predictor, tmp_path):
+def test_inputs_that_are_no_image_are_refused(best, predictor, tmp_path):
     for bad in (np.zeros((4, 5, 3)), np.zeros((4, 5), np.uint8), np.zeros((4, 5, 4), np.uint8),
                 np.zeros((0, 5, 3), np.uint8)):
         with pytest.raises(ValueError, match=r"uint8 \[H, W, 3\]"):
@@ -135,7 +135,7 @@ def test_what_is_no_image_is_refused(best, predictor, tmp_path):
             small.predict(large)
 
 
-def test_what_is_no_network_is_refused(best, tmp_path):
+def test_files_that_are_no_network_are_refused(best, tmp_path):
     (tmp_path / "text.pt").write_text("text")
     for name in ("absent.pt", "text.pt"):
         with pytest.raises(UserError, match=name):
@@ -144,7 +144,7 @@ def test_what_is_no_network_is_refused(best, tmp_path):
         stpp.load(best, tta="many")
 
 
-def test_a_published_state_dict_makes_the_same_masks(network, predictor, tmp_path, capsys):
+def test_published_state_dict_gives_the_same_masks(network, predictor, tmp_path, capsys):
     path, image, out = tmp_path / "published.pth", tmp_path / "a.png", tmp_path / "out"
     torch.save({f"module.{key}": value for key, value in network.state_dict().items()}, path)
     picture(9).save(image)
@@ -182,7 +182,7 @@ def test_masks_and_overlays_of_files_and_folders(best, predictor, tmp_path, caps
     assert described["classes"] == CLASSES and len(set(described["colors"])) == len(CLASSES)
 
 
-def test_an_overlay_is_half_image_half_class_colour():
+def test_overlay_is_half_image_half_class_colour():
     from stpp.images.palette import overlaid, palette
 
     image, mask = np.full((1, 2, 3), 200, dtype=np.uint8), np.array([[1, 255]], dtype=np.uint8)
@@ -191,7 +191,7 @@ def test_an_overlay_is_half_image_half_class_colour():
                                                            for i in (1, 255)]]
 
 
-def test_broken_images_and_hostile_names_have_a_line_each_and_the_others_a_mask(best, tmp_path, capsys):
+def test_broken_images_have_a_line_each_and_the_others_a_mask(best, tmp_path, capsys):
     folder, out = tmp_path / "photos", tmp_path / "out"
     folder.mkdir()
     picture(6).save(folder / "good.jpg")
@@ -220,7 +220,7 @@ def test_broken_images_and_hostile_names_have_a_line_each_and_the_others_a_mask(
     assert code == 2 and sum("cut.jpg" in text for text in errors.splitlines()) == 1
 
 
-def test_mistakes_have_one_line_and_write_no_mask(best, tmp_path, capsys):
+def test_mistakes_print_one_line_and_write_no_mask(best, tmp_path, capsys):
     folder, out = tmp_path / "photos", tmp_path / "out"
     for name in ("x/a.jpg", "y/a.png"):
         (folder / name).parent.mkdir(parents=True)

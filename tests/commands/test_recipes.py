@@ -1,5 +1,5 @@
-"""`stpp recipes`, and the recipes: all resolve; the published ones have the published values, and headers
-that are right."""
+"""`stpp recipes`, and the recipes: all resolve; the published ones have the published values and correct
+headers."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ MIOU = {
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
-def test_every_recipe_resolves_and_a_flag_comes_after_it(path, tmp_path, capsys):
+def test_every_recipe_resolves_and_flags_override_it(path, tmp_path, capsys):
     def printed(*flags: str) -> dict:
         cli.main(["train", "--recipe", str(path), *flags, "--print-config"])
         return json.loads(capsys.readouterr().out)
@@ -47,7 +47,7 @@ def test_every_recipe_resolves_and_a_flag_comes_after_it(path, tmp_path, capsys)
     assert changed["train"].pop("epochs") == 3
     del resolved["train"]["epochs"]
     assert changed == resolved
-    whole = tmp_path / "config.json"  # what is printed is itself a recipe
+    whole = tmp_path / "config.json"  # the printed configuration is itself a recipe
     whole.write_text(json.dumps(printed()))
     assert config.to_dict(config.load_recipe(Config, whole)) == printed()
 
@@ -57,7 +57,7 @@ def recipe(name: str) -> Config:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_values_are_the_published_ones(name, tmp_path):
+def test_recipe_values_are_the_published_ones(name, tmp_path):
     classes, lr, epochs, crop_px, long_side = PUBLISHED[name]
     found = recipe(name)
     assert (found.train.lr, found.train.epochs, found.augment.crop_px,
@@ -75,7 +75,7 @@ def test_values_are_the_published_ones(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_header_counts_steps_as_the_run_does(name):
+def test_header_steps_match_the_run(name):
     text = (RECIPES / f"{name}.toml").read_text()
     rows = re.findall(r"^# +(\d+) +(\d+) +(\d+) +(\d+) +(\d+)(?: +(1/\d+))?$", text, re.MULTILINE)
     assert len(rows) == {"pascal": 8, "cityscapes": 3}[name]
@@ -93,14 +93,14 @@ def test_the_header_counts_steps_as_the_run_does(name):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_header_names_the_published_results_and_marks_estimates(name):
+def test_header_lists_published_results_and_marks_estimates(name):
     text = (RECIPES / f"{name}.toml").read_text()
     assert [figure for figure in MIOU[name] if figure not in text] == []
     assert "ESTIMATE" in text and "not yet reproduced" in text
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_launch_line_and_its_variants_resolve(name, monkeypatch):
+def test_launch_line_and_its_variants_resolve(name, monkeypatch):
     text = (RECIPES / f"{name}.toml").read_text()
     line = re.search(r"-m stpp train (.*?)\n#\n", text, re.DOTALL)[1].replace("\\\n#", " ").split()
     path = line[line.index("--recipe") + 1]
@@ -112,7 +112,7 @@ def test_the_launch_line_and_its_variants_resolve(name, monkeypatch):
         assert resolved.data.layout == {"pascal": "voc"}.get(name, name) and resolved.data.split is not None
 
 
-def test_recipes_are_listed_with_what_they_train(capsys):
+def test_recipes_are_listed_with_their_subject(capsys):
     code, out, _ = ended(capsys, "recipes")
     lines = dict(line.split(maxsplit=1) for line in out.splitlines())
     assert code == 0 and lines.keys() == {path.stem for path in RECIPES.glob("*.toml")}
@@ -124,24 +124,24 @@ def test_recipes_are_listed_with_what_they_train(capsys):
 @pytest.mark.parametrize("spelled",
                          [["--recipe", "pascal"], ["--recipe=pascal"],
                           ["--train.epochs", "80", "--recipe", "pascal"]])
-def test_a_recipe_is_found_by_its_name(spelled, tmp_path, monkeypatch):
+def test_recipe_is_found_by_name(spelled, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "pascal").mkdir()  # as the data may be called
+    (tmp_path / "pascal").mkdir()  # a possible name of the data
     assert train.parse(spelled).config == recipe("pascal")
     (tmp_path / "pascal").rmdir()
     (tmp_path / "pascal").write_text("seed = 7")
-    assert train.parse(spelled).config.seed == 7  # a file of this name comes first
+    assert train.parse(spelled).config.seed == 7  # a file of this name has precedence
 
 
 @pytest.mark.parametrize("name", ["nowhere", "pascal.toml", "../pascal", ""])
-def test_an_unknown_recipe_is_refused_with_the_names(name, tmp_path, monkeypatch, capsys):
+def test_unknown_recipe_is_refused_with_the_known_names(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     said = refused(capsys, "train", "--recipe", name, "--print-config")
     assert f"--recipe {name}: no such file" in said
     assert f"one of {', '.join(sorted(path.stem for path in RECIPES.glob('*.toml')))}" in said
 
 
-def test_without_a_checkout_a_path_is_asked_for(tmp_path, monkeypatch, capsys):
+def test_without_a_checkout_a_path_is_required(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(recipes, "FOLDER", tmp_path / "absent")
     assert "no recipes in" in ended(capsys, "recipes")[1]
     assert refused(capsys, "train", "--recipe", "pascal").endswith("give the path of a .toml file")
@@ -160,7 +160,7 @@ CONSISTENCY_IMAGES = {"pascal": 10582, "cityscapes": 2975, "ade20k": 20210, "coc
 
 
 @pytest.mark.parametrize("name", CONSISTENCY)
-def test_values_of_the_unimatches_are_the_published_ones(name):
+def test_unimatch_values_are_the_published_ones(name):
     found, (lr, epochs, crop_px, batch, confidence, loss) = recipe(name), CONSISTENCY[name]
     train = found.train
     assert train.lr * train.batch_global / 16 == pytest.approx(lr) and train.batch_global == batch
@@ -182,7 +182,7 @@ def test_values_of_the_unimatches_are_the_published_ones(name):
 
 
 @pytest.mark.parametrize("name", [*CONSISTENCY, "camvid_unimatch"])
-def test_the_launch_lines_of_the_unimatches_and_their_variants_resolve(name, monkeypatch):
+def test_unimatch_launch_lines_and_variants_resolve(name, monkeypatch):
     text = (RECIPES / f"{name}.toml").read_text()
     line = re.search(r"stpp train (.*?)\n#\n", text, re.DOTALL)[1].replace("\\\n#", " ").split()
     assert RECIPES / Path(line[line.index("--recipe") + 1]).name == RECIPES / f"{name}.toml"
@@ -201,7 +201,7 @@ def test_the_launch_lines_of_the_unimatches_and_their_variants_resolve(name, mon
         assert resolved.data.split is not None or name == "camvid_unimatch"
 
 
-def test_camvid_for_unimatch_is_small_enough_for_two_cores():
+def test_camvid_unimatch_is_small_enough_for_two_cores():
     text, found = (RECIPES / "camvid_unimatch.toml").read_text(), recipe("camvid_unimatch")
     streams = [Stream(samples=range(count), masked=False, number=i) for i, count in enumerate((46, 321))]
     (steps, _) = (sampler.steps_per_epoch * found.train.epochs
@@ -216,7 +216,7 @@ def test_camvid_for_unimatch_is_small_enough_for_two_cores():
 
 
 @pytest.mark.parametrize("name", CONSISTENCY)
-def test_the_headers_of_the_unimatches_count_steps_as_the_run_does(name):
+def test_unimatch_header_steps_match_the_run(name):
     text, train = (RECIPES / f"{name}.toml").read_text(), recipe(name).train
     rows = re.findall(r"^# +(\d+) +(\d+) +(\d+)(?: +(1/\d+))?$", text, re.MULTILINE)
     assert len(rows) >= 4

@@ -1,4 +1,4 @@
-"""`stpp serve`: what Label Studio asks and is answered, and what no client gets."""
+"""`stpp serve`: answers to Label Studio, and refusals."""
 
 import http.client
 import json
@@ -26,7 +26,7 @@ SETUP = (
 
 
 class Halves:
-    """Class 1 on the left half, and class 2 in one pixel; reads nothing but the name."""
+    """Network with class 1 on the left half, and class 2 in one pixel; reads only the name."""
 
     classes = ("background", "b", "c")
 
@@ -103,7 +103,7 @@ def test_health_and_setup(address):
         "http://label-studio:8080/data/local-files/?d=a%20b/7.jpg",
     ],
 )
-def test_a_prediction_is_a_brush_of_each_class(address, image):
+def test_prediction_is_a_brush_of_each_class(address, image):
     status, found = asked(address, "POST", "/predict", task(image))
     assert status == 200
     (prediction,) = found["results"]
@@ -168,13 +168,13 @@ def test_no_address_is_fetched(address, network, image):
         (task("broken.jpg"), "broken.jpg: it is cut short"),
     ],
 )
-def test_requests_that_are_none_are_refused_in_one_line(address, body, says):
+def test_malformed_requests_are_refused_in_one_line(address, body, says):
     status, found = asked(address, "POST", "/predict", body)
     assert status == 400 and says in found["error"] and "\n" not in found["error"]
     assert asked(address, "GET", "/")[0] == 200
 
 
-def test_requests_of_any_length_or_from_a_page_are_not_read(address):
+def test_oversized_and_cross_origin_requests_are_not_read(address):
     assert asked(address, "POST", "/predict", **{"Content-Length": str(serve.MOST_BYTES + 1)})[0] == 413
     assert asked(address, "POST", "/predict", **{"Content-Length": "-1"})[0] == 413
     assert asked(address, "POST", "/predict", task("a b/7.jpg"), Origin="http://evil")[0] == 403
@@ -184,7 +184,7 @@ def test_requests_of_any_length_or_from_a_page_are_not_read(address):
     )
 
 
-def test_what_cannot_be_served_is_refused(tmp_path, capsys):
+def test_unservable_checkpoints_are_refused(tmp_path, capsys):
     said = refused(capsys, "serve", "--checkpoint", tmp_path / "gone.pt", "--root", tmp_path)
     assert "there is no such checkpoint" in said
     (tmp_path / "best.pt").write_bytes(b"")
@@ -194,7 +194,7 @@ def test_what_cannot_be_served_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_is_served_and_stopped(tmp_path, root):
+def test_checkpoint_is_served_and_stopped(tmp_path, root):
     network = engine_cases.model("deeplabv3plus", seed=1, classes=3)
     checkpoint.save(
         tmp_path / "best.pt",
@@ -204,7 +204,7 @@ def test_a_checkpoint_is_served_and_stopped(tmp_path, root):
     )
     command = [sys.executable, "-m", "stpp", "serve", "--checkpoint", str(tmp_path / "best.pt")]
     command += ["--root", str(root), "--port", "0", "--device", "cpu"]
-    # Where these tests run in the background of a shell, an interrupt is ignored unless it is put back.
+    # In the background of a shell an interrupt is ignored until it is restored.
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
         try:

@@ -1,4 +1,4 @@
-"""The synthetic data set: its form, its determinism, and that its masks say what the pictures show."""
+"""Synthetic data set: its form, its determinism, and the agreement of masks and pictures."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ def rng(number: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[5, number]))
 
 
-def test_the_set_goes_through_preparation_and_split(tmp_path):
+def test_set_passes_preparation_and_split(tmp_path):
     synthetic.generate(tmp_path / "data", seed=1, train=16, val=4)
     made = index.prepare(tmp_path / "data", tmp_path / "index", progress=False)
     assert made.layout == "voc" and made.classes == synthetic.CLASSES
@@ -50,7 +50,7 @@ def test_equal_seeds_give_equal_pictures(tmp_path):
     assert all(x.read_bytes() != y.read_bytes() for x, y in zip(a, c, strict=True))
 
 
-def test_masks_lie_on_the_shapes():
+def test_masks_match_the_shapes():
     """Without nuisances, each class's pixels have its hue, the ground has none, and only edges lie
     between."""
     wrong = total = 0

@@ -1,5 +1,5 @@
-"""Published checkpoints of UniMatch and UniMatch-V2 in every command: a file with student and moving
-average, and one with a deep stem."""
+"""Published checkpoints of UniMatch and UniMatch-V2 in every command: a file with student and moving average,
+and one with a deep stem."""
 
 from pathlib import Path
 
@@ -20,12 +20,12 @@ CPU = ["--device", "cpu", "--precision", "fp32"]
 
 
 def public(model: torch.nn.Module) -> dict:
-    """A state dict as a process of DistributedDataParallel saves it."""
+    """Returns a state dict in the form saved by DistributedDataParallel."""
     return {f"module.{key}": value for key, value in model.state_dict().items()}
 
 
 def told_apart(network: torch.nn.Module) -> torch.nn.Module:
-    """Its classifier is moved, so that it sees every class somewhere."""
+    """Shifts the classifier, so that every class occurs."""
     with torch.no_grad():
         logits = network(cases.images(2, 70, 98))
         last = network.get_submodule(network.classifier_name)
@@ -37,7 +37,7 @@ def told_apart(network: torch.nn.Module) -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, synthetic_index) -> Path:
-    """A published file of UniMatch-V2, and its two networks as checkpoints of a run."""
+    """Writes a published file of UniMatch-V2, and its two networks as checkpoints of a run."""
     path = tmp_path_factory.mktemp("published")
     student, average = (told_apart(cases.model("dinov2-small", seed=seed)) for seed in (0, 1))
     torch.save({"model": public(student), "model_ema": public(average), "optimizer": {"state": {}}, "epoch":
@@ -55,7 +55,7 @@ def masks_of(out: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.slow
-def test_the_average_is_scored_and_the_student_where_it_is_asked_for(folder, synthetic_index, listed, capsys):
+def test_average_is_scored_by_default_and_student_on_request(folder, synthetic_index, listed, capsys):
     def scored(name: str) -> str:
         code, said, errors = ended(capsys, "evaluate", "--checkpoint", folder / name, "--index",
                                    synthetic_index, "--list", listed, "--loader", "reference", *CPU)
@@ -66,9 +66,8 @@ def test_the_average_is_scored_and_the_student_where_it_is_asked_for(folder, syn
     assert scored("v2.pth#model") == scored("student.pt")
 
 
-def test_a_settings_file_beside_a_published_checkpoint_is_nobodys_run(folder, synthetic_index, listed,
-                                                                     tmp_path, capsys):
-    """Folders of downloaded weights hold a config.json of somebody else."""
+def test_config_next_to_a_published_checkpoint_is_ignored(folder, synthetic_index, listed, tmp_path, capsys):
+    """Folders of downloaded weights may hold another program's config.json."""
     (tmp_path / "v2.pth").symlink_to(folder / "v2.pth")
     (tmp_path / "config.json").write_text('{"architectures": ["Dinov2Model"]}')
     code, _, errors = ended(capsys, "evaluate", "--checkpoint", tmp_path / "v2.pth", "--index",
@@ -77,7 +76,7 @@ def test_a_settings_file_beside_a_published_checkpoint_is_nobodys_run(folder, sy
 
 
 @pytest.mark.slow
-def test_single_images_and_corpora_get_the_masks_of_the_average(folder, synthetic, listed, tmp_path, capsys):
+def test_predict_and_label_use_the_average(folder, synthetic, listed, tmp_path, capsys):
     photos = sorted((synthetic / "JPEGImages").iterdir())[:3]
     cli.main(["predict", *map(str, photos), "--checkpoint", str(folder / "v2.pth"), "--out", str(tmp_path /
     "p"),
@@ -116,7 +115,7 @@ def test_checkpoints_of_both_networks_rank_images(folder, synthetic, tmp_path, c
     assert len(scores) == 4 and all(0 <= score < 1 for score in scores)
 
 
-def test_an_engine_folder_is_made_of_it(folder, tmp_path, capsys):
+def test_published_checkpoint_compiles_to_an_engine_folder(folder, tmp_path, capsys):
     cli.main(["compile", "--checkpoint", str(folder / "v2.pth"), "--out", str(tmp_path / "engine"),
     "--backend",
               "eager", *CPU])
@@ -128,8 +127,8 @@ def test_an_engine_folder_is_made_of_it(folder, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_another_program_computes_the_same(folder, tmp_path, capsys):
-    """DPT on DINOv2, and DeepLabV3+ on a deep stem, whose stride is asked for."""
+def test_onnxruntime_computes_the_same(folder, tmp_path, capsys):
+    """DPT on DINOv2, and DeepLabV3+ on a deep stem, which needs a stride."""
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (stpp[dev])")
     torch.manual_seed(0)
     deep = cases.warmed(build_model("deeplabv3plus", "resnet50-deep-stem", 6))

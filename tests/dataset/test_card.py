@@ -1,4 +1,4 @@
-"""The data card: its numbers, its text, its contact sheet, and both in the report."""
+"""Data card: its numbers, its text, its contact sheet, and both in the report."""
 
 import json
 
@@ -31,7 +31,7 @@ def root(tmp_path):
     return root
 
 
-def test_the_card_counts_what_is_there(root):
+def test_card_counts_the_data_set(root):
     made = prepare(root)
     values = json.loads((made.out / card.JSON).read_text())
     assert values["counts"] == {"images": 5, "masks": 3, "converted": 1}
@@ -60,7 +60,7 @@ def test_the_card_counts_what_is_there(root):
         assert part in text
 
 
-def test_the_contact_sheet_shows_images_with_their_masks(root):
+def test_contact_sheet_shows_images_with_masks(root):
     made = prepare(root)
     with Image.open(made.out / card.SHEET) as sheet:
         pixels = np.asarray(sheet.convert("RGB"))
@@ -70,7 +70,7 @@ def test_the_contact_sheet_shows_images_with_their_masks(root):
     assert (made.out / card.SHEET).exists() and json.loads((made.out / card.JSON).read_text())["masks"] == {}
 
 
-def test_the_command_prints_the_card(root, tmp_path, capsys):
+def test_prepare_prints_the_card(root, tmp_path, capsys):
     flags = ["--data.root", str(root), "--data.layout", "globs", "--data.images", "photos/**/*",
              "--data.masks", "labels/**/*.png", "--out", str(tmp_path / "out")]
     cli.main(["prepare", *flags])
@@ -83,7 +83,7 @@ def test_the_command_prints_the_card(root, tmp_path, capsys):
     assert ended.value.code == 2 and "stpp: --strict: passed over: 1 .heic" in capsys.readouterr().err
 
 
-def test_the_report_finds_the_card_of_a_run(root, tmp_path):
+def test_report_finds_the_card_of_a_run(root, tmp_path):
     made = prepare(root)
     run = tmp_path / "run"
     run.mkdir()

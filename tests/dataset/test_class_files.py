@@ -1,4 +1,4 @@
-"""Class lists in the files that tools write: read where the order is plain, else refused."""
+"""Class lists in the files of tools: read if the order is unambiguous, otherwise refused."""
 
 import json
 
@@ -34,7 +34,7 @@ NAMES = ["background", "leaf", "stem"]
     ],
 )
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_json_in_the_forms_of_tools(tmp_path, value, encoding):
+def test_json_forms_of_tools_are_read(tmp_path, value, encoding):
     (tmp_path / "classes.json").write_bytes(
         json.dumps(value, indent=1).replace("\n", "\r\n").encode(encoding)
     )
@@ -57,7 +57,7 @@ def test_json_in_the_forms_of_tools(tmp_path, value, encoding):
         ({"names": "a b"}, "list of class names"),
     ],
 )
-def test_json_whose_order_is_not_plain_is_refused(tmp_path, value, said):
+def test_json_of_ambiguous_order_is_refused(tmp_path, value, said):
     (tmp_path / "classes.json").write_text(json.dumps(value))
     with pytest.raises(UserError, match=said):
         class_list(tmp_path, "globs")
@@ -95,7 +95,7 @@ def test_other_files_name_the_classes(tmp_path, name, text):
         "{'0': 'background', '1': 'leaf', '2': 'stem'}",
     ],
 )
-def test_json_as_people_write_it(tmp_path, text):
+def test_handwritten_json_is_read(tmp_path, text):
     (tmp_path / "classes.json").write_text(text)
     assert class_list(tmp_path, "globs").names == NAMES
 
@@ -108,7 +108,7 @@ def test_json_as_people_write_it(tmp_path, text):
         "value: class\n0: background\n1: leaf\n2: stem\n",
     ],
 )
-def test_a_header_over_ids_is_no_class(tmp_path, text):
+def test_header_of_an_id_table_is_no_class(tmp_path, text):
     (tmp_path / "classes.txt").write_text(text)
     assert class_list(tmp_path, "globs").names == NAMES
 
@@ -122,21 +122,21 @@ def test_a_header_over_ids_is_no_class(tmp_path, text):
         "0,background\nleaf\n2,stem\n",
     ],
 )
-def test_texts_that_are_no_lists_of_names_are_refused(tmp_path, text):
-    """Their lines would be classes, and every id would mean another one."""
+def test_texts_without_class_names_are_refused(tmp_path, text):
+    """Their lines would become classes, and every id would mean another one."""
     (tmp_path / "labelmap.txt").write_text(text)
     with pytest.raises(UserError, match=r"labelmap\.txt: .*list of names in the order of their ids"):
         class_list(tmp_path, "globs")
 
 
-def test_names_that_differ_by_spaces_are_one(tmp_path):
+def test_names_that_differ_by_spaces_are_equal(tmp_path):
     (tmp_path / "classes.json").write_text('["background", "leaf", "leaf "]')
     with pytest.raises(UserError, match="different class names"):
         class_list(tmp_path, "globs")
 
 
 @pytest.mark.parametrize("name", ["unlabelled area", "Void (sky)", "ignore_region", "2 unlabeled"])
-def test_longer_names_for_pixels_that_count_nowhere_are_asked_about(name):
+def test_longer_names_of_ignore_are_refused(name):
     with pytest.raises(UserError, match="would be learned like the others"):
         class_list(".", "globs", ("background", name))
     assert class_list(".", "globs", ("background", "avoided", "devoid")).names[1:] == ["avoided", "devoid"]
@@ -162,7 +162,7 @@ def test_two_files_must_agree_and_classes_json_wins(tmp_path):
 @pytest.mark.parametrize(
     "name", ["ignore", "Void", "unlabeled", "Unlabelled", "_ignore_", "don't care", "IGNORE"]
 )
-def test_a_class_that_counts_nowhere_is_asked_about(tmp_path, name):
+def test_class_called_ignore_is_refused(tmp_path, name):
     (tmp_path / "classes.json").write_text(json.dumps(["road", name, "car"]))
     for given_ in ((), ("road", name, "car")):
         with pytest.raises(UserError) as error:
@@ -181,7 +181,7 @@ def own_voc(root, names=()):
     return root
 
 
-def test_data_of_ones_own_in_vocs_layout_are_not_called_vocs_in_silence(tmp_path, capsys):
+def test_own_data_in_voc_layout_causes_a_warning(tmp_path, capsys):
     root = own_voc(tmp_path / "data")
     made = index.prepare(root, tmp_path / "index", progress=False)
     assert len(made.classes) == 21 and any(
@@ -199,7 +199,7 @@ def test_data_of_ones_own_in_vocs_layout_are_not_called_vocs_in_silence(tmp_path
     name=st.sampled_from([class_files.JSON, *class_files.TEXTS, *class_files.YAMLS]),
     text=st.text(st.sampled_from("ab0123:,=[]{}\"' \n#-namesid"), max_size=60) | st.text(max_size=30),
 )
-def test_any_text_is_a_class_list_or_one_line(tmp_path, name, text):
+def test_any_text_is_a_class_list_or_refused_in_one_line(tmp_path, name, text):
     (tmp_path / name).write_text(text, encoding="utf-8", errors="surrogatepass")
     try:
         found = class_files.find(tmp_path)

@@ -1,5 +1,4 @@
-"""Data sets whose masks are drawn from the shapes of annotation tools: COCO, YOLO, labelme; and CVAT's
-colours."""
+"""Data sets with masks drawn from shapes of annotation tools: COCO, YOLO, labelme; and CVAT's colours."""
 
 import base64
 import io
@@ -27,7 +26,7 @@ RLE = {"size": [24, 32], "counts": [5, 3, 760]}
 
 
 def one(tmp_path, *annotations: dict, images: int = 1, **options):
-    """A data set of one listed image with these annotations, prepared."""
+    """Prepares a data set of one listed image with these annotations."""
     root = coco_set(tmp_path / "data", coco({"photos/0.jpg": list(annotations)}, NAMES), images=images)
     return prepare(root, **COCO | options)
 
@@ -75,7 +74,7 @@ def test_smaller_areas_lie_on_top_whatever_their_order(tmp_path):
         assert (found[5:7, 4:6] == 2).all() and np.count_nonzero(found == 2) == 4
 
 
-def test_unlisted_pixels_are_asked_for(tmp_path, capsys):
+def test_unlisted_pixels_require_a_choice(tmp_path, capsys):
     root = coco_set(tmp_path / "data", coco({"photos/0.jpg": [{}]}, NAMES))
     base = [
         "prepare",
@@ -90,7 +89,7 @@ def test_unlisted_pixels_are_asked_for(tmp_path, capsys):
     assert "--data.unlisted background" in refused(capsys, *base, "annotations.json")
     code, out, _ = ended(
         capsys, *base, root / "annotations.json", "--data.unlisted", "ignore"
-    )  # as a shell has it
+    )  # as a shell passes it
     assert code == 0 and "1 with a mask, 2 classes" in out
     made = index.load(tmp_path / "index")
     assert made.classes == ("leaf", "stem") and (drawn(made, "photos/0.jpg") == square(0, 255)).all()
@@ -149,7 +148,7 @@ def test_classes_are_found_by_name(tmp_path):
         ({"category_id": "1"}, "no category_id that is a number"),
     ],
 )
-def test_what_cannot_be_drawn_is_a_problem_that_names_the_annotation(tmp_path, annotation, says):
+def test_undrawable_annotations_are_named(tmp_path, annotation, says):
     with pytest.raises(UserError, match=says) as error:
         one(tmp_path, {}, annotation)
     assert "annotations.json: photos/0.jpg: annotation 2" in str(error.value) and "\n" not in str(error.value)
@@ -192,7 +191,7 @@ def test_names_that_lead_outside_are_refused(tmp_path, name):
     assert {str(path) for path in tmp_path.rglob("*")} - before <= {str(tmp_path / "index")}
 
 
-def test_images_are_found_by_the_names_that_tools_write(tmp_path, capsys):
+def test_images_are_found_by_the_names_of_tools(tmp_path, capsys):
     for name, file in (
         ("photos/0.jpg", "annotations.json"),
         ("0.jpg", "annotations.json"),
@@ -208,7 +207,7 @@ def test_images_are_found_by_the_names_that_tools_write(tmp_path, capsys):
         assert ("found by the end of the path alone" in capsys.readouterr().err) == by_end
 
 
-def test_a_name_of_two_images_is_refused(tmp_path):
+def test_ambiguous_image_name_is_refused(tmp_path):
     root = coco_set(tmp_path / "data", coco({"0.jpg": [{}]}, NAMES))
     photo(root / "more" / "0.jpg")
     with pytest.raises(UserError, match=r"may be more/0\.jpg or photos/0\.jpg"):
@@ -217,7 +216,7 @@ def test_a_name_of_two_images_is_refused(tmp_path):
     assert list(made.entries) == ["photos/0.jpg", "photos/1.jpg", "photos/2.jpg"]
 
 
-def test_listed_images_without_annotations_or_files_are_said(tmp_path, capsys):
+def test_listed_images_without_annotations_or_files_are_reported(tmp_path, capsys):
     images = {"photos/0.jpg": [{}], "photos/1.jpg": [], "photos/gone.jpg": [{}]}
     made = prepare(coco_set(tmp_path / "data", coco(images, NAMES)), **COCO)
     said = capsys.readouterr().err
@@ -234,7 +233,7 @@ def test_listed_images_without_annotations_or_files_are_said(tmp_path, capsys):
         prepare(coco_set(tmp_path / "data", coco({"photos/0.jpg": []}, NAMES)), **COCO)
 
 
-def test_several_files_are_one_data_set_with_its_official_validation(tmp_path):
+def test_several_files_form_one_data_set_with_official_validation(tmp_path):
     root = tmp_path / "data"
     for number, part in enumerate(("train2017", "val2017")):
         for image in range(2):
@@ -289,7 +288,7 @@ def test_an_image_listed_twice_is_refused(tmp_path):
         ),
     ],
 )
-def test_files_that_are_no_coco_are_refused_by_the_entry(tmp_path, change, says):
+def test_files_that_are_no_coco_are_refused_with_the_entry(tmp_path, change, says):
     root = coco_set(tmp_path / "data", coco({"photos/0.jpg": [{}]}, NAMES) | change)
     with pytest.raises(UserError, match=says) as error:
         prepare(root, **COCO)
@@ -299,7 +298,7 @@ def test_files_that_are_no_coco_are_refused_by_the_entry(tmp_path, change, says)
 @settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_json_is_drawn_or_refused_in_one_line(tmp_path, data):
-    """A value anywhere in a good file is replaced by another; nothing is written but the index."""
+    """Replaces a value anywhere in a good file; nothing is written except the index."""
     root = tmp_path / "data"
     if not root.exists():
         coco_set(root, "")
@@ -331,7 +330,7 @@ def test_any_json_is_drawn_or_refused_in_one_line(tmp_path, data):
     assert {path.name for path in tmp_path.iterdir()} <= {"data", "index"}
 
 
-def test_a_changed_file_makes_the_index_stale_and_is_read_anew(tmp_path):
+def test_changed_file_makes_the_index_stale_and_is_read_again(tmp_path):
     made = one(tmp_path, {})
     assert not index.is_stale(made.out, made.root, **COCO) and made.changed(["photos/0"]) == []
     path = made.root / "annotations.json"
@@ -369,7 +368,7 @@ def test_links_out_of_the_root_are_followed_only_when_asked(tmp_path):
         (COCO | {"mask_map": ("leaf=tree",)}, "the right side names no class"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(tmp_path, options, says):
+def test_conflicting_settings_are_refused(tmp_path, options, says):
     root = coco_set(tmp_path / "data", coco({"photos/0.jpg": [{}]}, NAMES))
     (root / "JPEGImages").mkdir()
     with pytest.raises(UserError, match=says):
@@ -394,16 +393,16 @@ def test_many_images_are_drawn_on_all_cores(tmp_path):
 
 
 def turned(path: Path, turn: int) -> None:
-    """A photograph of 32x24 stored pixels with an orientation."""
+    """Writes a photograph of 32x24 stored pixels with an orientation."""
     exif = Image.Exif()
     exif[0x0112] = turn
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", SIZE, (9, 99, 200)).save(path, exif=exif)
 
 
-def test_shapes_are_drawn_on_the_upright_image_or_on_the_stored_one(tmp_path, capsys):
+def test_shapes_are_drawn_on_the_upright_or_the_stored_image(tmp_path, capsys):
     root = coco_set(tmp_path / "data", coco({"photos/0.jpg": [{}]}, NAMES))
-    turned(root / "photos" / "0.jpg", 3)  # upside down: the size does not tell
+    turned(root / "photos" / "0.jpg", 3)  # upside down: the size does not reveal it
     assert (drawn(prepare(root, **COCO), "photos/0.jpg") == square(1)).all()
     said = capsys.readouterr().err
     assert "EXIF turns 1 labelled image" in said and "--data.annotated stored" in said
@@ -412,7 +411,7 @@ def test_shapes_are_drawn_on_the_upright_image_or_on_the_stored_one(tmp_path, ca
     assert "--data.annotated upright" not in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_another_size_is_a_problem_that_names_the_remedy(tmp_path):
+def test_wrong_size_is_reported_with_the_remedy(tmp_path):
     root = coco_set(tmp_path / "data", coco({"photos/0.jpg": [{}]}, NAMES))
     turned(root / "photos" / "0.jpg", 6)
     with pytest.raises(
@@ -449,7 +448,7 @@ def shares(points: list[float]) -> str:
 
 
 @pytest.mark.parametrize("images", ["images/train", "train/images", "images", "photos"])
-def test_texts_of_yolo_are_drawn(tmp_path, images):
+def test_yolo_texts_are_drawn(tmp_path, images):
     root = yolo_set(
         tmp_path / "data",
         {"a": f"0 {shares(SQUARE)}\n\n1 {shares([4, 5, 6, 5, 6, 7, 4, 7])} ", "b": ""},
@@ -489,7 +488,7 @@ def test_two_patterns_pair_texts_and_images(tmp_path):
         ("99999999999999999999 0.1 0.1 0.5 0.1 0.5 0.9", "no number of a class"),
     ],
 )
-def test_lines_that_are_no_polygon_are_problems(tmp_path, line, says):
+def test_lines_without_a_polygon_are_reported(tmp_path, line, says):
     root = yolo_set(tmp_path / "data", {"a": line})
     with pytest.raises(UserError, match=says) as error:
         prepare(root, layout="yolo", unlisted="background")
@@ -517,7 +516,7 @@ def test_two_texts_of_one_image_are_refused(tmp_path):
         prepare(root, layout="yolo", unlisted="background")
 
 
-def test_numbers_without_names_are_refused(tmp_path):
+def test_yolo_numbers_without_names_are_refused(tmp_path):
     root = yolo_set(tmp_path / "data", {"a": ""})
     (root / "data.yaml").unlink()
     with pytest.raises(UserError, match="no file names the classes that the texts number"):
@@ -549,11 +548,11 @@ def bitmap(values: np.ndarray) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def test_shapes_of_labelme_are_drawn_in_their_order(tmp_path):
+def test_labelme_shapes_are_drawn_in_order(tmp_path):
     root = labelme_set(
         tmp_path / "data",
         {"label": "stem", "shape_type": "rectangle", "points": [[20, 8], [4, 4]]},
-        {"label": "leaf"},  # larger and later: on top, as labelme's own export has it
+        {"label": "leaf"},  # larger and later: on top, as in labelme's own export
         {"label": "stem", "shape_type": "circle", "points": [[26, 18], [26, 22]]},
         {
             "label": "__ignore__",
@@ -587,13 +586,13 @@ def test_shapes_of_labelme_are_drawn_in_their_order(tmp_path):
         ({}, {"shapes": 3}, "has no list `shapes`"),
     ],
 )
-def test_what_labelme_has_that_is_no_area_is_a_problem(tmp_path, shape, more, says):
+def test_labelme_shapes_without_area_are_reported(tmp_path, shape, more, says):
     with pytest.raises(UserError, match=says) as error:
         prepare(labelme_set(tmp_path / "data", shape, **more), layout="labelme", unlisted="background")
     assert "photos/0.json" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_json_of_no_image_is_warned_of_and_one_nested_deeply_refused(tmp_path, capsys):
+def test_json_without_image_causes_a_warning_and_deep_nesting_is_refused(tmp_path, capsys):
     root = labelme_set(tmp_path / "data", {})
     (root / "photos" / "9.json").write_text("{}")
     prepare(root, layout="labelme", unlisted="background")
@@ -626,7 +625,7 @@ def cvat_set(
     return root
 
 
-def test_colours_of_a_labelmap_are_read_by_themselves(tmp_path):
+def test_labelmap_colours_are_read_automatically(tmp_path):
     root = cvat_set(tmp_path / "data")
     made = prepare(root)
     expected = square(2)
@@ -640,7 +639,7 @@ def test_colours_of_a_labelmap_are_read_by_themselves(tmp_path):
     assert official.validation(prepare(root)) == {"JPEGImages/a/1.jpg"}
 
 
-def test_images_may_lie_where_the_export_has_none(tmp_path):
+def test_images_may_lie_outside_the_export(tmp_path):
     root = cvat_set(tmp_path / "data")
     (root / "JPEGImages").rename(root / "photos")
     made = prepare(root, layout="cvat", images="photos/**/*")
@@ -658,13 +657,13 @@ def test_images_may_lie_where_the_export_has_none(tmp_path):
         (None, {"classes": ("background", "leaf")}, "'stem' is no class"),
     ],
 )
-def test_labelmaps_that_do_not_fit_are_refused(tmp_path, labelmap, options, says):
+def test_invalid_labelmaps_are_refused(tmp_path, labelmap, options, says):
     root = cvat_set(tmp_path / "data", *[labelmap] * bool(labelmap))
     with pytest.raises(UserError, match=says):
         prepare(root, **options)
 
 
-def test_the_names_of_json_files_tell_the_official_validation(tmp_path):
+def test_json_file_names_define_the_official_validation(tmp_path):
     root = coco_set(tmp_path / "data", coco({"photos/0.jpg": [{}]}, NAMES), name="instances_train.json")
     coco_set(root, coco({"photos/1.jpg": [{}]}, NAMES), name="instances_val-2017.json")
     made = prepare(root, layout="coco", masks="instances_*.json", unlisted="background")
@@ -674,7 +673,7 @@ def test_the_names_of_json_files_tell_the_official_validation(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_trains_on_drawn_masks_and_goes_on_when_they_change(tmp_path, capsys):
+def test_run_trains_on_drawn_masks_and_resumes_after_changes(tmp_path, capsys):
     outlines = [[i, 3, i + 8, 3, i + 8, 20, i, 20] for i in range(12)]
     images = {f"photos/{i}.jpg": [{"segmentation": [outline]}] for i, outline in enumerate(outlines)}
     root = coco_set(tmp_path / "data", coco(images, NAMES), images=14)

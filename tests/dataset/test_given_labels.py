@@ -1,4 +1,4 @@
-"""Pseudo labels from a folder: which are found, what is checked, and what is refused."""
+"""Pseudo labels from a folder: discovery, checks and refusals."""
 
 import dataclasses
 from pathlib import Path
@@ -49,7 +49,7 @@ def written(folder: Path, *keys: str, value: int = 2, size: tuple[int, int] = (6
 
 @pytest.mark.parametrize(("below", "prefix"),
                          [("masks", "photos/"), (".", "photos/"), ("masks", ""), (".", "")])
-def test_masks_are_found_where_label_and_runs_put_them(known, unlabelled, tmp_path, below, prefix):
+def test_masks_are_found_in_the_folders_of_label_and_runs(known, unlabelled, tmp_path, below, prefix):
     folder, out = tmp_path / "labelled", tmp_path / "out"
     written(folder / below, f"{prefix}town 0/2", f"{prefix}town 1/5")
     given_labels.check(unlabelled, folder, known, out)
@@ -59,7 +59,7 @@ def test_masks_are_found_where_label_and_runs_put_them(known, unlabelled, tmp_pa
     assert all(read_index_mask(sample.mask)[0, 0] == 2 for sample in found)
 
 
-def test_mended_masks_may_have_a_palette(known, unlabelled, tmp_path):
+def test_corrected_masks_may_have_a_palette(known, unlabelled, tmp_path):
     written(tmp_path / "in", "town 0/2", mode="P")
     given_labels.check(unlabelled, tmp_path / "in", known, tmp_path / "out")
     (sample,) = given_labels.attach(unlabelled, tmp_path / "out")
@@ -104,7 +104,7 @@ def test_folders_without_masks_are_named(known, unlabelled, tmp_path):
             given_labels.check(unlabelled, tmp_path / name, known, tmp_path / "out")
 
 
-def test_masks_that_two_images_would_share_are_refused(tmp_path):
+def test_masks_shared_by_two_images_are_refused(tmp_path):
     root = tmp_path / "data"
     for folder in ("one", "two"):
         (root / folder).mkdir(parents=True)
@@ -115,7 +115,7 @@ def test_masks_that_two_images_would_share_are_refused(tmp_path):
         given_labels.check(samples, written(tmp_path / "in", "a", value=1), made, tmp_path / "out")
 
 
-def test_masks_may_not_change_under_a_run(known, unlabelled, tmp_path):
+def test_masks_must_not_change_during_a_run(known, unlabelled, tmp_path):
     folder, out = written(tmp_path / "in", "town 0/2"), tmp_path / "out"
     given_labels.check(unlabelled, folder, known, out)
     given_labels.check(unlabelled, folder, known, out, began=True)
@@ -127,14 +127,14 @@ def test_masks_may_not_change_under_a_run(known, unlabelled, tmp_path):
         given_labels.attach(unlabelled, out)
 
 
-def test_lists_of_all_unlabelled_images_serve(known, unlabelled, tmp_path):
-    """What `--exclude` reads is what a split writes."""
+def test_split_lists_are_accepted_as_exclude(known, unlabelled, tmp_path):
+    """`--exclude` reads the lists of a split."""
     splits.make_split(known, tmp_path / "split", fraction="1/1")
     assert len(splits.read_split(tmp_path / "split" / "unlabeled.txt", known,
                                  labelled=False)) == len(unlabelled) == 4
 
 
-def test_corrected_masks_of_cvat_win_over_those_beside_them(known, unlabelled, tmp_path):
+def test_corrected_cvat_masks_override_the_others(known, unlabelled, tmp_path):
     """An export of CVAT is unpacked into the folder of the labels."""
     folder = written(tmp_path / "in", "masks/photos/town 0/2", "masks/photos/town 0/4", value=2)
     colours = np.zeros((4, 6, 3), np.uint8)

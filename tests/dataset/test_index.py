@@ -51,7 +51,7 @@ def turned(orientation: int) -> dict:
 
 
 def tree(root: Path) -> str:
-    """Names, contents and times below a folder."""
+    """Returns names, contents and times below a folder."""
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*")):
         digest.update(f"{path.relative_to(root)} {path.stat().st_mtime_ns}".encode())
@@ -68,7 +68,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(values: np.ndarray, bits: int, kind: int, *, extra: bytes = b"") -> bytes:
-    """A PNG written by hand: [H, W] or [H, W, channels] numbers of `bits` bits, colour type `kind`."""
+    """Builds a PNG by hand: [H, W] or [H, W, channels] numbers of `bits` bits, colour type `kind`."""
     height, width = values.shape[:2]
     flat = values.reshape(height, -1)
     if bits == 16:
@@ -99,7 +99,7 @@ def png(values: np.ndarray, bits: int, kind: int, *, extra: bytes = b"") -> byte
     ),
     data=st.data(),
 )
-def test_any_png_gives_its_numbers(tmp_path, kind_bits, data):
+def test_any_png_gives_its_values(tmp_path, kind_bits, data):
     kind, bits = kind_bits
     shape = data.draw(st.tuples(st.integers(1, 9), st.integers(1, 19)))
     values = data.draw(arrays.arrays(np.uint8, shape, elements=st.integers(0, min(255, (1 << bits) - 1))))
@@ -178,7 +178,7 @@ def _bad_masks() -> dict[str, tuple[bytes, str]]:
 
 
 @pytest.mark.parametrize("what", _bad_masks())
-def test_bad_masks_are_refused_by_name(tmp_path, what):
+def test_bad_masks_are_refused_with_their_name(tmp_path, what):
     content, said = _bad_masks()[what]
     path = tmp_path / "bad one.png"
     path.write_bytes(content)
@@ -189,7 +189,7 @@ def test_bad_masks_are_refused_by_name(tmp_path, what):
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.integers(0, 200), byte=st.integers(0, 255), cut=st.none() | st.integers(0, 200))
-def test_damaged_masks_never_give_another_exception(tmp_path, place, byte, cut):
+def test_damaged_masks_raise_only_user_errors(tmp_path, place, byte, cut):
     content = bytearray(png(np.arange(96).reshape(8, 12) % 3, 4, 3))
     content[place % len(content)] = byte
     path = tmp_path / "mask.png"
@@ -204,7 +204,7 @@ def test_damaged_masks_never_give_another_exception(tmp_path, place, byte, cut):
 
 
 @pytest.mark.parametrize("value", range(1, 9))
-def test_upright_is_pillows_transposition(value):
+def test_upright_equals_pillow_transposition(value):
     pixels = np.arange(24, dtype=np.uint8).reshape(4, 6)
     image = Image.fromarray(pixels)
     file = io.BytesIO()
@@ -228,7 +228,7 @@ def test_damaged_exif_is_upright(tmp_path, block):
         assert orientation(image) == 1
 
 
-def test_one_rule_for_images_and_masks(tmp_path):
+def test_images_and_masks_follow_one_exif_rule(tmp_path):
     root = tmp_path / "data"
     picture(root / "JPEGImages" / "a.jpg", 12, 8, **turned(6))
     labels(root / "SegmentationClass" / "a.png", 8, 12)
@@ -245,7 +245,7 @@ def test_one_rule_for_images_and_masks(tmp_path):
     assert (entry.width, entry.height, entry.converted) == (12, 8, None)
 
 
-def test_a_mask_with_an_orientation_of_its_own_is_turned(tmp_path):
+def test_mask_with_its_own_orientation_is_turned(tmp_path):
     root = tmp_path / "data"
     picture(root / "JPEGImages" / "a.jpg", 12, 8, **turned(6))
     stored = np.arange(96, dtype=np.uint8).reshape(8, 12) % 3
@@ -258,14 +258,14 @@ def test_a_mask_with_an_orientation_of_its_own_is_turned(tmp_path):
     as_stored = prepare(root, tmp_path / "stored", exif=False)
     mask = Image.open(as_stored.sample("JPEGImages/a.jpg").mask)
     np.testing.assert_array_equal(np.asarray(mask), stored)
-    # Written anew, without the orientation: no decoder can turn it.
+    # Rewritten without the orientation: no decoder can turn it.
     assert orientation(mask) == 1
 
 
 # --- layouts
 
 
-def test_voc_pairs_by_name_and_lets_images_be_unlabelled(tmp_path):
+def test_voc_pairs_by_name_and_allows_unlabelled_images(tmp_path):
     root = voc(tmp_path)
     picture(root / "JPEGImages" / "unlabelled.JPEG")
     found = layouts.find(root)
@@ -328,7 +328,7 @@ def test_names_with_spaces_accents_and_dots(tmp_path):
         ("globs", "a/b.png", "", r"has no '\*'"),
     ],
 )
-def test_layouts_that_do_not_fit(tmp_path, layout, images, found, said):
+def test_wrong_layouts_are_refused(tmp_path, layout, images, found, said):
     with pytest.raises(UserError, match=said):
         layouts.find(tmp_path, layout, images)
 
@@ -349,7 +349,7 @@ def test_masks_that_fit_no_image_are_refused(tmp_path):
         layouts.find(root, "globs", "JPEGImages/*.jpg", "nothing/*.png")
 
 
-def test_masks_that_are_left_over_are_told(tmp_path, capsys):
+def test_unpaired_masks_are_reported(tmp_path, capsys):
     root = voc(tmp_path)
     assert len(layouts.find(root)) == 3 and capsys.readouterr().err == ""
     labels(root / "SegmentationClass" / "other.png")
@@ -370,7 +370,7 @@ def test_duplicate_keys_name_both_files(tmp_path):
         layouts.find(root)
 
 
-def test_links_may_not_leave_the_root(tmp_path):
+def test_links_must_not_leave_the_root(tmp_path):
     root = voc(tmp_path / "data")
     outside = picture(tmp_path / "outside" / "secret.jpg")
     link = root / "JPEGImages" / "link.jpg"
@@ -388,7 +388,7 @@ def test_links_may_not_leave_the_root(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["line\nbreak.jpg", "bell\x07.jpg", os.fsdecode(b"latin\xe9.jpg")])
-def test_names_that_no_list_can_hold(tmp_path, name):
+def test_names_that_lists_cannot_hold_are_refused(tmp_path, name):
     root = voc(tmp_path)
     try:
         picture(root / "JPEGImages" / "a.jpg").rename(root / "JPEGImages" / name)
@@ -402,7 +402,7 @@ def test_names_that_no_list_can_hold(tmp_path, name):
 # --- prepare, load
 
 
-def test_prepare_converts_beside_the_data_and_leaves_it_alone(tmp_path):
+def test_prepare_converts_masks_and_keeps_the_data_unchanged(tmp_path):
     root, out = voc(tmp_path / "data"), tmp_path / "index"
     paletted = Image.new("P", (12, 8), 2)
     paletted.putpalette([200, 0, 0] * 256)
@@ -461,7 +461,7 @@ def test_all_problems_are_reported(tmp_path, capsys):
         index.load(out)
 
 
-def test_255_is_ignore_and_counts_nowhere(tmp_path, capsys):
+def test_255_is_ignored_and_not_counted(tmp_path, capsys):
     root = voc(tmp_path / "data", 1)
     labels(root / "SegmentationClass" / "0.png", value=255)
     assert prepare(root, tmp_path / "index").entries["JPEGImages/0.jpg"].class_pixels == [0, 0, 0]
@@ -488,7 +488,7 @@ def test_class_lists(tmp_path):
 
 
 @pytest.mark.parametrize("where", [".", "JPEGImages", "JPEGImages/index", "SegmentationClass"])
-def test_the_index_may_not_lie_among_the_data(tmp_path, where):
+def test_index_among_the_data_is_refused(tmp_path, where):
     root = voc(tmp_path)
     before = tree(root)
     with pytest.raises(UserError, match="among the user's"):
@@ -496,7 +496,7 @@ def test_the_index_may_not_lie_among_the_data(tmp_path, where):
     assert tree(root) == before
 
 
-def test_somebody_elses_masks_folder_is_not_written_to(tmp_path):
+def test_foreign_masks_folder_is_not_overwritten(tmp_path):
     root = voc(tmp_path / "data")
     theirs = labels(tmp_path / "theirs" / "masks" / "JPEGImages" / "0.png", value=2)
     with pytest.raises(UserError, match="not an index's"):
@@ -514,7 +514,7 @@ def test_an_index_below_the_root_is_not_data(tmp_path):
     assert prepare(tmp_path, tmp_path / "runs" / "index", **options).counts["converted"] == 2
 
 
-def test_stale_when_files_or_settings_change(tmp_path):
+def test_index_is_stale_when_files_or_settings_change(tmp_path):
     root, out = voc(tmp_path / "data"), tmp_path / "index"
     assert index.is_stale(out, root, classes=CLASSES)
     prepare(root, out)
@@ -589,7 +589,7 @@ def test_damaged_and_foreign_indices_are_refused(tmp_path):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.integers(0, 10**6), byte=st.integers(0, 255))
-def test_flipped_bytes_in_the_table_never_give_another_exception(tmp_path, place, byte):
+def test_flipped_bytes_in_the_table_raise_only_user_errors(tmp_path, place, byte):
     out = tmp_path / "index"
     if not (tmp_path / "good").exists():
         prepare(voc(tmp_path / "data"), out)
@@ -603,7 +603,7 @@ def test_flipped_bytes_in_the_table_never_give_another_exception(tmp_path, place
         assert "index.parquet" in str(error)
 
 
-def test_processes_give_what_one_process_gives(tmp_path):
+def test_several_processes_give_the_same_index(tmp_path):
     root = voc(tmp_path / "data", 150)
     labels(root / "SegmentationClass" / "99.png", 5, 5)
     found = layouts.find(root)
@@ -622,7 +622,7 @@ def test_worker_processes_load_neither_torch_nor_pyarrow():
     assert done.stdout.strip() == "[]"
 
 
-def test_an_unreadable_folder_for_the_index(tmp_path):
+def test_unwritable_index_folder_is_named(tmp_path):
     root = voc(tmp_path / "data")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
@@ -638,7 +638,7 @@ def test_camvid(tmp_path, camvid):
     assert not index.is_stale(tmp_path / "index", camvid)
 
 
-def test_a_turn_of_the_mask_alone_is_named(tmp_path):
+def test_orientation_of_only_the_mask_is_named(tmp_path):
     picture(tmp_path / "data" / "photos" / "a.jpg")
     exif = Image.Exif()
     exif[0x112] = 6

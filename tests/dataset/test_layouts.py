@@ -1,4 +1,4 @@
-"""Cityscapes and VOC as they are published, with the lists of the public code, unchanged."""
+"""Cityscapes and VOC as published, with the lists of the public code, unchanged."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ BARE = [("test", "berlin", 6), ("train_extra", "augsburg", 7)]
 
 
 def city(root: Path, ids: str, size: tuple[int, int] = (64, 32)) -> Path:
-    """A miniature of Cityscapes, with masks `labelTrainIds`, `labelIds`, or both."""
+    """Writes a miniature of Cityscapes, with masks `labelTrainIds`, `labelIds`, or both."""
     rng = np.random.default_rng(0)
     for split, town, i in TRAINED + BARE:
         stem = f"{split}/{town}/{town}_{i:06d}_000019"
@@ -39,13 +39,13 @@ def city(root: Path, ids: str, size: tuple[int, int] = (64, 32)) -> Path:
 
 
 def line(split: str, town: str, i: int) -> str:
-    """As the public lists have it."""
+    """Returns a line of the public lists."""
     stem = f"{split}/{town}/{town}_{i:06d}_000019"
     return f"leftImg8bit/{stem}_leftImg8bit.png gtFine/{stem}_gtFine_labelTrainIds.png\n"
 
 
 def public_lists(folder: Path) -> Path:
-    """`1_30/labeled.txt`, `1_30/unlabeled.txt`, and val.txt beside 1_30, as UniMatch has them."""
+    """Writes `1_30/labeled.txt`, `1_30/unlabeled.txt`, and val.txt next to 1_30, as in UniMatch."""
     (folder / "1_30").mkdir(parents=True)
     (folder / "1_30" / "labeled.txt").write_text("".join(line(*one) for one in TRAINED[:3]))
     (folder / "1_30" / "unlabeled.txt").write_text("".join(line(*one) for one in TRAINED[3:5] + BARE[1:]))
@@ -72,16 +72,15 @@ def test_cityscapes_is_found_and_mapped(tmp_path, ids, ending):
     assert not index.is_stale(tmp_path / "index", root)
 
 
-def test_masks_made_for_a_part_only_are_passed_over(tmp_path):
-    """labelTrainIds are drawn from the original masks by a script; one that was stopped must not cost
-    labels."""
+def test_incomplete_train_id_masks_are_skipped(tmp_path):
+    """A script draws labelTrainIds from the original masks; its interruption must not cost labels."""
     root = city(tmp_path, "labelTrainIds labelIds")
     next((root / "gtFine").rglob("*_labelTrainIds.png")).unlink()
     assert layouts.own_masks(root, "cityscapes") == cityscapes.LABEL_IDS
     assert sum(one.mask is not None for one in layouts.find(root)) == 6
 
 
-def test_masks_of_a_pattern_are_mapped_by_their_name(tmp_path):
+def test_masks_of_a_pattern_are_mapped_by_name(tmp_path):
     root = city(tmp_path / "data", "labelTrainIds labelIds")
     made = index.prepare(root, tmp_path / "index", masks=cityscapes.LABEL_IDS, progress=False)
     assert made.counts["converted"] == 6
@@ -89,7 +88,7 @@ def test_masks_of_a_pattern_are_mapped_by_their_name(tmp_path):
         layouts.find(root, "cityscapes", "a/*.png")
 
 
-def test_an_id_that_cityscapes_does_not_have_names_the_file(tmp_path):
+def test_unknown_cityscapes_id_names_the_file(tmp_path):
     root = city(tmp_path / "data", "labelIds")
     path = next((root / "gtFine").rglob("ulm*_labelIds.png"))
     Image.fromarray(np.full((32, 64), 40, dtype=np.uint8)).save(path)
@@ -97,7 +96,7 @@ def test_an_id_that_cityscapes_does_not_have_names_the_file(tmp_path):
         index.prepare(root, tmp_path / "index", progress=False)
 
 
-def test_a_drawn_split_keeps_val_and_test_apart(tmp_path):
+def test_drawn_split_excludes_val_and_test(tmp_path):
     made = index.prepare(city(tmp_path / "data", "labelIds"), tmp_path / "index", progress=False)
     splits.make_split(made, tmp_path / "split", fraction="2")
     drawn = {path.stem: path.read_text().splitlines() for path in (tmp_path / "split").iterdir()}
@@ -114,7 +113,7 @@ def test_public_lists_of_cityscapes_load_unchanged(tmp_path, ids, capsys):
     assert len(splits.read_split(folder / "labeled.txt", made, labelled=True)) == 3
     unlabelled = splits.read_split(folder / "unlabeled.txt", made, labelled=False)
     assert [sample.mask is None for sample in unlabelled] == [False, False, True]
-    # the image of train_extra, whose line names a mask that is nowhere
+    # the image of train_extra, whose line names a missing mask
     assert capsys.readouterr().err.count("warning") == 1
     (val,) = splits.read_split(splits.find_val(folder), made, labelled=True)
     assert "/val/" in val.image
@@ -124,7 +123,7 @@ def test_public_lists_of_cityscapes_load_unchanged(tmp_path, ids, capsys):
 
 
 def voc(root: Path, *, augmented: bool) -> Path:
-    """Images 0 to 5, palette masks for 0 to 2, and, if augmented, masks of class ids for 0 to 4."""
+    """Writes images 0 to 5, palette masks for 0 to 2, and, if augmented, masks of class ids for 0 to 4."""
     for folder in ("JPEGImages", "SegmentationClass", *["SegmentationClassAug"] * augmented):
         (root / folder).mkdir(parents=True)
     for i in range(6):
@@ -153,7 +152,7 @@ def test_public_lists_of_voc_load_unchanged(tmp_path, augmented):
     assert len(made.classes) == 21
 
 
-def test_a_mask_of_another_image_is_no_name_of_this_one(tmp_path):
+def test_mask_of_another_image_is_refused(tmp_path):
     made = index.prepare(voc(tmp_path / "data", augmented=True), tmp_path / "index", progress=False)
     path = tmp_path / "labeled.txt"
     for mask in ("SegmentationClass/2007_000001.png", "SegmentationObject/2007_000000.png"):
@@ -162,13 +161,13 @@ def test_a_mask_of_another_image_is_no_name_of_this_one(tmp_path):
             splits.read_split(path, made, labelled=True)
 
 
-def test_the_palette_masks_can_be_asked_for(tmp_path):
+def test_palette_masks_can_be_selected(tmp_path):
     found = layouts.find(voc(tmp_path, augmented=True), "voc", masks="SegmentationClass/*.png")
     assert [one.mask for one in found][:4] == [f"SegmentationClass/2007_{i:06d}.png"
                                                for i in range(3)] + [None]
 
 
-def test_a_validation_list_lies_in_the_split_or_above_it(tmp_path):
+def test_validation_list_is_found_in_or_above_the_split(tmp_path):
     split = tmp_path / "pascal" / "1_8" / "split_0"
     split.mkdir(parents=True)
     assert splits.find_val(split) == split / "val.txt" and not splits.find_val(split).exists()
@@ -181,7 +180,7 @@ def test_a_validation_list_lies_in_the_split_or_above_it(tmp_path):
 # --- a run
 
 
-def test_st_runs_on_a_miniature_of_cityscapes_with_public_lists_and_goes_on_from_mended_masks(tmp_path):
+def test_st_runs_on_miniature_cityscapes_and_retrains_on_corrected_masks(tmp_path):
     root, split = city(tmp_path / "data", "labelIds"), public_lists(tmp_path / "partitions" / "cityscapes")
     recipe = Path(__file__).parents[2] / "launch" / "recipes" / "cityscapes.toml"
     small = ("--device cpu --model.backbone resnet18 --model.output-stride 16 --augment.crop-px 33 "
@@ -201,6 +200,6 @@ def test_st_runs_on_a_miniature_of_cityscapes_with_public_lists_and_goes_on_from
     assert all(0 <= stage["miou"] <= 100 for stage in results["stages"] if stage["steps"])
     assert len(list((tmp_path / "run" / "stages" / "2-label" / "masks").rglob("*.png"))) == 3
     results = json.loads((tmp_path / "again" / "results.json").read_text())
-    # 3 labels, as many as the 2 masks that are left need, and these: 5 entries in batches of 2.
+    # 3 labels, as many as the remaining 2 masks need, and these: 5 entries in batches of 2.
     assert [(stage["name"], stage["steps"])
             for stage in results["stages"]] == [("1-retrain", 2)] and results["method"] == "retrain"

@@ -1,4 +1,4 @@
-"""Lists of files: patterns, folders in the state that real ones are in, links, copies, official splits."""
+"""Lists of files: patterns, realistic folders, links, copies, official splits."""
 
 import os
 import shutil
@@ -35,7 +35,7 @@ def find(root, images, masks=None, **options):
 # --- patterns
 
 
-def test_a_folder_whose_name_holds_wildcards_is_that_folder(tmp_path):
+def test_folder_with_wildcards_in_its_name_is_found(tmp_path):
     for folder in ("shots [1]", "shots {a,b}", "shots 1", "what?"):
         photo(tmp_path / folder / "x.jpg")
     for folder in ("shots [1]", "shots {a,b}", "what?"):
@@ -43,14 +43,14 @@ def test_a_folder_whose_name_holds_wildcards_is_that_folder(tmp_path):
     assert find(tmp_path, "shots [12]/*.jpg") == [("shots 1/x.jpg", None)]
 
 
-def test_brackets_behind_a_wildcard_are_a_set_or_themselves(tmp_path):
+def test_brackets_after_a_wildcard_are_a_set_or_literal(tmp_path):
     for folder in ("a/shots [1]", "a/shots 2"):
         photo(tmp_path / folder / "x.jpg")
     assert find(tmp_path, "*/shots [1]/*.jpg") == [("a/shots [1]/x.jpg", None)]
     assert find(tmp_path, "*/shots [12]/*.jpg") == [("a/shots 2/x.jpg", None)]
 
 
-def test_braces_stand_for_words(tmp_path):
+def test_braces_expand_to_words(tmp_path):
     for number, folder in enumerate(("field a", "field b", "field c")):
         photo(tmp_path / folder / "photos" / f"{number}.jpg", number)
         photo(tmp_path / folder / "photos" / f"p{number}.png", number)
@@ -114,7 +114,7 @@ def test_names_match_without_a_locale(root, tmp_path):
 # --- what is no image
 
 
-def test_leftovers_are_passed_over_and_counted(root, capsys):
+def test_leftovers_are_skipped_and_counted(root, capsys):
     for folder in ("@eaDir/0.jpg", "#recycle", "lost+found", "$RECYCLE.BIN/S-1"):
         photo(root / "photos" / folder / "THUMB.jpg")
     for name in ("Thumbs.db", "Icon\r", "._0.jpg", "a.heic", "b.HEIC", "c.dng", "README", "list.txt"):
@@ -130,7 +130,7 @@ def test_leftovers_are_passed_over_and_counted(root, capsys):
     assert any(".heic" in text for text in made.warnings)
 
 
-def test_a_folder_of_unread_pictures_says_so(tmp_path):
+def test_folder_of_unsupported_pictures_is_reported(tmp_path):
     for name in ("a.heic", "b.avif"):
         (tmp_path / name).write_bytes(b"x")
     with pytest.raises(UserError, match=r"no image found; .*1 \.avif, 1 \.heic"):
@@ -138,7 +138,7 @@ def test_a_folder_of_unread_pictures_says_so(tmp_path):
 
 
 @pytest.mark.parametrize(("images", "masks"), [("**/*.png", "**/*_mask.png"), ("**/*", "**/*_label.png")])
-def test_masks_beside_images_are_no_images(tmp_path, images, masks, capsys):
+def test_masks_next_to_images_are_no_images(tmp_path, images, masks, capsys):
     ending = masks[4:-4].strip("*")
     for i in range(3):
         photo(tmp_path / "a" / f"x ({i}).png", i)
@@ -161,13 +161,13 @@ def test_masks_beside_images_are_no_images(tmp_path, images, masks, capsys):
     ("photos/*.jpg", "labels/mask_*.png", ("photos/1.jpg", "labels/mask_1.png")),
     ("im_[0-9]*.jpg", "gt_[0-9]*.png", ("im_1.jpg", "gt_1.png")),
 ])
-def test_fixed_beginnings_are_no_part_of_a_name(tmp_path, images, masks, names):
+def test_fixed_prefixes_are_not_part_of_a_name(tmp_path, images, masks, names):
     photo(tmp_path / names[0])
     mask(tmp_path / names[1])
     assert find(tmp_path, images, masks) == [names]
 
 
-def test_whole_names_pair_before_names_without_their_beginnings(tmp_path):
+def test_whole_names_pair_before_names_without_prefixes(tmp_path):
     for name in ("im_1.jpg", "im_g_1.jpg"):
         photo(tmp_path / name)
     mask(tmp_path / "im_1.png")
@@ -175,7 +175,7 @@ def test_whole_names_pair_before_names_without_their_beginnings(tmp_path):
         assert find(tmp_path, "im_*.jpg", masks) == [("im_1.jpg", "im_1.png"), ("im_g_1.jpg", None)]
 
 
-def test_masks_beside_unlabelled_images_are_no_images(root, tmp_path, capsys):
+def test_masks_next_to_unlabelled_images_are_no_images(root, tmp_path, capsys):
     for name in ("u.jpg", "u_mask.png", "v.jpg"):
         photo(tmp_path / "more" / name, hash(name) % 99)
     made = prepare(root, unlabelled=[tmp_path / "more"])
@@ -211,7 +211,7 @@ def test_two_masks_of_one_image_name_the_newer(root):
         ("SegmentationMasks", "SegmentationMasks/ holds PNGs"),
     ],
 )
-def test_a_known_layout_without_masks_names_the_folder_that_has_them(tmp_path, folder, said):
+def test_layout_without_masks_names_the_folder_that_has_them(tmp_path, folder, said):
     photo(tmp_path / "data" / "images" / "training" / "0.jpg")
     mask(tmp_path / "data" / folder / "training" / "0.png")
     for layout in ("auto", "camvid"):
@@ -221,7 +221,7 @@ def test_a_known_layout_without_masks_names_the_folder_that_has_them(tmp_path, f
             )
 
 
-def test_a_known_layout_without_any_mask_is_warned_of(tmp_path):
+def test_layout_without_any_mask_causes_a_warning(tmp_path):
     photo(tmp_path / "data" / "images" / "0.jpg")
     (tmp_path / "data" / "labels").mkdir()
     (tmp_path / "data" / "labels" / "0.txt").write_text("0 0.5 0.5 1 1")
@@ -262,7 +262,7 @@ def test_a_file_that_links_reach_twice_is_one_image(root, capsys):
     assert list(made.entries) == [f"photos/{i}.jpg" for i in range(4)] and made.counts["masks"] == 4
     assert (
         "links lead to the same file: 2 images" in capsys.readouterr().err
-    )  # the folder links back to where it lies
+    )  # the folder links back to its parent
 
 
 def test_a_folder_linked_twice_gives_each_image_once(tmp_path):
@@ -272,7 +272,7 @@ def test_a_folder_linked_twice_gives_each_image_once(tmp_path):
     assert list(prepare(root).entries) == [f"photos/a/{i}.jpg" for i in range(3)]
 
 
-def test_the_name_that_has_a_mask_or_validates_is_kept(tmp_path):
+def test_of_linked_names_the_one_with_mask_or_validation_is_kept(tmp_path):
     root = data_set(tmp_path / "data", {"train/0": ids(1, 2), "train/1": ids(2, 1), "val/9": ids(1, 2)})
     (root / "photos" / "a link.jpg").symlink_to("train/0.jpg")
     (root / "photos" / "val" / "1.jpg").symlink_to("../train/1.jpg")
@@ -289,7 +289,7 @@ def test_one_file_with_two_masks_that_differ_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["in the root", "in a further folder"])
-def test_copies_are_found_by_their_bytes_and_leaks_are_warned_of(tmp_path, where):
+def test_copies_are_found_by_bytes_and_leaks_cause_warnings(tmp_path, where):
     root = data_set(tmp_path / "data", {**{f"train/{i}": ids(1, 2) for i in range(3)}, "val/v": ids(1, 2)})
     (root / "photos" / "train" / "other size.jpg").write_bytes(
         (root / "photos" / "train" / "0.jpg").read_bytes() + b"x"
@@ -347,7 +347,7 @@ def test_official_folders_in_any_case(tmp_path, train, val, test, capsys):
     assert {name: len(lines) for name, lines in lists.items()} == {"labeled": 4, "unlabeled": 0, "val": 2}
 
 
-def test_validation_without_training_beside_it_is_drawn_from_with_a_warning(tmp_path):
+def test_validation_without_training_is_drawn_from_with_a_warning(tmp_path):
     made = prepare(
         data_set(tmp_path / "data", {"val/0": ids(1, 2), "trainer/1": ids(1, 2), "test flight/2": ids(1, 2)})
     )
@@ -355,7 +355,7 @@ def test_validation_without_training_beside_it_is_drawn_from_with_a_warning(tmp_
     assert any("no official validation, though 1 image lie in photos/val" in text for text in made.warnings)
 
 
-def test_folders_that_are_called_nearly_like_splits_are_named(tmp_path):
+def test_folders_named_similarly_to_splits_are_reported(tmp_path):
     names = ("train/0", "val_images/1", "dev/2", "TestSet/3", "x/val 2/4", "tester/5", "valley/6",
              "photos 2017/7")
     made = prepare(data_set(tmp_path / "data", {name: ids(1, 2) for name in names}))
@@ -366,7 +366,7 @@ def test_folders_that_are_called_nearly_like_splits_are_named(tmp_path):
     )
 
 
-def test_strict_refuses_what_is_warned_of(root):
+def test_strict_turns_warnings_into_errors(root):
     (root / "photos" / "a.heic").write_bytes(b"x")
     made = prepare(root)
     assert len(made.warnings) == 1
@@ -377,8 +377,8 @@ def test_strict_refuses_what_is_warned_of(root):
     assert prepare(root, strict=True).warnings == ()
 
 
-def test_a_mask_of_noise_is_an_image_of_its_own_name_only(tmp_path):
-    """A photograph of the name of a mask word alone stays a photograph."""
+def test_photograph_named_like_a_mask_word_is_a_photograph(tmp_path):
+    """A photograph whose whole name is a mask word remains a photograph."""
     for name in ("mask.jpg", "seg.png", "7_mask.jpg"):
         photo(tmp_path / name, len(name))
     assert [image for image, _ in find(tmp_path, "*")] == ["7_mask.jpg", "mask.jpg", "seg.png"]

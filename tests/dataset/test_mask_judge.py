@@ -1,4 +1,4 @@
-"""Masks that no single file can be judged by: palettes, bits, alpha, 0 and 255, soft edges, specks."""
+"""Masks that need the whole set to be judged: palettes, bits, alpha, 0 and 255, soft edges, specks."""
 
 import io
 
@@ -30,7 +30,7 @@ def bilevel(values: np.ndarray) -> Image.Image:
 # --- palettes
 
 
-def test_an_index_of_two_colours_is_refused_and_read_by_colour(tmp_path):
+def test_index_with_two_colours_is_refused_and_readable_by_colour(tmp_path):
     root = data_set(
         tmp_path / "data",
         {"a": paletted(ids(1, 2), BLACK, GREEN, RED), "b": paletted(ids(2, 1), BLACK, RED, GREEN)},
@@ -42,8 +42,8 @@ def test_an_index_of_two_colours_is_refused_and_read_by_colour(tmp_path):
     assert (first == second).all() and set(np.unique(first)) == {0, 1, 2}
 
 
-def test_a_colour_of_two_indices_is_refused(tmp_path):
-    """No index has two colours, as each mask uses other ones."""
+def test_colour_with_two_indices_is_refused(tmp_path):
+    """No index has two colours, because each mask uses others."""
     root = data_set(
         tmp_path / "data",
         {"a": paletted(ids(1), BLACK, GREEN, BLUE), "b": paletted(ids(2), BLACK, BLUE, GREEN)},
@@ -51,7 +51,7 @@ def test_a_colour_of_two_indices_is_refused(tmp_path):
     refused(root, r"#00c800 is index 1 in labels/a\.png and 2 in labels/b\.png")
 
 
-def test_one_palette_is_read_by_index_whatever_entries_are_not_used(tmp_path):
+def test_common_palette_is_read_by_index_despite_unused_entries(tmp_path):
     root = data_set(
         tmp_path / "data",
         {
@@ -73,7 +73,7 @@ def test_one_palette_is_read_by_index_whatever_entries_are_not_used(tmp_path):
 @pytest.mark.parametrize(
     "grays", [((0,) * 3, (255,) * 3), ((0,) * 3, (2,) * 3, (1,) * 3), ((128,) * 3, (0,) * 3)]
 )
-def test_a_palette_of_other_grays_is_refused_with_both_remedies(tmp_path, grays):
+def test_palette_of_other_grays_is_refused_with_both_remedies(tmp_path, grays):
     values = ids(*range(1, len(grays)))
     root = data_set(tmp_path / "data", {"a": paletted(values, *grays), "b": paletted(values, *grays)})
     said = refused(root, r"labels/a\.png: its palette shows index \d as gray \d+")
@@ -83,11 +83,11 @@ def test_a_palette_of_other_grays_is_refused_with_both_remedies(tmp_path, grays)
     assert (read_index_mask(made.sample("photos/a.jpg").mask) == values).all()
     with pytest.raises(
         UserError, match="its palette shows"
-    ):  # a map of numbers that are grays too does not tell which is meant
+    ):  # a map of numbers that are also grays is ambiguous
         prepare(root, mask_map=[f"{i}={i}" for i in range(len(grays))])
 
 
-def test_a_map_of_numbers_that_are_no_grays_says_that_the_numbers_are_meant(tmp_path):
+def test_map_of_numbers_that_are_no_grays_selects_indices(tmp_path):
     root = data_set(tmp_path / "data", {"a": paletted(ids(1), (10,) * 3, (20,) * 3)})
     assert prepare(root, mask_map=["0=0", "1=2"]).entries["photos/a.jpg"].class_pixels == [688, 0, 80]
     assert prepare(root, mask_map=["#0a0a0a=0", "#141414=1"]).entries["photos/a.jpg"].class_pixels == [
@@ -97,13 +97,13 @@ def test_a_map_of_numbers_that_are_no_grays_says_that_the_numbers_are_meant(tmp_
     ]
 
 
-def test_a_palette_whose_grays_are_its_indices_is_read(tmp_path):
+def test_palette_with_grays_equal_to_indices_is_read(tmp_path):
     root = data_set(tmp_path / "data", {"a": paletted(ids(1, 2), *((i,) * 3 for i in range(3)))})
     assert prepare(root).entries["photos/a.jpg"].class_pixels[1:] == [80, 80]
 
 
-def test_one_gray_among_the_colours_of_a_palette_is_no_gray_palette(tmp_path):
-    """As VOC's bus, which is gray 128 at index 7."""
+def test_single_gray_in_a_palette_is_accepted(tmp_path):
+    """Such as VOC's bus, which is gray 128 at index 7."""
     root = data_set(tmp_path / "data", {"a": paletted(ids(2), BLACK, RED, (128, 128, 128))})
     assert prepare(root).entries["photos/a.jpg"].class_pixels[1:] == [0, 80]
 
@@ -140,7 +140,7 @@ def test_alpha_that_is_not_constant_is_refused(tmp_path, alpha, coloured):
 
 
 def test_colours_that_only_transparency_tells_apart_are_refused(tmp_path):
-    """A palette with two blacks, one of them transparent: what is seen is not the colour."""
+    """A palette with two blacks, one of them transparent: the visible colour is ambiguous."""
     image = paletted(ids(1, 2), BLACK, BLACK, GREEN)
     image.info["transparency"] = 0
     colours = ["#000000=leaf", "#00c800=stem"]
@@ -157,7 +157,7 @@ def test_colours_that_only_transparency_tells_apart_are_refused(tmp_path):
 # --- 0 and 255
 
 
-def test_two_classes_as_0_and_255_are_refused_until_the_map_says_what_255_is(tmp_path):
+def test_masks_of_0_and_255_are_refused_unless_mapped(tmp_path):
     root = data_set(tmp_path / "data", {"a": ids(255), "b": ids()}, ("background", "lesion"))
     assert "'lesion'" in refused(root, "--data.mask-map 0=0 255=1")
     assert prepare(root, mask_map=["0=0", "255=1"]).entries["photos/a.jpg"].class_pixels[1] == 80
@@ -209,7 +209,7 @@ def of_size(image: Image.Image, root, name: str) -> None:
 
 @pytest.mark.parametrize("how", SPOILT)
 def test_soft_edges_in_a_long_class_list_are_refused(tmp_path, how):
-    """Every id is one of the list, so each pixel alone is right."""
+    """Every id is in the list, so each pixel alone is valid."""
     masks = {
         name: SPOILT[how](*values) for name, values in {"a": (5, 20), "b": (15, 30), "c": (8, 25, 12)}.items()
     }
@@ -217,7 +217,7 @@ def test_soft_edges_in_a_long_class_list_are_refused(tmp_path, how):
     for name, mask in masks.items():
         of_size(mask, root, name)
     refused(root, "soft edges or JPEG noise")
-    made = prepare(root, mask_map=["0-59=0-59"])  # the user says that the ids are meant
+    made = prepare(root, mask_map=["0-59=0-59"])  # the user states that the ids are meant
     assert any("edges pass through" in text for text in made.warnings)
 
 
@@ -234,7 +234,7 @@ def test_soft_edges_of_three_classes_are_named(tmp_path, how, capsys):
         assert "soft edges or JPEG noise" in str(error)
 
 
-def test_clean_and_thin_masks_are_not_named(tmp_path, capsys):
+def test_clean_and_thin_masks_are_not_reported(tmp_path, capsys):
     line = Image.new("L", (128, 96))
     ImageDraw.Draw(line).line([0, 0, 127, 90], fill=2)
     masks = {
@@ -250,7 +250,7 @@ def test_clean_and_thin_masks_are_not_named(tmp_path, capsys):
     assert "edges" not in capsys.readouterr().err
 
 
-def test_many_ids_outside_the_list_are_noise_and_few_are_forgotten_classes(tmp_path):
+def test_many_unknown_ids_are_noise_and_few_are_missing_classes(tmp_path):
     root = data_set(
         tmp_path / "data", {"a": shapes(128, 255, scale=4).resize((32, 24), Image.Resampling.BOX)}
     )
@@ -275,7 +275,7 @@ def test_many_unknown_colours_are_noise(tmp_path):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shape=st.tuples(st.integers(1, 12), st.integers(1, 12)), data=st.data())
-def test_edges_count_what_a_loop_counts(shape, data):
+def test_edge_counts_equal_a_loop(shape, data):
     values = np.array(
         data.draw(
             st.lists(

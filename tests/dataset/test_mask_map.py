@@ -28,7 +28,7 @@ def saved(path: Path, values: np.ndarray) -> Path:
 
 
 def test_ids_that_start_at_one(tmp_path):
-    """As ADE20K has them: 0 is ignore, classes are 1 to 150."""
+    """As in ADE20K: 0 is ignore, classes are 1 to 150."""
     classes = [f"class {i}" for i in range(150)]
     path = saved(tmp_path / "mask.png", np.array([[0, 1, 150, 255]], dtype=np.uint8))
     found = mapped(path, "0=ignore", "1-150=0-149", classes=classes)
@@ -63,7 +63,7 @@ def test_any_table_of_ids_is_applied(table, data):
             made(values, "m.png")
 
 
-def test_an_id_that_is_not_named_is_counted(tmp_path):
+def test_unmapped_ids_are_counted(tmp_path):
     path = saved(tmp_path / "mask.png", np.array([[0, 9, 9], [8, 0, 255]], dtype=np.uint8))
     with pytest.raises(
         UserError, match=r"mask\.png: id 9 in 2 pixels, 8 in 1 pixels not in the mask map; .*--data.mask-map"
@@ -108,7 +108,7 @@ def test_any_table_of_colours_is_applied(table, data):
     assert made(values, "m.png").tolist() == [[table[colour] for colour in chosen]]
 
 
-def test_a_colour_that_is_not_named_is_counted(tmp_path):
+def test_unmapped_colours_are_counted(tmp_path):
     colours = np.zeros((2, 8, 3), dtype=np.uint8)
     colours[0, :3], colours[1, 0] = (1, 2, 3), (255, 0, 16)
     with pytest.raises(
@@ -121,7 +121,7 @@ def test_a_colour_that_is_not_named_is_counted(tmp_path):
     assert "\n" not in str(refused.value)
 
 
-def test_colours_without_a_map_say_how_to_name_them(tmp_path):
+def test_colours_without_a_map_are_refused_with_the_remedy(tmp_path):
     path = saved(tmp_path / "mask.png", np.array([[[1, 2, 3]]], dtype=np.uint8))
     for entries in ((), ("0=0",)):
         with pytest.raises(UserError, match=r"mask\.png: the mask holds colours .*--data\.mask-map"):
@@ -172,7 +172,7 @@ def test_bad_entries_are_refused_in_one_line(entries, said):
 @settings(max_examples=300, deadline=None)
 @given(entries=st.lists(st.text(st.sampled_from("0129-=#,af \nroadignore\u0663"), max_size=14)
                         | st.text(max_size=8), max_size=3))
-def test_any_text_is_a_map_or_one_line(entries):
+def test_any_text_is_a_map_or_refused_in_one_line(entries):
     try:
         made = mask_map.parse(entries, CLASSES)
     except UserError as refused:
@@ -185,7 +185,7 @@ def test_any_text_is_a_map_or_one_line(entries):
 # --- in the index
 
 
-def test_the_index_holds_mapped_masks(tmp_path):
+def test_index_holds_mapped_masks(tmp_path):
     root, out = tmp_path / "data", tmp_path / "index"
     for folder in ("photos", "labels"):
         (root / folder).mkdir(parents=True)

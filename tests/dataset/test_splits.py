@@ -1,4 +1,4 @@
-"""Split files: reading the public format, names with spaces, refusals; drawing splits."""
+"""Split files: the public format, names with spaces, refusals; drawing splits."""
 
 import unicodedata
 from pathlib import Path
@@ -15,7 +15,8 @@ from stpp.errors import UserError
 def data_set(
     root: Path, names: list[str], *, masks: float | set[str] = 1.0, layout: str = "camvid", value: int = 1
 ) -> Path:
-    """Images `images/<name>.jpg` and masks `masks/<name>.png` for a share of them, or for those named."""
+    """Writes images `images/<name>.jpg` and masks `masks/<name>.png` for a share of them, or for the named
+    ones."""
     folders = ("images", "masks") if layout == "camvid" else ("JPEGImages", "SegmentationClass")
     for i, name in enumerate(names):
         image, mask = (
@@ -36,7 +37,7 @@ def prepared(root: Path, out: Path) -> index.Index:
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory) -> index.Index:
-    """A set with unkind names; the last two have no mask."""
+    """Set with difficult names; the last two have no mask."""
     root = tmp_path_factory.mktemp("odd")
     names = ["plain", "with space", "with", "two  spaces", "caf\u00e9", "train/deep er/x.y", "bare",
              "no mask"]
@@ -78,7 +79,7 @@ def test_unlabelled_images_need_no_mask(tmp_path, odd, capsys):
     )
 
 
-def test_repeated_images_are_passed_over_with_a_warning(tmp_path, odd, capsys):
+def test_repeated_images_are_skipped_with_a_warning(tmp_path, odd, capsys):
     assert len(read(tmp_path, odd,
                     "images/plain.jpg\nimages/with.jpg\nimages/plain.jpg masks/plain.png\n")) == 2
     assert "line 3 repeats line 1" in capsys.readouterr().err
@@ -130,7 +131,7 @@ def test_a_missing_list_is_named(tmp_path, odd):
                                  "space.png\t\n\r./\u00e9\x00\u2028"), max_size=80),
     labelled=st.booleans(),
 )
-def test_no_text_gives_another_exception(tmp_path, odd, text, labelled):
+def test_any_text_raises_only_user_errors(tmp_path, odd, text, labelled):
     try:
         samples = read(tmp_path, odd, text, labelled=labelled)
         assert samples and all(Path(sample.image).is_file() for sample in samples)
@@ -139,7 +140,7 @@ def test_no_text_gives_another_exception(tmp_path, odd, text, labelled):
 
 
 class Known(dict):
-    """An index that knows images and masks by name alone."""
+    """Index that knows images and masks by name alone."""
 
     root, classes, unlabelled = Path("/root"), ("a", "b"), {}
     entries = property(lambda self: self)
@@ -156,7 +157,7 @@ class Known(dict):
                    unique=True),
     data=st.data(),
 )
-def test_written_lines_read_back_whatever_the_names(tmp_path, names, data):
+def test_written_lines_read_back_with_any_names(tmp_path, names, data):
     known = Known()
     for name in names:
         image = f"images/{name}.jpg"
@@ -204,7 +205,7 @@ def official(tmp_path_factory) -> index.Index:
     return prepared(root / "data", root / "index")
 
 
-def test_official_validation_is_kept_apart(tmp_path, official):
+def test_official_validation_is_excluded_from_draws(tmp_path, official):
     splits.make_split(official, tmp_path, fraction="1/8")
     drawn = lists(tmp_path)
     assert set(drawn) == {"labeled", "unlabeled", "val"}
@@ -218,7 +219,7 @@ def test_official_validation_is_kept_apart(tmp_path, official):
                                      labelled=labelled)) == len(drawn[name])
 
 
-def test_validation_is_drawn_when_asked_for(tmp_path, official):
+def test_validation_is_drawn_on_request(tmp_path, official):
     splits.make_split(official, tmp_path, fraction="1/1", val=0.2)
     drawn = lists(tmp_path)
     assert len(drawn["val"]) == 5 and len(drawn["labeled"]) == 20
@@ -254,7 +255,7 @@ def test_voc_lists_are_official(tmp_path, capsys):
     assert "1 of its 3 images are not in the index" in capsys.readouterr().err
 
 
-def test_draws_depend_on_the_seed_alone_and_are_nested(tmp_path, official):
+def test_draws_depend_only_on_the_seed_and_are_nested(tmp_path, official):
     drawn = {}
     for name, options in {
         "a": {},
@@ -270,8 +271,8 @@ def test_draws_depend_on_the_seed_alone_and_are_nested(tmp_path, official):
     assert set(drawn["a"]["labeled"]) < set(drawn["more"]["labeled"])
 
 
-def test_the_draw_is_pinned(tmp_path, official):
-    """A split must not change from one version to the next."""
+def test_draw_is_pinned(tmp_path, official):
+    """A split must not change between versions."""
     splits.make_split(official, tmp_path, fraction="4", seed=7)
     assert [line.split()[0] for line in lists(tmp_path)["labeled"]] == [
         "images/train/12.jpg", "images/train/15.jpg", "images/train/16.jpg", "images/train/17.jpg",
@@ -284,7 +285,7 @@ def test_the_draw_is_pinned(tmp_path, official):
      (2975, "1/8", 372), (2975, "1/4", 744), (1464, "92", 92), (5, "1/1", 5), (5, "1.0", 5), (5, "5", 5),
      (5, "0.001", 1), (8, "0.125", 1)],
 )  # fmt: skip
-def test_fractions_count_as_in_the_public_lists(total, fraction, count):
+def test_fractions_match_the_public_lists(total, fraction, count):
     assert splits._count(fraction, total) == count
 
 
@@ -306,7 +307,7 @@ def test_impossible_options(tmp_path, official, options):
         splits.make_split(official, tmp_path, **options)
 
 
-def test_a_set_without_masks_cannot_be_split(tmp_path):
+def test_set_without_masks_cannot_be_split(tmp_path):
     made = prepared(data_set(tmp_path / "data", ["a", "b"], masks=0), tmp_path / "index")
     with pytest.raises(UserError, match="no image that could be drawn has a mask"):
         splits.make_split(made, tmp_path / "split")

@@ -1,4 +1,4 @@
-"""Unlabelled images in other folders than the data root."""
+"""Unlabelled images in folders outside the data root."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def picture(path: Path, mode: str = "RGB", value: int = 90) -> Path:
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    """Four labelled images."""
+    """Writes four labelled images."""
     for i in range(4):
         picture(tmp_path / "data" / "images" / f"{i}.jpg")
         picture(tmp_path / "data" / "masks" / f"{i}.png", "L", i % 2)
@@ -35,7 +35,7 @@ def root(tmp_path) -> Path:
 
 @pytest.fixture
 def field(tmp_path) -> Path:
-    """Images in folders whose names mean something below a data root."""
+    """Writes images in folders whose names have a meaning below a data root."""
     for name in ("train/a b.jpg", "val/é.JPG", "test/2.png", "0.jpg"):
         picture(tmp_path / "big" / "field" / name)
     return tmp_path / "big" / "field"
@@ -45,7 +45,7 @@ def prepare(root: Path, out: Path, *unlabelled: Path) -> index.Index:
     return index.prepare(root, out, classes=CLASSES, unlabelled=unlabelled, progress=False)
 
 
-def test_their_images_are_named_by_the_folder_and_the_roots_as_before(root, field, tmp_path):
+def test_images_are_named_by_folder_and_root_images_unchanged(root, field, tmp_path):
     alone = dict(prepare(root, tmp_path / "alone").entries)
     made = prepare(root, tmp_path / "index", field)
     assert {image: made.entries[image] for image in alone} == alone
@@ -57,12 +57,12 @@ def test_their_images_are_named_by_the_folder_and_the_roots_as_before(root, fiel
     assert dict(index.load(tmp_path / "index").entries) == dict(made.entries)
 
 
-def test_one_root_has_the_fingerprint_and_files_that_it_had(root, tmp_path):
+def test_single_root_keeps_its_fingerprint_and_files(root, tmp_path):
     stored = json.loads((prepare(root, tmp_path / "index").out / "index.json").read_text())
     assert set(stored["settings"]) == {"layout", "images", "masks", "classes", "mask_map", "exif"}
 
 
-def test_all_of_them_are_unlabelled_whatever_their_folders_are_called(root, field, tmp_path):
+def test_all_images_are_unlabelled_whatever_their_folders(root, field, tmp_path):
     made = prepare(root, tmp_path / "index", field)
     splits.make_split(made, tmp_path / "split", fraction="1/2")
     assert [len((tmp_path / "split" / f"{name}.txt").read_text().splitlines())
@@ -72,7 +72,7 @@ def test_all_of_them_are_unlabelled_whatever_their_folders_are_called(root, fiel
     assert {sample.image for sample in samples} >= {str(path) for path in field.rglob("*") if path.is_file()}
 
 
-def test_the_index_is_stale_when_their_files_change(root, field, tmp_path):
+def test_index_is_stale_when_their_files_change(root, field, tmp_path):
     options = {"classes": CLASSES, "unlabelled": [field]}
     prepare(root, tmp_path / "index", field)
     assert not index.is_stale(tmp_path / "index", root, **options)
@@ -87,7 +87,7 @@ def test_a_broken_image_is_named_as_in_lists(root, field, tmp_path):
         prepare(root, tmp_path / "index", field)
 
 
-def test_folders_that_cannot_be_used_are_refused_by_name(root, field, tmp_path, tmp_path_factory):
+def test_unusable_folders_are_refused_with_their_name(root, field, tmp_path, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "index"
 
     def refused(match: str, *folders: Path) -> None:
@@ -115,7 +115,7 @@ def test_folders_that_cannot_be_used_are_refused_by_name(root, field, tmp_path, 
     assert prepare(root, out, picture(root / "more" / "0.jpg").parent).sample("more/0.jpg")
 
 
-def test_a_damaged_list_of_folders_is_no_index(root, field, tmp_path):
+def test_damaged_list_of_folders_is_refused(root, field, tmp_path):
     path = prepare(root, tmp_path / "index", field).out / "index.json"
     good = path.read_text()
     for bad in ('"field"', '["field"]', "[1]"):
@@ -150,7 +150,7 @@ def test_st_trains_on_them(root, field, tmp_path):
         "field/0.png", "field/test/2.png", "field/train/a b.png", "field/val/é.png"]
 
 
-def test_a_list_that_passes_them_over_is_told(root, field, tmp_path, capsys):
+def test_list_that_omits_them_is_reported(root, field, tmp_path, capsys):
     lists = tmp_path / "lists"
     lists.mkdir()
     (lists / "labeled.txt").write_text("images/0.jpg masks/0.png\n")
@@ -162,7 +162,7 @@ def test_a_list_that_passes_them_over_is_told(root, field, tmp_path, capsys):
         assert ("names no image of --data.unlabelled" in capsys.readouterr().err) == warned
 
 
-def test_a_run_that_began_before_a_setting_was_known_goes_on(tmp_path):
+def test_run_started_before_a_setting_existed_resumes(tmp_path):
     ours = Config(out=tmp_path)
     (tmp_path / "stages" / "1-supervised").mkdir(parents=True)
     (tmp_path / "stages" / "1-supervised" / "last.pt").touch()
@@ -201,7 +201,7 @@ def test_sets_of_several_folders_pair_within_each(tmp_path, images, masks, pairs
             assert one.mask.replace("labels", "photos").removesuffix(".png").removesuffix("_mask") == one.key
 
 
-def test_folders_on_either_side_of_a_fixed_one_are_two_names(tmp_path):
+def test_folders_around_a_fixed_one_form_two_names(tmp_path):
     picture(tmp_path / "x" / "photos" / "y" / "1.jpg")
     picture(tmp_path / "x" / "y" / "photos" / "1.jpg")
     picture(tmp_path / "x" / "labels" / "y" / "1.png", "L")

@@ -1,9 +1,9 @@
-"""`stpp` with a bomb: runs a command, writes down every event that a run may die at, and dies at one of them.
+"""`stpp` with a bomb: runs a command, records every event at which a run may die, and kills itself at one of
+them.
 
-Arguments: events file or "", bomb (JSON: event, signal, rank) or "", file that says that the bomb went off,
-then those of `stpp`. An event is unique within a run: "step 1-supervised 5", "half 1-supervised/last.pt 4"
-(in the middle of writing a checkpoint of step 4), "replace 3-label/masks/a.png", "replace
-1-supervised/DONE.json".
+Arguments: events file or "", bomb (JSON: event, signal, rank) or "", file that records that the bomb went
+off, then those of `stpp`. An event is unique within a run: "step 1-supervised 5", "half 1-supervised/last.pt
+4" (while writing a checkpoint of step 4), "replace 3-label/masks/a.png", "replace 1-supervised/DONE.json".
 """
 
 import io

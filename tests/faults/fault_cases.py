@@ -1,4 +1,4 @@
-"""Runs that die again and again and are begun again, against one left alone."""
+"""Runs that are killed and resumed many times, against an undisturbed one."""
 
 import json
 import random
@@ -46,7 +46,7 @@ backend = "eager"
 
 def run(command: list[str], *, events: Path | str = "", bomb: dict | None = None, fired: Path | str = "",
         ranks: int = 1, restarts: int = 0, timeout: float = 280) -> subprocess.CompletedProcess:
-    """`stpp` with the arguments `command`, in one process or under torchrun, perhaps with a bomb."""
+    """Runs `stpp` with the arguments `command`, in one process or under torchrun, optionally with a bomb."""
     start = [sys.executable]
     if ranks > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
@@ -57,7 +57,7 @@ def run(command: list[str], *, events: Path | str = "", bomb: dict | None = None
 
 
 def contents(out: Path) -> dict:
-    """Everything that must not depend on how often a run died, by its name in the run directory."""
+    """Returns all content that must not depend on the number of deaths, by its name in the run directory."""
     found = {}
     for path in sorted((out / "stages").rglob("*")):
         name = str(path.relative_to(out / "stages"))
@@ -77,28 +77,28 @@ def contents(out: Path) -> dict:
     return found
 
 
-def differing(ours: dict, theirs: dict) -> list[str]:
-    """Names whose content differs."""
-    return [name for name in sorted(ours.keys() | theirs.keys())
-            if name not in ours or name not in theirs or not same(ours[name], theirs[name])]
+def differing(first: dict, second: dict) -> list[str]:
+    """Returns the names whose content differs."""
+    return [name for name in sorted(first.keys() | second.keys())
+            if name not in first or name not in second or not same(first[name], second[name])]
 
 
-def same(ours, theirs) -> bool:
-    if isinstance(ours, torch.Tensor):
-        return isinstance(theirs, torch.Tensor) and torch.equal(ours, theirs)
-    if isinstance(ours, dict):
+def same(first, second) -> bool:
+    if isinstance(first, torch.Tensor):
+        return isinstance(second, torch.Tensor) and torch.equal(first, second)
+    if isinstance(first, dict):
         return (
-            isinstance(theirs, dict)
-            and ours.keys() == theirs.keys()
-            and all(same(ours[key], theirs[key]) for key in ours)
+            isinstance(second, dict)
+            and first.keys() == second.keys()
+            and all(same(first[key], second[key]) for key in first)
         )
-    if isinstance(ours, (list, tuple)):
-        return len(ours) == len(theirs) and all(map(same, ours, theirs))
-    return ours == theirs
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first == second
 
 
 def chosen(events: list[str], count: int, seed: int) -> list[str]:
-    """So many events in the order of the run, at least two of each stage."""
+    """Chooses `count` events in the order of the run, at least two of each stage."""
     draw = random.Random(seed)
     of_stage = [[i for i, event in enumerate(events) if re.match(rf"\w+ {stage}[ /]", event)]
                 for stage in STAGES]
@@ -108,7 +108,7 @@ def chosen(events: list[str], count: int, seed: int) -> list[str]:
 
 
 def ended_by(ran: subprocess.CompletedProcess, number: int) -> bool:
-    """Whether the signal ended the process, at once or after saving."""
+    """Returns True if the signal ended the process, immediately or after saving."""
     return ran.returncode in (-number, 128 + number)
 
 
@@ -116,10 +116,10 @@ def finish(command: list[str], folder: Path, events: list[str], number: int) -> 
     """Dies at each event in turn, then runs to the end.
 
     Returns:
-        How often it died.
+        Number of deaths.
     """
     for event in events:
-        # one that is there would keep the bomb from going off
+        # an existing one would keep the bomb from going off
         fired = folder / f"fired-{secrets.token_hex(8)}"
         ran = run(command, bomb={"event": event, "signal": number, "rank": 0}, fired=fired)
         assert fired.exists() and ended_by(ran, number), (

@@ -1,10 +1,10 @@
-"""Golden runs: hashes of what deterministic runs of ST++ and ST end with, to compare two versions of the code
-on one machine.
+"""Golden runs: hashes of the results of deterministic runs of ST++ and ST, to compare two versions of the
+code on one machine.
 
     python tests/faults/golden_run.py FOLDER    # runs the stpp of PYTHONPATH; writes FOLDER/golden.json
-    python tests/faults/golden_run.py FOLDER OTHER.json # and exits with 1 where OTHER.json differs
+    python tests/faults/golden_run.py FOLDER OTHER.json # and exits with 1 if OTHER.json differs
 
-Hashes depend on the processor and on the versions of torch and DALI, so both sides have to be made on one
+Hashes depend on the processor and on the versions of torch and DALI, so both sides must be made on one
 machine.
 """
 
@@ -42,7 +42,7 @@ def run(name: str, folder: Path) -> dict[str, str]:
 
 
 def contents(out: Path) -> dict[str, str]:
-    """Hashes of weights, masks, lists and scores below a run's stages."""
+    """Hashes weights, masks, lists and scores below a run's stages."""
     import torch
 
     found = {}
@@ -64,7 +64,7 @@ def contents(out: Path) -> dict[str, str]:
     return found
 
 
-def main(folder: str, other: str | None = None) -> None:
+def main(folder: str, reference: str | None = None) -> None:
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "data").exists():
@@ -74,10 +74,10 @@ def main(folder: str, other: str | None = None) -> None:
         found |= run(name, out)
     (out / "golden.json").write_text(json.dumps(found, indent=1, sort_keys=True))
     print(f"{out / 'golden.json'}: {len(found)} hashes")
-    if other:
-        expected = json.loads(Path(other).read_text())
+    if reference:
+        expected = json.loads(Path(reference).read_text())
         wrong = [key for key in sorted(expected.keys() | found.keys()) if expected.get(key) != found.get(key)]
-        print("\n".join(f"differs: {key}" for key in wrong) or f"equal to {other}")
+        print("\n".join(f"differs: {key}" for key in wrong) or f"equal to {reference}")
         sys.exit(bool(wrong))
 
 

@@ -1,10 +1,10 @@
 """Kills a labelling before each of its commits in turn, lets another process finish, and compares with an
 undisturbed run.
 
-Arguments: source, folder to work in, png or tar, report (JSON); perhaps the output of a labelling of what the
-source was before, which every run then updates. Every run is a fork of this process, which computes nothing
-itself. Commits are the calls that make something count or vanish: renaming, removing, and syncing of files,
-folders and everything.
+Arguments: source, folder to work in, png or tar, report (JSON); optionally the output of a labelling of an
+earlier source, which every run then updates. Every run is a fork of this process, which computes nothing
+itself. Commits are the calls that make something permanent or remove it: renaming, removing, and syncing of
+files, folders and everything.
 """
 
 import json
@@ -25,12 +25,12 @@ from stpp.images import names  # noqa: E402
 from stpp.label import changes, rows  # noqa: E402
 
 Image.init()
-names._BUCKETS = changes._BUCKETS = 4  # so that little of the time goes into opening files
+names._BUCKETS = changes._BUCKETS = 4  # to spend less time on opening files
 COMMITS = ("replace", "fsync", "sync", "unlink")
 
 
 def forked(action) -> tuple[int, str]:
-    """Runs `action` in a fork: (0 or the signal that ended it, its text)."""
+    """Runs `action` in a fork; returns (0 or the signal that ended it, its text)."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -51,7 +51,7 @@ def forked(action) -> tuple[int, str]:
 
 
 def label(source: str, out: Path, output: str, update: bool, kill_before: int = -1) -> str:
-    """Labels; with every commit written down, and death before one of them."""
+    """Labels; records every commit, and dies before one of them."""
     seen = []
 
     def traced(name: str):
@@ -62,7 +62,7 @@ def label(source: str, out: Path, output: str, update: bool, kill_before: int = 
                 os.kill(os.getpid(), signal.SIGKILL)
             target = args[-1] if name == "replace" else args[0] if name == "unlink" else ""
             seen.append(f"{name} {Path(target).name if target else ''}".strip())
-            # A killed process loses nothing that the system has: syncing would only take time here.
+            # A killed process loses nothing that the system holds: syncing would only take time here.
             return real(*args, **kwargs) if name in ("replace", "unlink") else None
 
         return call

@@ -1,9 +1,10 @@
 """One rank of `stpp label` or `stpp select` with a teacher that needs no network, which may end or stop at a
 commit.
 
-Arguments: what happens (`none`, `kill` or `stop`), before which commit, the how manieth of a rank, file for
-the number of the process, whose rank gets there first and which alone it happens to; then those of `stpp`. A
-commit is a pattern of "<function> <file>", as `replace */part-*.parquet`.
+Arguments: action (`none`, `kill` or `stop`), the commit before which it happens, the number of that commit
+within a rank, and the file for the process's number, of the only rank that it happens to, which is the first
+to get there; then those of `stpp`. A commit is a pattern of "<function> <file>", such as
+`replace */part-*.parquet`.
 """
 
 import os
@@ -27,7 +28,7 @@ def from_paths(paths, device, **_):
 
 
 def first(number_file: str) -> bool:
-    """Whether no other process was here before; writes this one's number."""
+    """Returns True for the first process, and writes its number."""
     try:
         with open(number_file, "x") as file:
             file.write(str(os.getpid()))
@@ -37,7 +38,7 @@ def first(number_file: str) -> bool:
 
 
 def trap(what: str, commit: str, count: int, number_file: str) -> None:
-    """Makes the count-th call that fits `commit` the last one."""
+    """Makes the count-th call that matches `commit` the last one."""
     seen = [0]
 
     def traced(name: str):
@@ -45,7 +46,7 @@ def trap(what: str, commit: str, count: int, number_file: str) -> None:
 
         def call(*args, **kwargs):
             target = Path(args[-1]) if name == "replace" else None
-            # What is synced has no name of its own here: the folder that it lies in tells what it is.
+            # A sync has no name of its own here: its folder identifies it.
             if name == "fsync":
                 target = Path(os.readlink(f"/proc/self/fd/{args[0]}"))
             if fnmatch(f"{name} {target}" if target else name, commit):

@@ -1,4 +1,4 @@
-"""Kills a run of ST++ as often as one likes, on tiny data, and compares it with one left alone.
+"""Kills a run of ST++ any number of times, on tiny data, and compares it with an undisturbed one.
 
     python tests/faults/soak.py --kills 100 [--seed N]
 """
@@ -43,7 +43,7 @@ def main() -> None:
             points = cases.chosen(events, min(20, max(12, options.kills - killed)), options.seed + number)
             out = folder / f"run-{number}"
             kind = signal.SIGKILL if number % 3 < 2 else signal.SIGTERM
-            # a signal that is only noted in training comes again at the next event
+            # a signal that training only records comes again at the next event
             if kind == signal.SIGTERM:
                 points = [point for point in points if point.startswith("step")]
             killed += cases.finish([*command, str(out)], folder, points, kind)

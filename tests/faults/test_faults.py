@@ -1,4 +1,4 @@
-"""A run that is killed again and again ends as one left alone; and what else may go wrong in training."""
+"""Faults in training: a run killed many times ends like an undisturbed one."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ def command(synthetic, synthetic_index, tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def alone(command, tmp_path_factory) -> tuple[Path, list[str]]:
-    """A run left alone, and its events."""
+    """Returns an undisturbed run and its events."""
     folder = tmp_path_factory.mktemp("alone")
     ran = cases.run([*command, str(folder / "run")], events=folder / "events")
     assert ran.returncode == 0, ran.stderr
@@ -36,7 +36,7 @@ def alone(command, tmp_path_factory) -> tuple[Path, list[str]]:
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.timeout(1200)
-def test_killed_fourteen_times_it_ends_as_if_left_alone(command, alone, tmp_path):
+def test_run_killed_fourteen_times_ends_like_an_undisturbed_one(command, alone, tmp_path):
     expected, events = alone
     points = cases.chosen(events, 14, SEED)
     print(f"seed {SEED}: {points}")
@@ -47,7 +47,7 @@ def test_killed_fourteen_times_it_ends_as_if_left_alone(command, alone, tmp_path
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.timeout(900)
-def test_told_to_stop_it_saves_and_goes_on(command, alone, tmp_path):
+def test_sigterm_saves_and_run_resumes(command, alone, tmp_path):
     expected, events = alone
     points = [event for event in events if event in (
         "step 1-supervised 5", "replace 2-select/DONE.json", "step 4-retrain 1", "step 6-retrain 7")]
@@ -79,9 +79,9 @@ def test_one_stage_survives_kills(command, tmp_path, method):
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.timeout(900)
-def test_two_ranks_go_on_with_one_moving_average(command, tmp_path):
+def test_two_ranks_resume_with_one_moving_average(command, tmp_path):
     """Batch norms normalise over a rank's images, and the average labels with their statistics: a checkpoint
-    has those of rank 0, so every rank must label with these."""
+    holds those of rank 0, so every rank must label with these."""
     out = [*command[:-1], "--method", "unimatch-v2", "--consistency.confidence", "0", "--train.epochs", "2",
            "--train.lr", "0.1", command[-1]]
     ran = cases.run([*out, str(tmp_path / "alone")], ranks=2)
@@ -97,7 +97,7 @@ def test_two_ranks_go_on_with_one_moving_average(command, tmp_path):
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.timeout(900)
-def test_two_ranks_of_which_one_dies(command, tmp_path):
+def test_two_ranks_resume_after_one_dies(command, tmp_path):
     ran = cases.run([*command, str(tmp_path / "alone")], ranks=2)
     assert ran.returncode == 0, ran.stderr
     out = [*command, str(tmp_path / "run")]
@@ -114,8 +114,8 @@ def test_two_ranks_of_which_one_dies(command, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_a_rank_that_hangs_ends_the_run_in_time(command, tmp_path):
-    """SIGSTOP of one rank: the other gives up after the time-out, and torchrun ends both."""
+def test_hanging_rank_ends_the_run_in_time(command, tmp_path):
+    """SIGSTOP of one rank: the other times out, and torchrun ends both."""
     started = time.monotonic()
     bomb = {"event": "step 1-supervised 3", "signal": signal.SIGSTOP, "rank": 1}
     ran = cases.run([*command, str(tmp_path / "run"), "--timeout-minutes", "0.2"], bomb=bomb,
@@ -125,7 +125,7 @@ def test_a_rank_that_hangs_ends_the_run_in_time(command, tmp_path):
 
 
 @pytest.mark.dist
-def test_a_second_run_on_the_same_folder_is_refused(command, tmp_path):
+def test_second_run_on_the_same_folder_is_refused(command, tmp_path):
     bomb = {"event": "step 1-supervised 0", "signal": signal.SIGSTOP, "rank": 0}
     first = subprocess.Popen([sys.executable, cases.WORKER, "", json.dumps(bomb), str(tmp_path / "fired"),
                               *command, str(tmp_path / "run")], stderr=subprocess.DEVNULL)
@@ -144,10 +144,10 @@ def test_a_second_run_on_the_same_folder_is_refused(command, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("mount") is None, reason="no mount")
-def test_a_full_disk_keeps_the_last_checkpoint(command, tmp_path):
+def test_full_disk_keeps_the_last_checkpoint(command, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    # last.pt with momentum is 2 x 51 MB: a third such file, half written, does not fit.
+    # last.pt with momentum is 2 x 51 MB: a third file of that size, half written, does not fit.
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=230m", "tmpfs", str(disk)],
                              capture_output=True, check=False)
     if mounted.returncode:

@@ -1,5 +1,4 @@
-"""What folders hold besides the user's images: leftovers of systems, hidden files, masks that lie beside
-their images."""
+"""Other contents of folders of images: leftovers of systems, hidden files, masks next to their images."""
 
 import pytest
 
@@ -54,7 +53,7 @@ def test_files_of_systems(name):
         ("lost", True),
     ],
 )
-def test_what_is_only_called_alike_is_the_users(name, is_folder):
+def test_similar_names_are_kept(name, is_folder):
     assert not is_passed_over(name, is_folder=is_folder)
 
 
@@ -74,7 +73,7 @@ def test_what_is_only_called_alike_is_the_users(name, is_folder):
         "a/7_gt",
     ],
 )
-def test_masks_beside_their_images(mask):
+def test_masks_next_to_their_images(mask):
     assert image_of_mask(mask, {"a/7", "a/8"}) == "a/7"
 
 
@@ -89,13 +88,13 @@ def test_masks_beside_their_images(mask):
         ("a/gt_x_1", "a/x_1"),
     ],
 )
-def test_masks_beside_their_images_that_begin_with_the_word(mask, image):
+def test_masks_next_to_their_images_with_a_prefix(mask, image):
     assert image_of_mask(mask, {image, "b/7"}) == image
     assert image_of_mask(mask, {"b/7", "c/img_7"}) is None
 
 
 @pytest.mark.parametrize("other", ["a/mask7", "a/maskara_7", "a/unmask_7", "mask/7", "a/mask_"])
-def test_names_that_only_begin_alike_are_images(other):
+def test_names_with_a_common_prefix_are_images(other):
     assert image_of_mask(other, {"a/7", "7", "a/"}) is None
 
 
@@ -112,13 +111,13 @@ def test_other_names_are_images(other):
         "set/annotations/7": "set/photos/7"}),
     (["labels/7", "bottles/8"], {}), (["masks/7", "labels/7"], {}), (["a/7", "b/7"], {}),
     (["mask", "7"], {})])
-def test_folders_of_masks_beside_folders_of_images(keys, found):
+def test_folders_of_masks_next_to_folders_of_images(keys, found):
     folders = folders_of(keys)
     images = {key: image_of_mask_in_folder(key, set(keys), folders) for key in keys}
     assert {key: image for key, image in images.items() if image} == found
 
 
-def test_what_is_passed_over_is_counted_and_named():
+def test_skipped_files_are_counted_and_named():
     passed = PassedOver()
     taken = [
         name

@@ -1,4 +1,4 @@
-"""The decision of how a file is read: from its beginning, of hostile bytes; what `prepare` says of it."""
+"""Decision how a file is read: from its beginning, with hostile bytes; and the reports of `prepare`."""
 
 import struct
 from pathlib import Path
@@ -30,8 +30,8 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
     "behind",
     [b"", zoo.chunk(b"tEXt", b"Comment\0" + b"eXIf" * 400), zoo.chunk(b"tEXt", b"Comment\0" + b"x" * 60_000)],
 )
-def test_a_long_png_tells_its_orientation_behind_its_pixels(tmp_path, behind):
-    """More than is read of its beginning; where another chunk's text spells the name, the checksum tells."""
+def test_orientation_behind_the_pixels_of_a_long_png_is_found(tmp_path, behind):
+    """More than the beginning is read; where another chunk's text contains the name, the checksum decides."""
     data = zoo.png(noise(90, 120), 8, 2, after=EXIF_CHUNK + behind)
     assert len(data) > planning.HEAD_BYTES
     (tmp_path / "a.png").write_bytes(b"before" + data + b"behind")
@@ -47,7 +47,7 @@ def test_a_long_png_tells_its_orientation_behind_its_pixels(tmp_path, behind):
         assert planning.examine(item, Cut(**{**CUT.__dict__, "exif": False})).size == (90, 120)
 
 
-def test_pixels_that_spell_a_chunk_are_no_orientation():
+def test_pixels_that_look_like_a_chunk_are_no_orientation():
     false = b"\0\0\0\x1aeXIf" + zoo.exif_block(6, prefix=b"") + b"\0\0\0\0"
     assert containers.png_exif(b"", b"pixels" + false) is None
     assert containers.png_exif(b"", b"pixels" + false + EXIF_CHUNK) == zoo.exif_block(6, prefix=b"")
@@ -71,7 +71,7 @@ def test_hostile_bytes_give_no_image(data, start):
 
 @settings(max_examples=60, deadline=None)
 @given(place=st.integers(0, 10**6), byte=st.integers(0, 255), form=st.sampled_from(["jpeg", "png"]))
-def test_a_changed_byte_never_ends_the_program(place, byte, form):
+def test_changed_byte_never_ends_the_program(place, byte, form):
     data = bytearray(
         zoo.jpeg(exif=zoo.exif_block(6)) if form == "jpeg" else zoo.png(zoo.picture(), 8, 2, after=EXIF_CHUNK)
     )
@@ -96,7 +96,7 @@ def test_arrays_and_tensors_are_turned_and_normalised_alike(value):
     assert np.array_equal(upright(np.ascontiguousarray(zoo.TURNS[value](pixels)), value), pixels)
 
 
-def test_the_bits_that_are_used():
+def test_number_of_used_bits():
     for top, bits in ((4095, 12), (16383, 14), (16384, 15), (65535, 16), (200, 8)):
         values = np.full((3, 4), top, np.uint16)
         data = zoo.png(values, 16, 0)
@@ -106,8 +106,8 @@ def test_the_bits_that_are_used():
 
 
 @pytest.mark.parametrize("kind", ["int32.tif", "uint32.tif"])
-def test_numbers_of_32_bits_that_use_few_are_named(kind):
-    """8-bit numbers in 32 are black, as the upper 8 of 16 bits are used."""
+def test_32_bit_images_that_use_few_bits_are_named(kind):
+    """8-bit numbers in 32 bits would be black, because only the upper 8 of 16 bits are used."""
     values = zoo.gray().astype(np.int32)
     for factor, dark in ((1, True), (16, True), (257, False)):
         data = zoo.tiff(values * factor, sample_format=2 if kind.startswith("int") else 1)
@@ -115,7 +115,7 @@ def test_numbers_of_32_bits_that_use_few_are_named(kind):
         assert reading.bits == 32 and uses_few(prove(data)[1].used_bits, reading) == dark
 
 
-def test_twelve_bits_are_read_by_their_own_range():
+def test_twelve_bits_are_read_by_their_range():
     values = (zoo.gray().astype(np.uint16) << 4) | 9
     even, odd = values[:, ::2], values[:, 1::2]
     packed = np.stack([even >> 4, (even & 15) << 4 | odd >> 8, odd & 255], axis=2).astype(np.uint8)
@@ -129,7 +129,7 @@ def test_twelve_bits_are_read_by_their_own_range():
     assert prove(data)[1].used_bits == 12 and not uses_few(12, reading) and uses_few(10, reading)
 
 
-def test_images_of_few_flat_colours_are_told_from_photographs():
+def test_images_of_few_flat_colours_are_distinguished_from_photographs():
     flat = (np.indices((40, 40))[1] // 14).astype(np.uint8)
     for data in (zoo.png(flat, 8, 0), zoo.png(flat > 1, 1, 0), zoo.png(np.dstack([flat] * 3), 8, 2),
                  zoo.saved(Image.fromarray(flat * 80).convert("P"), "PNG"), zoo.saved(flat, "TIFF"),
@@ -142,7 +142,7 @@ def test_images_of_few_flat_colours_are_told_from_photographs():
 
 
 def said(capsys, folder: Path, files: dict[str, bytes]) -> str:
-    """What `prepare` says of these files and a few plain ones."""
+    """Returns the messages of `prepare` for these files and a few plain ones."""
     photos = folder / "data" / "photos"
     photos.mkdir(parents=True)
     (folder / "data" / "labels").mkdir()
@@ -166,7 +166,7 @@ def said(capsys, folder: Path, files: dict[str, bytes]) -> str:
     return found.out + found.err
 
 
-def test_prepare_says_what_looks_other_than_people_expect(capsys, tmp_path):
+def test_prepare_reports_unexpected_appearance(capsys, tmp_path):
     cmyk = zoo.saved(Image.fromarray(zoo.picture()).convert("CMYK"), "JPEG")
     twelve = zoo.png(zoo.gray().astype(np.uint16) * 16, 16, 0)
     words = said(
@@ -188,7 +188,7 @@ def test_prepare_says_what_looks_other_than_people_expect(capsys, tmp_path):
     assert "6 of 8 images are of kinds that decoders read differently" in words
 
 
-def test_masks_among_the_images_are_named_by_what_they_hold(capsys, tmp_path):
+def test_masks_among_the_images_are_named_by_content(capsys, tmp_path):
     flat = (np.indices((zoo.HEIGHT, zoo.WIDTH))[1] // 20).astype(np.uint8)
     words = said(capsys, tmp_path,
                  {"plain (object).png": zoo.png(flat, 8, 0), "b.png": zoo.png(flat * 80, 8, 0)})
@@ -198,14 +198,14 @@ def test_masks_among_the_images_are_named_by_what_they_hold(capsys, tmp_path):
     )
 
 
-def test_prepare_says_nothing_of_plain_photographs(capsys, tmp_path):
+def test_prepare_is_silent_about_plain_photographs(capsys, tmp_path):
     words = said(
         capsys, tmp_path, {"turned.jpg": zoo.jpeg(zoo.TURNS[6](zoo.picture()), exif=zoo.exif_block(6))}
     )
     assert [line for line in words.splitlines() if "holds a pixel of" not in line] == []
 
 
-def test_a_tiff_whose_tag_has_an_odd_type_is_turned_once():
+def test_tiff_with_an_odd_tag_type_is_turned_once():
     """Pillow turns it by the same rule, whatever the type: the pixels are those of the plain file."""
     for entry, turn in (
         (struct.pack("<HHII", zoo.ORIENTATION, 4, 1, 3), 3),

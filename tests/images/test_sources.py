@@ -1,4 +1,4 @@
-"""Corpora: what is found where, under which key, and which names are refused."""
+"""Corpora: the images found, their keys, and refused names."""
 
 import os
 import tarfile
@@ -22,7 +22,7 @@ def keys(source) -> list[str]:
     return [item.key for item in source.items()]
 
 
-def test_a_folder_is_walked_in_the_order_of_names(tmp_path):
+def test_folder_is_walked_in_name_order(tmp_path):
     files = ["b/x.jpg", "a.JPEG", "b.jpg", "c/d/e/f.tiff", "b/.hidden.jpg", ".git/g.jpg", "notes.txt",
              "z.webp", "__MACOSX/m.jpg"]
     cases.as_folder(tmp_path / "in", dict.fromkeys(files, JPEG))
@@ -40,7 +40,7 @@ def test_more_names_than_fit_are_sorted_on_disk(tmp_path, monkeypatch):
     assert keys(open_source(str(tmp_path / "in"))) == expected
 
 
-def test_a_link_to_a_folder_above_ends(tmp_path):
+def test_link_to_a_parent_folder_ends(tmp_path):
     cases.as_folder(tmp_path / "in", {"a/x.jpg": JPEG})
     os.symlink(tmp_path / "in", tmp_path / "in" / "a" / "up")
     os.symlink(tmp_path / "nowhere.jpg", tmp_path / "in" / "broken.jpg")
@@ -49,7 +49,7 @@ def test_a_link_to_a_folder_above_ends(tmp_path):
     assert source.stamp()["files"] == 2
 
 
-def test_names_that_are_no_text_are_listed_as_bad(tmp_path):
+def test_names_that_are_no_text_are_bad_images(tmp_path):
     folder = os.fsencode(tmp_path / "in")
     os.mkdir(folder)
     for name in (b"latin\xe9.jpg", b"line\nbreak.jpg", b"back\\slash.jpg", "ü ß.jpg".encode()):
@@ -80,7 +80,7 @@ def test_lists_name_images_and_may_name_masks(tmp_path):
     assert items[3].source == "im/a2.jpg"
 
 
-def test_lines_with_a_remedy_and_lines_that_repeat_another(tmp_path):
+def test_bad_lines_name_a_remedy_and_repeated_lines_are_skipped(tmp_path):
     cases.as_folder(tmp_path / "data", {"im/a.jpg": JPEG})
     listed = tmp_path / "list.txt"
     lines = ["im\\a.jpg", "./im/a.jpg", "im/a.jpg", ".//im/a.jpg", "im/../im/a.jpg"]
@@ -104,7 +104,7 @@ def test_files_that_are_no_lists_are_refused(tmp_path, name, data, said):
         list(open_source(str(tmp_path / name)).items())
 
 
-def test_masks_beside_the_images_of_a_folder_are_passed_over(tmp_path):
+def test_masks_next_to_images_of_a_folder_are_skipped(tmp_path):
     names = ["a/7.JPG", "a/7_mask.png", "a/mask_7.png", "a/7_label.jpg", "a/8_mask.png", "img_1.webp",
              "mask_1.PNG",
              "b/7_mask.png"]
@@ -118,8 +118,8 @@ def test_masks_beside_the_images_of_a_folder_are_passed_over(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar", "url"])
-def test_folders_of_masks_beside_folders_of_images_are_passed_over(tmp_path, kind):
-    """A data set given whole: its masks are no photographs, and a folder of that name alone is none of
+def test_folders_of_masks_next_to_folders_of_images_are_skipped(tmp_path, kind):
+    """A data set given as a corpus: its masks are no photographs, and a folder of that name alone holds no
     masks."""
     images = ["photos/a/7.jpg", "photos/a/8.jpg", "set/9.jpg", "alone/labels/1.png", "labels/a/9.png",
               "labels/b/7.jpg"]
@@ -140,7 +140,7 @@ def test_folders_of_masks_beside_folders_of_images_are_passed_over(tmp_path, kin
     assert source.passed.masks == 4 and "4 masks of images beside them" in source.passed.line()
 
 
-def test_tars_give_members_where_they_lie(tmp_path):
+def test_tar_members_are_read_in_place(tmp_path):
     one = cases.as_tar(tmp_path / "s-00.tar",
                        {"a/x.jpg": JPEG, "a/x.json": b"{}", "long/" + "n" * 180 + ".jpg": b"12345"})
     cases.as_tar(tmp_path / "s-01.tar", {"./b/y.left.png": b"abc"})
@@ -155,7 +155,7 @@ def test_tars_give_members_where_they_lie(tmp_path):
     assert source.stamp() != before
 
 
-def test_braces_count_and_list():
+def test_braces_expand_to_ranges_and_lists():
     assert sources.expand_braces("a{08..11}{x,y}") == [f"a{n}{c}" for n in ("08", "09", "10", "11")
                                                        for c in "xy"]
     assert sources.expand_braces("a{8..10}.tar") == ["a8.tar", "a9.tar", "a10.tar"]
@@ -200,7 +200,7 @@ def test_hostile_members_never_leave_the_output(tmp_path, folders):
 @settings(deadline=None, max_examples=300)
 @given(st.text(st.characters(codec=None), max_size=40) | st.lists(st.sampled_from(
     ["..", ".", "", "a", "b.jpg", "~", "C:", "\\", "c.png", "\0"]), max_size=6).map("/".join))
-def test_a_key_is_a_path_inside_or_none(name):
+def test_keys_are_paths_inside_or_refused(name):
     try:
         key = names.mask_key(name)
     except ValueError as error:
@@ -239,7 +239,7 @@ def test_equal_digests_that_end_in_zeros_are_found(tmp_path, monkeypatch):
                             [("aa", "0"), ("ab", "1"), ("ab", "2")]) == ("ab", "1", "2")
 
 
-def test_what_is_not_there_or_not_whole_is_refused(tmp_path):
+def test_missing_and_incomplete_sources_are_refused(tmp_path):
     whole = cases.as_tar(tmp_path / "whole.tar", {"a.jpg": JPEG, "b.jpg": JPEG}).read_bytes()
     (tmp_path / "half.tar").write_bytes(whole[: 512 + len(JPEG) // 2])
     (tmp_path / "damaged.tar").write_bytes(whole[:512 + 1024 * ((len(JPEG) + 1023) // 1024)] + b"x" * 5000)
@@ -255,7 +255,7 @@ def test_what_is_not_there_or_not_whole_is_refused(tmp_path):
     assert len(list(tars.members(str(tmp_path / "whole.tar")))) == 2
 
 
-def test_urls_serve_folders_lists_and_tars(tmp_path):
+def test_urls_of_folders_lists_and_tars(tmp_path):
     fsspec = pytest.importorskip("fsspec")
     memory = fsspec.filesystem("memory")
     files = cases.good_files(5)
@@ -281,7 +281,7 @@ def test_urls_serve_folders_lists_and_tars(tmp_path):
         open_source("nosuch://bucket/x")
 
 
-def test_a_remote_file_that_fails_for_a_moment_is_read_again(monkeypatch):
+def test_remote_read_is_retried(monkeypatch):
     from stpp.images import storage
 
     monkeypatch.setattr(storage, "PAUSE_S", 0.0)
@@ -307,7 +307,7 @@ def test_samples_are_ordered_by_size():
     assert [(item.key, item.source) for item in source.items()] == [("k1", "l1"), ("k0", "l0"), ("k2", "l2")]
 
 
-def test_a_shard_of_few_images_is_small(tmp_path):
+def test_shard_of_few_images_is_small(tmp_path):
     cases.as_folder(tmp_path / "in", {f"{i:03d}.jpg": b"" for i in range(100)})
     made = plan.make(open_source(str(tmp_path / "in")), tmp_path / "plan", shard_size=0)
     assert made == {"items": 100, "shards": 7, "shard_size": 15}

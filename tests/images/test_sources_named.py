@@ -1,4 +1,4 @@
-"""Folders and lists as people have them: what is taken, what is passed over and counted, what is refused."""
+"""Realistic folders and lists: files read, files skipped and counted, and refusals."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ def names(source) -> list[str]:
     return [item.source for item in source.items()]
 
 
-def test_leftovers_are_passed_over_and_counted(tmp_path):
+def test_leftovers_are_skipped_and_counted(tmp_path):
     kept = ["IMG_0.jpg", "trip/IMG_1.jpg", "recycle/IMG_2.jpg", "Icons/a.jpg"]
     left = ["@eaDir/IMG_0.jpg/SYNOPHOTO_THUMB_XL.jpg", "trip/@eaDir/x.jpg", "#recycle/gone.jpg",
             "$RECYCLE.BIN/$R1.jpg", "#snapshot/x.jpg", "trip/Thumbs.db", "desktop.ini",
@@ -37,7 +37,7 @@ def test_leftovers_are_passed_over_and_counted(tmp_path):
     assert "2 @eaDir" in source.passed.line()
 
 
-def test_formats_that_are_not_read_are_counted_by_extension(tmp_path):
+def test_unsupported_formats_are_counted_by_extension(tmp_path):
     others = ["a.HEIC", "b.heic", "c.avif", "d.gif", "e.jp2", "noext", "f.JSON"]
     read = ["1.jfif", "2.JPE", "3.pgm", "4.Jpeg", "5.TIF"]
     folder = cases.as_folder(tmp_path / "in", dict.fromkeys(others + read, JPEG))
@@ -49,7 +49,7 @@ def test_formats_that_are_not_read_are_counted_by_extension(tmp_path):
     assert open_source(str(cases.as_folder(tmp_path / "plain", {"x.jpg": JPEG}))).passed.line() is None
 
 
-def test_a_folder_with_nothing_to_read_says_what_is_there(tmp_path):
+def test_folder_without_images_lists_its_contents(tmp_path):
     folder = cases.as_folder(tmp_path / "in", {"a.heic": b"", "b.heic": b""})
     with pytest.raises(UserError, match=r"no image in it \(passed over: 2 \.heic"):
         cases.run(folder, tmp_path / "out")
@@ -57,14 +57,14 @@ def test_a_folder_with_nothing_to_read_says_what_is_there(tmp_path):
 
 @pytest.mark.parametrize("name", ["shots {1,2} [x]", "{000..127}.tar", "photos.tar", "old.tar.gz",
                                   "lists{a,b}.txt"])
-def test_a_folder_that_is_there_is_a_folder_whatever_its_name(tmp_path, name):
+def test_existing_folder_is_a_folder_whatever_its_name(tmp_path, name):
     cases.as_folder(tmp_path / name, {"a.jpg": JPEG})
     source = open_source(str(tmp_path / name))
     assert isinstance(source, FolderSource) and names(source) == ["a.jpg"]
     assert cases.run(tmp_path / name, tmp_path / "out").images == 1
 
 
-def test_an_archive_with_braces_in_its_name_is_that_archive(tmp_path):
+def test_archive_with_braces_in_its_name_is_found(tmp_path):
     cases.as_tar(tmp_path / "x{1,2}.tar", {"a.jpg": JPEG})
     source = open_source(str(tmp_path / "x{1,2}.tar"))
     assert isinstance(source, TarSource) and names(source) == ["x{1,2}.tar::a.jpg"]
@@ -72,7 +72,7 @@ def test_an_archive_with_braces_in_its_name_is_that_archive(tmp_path):
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_lists_in_any_encoding_that_has_a_mark(tmp_path, encoding, end):
+def test_lists_in_any_encoding_with_a_mark(tmp_path, encoding, end):
     listed = ["a.jpg", "b c.jpg", "\u00e9\u20ac.jpg", "sub/x.jpg y.jpg"]
     folder = cases.as_folder(tmp_path / "in", dict.fromkeys(listed, JPEG))
     (folder / "list.txt").write_bytes(end.join(listed).encode(encoding))
@@ -100,14 +100,14 @@ def test_masks_after_images_with_spaces_in_their_names(tmp_path):
     ("image,mask", "no table"), ("a.jpg,m/a.png", "no table"), ("a.jpg;1", "no table"),
     ('"a.jpg"', "in quotes"), ("'a b.jpg'", "in quotes"), ("sub\\a.jpg", "backslash"),
     ("../up.jpg", "outside")])
-def test_lines_of_another_form_are_bad_with_the_reason(tmp_path, line, reason):
+def test_malformed_lines_are_bad_images_with_the_reason(tmp_path, line, reason):
     cases.as_folder(tmp_path, {"a.jpg": JPEG, "b.jpg": JPEG})
     (tmp_path / "list.txt").write_text(f"{line}\nb.jpg\n")
     bad, good = open_source(str(tmp_path / "list.txt")).items()
     assert reason in bad.error and good.error is None
 
 
-def test_names_with_quotes_and_commas_are_names_where_there_are_such_files(tmp_path):
+def test_quotes_and_commas_are_accepted_in_existing_names(tmp_path):
     odd = ["a, b.jpg", '"quoted".jpg', "x;y.jpg"]
     cases.as_folder(tmp_path, dict.fromkeys(odd, JPEG))
     (tmp_path / "list.txt").write_text("\n".join(odd))
@@ -124,7 +124,7 @@ def test_repeated_lines_are_dropped_and_counted(tmp_path, capsys):
     assert "4 lines that repeat one before" in capsys.readouterr().err
 
 
-def test_a_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
+def test_unreadable_folder_is_refused(tmp_path, monkeypatch):
     folder = cases.as_folder(tmp_path / "in", {"a.jpg": JPEG, "closed/b.jpg": JPEG})
     scandir = os.scandir
 

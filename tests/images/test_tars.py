@@ -1,4 +1,4 @@
-"""Archives as people make them: whole, or refused with the reason; never a part in silence."""
+"""Realistic archives: read completely, or refused with the reason; never read partly without notice."""
 
 import gzip
 import io
@@ -25,7 +25,7 @@ def archive(files: dict[str, bytes], kind: int = tarfile.PAX_FORMAT) -> bytes:
 
 
 def read(path) -> dict[str, bytes]:
-    """Bytes of every image that the archive has, by name."""
+    """Returns the bytes of every image in the archive, by name."""
     items = list(open_source(str(path)).items())
     assert all(item.error is None for item in items)
     return {item.source.partition("::")[2]: item.read() for item in items}
@@ -40,7 +40,7 @@ def refused(path, data: bytes) -> str:
 
 
 @pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
-def test_archives_after_one_another_are_all_read(tmp_path, kind):
+def test_concatenated_archives_are_all_read(tmp_path, kind):
     names, path = list(FILES), tmp_path / "all.tar"
     parts = [archive({name: FILES[name] for name in names[i : i + 2]}, kind) for i in (0, 2, 4)]
     path.write_bytes(b"".join(parts))
@@ -57,7 +57,7 @@ def test_long_names_and_large_headers_are_read(tmp_path, kind):
     assert read(tmp_path / "long.tar") == files
 
 
-def test_headers_for_the_whole_archive_are_read(tmp_path):
+def test_global_headers_are_read(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT,
                       pax_headers={"comment": "of all"}) as opened:
         member = tarfile.TarInfo("x.jpg")
@@ -68,7 +68,7 @@ def test_headers_for_the_whole_archive_are_read(tmp_path):
 
 @settings(deadline=None, max_examples=150)
 @given(st.integers(0, len(archive(FILES)) - 1))
-def test_an_archive_cut_anywhere_is_whole_or_refused(tmp_path_factory, length):
+def test_archive_truncated_anywhere_is_complete_or_refused(tmp_path_factory, length):
     path, whole = tmp_path_factory.mktemp("cut") / "a.tar", archive(FILES)
     path.write_bytes(whole[:length])
     try:
@@ -91,10 +91,10 @@ def test_a_damaged_header_is_refused(tmp_path_factory, number, byte, change):
     except UserError as error:
         assert "\n" not in str(error)
         return
-    assert found == FILES and 148 <= byte < 156  # how the checksum itself is written
+    assert found == FILES and 148 <= byte < 156  # except for the checksum's own notation
 
 
-def test_what_is_cut_or_followed_by_something_says_so(tmp_path):
+def test_truncated_and_extended_archives_give_the_reason(tmp_path):
     whole = archive(FILES)
     with tarfile.open(fileobj=io.BytesIO(whole)) as opened:
         third = opened.getmembers()[3].offset
@@ -109,11 +109,11 @@ def test_what_is_cut_or_followed_by_something_says_so(tmp_path):
 @pytest.mark.parametrize(("kind", "magic"), [
     ("bzip2", b"BZh91AY&SY"), ("xz", b"\xfd7zXZ\0\0\4"), ("zstd", b"\x28\xb5\x2f\xfd\4"),
     ("zip", b"PK\3\4\x14\0"), ("gzip", gzip.compress(archive(FILES)))])
-def test_compressed_archives_called_tar_are_named(tmp_path, kind, magic):
+def test_compressed_archives_named_tar_are_refused(tmp_path, kind, magic):
     assert f"compressed with {kind}" in refused(tmp_path / "a.tar", magic + bytes(2000))
 
 
-def test_hard_links_have_the_bytes_of_what_they_name(tmp_path):
+def test_hard_links_have_the_bytes_of_their_target(tmp_path):
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as opened:
         cases.add_to(opened, {"a/x.jpg": b"first", "b.jpg": b"second"})
@@ -131,7 +131,7 @@ def test_hard_links_have_the_bytes_of_what_they_name(tmp_path):
     assert lost.source == "a.tar::lost.jpg" and "hard link to 'elsewhere.jpg'" in lost.error
 
 
-def test_sparse_and_special_members_are_bad_with_their_reason(tmp_path):
+def test_sparse_and_special_members_are_bad_images_with_the_reason(tmp_path):
     data = bytearray(archive({"hole.jpg": bytes(1024), "b.jpg": b"next"}, tarfile.GNU_FORMAT))
     header = tarfile.TarInfo("hole.jpg")
     header.size, header.type = 1024, tarfile.GNUTYPE_SPARSE
@@ -153,14 +153,14 @@ def test_sparse_and_special_members_are_bad_with_their_reason(tmp_path):
 
 
 @pytest.mark.parametrize("repeated", [{"a.jpg": b"2"}, {"b.jpg": b"2"}])
-def test_a_name_that_is_there_twice_is_refused(tmp_path, repeated):
+def test_duplicate_names_are_refused(tmp_path, repeated):
     good = {name: cases.encoded(cases.picture(i)) for i, name in enumerate(("a.jpg", "b.jpg"))}
     (tmp_path / "s.tar").write_bytes(archive(good) + archive(repeated))
     with pytest.raises(UserError, match=f"s.tar::{next(iter(repeated))} is there twice"):
         cases.run(tmp_path / "s.tar", tmp_path / "out")
 
 
-def test_masks_beside_their_images_are_passed_over(tmp_path):
+def test_masks_next_to_images_are_skipped(tmp_path):
     samples = {}
     for i in range(3):
         samples |= {f"a/{i}.jpg": b"image", f"a/{i}.mask.png": b"mask", f"a/{i}.json": b"{}",
@@ -174,13 +174,13 @@ def test_masks_beside_their_images_are_passed_over(tmp_path):
                                     "9 masks of images beside them")
 
 
-def test_images_that_are_called_like_masks_but_stand_alone_are_images(tmp_path):
+def test_images_named_like_masks_without_image_are_images(tmp_path):
     alone = {"x.seg.png": b"image", "y_mask.jpg": b"image", "left.label.png": b"image"}
     (tmp_path / "s.tar").write_bytes(archive(alone))
     assert read(tmp_path / "s.tar") == alone
 
 
-def test_an_archive_of_masks_is_read_as_it_was_written(tmp_path):
+def test_archive_of_masks_reads_back(tmp_path):
     written = b"".join(tars.entry(name, data) for name, data in FILES.items()) + tars.END
     (tmp_path / "m.tar").write_bytes(written)
     assert {one.name: storage.read(str(tmp_path / "m.tar"), one.offset, one.bytes)

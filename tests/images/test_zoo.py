@@ -1,8 +1,8 @@
 """Files of every kind show the same pixels, the same way up, in every command and with every loader; or
 `prepare` refuses them.
 
-The network of these tests names every pixel's colour by a class, so that a mask tells which pixels a command
-has seen.
+The network of these tests assigns a class to every pixel's colour, so that a mask reveals the pixels that a
+command read.
 """
 
 from dataclasses import dataclass, replace
@@ -56,22 +56,22 @@ KINDS = {
     f"{Path(kind.name).stem}_{kind.name.rpartition('.')[2]}{Path(kind.name).suffix}": kind
     for kind in zoo.kinds()
 }
-"""By file names that differ without their extensions, as keys of images must."""
+"""File names that differ without their extensions, because keys of images must."""
 
 
 def named(pixels: np.ndarray) -> np.ndarray:
-    """The class of each colour: uint8 [H, W] of uint8 [H, W, 3]."""
+    """Returns the class of each colour: uint8 [H, W] of uint8 [H, W, 3]."""
     return ((pixels.astype(np.int64) * (1, 2, 4)).sum(2) % COLOURS).astype(np.uint8)
 
 
 def colours_of(images_NCHW: torch.Tensor) -> np.ndarray:
-    """The uint8 [N, H, W, 3] that were normalised to these images."""
+    """Returns the uint8 [N, H, W, 3] before normalisation."""
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     return ((images_NCHW.cpu().permute(0, 2, 3, 1) * std + mean) * 255).round().to(torch.uint8).numpy()
 
 
 class Namer:
-    """A network that gives every colour its class."""
+    """Network that assigns a class to every colour."""
 
     num_classes, view_px = COLOURS, None
     identity = Identity(
@@ -86,18 +86,18 @@ class Namer:
 
 @dataclass(frozen=True)
 class Zoo:
-    """Files of some kinds, prepared."""
+    """Prepared files of some kinds."""
 
     root: Path
     prepared: index.Index
     samples: list[Sample]
     seen: list[np.ndarray]
-    """What is expected of each: uint8 [H, W, 3], by the PIL decoder and the reading of `look`."""
+    """Expected pixels of each file: uint8 [H, W, 3], by the PIL decoder and the reading of `look`."""
     exif: bool
 
 
 def build(folder: Path, names: list[str], *, exif: bool = True) -> Zoo:
-    """Writes and prepares files, each with a mask of zeros of the size that it is expected to have."""
+    """Writes and prepares files, each with a mask of zeros of its expected size."""
     (folder / "data" / "photos").mkdir(parents=True)
     (folder / "data" / "labels").mkdir()
     for name in names:
@@ -123,7 +123,7 @@ def build(folder: Path, names: list[str], *, exif: bool = True) -> Zoo:
 
 
 def good(names=None) -> list[str]:
-    """Kinds that a data set may hold; of these names, or all."""
+    """Selects kinds that a data set may hold; of these names, or all."""
     return [
         name
         for name, kind in KINDS.items()
@@ -145,11 +145,11 @@ def made(request, chosen, tmp_path_factory) -> Zoo:
     return build(tmp_path_factory.mktemp("zoo"), chosen, exif=request.param)
 
 
-def test_the_zoo_is_large():
+def test_zoo_is_large():
     assert len(KINDS) >= 60 and len(good(QUICK)) == len(QUICK)
 
 
-def test_pixels_are_those_of_the_picture(made):
+def test_pixels_match_the_picture(made):
     for sample, seen in zip(made.samples, made.seen, strict=True):
         kind = KINDS[Path(sample.image).name]
         stored = zoo.TURNS[look(kind.data, exif=True).orientation](kind.truth)
@@ -161,7 +161,7 @@ def test_pixels_are_those_of_the_picture(made):
 
 @pytest.mark.parametrize("name", LOADERS)
 def test_training_sees_these_pixels(made, name):
-    """Crops as large as the image, resized to its own size: only mirrored and padded."""
+    """Uses crops as large as the image, resized to its own size: only mirrored and padded."""
     side = zoo.WIDTH
     micro = MicroBatch(
         step=0, epoch=0, positions=np.arange(len(made.samples)), indices=np.arange(len(made.samples))
@@ -220,7 +220,7 @@ def test_prediction_sees_these_pixels(made, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.refused])
-def test_what_has_no_colours_is_refused_in_one_line(name, tmp_path):
+def test_files_without_colours_are_refused_in_one_line(name, tmp_path):
     (tmp_path / "data" / "photos").mkdir(parents=True)
     (tmp_path / "data" / "photos" / name).write_bytes(KINDS[name].data)
     (tmp_path / "data" / "photos" / "good.png").write_bytes(KINDS["rgb_png.png"].data)
@@ -248,9 +248,8 @@ def test_what_has_no_colours_is_refused_in_one_line(name, tmp_path):
 @pytest.mark.parametrize(
     "strange", [["exif_webp.webp"], ["turn4_tif.tif", "p3_ppm.ppm"], ["bits16_bmp.bmp", "exif_webp.webp"]]
 )
-def test_an_image_that_dali_fails_on_goes_to_pil_and_batches_stay(tmp_path, strange, capfd):
-    """As if a file claimed to be plain: every batch comes once, in its order, with the pixels of the other
-    loader."""
+def test_image_that_dali_rejects_is_read_by_pil_and_batches_stay(tmp_path, strange, capfd):
+    """As if a file were plain: every batch comes once, in order, with the pixels of the other loader."""
     names = ["plain_jpg.jpg", "rgb_png.png", "turn6_jpg.jpg", "gray_jpg.jpg", *strange]
     made = build(tmp_path, names)
     claimed = [replace(sample, plain=True, strong=True) for sample in made.samples]
@@ -285,7 +284,7 @@ def test_an_image_that_dali_fails_on_goes_to_pil_and_batches_stay(tmp_path, stra
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_a_file_that_pil_decodes_and_that_broke_is_named(tmp_path, name):
+def test_file_broken_after_preparation_is_named(tmp_path, name):
     made = build(tmp_path, ["plain_jpg.jpg", "lossless_webp.webp", "turn6_tif.tif"])
     (made.root / "photos" / "lossless_webp.webp").write_bytes(b"no longer an image")
     micros = [
@@ -306,8 +305,8 @@ def test_a_file_that_pil_decodes_and_that_broke_is_named(tmp_path, name):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not (has_dali() and torch.cuda.is_available()), reason="needs DALI and a CUDA device")
-def test_a_gpu_sees_nearly_these_pixels(made):
-    """JPEGs are decoded on the GPU, which rounds differently; all else is equal."""
+def test_gpu_sees_nearly_these_pixels(made):
+    """JPEGs are decoded on the GPU, which rounds differently; all others are equal."""
     side = zoo.WIDTH
     numbers = np.arange(len(made.samples))
     micro = MicroBatch(step=0, epoch=0, positions=numbers, indices=numbers)

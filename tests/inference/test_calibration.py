@@ -21,7 +21,7 @@ HERE = distributed.World(device=torch.device("cpu"))
 
 
 class Stub:
-    """Six classes from fixed convolutions, sure of themselves to different degrees."""
+    """Network of six classes from fixed convolutions, with different degrees of confidence."""
 
     num_classes, view_px = 6, None
 
@@ -38,7 +38,7 @@ def of_counts(counted, right) -> Calibration:
 
 
 def drawn(seed: int, classes: int = 3, pixels: int = 20_000) -> tuple[Calibration, list[np.ndarray]]:
-    """Counts of random pixels, and the pixels: class, bin, whether right."""
+    """Returns counts of random pixels, and the pixels: class, bin, correctness."""
     rng = np.random.default_rng(seed)
     predicted, bins = rng.integers(0, classes, pixels), rng.integers(0, BINS, pixels)
     right = rng.random(pixels) < (bins / BINS) ** rng.uniform(0.2, 3)
@@ -49,7 +49,7 @@ def drawn(seed: int, classes: int = 3, pixels: int = 20_000) -> tuple[Calibratio
 
 
 @pytest.mark.parametrize("tta", ["none", "flip"])
-def test_counts_are_those_of_the_pixels(synthetic_index, tta):
+def test_counts_match_the_pixels(synthetic_index, tta):
     known = index.load(synthetic_index)
     samples = [known.sample(image) for image in sorted(known.entries)][:5]
     found = calibration.measure(Stub(), samples, HERE, DataConfig(threads=1), tta=tta, classes="abcdef",
@@ -74,7 +74,7 @@ def test_counts_are_those_of_the_pixels(synthetic_index, tta):
 
 @given(st.integers(0, 10**6), st.floats(0.05, 0.99))
 @settings(max_examples=40)
-def test_a_proposal_is_the_least_confidence_with_the_precision(seed, wanted):
+def test_proposal_is_the_least_confidence_with_the_precision(seed, wanted):
     found, (predicted, bins, right) = drawn(seed)
     for class_id in (None, 0, 2):
         ours = np.full(len(predicted), True) if class_id is None else predicted == class_id
@@ -98,7 +98,7 @@ def test_a_proposal_is_the_least_confidence_with_the_precision(seed, wanted):
 
 @given(st.integers(0, 10**6))
 @settings(max_examples=30)
-def test_the_calibration_error_is_that_of_the_paper(seed):
+def test_calibration_error_matches_the_paper(seed):
     found, (predicted, bins, right) = drawn(seed)
     for class_id in (None, 1):
         ours = np.full(len(predicted), True) if class_id is None else predicted == class_id
@@ -112,18 +112,18 @@ def test_the_calibration_error_is_that_of_the_paper(seed):
         assert found.accuracy(class_id) == pytest.approx(right[ours].mean())
 
 
-def test_a_perfectly_calibrated_network_has_no_error():
+def test_perfectly_calibrated_network_has_no_error():
     counted = np.full((1, BINS), 2000)
     right = 2000 * (np.arange(BINS) + 0.5) / BINS
     assert of_counts(counted, right[None]).error() == pytest.approx(0, abs=1e-12)
     assert of_counts(counted, counted).error() == pytest.approx(0.5, abs=1e-3)
 
 
-def test_floors_leave_out_what_reaches_nothing_and_lend_where_pixels_are_few():
+def test_thresholds_drop_unreachable_classes_and_use_the_common_one_for_rare_classes():
     counted, right = np.zeros((3, BINS), np.int64), np.zeros((3, BINS), np.int64)
     counted[0, 500:] = right[0, 500:] = 100
-    right[0, 500:700] = 0  # right from 0.7 on, nearly
-    counted[1] = 2  # never right
+    right[0, 500:700] = 0  # correct from 0.7 on, nearly
+    counted[1] = 2  # never correct
     counted[2, 900] = FEW_PIXELS - 1
     found = of_counts(counted, right)
     floors = found.floors(0.95)
@@ -133,7 +133,7 @@ def test_floors_leave_out_what_reaches_nothing_and_lend_where_pixels_are_few():
     assert not found.proposal(0.95, 1).reached and found.proposal(0.95, 2).few
 
 
-def test_a_curve_falls_in_coverage():
+def test_curve_decreases_in_coverage():
     found, _ = drawn(3)
     curve = found.curve(1)
     assert curve[0][:2] == (0.0, 1.0) and len(curve) == 100
@@ -142,7 +142,7 @@ def test_a_curve_falls_in_coverage():
     assert of_counts(empty, empty).curve() == [] and of_counts(empty, empty).error() is None
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_written_calibration_reads_back(tmp_path):
     found, _ = drawn(4)
     path = tmp_path / "calibration.json"
     calibration.write(path, found, [0.5, 0.9])

@@ -1,4 +1,4 @@
-"""Engines of every backend that is present on a GPU, against eager."""
+"""Engines of every installed backend on a GPU, against eager."""
 
 import pytest
 import torch
@@ -33,13 +33,13 @@ def smooth(*size, seed=0):
 @torch.inference_mode()
 def assert_agrees(teacher, made):
     eager = made.eager()
-    for turn in range(4):  # from the second on TensorRT replays a CUDA graph
+    for turn in range(4):  # from the second call on TensorRT replays a CUDA graph
         for size in SIZES:
             images_NCHW = smooth(*size, seed=turn)
             ours = teacher.logits(images_NCHW)
             assert ours.dtype == torch.float32 and ours.is_cuda
             assert relative_error(ours, eager.logits(images_NCHW)) < build.TOLERANCE[made.precision]
-    # networks that learned nothing are decided by less than half precision keeps
+    # untrained networks have smaller margins than half precision keeps
     if made.precision == "fp32":
         found = gate.compare(teacher.logits, eager.logits,
                              [smooth(*SIZES[2], seed=seed) for seed in range(8)])
@@ -49,7 +49,7 @@ def assert_agrees(teacher, made):
 @pytest.mark.parametrize("precision", list(PRECISIONS))
 @pytest.mark.parametrize("name", ["deeplabv3plus", "pspnet", "deeplabv2"])
 @pytest.mark.parametrize("backend", list(BACKENDS))
-def test_engines_compute_what_eager_does(backend, name, precision, tmp_path):
+def test_engines_match_eager(backend, name, precision, tmp_path):
     if reason := BACKENDS[backend].unavailable(torch.device("cuda")):
         pytest.skip(reason)
     made = plan(model(name), backend, precision)
@@ -60,7 +60,7 @@ def test_engines_compute_what_eager_does(backend, name, precision, tmp_path):
     assert_agrees(build.load(tmp_path / "engine", record, made), made)
 
 
-def test_an_unfrozen_package_takes_other_weights(tmp_path):
+def test_unfrozen_package_takes_other_weights(tmp_path):
     first, second = (plan(model("deeplabv3plus", seed), "inductor", "bf16", frozen=False) for seed in (0, 1))
     build.build(first, tmp_path / "engine")
     record, reason = build.unfit(tmp_path / "engine", second)

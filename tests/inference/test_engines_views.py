@@ -1,6 +1,6 @@
 """Engines with test-time augmentation on photographs, against the method in plain PyTorch and float32.
 
-The network is trained here for a minute: one that learned nothing is decided by less than half precision
+The network is trained here for a minute, because an untrained one has smaller margins than half precision
 keeps.
 """
 
@@ -34,7 +34,7 @@ def photograph(folder, number: int, size: tuple[int, int], mode: str) -> np.ndar
 
 @pytest.fixture(scope="module")
 def trained(camvid, tmp_path_factory):
-    """A checkpoint of a ResNet-18 that has seen eight photographs."""
+    """Writes a checkpoint of a ResNet-18 trained on eight photographs."""
     torch.manual_seed(0)
     network = build_model("deeplabv3plus", "resnet18", CLASSES,
                           16).to(memory_format=torch.channels_last).train()
@@ -60,11 +60,10 @@ def trained(camvid, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("backend", "precision", "raw", "outside"), [
-    # float32 engines: test_engines_inductor.py
+    # float32 engines: test_inductor.py
     ("eager", "fp32", 0.9999, 1.0), ("inductor", "bf16", 0.97, gate.FLOOR),
 ])
-def test_masks_are_those_of_the_method(camvid, trained, tmp_path, monkeypatch, backend, precision, raw,
-                                       outside):
+def test_masks_match_the_method(camvid, trained, tmp_path, monkeypatch, backend, precision, raw, outside):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     teacher = open_predictor(trained, load=load_network, device=CPU, backend=backend, precision=precision)
     network = load_network(trained)[0].eval()

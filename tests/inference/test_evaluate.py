@@ -1,5 +1,4 @@
-"""`stpp evaluate`: crops that overlap against a plain form written here, and checkpoints that do not say what
-they are."""
+"""`stpp evaluate`: overlapping crops against a plain form, and checkpoints that lack a description."""
 
 import json
 import math
@@ -17,7 +16,7 @@ from PIL import Image
 import engine_cases as cases
 from cli_cases import ended
 from conftest import torchrun
-from stpp import cli, distributed
+from stpp import checkpoint, cli, distributed
 from stpp.config import Config, DataConfig, TrainConfig
 from stpp.dataset import index
 from stpp.errors import UserError
@@ -51,7 +50,7 @@ def flags(best: Path, index_folder: Path, listed: Path, *more: object) -> list[s
 
 
 def command(capsys, *args) -> tuple[int, str, str]:
-    """Exit code, standard output, standard error of `stpp evaluate`."""
+    """Runs `stpp evaluate`; returns exit code, standard output, standard error."""
     return ended(capsys, *flags(*args))
 
 
@@ -60,8 +59,8 @@ def command(capsys, *args) -> tuple[int, str, str]:
 
 def sliding(network: torch.nn.Module, image_1CHW: torch.Tensor, side: int,
             mirrored: bool = False, edges: str = "cut") -> torch.Tensor:
-    """Mean probabilities [1, C, H, W] of crops, one pixel column and row of their grid after the other, in
-    plain PyTorch."""
+    """Computes mean probabilities [1, C, H, W] of crops, one pixel column and row of their grid after the
+    other, in plain PyTorch."""
     if edges == "shifted":
         return sliding_back(network, image_1CHW, side, mirrored)
     height, width = image_1CHW.shape[-2:]
@@ -89,7 +88,7 @@ def predictor(network):
 
 def sliding_back(network: torch.nn.Module, image_1CHW: torch.Tensor, side: int,
                  mirrored: bool) -> torch.Tensor:
-    """The same with crops of one size: one that would leave the image is moved back, and is the last."""
+    """The same with crops of one size: a crop that would leave the image is moved back, and is the last."""
     height, width = image_1CHW.shape[-2:]
     total, crops = torch.zeros(1, 6, height, width), torch.zeros(height, width)
     top, below = 0, True
@@ -116,7 +115,7 @@ def sliding_back(network: torch.nn.Module, image_1CHW: torch.Tensor, side: int,
 @pytest.mark.parametrize("size, side",
                          [((70, 110), 48), ((48, 48), 48), ((33, 90), 48), ((20, 31), 48), ((65, 33), 32),
                                         ((8, 9), 3)])
-def test_crops_add_up_as_in_the_plain_form(network, mode, size, side, edges):
+def test_crops_match_the_plain_form(network, mode, size, side, edges):
     images = cases.images(2, *size)
     with torch.no_grad():
         sums = views.accumulate_crops(network, images, mode, 6, side, edges)
@@ -127,7 +126,7 @@ def test_crops_add_up_as_in_the_plain_form(network, mode, size, side, edges):
     assert decided.float().mean() > 0.9 and torch.equal(masks[decided], truth.argmax(1).byte()[decided])
 
 
-def test_windows_of_cityscapes_are_the_published_ones():
+def test_cityscapes_windows_are_the_published_ones():
     """UniMatch, 801 pixels: rows 0 and 534, columns to the end; UniMatch-V2, 798: the last are moved back."""
     assert views.starts(1024, 801, "cut") == [0, 534]
     assert views.starts(2048, 801, "cut") == [0, 534, 1068, 1602]
@@ -137,7 +136,7 @@ def test_windows_of_cityscapes_are_the_published_ones():
 
 
 @given(length=st.integers(1, 300), side=st.integers(1, 120), edges=st.sampled_from(["cut", "shifted"]))
-def test_windows_cover_every_pixel_and_none_leaves_the_image(length, side, edges):
+def test_windows_cover_every_pixel_within_the_image(length, side, edges):
     found = views.starts(length, side, edges)
     covered = {at for first in found for at in range(first, min(length, first + side))}
     assert covered == set(range(length))
@@ -146,7 +145,7 @@ def test_windows_cover_every_pixel_and_none_leaves_the_image(length, side, edges
         assert all(first + min(side, length) <= length for first in found)
 
 
-def test_an_image_within_one_crop_is_seen_whole(network):
+def test_image_within_one_crop_is_one_window(network):
     images = cases.images(1, 40, 45)
     with torch.no_grad():
         whole, cropped, cut = (views.masks(predictor(network), images, "none", crop_px=side)
@@ -174,7 +173,7 @@ def plain_miou(network: torch.nn.Module, known: index.Index, listed: Path, side:
 
 
 @pytest.mark.parametrize("edges", ["cut", "shifted"])
-def test_the_score_is_that_of_the_plain_form(network, best, synthetic_index, listed, tmp_path, capsys, edges):
+def test_score_matches_the_plain_form(network, best, synthetic_index, listed, tmp_path, capsys, edges):
     out = tmp_path / "scores.json"
     code, said, _ = command(capsys, best, synthetic_index, listed, "--sliding-window", "45", "--window-edges",
                             edges, "--out", out)
@@ -187,7 +186,7 @@ def test_the_score_is_that_of_the_plain_form(network, best, synthetic_index, lis
                             abs_tol=0.05)
 
 
-def test_every_pixel_counts_once_whatever_the_crop(network, synthetic_index):
+def test_every_pixel_counts_once_for_any_crop(network, synthetic_index):
     known = index.load(synthetic_index)
     samples = [known.sample(image) for image in sorted(known.entries)[:4]]
     teacher = EagerPredictor(network, num_classes=6, device=CPU, dtype=torch.float32)
@@ -199,7 +198,7 @@ def test_every_pixel_counts_once_whatever_the_crop(network, synthetic_index):
 
 
 @pytest.mark.dist
-def test_ranks_share_the_crops_of_all_images(best, synthetic_index, listed, tmp_path, capsys):
+def test_ranks_share_the_images(best, synthetic_index, listed, tmp_path, capsys):
     args = (best, synthetic_index, listed, "--sliding-window", "45", "--out")
     command(capsys, *args, tmp_path / "one.json")
     ran = torchrun(2, "-m", "stpp", *flags(*args, tmp_path / "two.json"))
@@ -209,7 +208,7 @@ def test_ranks_share_the_crops_of_all_images(best, synthetic_index, listed, tmp_
 
 
 @pytest.mark.parametrize("value", ["0", "-3", "wide"])
-def test_an_impossible_crop_is_named(best, synthetic_index, listed, capsys, value):
+def test_impossible_crop_is_named(best, synthetic_index, listed, capsys, value):
     code, _, errors = command(capsys, best, synthetic_index, listed, "--sliding-window", value)
     assert code == 2 and "--sliding-window" in errors and len(errors.strip().splitlines()) == 1
 
@@ -224,8 +223,8 @@ def test_edges_without_windows_are_named(best, synthetic_index, listed, capsys):
 
 
 @pytest.mark.parametrize("edges", [None, "cut", "shifted"])
-def test_a_run_validates_as_evaluation_scores(network, best, synthetic, synthetic_index, listed, tmp_path,
-                                              capsys, edges):
+def test_validation_and_evaluation_give_the_same_score(network, best, synthetic, synthetic_index, listed,
+                                                       tmp_path, capsys, edges):
     """The same windows in training's validation and in `stpp evaluate`."""
     flags = ["--sliding-window", "45", "--window-edges", edges] if edges else []
     command(capsys, best, synthetic_index, listed, *flags, "--out", tmp_path / "scores.json")
@@ -239,7 +238,7 @@ def test_a_run_validates_as_evaluation_scores(network, best, synthetic, syntheti
 
 
 def split_of(known: index.Index, val: Path, folder: Path) -> Path:
-    """Lists of a run that is validated on `val`."""
+    """Writes the lists of a run that is validated on `val`."""
     folder.mkdir()
     lines = [f"{image} {entry.mask}\n" for image, entry in sorted(known.entries.items())]
     (folder / "labeled.txt").write_text("".join(lines[:2]))
@@ -248,7 +247,7 @@ def split_of(known: index.Index, val: Path, folder: Path) -> Path:
     return folder
 
 
-# --- checkpoints that do not say what they are
+# --- checkpoints without a description
 
 
 def bare(folder: Path, state: dict, name: str = "published.pth") -> Path:
@@ -257,9 +256,8 @@ def bare(folder: Path, state: dict, name: str = "published.pth") -> Path:
 
 
 @pytest.mark.parametrize("prefix, wrapper", [("", None), ("module.", None), ("module.", "model")])
-def test_a_published_state_dict_scores_as_the_same_network_of_a_run(
-    network, best, synthetic_index, listed, tmp_path, capsys, prefix, wrapper
-):
+def test_published_state_dict_scores_like_a_run_checkpoint(network, best, synthetic_index, listed, tmp_path,
+                                                           capsys, prefix, wrapper):
     state = {prefix + key: value for key, value in network.state_dict().items()}
     path = bare(tmp_path, {wrapper: state, "epoch": 3} if wrapper else state)
     code, said, errors = command(capsys, path, synthetic_index, listed, "--output-stride", STRIDE)
@@ -271,7 +269,7 @@ def test_a_published_state_dict_scores_as_the_same_network_of_a_run(
     assert code == 0 and "output stride 8" in errors and at_eight != said
 
 
-def test_another_number_of_classes_than_the_data_is_named(synthetic_index, listed, tmp_path, capsys):
+def test_wrong_number_of_classes_is_named(synthetic_index, listed, tmp_path, capsys):
     path = bare(tmp_path, cases.model("deeplabv2", classes=21).state_dict())
     code, _, errors = command(capsys, path, synthetic_index, listed)
     last = errors.strip().splitlines()[-1]
@@ -283,7 +281,7 @@ def test_another_number_of_classes_than_the_data_is_named(synthetic_index, liste
     )
 
 
-def test_a_state_dict_needs_an_index_and_a_list(network, tmp_path, capsys):
+def test_state_dict_needs_an_index_and_a_list(network, tmp_path, capsys):
     path = bare(tmp_path, network.state_dict())
     with pytest.raises(SystemExit) as ended:
         cli.main(["evaluate", "--checkpoint", str(path)])
@@ -296,7 +294,7 @@ def test_a_state_dict_needs_an_index_and_a_list(network, tmp_path, capsys):
     )
 
 
-def test_a_stride_that_contradicts_the_checkpoint_is_refused(best, synthetic_index, listed, capsys):
+def test_stride_that_contradicts_the_checkpoint_is_refused(best, synthetic_index, listed, capsys):
     assert command(capsys, best, synthetic_index, listed, "--output-stride", STRIDE)[0] == 0
     code, _, errors = command(capsys, best, synthetic_index, listed, "--output-stride", "8")
     assert (
@@ -305,3 +303,12 @@ def test_a_stride_that_contradicts_the_checkpoint_is_refused(best, synthetic_ind
         and "trained at 16" in errors
         and len(errors.strip().splitlines()) == 1
     )
+
+
+def test_origin_of_pretrained_weights_is_logged(best, synthetic_index, listed, tmp_path, capsys):
+    content = checkpoint.load(best)
+    del content["format"]
+    record = {"source": "backbone.pth", "sha256": 64 * "0", "licence": "MIT"}
+    checkpoint.save(tmp_path / "best.pt", **content, pretrained=record)
+    code, _, errors = command(capsys, tmp_path / "best.pt", synthetic_index, listed)
+    assert code == 0 and "started from backbone.pth (MIT, SHA-256 00000000)" in errors

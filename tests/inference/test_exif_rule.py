@@ -1,4 +1,4 @@
-"""A checkpoint tells the EXIF rule it was trained with, and every command follows it or refuses another."""
+"""A checkpoint stores the EXIF rule of its training, and every command follows it or refuses another."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def checkpoints(state, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    """One photograph on its side, its upright twin as a PNG, and what is stored of it as another."""
+    """One photograph on its side, its upright twin as a PNG, and its stored pixels as another."""
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "turned.jpg").write_bytes(jpeg(TURNS[6](picture()), exif=exif_block(6)))
@@ -56,7 +56,7 @@ def photos(tmp_path) -> Path:
     return folder
 
 
-def test_the_rule_that_is_told(checkpoints):
+def test_stored_rule_is_read(checkpoints):
     told = {name: exif_rule.told(path) for name, path in checkpoints.items()}
     assert told == {
         "upright": True,
@@ -95,7 +95,7 @@ def test_rules_agree_or_are_refused(checkpoints):
     ("name", "seen"),
     [("upright", "upright"), ("silent", "upright"), ("published", "upright"), ("stored", "stored")],
 )
-def test_load_follows_the_checkpoint(checkpoints, photos, name, seen):
+def test_load_follows_the_rule_of_the_checkpoint(checkpoints, photos, name, seen):
     predictor = stpp.load(
         checkpoints[name], device="cpu", precision="fp32", output_stride=None if name != "published" else 32
     )
@@ -117,7 +117,8 @@ def masks(folder: Path) -> dict[str, np.ndarray]:
     ("name", "flags", "seen"),
     [("stored", [], "stored"), ("upright", [], "upright"), ("silent", ["--no-exif"], "stored")],
 )
-def test_predict_and_label_follow_the_checkpoint(checkpoints, photos, tmp_path, name, flags, seen, capsys):
+def test_predict_and_label_follow_the_rule_of_the_checkpoint(checkpoints, photos, tmp_path, name, flags,
+                                                             seen, capsys):
     shared = ["--device", "cpu", "--precision", "fp32", "--tta", "none", *flags]
     assert (
         ended(capsys, "predict", photos, "--checkpoint", checkpoints[name], "--out", tmp_path / "p", *shared)[
@@ -149,7 +150,7 @@ def test_predict_and_label_follow_the_checkpoint(checkpoints, photos, tmp_path, 
 
 
 @pytest.mark.parametrize("command", ["predict", "label", "select"])
-def test_a_contradicting_flag_is_refused_in_one_line(checkpoints, photos, tmp_path, command, capsys):
+def test_contradicting_flag_is_refused_in_one_line(checkpoints, photos, tmp_path, command, capsys):
     path = str(checkpoints["stored"])
     given = {
         "predict": [str(photos), "--checkpoint", path],
@@ -161,7 +162,7 @@ def test_a_contradicting_flag_is_refused_in_one_line(checkpoints, photos, tmp_pa
         assert error.startswith("stpp: ") and words in error
 
 
-def test_an_engine_folder_tells_the_rule_of_its_checkpoint(checkpoints, tmp_path):
+def test_engine_folder_keeps_the_rule_of_its_checkpoint(checkpoints, tmp_path):
     for name, rule in (("stored", False), ("upright", True), ("silent", None)):
         compile_predictor(
             checkpoints[name], tmp_path / name, load=load_network, device=torch.device("cpu"), backend="eager"

@@ -1,4 +1,4 @@
-"""Exported graphs and AOTInductor packages of the real models, against the networks they were made of."""
+"""Exported graphs and AOTInductor packages of the real models, against their networks."""
 
 import pytest
 import torch
@@ -32,10 +32,10 @@ SIZES = ((1, 33, 33), (1, 17, 17), (1, 200, 40), (3, 64, 201), (2, 17, 300), (5,
 """One image and several, sides equal and not, maps smaller and larger than the dilations and the pooling's
 regions."""
 FP32 = 1e-5
-"""Relative to the largest logit: the same sums in another order."""
+"""Tolerance relative to the largest logit: the same sums in another order."""
 HALF = 0.02
 ERROR_OF_OTHER_WEIGHTS = 0.05
-"""Two networks of this file differ by more."""
+"""Least difference of two networks of this file."""
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +62,7 @@ def operators(exported) -> set[str]:
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
                                   for name in MODELS])
-def test_one_graph_serves_every_size(name):
+def test_one_graph_accepts_every_size(name):
     network, least = ready(model(name)), least_px(name)
     exported, shapes = export.program(network, shapes=ANY_SIZE, device=CPU, dtype=torch.float32, plain=False)
     assert_equal(exported.module(), network,
@@ -73,7 +73,7 @@ def test_one_graph_serves_every_size(name):
     assert shapes.smallest == (1, least, least) and shapes.largest == ANY_SIZE.largest
 
 
-def test_plain_graphs_hold_no_operator_of_ours_and_leave_the_network_alone():
+def test_plain_graphs_hold_no_custom_operator_and_keep_the_network():
     network = ready(tiny(0))
     exported, _ = export.program(network, shapes=ANY_SIZE, device=CPU, dtype=torch.float32, plain=True)
     assert not any(name.startswith("stpp") for name in operators(exported))
@@ -84,14 +84,14 @@ def test_plain_graphs_hold_no_operator_of_ours_and_leave_the_network_alone():
 
 
 @pytest.mark.parametrize("typical", ["1x1x1", "1x64x64", "2x65x65", "7x333x65"])
-def test_no_typical_input_ties_the_graph_to_itself(typical):
+def test_typical_input_does_not_specialise_the_graph(typical):
     network = ready(tiny(0))
     shapes = Shapes.parse(["1x1x1", typical, "9x400x400"])
     assert_equal(export.program(network, shapes=shapes, device=CPU, dtype=torch.float32,
                                 plain=False)[0].module(), network)
 
 
-def test_half_precision_is_in_the_graph_and_logits_are_not():
+def test_graph_is_half_precision_except_logits():
     exported, _ = export.program(ready(tiny(0), torch.bfloat16), shapes=ANY_SIZE, device=CPU,
                                  dtype=torch.bfloat16, plain=True)
     convolutions = [node for node in exported.graph.nodes if "conv2d" in str(node.target)]
@@ -102,8 +102,8 @@ def test_half_precision_is_in_the_graph_and_logits_are_not():
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_an_unfrozen_package_takes_the_next_teachers_weights(tmp_path):
-    """Three classes: a bias so short is written into the code unless that is forbidden, and a swap would miss
+def test_unfrozen_package_takes_the_next_teachers_weights(tmp_path):
+    """Three classes: so short a bias is written into the code unless that is forbidden, and a swap would miss
     it."""
     first, second = ready(tiny(0)), ready(tiny(1))
     assert first.classifier.bias.numel() <= 8
@@ -127,7 +127,7 @@ def test_an_unfrozen_package_takes_the_next_teachers_weights(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_frozen_package_refuses_other_weights(tmp_path):
+def test_frozen_package_refuses_other_weights(tmp_path):
     first, second = ready(tiny(0)), ready(tiny(1))
     inductor.build(first, tmp_path, shapes=ANY_SIZE, device=CPU, dtype=torch.float32, frozen=True)
     assert_equal(inductor.load(tmp_path, device=CPU), first)
@@ -153,7 +153,7 @@ def test_half_precision_packages_agree_with_eager_in_float32(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", MODELS)
-def test_packages_of_the_models_equal_eager_with_any_weights(name, tmp_path):
+def test_packages_of_all_models_equal_eager_with_any_weights(name, tmp_path):
     first, second = ready(model(name, 0)), ready(model(name, 1))
     inductor.build(first, tmp_path, shapes=ANY_SIZE, device=CPU, dtype=torch.float32, frozen=False)
     sizes = sizes_from(least_px(name), SIZES)
@@ -163,7 +163,7 @@ def test_packages_of_the_models_equal_eager_with_any_weights(name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_command_compiles_judges_and_opens_again(tmp_path, capsys):
+def test_compile_command_builds_checks_and_reopens(tmp_path, capsys):
     saved = checkpoint.load(save(tmp_path / "tiny.pt", 0))
     network = model("deeplabv2", classes=3)
     checkpoint.save(tmp_path / "best.pt", model=network.state_dict(), classes=saved["classes"],
@@ -194,7 +194,7 @@ def test_the_command_compiles_judges_and_opens_again(tmp_path, capsys):
     )
 
 
-def test_a_compiler_that_is_missing_is_named(tmp_path, monkeypatch):
+def test_missing_compiler_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(inductor.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="C\\+\\+ compiler"):
         compile_predictor(save(tmp_path / "best.pt", 0), tmp_path / "x", load=load, device=CPU,

@@ -1,5 +1,4 @@
-"""Engine folders: what is trusted, what is rebuilt, what is refused. A backend of Python stands for the
-compilers."""
+"""Engine folders: trust, rebuilding and refusals. A backend in Python replaces the compilers."""
 
 import dataclasses
 import json
@@ -20,7 +19,7 @@ from stpp.inference.record import ANY_SIZE, Device, Shapes
 
 
 class FakeBackend:
-    """Keeps the ready network where a compiler would write a library; counts what is done."""
+    """Backend that keeps the ready network where a compiler would write a library, and counts calls."""
 
     SHAPES = Shapes(smallest=(1, 8, 8), typical=(2, 32, 32), largest=(8, 64, 64))
 
@@ -50,7 +49,7 @@ class FakeBackend:
 
 @pytest.fixture(autouse=True)
 def user(tmp_path, monkeypatch):
-    """A user of one's own, without engines or key."""
+    """Separate user, without engines or key."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     return tmp_path / "home" / "stpp"
 
@@ -104,11 +103,11 @@ def edit(folder, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-# --- what is chosen
+# --- choice of backend
 # ---------------------------------------------------------------------------------------------------
 
 
-def test_little_or_unknown_work_is_done_by_eager(first, fake):
+def test_little_or_unknown_work_uses_eager(first, fake):
     for work in (None, Work(images=1), Work(images=0)):
         teacher = opened(first, work=work)
         assert isinstance(teacher, EagerPredictor) and teacher.identity.backend == "eager"
@@ -116,7 +115,7 @@ def test_little_or_unknown_work_is_done_by_eager(first, fake):
     assert fake.built == 0
 
 
-def test_much_work_is_compiled_and_says_why(first, fake, tmp_path, capsys):
+def test_much_work_is_compiled_and_logs_the_reason(first, fake, tmp_path, capsys):
     teacher = opened(first, images=10**8, cache=tmp_path / "cache")
     assert (
         fake.built == 1
@@ -128,7 +127,7 @@ def test_much_work_is_compiled_and_says_why(first, fake, tmp_path, capsys):
     assert "fake fp32" in said and "s to compile" in said and "as eager" in said
 
 
-def test_the_choice_follows_the_amount_of_work_and_never_the_clock(fake):
+def test_choice_depends_on_the_work_and_never_on_the_clock(fake):
     network = tiny(0)
 
     def work_of(flop_s, predictors=1):
@@ -139,7 +138,7 @@ def test_the_choice_follows_the_amount_of_work_and_never_the_clock(fake):
         work = work_of(flop_s, predictors)
         return choose.pick(network, work, present=list(present), kind="cpu", precision="fp32", cores=1)[:2]
 
-    def is_frozen(work):  # of a backend that was asked for
+    def is_frozen(work):  # of a requested backend
         return choose.is_frozen("fake", network, work, kind="cpu", precision="fp32", cores=1)
 
     assert is_frozen(work_of(200)) and is_frozen(Work(images=None)) and not is_frozen(work_of(15))
@@ -157,7 +156,7 @@ def test_the_choice_follows_the_amount_of_work_and_never_the_clock(fake):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_on_a_gpu_compiling_pays_after_six_minutes_of_eager(precision):
+def test_gpu_compile_pays_off_after_six_minutes_of_eager(precision):
     """By estimates: 60 s of compiling, a sixth less work after it, 2.8e14 operations a second of eager."""
     network = tiny(0)
 
@@ -179,7 +178,7 @@ def test_operations_are_counted_without_computing():
     assert next(convolution.parameters()).device.type == "cpu"
 
 
-def test_where_auto_chose_a_compiler_that_fails_eager_goes_on(first, fake, tmp_path, capsys):
+def test_auto_falls_back_to_eager_if_the_compiler_fails(first, fake, tmp_path, capsys):
     fake.fail = "no linker"
     assert_computes(opened(first, images=10**8, cache=tmp_path / "cache"), first)
     assert "no linker" in capsys.readouterr().err
@@ -194,7 +193,7 @@ def test_where_auto_chose_a_compiler_that_fails_eager_goes_on(first, fake, tmp_p
     ({"backend": "tvm"}, ["--backend tvm", "inductor", "eager"]),
     ({"precision": "fp16"}, ["--precision fp16", "CUDA"]),
 ])
-def test_what_cannot_be_had_is_named(first, tmp_path, options, names):
+def test_unavailable_backends_are_named(first, tmp_path, options, names):
     def compile_it():
         compile_predictor(first, tmp_path / "out", load=load, device=CPU, **options)
 
@@ -204,17 +203,17 @@ def test_what_cannot_be_had_is_named(first, tmp_path, options, names):
         assert all(name in str(refused.value) for name in names) and "\n" not in str(refused.value)
 
 
-# --- what is kept and shared
+# --- caching and sharing
 # ------------------------------------------------------------------------------------------
 
 
-def test_an_engine_is_found_again(first, fake, tmp_path):
+def test_cached_engine_is_reused(first, fake, tmp_path):
     for _ in range(2):
         assert_computes(opened(first, backend="fake", cache=tmp_path / "cache"), first)
     assert fake.built == 1
 
 
-def test_one_unfrozen_engine_serves_all_teachers_and_a_frozen_one_only_its_own(first, second, fake, tmp_path):
+def test_unfrozen_engine_serves_all_teachers_and_frozen_only_its_own(first, second, fake, tmp_path):
     seconds = (
         25
         * choose.EAGER_FLOPS["cpu"]["fp32"]
@@ -233,7 +232,7 @@ def test_one_unfrozen_engine_serves_all_teachers_and_a_frozen_one_only_its_own(f
     assert (fake.built, fake.swaps) == (3, 1)
 
 
-def test_a_swap_that_does_not_take_is_noticed(first, second, fake, tmp_path, monkeypatch):
+def test_failed_swap_of_weights_is_detected(first, second, fake, tmp_path, monkeypatch):
     work = Work(
         images=25
         * choose.EAGER_FLOPS["cpu"]["fp32"]
@@ -249,7 +248,7 @@ def test_a_swap_that_does_not_take_is_noticed(first, second, fake, tmp_path, mon
     assert_computes(teacher, second)
 
 
-def test_what_a_killed_process_left_is_cleared_away(first, fake, tmp_path, monkeypatch):
+def test_leftovers_of_a_killed_process_are_removed(first, fake, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     monkeypatch.setattr(build.shutil, "rmtree", lambda *_, **__: None)
     monkeypatch.setattr(fake, "load", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -264,14 +263,14 @@ def test_what_a_killed_process_left_is_cleared_away(first, fake, tmp_path, monke
     assert sorted(path.name.split("-")[0].strip(".") for path in cache.iterdir()) == ["fake", "fake"]
 
 
-def test_processes_that_come_together_compile_once(first, fake, tmp_path):
+def test_concurrent_processes_compile_once(first, fake, tmp_path):
     barrier, found = threading.Barrier(4), []
 
-    def one():
+    def open_once():
         barrier.wait(timeout=30)
         found.append(opened(first, backend="fake", cache=tmp_path / "cache"))
 
-    threads = [threading.Thread(target=one) for _ in range(4)]
+    threads = [threading.Thread(target=open_once) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -279,11 +278,11 @@ def test_processes_that_come_together_compile_once(first, fake, tmp_path):
     assert len(found) == 4 and fake.built == 1
 
 
-# --- what is not trusted
+# --- trust
 # ----------------------------------------------------------------------------------------------
 
 
-def test_an_engine_folder_opens_as_it_was_compiled(first, fake, tmp_path):
+def test_engine_folder_opens_without_compiling(first, fake, tmp_path):
     sample = [images(1, 60, 60, seed=seed) for seed in range(3)]
     compiled(first, tmp_path / "engine", sample=sample)
     record, _ = records.read(tmp_path / "engine")
@@ -305,21 +304,21 @@ def rebuilt(folder, fake, tmp_path, path, capsys):
     return said
 
 
-def test_another_version_is_compiled_again(first, fake, tmp_path, capsys):
+def test_engine_of_another_version_is_compiled_again(first, fake, tmp_path, capsys):
     compiled(first, tmp_path / "engine")
     fake.version = "2"
     said = rebuilt(tmp_path / "engine", fake, tmp_path, first, capsys)
     assert "fake 1" in said and "fake 2" in said
 
 
-def test_another_device_is_compiled_again(first, fake, tmp_path, capsys, monkeypatch):
+def test_engine_of_another_device_is_compiled_again(first, fake, tmp_path, capsys, monkeypatch):
     compiled(first, tmp_path / "engine")
     other = Device(kind="cpu", name="Other CPU", capability="armv9")
     monkeypatch.setattr(Device, "of", classmethod(lambda cls, device: other))
     assert "Other CPU" in rebuilt(tmp_path / "engine", fake, tmp_path, first, capsys)
 
 
-def test_an_altered_file_is_never_run(first, fake, tmp_path, capsys):
+def test_altered_engine_file_is_never_run(first, fake, tmp_path, capsys):
     compiled(first, tmp_path / "engine")
     (tmp_path / "engine" / "engine.fake").write_bytes(b"evil code")
     assert "engine.fake" in rebuilt(tmp_path / "engine", fake, tmp_path, first, capsys)
@@ -333,20 +332,20 @@ def test_other_weights_in_the_folder_are_compiled_again(first, second, fake, tmp
     assert "other weights" in rebuilt(tmp_path / "engine", fake, tmp_path, second, capsys)
 
 
-def test_an_engine_of_somebody_else_needs_trust(first, fake, tmp_path, user):
+def test_foreign_engine_needs_trust(first, fake, tmp_path, user):
     compiled(first, tmp_path / "engine")
     (user / "engine.key").unlink()
     with pytest.raises(UserError, match="--trust-engine"):
         opened(tmp_path / "engine")
     assert_computes(opened(tmp_path / "engine", trust=True), first)
-    compiled(first, tmp_path / "mine")  # with a new key: the old engine is still a stranger's
+    compiled(first, tmp_path / "mine")  # with a new key the old engine is still foreign
     with pytest.raises(UserError, match="--trust-engine"):
         opened(tmp_path / "engine")
 
 
 @pytest.mark.parametrize("field", ["files", "shapes", "precision", "weights_sha256", "classes",
                                    "architecture", "compile_s"])
-def test_no_field_can_be_changed_without_the_signature_noticing(first, fake, tmp_path, field):
+def test_signature_covers_every_field(first, fake, tmp_path, field):
     compiled(first, tmp_path / "engine")
     table = json.loads((tmp_path / "engine" / "engine.json").read_text())
     changed = {"files": {}, "shapes": table["shapes"] | {"largest": [9, 99, 99]}, "precision": "bf16",
@@ -357,14 +356,14 @@ def test_no_field_can_be_changed_without_the_signature_noticing(first, fake, tmp
     assert not trust.is_own(record, signature)
 
 
-def test_a_planted_cache_is_not_run(first, fake, tmp_path, user):
+def test_planted_cache_entry_is_not_run(first, fake, tmp_path, user):
     opened(first, backend="fake", cache=tmp_path / "cache")
     (user / "engine.key").unlink()
     assert_computes(opened(first, backend="fake", cache=tmp_path / "cache"), first)
     assert fake.built == 2
 
 
-def test_a_key_that_others_can_read_is_refused(first, fake, tmp_path, user):
+def test_key_readable_by_others_is_refused(first, fake, tmp_path, user):
     compiled(first, tmp_path / "engine")
     os.chmod(user / "engine.key", 0o644)
     with pytest.raises(UserError, match="engine.key"):
@@ -375,14 +374,14 @@ def test_a_key_that_others_can_read_is_refused(first, fake, tmp_path, user):
         opened(tmp_path / "engine")
 
 
-def test_those_who_come_together_make_one_key(user):
+def test_concurrent_processes_make_one_key(user):
     barrier, keys = threading.Barrier(8), []
 
-    def one():
+    def open_once():
         barrier.wait(timeout=30)
         keys.append(trust._key(create=True))
 
-    threads = [threading.Thread(target=one) for _ in range(8)]
+    threads = [threading.Thread(target=open_once) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -391,7 +390,7 @@ def test_those_who_come_together_make_one_key(user):
     assert [path.name for path in user.iterdir()] == ["engine.key"]
 
 
-# --- what is refused
+# --- refusals
 # --------------------------------------------------------------------------------------------------
 
 
@@ -437,7 +436,7 @@ def test_a_cache_that_cannot_be_locked_is_named(first, fake, tmp_path):
         opened(first, backend="fake", cache=tmp_path / "cache")
 
 
-def test_a_cache_that_is_a_file_is_named_and_auto_goes_on_with_eager(first, fake, tmp_path, user):
+def test_cache_that_is_a_file_is_named_and_auto_uses_eager(first, fake, tmp_path, user):
     (tmp_path / "cache").write_text("")
     with pytest.raises(UserError, match="cache") as refused:
         opened(first, backend="fake", cache=tmp_path / "cache")
@@ -450,7 +449,7 @@ def test_a_cache_that_is_a_file_is_named_and_auto_goes_on_with_eager(first, fake
     assert not (tmp_path / "engine").exists()
 
 
-def test_a_folder_of_something_else_is_not_overwritten(first, fake, tmp_path):
+def test_foreign_folder_is_not_overwritten(first, fake, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one.jpg").write_bytes(b"x")
     with pytest.raises(UserError, match="photos"):
@@ -458,7 +457,7 @@ def test_a_folder_of_something_else_is_not_overwritten(first, fake, tmp_path):
     assert (tmp_path / "photos" / "one.jpg").exists() and fake.built == 0
 
 
-def test_a_failed_compile_leaves_the_old_engine_and_nothing_else(first, second, fake, tmp_path):
+def test_failed_compile_keeps_only_the_old_engine(first, second, fake, tmp_path):
     compiled(first, tmp_path / "engine")
     before = sorted(path.name for path in tmp_path.iterdir())
     fake.fail = "no linker"
@@ -474,14 +473,14 @@ def test_a_failed_compile_leaves_the_old_engine_and_nothing_else(first, second, 
 @pytest.mark.parametrize("spoil", [lambda x: x * 1.2, lambda x: x + float("nan"), lambda x: x[:, :, 1:],
                                    lambda x: x.flip(1)],
                          ids=["scaled", "nan", "shape", "classes"])
-def test_an_engine_that_computes_something_else_is_not_made(first, fake, tmp_path, spoil):
+def test_wrong_engine_is_refused_at_build(first, fake, tmp_path, spoil):
     fake.spoil = spoil
     with pytest.raises(UserError, match="eager"):
         compiled(first, tmp_path / "engine")
     assert not (tmp_path / "engine").exists()
 
 
-def test_sizes_outside_the_range_go_to_eager_and_are_told_once(first, fake, tmp_path, capsys):
+def test_sizes_outside_the_range_use_eager_and_are_logged_once(first, fake, tmp_path, capsys):
     teacher = opened(first, backend="fake", cache=tmp_path / "cache")
     for shape in ((1, 7, 40), (9, 20, 20), (1, 40, 65), (1, 8, 8), (8, 64, 64), (1, 100, 200)):
         assert_computes(teacher, first, *shape)
@@ -514,7 +513,7 @@ def test_shapes_hold_their_ends():
     assert ANY_SIZE.hold(torch.empty(1, 3, 1, 1))
 
 
-def test_records_come_back_as_they_were_written(first, fake, tmp_path):
+def test_records_read_back(first, fake, tmp_path):
     record = compiled(first, tmp_path / "engine").record
     found, signature = records.read(tmp_path / "engine")
     assert found == record and trust.is_own(found, signature)
@@ -537,7 +536,7 @@ def test_weights_are_hashed_by_value():
     assert len({same, *map(records.weights_sha256, others)}) == 5
 
 
-def test_the_saved_checkpoint_holds_no_more_than_the_network(first, fake, tmp_path):
+def test_engine_checkpoint_holds_only_the_network(first, fake, tmp_path):
     compiled(first, tmp_path / "engine")
     assert set(checkpoint.load(tmp_path / "engine" / "checkpoint.pt")) == {
         "format",
@@ -552,17 +551,17 @@ def test_the_saved_checkpoint_holds_no_more_than_the_network(first, fake, tmp_pa
 
 
 def logits_of(classes_HW: torch.Tensor, lead: float) -> torch.Tensor:
-    """Logits [1, 3, H, W] whose largest exceeds the others by `lead`."""
+    """Builds logits [1, 3, H, W] whose largest exceeds the others by `lead`."""
     return torch.nn.functional.one_hot(classes_HW, 3).permute(2, 0, 1)[None].float() * lead
 
 
-def agreement(ours, eager):
+def agreement(engine, eager):
     tally = gate.Counts(CPU)
-    tally.add(ours, eager, tuple(ours.shape[2:]))
+    tally.add(engine, eager, tuple(engine.shape[2:]))
     return tally.agreement()
 
 
-def test_near_ties_are_told_apart_by_eager_alone():
+def test_near_ties_are_defined_by_eager_alone():
     classes = torch.zeros(10, 10, dtype=torch.long)
     eager = logits_of(classes, 5.0)
     eager[..., :4, :] = logits_of(classes, 0.1)[..., :4, :]  # 40 near-ties: the two largest are 0.035 apart
@@ -576,13 +575,13 @@ def test_near_ties_are_told_apart_by_eager_alone():
     assert found.raw == pytest.approx(0.7) and found.outside == pytest.approx(50 / 60)
 
 
-def test_where_eager_is_decided_nowhere_all_pixels_count():
+def test_all_pixels_count_if_all_are_near_ties():
     classes = torch.zeros(4, 5, dtype=torch.long)
     found = agreement(logits_of(classes + 1, 5.0), logits_of(classes, 0.01))
     assert (found.raw, found.outside, found.decided) == (0.0, 0.0, 0.0)
 
 
-def test_logits_that_are_no_numbers_agree_with_nothing():
+def test_nan_logits_agree_with_nothing():
     classes = torch.zeros(4, 4, dtype=torch.long)
     ours = logits_of(classes, 5.0)
     ours[0, 1] = float("nan")
@@ -590,7 +589,7 @@ def test_logits_that_are_no_numbers_agree_with_nothing():
 
 
 @pytest.mark.parametrize(("wrong", "accepted"), [(0, True), (5, True), (6, False), (1000, False)])
-def test_the_floor_is_exact_and_a_refusal_gives_both_figures(wrong, accepted):
+def test_agreement_floor_is_exact_and_refusals_give_both_figures(wrong, accepted):
     classes = torch.zeros(20, 50, dtype=torch.long)
     ours = classes.clone().flatten()
     ours[:wrong] = 1
@@ -606,7 +605,7 @@ def test_the_floor_is_exact_and_a_refusal_gives_both_figures(wrong, accepted):
 
 
 class Counted:
-    """Logits that are right for `good` calls, with a count of the images seen."""
+    """Logits that are correct for `good` calls, with a count of the images seen."""
 
     num_classes, view_px, identity = 3, None, None
 
@@ -619,7 +618,7 @@ class Counted:
         return logits_of(classes, 5.0).expand(len(images_NCHW), -1, -1, -1)
 
 
-def test_the_gate_looks_at_the_first_images_and_then_lets_eager_go(monkeypatch, capsys):
+def test_gate_checks_the_first_images_and_then_frees_eager(monkeypatch, capsys):
     monkeypatch.setattr(gate, "GATE_PX", 250)
     engine, eager = Counted(), Counted()
     made = []
@@ -631,7 +630,7 @@ def test_the_gate_looks_at_the_first_images_and_then_lets_eager_go(monkeypatch, 
     assert capsys.readouterr().err.count("as eager") == 2
 
 
-def test_an_engine_that_goes_wrong_within_the_first_images_is_refused(monkeypatch):
+def test_engine_that_fails_within_the_first_images_is_refused(monkeypatch):
     monkeypatch.setattr(gate, "GATE_PX", 500)
     gated = gate.Gated(Counted(good=2), lambda: Counted().logits, name="engine")
     for _ in range(2):

@@ -1,5 +1,5 @@
-"""TensorRT engines: graphs against ONNX Runtime, engines built for GPUs that are not here, and the runner on
-a stand-in."""
+"""TensorRT engines: graphs against ONNX Runtime, engines built for GPUs not present here, and the runner on a
+stand-in."""
 
 import contextlib
 import ctypes
@@ -22,7 +22,7 @@ from stpp.inference.tensorrt_run import MAX_BUCKETS, Runner
 SHAPES = Shapes.parse(["1x17x17", "2x65x97", "4x193x257"])
 SIZES = ((1, 33, 33), (1, 17, 17), (3, 64, 201), (2, 17, 190), (4, 193, 257))
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02}
-"""Relative to the largest logit; ONNX Runtime's kernels and PyTorch's round differently."""
+"""Tolerance relative to the largest logit; ONNX Runtime's kernels and PyTorch's round differently."""
 GPUS = ("SM86", "SM89", "SM120")
 CUDA = torch.device("cuda")
 
@@ -51,7 +51,7 @@ def assert_onnx_equals(path, network, dtype, sizes=SIZES):
 
 
 @needs_onnx
-def test_the_onnx_graph_computes_what_eager_does(tmp_path):
+def test_onnx_graph_matches_eager(tmp_path):
     network = ready(tiny(0), torch.float32)
     shapes = export.onnx(network, tmp_path / "tiny.onnx", shapes=ANY_SIZE, dtype=torch.float32)
     assert shapes.smallest[0] == 1 and network.branch[0].fused
@@ -63,14 +63,14 @@ def test_the_onnx_graph_computes_what_eager_does(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", MODELS)
-def test_the_onnx_graphs_of_the_models_compute_what_eager_does(name, tmp_path):
+def test_onnx_graphs_of_all_models_match_eager(name, tmp_path):
     network = ready(model(name), torch.float32)
     export.onnx(network, tmp_path / "model.onnx", shapes=ANY_SIZE, dtype=torch.float32)
     assert_onnx_equals(tmp_path / "model.onnx", network, torch.float32, sizes_from(least_px(name), SIZES))
 
 
 def assert_built(graph, network, dtype, shapes, *, capabilities, rows):
-    """Builds an engine, and reads back from the parsed network what it takes, gives and computes in."""
+    """Builds an engine, and checks its inputs, outputs and types in the parsed network."""
     import tensorrt_rtx as trt
 
     plan = graph.with_suffix(".plan")
@@ -95,8 +95,8 @@ def assert_built(graph, network, dtype, shapes, *, capabilities, rows):
 
 @needs_rtx
 @needs_onnx
-def test_an_engine_is_built_without_a_gpu(tmp_path, monkeypatch):
-    """An engine's ranges can only be read on a GPU; here what the builder was given is read back from its
+def test_engine_is_built_without_a_gpu(tmp_path, monkeypatch):
+    """An engine's ranges can only be read on a GPU; here the builder's input is read back from its
     profile."""
     import tensorrt_rtx as trt
 
@@ -145,7 +145,7 @@ def test_engines_of_every_model_are_built_for_every_gpu(name, dtype, tmp_path):
 
 @needs_rtx
 @needs_onnx
-def test_a_file_that_is_no_graph_of_ours_is_refused_with_the_reason(tmp_path):
+def test_foreign_onnx_file_is_refused_with_the_reason(tmp_path):
     import tensorrt_rtx as trt
 
     logger = tensorrt._logger(trt)
@@ -165,7 +165,7 @@ def test_without_a_driver_loading_is_refused_in_one_line(tmp_path):
     assert "\n" not in str(refused.value)
 
 
-# --- what is missing is named
+# --- missing packages are named
 # -----------------------------------------------------------------------------------------
 
 
@@ -187,7 +187,7 @@ def test_a_missing_package_names_its_extra(monkeypatch, absent, named):
 
 
 def graph(*names, calls=0):
-    """A graph of parts with these names and so many calls of PyTorch's own."""
+    """Builds a graph of parts with these names and that many calls of PyTorch's own."""
     root = torch.nn.Module()
     made = torch.fx.Graph()
     value = made.placeholder("images")
@@ -201,9 +201,8 @@ def graph(*names, calls=0):
 
 
 @pytest.mark.parametrize("parts", [("_run_on_acc_0",), ("_run_on_acc_0", "_run_on_gpu_1")])
-def test_torch_tensorrt_is_told_types_and_ranges(monkeypatch, tmp_path, parts):
-    """Against a stand-in of the package, because no machine here can import it: what is asked of it, not what
-    it does."""
+def test_torch_tensorrt_receives_types_and_ranges(monkeypatch, tmp_path, parts):
+    """Tests the calls of a stand-in, because no machine here can import the package."""
     asked = {}
 
     def compile_(exported, **options):
@@ -235,7 +234,7 @@ def test_torch_tensorrt_is_told_types_and_ranges(monkeypatch, tmp_path, parts):
                                device=CPU)(images(1, 17, 17, dtype=torch.float16)).dtype == torch.float32
 
 
-def test_a_partial_conversion_is_seen():
+def test_partial_conversion_is_detected():
     assert torch_tensorrt.unconverted(graph("_run_on_acc_0")) == []
     assert torch_tensorrt.unconverted(graph("_run_on_acc_0", "_run_on_gpu_1",
                                             "_run_on_acc_2")) == ["_run_on_gpu_1"]
@@ -245,12 +244,12 @@ def test_a_partial_conversion_is_seen():
     assert torch_tensorrt.unconverted(graph()) != []
 
 
-# --- the runner, on an engine that computes on the CPU through the addresses it is given
+# --- the runner, on an engine that computes on the CPU through the given addresses
 # ------------------------------
 
 
 class FakeContext:
-    """A context that runs a network on the memory whose addresses are bound, when executed or when a graph is
+    """Context that runs a network on the memory whose addresses are bound, when executed or when a graph is
     replayed."""
 
     def __init__(self, engine):
@@ -293,7 +292,7 @@ class FakeContext:
 
 
 def at(address, shape):
-    """The float32 tensor of this shape that lies at an address, contiguous."""
+    """Returns the contiguous float32 tensor of this shape at an address."""
     count = int(torch.tensor(shape).prod())
     return torch.frombuffer((ctypes.c_float * count).from_address(address), dtype=torch.float32).view(*shape)
 
@@ -326,7 +325,7 @@ TRT = types.SimpleNamespace(DataType=types.SimpleNamespace(FLOAT="float", HALF="
 
 @pytest.fixture
 def engine(monkeypatch):
-    """A stand-in engine; CUDA graphs are recorded by it."""
+    """Stand-in engine that records CUDA graphs."""
     found = FakeEngine(ready(tiny(0), torch.float32))
 
     @contextlib.contextmanager
@@ -362,7 +361,7 @@ def assert_runs(runner, engine, *sizes):
 
 
 @pytest.mark.parametrize("captures", [True, False])
-def test_the_runner_binds_what_it_is_given(engine, captures):
+def test_runner_binds_its_inputs(engine, captures):
     runner = Runner(TRT, engine, device=CPU, captures=captures)
     sizes = [(1, 8, 9), (2, 8, 9), (1, 64, 40), (1, 8, 9), (1, 8, 9), (2, 8, 9), (3, 33, 17), (1, 64, 40),
              (1, 8, 9)]
@@ -370,10 +369,10 @@ def test_the_runner_binds_what_it_is_given(engine, captures):
     assert engine.contexts == (4 if captures else 1)
 
 
-def test_a_shape_is_captured_at_its_second_use_and_then_replayed(engine):
+def test_shape_is_captured_at_second_use_and_then_replayed(engine):
     runner = Runner(TRT, engine, device=CPU)
     assert_runs(runner, engine, *[(2, 16, 16)] * 6)
-    assert engine.executed == 2  # once as it is, once captured
+    assert engine.executed == 2  # once directly, once captured
 
 
 def test_results_are_not_overwritten_by_later_ones(engine):
@@ -384,17 +383,17 @@ def test_results_are_not_overwritten_by_later_ones(engine):
             assert relative_error(logits, engine.network(images(1, 16, 16, seed=seed))) < 1e-5
 
 
-def test_a_capture_that_fails_is_said_once_and_the_engine_runs_without(engine, capsys):
+def test_failed_capture_is_logged_once_and_engine_runs_without(engine, capsys):
     engine.fails = True
     runner = Runner(TRT, engine, device=CPU)
     assert_runs(runner, engine, *[(2, 16, 16)] * 4, *[(1, 16, 16)] * 3)
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and "operation failed due to a previous error during capture" in said[0]
-    assert engine.executed == 4 + 1 + 3  # one of them for the capture, which is tried no more
+    assert engine.executed == 4 + 1 + 3  # one of them for the capture, which is not tried again
     assert not CAPTURING.locked()
 
 
-def test_a_capture_waits_for_threads_that_load(engine):
+def test_capture_waits_for_loading_threads(engine):
     """`CAPTURING` is the lock that `stpp.images.batches` holds while it decodes and copies."""
     runner = Runner(TRT, engine, device=CPU)
     with CAPTURING:
@@ -406,7 +405,7 @@ def test_a_capture_waits_for_threads_that_load(engine):
     assert not waiting.is_alive() and engine.executed == 2
 
 
-def test_the_runner_has_a_stream_of_its_own_between_those_of_its_caller(engine, monkeypatch):
+def test_runner_stream_is_ordered_with_its_caller(engine, monkeypatch):
     log = stream_cases.install(monkeypatch)
     monkeypatch.setattr(tensorrt_run, "side_stream", lambda device: stream_cases.Stream("own", log, 7))
     runner = Runner(TRT, engine, device=CPU)
@@ -418,10 +417,10 @@ def test_the_runner_has_a_stream_of_its_own_between_those_of_its_caller(engine, 
     assert log == ["own waits for main", "main waits for own"]
     log.clear()
     assert_runs(runner, engine, *[(1, 8, 8 + i) for i in range(MAX_BUCKETS)])
-    assert log.count("host waits for own") == 1  # one bucket goes: its memory may be in use
+    assert log.count("host waits for own") == 1  # one bucket is dropped: its memory may be in use
 
 
-def test_what_a_failed_capture_leaves_behind_is_undone(monkeypatch):
+def test_failed_capture_is_undone(monkeypatch):
     done = []
 
     def end(index, pool):
@@ -446,7 +445,7 @@ def test_what_a_failed_capture_leaves_behind_is_undone(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_pytorch_goes_on_after_a_failed_capture():
+def test_pytorch_continues_after_a_failed_capture():
     device = torch.device("cuda", torch.cuda.current_device())
     stream = side_stream(device)
     graph = torch.cuda.CUDAGraph()
@@ -463,14 +462,14 @@ def test_pytorch_goes_on_after_a_failed_capture():
     assert torch.cuda.memory_allocated(device) - before < 3 << 22
 
 
-def test_memory_is_bounded_and_shapes_come_back(engine):
+def test_memory_is_bounded_and_shapes_are_rebuilt(engine):
     runner = Runner(TRT, engine, device=CPU)
     sizes = [(1, 8, 8 + i) for i in range(MAX_BUCKETS + 5)]
     assert_runs(runner, engine, *sizes, *sizes)
     assert len(runner._buckets) == MAX_BUCKETS
 
 
-def test_what_the_engine_does_not_take_is_an_error(engine):
+def test_unsupported_input_is_an_error(engine):
     with pytest.raises(RuntimeError, match="65"):
         Runner(TRT, engine, device=CPU)(images(1, 65, 8))
     engine.names = ("input", "output")

@@ -1,4 +1,4 @@
-"""The size at which whole images are seen: against a plain form, and the same in every command."""
+"""View size of whole images: against a plain form, and the same in every command."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def best(network, tmp_path_factory, synthetic_index) -> Path:
 
 @pytest.fixture(scope="module")
 def photographs(synthetic, tmp_path_factory) -> Path:
-    """Larger than they are to be seen, upright and lying."""
+    """Larger than the view size, upright and lying."""
     folder = tmp_path_factory.mktemp("photographs")
     for i, path in enumerate(sorted((synthetic / "JPEGImages").glob("*.jpg"))[:4]):
         with Image.open(path) as image:
@@ -49,7 +49,7 @@ def photographs(synthetic, tmp_path_factory) -> Path:
 
 
 def plain(network, images_NCHW, mode, view_px) -> torch.Tensor:
-    """Probabilities at the images' size, in plain PyTorch."""
+    """Computes probabilities at the images' size, in plain PyTorch."""
     height, width = images_NCHW.shape[-2:]
     scale = view_px / max(height, width)
     seen = F.interpolate(images_NCHW, (round(height * scale), round(width * scale)), mode="bilinear",
@@ -68,7 +68,7 @@ def plain(network, images_NCHW, mode, view_px) -> torch.Tensor:
 
 @pytest.mark.parametrize("mode", views.VIEWS)
 @pytest.mark.parametrize("size", [(113, 150), (131, 90), (64, 64), (30, 41)])
-def test_masks_have_the_size_of_the_image_and_are_those_of_the_plain_form(network, mode, size):
+def test_masks_have_the_image_size_and_match_the_plain_form(network, mode, size):
     images = cases.images(2, *size)
     predictor = SimpleNamespace(logits=network, num_classes=CLASSES, view_px=VIEW_PX)
     with torch.no_grad():
@@ -78,7 +78,7 @@ def test_masks_have_the_size_of_the_image_and_are_those_of_the_plain_form(networ
     assert decided.float().mean() > 0.8 and torch.equal(masks[decided], truth.argmax(1).byte()[decided])
 
 
-def test_an_image_of_that_size_is_seen_as_it_is(network):
+def test_image_of_the_view_size_is_unchanged(network):
     images = cases.images(2, 48, VIEW_PX)
     assert views.seen(images, VIEW_PX) is images and views.seen(images, None) is images
     with torch.no_grad():
@@ -89,14 +89,15 @@ def test_an_image_of_that_size_is_seen_as_it_is(network):
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(16, 2000))
 @settings(max_examples=200)
-def test_the_longer_side_is_what_was_asked(height, width, view_px):
+def test_longer_side_equals_the_view_size(height, width, view_px):
     found = views.view_size(height, width, view_px)
     assert max(found) == view_px and min(found) >= 1
     assert abs(found[0] * width - found[1] * height) <= max(height, width) or 1 in found
 
 
 @pytest.mark.parametrize("tta", ["none", "flip"])
-def test_every_command_sees_what_the_checkpoint_tells(network, best, photographs, tmp_path, capsys, tta):
+def test_every_command_uses_the_view_size_of_the_checkpoint(network, best, photographs, tmp_path, capsys,
+                                                            tta):
     where = ("--device", "cpu", "--precision", "fp32", "--tta", tta)
     code, *_ = ended(capsys, "predict", str(photographs), "--checkpoint", str(best), "--out",
                      str(tmp_path / "predicted"), *where)
@@ -115,14 +116,14 @@ def test_every_command_sees_what_the_checkpoint_tells(network, best, photographs
         assert all(np.array_equal(mask, loaded.predict(path)) for mask in masks)
         differ += not np.array_equal(masks[0], other.predict(path))
     assert differ, "the size changes nothing, so this test shows nothing"
-    # what was labelled at one size is not gone on with at another
+    # a labelling cannot be resumed at another size
     code, _, said = ended(capsys, "label", "--source", str(photographs), "--teacher", str(best), "--out",
                           str(tmp_path / "labelled"), "--loader", "reference", "--view-px", "96", *where)
     assert code == 2 and "teacher" in said
 
 
 @pytest.mark.parametrize("floor", ["0", "0.6"])
-def test_rows_count_the_pixels_of_the_masks(best, photographs, tmp_path, capsys, floor):
+def test_rows_count_mask_pixels(best, photographs, tmp_path, capsys, floor):
     from stpp.label import confidence_map, rows
 
     out = tmp_path / "out"
@@ -140,7 +141,7 @@ def test_rows_count_the_pixels_of_the_masks(best, photographs, tmp_path, capsys,
     assert len(found) == 4 and (ignored > 0) == (floor != "0")
 
 
-def test_a_published_network_is_told_the_size(network, best, photographs, tmp_path):
+def test_view_size_flag_applies_to_published_networks(network, best, photographs, tmp_path):
     torch.save(network.state_dict(), tmp_path / "published.pth")
     told = stpp.load(tmp_path / "published.pth", device="cpu", precision="fp32", output_stride=16,
                      view_px=VIEW_PX)
@@ -149,7 +150,7 @@ def test_a_published_network_is_told_the_size(network, best, photographs, tmp_pa
 
 
 @pytest.mark.parametrize("value", [0, -5, 15, 40000])
-def test_an_impossible_size_is_named(best, photographs, tmp_path, capsys, value):
+def test_impossible_view_size_is_named(best, photographs, tmp_path, capsys, value):
     with pytest.raises(UserError, match=f"--data.view-px is {value}: it must be from 16 to 32768"):
         filled(Config, {"data": {"view_px": value}})
     code, _, said = ended(capsys, "predict", str(photographs), "--checkpoint", str(best), "--out",
@@ -157,7 +158,7 @@ def test_an_impossible_size_is_named(best, photographs, tmp_path, capsys, value)
     assert code == 2 and f"--view-px is {value}" in said and len(said.strip().splitlines()) == 1
 
 
-def test_a_checkpoint_with_a_senseless_size_is_refused(network, tmp_path):
+def test_checkpoint_with_an_invalid_view_size_is_refused(network, tmp_path):
     for told in ("64", 0, 1.5, True):
         cases.saved(tmp_path / "odd.pt", network, map(str, range(CLASSES)), view_px=told)
         with pytest.raises(UserError, match="view_px is"):
@@ -165,7 +166,7 @@ def test_a_checkpoint_with_a_senseless_size_is_refused(network, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_scores_labels_and_keeps_the_size(synthetic, tmp_path, capsys):
+def test_run_scores_labels_and_keeps_the_view_size(synthetic, tmp_path, capsys):
     """Every stage of ST++; its last score is that of `stpp evaluate`, which reads the size from the
     checkpoint."""
     (tmp_path / "tiny.toml").write_text(TINY)

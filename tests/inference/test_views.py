@@ -1,5 +1,4 @@
-"""Teachers: folding, test-time augmentation and scoring against plain forms written here from the method's
-description."""
+"""Teachers: folding, test-time augmentation and scoring against plain forms of the method's description."""
 
 import numpy as np
 import pytest
@@ -27,7 +26,7 @@ MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
 
 def network(seed: int, name: str = "deeplabv3plus") -> torch.nn.Module:
-    """A network whose batch norms have seen data, so that folding has something to get wrong."""
+    """Builds a network whose batch norms have statistics, so that folding matters."""
     torch.manual_seed(seed)
     net = build_model(name, "resnet18", 6, 16).train()
     with torch.no_grad():
@@ -53,7 +52,7 @@ def normalised(path: str) -> torch.Tensor:
 
 def plain_probabilities(net: torch.nn.Module, image_1CHW: torch.Tensor, scales,
                         mirrored: bool) -> torch.Tensor:
-    """Views one by one, softmax at the scaled size, mirrored back, resized and summed."""
+    """Computes views one by one: softmax at the scaled size, mirrored back, resized and summed."""
     height, width = image_1CHW.shape[-2:]
     total = 0
     for scale in scales:
@@ -68,7 +67,7 @@ def plain_probabilities(net: torch.nn.Module, image_1CHW: torch.Tensor, scales,
 
 
 @pytest.mark.parametrize("name", ["deeplabv3plus", "pspnet", "deeplabv2"])
-def test_folding_keeps_the_function_and_the_network(name):
+def test_folding_preserves_function_and_network(name):
     net = network(1, name)
     before = {key: value.clone() for key, value in net.state_dict().items()}
     images = torch.randn(2, 3, 65, 81)
@@ -91,7 +90,7 @@ def test_synchronised_batch_norms_are_folded_too():
         torch.testing.assert_close(ours.logits(images), theirs.logits(images))
 
 
-def test_half_precision_keeps_the_logits_in_fp32():
+def test_half_precision_returns_fp32_logits():
     ready = EagerPredictor(network(2), num_classes=6, device=CPU, dtype=torch.bfloat16)
     images = torch.randn(2, 3, 65, 81)
     with torch.no_grad():
@@ -100,14 +99,14 @@ def test_half_precision_keeps_the_logits_in_fp32():
     assert (ours - truth).abs().max() < 0.05 * truth.abs().max()
 
 
-def test_a_batch_norm_alone_is_refused():
+def test_batch_norm_without_convolution_is_refused():
     with pytest.raises(ValueError, match="follows no convolution"):
         fold_batch_norm(torch.nn.Sequential(torch.nn.ReLU(), torch.nn.BatchNorm2d(3)))
 
 
 @pytest.mark.parametrize("mode", list(views.VIEWS))
 @pytest.mark.parametrize("size", [(33, 47), (64, 64), (8, 51)])
-def test_views_add_up_as_described(mode, size):
+def test_views_match_the_description(mode, size):
     net, images = network(3), torch.randn(2, 3, *size)
     scales, mirrored = views.VIEWS[mode]
     with torch.no_grad():
@@ -140,7 +139,7 @@ def test_confusion_counts_every_labelled_pixel_once(samples):
     truth = sum(np.bincount(mask[mask != 255], minlength=6) for mask in masks)
     assert matrix.sum(1).tolist() == truth.tolist()
     differing = 0
-    for seed in range(3):  # a random network may see one class everywhere, with views and without
+    for seed in range(3):  # a random network may predict one class everywhere, with and without views
         alone, with_views = (evaluate(teacher(seed), samples, HERE, DataConfig(threads=1), mode=mode)
                              for mode in ("none", "flip"))
         assert with_views.sum(1).tolist() == truth.tolist()
@@ -156,7 +155,7 @@ def scores_of(teachers, samples, out) -> list[float]:
     return [found[key] for key in lines]
 
 
-def test_reliability_is_the_agreement_with_the_last_checkpoint(samples, tmp_path):
+def test_reliability_is_agreement_with_the_last_checkpoint(samples, tmp_path):
     teachers = [teacher(seed) for seed in (1, 2, 3)]
     scores = scores_of(teachers, samples, tmp_path / "three")
     for sample, score in zip(samples, scores, strict=True):
@@ -184,7 +183,7 @@ def test_miou_averages_the_classes_that_occur():
     assert "-" in report(matrix, ("a", "b", "c", "d"), images=1)
 
 
-def test_checkpoints_of_others_are_refused(tmp_path):
+def test_foreign_checkpoints_are_refused(tmp_path):
     net = network(0)
     torch.save(net.backbone.state_dict(), tmp_path / "backbone.pt")
     checkpoint.save(tmp_path / "short.pt", model=net.state_dict(), classes=list("abc"),
@@ -198,7 +197,7 @@ def test_checkpoints_of_others_are_refused(tmp_path):
         assert "\n" not in str(refused.value)
 
 
-def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
+def test_checkpoint_with_code_is_refused(tmp_path):
     class Bomb:
         def __reduce__(self):
             return (open, (str(tmp_path / "exploded"), "w"))

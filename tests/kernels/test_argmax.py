@@ -15,7 +15,7 @@ OP = torch.ops.stpp_kernels.upsample_argmax.default
 @pytest.mark.parametrize("form", FORMS)
 @given(data=st.data())
 @settings(QUICK, max_examples=25)
-def test_mask_and_confidence_are_those_of_resized_logits(form, data):
+def test_mask_and_confidence_match_resized_logits(form, data):
     case = data.draw(cases(form))
     logits = case.logits(device_of(form))
     mask, confidence = argmax(form, logits, case.size)
@@ -24,7 +24,7 @@ def test_mask_and_confidence_are_those_of_resized_logits(form, data):
     truth, eager = resized(logits.float(), case.size), resized(logits, case.size)
     best = truth.amax(1)
 
-    # how far the chosen class's true logit lies below the largest: 0 unless two are nearly equal
+    # distance of the chosen class's true logit below the largest: 0 unless two are nearly equal
     def regret(chosen):
         return (best - truth.gather(1, chosen.long()[:, None])[:, 0]).max().item()
 
@@ -63,7 +63,7 @@ def test_many_classes_and_maps_of_crop_513(form, classes, source, size):
 @pytest.mark.parametrize("form", FORMS)
 def test_lowest_class_wins_a_tie(form):
     torch.manual_seed(2)
-    # F.interpolate does not round every channel alike, so that equal classes come out unequal
+    # F.interpolate rounds channels differently, so that equal classes become unequal
     if form != "reference":
         logits = torch.randn(1, 4, 5, 6, device=device_of(form))
         mask, _ = argmax(form, torch.cat([logits, logits, logits], 1), (13, 17))
@@ -84,7 +84,7 @@ def test_equal_size_is_plain_argmax(form, layout):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_confidence_of_one_class_is_one_and_of_equal_classes_a_share(form):
+def test_confidence_of_single_and_of_equal_classes(form):
     device = device_of(form)
     assert torch.equal(argmax(form, torch.randn(1, 1, 2, 3, device=device), (4, 5))[1].cpu(),
                        torch.ones(1, 4, 5))
@@ -95,7 +95,7 @@ def test_confidence_of_one_class_is_one_and_of_equal_classes_a_share(form):
     torch.testing.assert_close(shares, torch.full_like(shares, 1 / 8), atol=allowed, rtol=0)
 
 
-def test_without_confidence_only_the_mask_comes_back():
+def test_without_confidence_only_the_mask_is_returned():
     logits = torch.randn(1, 3, 4, 4)
     mask = stpp_kernels.upsample_argmax(logits, (9, 9))
     assert torch.equal(mask, stpp_kernels.upsample_argmax(logits, (9, 9), confidence=True)[0])
@@ -114,7 +114,7 @@ def test_result_does_not_depend_on_the_number_of_threads():
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
-def test_no_images_and_float64():
+def test_empty_batch_and_float64():
     assert stpp_kernels.upsample_argmax(torch.zeros(0, 3, 2, 2), (5, 6)).shape == (0, 5, 6)
     logits = torch.randn(1, 5, 3, 3, dtype=torch.float64)
     mask, confidence = stpp_kernels.upsample_argmax(logits, (7, 7), confidence=True)

@@ -1,5 +1,5 @@
-"""Triton kernels compiled for sm_90 without a GPU: all of them compile, none spills, and images of any size
-share a few variants.
+"""Triton kernels compiled for sm_90 without a GPU: all compile, none spills, and images of any size share a
+few variants.
 
 `python -m pytest tests/kernels/test_compiled_kernels.py -m "slow or not slow" -s` prints the table of
 benchmarks/NOTES.md.
@@ -31,8 +31,8 @@ VERSIONS = [
 
 
 def compiled(tmp_path: Path, version: str, *arguments: str, limit_s: float) -> list[dict]:
-    """Lines that compile_cases.py prints, with Triton `version` (empty: the installed one) and a cache of its
-    own."""
+    """Returns the lines of compile_cases.py, with Triton `version` (empty: the installed one) and a separate
+    cache."""
     paths = [*([str(OLDER)] if version else []), os.environ["PYTHONPATH"]]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths),
                    "TRITON_CACHE_DIR": str(tmp_path / "cache")}
@@ -53,7 +53,7 @@ def check(rows: list[dict]) -> None:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: kernels by classes, the range of registers over all variants."""
+    """Formats Markdown: kernels by classes, the range of registers over all variants."""
     found = defaultdict(list)
     for row in rows:
         found[row["kernel"], row["case"].split(",")[0]].append(row)
@@ -90,8 +90,9 @@ def test_photographs_of_any_size_share_a_handful_of_variants(version, tmp_path):
     assert max(counted.values()) <= 5 and sum(counted.values()) <= 16, counted
 
 
-def test_spilled_registers_are_seen(tmp_path):
-    """The reader of compiled kernels, on one that must spill: the loss with a quarter of its registers."""
+def test_spilled_registers_are_detected(tmp_path):
+    """Checks the reader of compiled kernels on one that must spill: the loss with a quarter of its
+    registers."""
     text = (
         "import compile_cases as cases\n"
         "one = next(v for v in cases.calls(21, False).values() if v.kernel.__name__ == '_forward')\n"

@@ -34,8 +34,8 @@ def iou_by_hand(a, b, num_classes):
 
 
 def masks(seed, shape, num_classes, ignored, run=1):
-    """(prediction, truth) in runs of equal pixels; a share `ignored` of the truth is 255, its predictions
-    anything."""
+    """Draws (prediction, truth) in runs of equal pixels; a share `ignored` of the truth is 255, its
+    predictions arbitrary."""
     generator = torch.Generator().manual_seed(seed)
     count = torch.Size(shape).numel()
 
@@ -69,8 +69,8 @@ def test_counts_pairs(form, seed, shape, num_classes, ignored, run, dtypes):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_large_masks_are_shared_out_among_threads(threads):
-    pred, target = masks(7, (3, 251, 397), 21, 0.2, run=30)  # no multiple of a thread's share
+def test_large_masks_are_split_among_threads(threads):
+    pred, target = masks(7, (3, 251, 397), 21, 0.2, run=30)  # not a multiple of a thread's share
     counted = target != 255
     image = torch.arange(3).view(3, 1, 1).expand_as(target)[counted]
     expected = torch.bincount((image * 21 + target[counted]) * 21 + pred[counted],
@@ -91,7 +91,7 @@ def test_any_ignore_index(form, ignore_index):
     assert torch.equal(found.cpu(), by_hand(pred, target, 4, ignore_index))
 
 
-def test_ignore_index_that_a_byte_cannot_hold_ignores_nothing():
+def test_ignore_index_above_255_ignores_nothing():
     target = torch.tensor([255, 0, 1], dtype=torch.uint8)
     assert stpp_kernels.confusion(target, target, 256, ignore_index=-1)[255, 255] == 1
     assert stpp_kernels.confusion(target, target, 256, ignore_index=256 + 255)[255, 255] == 1

@@ -1,5 +1,5 @@
-"""upsample_cross_entropy against eager: values, gradients, labels that are wrong, layouts, determinism,
-tracing, training."""
+"""upsample_cross_entropy against eager: values, gradients, wrong labels, layouts, determinism, tracing,
+training."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def check(form: str, case: LossCase) -> None:
 @pytest.mark.parametrize("form", [form for form in FORMS if form is not TRITON])
 @given(data=st.data())
 @settings(max_examples=50, deadline=None)
-def test_loss_and_gradient_follow_the_three_way_rule(form, data):
+def test_loss_and_gradient_satisfy_the_three_way_rule(form, data):
     check(form, data.draw(loss_cases(form)))
 
 
@@ -65,8 +65,8 @@ def test_published_shapes(dtype, layout):
 
 
 def _extreme(kind: str) -> torch.Tensor:
-    """Logits [1, 5, 5, 6] whose corners disagree: none of their maxima says much about the pixels between
-    them."""
+    """Builds logits [1, 5, 5, 6] whose corners disagree, so that their maxima do not bound the pixels between
+    them closely."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1, 5, 5, 6, generator=generator)
     corner = torch.randint(5, (1, 1, 5, 6), generator=generator)
@@ -126,7 +126,7 @@ def test_bound_and_search_agree(form, search, monkeypatch):
 
 @pytest.mark.parametrize("form", [TRITON])
 @pytest.mark.parametrize("launch", [(8, 1, 1), (16, 2, 5), (512, 4, 8192)])
-def test_launch_settings_change_nothing_but_rounding(form, launch):
+def test_launch_settings_change_only_rounding(form, launch):
     from stpp_kernels.triton.cross_entropy import Launch
     from stpp_kernels.triton.cross_entropy import upsample_cross_entropy as raw
 
@@ -158,7 +158,7 @@ def test_maps_of_crop_513_interpreted(form, classes):
     case = LossCase(1, classes, (65, 65), (129, 513), torch.float32, torch.uint8, "channels_last", 3.0, 0.1,
                     False, 8)
     logits, labels, _ = case.tensors()
-    # 64 cells: the interpreter takes its time for every pixel position of a block
+    # 64 cells: the interpreter is slow for every pixel position of a block
     tile = 64 * 2 ** (classes - 1).bit_length()
     loss, counted, gradient = raw(logits, labels, None, None, 255, True, Launch(tile=tile))
     truth, true_gradient = eager_loss(logits, labels, compute=torch.float64)
@@ -181,7 +181,7 @@ def test_all_ignored_is_zero_without_nan(form):
 @pytest.mark.parametrize("form", ["cpu", "reference", TRITON])
 @pytest.mark.parametrize(("wrong", "dtype"),
                          [(21, torch.uint8), (254, torch.uint8), (-1, torch.int64), (2**40, torch.int64)])
-def test_a_label_out_of_range_is_an_error(form, wrong, dtype):
+def test_label_out_of_range_is_an_error(form, wrong, dtype):
     logits, labels = torch.randn(1, 21, 3, 3), torch.zeros(1, 7, 18, dtype=dtype)
     labels[0, 6, 17] = wrong
     with pytest.raises(RuntimeError if form == "triton" else ValueError, match="outside"):
@@ -205,7 +205,7 @@ def test_any_ignore_index(form, ignore_index):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_weight_of_zero_counts_but_costs_nothing(form):
+def test_weight_of_zero_counts_without_cost(form):
     torch.manual_seed(0)
     logits = torch.randn(1, 3, 4, 4, device=device_of(form))
     labels = torch.zeros(1, 8, 8, dtype=torch.uint8, device=device_of(form))
@@ -230,7 +230,7 @@ def test_gradient_of_the_mean_and_of_a_repeated_backward():
 @pytest.mark.parametrize("form", FORMS)
 def test_float16_gradient_survives_sums_beyond_its_range(form):
     logits = torch.zeros(1, 2, 1, 1, dtype=torch.float16, device=device_of(form))
-    side = 8 if form == "triton" else 600  # 360000 pixels meet in one logit
+    side = 8 if form == "triton" else 600  # 360000 pixels contribute to one logit
     labels = torch.zeros(1, side, side, dtype=torch.uint8, device=device_of(form))
     if form in ("cpu", "cuda"):
         logits.requires_grad_()
@@ -272,13 +272,13 @@ def test_nothing_of_full_size_is_allocated():
         upsample_cross_entropy(logits, labels)[0].backward()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     allocated = [event.nbytes() for event in events if event.nbytes() > 0]
-    full = 4 * 4 * 21 * 161 * 161  # bytes of the logits at full size, of which eager holds three at once
+    full = 4 * 4 * 21 * 161 * 161  # bytes of the logits at full size, of which eager holds three
     assert allocated and sum(allocated) < 3 * full / 8, (allocated, full)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_on_cuda_the_bits_repeat_and_nothing_waits():
+def test_cuda_is_deterministic_without_synchronisation():
     case = LossCase(4, 21, (41, 41), (161, 163), torch.bfloat16, torch.uint8, "channels_last", 3.0, 0.2, True,
                     5)
     logits, labels, weights = case.tensors("cuda")
@@ -292,20 +292,20 @@ def test_on_cuda_the_bits_repeat_and_nothing_waits():
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-def test_images_do_not_influence_one_another():
+def test_images_are_independent():
     logits, labels, _ = LossCase(3, 4, (9, 9), (33, 33), torch.float32, torch.int64, "contiguous", 3.0, 0.2,
                                  False, 6).tensors()
     alone = fused_loss("cpu", logits[1:2], labels[1:2])[2]
     torch.testing.assert_close(fused_loss("cpu", logits, labels)[2][1:2], alone, rtol=0, atol=1e-6)
 
 
-def test_under_autocast_the_logits_come_as_they_are():
+def test_autocast_does_not_cast_the_logits():
     torch.manual_seed(0)
     logits, labels = torch.randn(1, 5, 6, 6, requires_grad=True), torch.randint(5, (1, 21, 21))
     plain = upsample_cross_entropy(logits, labels)[0]
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(upsample_cross_entropy(logits, labels)[0], plain)
-        double = upsample_cross_entropy(logits.double(), labels)[0]  # served by the plain form
+        double = upsample_cross_entropy(logits.double(), labels)[0]  # computed by the plain form
     assert double.dtype == torch.float64
     torch.testing.assert_close(double.float(), plain)
 
@@ -396,14 +396,14 @@ def test_compiles_without_a_graph_break():
 
 @pytest.mark.parametrize("form", ["cpu", "reference", TRITON])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_broken_network_is_not_hidden(form, bad):
+def test_nan_and_inf_logits_are_not_hidden(form, bad):
     logits, labels = torch.randn(1, 5, 4, 4), torch.randint(5, (1, 9, 9))
     logits[0, 2] = bad
     loss, _, gradient = fused_loss(form, logits, labels)
     assert not loss.isfinite() and not gradient.isfinite().all()
 
 
-def test_there_is_no_second_derivative():
+def test_second_derivative_is_refused():
     logits, labels = torch.randn(1, 5, 4, 4, requires_grad=True), torch.randint(5, (1, 9, 9))
     loss, _ = upsample_cross_entropy(logits, labels)
     with pytest.raises(RuntimeError, match="first derivatives only"):

@@ -20,7 +20,7 @@ NAMES = ("output", "gradient of x", "gradient of the weight")
 
 @st.composite
 def geometries(draw, kernels=(1, 3, 5, 7)) -> tuple[tuple[int, int], int, dict]:
-    """((H, W), K, stride and dilation and padding) with at least one output."""
+    """Draws ((H, W), K, stride and dilation and padding) with at least one output."""
     kernel, (stride, dilation) = draw(st.sampled_from(kernels)), (draw(st.integers(1, 3)) for _ in range(2))
     span = dilation * (kernel - 1) + 1
     padding = tuple(draw(st.integers(0, span)) for _ in range(4))
@@ -34,14 +34,14 @@ def plain(x, weight, *, stride=1, dilation=1, padding=(0, 0, 0, 0)):
 
 
 def three(function, x, weight, gradient, dtype):
-    """(output, gradient of x, gradient of the weight) in `dtype`."""
+    """Returns (output, gradient of x, gradient of the weight) in `dtype`."""
     x, weight = x.detach().to(dtype).requires_grad_(), weight.detach().to(dtype).requires_grad_()
     out = function(x, weight)
     return out.detach(), *torch.autograd.grad(out, (x, weight), gradient.to(dtype))
 
 
 def drawn(shape, kernel, dtype, layout, seed=0):
-    """x and weight of a case."""
+    """Returns x and weight of a case."""
     generator = torch.Generator().manual_seed(seed)
     x = laid_out(torch.randn(shape, generator=generator).to(dtype), layout)
     return x, torch.randn(shape[1], 1, kernel, kernel, generator=generator).to(dtype)
@@ -60,7 +60,7 @@ def check(shape, kernel, dtype, layout, seed=0, **geometry):
         assert_three_way(name, *tensors)
 
 
-def test_the_backward_pass_here_is_the_one_in_cpp():
+def test_backward_pass_is_the_cpp_form():
     assert dispatch.implementations("cpu")["depthwise_conv_backward"] == "cpp"
 
 
@@ -75,8 +75,8 @@ def test_same_as_conv2d(geometry, n, c, dtype, layout, seed):
 
 
 @given(geometry=geometries(), c=st.sampled_from([3, 16, 40]), seed=st.integers(0, 2**32 - 1))
-def test_the_reference_is_the_gradient_of_conv2d(geometry, c, seed):
-    """The reference in float64, the oracle of the C++ form, against autograd; and C++ against both."""
+def test_reference_is_the_gradient_of_conv2d(geometry, c, seed):
+    """Compares the reference in float64, the oracle of the C++ form, with autograd; and C++ with both."""
     size, kernel, rest = geometry
     x, weight = drawn((2, c, *size), kernel, torch.float64, "channels_last", seed)
     gradient = torch.randn_like(plain(x, weight, **rest))
@@ -102,17 +102,17 @@ def test_shapes_of_efficientnet(kernel, stride, dilation, side, dtype):
           padding=(before, after, before, after))  # fmt: skip
 
 
-def test_many_images_share_a_task():
+def test_many_small_images_share_a_task():
     check((130, 8, 5, 6), 3, torch.float32, "channels_last", padding=(1, 1, 1, 1))
 
 
-def test_a_wide_map_of_few_channels_is_cut_into_bands():
+def test_wide_map_of_few_channels_is_split_into_bands():
     check((1, 5, 100, 700), 5, torch.float32, "channels_last", stride=2, padding=(1, 2, 2, 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 20, 40, 30), (9, 600, 9, 8)])
-def test_the_same_bits_for_every_number_of_threads(shape, dtype):
+def test_same_bits_for_every_number_of_threads(shape, dtype):
     x, weight = drawn(shape, 5, dtype, "channels_last")
     gradient = torch.randn_like(x)
     found = []
@@ -121,7 +121,7 @@ def test_the_same_bits_for_every_number_of_threads(shape, dtype):
         found.append(BACKWARD(gradient, x, weight, 1, 2, (4, 4, 4, 4), True, True))
     for again in found[1:]:
         assert all(map(torch.equal, found[0], again))
-    for which in (0, 1):  # nor does it depend on what else is asked for
+    for which in (0, 1):  # independent of the other requested gradients
         alone = BACKWARD(gradient, x, weight, 1, 2, (4, 4, 4, 4), which == 0, which == 1)
         assert torch.equal(alone[which], found[0][which]) and alone[1 - which].numel() == 0
 
@@ -136,7 +136,7 @@ def test_memory_format_does_not_change_a_bit(layout):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_not_a_number_stays_none(dtype):
+def test_nan_and_inf_propagate(dtype):
     x, weight = drawn((1, 3, 8, 8), 3, dtype, "channels_last")
     gradient = torch.zeros_like(x)
     gradient[0, 1, 4, 4], gradient[0, 2, 0, 0] = float("nan"), float("inf")
@@ -154,7 +154,7 @@ def test_sums_over_many_pixels_stay_exact():
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-def test_no_images_have_no_gradients(dtype):
+def test_empty_batch_has_zero_gradients(dtype):
     x = torch.zeros(0, 4, 5, 5, dtype=dtype, requires_grad=True)
     weight = torch.randn(4, 1, 3, 3).to(dtype).requires_grad_()
     out = depthwise_conv(x, weight, stride=2, padding=(0, 1, 0, 1))
@@ -243,7 +243,7 @@ def test_different_dtypes_are_refused():
         depthwise_conv(torch.zeros(1, 2, 5, 5), torch.zeros(2, 1, 3, 3, dtype=torch.float64))
 
 
-def test_there_is_no_second_derivative():
+def test_second_derivative_is_refused():
     x, weight = drawn((1, 2, 9, 9), 3, torch.float32, "contiguous")
     x.requires_grad_()
     with pytest.raises(RuntimeError, match="first derivatives only"):
@@ -260,7 +260,7 @@ class _Net(torch.nn.Module):
         return depthwise_conv(x, self.weight, stride=2, padding=(1, 1, above, 1)).relu()
 
 
-def test_export_sees_a_plain_convolution():
+def test_export_contains_a_plain_convolution():
     size = {0: torch.export.Dim("n", min=1, max=8), 3: torch.export.Dim("w", min=4)}
     net = _Net()
     with torch.enable_grad():
@@ -285,7 +285,7 @@ def test_compiles_without_a_graph_break():
 @pytest.mark.gpu
 @CUDA
 @pytest.mark.parametrize("stride, padding", [(1, (1, 1, 1, 1)), (2, (0, 1, 1, 1))])
-def test_on_cuda_it_is_cudnns(stride, padding):
+def test_cuda_uses_cudnn(stride, padding):
     leaves = drawn((2, 8, 9, 9), 3, torch.float32, "channels_last")
     x, weight = (each.cuda().requires_grad_() for each in leaves)
     out = depthwise_conv(x, weight, stride=stride, padding=padding)
@@ -298,7 +298,7 @@ def test_on_cuda_it_is_cudnns(stride, padding):
         torch.testing.assert_close(found, truth)
 
 
-def test_a_peer_that_is_no_number_loosens_nothing():
+def test_nan_in_the_peer_does_not_loosen_the_bound():
     truth = torch.tensor([141.4, -3.0], dtype=torch.float64)
     right, broken = truth.bfloat16(), torch.tensor([float("nan"), -3.0]).bfloat16()
     assert_three_way("right", right, broken, truth)

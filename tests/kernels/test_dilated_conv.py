@@ -21,7 +21,7 @@ DEVICES = [
 ]
 
 
-if torch.cuda.is_available():  # float32 is to mean float32
+if torch.cuda.is_available():  # disables TF32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
@@ -35,7 +35,7 @@ def forced(form: str):
 
 
 def three(function, x, weight, gradient, dtype):
-    """(output, gradient of x, gradient of the weight) in `dtype`."""
+    """Returns (output, gradient of x, gradient of the weight) in `dtype`."""
     x, weight = x.detach().to(dtype).requires_grad_(), weight.detach().to(dtype).requires_grad_()
     out = function(x, weight)
     return out.detach(), *torch.autograd.grad(out, (x, weight), gradient.to(dtype))
@@ -85,7 +85,7 @@ def test_rates_of_aspp(form, rate, dtype):
     check(form, "cpu", (2, 32, 41, 41), 8, rate, dtype, "channels_last")
 
 
-def test_products_in_bfloat16_keep_the_three_way_rule(monkeypatch):
+def test_bfloat16_products_satisfy_the_three_way_rule(monkeypatch):
     monkeypatch.setattr(dilated_conv, "_cpu_multiplies", lambda dtype: True)  # as on a CPU with AMX
     for layout in LAYOUTS:
         check("taps", "cpu", (3, 64, 11, 13), 16, 4, torch.bfloat16, layout)
@@ -93,9 +93,9 @@ def test_products_in_bfloat16_keep_the_three_way_rule(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_cudnn_s_output_comes_in_channels_last(layout, dtype):
-    """On a CPU conv2d's output of contiguous maps is contiguous, as cuDNN's is, so this path shows here what
-    it shows on CUDA."""
+def test_cudnn_output_is_converted_to_channels_last(layout, dtype):
+    """On a CPU conv2d's output of contiguous maps is contiguous, as cuDNN's is, so this path behaves here as
+    on CUDA."""
     torch.manual_seed(0)
     x = laid_out(torch.randn(2, 4, 7, 9), layout).to(dtype).requires_grad_()
     weight = torch.randn(5, 4, 3, 3, dtype=dtype, requires_grad=True)
@@ -107,7 +107,7 @@ def test_cudnn_s_output_comes_in_channels_last(layout, dtype):
         torch.testing.assert_close(mine, theirs)
 
 
-def test_zero_images_and_one_sided_gradients():
+def test_empty_batch_and_one_sided_gradients():
     with forced("taps"):
         assert dilated_conv3x3(torch.zeros(0, 2, 5, 5), torch.zeros(3, 2, 3, 3), 2).shape == (0, 3, 5, 5)
     for form in FORMS:
@@ -119,7 +119,7 @@ def test_zero_images_and_one_sided_gradients():
                 assert arguments[which].grad is not None and arguments[1 - which].grad is None
 
 
-def test_valid_share_counts_what_meets_the_map():
+def test_valid_share_counts_taps_inside_the_map():
     for height, width, dilation in [(41, 41, 36), (5, 9, 2), (3, 3, 3), (1, 7, 4), (6, 6, 1)]:
         inside = F.conv2d(torch.ones(1, 1, height, width), torch.ones(1, 1, 3, 3), padding=dilation,
                           dilation=dilation).sum()
@@ -127,7 +127,7 @@ def test_valid_share_counts_what_meets_the_map():
         assert dilated_conv.valid_share(height, width, dilation) == pytest.approx(expected)
 
 
-def test_the_plain_forms_are_forced_here_too(monkeypatch):
+def test_plain_forms_can_be_forced(monkeypatch):
     x = torch.empty(1, 1, 9, 9)
     assert dilated_conv.form("weight gradient", x, 8) == "taps"
     monkeypatch.setenv("STPP_KERNELS", "reference")
@@ -145,7 +145,7 @@ def test_form_saves_work_on_a_cpu_only():
 
 @pytest.mark.parametrize("avx512", [False, True])
 @pytest.mark.parametrize("amx", [False, True])
-def test_form_leaves_to_onednn_what_it_does_as_well(avx512, amx, monkeypatch):
+def test_form_delegates_to_onednn_where_equally_fast(avx512, amx, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     wide, narrow = torch.zeros(1, 2048, 41, 41), torch.zeros(1, 512, 41, 41)
@@ -234,7 +234,7 @@ def test_compiles_without_a_graph_break():
                                torch.autograd.grad(net(x).square().sum(), x))
 
 
-def test_there_is_no_second_derivative():
+def test_second_derivative_is_refused():
     x, weight = torch.randn(1, 2, 9, 9, requires_grad=True), torch.randn(3, 2, 3, 3, requires_grad=True)
     with pytest.raises(RuntimeError, match="first derivatives only"):
         torch.autograd.grad(dilated_conv3x3(x, weight, 4).sum(), x, create_graph=True)

@@ -1,4 +1,4 @@
-"""Where the C++ operators were not built: everything runs on the plain forms, and that is said once."""
+"""Fallback without compiled C++ operators: everything runs on the plain forms, which is logged once."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 
 @pytest.fixture(scope="module", params=["missing", "damaged"])
 def environment(request, tmp_path_factory) -> dict[str, str]:
-    """That of a process which finds the operators' package without a library, or with one that does not
+    """Environment of a process that finds the operators' package without a library, or with one that does not
     load."""
     folder = tmp_path_factory.mktemp("kernels")
     shutil.copytree(KERNELS / "stpp_kernels", folder / "stpp_kernels",
@@ -24,7 +24,7 @@ def environment(request, tmp_path_factory) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), os.environ["PYTHONPATH"]])}
 
 
-def test_training_without_compiled_operators_says_so_once(synthetic, environment, tmp_path):
+def test_training_without_compiled_operators_logs_it_once(synthetic, environment, tmp_path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(RECIPE)
     done = subprocess.run([sys.executable, "-m", "stpp", "train", "--recipe", recipe, "--data.root",

@@ -1,4 +1,4 @@
-"""Counted operations: those of our operators are those of the convolution they stand for."""
+"""Counted operations of the operators equal those of the convolution that they replace."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def plain(x, weight, dilation):
 
 @pytest.mark.parametrize(("for_x", "for_weight"),
                          [(False, False), (True, False), (False, True), (True, True)])
-def test_a_dilated_convolution_counts_as_a_plain_one(for_x, for_weight):
+def test_dilated_convolution_counts_like_a_plain_one(for_x, for_weight):
     x = torch.randn(2, 4, 7, 9, requires_grad=for_x)
     weight = torch.randn(5, 4, 3, 3, requires_grad=for_weight)
     backward = for_x or for_weight
@@ -32,23 +32,23 @@ def test_a_dilated_convolution_counts_as_a_plain_one(for_x, for_weight):
 
 @pytest.mark.parametrize(("for_x", "for_weight"),
                          [(False, False), (True, False), (False, True), (True, True)])
-def test_a_depthwise_convolution_counts_its_own_taps_alone(for_x, for_weight):
+def test_depthwise_convolution_counts_only_its_own_taps(for_x, for_weight):
     x = torch.randn(2, 4, 7, 9, requires_grad=for_x)
     weight = torch.randn(4, 1, 5, 5, requires_grad=for_weight)
 
-    def ours(x, weight, stride):
+    def operator(x, weight, stride):
         return depthwise_conv(x, weight, stride=stride, padding=(2, 2, 2, 2))
 
     def plain(x, weight, stride):
         return F.conv2d(x, weight, stride=stride, padding=2, groups=4)
 
     forward = 2 * 2 * 4 * 3 * 3 * 25
-    found = counted(ours, x, weight, backward=for_x or for_weight)
+    found = counted(operator, x, weight, backward=for_x or for_weight)
     assert found == (1 + for_x + for_weight) * forward
     assert counted(plain, x, weight, backward=for_x or for_weight) == found
 
 
-def test_transposed_and_grouped_convolutions_count_what_they_multiply():
+def test_transposed_and_grouped_convolutions_count_their_products():
     x = torch.randn(2, 4, 5, 6, requires_grad=True)
     for function, shape in ((F.conv_transpose2d, (4, 3, 2, 2)), (F.conv2d, (6, 2, 3, 3))):
         groups = 1 if function is F.conv_transpose2d else 2

@@ -14,7 +14,7 @@ from stpp_kernels import reference
 OP = torch.ops.stpp_kernels.label_probability.default
 
 
-def found(form: str, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def label_probabilities(form: str, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     if form == "triton":
         from stpp_kernels.triton.label_probability import label_probability
 
@@ -27,16 +27,16 @@ def found(form: str, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
 @pytest.mark.parametrize("form", FORMS)
 @given(data=st.data())
 @settings(QUICK, max_examples=25)
-def test_probability_is_that_of_the_label_in_resized_logits(form, data):
+def test_probability_matches_resized_logits(form, data):
     case = data.draw(cases(form))
     logits = case.logits(device_of(form))
     generator = torch.Generator().manual_seed(case.seed)
     labels = torch.randint(0, case.c, (case.n, *case.size), generator=generator).byte()
     ignored = torch.rand(labels.shape, generator=generator) < 0.3
-    if case.c < 256:  # with 256 classes 255 is one of them, and ignored all the same
+    if case.c < 256:  # with 256 classes 255 is one of them, and still ignored
         labels[ignored] = 255
     ignored = labels == 255
-    probability = found(form, logits, labels.to(logits.device)).cpu()
+    probability = label_probabilities(form, logits, labels.to(logits.device)).cpu()
     assert probability.dtype == torch.float32 and probability.shape == labels.shape
     assert (probability[ignored] == 2).all()
     index = labels.masked_fill(ignored, 0).long()[:, None]
@@ -49,9 +49,9 @@ def test_probability_is_that_of_the_label_in_resized_logits(form, data):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_label_outside_the_classes_has_probability_zero(form):
+def test_label_outside_the_classes_has_probability_zero(form):
     labels = torch.tensor([[[0, 3, 254, 255]]], dtype=torch.uint8, device=device_of(form))
-    probability = found(form, torch.zeros(1, 3, 1, 2, device=device_of(form)), labels)
+    probability = label_probabilities(form, torch.zeros(1, 3, 1, 2, device=device_of(form)), labels)
     torch.testing.assert_close(probability.cpu(), torch.tensor([[[1 / 3, 0, 0, 2]]]))
 
 
@@ -61,7 +61,7 @@ def test_another_index_can_be_ignored():
     torch.testing.assert_close(probability, torch.tensor([[[0.25, 2.0]]]))
 
 
-def test_no_images_and_float64():
+def test_empty_batch_and_float64():
     assert stpp_kernels.label_probability(torch.zeros(0, 3, 2, 2),
                                           torch.zeros(0, 5, 6, dtype=torch.uint8)).shape == (0, 5, 6)
     logits, labels = torch.randn(1, 5, 3, 3,

@@ -18,7 +18,7 @@ FINALIZE = torch.ops.stpp_kernels.finalize.default
 
 
 def eager(logits, scaled, size, flip):
-    """The two-step form in the dtype of the logits."""
+    """Computes the two-step form in the dtype of the logits."""
     probabilities = resized(logits, scaled).softmax(1)
     return resized(probabilities.flip(3) if flip else probabilities, size).float()
 
@@ -26,7 +26,7 @@ def eager(logits, scaled, size, flip):
 @pytest.mark.parametrize("form", FORMS)
 @given(data=st.data())
 @settings(QUICK, max_examples=25)
-def test_adds_what_the_eager_form_adds(form, data):
+def test_accumulation_matches_the_eager_form(form, data):
     case, flip = data.draw(cases(form)), data.draw(st.booleans())
     layout = data.draw(st.sampled_from(["contiguous", "channels_last", "sliced"]))
     logits = case.logits(device_of(form))
@@ -71,7 +71,7 @@ def test_mirrored_logits_give_the_mirrored_view(form):
 @pytest.mark.parametrize("form", FORMS)
 @given(data=st.data())
 @settings(QUICK, max_examples=15)
-def test_a_pair_is_two_calls(form, data):
+def test_pair_equals_two_calls(form, data):
     case, flip = data.draw(cases(form)), data.draw(st.booleans())
     first, second = case.logits(device_of(form)), replace(case, seed=case.seed ^ 1).logits(device_of(form))
     together, apart = (torch.ones(case.n, case.c, *case.size, device=first.device) for _ in range(2))
@@ -104,7 +104,7 @@ def test_many_classes_and_maps_of_crop_513(form, classes, source, scaled, size):
     torch.testing.assert_close(mean, (acc.amax(1) / acc.sum(1)).mean((1, 2)), atol=1e-5, rtol=0)
 
 
-def test_pairs_of_views_are_those_of_single_views():
+def test_pairs_of_views_equal_single_views():
     def logits(view):
         return 3 * torch.nn.functional.avg_pool2d(view, 4, ceil_mode=True)
 
@@ -170,7 +170,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
-def test_no_images_and_float64_logits():
+def test_empty_batch_and_float64_logits():
     acc = torch.zeros(0, 3, 5, 6)
     stpp_kernels.softmax_accumulate(acc, torch.zeros(0, 3, 2, 2), (4, 4), (5, 6), False)
     mask, mean, counts = stpp_kernels.finalize(acc)
@@ -198,7 +198,7 @@ def test_wrong_arguments_are_named(acc, logits, scaled, size, error, text):
 
 
 @pytest.mark.parametrize(("images", "text"), [(3, "2N, C, h, w"), (4, "the sum has shape")])
-def test_a_pair_of_a_wrong_number_is_named(images, text):
+def test_pair_with_a_wrong_number_of_images_is_named(images, text):
     with pytest.raises(ValueError, match=text):
         stpp_kernels.softmax_accumulate(torch.zeros(1, 3, 5, 6), torch.zeros(images, 3, 2, 2), (4, 4), (5, 6),
                                         pair=True)
@@ -232,7 +232,7 @@ def test_compiles_without_graph_break():
         torch.testing.assert_close(mean, (truth.amax(1) / 2).mean((1, 2)), atol=1e-5, rtol=0)
 
 
-def test_a_broken_teacher_is_not_hidden():
+def test_nan_logits_are_not_hidden():
     acc, logits = torch.zeros(1, 3, 8, 8), torch.randn(1, 3, 4, 4)
     logits[0, 1] = float("nan")
     stpp_kernels.softmax_accumulate(acc, logits, (8, 8), (8, 8), False)

@@ -1,4 +1,4 @@
-"""Pseudo labels by class: least confidences, shares that are kept, and the selection of images."""
+"""Pseudo labels by class: least confidences, kept shares, and the selection of images."""
 
 import json
 import subprocess
@@ -42,7 +42,7 @@ def masks_of(out: Path) -> dict[str, np.ndarray]:
 
 
 def confidences(corpus: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Class and confidence of every pixel by the labeller's own sums, without any floor."""
+    """Returns class and confidence of every pixel by the labeller's own sums, without any threshold."""
     seen = {}
     for name in cases.good_files(IMAGES):
         image = torch.from_numpy(np.asarray(Image.open(corpus / name))[None].copy())
@@ -59,7 +59,7 @@ def run(corpus: Path, out: Path, floors=lambda _: (), **config) -> dict[str, np.
     return masks_of(out)
 
 
-def test_pixels_below_the_floor_of_their_class_are_ignored(corpus, tmp_path):
+def test_pixels_below_the_threshold_of_their_class_are_ignored(corpus, tmp_path):
     floors = (0.3, 0.6, calibration.NEVER, 0.0)
     asked = []
 
@@ -99,7 +99,7 @@ def test_each_class_keeps_its_share_of_the_pixels(corpus, tmp_path):
 
 @given(st.lists(st.lists(st.integers(0, 50), min_size=20, max_size=20), min_size=1, max_size=4),
        st.floats(0.01, 1))
-def test_quantiles_keep_a_share_and_no_bin_too_many(counts, share):
+def test_quantiles_keep_the_share_within_one_bin(counts, share):
     for row, found in zip(counts, thresholds.quantiles(np.array(counts), share), strict=True):
         place = round(found * 20)
         if not sum(row):
@@ -109,7 +109,7 @@ def test_quantiles_keep_a_share_and_no_bin_too_many(counts, share):
         assert place == 19 or sum(row[place + 1:]) < share * sum(row)
 
 
-def test_the_larger_floor_of_a_class_counts(corpus, tmp_path):
+def test_larger_threshold_of_a_class_applies(corpus, tmp_path):
     both = run(corpus, tmp_path / "both", lambda _: (0.0, 0.9, 0.0, 0.0), keep_share=0.6)
     share = run(corpus, tmp_path / "share", keep_share=0.6)
     floors = run(corpus, tmp_path / "floors", lambda _: (0.0, 0.9, 0.0, 0.0))
@@ -118,7 +118,7 @@ def test_the_larger_floor_of_a_class_counts(corpus, tmp_path):
     assert any((both[key] != share[key]).any() for key in both)
 
 
-def test_a_call_that_goes_on_takes_the_thresholds_that_are_there(corpus, tmp_path, monkeypatch):
+def test_resumed_call_keeps_its_thresholds(corpus, tmp_path, monkeypatch):
     whole = cases.contents(tmp_path / "whole") if run(corpus, tmp_path / "whole", keep_share=0.6) else {}
     run(corpus, tmp_path / "out", keep_share=0.6)
     for shard in (tmp_path / "out" / "shards").glob("*.done.json"):
@@ -142,7 +142,7 @@ def arguments(command: str, source: Path, out: Path, *more: str) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("command", "more"), [
     ("label", ["--keep-share", "0.5", "--class-confidence", "b=0.6"]), ("select", ["--select-by", "class"])])
-def test_two_ranks_and_a_killed_one_write_what_one_writes(corpus, tmp_path, command, more):
+def test_two_ranks_with_one_killed_write_the_same_as_one(corpus, tmp_path, command, more):
     def begun(out: str, *trap: str) -> list[str]:
         return [RANK, *(trap or ("none", "", "0", "")), *arguments(command, corpus, tmp_path / out, *more)]
 
@@ -181,15 +181,15 @@ def test_half_of_the_images_of_each_class_are_reliable(images):
         assert not kept or not lost or min(scores[i] for i in kept) >= max(lost)
 
 
-def test_a_rare_class_keeps_its_most_reliable_images():
+def test_rare_class_keeps_its_most_reliable_images():
     scores, pixels = [0.9] * 6 + [0.1, 0.2], [[1000, 0]] * 6 + [[990, 10]] * 2
     assert reliability.split_by_reliability(scores)[0] == [0, 1, 2, 3]
     assert reliability.split_by_class(scores, pixels)[0] == [0, 1, 2, 7]
-    specks = [[1000, 0]] * 6 + [[999_999, 1]] * 2  # less than a thousandth: the class is not shown
+    specks = [[1000, 0]] * 6 + [[999_999, 1]] * 2  # less than a thousandth: the class does not count as shown
     assert reliability.split_by_class(scores, specks)[0] == [0, 1, 2, 3]
 
 
-def test_a_selection_by_class_counts_the_last_teachers_masks(corpus, tmp_path):
+def test_selection_by_class_uses_the_last_teachers_masks(corpus, tmp_path):
     task = Assignment(source=open_source(str(corpus)), out=tmp_path, table="scores",
                       data=DataConfig(threads=1, loader="reference"), config=LabelConfig(select_by="class"))
     reliability.select_corpus(ready(cases.Tiny(), cases.Tiny(), identity="tiny"), task, cases.HERE)

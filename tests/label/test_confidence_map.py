@@ -1,4 +1,4 @@
-"""The coarse map of confidence in a label's row, against a plain form."""
+"""Coarse map of confidence in a label's row, against a plain form."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from stpp.label import confidence_map, rows
 
 @given(st.integers(1, 130), st.integers(1, 130), st.integers(1, 5), st.integers(0, 9))
 @settings(max_examples=60, deadline=None)
-def test_every_cell_is_the_share_of_the_largest_class_at_its_centre(height, width, num_classes, seed):
+def test_cell_is_the_share_of_the_largest_class_at_its_centre(height, width, num_classes, seed):
     generator = torch.Generator().manual_seed(seed)
     sums = torch.rand(2, num_classes, height, width, generator=generator) + 0.01
     found = confidence_map.sampled(sums, (height, width)).numpy()
@@ -40,11 +40,11 @@ def test_cells_are_placed_once_for_each_size():
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
-def test_what_is_no_confidence_counts_as_none(value):
+def test_nan_confidence_counts_as_zero(value):
     assert confidence_map.sampled(torch.full((1, 3, 2, 2), value), (2, 2)).tolist() == [[[0, 0], [0, 0]]]
 
 
-def test_columns_are_read_alone_and_those_that_are_missing_passed_over(tmp_path):
+def test_columns_are_read_separately_and_missing_ones_skipped(tmp_path):
     path = tmp_path / "table.parquet"
     rows.write(path, [{"key": "a", "reliability": 0.5, "reliable": True}], rows.RELIABILITY)
     assert rows.read(path, ["reliable", "key", "confidence_map"]) == [{"key": "a", "reliable": True}]

@@ -1,4 +1,4 @@
-"""Labelling with one batch in flight: what is queued when, and what becomes of it when something fails."""
+"""Labelling with one batch in flight: the order of the queue, and failures."""
 
 import weakref
 from pathlib import Path
@@ -21,7 +21,7 @@ def corpus(tmp_path_factory) -> Path:
 
 
 class Watched(cases.Tiny):
-    """A network that writes down its calls, and fails in some of them."""
+    """Network that records its calls, and fails in some of them."""
 
     def __init__(self, log: list[str], errors: dict[int, Exception] | None = None):
         super().__init__()
@@ -36,7 +36,7 @@ class Watched(cases.Tiny):
 
 
 def watch_results(monkeypatch, log: list[str]) -> None:
-    """Has the log tell when results are queued and when they are read."""
+    """Records in the log when results are queued and when they are read."""
 
     class Watching(Readback):
         made = 0
@@ -55,8 +55,8 @@ def watch_results(monkeypatch, log: list[str]) -> None:
 
 
 @pytest.mark.parametrize("shard_size", [12, 6, 2])
-def test_a_batch_is_queued_before_the_one_before_is_read(corpus, tmp_path, monkeypatch, shard_size):
-    """Also over the border of two shards."""
+def test_next_batch_is_queued_before_the_previous_is_read(corpus, tmp_path, monkeypatch, shard_size):
+    """Also across the border of two shards."""
     log: list[str] = []
     watch_results(monkeypatch, log)
     options = {"tta": "none", "batch_per_rank": 1, "shard_size": shard_size}
@@ -67,8 +67,8 @@ def test_a_batch_is_queued_before_the_one_before_is_read(corpus, tmp_path, monke
     assert log == [*expected, "read 12"]
 
 
-def test_a_batch_in_flight_holds_none_of_its_images(corpus, tmp_path, monkeypatch):
-    """The device's memory must do for one batch, as it is what --batch-pixels was chosen for."""
+def test_batch_in_flight_holds_no_images(corpus, tmp_path, monkeypatch):
+    """The device's memory must suffice for one batch, the unit that --batch-pixels limits."""
     seen: list[weakref.ref] = []
     compute = labels.Labels.compute
 
@@ -83,7 +83,7 @@ def test_a_batch_in_flight_holds_none_of_its_images(corpus, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("error", [KeyError("a bug"), RuntimeError("a bug"), KeyboardInterrupt()])
-def test_an_error_leaves_the_batch_before_it_whole(corpus, tmp_path, monkeypatch, error):
+def test_error_keeps_the_previous_batch(corpus, tmp_path, monkeypatch, error):
     """Four shards of three batches; the network fails in the first batch of the third: the second is done."""
     options = {"tta": "none", "batch_per_rank": 1, "shard_size": 3, "output": "tar"}
     cases.run(corpus, tmp_path / "whole", **options)
@@ -100,7 +100,7 @@ def test_an_error_leaves_the_batch_before_it_whole(corpus, tmp_path, monkeypatch
     assert teacher.seen == 6 and cases.contents(tmp_path / "out") == cases.contents(tmp_path / "whole")
 
 
-def test_an_error_amid_a_shard_leaves_nothing_of_it(corpus, tmp_path):
+def test_error_within_a_shard_keeps_nothing_of_it(corpus, tmp_path):
     options = {"tta": "none", "batch_per_rank": 1, "shard_size": 3, "output": "tar"}
     with pytest.raises(KeyError):
         cases.run(corpus, tmp_path / "out", teacher=Watched([], {6: KeyError("a bug")}), **options)
@@ -108,7 +108,7 @@ def test_an_error_amid_a_shard_leaves_nothing_of_it(corpus, tmp_path):
 
 
 def test_results_that_cannot_be_read_end_the_run(corpus, tmp_path, monkeypatch):
-    """A kernel that failed is known when the results are read: one batch later than it was queued."""
+    """A failed kernel is known when the results are read: one batch later than it was queued."""
     log: list[str] = []
 
     class Failing(Readback):
@@ -127,7 +127,7 @@ def test_results_that_cannot_be_read_end_the_run(corpus, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("calls", [{1}, {4}, {3, 4, 5}, {12}, set(range(1, 13))])
-def test_an_image_too_large_for_memory_is_bad_in_its_turn(corpus, tmp_path, calls):
+def test_image_too_large_for_memory_is_bad_in_order(corpus, tmp_path, calls):
     options = {"tta": "none", "batch_per_rank": 1, "shard_size": 4, "output": "tar"}
     cases.run(corpus, tmp_path / "whole", **options)
     errors = {number: torch.OutOfMemoryError("CUDA out of memory") for number in calls}
@@ -142,7 +142,7 @@ def test_an_image_too_large_for_memory_is_bad_in_its_turn(corpus, tmp_path, call
     assert len(bad) == len(calls) and all("more memory than there is" in row["error"] for row in bad)
 
 
-def test_too_little_memory_for_several_images_is_said_after_the_batch_before(corpus, tmp_path, monkeypatch):
+def test_out_of_memory_is_raised_after_the_previous_batch(corpus, tmp_path, monkeypatch):
     log: list[str] = []
     watch_results(monkeypatch, log)
     teacher = Watched(log, {3: torch.OutOfMemoryError("CUDA out of memory")})
@@ -151,7 +151,7 @@ def test_too_little_memory_for_several_images_is_said_after_the_batch_before(cor
     assert log[-2:] == ["compute 3", "read 2"]
 
 
-def test_images_come_over_a_stream_beside_the_one_that_computes(corpus, tmp_path, monkeypatch):
+def test_images_are_copied_on_a_separate_stream(corpus, tmp_path, monkeypatch):
     options = {"batch_per_rank": 2}
     cases.run(corpus, tmp_path / "plain", **options)
     log = stream_cases.install(monkeypatch)

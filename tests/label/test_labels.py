@@ -43,7 +43,7 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory) -> Path:
-    """The result of an undisturbed run."""
+    """Returns the result of an undisturbed run."""
     out = tmp_path_factory.mktemp("whole") / "out"
     cases.run(corpus, out)
     return out
@@ -51,7 +51,7 @@ def whole(corpus, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("loader", loaders())
 @pytest.mark.parametrize("mode", list(views.VIEWS))
-def test_masks_are_those_of_the_method(tmp_path, mode, loader):
+def test_masks_match_the_method(tmp_path, mode, loader):
     files = cases.good_files(4) | cases.odd_files()
     source = cases.as_folder(tmp_path / "in", files)
     cases.run(source, tmp_path / "out", tta=mode, loader=loader)
@@ -81,7 +81,7 @@ def test_rows_describe_the_files(corpus, whole):
             and row["ignored_fraction"] == 0
         )
         assert 0.25 < row["mean_confidence"] <= 1
-        # every pixel, or every second, of such small images
+        # every pixel, or every second one, of small images
         sure = confidence_map.read(row["confidence_map"], *mask.shape) / 255
         assert abs(sure.mean() - row["mean_confidence"]) < 0.05
     summary = json.loads((whole / "summary.json").read_text())
@@ -104,7 +104,7 @@ def test_archives_hold_the_same_masks(corpus, whole, tmp_path):
 
 @pytest.mark.parametrize("loader", loaders())
 @pytest.mark.parametrize("kind", ["folder", "tar"])
-def test_exactly_the_bad_files_fail(tmp_path, kind, loader):
+def test_only_bad_files_fail(tmp_path, kind, loader):
     good, bad = cases.good_files(6) | cases.odd_files(), cases.bad_files()
     arrange = cases.as_folder if kind == "folder" else cases.as_tar
     suffix = "" if kind == "folder" else ".tar"
@@ -131,12 +131,12 @@ def _again(cases, source, out, **options):
 
 
 @pytest.mark.parametrize("loader", loaders())
-def test_a_bad_image_leaves_a_hole_in_its_batch(tmp_path, loader):
+def test_bad_image_leaves_a_gap_in_its_batch(tmp_path, loader):
     files = {f"{i}.jpg": cases.encoded(cases.picture(i)) for i in range(7)}
     cases.run(cases.as_folder(tmp_path / "in", files), tmp_path / "whole", loader=loader, shard_size=7)
     flipped = bytearray(files["3.jpg"])
     middle = len(flipped) // 2
-    # markers where data should be; a whole file to a glance at its end
+    # markers where data should be; its end looks complete
     flipped[middle : middle + 40] = b"\xff\xc4" * 20
     files |= {"1.jpg": files["1.jpg"][:-200], "3.jpg": bytes(flipped)}
     cases.run(cases.as_folder(tmp_path / "in", files), tmp_path / "holes", loader=loader, shard_size=7)
@@ -158,7 +158,7 @@ def test_dali_and_pil_agree_on_a_cpu(corpus, whole, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("loader", loaders())
-def test_a_gpu_writes_nearly_the_same_masks(tmp_path, loader):
+def test_gpu_writes_nearly_the_same_masks(tmp_path, loader):
     files = cases.good_files(6) | cases.odd_files() | cases.bad_files()
     source = cases.as_folder(tmp_path / "in", files)
     gpu = distributed.World(device=torch.device("cuda", 0))
@@ -173,7 +173,7 @@ def test_a_gpu_writes_nearly_the_same_masks(tmp_path, loader):
     assert same / total > 0.99  # JPEGs decoded on a GPU differ by a grey level here and there
 
 
-def test_a_file_that_changed_since_it_was_planned_is_bad(tmp_path):
+def test_file_changed_after_planning_is_bad(tmp_path):
     source = cases.as_folder(tmp_path / "in", {f"{i}.jpg": cases.encoded(cases.picture(i)) for i in range(9)})
 
     class Changing(cases.Tiny):
@@ -188,7 +188,7 @@ def test_a_file_that_changed_since_it_was_planned_is_bad(tmp_path):
     assert row["key"] == "8" and "64x64 pixels where it had 64x48" in row["error"]
 
 
-def test_unsure_pixels_are_ignored(corpus, whole, tmp_path):
+def test_pixels_of_low_confidence_are_ignored(corpus, whole, tmp_path):
     cases.run(corpus, tmp_path / "out", min_confidence=0.9)
     ignored = 0
     for row, sure in zip(rows.read_parts(tmp_path / "out" / "labels"), rows.read_parts(whole / "labels"),
@@ -232,7 +232,7 @@ def test_another_source_is_refused(corpus, tmp_path):
         cases.run(source, tmp_path / "foreign")
 
 
-def test_finished_shards_are_not_computed_again(corpus, whole, tmp_path):
+def test_finished_shards_are_skipped(corpus, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "out")
     teacher = cases.Tiny()
     summary = cases.run(corpus, tmp_path / "out", teacher=teacher)
@@ -243,7 +243,7 @@ def test_finished_shards_are_not_computed_again(corpus, whole, tmp_path):
     assert cases.contents(tmp_path / "out") == cases.contents(whole)
 
 
-def test_a_run_keeps_the_threads_that_it_began_with(corpus, tmp_path):
+def test_run_keeps_its_number_of_threads(corpus, tmp_path):
     before, seen = torch.get_num_threads(), []
 
     class Asking(cases.Tiny):
@@ -262,7 +262,7 @@ def test_a_run_keeps_the_threads_that_it_began_with(corpus, tmp_path):
         torch.set_num_threads(before)
 
 
-def test_static_parts_make_the_whole(corpus, whole, tmp_path):
+def test_static_parts_complete_the_run(corpus, whole, tmp_path):
     out = tmp_path / "out"
     first = cases.run(corpus, out, part=Part.parse("2/2"))
     assert first.shards_left == 2 and first.labelled == 5 and not (out / "summary.json").exists()
@@ -275,7 +275,7 @@ def test_static_parts_make_the_whole(corpus, whole, tmp_path):
 
 
 @pytest.mark.parametrize("output", ["png", "tar"])
-def test_verify_finds_damage_and_mends_it(corpus, tmp_path, output):
+def test_verify_finds_and_repairs_damage(corpus, tmp_path, output):
     out = tmp_path / "out"
     cases.run(corpus, out, output=output)
     expected = cases.contents(out)
@@ -305,7 +305,7 @@ def test_verify_finds_damage_and_mends_it(corpus, tmp_path, output):
                      verify=True).redone == () and teacher.seen == 0
 
 
-def test_too_little_memory_is_said_with_what_to_lower(corpus, tmp_path):
+def test_out_of_memory_names_the_option_to_lower(corpus, tmp_path):
     class Hungry(cases.Tiny):
         def logits(self, images_NCHW):
             return torch.empty(1 << 50)
@@ -314,7 +314,7 @@ def test_too_little_memory_is_said_with_what_to_lower(corpus, tmp_path):
         cases.run(corpus, tmp_path / "out", teacher=Hungry())
 
 
-def test_how_an_engine_agreed_with_eager_is_kept_beside_its_labels(corpus, tmp_path):
+def test_engine_agreement_is_stored_with_the_labels(corpus, tmp_path):
     class Judged(cases.Tiny):
         agreement = Agreement(raw=0.9, outside=0.99, margin=0.1, decided=0.8, pixels=10)
 
@@ -326,7 +326,7 @@ def test_how_an_engine_agreed_with_eager_is_kept_beside_its_labels(corpus, tmp_p
     assert not list((tmp_path / "plain").glob("agreement*"))
 
 
-def test_an_image_that_alone_needs_too_much_memory_is_bad(corpus, tmp_path):
+def test_single_image_that_exceeds_memory_is_bad(corpus, tmp_path):
     class Hungry(cases.Tiny):
         def logits(self, images_NCHW):
             return super().logits(images_NCHW) if images_NCHW.shape[3] < 50 else torch.empty(1 << 50)
@@ -337,7 +337,7 @@ def test_an_image_that_alone_needs_too_much_memory_is_bad(corpus, tmp_path):
     assert all("more memory than there is" in row["error"] and row["width"] >= 50 for row in failed)
 
 
-def test_answers_that_are_not_finite_are_bad(corpus, tmp_path):
+def test_images_with_non_finite_logits_are_bad(corpus, tmp_path):
     class Broken(cases.Tiny):
         def logits(self, images_NCHW):
             logits = super().logits(images_NCHW)
@@ -351,7 +351,7 @@ def test_answers_that_are_not_finite_are_bad(corpus, tmp_path):
     }
 
 
-def test_a_bug_in_the_network_is_no_bad_image(corpus, tmp_path):
+def test_bug_in_the_network_raises(corpus, tmp_path):
     class Wrong(cases.Tiny):
         def logits(self, images_NCHW):
             raise KeyError("a bug")
@@ -374,7 +374,7 @@ def small_disk(folder: Path, size: str):
 
 
 @pytest.mark.parametrize("output", ["png", "tar"])
-def test_a_full_disk_stops_and_the_run_goes_on_when_there_is_room(tmp_path, output):
+def test_full_disk_stops_and_the_run_resumes_with_room(tmp_path, output):
     size = (200, 200)
     rng = np.random.default_rng(0)
     files = {
@@ -403,7 +403,7 @@ def test_a_full_disk_stops_and_the_run_goes_on_when_there_is_room(tmp_path, outp
 
 
 @pytest.mark.parametrize("output", ["png", pytest.param("tar", marks=pytest.mark.slow)])
-def test_killed_at_every_commit_the_result_is_the_same(tmp_path, output):
+def test_result_is_the_same_when_killed_at_every_commit(tmp_path, output):
     source = cases.as_folder(tmp_path / "in", cases.good_files(7) | {"bad.jpg": b""})
     report = tmp_path / "report.json"
     done = subprocess.run([sys.executable, FAULTS / "label_killed.py", source, tmp_path / "out", output,
@@ -413,7 +413,7 @@ def test_killed_at_every_commit_the_result_is_the_same(tmp_path, output):
     found = json.loads(report.read_text())
     kinds = {kill["before"].split()[0] for kill in found}
     assert {"replace", "fsync", "sync"} <= kinds
-    # Two shards: each has a part of the plan, masks, rows and a marker that take their names; then the last
+    # Two shards: each has a part of the plan, masks, rows and a marker to rename; then the last
     # two files.
     assert len(found) >= 30
     assert [kill for kill in found if not kill["same"]] == []
@@ -422,7 +422,7 @@ def test_killed_at_every_commit_the_result_is_the_same(tmp_path, output):
     assert max(kill["recomputed"] for kill in found) == 7 and min(kill["recomputed"] for kill in found) == 0
 
 
-def test_what_killed_processes_left_is_swept_when_it_is_old(corpus, tmp_path):
+def test_old_leftovers_of_killed_processes_are_removed(corpus, tmp_path):
     out = tmp_path / "out"
     (out / "tmp").mkdir(parents=True)
     old, new = (out / "tmp" / f"{name}.tmp" for name in ("old", "new"))
@@ -479,7 +479,7 @@ def test_selection_ranks_by_agreement(corpus, tmp_path):
     assert all(row["reliability"] == 1.0 for row in rows.read(tmp_path / "same" / "reliability.parquet"))
 
 
-def test_a_batch_that_is_decoded_is_normalised_like_the_loader(tmp_path):
+def test_decoded_batch_is_normalised_like_the_loader(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (1, 5, 6, 3), dtype=np.uint8)
     from stpp.images.pixels import normalised
 

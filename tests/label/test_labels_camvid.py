@@ -22,7 +22,7 @@ CLASSES = 11
 
 @torch.no_grad()
 def settled(network: torch.nn.Module, images_NCHW: torch.Tensor) -> torch.nn.Module:
-    """Random weights with batch-norm statistics of photographs, and a classifier that prefers no class."""
+    """Gives random weights batch-norm statistics of photographs and a balanced classifier."""
     network.train()
     for _ in range(3):
         network(images_NCHW)
@@ -43,7 +43,7 @@ class Plain:
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_photographs_of_mixed_sizes_get_the_masks_of_the_method(camvid, tmp_path):
+def test_photographs_of_mixed_sizes_match_the_method(camvid, tmp_path):
     paths = (
         sorted((camvid / "images" / "val").rglob("*.png"))[::40]
         or sorted((camvid / "images" / "val").rglob("*.jpg"))[::40]

@@ -1,4 +1,4 @@
-"""Words and exit codes of `stpp label` and `stpp predict` where the input or the output is at fault."""
+"""Messages and exit codes of `stpp label` and `stpp predict` for faults of input or output."""
 
 import contextlib
 import errno
@@ -22,7 +22,7 @@ CLASSES = list("abcd")
 
 @pytest.fixture(autouse=True)
 def threads():
-    """Commands set the number of threads."""
+    """Restores the number of threads, which commands set."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -30,7 +30,8 @@ def threads():
 
 @pytest.fixture
 def label(monkeypatch, capsys, tmp_path):
-    """`stpp label` with a teacher that needs no network: (exit code, standard output, standard error)."""
+    """Runs `stpp label` with a teacher that needs no network: (exit code, standard output, standard
+    error)."""
     ready = several.ready(cases.Tiny(), identity="tiny")
     monkeypatch.setattr(several, "from_paths", lambda paths, device, **_: ready)
 
@@ -62,7 +63,7 @@ def predict(best, capsys):
 
 
 def last_line(errors: str) -> str:
-    """The one line that says what went wrong."""
+    """Returns the line that reports the fault."""
     (line,) = [line for line in errors.splitlines() if line.startswith("stpp: ")]
     return line
 
@@ -79,7 +80,7 @@ def mounted(folder: Path, options: str):
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_the_first_reasons_of_bad_images_are_said(label, tmp_path):
+def test_first_reasons_of_bad_images_are_printed(label, tmp_path):
     bad = {f"{i}.jpg": b"no image" for i in range(7)}
     source = cases.as_folder(tmp_path / "in", cases.good_files(3) | bad)
     code, _, errors = label(source, tmp_path / "out")
@@ -92,14 +93,14 @@ def test_the_first_reasons_of_bad_images_are_said(label, tmp_path):
 
 @pytest.mark.parametrize(("form", "reason"), [
     ("sub\\{}", "backslash"), ('"{}"', "in quotes"), ("{},m.png", "no table"), ("../in/{}", "outside")])
-def test_the_reason_of_every_form_of_list_is_said(label, tmp_path, form, reason):
+def test_reason_is_printed_for_every_form_of_list(label, tmp_path, form, reason):
     source = cases.as_folder(tmp_path / "in", {"a.jpg": cases.encoded(cases.picture(1))})
     (source / "list.txt").write_text(form.format("a.jpg") + "\n")
     code, _, errors = label(source / "list.txt", tmp_path / "out")
     assert code == 1 and reason in last_line(errors)
 
 
-def test_predict_says_what_it_passed_over_and_why_images_have_no_mask(predict, tmp_path):
+def test_predict_reports_skipped_files_and_failed_images(predict, tmp_path):
     source = cases.as_folder(tmp_path / "in", {
         "a.jpg": cases.encoded(cases.picture(1)), "b.jpg": b"", "c.HEIC": b"",
         "d.jfif": cases.encoded(cases.picture(2)), "@eaDir/a.jpg/x.jpg": b""})
@@ -108,7 +109,7 @@ def test_predict_says_what_it_passed_over_and_why_images_have_no_mask(predict, t
     assert "passed over: 1 .heic: not image formats that are read; 1 @eaDir" in errors
 
 
-def test_an_output_that_may_not_be_written_is_said_in_one_line(label, predict, tmp_path):
+def test_read_only_output_is_reported_in_one_line(label, predict, tmp_path):
     source = cases.as_folder(tmp_path / "in", cases.good_files(2))
     with mounted(tmp_path / "disk", "size=300k,ro") as disk:
         for command in (label, predict):
@@ -120,7 +121,7 @@ def test_an_output_that_may_not_be_written_is_said_in_one_line(label, predict, t
         assert code == 2 and "--out" in last_line(errors) and "None" not in errors
 
 
-def test_predict_on_a_full_disk_leaves_no_half_picture(predict, tmp_path):
+def test_predict_on_a_full_disk_leaves_no_partial_picture(predict, tmp_path):
     images = {f"{i:02d}.jpg": cases.encoded(cases.picture(i, (200, 300))) for i in range(12)}
     source = cases.as_folder(tmp_path / "in", images)
     with mounted(tmp_path / "disk", "size=160k") as disk:
@@ -136,8 +137,8 @@ def test_predict_on_a_full_disk_leaves_no_half_picture(predict, tmp_path):
 
 
 @pytest.mark.parametrize("call", [1, 2, 3, 4])
-def test_predict_that_fails_while_it_writes_leaves_whole_files_only(predict, tmp_path, monkeypatch, call):
-    """Of the masks and overlays of two images, the given one breaks off after half its bytes."""
+def test_failed_write_of_predict_leaves_only_complete_files(predict, tmp_path, monkeypatch, call):
+    """Of the masks and overlays of two images, the given one fails after half its bytes."""
     images = {f"{i}.png": cases.encoded(cases.picture(i), "PNG") for i in range(2)}
     source, count, save = cases.as_folder(tmp_path / "in", images), [0], Image.Image.save
 
@@ -159,7 +160,7 @@ def test_predict_that_fails_while_it_writes_leaves_whole_files_only(predict, tmp
             image.load()
 
 
-def test_the_reason_of_a_failed_write_never_says_none():
+def test_reason_of_a_failed_write_is_never_none():
     assert files.why(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) == "No space left on device"
     assert files.why(OSError(errno.EROFS, os.strerror(errno.EROFS),
                              "/out/x")) == "Read-only file system (/out/x)"

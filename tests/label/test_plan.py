@@ -1,4 +1,4 @@
-"""Headers, batches and the plan that is kept."""
+"""Headers, batches and the stored plan."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -45,7 +45,7 @@ def test_batches_hold_every_good_image_once(sizes, most):
     assert areas == sorted(areas, reverse=True)
 
 
-def test_a_plan_is_kept_whatever_happens_to_the_files(tmp_path):
+def test_plan_is_kept_when_files_change(tmp_path):
     source = cases.as_folder(tmp_path / "in", cases.good_files(7))
     made = plan.make(open_source(str(source)), tmp_path / "plan", shard_size=4)
     kept = Plan(folder=tmp_path / "plan", items=made["items"], shards=made["shards"], cut=CUT)
@@ -59,7 +59,7 @@ def test_a_plan_is_kept_whatever_happens_to_the_files(tmp_path):
         assert all(one.error == "the file is empty (0 bytes)" for one in kept.planned(1, pool))
 
 
-def test_a_header_longer_than_what_is_read_first(tmp_path):
+def test_header_longer_than_the_first_read(tmp_path):
     picture = cases.picture(1)
     long = cases.encoded(picture, icc_profile=b"x" * 200_000)
     path = cases.as_folder(tmp_path, {"long.jpg": long}) / "long.jpg"
@@ -70,7 +70,7 @@ def test_a_header_longer_than_what_is_read_first(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_size_is_that_of_the_upright_image(orientation):
+def test_size_is_that_of_the_upright_image(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = cases.encoded(cases.picture(1, (40, 56)), exif=exif)
@@ -80,7 +80,7 @@ def test_the_size_is_that_of_the_upright_image(orientation):
     assert look(data, exif=False)[:3] == (56, 40, 1)
 
 
-def test_bad_headers_say_why(tmp_path):
+def test_bad_headers_give_the_reason(tmp_path):
     cases.as_folder(tmp_path, cases.bad_files())
     found = {path.name: planning.examine(Item(key=path.name, source=path.name, file=str(path)), CUT).error
              for path in (tmp_path / "bad").iterdir()}
@@ -89,13 +89,13 @@ def test_bad_headers_say_why(tmp_path):
     assert found["bomb.png"].startswith("it declares more than")
     assert found["huge.png"] == "20000x1000 pixels are more than --max-pixels 1048576"
     assert "cut_header.jpg" in found and found["cut_header.jpg"] is not None
-    # their pixels will tell
+    # their pixels will reveal it
     assert found["truncated.jpg"] is found["half.png"] is found["floats.tif"] is None
     absent = planning.examine(Item(key="x", source="x", file=str(tmp_path / "absent.jpg")), CUT)
     assert absent.error == "there is no such file" and absent.batch == -1
 
 
-def test_what_every_decoder_reads_alike():
+def test_images_that_all_decoders_read_alike():
     picture = cases.picture(3)
     deep = Image.fromarray(np.full((4, 5), 40000, np.uint16))
     for image, kind, plain in ((picture, "JPEG", True), (picture, "PNG", True),
@@ -119,7 +119,7 @@ def test_deep_images_keep_their_upper_bits():
 
 @pytest.mark.parametrize("name", ["truncated.jpg", "half.png", "floats.tif", "empty.jpg", "text.jpg",
                                   "bomb.png", "cut_header.jpg"])
-def test_bad_pixels_say_why_in_one_line(name):
+def test_bad_pixels_give_the_reason_in_one_line(name):
     with pytest.raises(BadImage) as bad:
         pixels.decode(cases.bad_files()[f"bad/{name}"])
     assert "\n" not in str(bad.value) and len(str(bad.value)) < 220

@@ -1,4 +1,4 @@
-"""`stpp label` under torchrun: ranks that are killed, stopped, more or fewer; and the command line."""
+"""`stpp label` under torchrun: killed and stopped ranks, more and fewer ranks; and the command line."""
 
 import contextlib
 import errno
@@ -22,7 +22,7 @@ from stpp.models.build import build_model
 
 RANK = str(Path(__file__).parents[1] / "faults" / "label_rank.py")
 TEACHER = str(Path(RANK).parent)
-"""Something that is there, and is no checkpoint that would be asked for its rules."""
+"""Existing path that is no checkpoint with stored rules."""
 IMAGES = 24
 OPTIONS = ["--shard-size", "4", "--tta", "none", "--device", "cpu", "--compute-threads", "1", "--threads",
            "1",
@@ -71,7 +71,7 @@ def undisturbed(source, tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.mark.dist
-def test_two_ranks_write_what_one_writes(source, undisturbed, tmp_path):
+def test_two_ranks_write_the_same_as_one(source, undisturbed, tmp_path):
     done = label(2, source, tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert cases.contents(tmp_path / "out") == undisturbed
@@ -82,7 +82,7 @@ def test_two_ranks_write_what_one_writes(source, undisturbed, tmp_path):
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(COMMITS)), ids=list(COMMITS))
-def test_a_rank_killed_at_a_commit_costs_nothing(source, undisturbed, tmp_path, number):
+def test_rank_killed_at_a_commit_loses_nothing(source, undisturbed, tmp_path, number):
     out, who = tmp_path / "out", tmp_path / "pid"
     killed = label(2, source, out, trap=("kill", list(COMMITS.values())[number], 2, who))
     assert who.exists() and killed.returncode != 0, killed.stderr
@@ -97,7 +97,7 @@ def test_a_rank_killed_at_a_commit_costs_nothing(source, undisturbed, tmp_path, 
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_a_stopped_rank_holds_up_no_other(source, undisturbed, tmp_path):
+def test_stopped_rank_delays_no_other(source, undisturbed, tmp_path):
     out, who = tmp_path / "out", tmp_path / "pid"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", RANK,
                "stop",
@@ -127,9 +127,9 @@ def test_a_stopped_rank_holds_up_no_other(source, undisturbed, tmp_path):
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_torchrun_starts_killed_ranks_again(source, undisturbed, tmp_path, monkeypatch):
+def test_torchrun_restarts_killed_ranks(source, undisturbed, tmp_path, monkeypatch):
     # Otherwise new ranks may read the old ones' gloo addresses from the store that torchrun keeps, and never
-    # meet.
+    # connect.
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     out, who = tmp_path / "out", tmp_path / "pid"
     done = torchrun(2, "--max-restarts", "2", RANK, "kill", "sync", "2", str(who), *arguments(source, out))
@@ -161,21 +161,21 @@ def test_bad_images_and_mistakes_have_their_exit_codes(source, tmp_path, monkeyp
         assert len([line for line in errors.splitlines() if line.startswith("stpp: ")]) == 1
 
 
-def test_a_source_can_be_listed_first(source, undisturbed, tmp_path, monkeypatch, capsys):
+def test_source_can_be_listed_first(source, undisturbed, tmp_path, monkeypatch, capsys):
     def opened(*_, **__):
         raise AssertionError("no network is needed to list")
 
     monkeypatch.setattr(several, "from_paths", lambda paths, device, **_: opened)
     cli.main(arguments(source, tmp_path / "out", "--list-only"))
     assert f"{IMAGES} images listed, 6 shards to do" in capsys.readouterr().out
-    # The names of the classes stand in run.json.
+    # The names of the classes are in run.json.
     network = several.Opened(network=cases.Tiny(), identity="tiny", classes=tuple("abcd"))
     monkeypatch.setattr(several, "from_paths", lambda paths, device, **_: lambda images: [network])
     cli.main(arguments(source, tmp_path / "out"))
     assert cases.contents(tmp_path / "out") == undisturbed
 
 
-def test_a_full_disk_is_said_in_one_line_and_is_no_mistake(source, tmp_path, monkeypatch, capsys):
+def test_full_disk_is_one_line_with_its_own_exit_code(source, tmp_path, monkeypatch, capsys):
     def no_room(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -194,7 +194,7 @@ def test_a_full_disk_is_said_in_one_line_and_is_no_mistake(source, tmp_path, mon
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_a_mistake_that_only_the_first_rank_sees_ends_all(source, tmp_path):
+def test_mistake_found_by_the_first_rank_ends_all(source, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "run.json").write_text("{}")
     refused = label(2, source, tmp_path / "out")
@@ -203,14 +203,14 @@ def test_a_mistake_that_only_the_first_rank_sees_ends_all(source, tmp_path):
 
 
 @pytest.mark.dist
-def test_a_rank_that_would_compute_something_else_ends_all(source, tmp_path, monkeypatch):
+def test_rank_with_different_results_ends_all(source, tmp_path, monkeypatch):
     monkeypatch.setenv("STPP_TEST_OTHER_RANK", "1")
     refused = label(2, source, tmp_path / "out")
     assert refused.returncode != 0 and "teacher: tiny -> other" in refused.stderr
 
 
 @pytest.mark.dist
-def test_the_command_labels_with_a_checkpoint(tmp_path):
+def test_command_labels_with_a_checkpoint(tmp_path):
     torch.manual_seed(0)
     paths = []
     for i in range(3):

@@ -1,5 +1,4 @@
-"""A corpus that grew, changed or shrank after it was labelled: what is said, labelled again, and what
-stays."""
+"""A corpus that grew, changed or shrank after labelling: reports, relabelled images, and kept labels."""
 
 import json
 import os
@@ -27,7 +26,7 @@ OUTPUTS = ("png", "tar")
 
 @pytest.fixture
 def source(tmp_path) -> Path:
-    """Twelve good images and a bad one, whose times of change are long past."""
+    """Writes twelve good images and a bad one, with old modification times."""
     folder = cases.as_folder(tmp_path / "in", cases.good_files() | {"bad.jpg": b"no image"})
     for path in folder.rglob("*.jpg"):
         os.utime(path, (1_000_000, 1_000_000))
@@ -35,13 +34,13 @@ def source(tmp_path) -> Path:
 
 
 def label(source, out: Path, **options):
-    """The summary, and how many images the network saw."""
+    """Returns the summary, and the number of images the network saw."""
     teacher = cases.Tiny()
     return cases.run(source, out, teacher=teacher, **{"tta": "none"} | options), teacher.seen
 
 
 def masks(out: Path) -> dict[str, bytes]:
-    """Bytes of every mask by its key, from files or archives; no key may occur twice."""
+    """Returns the bytes of every mask by its key, from files or archives; no key may occur twice."""
     paths = (out / "masks").rglob("*.png")
     found = {str(path.relative_to(out / "masks")): path.read_bytes() for path in paths}
     for path in (out / "masks").glob("*.tar"):
@@ -57,7 +56,7 @@ def keys(out: Path) -> list[str]:
 
 
 def change(folder: Path) -> None:
-    """Three images are new, two change (one in size), one becomes bad, two go; one is only touched."""
+    """Adds three images, changes two (one in size), spoils one, removes two, and touches one."""
     new = {f"three/new{i}.jpg": cases.encoded(cases.picture(50 + i)) for i in range(3)}
     new["one/image000.jpg"] = cases.encoded(cases.picture(60, cases.SIZES[0]))
     new["two/deep/image001.jpg"] = cases.encoded(cases.picture(61, (30, 34)))
@@ -69,7 +68,7 @@ def change(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
-def test_an_update_ends_with_the_labels_of_the_corpus_as_it_is(source, tmp_path, output):
+def test_update_gives_the_labels_of_the_current_corpus(source, tmp_path, output):
     out = tmp_path / "out"
     label(source, out, output=output)
     kept = {name: data for name, data in masks(out).items() if "image000" not in name}
@@ -91,7 +90,7 @@ def test_an_update_ends_with_the_labels_of_the_corpus_as_it_is(source, tmp_path,
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
-def test_after_an_update_nothing_is_left_to_do_and_nothing_damaged(source, tmp_path, output):
+def test_after_an_update_nothing_is_pending_or_damaged(source, tmp_path, output):
     out = tmp_path / "out"
     label(source, out, output=output)
     change(source)
@@ -102,13 +101,13 @@ def test_after_an_update_nothing_is_left_to_do_and_nothing_damaged(source, tmp_p
     summary, seen = label(source, out, output=output, update=True)
     assert seen == 0 and cases.contents(out) == before
     assert not (out / "plan" / "update.json").exists() and not (out / "plan" / "update.parquet").exists()
-    # A damaged shard is labelled again without the images that are gone.
+    # A damaged shard is labelled again without the deleted images.
     (out / "labels" / "part-000000.parquet").write_bytes(b"")
     label(source, out, output=output, verify=True)
     assert cases.contents(out) == before
 
 
-def test_without_update_the_changes_are_said_and_nothing_is_touched(source, tmp_path):
+def test_without_update_changes_are_reported_and_files_kept(source, tmp_path):
     out = tmp_path / "out"
     label(source, out)
     change(source)
@@ -124,7 +123,7 @@ def test_without_update_the_changes_are_said_and_nothing_is_touched(source, tmp_
 
 
 @pytest.mark.parametrize("updated", [False, True])
-def test_a_touch_labels_nothing_again(source, tmp_path, capsys, updated):
+def test_touched_files_are_not_relabelled(source, tmp_path, capsys, updated):
     out = tmp_path / "out"
     label(source, out)
     before = cases.contents(out)
@@ -136,10 +135,10 @@ def test_a_touch_labels_nothing_again(source, tmp_path, capsys, updated):
     changed = {name for name, digest in cases.contents(out).items() if before[name] != digest}
     assert all(name == "run.json" or name.startswith("plan/listing") for name in changed)
     label(source, out)
-    assert "touched" not in capsys.readouterr().err  # the new times are known now
+    assert "touched" not in capsys.readouterr().err  # the new times are stored now
 
 
-def test_the_same_size_with_other_bytes_is_a_change(tmp_path):
+def test_equal_size_with_other_bytes_is_a_change(tmp_path):
     pictures = [cases.encoded(cases.picture(seed), "BMP") for seed in (1, 2)]
     assert len(pictures[0]) == len(pictures[1])
     source = cases.as_folder(tmp_path / "in", {"a.bmp": pictures[0], "b.bmp": pictures[0]})
@@ -151,7 +150,7 @@ def test_the_same_size_with_other_bytes_is_a_change(tmp_path):
     assert label(source, out, update=True)[1] == 1
 
 
-def test_a_bad_image_that_was_mended_is_labelled(source, tmp_path):
+def test_repaired_image_is_labelled(source, tmp_path):
     out = tmp_path / "out"
     label(source, out)
     (source / "bad.jpg").write_bytes(cases.encoded(cases.picture(3)))
@@ -160,7 +159,7 @@ def test_a_bad_image_that_was_mended_is_labelled(source, tmp_path):
     assert rows.read(out / "failed.parquet") == []
 
 
-def test_an_image_under_another_extension_takes_the_place_of_its_mask(source, tmp_path):
+def test_image_with_another_extension_replaces_its_mask(source, tmp_path):
     out = tmp_path / "out"
     label(source, out)
     (source / "one/image000.jpg").unlink()
@@ -171,7 +170,7 @@ def test_an_image_under_another_extension_takes_the_place_of_its_mask(source, tm
     assert found["one/image000"] == "one/image000.png" and len(found) == 13
 
 
-def test_names_that_collide_after_the_growth_are_refused(source, tmp_path):
+def test_names_that_collide_after_growth_are_refused(source, tmp_path):
     out = tmp_path / "out"
     label(source, out)
     before = cases.contents(out)
@@ -182,20 +181,20 @@ def test_names_that_collide_after_the_growth_are_refused(source, tmp_path):
     assert cases.contents(out).items() >= before.items()
 
 
-def test_what_changed_before_its_shard_was_labelled_is_read_as_it_is(source, tmp_path):
+def test_images_changed_before_their_shard_are_read_as_they_are(source, tmp_path):
     out = tmp_path / "out"
     label(source, out)
-    for shard in (1, 2):  # as if it had been interrupted there, its plan being made
+    for shard in (1, 2):  # as if it had been interrupted there, while its plan was made
         (out / "shards" / f"{shard:06d}.done.json").unlink()
     names = [item["source"] for item in rows.read(out / "plan" / "listing-000001.parquet")]
     (source / names[0]).write_bytes(cases.encoded(cases.picture(77, (20, 28))))
     (source / names[1]).write_bytes(b"broken")
-    summary, seen = label(source, out)  # no label is out of date, so this needs no flag
+    summary, seen = label(source, out)  # no label is outdated, so this needs no flag
     cases.run(source, tmp_path / "fresh", tta="none")
     assert masks(out) == masks(tmp_path / "fresh") and summary.bad == 2
 
 
-def test_a_labelling_that_is_not_finished_is_updated(source, tmp_path):
+def test_unfinished_labelling_is_updated(source, tmp_path):
     out = tmp_path / "out"
     label(source, out)
     (out / "shards" / "000001.done.json").unlink()
@@ -206,7 +205,7 @@ def test_a_labelling_that_is_not_finished_is_updated(source, tmp_path):
     assert masks(out) == masks(tmp_path / "fresh") and keys(out) == keys(tmp_path / "fresh")
 
 
-def test_all_of_a_shard_may_go(source, tmp_path):
+def test_all_images_of_a_shard_may_be_deleted(source, tmp_path):
     out = tmp_path / "out"
     label(source, out, output="tar")
     for row in rows.read(out / "labels" / "part-000001.parquet"):
@@ -242,7 +241,7 @@ def test_archives_that_grew_and_were_added(tmp_path):
     assert masks(out) == masks(tmp_path / "fresh") and len(before) == 7
 
 
-def test_a_name_that_an_archive_holds_twice_since_it_grew_is_refused(tmp_path):
+def test_duplicate_name_in_a_grown_archive_is_refused(tmp_path):
     files, out = cases.good_files(4), tmp_path / "out"
     path = cases.as_tar(tmp_path / "s.tar", files)
     label(path, out)
@@ -256,12 +255,12 @@ def test_a_name_that_an_archive_holds_twice_since_it_grew_is_refused(tmp_path):
         cases.as_tar(path, files)
 
 
-def test_a_list_that_grew_and_an_image_of_it_that_changed(source, tmp_path):
+def test_list_that_grew_with_a_changed_image(source, tmp_path):
     listed, out = tmp_path / "list.txt", tmp_path / "out"
     names = sorted(str(path.relative_to(source)) for path in source.rglob("*.jpg"))
     listed.write_text("\n".join(["late.jpg", *names[:6]]))
     summary, _ = label(listed, out, root=source)
-    assert summary.bad == 2  # bad.jpg, and late.jpg is not there
+    assert summary.bad == 2  # bad.jpg, and late.jpg is missing
     (source / "late.jpg").write_bytes(cases.encoded(cases.picture(4)))
     (source / names[1]).write_bytes(cases.encoded(cases.picture(5)))
     listed.write_text("\n".join(["late.jpg", *names[:8], names[7]]))
@@ -273,7 +272,7 @@ def test_a_list_that_grew_and_an_image_of_it_that_changed(source, tmp_path):
     assert masks(out) == masks(tmp_path / "fresh")
 
 
-def test_a_labelling_by_the_version_before_goes_on_or_is_refused(source, tmp_path):
+def test_labelling_of_the_previous_version_resumes_or_is_refused(source, tmp_path):
     out = tmp_path / "out"
     label(source, out)
     for path in (out / "plan").glob("listing-*.parquet"):
@@ -300,8 +299,8 @@ def test_a_labelling_by_the_version_before_goes_on_or_is_refused(source, tmp_pat
         label(source, out)
 
 
-def test_the_memory_of_a_comparison_does_not_grow_with_the_corpus(source, tmp_path, monkeypatch):
-    """Equal places meet in one bucket, and only one bucket at a time is held."""
+def test_memory_of_a_comparison_does_not_grow_with_the_corpus(source, tmp_path, monkeypatch):
+    """Equal places meet in one bucket, and only one bucket at a time is in memory."""
     monkeypatch.setattr(changes, "_BUCKETS", 3)
     out = tmp_path / "out"
     label(source, out)
@@ -312,7 +311,7 @@ def test_the_memory_of_a_comparison_does_not_grow_with_the_corpus(source, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("output", OUTPUTS)
-def test_an_update_killed_at_every_commit_ends_the_same(tmp_path, output):
+def test_update_killed_at_every_commit_ends_the_same(tmp_path, output):
     source = cases.as_folder(tmp_path / "in", cases.good_files(5) | {"bad.jpg": b""})
     label(source, tmp_path / "before", output=output, shard_size=4)
     cases.as_folder(source, {"new.jpg": cases.encoded(cases.picture(50)),
@@ -334,12 +333,12 @@ def test_an_update_killed_at_every_commit_ends_the_same(tmp_path, output):
     assert [kill["before"] for kill in found if not kill["same"]] == []
     expected = ["bad", "new", "one/image000", "one/image002", "one/image004", "two/deep/image003"]
     assert all(kill["keys"] == expected for kill in found)
-    assert max(kill["recomputed"] for kill in found) == 2  # never an image whose mask held
+    assert max(kill["recomputed"] for kill in found) == 2  # never an image whose mask was valid
 
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_two_ranks_update_as_one_does(source, tmp_path):
+def test_two_ranks_update_like_one(source, tmp_path):
     rank = str(FAULTS / "label_rank.py")
 
     def command(out: Path, *more: str) -> list[str]:
@@ -365,7 +364,7 @@ def test_two_ranks_update_as_one_does(source, tmp_path):
     assert cases.contents(tmp_path / "one") == cases.contents(tmp_path / "two")
 
 
-def test_an_update_that_was_decided_on_is_carried_out_by_any_call(source, tmp_path, monkeypatch):
+def test_committed_update_is_carried_out_by_any_call(source, tmp_path, monkeypatch):
     out = tmp_path / "out"
     label(source, out)
     change(source)
@@ -373,17 +372,17 @@ def test_an_update_that_was_decided_on_is_carried_out_by_any_call(source, tmp_pa
         patched.setattr(update, "finish", lambda out, table: None)
         with pytest.raises(UserError):
             label(source, out)
-        label(source, out, update=True)  # decided on, not carried out
+        label(source, out, update=True)  # committed, not carried out
     assert (out / "plan" / "update.json").exists()
     summary, seen = label(source, out)
     assert seen == 5 and summary.images == 14
 
 
-def test_a_selection_is_updated_like_labels(source, tmp_path):
+def test_selection_is_updated_like_labels(source, tmp_path):
     def select(out: Path, *, updated: bool = False):
         teachers = [cases.Tiny(), cases.Tiny()]
         noise = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(1))
-        # scores differ, so that no order of ties counts
+        # scores differ, so that no order of ties matters
         teachers[0]._weight = teachers[0]._weight + 0.3 * noise
         task = Assignment(source=open_source(str(source)), out=out,
                           config=LabelConfig(batch_per_rank=3, shard_size=4),

@@ -1,4 +1,4 @@
-"""The drawn numbers: their distributions, and that a sample's numbers are its own."""
+"""Drawn numbers: their distributions, and their independence of other samples."""
 
 import dataclasses
 import time
@@ -23,7 +23,7 @@ def samples_of(n: int, *, strong: bool = True, size: tuple[int, int] = (360, 480
 
 def views_of(samples: list[Sample], positions: np.ndarray, *, seed: int, stage: int, epoch: int,
              views=("sample",), box="erase", number: int = 0, **settings) -> list[SimpleNamespace]:
-    """Numbers of each view, those of the shared geometry among them."""
+    """Returns the numbers of each view, including the shared geometry."""
     stream = Stream(samples=samples, views=views, box=box, masked=False, number=number)
     found = draw(stream, np.arange(len(samples)), positions, augment=AugmentConfig(**settings), seed=seed,
                  stage=stage, epoch=epoch)
@@ -70,7 +70,7 @@ def test_a_samples_numbers_do_not_depend_on_its_batch(drawn):
     assert rows(numbers(samples[:1], np.array([123]), **SETTINGS), [0]) == rows(drawn, [123])
 
 
-def test_every_part_of_the_key_counts():
+def test_every_part_of_the_key_matters():
     base = rows(numbers(samples_of(4), np.arange(4), **SETTINGS), [0, 1, 2, 3])
     for name in KEY:
         assert rows(numbers(samples_of(4), np.arange(4), **{**SETTINGS, name: 9}), [0, 1, 2, 3]) != base
@@ -107,7 +107,7 @@ def test_strong_distributions(drawn):
         assert is_uniform(drawn.noise_offset[:, axis], -0.5, 320.5)
 
 
-def test_the_draws_are_independent(drawn):
+def test_draws_are_independent(drawn):
     flags = [drawn.flip, drawn.jitter, drawn.gray, drawn.blur_sigma > 0, drawn.box[:, 2] > 0]
     columns = np.stack([drawn.resize_w, *flags, *drawn.noise_offset.T]).astype(float)
     correlation = np.corrcoef(columns) - np.eye(len(columns))
@@ -118,7 +118,7 @@ def test_the_draws_are_independent(drawn):
     assert abs(np.corrcoef(drawn.resize_w[:-1], drawn.resize_w[1:])[0, 1]) < 4.5 / np.sqrt(N)
 
 
-def test_weak_samples_get_identities():
+def test_weak_samples_get_no_strong_augmentation():
     params = numbers(samples_of(500, strong=False), np.arange(500), **SETTINGS)
     strong = numbers(samples_of(500), np.arange(500), **SETTINGS)
     assert not (params.jitter | params.gray).any()
@@ -130,7 +130,7 @@ def test_weak_samples_get_identities():
 
 
 def redrawn_box(rng: np.random.Generator, side: int) -> tuple[int, int, int, int]:
-    """The rule as it is told: draw all four again until the box fits."""
+    """The rule as described: draws all four again until the box fits."""
     while True:
         area, ratio = rng.uniform(0.02, 0.4) * side * side, rng.uniform(0.3, 1 / 0.3)
         h, w = int(np.sqrt(area * ratio)), int(np.sqrt(area / ratio))
@@ -139,9 +139,10 @@ def redrawn_box(rng: np.random.Generator, side: int) -> tuple[int, int, int, int
             return y, x, h, w
 
 
-def assert_same_distribution(boxes, told):
-    """Sides, places and areas of two sets of boxes pass the test of Kolmogorov and Smirnov."""
-    for ours, theirs in ((boxes, told), (boxes[:, 2:3] * boxes[:, 3:], told[:, 2:3] * told[:, 3:])):
+def assert_same_distribution(boxes, expected):
+    """Asserts that sides, places and areas of two sets of boxes pass the test of Kolmogorov and Smirnov."""
+    areas = (boxes[:, 2:3] * boxes[:, 3:], expected[:, 2:3] * expected[:, 3:])
+    for ours, theirs in ((boxes, expected), areas):
         for column in range(ours.shape[1]):
             a, b = np.sort(ours[:, column]), np.sort(theirs[:, column])
             grid = np.unique(np.concatenate([a, b]))
@@ -162,8 +163,7 @@ def test_cutout_boxes_fit_and_follow_the_redraw_rule(drawn):
 
 
 def test_boxes_that_need_many_attempts_are_found(monkeypatch):
-    """With room for two attempts in a block, most boxes need further blocks; they fit and stay keyed by
-    position."""
+    """With two attempts per block, most boxes need further blocks; they fit and depend only on position."""
     monkeypatch.setattr(augment, "_BLOCK", 24)
     params = numbers(samples_of(2000), np.arange(2000), **SETTINGS)
     has_box = params.box[:, 2] > 0
@@ -184,7 +184,7 @@ def test_sizes_after_resizing(size):
         assert [h, w] == expected
 
 
-def test_what_is_shown_is_what_is_no_padding(drawn):
+def test_shown_pixels_exclude_padding(drawn):
     small = numbers(samples_of(2000), np.arange(2000), **{**SETTINGS, "crop_px": 500})
     for params, side in ((drawn, 320), (small, 500)):
         y, x, height, width = params.shown.T
@@ -195,7 +195,7 @@ def test_what_is_shown_is_what_is_no_padding(drawn):
     assert (small.shown[:, 3] < 500).any() and (small.shown[:, 1] > 0).any()
 
 
-def test_views_share_their_geometry_and_nothing_else():
+def test_views_share_only_their_geometry():
     three = views_of(samples_of(4000), np.arange(4000), **SETTINGS, views=("weak", "strong", "strong"),
                      box="paste")
     one = numbers(samples_of(4000, strong=True), np.arange(4000), **SETTINGS)
@@ -217,7 +217,7 @@ def test_streams_share_nothing():
         assert abs(np.corrcoef(numbered[a].hue, numbered[b].hue)[0, 1]) < 0.1
 
 
-def test_the_first_view_is_that_of_a_stream_of_one():
+def test_first_view_equals_a_single_view():
     """ST and ST++ keep their numbers, whatever further views are drawn."""
     one = numbers(samples_of(300), np.arange(300), **SETTINGS)
     first, _ = views_of(samples_of(300), np.arange(300), **SETTINGS, views=("strong", "strong"))
@@ -225,7 +225,7 @@ def test_the_first_view_is_that_of_a_stream_of_one():
 
 
 def pasted_box(rng: np.random.Generator, side: int) -> tuple[int, int, int, int]:
-    """UniMatch's rule: the area once, then shape and place until the box fits."""
+    """UniMatch's rule: draws the area once, then shape and place until the box fits."""
     area = rng.uniform(0.02, 0.4) * side * side
     while True:
         ratio = rng.uniform(0.3, 1 / 0.3)
@@ -242,7 +242,7 @@ def test_pasted_boxes_keep_their_area():
     rng = np.random.default_rng(1)
     told = np.array([pasted_box(rng, 320) for _ in range(10_000)])
     assert_same_distribution(boxes, told)
-    # The mean area is that which is drawn, not that of boxes that fit easily.
+    # The mean area is the drawn one, not that of boxes that fit easily.
     assert abs((boxes[:, 2] * boxes[:, 3] / 320**2).mean() - 0.21) < 0.01
 
 
@@ -253,7 +253,7 @@ def test_pasted_boxes_that_need_many_attempts_keep_their_area(monkeypatch):
     assert abs((boxes[:, 2] * boxes[:, 3] / 320**2).mean() - 0.21) < 0.015
 
 
-def test_long_sides_in_percent_are_those_of_each_image():
+def test_long_sides_in_percent_are_relative_to_each_image():
     samples = [*samples_of(500, size=(100, 40)), *samples_of(500, size=(60, 300))]
     params = numbers(samples, np.arange(1000), **{**SETTINGS, "long_side": (50, 200)},
                      long_side_unit="percent")
@@ -262,7 +262,7 @@ def test_long_sides_in_percent_are_those_of_each_image():
     assert longest[500:].min() in range(150, 156) and longest[500:].max() in range(590, 601)
 
 
-def test_strength_is_a_setting():
+def test_strength_is_configurable():
     soft = numbers(samples_of(5000), np.arange(5000), **SETTINGS, jitter_p=0.5, jitter=(0.75, 1.25), hue=0.05,
                    gray_p=0.0, blur_p=1.0, blur_sigma=(0.5, 0.7), box_p=0.25, box_area=(0.1, 0.2),
                    box_aspect=(0.9, 1.1))
@@ -303,14 +303,14 @@ def test_impossible_strengths_are_refused(change):
         AugmentConfig(**change)
 
 
-def test_samples_without_mask_go_with_streams_without_masks_alone():
+def test_samples_without_mask_need_streams_without_masks():
     with pytest.raises(ValueError, match="has no mask"):
         Stream(samples=samples_of(1))
     Stream(samples=samples_of(1), masked=False)
 
 
 def test_drawing_is_cheap():
-    """It runs on the main thread. The target is 60 us a sample; five times that fails, for busy machines."""
+    """Runs on the main thread. The target is 60 us a sample; five times that fails, for busy machines."""
     samples, positions = samples_of(16), np.arange(16)
     times = []
     for _ in range(30):

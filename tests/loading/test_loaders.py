@@ -1,7 +1,7 @@
-"""DALI against the PIL reference from the same numbers; what both do with odd and broken files.
+"""DALI against the PIL reference from the same numbers; odd and broken files.
 
-Deviations are in grey levels (0..255) of the image before normalisation; docs/augmentation.md says how they
-were measured.
+Deviations are in grey levels (0..255) of the image before normalisation; docs/augmentation.md describes their
+measurement.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ LOADERS = [pytest.param("dali", marks=needs_dali), "reference"]
 GRAY_LEVELS = 255 * torch.tensor(IMAGENET_STD).view(3, 1, 1)
 
 # Operation -> greatest mean and greatest 99th percentile of any image, on CamVid and on images of saturated
-# colours. Each is what was measured, rounded up by about a quarter.
+# colours. Each is the measured value, rounded up by about a quarter.
 BOUNDS = {
     "weak": {"street": (0.01, 0), "vivid": (0.01, 0)},
     "brightness": {"street": (0.8, 1), "vivid": (0.8, 1)},
@@ -78,17 +78,17 @@ def evaluate(name: str, samples: list[Sample], cut, **settings):
 
 
 def deviations(a: Batch, b: Batch, view: int = 0) -> torch.Tensor:
-    """float [N, 3, H, W]: absolute differences in grey levels."""
+    """Returns float [N, 3, H, W]: absolute differences in grey levels."""
     return (a.views[view] - b.views[view]).abs() * GRAY_LEVELS
 
 
 def per_image(difference: torch.Tensor) -> list[tuple[float, float]]:
-    """(mean, 99th percentile) of each image."""
+    """Returns (mean, 99th percentile) of each image."""
     return [(d.mean().item(), np.percentile(d.numpy(), 99).item()) for d in difference]
 
 
 def near_boundary(labels: torch.Tensor) -> torch.Tensor:
-    """bool [N, H, W]: pixels with another label among their eight neighbours."""
+    """Returns bool [N, H, W]: pixels with another label among their eight neighbours."""
     values = labels.float()[:, None]
     pool = torch.nn.functional.max_pool2d
     return (pool(values, 3, 1, 1) != -pool(-values, 3, 1, 1))[:, 0]
@@ -97,7 +97,7 @@ def near_boundary(labels: torch.Tensor) -> torch.Tensor:
 def write(
     folder: Path, name: str, image: Image.Image, *, strong: bool = False, turned: bool = True, **options
 ) -> Sample:
-    """An image file and a mask of blocks of 16 pixels beside it."""
+    """Writes an image file and a mask of blocks of 16 pixels."""
     image.save(folder / name, **options)
     reading = look((folder / name).read_bytes(), exif=turned)
     width, height = reading.width, reading.height
@@ -111,7 +111,7 @@ def write(
 
 
 def smooth(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
-    """uint8 [height, width(, channels)]: large soft spots of every colour."""
+    """Draws uint8 [height, width(, channels)]: large soft spots of every colour."""
     small = np.random.default_rng(seed).integers(0, 256, (height // 16 + 2, width // 16 + 2, channels),
                                                  dtype=np.uint8)
     large = [np.asarray(Image.fromarray(small[..., c]).resize((width, height), Image.BICUBIC))
@@ -121,7 +121,7 @@ def smooth(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndar
 
 @pytest.fixture(scope="module")
 def street(camvid) -> list[Sample]:
-    """24 CamVid images; every second one is to be augmented strongly."""
+    """24 CamVid images; every second one is augmented strongly."""
     images = sorted((camvid / "images" / "train").glob("*.jpg"))[::15][:24]
     return [
         Sample(
@@ -139,14 +139,15 @@ def street(camvid) -> list[Sample]:
 
 @pytest.fixture(scope="module")
 def vivid(tmp_path_factory) -> list[Sample]:
-    """Six images of saturated colours, lossless: the worst that hue and clipping can meet."""
+    """Six images of saturated colours, lossless: the worst case of hue and clipping."""
     folder = tmp_path_factory.mktemp("vivid")
     return [write(folder, f"{i}.png", Image.fromarray(smooth(360, 480, seed=i)), strong=True)
             for i in range(6)]
 
 
 def fixed(n: int, **changes) -> Augmentation:
-    """Numbers of n 480x360 samples that cut the middle 256x256 unscaled and change nothing but `changes`."""
+    """Numbers of n 480x360 samples that cut the middle 256x256 unscaled and change nothing except
+    `changes`."""
     stream = Stream(samples=[Sample(key="", image="", width=480, height=360)] * n, masked=False)
     config = AugmentConfig(crop_px=256, long_side=(480, 480))
     drawn = draw(stream, np.arange(n), np.arange(n), augment=config, seed=0, stage=0, epoch=0)
@@ -157,7 +158,7 @@ def fixed(n: int, **changes) -> Augmentation:
 
 
 def with_params(monkeypatch, params: Augmentation, samples: list[Sample]) -> tuple[Batch, Batch]:
-    """The batch of all samples from both loaders, made with these parameters."""
+    """Returns the batch of all samples from both loaders, made with these parameters."""
     for target in (dali, reference):
         monkeypatch.setattr(target, "draw", lambda *args, **kwargs: params)
     return tuple(next(train(name, samples, crop_px=256)) for name in ("dali", "reference"))
@@ -181,7 +182,7 @@ OPERATIONS = {
 
 
 def measured(monkeypatch, operation: str, samples: list[Sample]) -> tuple[float, float]:
-    """Greatest mean and greatest 99th percentile over the images."""
+    """Returns the greatest mean and greatest 99th percentile over the images."""
     a, b = with_params(monkeypatch, fixed(len(samples), **OPERATIONS[operation](len(samples))), samples)
     assert (a.labels_NHW == b.labels_NHW).all()
     means, percentiles = zip(*per_image(deviations(a, b)), strict=True)
@@ -191,14 +192,14 @@ def measured(monkeypatch, operation: str, samples: list[Sample]) -> tuple[float,
 @needs_dali
 @pytest.mark.parametrize("images", ["street", "vivid"])
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_each_operation_alone_is_within_its_stated_bound(monkeypatch, request, operation, images):
+def test_each_operation_is_within_its_stated_bound(monkeypatch, request, operation, images):
     mean, percentile = measured(monkeypatch, operation, request.getfixturevalue(images))
     assert mean <= BOUNDS[operation][images][0] and percentile <= BOUNDS[operation][images][1] + 0.01
 
 
 @needs_dali
 @given(sigma=st.floats(0.01, 30))
-def test_a_blurs_spread_is_what_was_asked_for(sigma):
+def test_blur_has_the_requested_spread(sigma):
     from stpp.loading.dali_graph import _blur_kernel
 
     kernel = _blur_kernel(sigma).astype(np.float64)
@@ -210,15 +211,15 @@ def test_a_blurs_spread_is_what_was_asked_for(sigma):
 
 
 @needs_dali
-def test_no_blur_is_one_tap():
+def test_no_blur_is_a_single_tap():
     from stpp.loading.dali_graph import _blur_kernel
 
     assert _blur_kernel(0.0).tolist() == [1.0]
 
 
 @needs_dali
-def test_operations_do_something(monkeypatch, street):
-    """A bound on a difference holds for two loaders that both do nothing."""
+def test_operations_change_images(monkeypatch, street):
+    """Guards the bounds: two loaders that both do nothing would satisfy them."""
     plain, _ = with_params(monkeypatch, fixed(6), street[:6])
     for operation, changes in OPERATIONS.items():
         for batch in with_params(monkeypatch, fixed(6, **changes(6)), street[:6]):
@@ -342,7 +343,7 @@ def test_evaluation_equals_pil(street):
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_batches_are_laid_out_as_promised_and_stay_valid(name, street):
+def test_batches_have_the_documented_layout_and_stay_valid(name, street):
     sampler = StepSampler(len(street), 8, seed=0, stage=2)
     held, copies = [], []
     for expected, batch in zip(
@@ -470,7 +471,7 @@ NORMALISED = "d68dfe153708ad86bf727d5ff301114ad738ae8c3e5b2ad90ee3623255dd849f"
 """SHA-256 of every colour, normalised."""
 
 
-def test_normalising_on_the_device_is_normalising_in_numpy():
+def test_normalisation_on_device_equals_numpy():
     values = np.arange(256, dtype=np.uint8)
     pixels_NHWC = np.stack([values, values[::-1], np.roll(values, 99)], axis=1).reshape(2, 8, 16, 3)
     found = normalised(torch.from_numpy(pixels_NHWC)).permute(0, 3, 1, 2)
@@ -484,7 +485,7 @@ def few(folder: Path, count: int = 8) -> list[Sample]:
     return [write(folder, f"{i}.png", image, strong=i % 2 == 1) for i, image in enumerate(images)]
 
 
-def test_batches_of_the_reference_are_those_of_a_plain_loop(tmp_path):
+def test_reference_batches_equal_a_plain_loop(tmp_path):
     samples = few(tmp_path)
     steps = list(StepSampler(len(samples), 4, seed=0, stage=2).micro_batches(0, 5))
     noise = reference.noise_image(reference.noise_side(64))
@@ -523,7 +524,7 @@ def test_loaders_agree_view_by_view(street):
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_the_weak_view_of_three_is_that_of_one(name, tmp_path):
+def test_weak_view_of_three_equals_a_single_view(name, tmp_path):
     samples = few(tmp_path)
     bare = [dataclasses.replace(sample, mask=None) for sample in samples]
     steps = [micro(range(8), step=step) for step in range(2)]
@@ -533,7 +534,7 @@ def test_the_weak_view_of_three_is_that_of_one(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_what_is_shown_lies_where_labels_are(name, tmp_path):
+def test_shown_region_matches_labels(name, tmp_path):
     """Outside of it, images are black before normalisation and labels are 255."""
     samples = [dataclasses.replace(sample, strong=False) for sample in few(tmp_path)]
     steps = [micro(range(8), step=step) for step in range(4)]
@@ -546,7 +547,7 @@ def test_what_is_shown_lies_where_labels_are(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_boxes_of_bare_strong_images_can_be_erased(name, tmp_path):
+def test_cutout_boxes_of_images_without_masks(name, tmp_path):
     bare = [dataclasses.replace(sample, mask=None) for sample in few(tmp_path)]
     (erased,) = train(name, bare, views=("strong",), masked=False)
     (kept,) = train(name, bare, views=("strong",), masked=False, box="paste")
@@ -560,7 +561,7 @@ def test_boxes_of_bare_strong_images_can_be_erased(name, tmp_path):
 
 
 class AtOnce:
-    """A pool that does everything when it is submitted."""
+    """Pool that runs everything when it is submitted."""
 
     def __init__(self, *_, **__):
         pass
@@ -577,7 +578,7 @@ class AtOnce:
         pass
 
 
-def test_a_batch_is_copied_while_the_one_before_it_is_used(tmp_path, monkeypatch):
+def test_batch_is_copied_while_the_previous_is_used(tmp_path, monkeypatch):
     samples = few(tmp_path, 4)
     steps = [micro([step % 4, (step + 1) % 4], step=step) for step in range(5)]
     plain = list(train("reference", samples, steps))
@@ -593,7 +594,7 @@ def test_a_batch_is_copied_while_the_one_before_it_is_used(tmp_path, monkeypatch
         assert log[at : at + 3] == waited, "the memory of both is kept until the main stream has used it"
 
 
-def test_a_broken_batch_is_raised_in_its_turn(tmp_path, monkeypatch):
+def test_broken_batch_raises_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "ThreadPoolExecutor", AtOnce)
     samples = [*few(tmp_path, 4), broken(tmp_path, "no picture")]
     steps = [micro([0, 1]), micro([2, 3], step=1), micro([4, 0], step=2)]
@@ -605,7 +606,7 @@ def test_a_broken_batch_is_raised_in_its_turn(tmp_path, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_the_reference_makes_the_same_batches_on_a_gpu(tmp_path):
+def test_reference_makes_the_same_batches_on_a_gpu(tmp_path):
     samples = few(tmp_path)
     steps = list(StepSampler(len(samples), 4, seed=0, stage=2).micro_batches(0, 40))
     held = []

@@ -1,5 +1,5 @@
-"""Preference for images and crops with rare classes: what masks hold, how places are filled, where crops
-lie."""
+"""Preference for images and crops with rare classes: the contents of masks, the filling of places, the
+position of crops."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ KEY = {"seed": 5, "stage": 2, "epoch": 3, "number": 0}
 
 @given(arrays.arrays(np.uint8, arrays.array_shapes(min_dims=2, max_dims=2, max_side=40),
                      elements=st.sampled_from([0, 1, 2, 5, 255])))
-def test_a_mask_tells_its_classes_and_some_of_their_pixels(mask):
+def test_mask_gives_its_classes_and_some_of_their_pixels(mask):
     found = rare_images.shown(mask, 6)
     assert found.pixels_C.tolist() == [int((mask == i).sum()) for i in range(6)]
     assert found.spots.keys() == {i for i in range(6) if (mask == i).any()}
@@ -38,7 +38,7 @@ def test_a_mask_tells_its_classes_and_some_of_their_pixels(mask):
 
 
 def made(share: float = 0.5, tries: int = 10) -> Preference:
-    """Of five images: class 1 is in image 3 alone, class 2 nowhere, class 0 in all."""
+    """Five images: class 1 is only in image 3, class 2 nowhere, class 0 in all."""
     members = (np.arange(5), np.array([3]), np.array([], dtype=np.int64))
     spots = tuple({0: np.array([[0.1, 0.1]], np.float32)}
                   | ({1: np.array([[0.9, 0.9]], np.float32)} if i == 3 else {}) for i in range(5))
@@ -46,7 +46,7 @@ def made(share: float = 0.5, tries: int = 10) -> Preference:
                       crop_tries=tries)
 
 
-def test_places_are_filled_by_class_with_these_chances():
+def test_places_are_filled_by_class_chances():
     n = 40_000
     order = epoch_order(n, **KEY) % 5
     found = preferred(made(), np.arange(n), order, **KEY)
@@ -59,13 +59,13 @@ def test_places_are_filled_by_class_with_these_chances():
     assert of_all == pytest.approx(0.2, abs=0.02)
 
 
-def test_chances_of_a_last_class_that_is_nowhere_are_none():
+def test_absent_last_class_has_no_chance():
     ends = dataclasses.replace(made(1.0), chances_C=np.array([1 / 3, 2 / 3 - 1e-9, 0.0]))
     assert drawn_classes(ends, np.arange(100_000), **KEY)[0].max() == 1
 
 
 @pytest.mark.parametrize(("world", "accumulate"), [(1, 2), (2, 1), (4, 2)])
-def test_places_do_not_depend_on_ranks_or_on_where_a_run_began(world, accumulate):
+def test_places_do_not_depend_on_ranks_or_resume(world, accumulate):
     whole = StepSampler(5, 8, 5, 2, longest=64, preference=made())
     alone = {micro.step: micro.indices for micro in whole.micro_batches(0, 20)}
     plain = {micro.step: micro.indices for micro in StepSampler(5, 8, 5, 2, longest=64).micro_batches(0, 20)}
@@ -86,7 +86,7 @@ AUGMENT = AugmentConfig(crop_px=100, long_side=(500, 700))
 
 
 def crops(preference: Preference | None) -> tuple[np.ndarray, np.ndarray]:
-    """Whether the crop of every place of class 1 shows it, and the classes of all places."""
+    """Returns whether the crop of every place of class 1 shows it, and the classes of all places."""
     positions = np.arange(2000)
     indices = preferred(made(), positions, epoch_order(2000, **KEY) % 5, **KEY)
     key = {name: KEY[name] for name in ("seed", "stage", "epoch")}
@@ -107,7 +107,7 @@ def test_crops_are_drawn_again_until_they_show_the_class():
     assert np.array_equal(once, first)
 
 
-def test_other_places_and_all_else_of_a_sample_keep_their_numbers():
+def test_other_places_and_other_numbers_are_unchanged():
     positions, indices = np.arange(300), np.full(300, 3)
     key = {name: KEY[name] for name in ("seed", "stage", "epoch")}
     plain, ours = (draw(stream(one), indices, positions, augment=AUGMENT, **key) for one in (None, made()))
@@ -123,7 +123,7 @@ def test_other_places_and_all_else_of_a_sample_keep_their_numbers():
     assert np.array_equal(half.crop_y, ours.geometry.crop_y[100:200])  # of the position, not of the batch
 
 
-def test_a_list_is_preferred_by_its_own_masks(synthetic_index):
+def test_preference_uses_the_masks_of_its_list(synthetic_index):
     known = index.load(synthetic_index)
     samples = [known.sample(image) for image in sorted(known.entries)][:7] * 2
     found = rare_images.preference(samples, 6, RareConfig(sampling=0.25, crop_tries=3), HERE, 2)

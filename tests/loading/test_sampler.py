@@ -1,4 +1,4 @@
-"""The sampler: one global stream for any number of ranks; evaluation batches that cover each image once."""
+"""Sampler: one global stream for any number of ranks; evaluation batches that cover each image once."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from stpp.loading.sampler import StepSampler, epoch_order, equal_size_batches, p
 
 
 def stream(sampler: StepSampler, first: int, last: int, world: int, accumulate: int) -> list[tuple]:
-    """The global stream: per step, epoch and (positions, indices) of all ranks and pieces joined."""
+    """Returns the global stream: per step, epoch and (positions, indices) of all ranks and pieces joined."""
     ranks = [list(sampler.micro_batches(first, last, rank=r, world=world, accumulate=accumulate))
              for r in range(world)]
     assert {len(micro) for micro in ranks} == {(last - first) * accumulate}
@@ -23,7 +23,7 @@ def stream(sampler: StepSampler, first: int, last: int, world: int, accumulate: 
     return out
 
 
-def test_the_stream_is_the_same_for_any_world_and_accumulation():
+def test_stream_is_the_same_for_any_world_and_accumulation():
     sampler = StepSampler(37, 8, seed=5, stage=4)
     assert sampler.steps_per_epoch == 4
     expected = stream(sampler, 0, 11, 1, 1)
@@ -32,7 +32,7 @@ def test_the_stream_is_the_same_for_any_world_and_accumulation():
     assert stream(sampler, 5, 11, 2, 1) == expected[5:], "a resumed run must take what the whole run takes"
 
 
-def test_steps_take_the_epochs_order():
+def test_steps_follow_the_epoch_order():
     sampler = StepSampler(20, 6, seed=1, stage=1)
     for step, micro in enumerate(sampler.micro_batches(0, 9)):
         epoch, k = divmod(step, 3)
@@ -50,7 +50,7 @@ def test_steps_take_the_epochs_order():
     ("samples", "batch", "positions", "steps"),
     [(3, 8, 9, 1), (1, 5, 5, 1), (8, 8, 8, 1), (5, 8, 10, 1), (17, 8, 17, 2)],
 )
-def test_a_short_list_is_repeated_until_it_fills_a_batch(samples, batch, positions, steps):
+def test_short_list_is_repeated_until_it_fills_a_batch(samples, batch, positions, steps):
     sampler = StepSampler(samples, batch, seed=0, stage=1)
     assert (sampler.n_positions, sampler.steps_per_epoch) == (positions, steps)
     (micro,) = sampler.micro_batches(0, 1)
@@ -63,7 +63,7 @@ def test_orders_differ_by_each_part_of_the_key_and_are_stable():
     orders = [epoch_order(50, **base)] + [epoch_order(50, **{**base, name: 2}) for name in base]
     assert len({tuple(order) for order in orders}) == 4
     assert all(sorted(order) == list(range(50)) for order in orders)
-    # Golden: a resumed run on another version of this code must go on in the same order.
+    # Golden: a run resumed with another version of this code must continue in the same order.
     assert epoch_order(8, seed=0, stage=1, epoch=0).tolist() == [3, 5, 6, 0, 7, 1, 4, 2]
 
 
@@ -126,9 +126,9 @@ def test_evaluation_batches_are_even_and_largest_first():
 @settings(deadline=None, max_examples=60)
 @given(labels=st.integers(1, 40), unlabelled=st.integers(1, 40), seed=st.integers(0, 99),
        shape=st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]), per_pass=st.sampled_from([2, 4]))
-def test_two_lists_keep_step_and_pairs_on_any_number_of_ranks(labels, unlabelled, seed, shape, per_pass):
-    """The longer list sets the epoch and is lost nowhere; neighbours, which CutMix mixes, stay neighbours of
-    a pass."""
+def test_two_lists_stay_aligned_on_any_number_of_ranks(labels, unlabelled, seed, shape, per_pass):
+    """The longer list sets the epoch and loses no image; neighbours, which CutMix mixes, stay neighbours of a
+    pass."""
     world, accumulate = shape
     batch = world * accumulate * per_pass
 

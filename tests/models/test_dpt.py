@@ -1,4 +1,4 @@
-"""DINOv2 and DPT: sizes, position embeddings, memory, and what methods do between features and logits."""
+"""DINOv2 and DPT: sizes, position embeddings, memory, and methods' operations between features and logits."""
 
 import pytest
 import torch
@@ -26,9 +26,8 @@ def network() -> Network:
 
 @settings(deadline=None, max_examples=20)
 @given(rows=st.integers(1, 80), columns=st.integers(1, 80))
-def test_positions_follow_the_published_rule(rows, columns):
-    """The oracle: PyTorch's bicubic interpolation in float32 with the scale that the published code gives
-    it."""
+def test_position_embeddings_follow_the_published_rule(rows, columns):
+    """The oracle: PyTorch's bicubic interpolation in float32 with the scale that the published code uses."""
     trained = golden.waves("pos_embed", (1, 37, 37, 6)).float()
     scales = ((rows + 0.1) / 37, (columns + 0.1) / 37)
     expected = F.interpolate(trained.permute(0, 3, 1, 2), scale_factor=scales, mode="bicubic").permute(
@@ -41,14 +40,14 @@ def test_positions_follow_the_published_rule(rows, columns):
     torch.testing.assert_close(found, expected.flatten(1, 2), rtol=0, atol=1e-6)
     surplus = dinov2._surplus(rows, columns, torch.device("cpu"))
     assert surplus.item() == pytest.approx(0.0 if rows == columns == 37 else 0.1)
-    for size in (rows, columns) if surplus else ():  # what exported graphs compute
+    for size in (rows, columns) if surplus else ():  # the computation of exported graphs
         by_formula = dinov2.cubic_matrix(size, surplus)
         published = dinov2.published_matrix(size, torch.device("cpu"))
         torch.testing.assert_close(by_formula, published, rtol=0, atol=1e-5)
     assert torch.equal(dinov2.cubic_matrix(37, torch.zeros(())), torch.eye(37))
 
 
-def test_sides_are_taken_to_the_nearest_multiple_in_evaluation_only(network):
+def test_sides_are_rounded_to_a_multiple_only_in_evaluation(network):
     images_NCHW = golden.waves(
         "input", (1, 3, 48, 77)
     ).float()  # 48 is nearest to 42, 77 lies between 70 and 84: up
@@ -68,7 +67,7 @@ def test_sides_are_taken_to_the_nearest_multiple_in_evaluation_only(network):
         small().train().features(images_NCHW)
 
 
-def test_checkpointing_activations_changes_neither_logits_nor_gradients():
+def test_activation_checkpointing_keeps_logits_and_gradients():
     images_NCHW = golden.waves("input", (2, 3, 42, 56)).float()
     results, calls = [], []
     for checkpointed in (False, True):
@@ -84,7 +83,7 @@ def test_checkpointing_activations_changes_neither_logits_nor_gradients():
         build_model("deeplabv3plus", "resnet18", 5, checkpoint_activations=True)
 
 
-def test_a_fusion_before_its_upsampling_equals_one_after_it():
+def test_fusion_before_upsampling_equals_fusion_after_it():
     fusion = golden.filled(Fusion(6))
     coarse, fine = golden.waves("coarse", (2, 6, 5, 7)), golden.waves("fine", (2, 6, 5, 7))
 
@@ -123,7 +122,8 @@ PAIRS = [(name, backbone) for name in NETWORKS for backbone in NETWORKS[name].ba
 
 @pytest.mark.parametrize("name, backbone", PAIRS)
 def test_every_network_decodes_its_features(name, backbone):
-    """Shapes alone; and the strides and channels that a backbone declares are those of its maps."""
+    """Checks shapes only; and that the strides and channels that a backbone declares are those of its
+    maps."""
     with torch.device("meta"):
         made = build_model(name, backbone, 6).eval()
         images_NCHW = torch.empty(2, 3, 84, 112)
@@ -143,7 +143,7 @@ def test_every_network_decodes_its_features(name, backbone):
     assert made.get_submodule(made.classifier_name) is not None and backbone in BACKBONES
 
 
-def test_the_recipe_knows_every_name():
+def test_configuration_knows_every_name():
     from typing import get_args, get_type_hints
 
     from stpp.config import ModelConfig
@@ -153,16 +153,16 @@ def test_the_recipe_knows_every_name():
     assert {backbone for _, backbone in PAIRS} == set(BACKBONES)
 
 
-def test_work_is_estimated_from_linear_layers_and_attention_too():
-    """The choice of a compiler rests on it. 93 GFLOP of the encoder and 20 of the head at 518 pixels were
-    counted elsewhere."""
+def test_work_estimate_includes_linear_layers_and_attention():
+    """The choice of a compiler depends on it. 93 GFLOP of the encoder and 20 of the head at 518 pixels were
+    counted separately."""
     flop = choose.flop_per_px(build_model("dpt", "dinov2-small", 21), side=518) * 518**2
     assert flop == pytest.approx(93e9 + 20e9, rel=0.02)
 
 
 @pytest.mark.parametrize("size, encoder, head", [("small", 22.057, 2.739), ("base", 86.580, 10.948),
                                                  ("large", 304.369, 31.211)])
-def test_a_crop_of_518_has_the_published_grids_and_parameters(size, encoder, head):
+def test_crop_of_518_has_the_published_grids_and_parameters(size, encoder, head):
     with torch.device("meta"):
         made = build_model("dpt", f"dinov2-{size}", 21).eval()
         maps = made.features(torch.empty(1, 3, 518, 518))

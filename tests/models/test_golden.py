@@ -1,5 +1,5 @@
-"""Networks filled by a rule give the numbers of the public implementations of UniMatch and UniMatch V2, in
-float64."""
+"""Networks filled by a rule reproduce the results of the public implementations of UniMatch and UniMatch V2,
+in float64."""
 
 import pytest
 import torch
@@ -42,6 +42,6 @@ def test_unimatch_v2_dpt(case):
     golden.assert_gives(upsample(low, images_NCHW.shape[2:]), expected["logits"])
 
 
-def test_the_numbers_cover_what_they_are_for():
+def test_golden_numbers_cover_their_cases():
     assert [case.split()[-1] for case in UNIMATCH] == ["eval", "train"]
     assert {case for case in V2} >= {"dinov2_small 70x98", "dinov2_small 518x518", "dinov2_base 70x98"}

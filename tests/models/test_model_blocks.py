@@ -1,5 +1,4 @@
-"""Every block of every network against a form of its own: plain functions over the state dict, from the
-method's page.
+"""Every block of every network against a plain form: functions over the state dict, from the method's paper.
 
 Float64 throughout, so that a wrong order, stride or dilation cannot hide in rounding.
 """
@@ -29,7 +28,7 @@ STRIDES = {8: (1, 2, 1, 1), 16: (1, 2, 2, 1), 32: (1, 2, 2, 2)}
 
 
 def scrambled(module, seed=0):
-    """The module in float64 with random weights and batch statistics, and without dropout, so that modes
+    """Gives the module random weights and batch statistics in float64, and no dropout, so that modes
     compare."""
     generator = torch.Generator().manual_seed(seed)
     module = module.double()
@@ -237,15 +236,15 @@ def test_whole_networks(training):
             want = form.deeplabv2(c4)
         torch.testing.assert_close(model(x), want, **FLOAT32)
         if training:
-            for key, value in model.state_dict().items():  # F.batch_norm moved the form's statistics likewise
+            for key, value in model.state_dict().items():  # F.batch_norm moved the form's as well
                 if "running" in key:
                     torch.testing.assert_close(value, form.state[key], **FLOAT32)
 
 
 @pytest.mark.parametrize("name, size",
                          [("resnet18", (33, 65)), ("resnet18", (40, 42)), ("resnet50", (33, 26))])
-def test_dilation_keeps_the_meaning_of_weights(name, size):
-    """Where the strided network has a value, the dilated one has the same."""
+def test_dilation_preserves_values(name, size):
+    """At every value of the strided network, the dilated one has the same value."""
     x = images(1, 3, *size)
     c4 = {stride: scrambled(ResNet(name, stride)).eval()(x)[3] for stride in (8, 16, 32)}
     torch.testing.assert_close(c4[16][:, :, ::2, ::2], c4[32], **EXACT)
@@ -262,7 +261,7 @@ def test_average_pool_equals_adaptive_pooling(height, width, bins, channels_last
 
 @given(height=st.integers(1, 90), width=st.integers(1, 90),
        half=st.sampled_from([torch.float16, torch.bfloat16]))
-def test_global_average_rounds_once_more_at_most(height, width, half):
+def test_global_average_rounds_at_most_once_more(height, width, half):
     x = (images(2, 3, height, width).relu() * 50).to(half).to(memory_format=torch.channels_last)
     tolerance = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[half]
     want = x.double().mean((2, 3), keepdim=True)
@@ -282,7 +281,7 @@ def test_global_average_passes_a_gradient():
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_dilated_convolution_is_a_convolution(bias):
+def test_dilated_convolution_equals_conv2d(bias):
     module = layers.DilatedConv3x3(6, 4, 5, bias=bias).double()
     x = images(2, 6, 11, 8)
     want = F.conv2d(x, module.weight, module.bias, padding=5, dilation=5)
@@ -293,8 +292,7 @@ def test_dilated_convolution_is_a_convolution(bias):
 
 @given(num_images=st.integers(1, 3), height=st.integers(1, 9), width=st.integers(1, 9),
        stride=st.integers(1, 2), dilation=st.integers(1, 3), channels_last=st.booleans())
-def test_a_convolution_of_a_small_map_is_a_convolution(num_images, height, width, stride, dilation,
-                                                       channels_last):
+def test_convolution_of_a_small_map_equals_conv2d(num_images, height, width, stride, dilation, channels_last):
     layout = torch.channels_last if channels_last else torch.contiguous_format
     ours = layers.Conv3x3(2, 24, stride, dilation).double().to(memory_format=layout)
     x = images(num_images, 2, height, width).contiguous(memory_format=layout).requires_grad_()
@@ -307,7 +305,7 @@ def test_a_convolution_of_a_small_map_is_a_convolution(num_images, height, width
         torch.testing.assert_close(small, plain, **EXACT)
 
 
-def test_a_small_map_is_multiplied_without_a_convolution(monkeypatch):
+def test_small_map_is_a_matrix_product(monkeypatch):
     ours = layers.Conv3x3(8, 32, stride=2)
     monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda *_: pytest.fail("a convolution"))
     assert ours(torch.ones(8, 8, 4, 3)).shape == (8, 32, 2, 2)

@@ -1,4 +1,4 @@
-"""The networks as a whole: keys, sizes, modes, formats, precisions, tracing. Their arithmetic:
+"""Networks as a whole: keys, sizes, modes, formats, precisions, tracing. Their arithmetic:
 test_model_blocks.py."""
 
 import copy
@@ -28,7 +28,7 @@ def _built(name, output_stride):
 
 
 def small(name, output_stride=8):
-    """A fresh network; copying is much faster than drawing the weights again."""
+    """Copies a fresh network, which is much faster than drawing the weights again."""
     return copy.deepcopy(_built(name, output_stride))
 
 
@@ -57,7 +57,7 @@ PUBLISHED = {
 """Published state dicts of ST++, UniMatch and UniMatch V2: network, backbone, million parameters."""
 
 
-def test_the_published_networks_are_here():
+def test_published_networks_exist():
     assert [path.stem for path in STATE_DICTS] == list(PUBLISHED)
 
 
@@ -95,7 +95,7 @@ def test_resnet18_has_torchvisions_keys():
 
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_torchvisions_dilation_rule(name):
-    """The first block of a dilated stage keeps the previous dilation; strides move from there."""
+    """The first block of a dilated stage keeps the previous dilation; strides become dilations from there."""
     # Of layers 3 and 4: stride and dilation of the first block, dilation of the later ones.
     rule = ((32, (2, 1, 1), (2, 1, 1)), (16, (2, 1, 1), (1, 1, 2)), (8, (1, 1, 2), (1, 2, 4)))
     for output_stride, want3, want4 in rule:
@@ -146,7 +146,7 @@ def test_resnet101_runs(name, output_stride):
 
 
 @ALL_MODELS
-def test_evaluation_is_deterministic_and_does_not_depend_on_the_batch(name):
+def test_evaluation_is_deterministic_and_independent_of_the_batch(name):
     model = small(name).eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     images = torch.randn(3, 3, 65, 49)
@@ -167,7 +167,7 @@ def test_training_moves_statistics_and_reaches_every_parameter(name):
     assert without == []
 
 
-def test_dropout_is_where_the_method_has_it():
+def test_dropout_matches_the_method():
     def dropouts(name):
         modules = small(name).named_modules()
         return {key: (type(m), m.p) for key, m in modules if isinstance(m, nn.modules.dropout._DropoutNd)}
@@ -218,7 +218,7 @@ def test_wrong_arguments_are_named(arguments, message):
 
 @ALL_MODELS
 @pytest.mark.parametrize("training", [False, True])
-def test_no_block_leaves_channels_last(name, training):
+def test_every_block_keeps_channels_last(name, training):
     """A concatenation or an upsampling that falls back to NCHW makes every later convolution reorder its
     input."""
     model = small(name).to(memory_format=torch.channels_last).train(training)
@@ -266,7 +266,7 @@ def test_bfloat16_autocast(name, fused):
 
 @ALL_MODELS
 def test_half_precision_model(name):
-    """What a teacher engine exports: parameters themselves in bfloat16."""
+    """The export of an engine has parameters themselves in bfloat16."""
     model, images = small(name).eval(), torch.randn(1, 3, 65, 97)
     want = model(images)
     got = model.bfloat16()(images.bfloat16())

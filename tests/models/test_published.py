@@ -1,5 +1,5 @@
-"""A state dict of others as a teacher: it labels and is compiled as a run's checkpoint is, at the stride that
-was asked for."""
+"""Published state dict as a teacher: it labels and compiles like a run's checkpoint, at the requested
+stride."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def published(network, tmp_path_factory) -> Path:
     return path
 
 
-def test_labels_know_the_stride_of_their_teacher(network, published, synthetic, tmp_path, capsys):
+def test_labels_store_the_stride_of_their_teacher(network, published, synthetic, tmp_path, capsys):
     source, out = tmp_path / "list.txt", tmp_path / "out"
     source.write_text("".join(f"{path}\n" for path in sorted((synthetic / "JPEGImages").iterdir())[:2]))
     args = ["label", "--teacher", str(published), "--source", str(source), "--root", str(synthetic), "--out",
@@ -54,7 +54,7 @@ def test_labels_know_the_stride_of_their_teacher(network, published, synthetic, 
     assert len(identities) == 2
 
 
-def test_an_engine_folder_holds_what_the_state_dict_did_not(published, tmp_path, capsys):
+def test_engine_folder_stores_stride_and_classes(published, tmp_path, capsys):
     folder, other = tmp_path / "engine", tmp_path / "other"
     args = ["--backend", "eager", *CPU, "--output-stride"]
     cli.main(["compile", "--checkpoint", str(published), "--out", str(folder), *args, "32"])
@@ -67,7 +67,7 @@ def test_an_engine_folder_holds_what_the_state_dict_did_not(published, tmp_path,
 
 
 @pytest.mark.slow
-def test_export_takes_it_too(published, tmp_path, capsys):
+def test_published_state_dict_exports(published, tmp_path, capsys):
     cli.main(["export", "--checkpoint", str(published), "--out", str(tmp_path / "a.onnx"), "--output-stride",
               "16"])
     assert "-> logits [N, 6, h, w]" in capsys.readouterr().out

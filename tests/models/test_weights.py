@@ -1,4 +1,4 @@
-"""Loading weights: what fits goes in, what does not is named, and nothing in a file is ever run."""
+"""Loading weights: matching tensors are loaded, others are named, and nothing in a file is ever run."""
 
 import collections
 import copy
@@ -31,7 +31,7 @@ def _built(name, backbone, num_classes, seed):
 
 
 def network(name="deeplabv2", backbone="resnet18", num_classes=CLASSES, seed=0):
-    """A fresh network; copying is much faster than drawing the weights again."""
+    """Copies a fresh network, which is much faster than drawing the weights again."""
     return copy.deepcopy(_built(name, backbone, num_classes, seed))
 
 
@@ -42,7 +42,7 @@ def save(content, folder, name="weights.pth", **options):
 
 
 def torchvision_file(folder, batches_tracked=True, seed=7):
-    """A ResNet-18 as torchvision writes it, with a classifier of 1000 classes."""
+    """Writes a ResNet-18 in torchvision's form, with a classifier of 1000 classes."""
     state = network(seed=seed).backbone.state_dict()
     if not batches_tracked:
         state = {key: value for key, value in state.items() if "num_batches" not in key}
@@ -50,9 +50,9 @@ def torchvision_file(folder, batches_tracked=True, seed=7):
     return save(collections.OrderedDict(state), folder, "resnet18-f37072fd.pth")
 
 
-def assert_same(got, want):
-    assert got.keys() == want.keys()
-    assert all(torch.equal(got[key], want[key]) for key in want)
+def assert_same(loaded, expected):
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[key], expected[key]) for key in expected)
 
 
 def refusal(function, *arguments, **options):
@@ -98,7 +98,7 @@ def test_torchvision_backbone(tmp_path, batches_tracked):
                             f"{path.name}", "left out: fc.weight, fc.bias")
 
 
-def test_backbone_out_of_a_whole_network(tmp_path):
+def test_backbone_from_a_whole_network(tmp_path):
     source, target = network(seed=1, num_classes=21), network("pspnet", seed=2)
     report = weights.load_backbone(target, save({"model": source.state_dict()}, tmp_path))
     assert_same(target.backbone.state_dict(), source.backbone.state_dict())
@@ -122,7 +122,7 @@ def test_another_number_of_classes_names_both(tmp_path, name):
     assert "21 classes" in message and "19" in message and str(path) in message
 
 
-def test_not_strict_loads_what_fits_and_says_what_did_not(tmp_path):
+def test_non_strict_loads_matching_tensors_and_names_the_others(tmp_path):
     source, target = network(seed=1, num_classes=21), network(seed=2)
     state = source.state_dict() | {"ema.decay": torch.ones(1)}
     del state["classifier.3.bias"]
@@ -140,8 +140,9 @@ def test_not_strict_loads_what_fits_and_says_what_did_not(tmp_path):
     )
 
 
-def test_not_strict_still_wants_the_backbone(tmp_path):
-    """Else a ResNet-50 started from ResNet-18 weights would train from noise, with one line to tell."""
+def test_non_strict_still_requires_the_backbone(tmp_path):
+    """Otherwise a ResNet-50 started from ResNet-18 weights would train from noise, with only one line of
+    notice."""
     path = save(network(num_classes=21).state_dict(), tmp_path)
     message = refusal(weights.load_model, network(backbone="resnet50"), path, strict=False)
     assert "does not fit the backbone" in message and "classifier" not in message
@@ -154,7 +155,7 @@ def test_strict_names_at_most_five_keys_of_a_kind(tmp_path):
     assert "and 35 more" in message and message.count("backbone.") == 5
 
 
-def test_one_superfluous_or_missing_key_is_refused(tmp_path):
+def test_single_superfluous_or_missing_key_is_refused(tmp_path):
     state = network().state_dict()
     message = refusal(weights.load_model, network(), save(state | {"extra": torch.ones(1)}, tmp_path))
     assert "superfluous: extra" in message
@@ -173,7 +174,7 @@ def test_values_that_are_no_plain_tensors(tmp_path):
     assert "cannot be copied" in message
 
 
-def test_keys_cannot_upset_a_terminal(tmp_path):
+def test_control_characters_in_keys_are_escaped(tmp_path):
     state = network().state_dict() | {"a\nb\x1b[31m": torch.ones(1), "long" * 1000: torch.ones(1),
                                       3: torch.ones(1)}
     message = refusal(weights.load_model, network(), save(state, tmp_path))
@@ -210,7 +211,7 @@ def test_missing_and_unreadable_files(tmp_path):
 
 
 class Bomb:
-    """Unpickled without protection, it would leave a file behind."""
+    """Object that would write a file if unpickled without protection."""
 
     def __init__(self, evidence):
         self.command = f"touch {evidence}"
@@ -221,7 +222,7 @@ class Bomb:
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize("place", ["bare", "value", "key", "nested"])
-def test_code_in_a_file_never_runs(tmp_path, protocol, place):
+def test_code_in_a_file_is_never_run(tmp_path, protocol, place):
     evidence = tmp_path / "evidence"
     bomb = Bomb(evidence)
     content = {"bare": bomb, "value": {"a": torch.ones(1), "b": bomb}, "key": [(bomb,)],
@@ -238,7 +239,7 @@ def test_code_in_a_file_never_runs(tmp_path, protocol, place):
     assert evidence.exists(), "the bomb is a dud, so this test shows nothing"
 
 
-def test_a_refused_object_is_named(tmp_path):
+def test_refused_object_is_named(tmp_path):
     path = save({"w": torch.ones(1), "config": Path("x")}, tmp_path)
     assert re.search(r"holds a Python object \(pathlib[\w.]*\.PosixPath\)",
                      refusal(weights.read_checkpoint, path))
@@ -246,7 +247,7 @@ def test_a_refused_object_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", ON_RESNETS)
 @pytest.mark.parametrize("backbone", PLAIN)
-def test_a_state_dict_tells_what_it_is_of(tmp_path, name, backbone):
+def test_network_of_a_state_dict_is_recognised(tmp_path, name, backbone):
     with torch.device("meta"):
         shapes = {key: value.shape for key, value in build_model(name, backbone, 7, 8).state_dict().items()}
     state = {key: torch.full((), 0.5).expand(shape) for key,
@@ -261,7 +262,7 @@ def test_a_state_dict_tells_what_it_is_of(tmp_path, name, backbone):
 
 
 def published_like(name: str, backbone: str, value: float, num_classes: int = 7) -> dict[str, torch.Tensor]:
-    """A state dict of a few bytes: every tensor is one number."""
+    """Writes a state dict of a few bytes: every tensor is one number."""
     with torch.device("meta"):
         shapes = {key: tensor.shape for key,
                   tensor in build_model(name, backbone, num_classes).state_dict().items()}
@@ -269,8 +270,8 @@ def published_like(name: str, backbone: str, value: float, num_classes: int = 7)
 
 
 def of_public_training(**networks: dict) -> dict:
-    """What UniMatch and UniMatch V2 save: networks from DDP, the optimiser, and scores as NumPy makes
-    them."""
+    """Builds a checkpoint in the form of UniMatch and UniMatch V2: networks from DDP, the optimiser, and
+    scores as NumPy numbers."""
     wrapped = {key: {"module." + name: value for name, value in state.items()} for key,
                state in networks.items()}
     optimizer = {"state": {0: {"step": torch.ones(()), "exp_avg": torch.ones(3)}},
@@ -281,7 +282,7 @@ def of_public_training(**networks: dict) -> dict:
 
 
 @pytest.mark.parametrize("backbone", ["dinov2-small", "dinov2-base", "dinov2-large"])
-def test_a_checkpoint_of_unimatch_v2_gives_the_mean_of_its_weights(tmp_path, capsys, backbone):
+def test_unimatch_v2_checkpoint_gives_the_moving_average(tmp_path, capsys, backbone):
     student, mean = (published_like("dpt", backbone, value) for value in (0.25, 0.75))
     path = save(of_public_training(model=student, model_ema=mean), tmp_path, "best.pth")
     for name, value, said in ((path, 0.75, True), (f"{path}#model_ema", 0.75, False),
@@ -295,12 +296,12 @@ def test_a_checkpoint_of_unimatch_v2_gives_the_mean_of_its_weights(tmp_path, cap
         assert f"dpt on {backbone}, 7 classes" in errors and "output stride" not in errors
     assert "holds no 'x'; it has model_ema, model" in refusal(trained.load_network, f"{path}#x")
     assert "leave it out" in refusal(trained.load_network, path, output_stride=8)
-    torch.save({}, tmp_path / "best.pth#model")  # a file of that name comes first
+    torch.save({}, tmp_path / "best.pth#model")  # a file of that name has precedence
     assert "no tensors" in refusal(trained.load_network, f"{path}#model")
 
 
 @pytest.mark.parametrize("backbone", ["resnet50-deep-stem", "resnet101-deep-stem"])
-def test_the_stride_of_unimatch_is_asked_for(tmp_path, backbone):
+def test_unimatch_checkpoint_requires_a_stride(tmp_path, backbone):
     path = save(of_public_training(model=published_like("deeplabv3plus", backbone, 0.5)), tmp_path)
     message = refusal(trained.load_network, path)
     assert (
@@ -315,20 +316,20 @@ def test_the_stride_of_unimatch_is_asked_for(tmp_path, backbone):
 
 
 @pytest.mark.parametrize("backbone", ["efficientnet-lite1", "efficientnet-lite2"])
-def test_equal_keys_are_told_apart_by_shapes(tmp_path, backbone):
+def test_equal_keys_are_distinguished_by_shapes(tmp_path, backbone):
     path = save(published_like("deeplabv3plus", backbone, 0.5), tmp_path)
     assert trained.load_network(path, output_stride=32).architecture["backbone"] == backbone
 
 
-def test_numbers_of_numpy_are_not_made_of_a_file(tmp_path):
-    """NumPy would make an object of any eight bytes that a file gives as its address."""
+def test_numpy_numbers_are_not_built_from_a_file(tmp_path):
+    """NumPy would take any eight bytes of a file as an object's address."""
     content = weights.read_checkpoint(save({"w": torch.ones(1), "best": np.float64(3.5)}, tmp_path))
     assert not isinstance(content["best"], float | np.generic)
     message = refusal(weights.read_checkpoint, save({"w": torch.ones(1), "all": np.arange(3)}, tmp_path))
     assert "holds a Python object (numpy" in message
 
 
-def test_a_state_dict_has_the_public_stride_and_numbers_for_names(tmp_path):
+def test_state_dict_has_the_public_stride_and_numbered_classes(tmp_path):
     found = trained.load_network(save(network().state_dict(), tmp_path), class_names=["too", "few"])
     assert found.classes == ["0", "1", "2", "3", "4"] and found.architecture["output_stride"] == 8
     assert found.network.backbone.layer4[1].conv2.dilation[0] == 4
@@ -373,7 +374,7 @@ def _file(zipped):
 
 FILES = [_file(True), _file(False)]
 FLIPS = st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255))
-CODES = (*b"().0123}]", *range(66, 91), *range(97, 118), *range(0x80, 0x8B))  # what pickles are made of
+CODES = (*b"().0123}]", *range(66, 91), *range(97, 118), *range(0x80, 0x8B))  # components of pickles
 OPCODES = st.sampled_from([bytes([code]) for code in CODES])
 
 

@@ -1,4 +1,4 @@
-"""Pictures taken in validation: whose they are, and that they leave everything else as it is."""
+"""Pictures taken in validation: their choice, and that they leave everything else unchanged."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def samples(synthetic_index):
     return [known.sample(image) for image in sorted(known.entries)][:6]
 
 
-def test_watching_changes_neither_scores_nor_random_numbers(samples):
+def test_recording_pictures_keeps_scores_and_random_numbers(samples):
     torch.manual_seed(0)
     teacher = EagerPredictor(build_model("deeplabv3plus", "resnet18", 6, 32).eval(), num_classes=6,
                              device=HERE.device,
@@ -39,7 +39,7 @@ def test_watching_changes_neither_scores_nor_random_numbers(samples):
                                                  (picture.shape[1] - 2 * GAP_PX) // 3) <= PICTURE_PX
 
 
-def test_only_the_speaker_writes_a_board_and_what_is_no_number_is_left_out(tmp_path):
+def test_only_the_main_rank_writes_tensorboard_and_skips_nan(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     picture = np.zeros((2, 3, 3), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""The report's folder: what is in it, that it asks no network, and that names of images stay names."""
+"""Report's folder: its contents, no network access, and names of images that stay text."""
 
 import json
 from html.parser import HTMLParser
@@ -68,7 +68,7 @@ def of_run(tmp_path_factory) -> Path:
     return run / "report"
 
 
-def test_every_labelled_image_is_listed_with_its_figures(labels, report):
+def test_labelled_images_are_listed_with_their_figures(labels, report):
     expected = {row["key"]: row for row in rows.read_parts(labels / "labels") if row["status"] == "ok"}
     found = {row[0]: row for row in listed(report)}
     assert found.keys() == expected.keys() >= {cases.key_of(name) for name in cases.HOSTILE}
@@ -84,7 +84,7 @@ def test_every_labelled_image_is_listed_with_its_figures(labels, report):
     assert any(row["ignored_fraction"] for row in expected.values())
 
 
-def test_pictures_are_of_the_image_the_mask_and_what_is_ignored(labels, report):
+def test_pictures_show_image_mask_and_ignored_pixels(labels, report):
     masks = {row[0]: (labels / "masks" / f"{row[0]}.png", row[7], row[4]) for row in listed(report)}
     for mask_path, picture, ignored in masks.values():
         mask = np.asarray(Image.open(mask_path))
@@ -97,7 +97,7 @@ def test_pictures_are_of_the_image_the_mask_and_what_is_ignored(labels, report):
             assert sure.size == seen.size
 
 
-def test_labels_without_a_map_of_confidence_lack_only_its_picture(tmp_path):
+def test_labels_without_confidence_map_lack_only_its_picture(tmp_path):
     folder = cases.labels(tmp_path, shard_size=4)
     parts = sorted((folder / "labels").glob("part-*.parquet"))
     older = {name: kind for name, kind in rows.LABELS.items() if name != "confidence_map"}
@@ -114,7 +114,7 @@ def test_labels_without_a_map_of_confidence_lack_only_its_picture(tmp_path):
         assert (pictures / f"{picture}-confidence.jpg").exists() == (key not in unmapped)
 
 
-def test_the_page_asks_no_network_and_names_are_never_markup(report):
+def test_page_needs_no_network_and_names_are_never_markup(report):
     page = Page(report / "index.html")
     scripts = [attributes for tag, attributes in page.tags if tag == "script"]
     assert [one.get("src", one.get("type"))
@@ -132,12 +132,12 @@ def test_the_page_asks_no_network_and_names_are_never_markup(report):
         assert "http" not in (report / name).read_text()
 
 
-def test_failed_images_stand_there_with_their_reasons(report):
+def test_failed_images_are_listed_with_their_reasons(report):
     page = Page(report / "index.html")
     assert "<b>bad</b>.jpg" in page.text and "none of the formats" in page.text
 
 
-def test_archives_of_masks_are_drawn_alike(labels, report, tmp_path):
+def test_archives_of_masks_give_the_same_pictures(labels, report, tmp_path):
     tarred = cases.labels(tmp_path, output="tar")
     build.write_report(tarred, tmp_path / "report")
     assert {row[0]: row[3:7]
@@ -145,7 +145,7 @@ def test_archives_of_masks_are_drawn_alike(labels, report, tmp_path):
     assert len(list((tmp_path / "report" / "pictures").glob("*-classes.png"))) == len(listed(report))
 
 
-def test_a_run_shows_stages_curves_scores_and_the_threshold(of_run):
+def test_run_page_shows_stages_curves_scores_and_threshold(of_run):
     page = Page(of_run / "index.html")
     assert "61.50" in page.text and "12" in page.text and "not done yet" in page.text
     assert "<i>sky" in page.text and "71.25" in page.text
@@ -154,11 +154,11 @@ def test_a_run_shows_stages_curves_scores_and_the_threshold(of_run):
     assert facts["labellings"] == ["3-label"] and facts["classes"] == ["<i>sky", "b", "c", "d"]
     assert sum(row[2] >= facts["threshold"] for row in found) == len(found) - len(found) // 2
     assert len([1 for tag, _ in page.tags if tag == "polyline"]) == 4
-    assert "holds no index" in page.text  # why nothing is known to drift from
+    assert "holds no index" in page.text  # reason why no drift is known
     assert json.loads((of_run / "report.json").read_text())["bad"] == 1
 
 
-def test_images_and_masks_that_are_gone_cost_only_their_pictures(tmp_path):
+def test_missing_images_and_masks_lack_only_their_pictures(tmp_path):
     out = cases.labels(tmp_path)
     (tmp_path / "in" / "ünï\u0301 – 火.jpg").unlink()
     next((out / "masks" / "one").iterdir()).unlink()
@@ -167,7 +167,7 @@ def test_images_and_masks_that_are_gone_cost_only_their_pictures(tmp_path):
     assert len([row for row in found if row[7] < 0]) == 2 and len(found) == cases.GOOD + len(cases.HOSTILE)
 
 
-def test_few_pictures_are_of_the_worst_and_of_random_images(labels, tmp_path):
+def test_few_pictures_are_the_worst_and_random_ones(labels, tmp_path):
     build.write_report(labels, tmp_path / "report", most_pictures=4)
     drawn = [row for row in listed(tmp_path / "report") if row[7] >= 0]
     assert len(drawn) == 4
@@ -179,14 +179,14 @@ def image(key: str, confidence: float = 0.5) -> labelling.Image:
                            reliability=None, shares=())
 
 
-def test_of_many_images_the_lowest_are_kept():
+def test_lowest_of_many_images_are_kept():
     kept = Lowest(10, lambda one: one.confidence)
     for i in range(1000):
         kept.offer(image(str(i), (i * 7919 % 1000) / 1000))
     assert sorted(one.confidence for one in kept.values()) == [i / 1000 for i in range(10)]
 
 
-def test_more_images_than_are_listed_are_sampled_and_the_worst_stay(labels, monkeypatch):
+def test_images_beyond_the_limit_are_sampled_and_the_worst_kept(labels, monkeypatch):
     monkeypatch.setattr(labelling, "MOST_LISTED", 3)
     monkeypatch.setattr(labelling, "MOST_WORST", 2)
     found = labelling.read(labels, "labels", {})
@@ -199,7 +199,7 @@ def test_more_images_than_are_listed_are_sampled_and_the_worst_stay(labels, monk
 @pytest.mark.parametrize(("share", "labelled", "factor"), [
     (0.2, 0.1, 2.0), (0.19, 0.1, None), (0.05, 0.1, 0.5), (0.0, 0.1, 0.0), (0.1, 0.0, float("inf")),
     (0.0005, 0.0001, None), (0.3, None, None)])
-def test_a_class_drifts_by_its_factor(share, labelled, factor):
+def test_class_drift_by_factor(share, labelled, factor):
     assert build._factor(share, labelled) == factor
 
 
@@ -217,10 +217,10 @@ def test_colours_of_neighbouring_classes_differ():
     apart = np.abs(colours[:, None] - colours[None]).sum(2) + 999 * np.eye(24, dtype=int)
     assert apart.min() >= 30
     striped = palette.overlay(np.full((12, 12), 9, dtype=np.uint8), 24)
-    assert len(np.unique(striped[..., 3])) == 2  # beyond the eighth class: not by colour alone
+    assert len(np.unique(striped[..., 3])) == 2  # beyond the eighth class: not only by colour
 
 
-def test_the_command_names_the_page_and_refuses_what_is_no_report(labels, tmp_path, capsys):
+def test_command_prints_the_page_and_refuses_foreign_folders(labels, tmp_path, capsys):
     cli.main(["report", str(labels), "--out", str(tmp_path / "page"), "--pictures", "2"])
     assert capsys.readouterr().out.strip() == str(tmp_path / "page" / "index.html")
     # its own may be replaced
@@ -237,7 +237,7 @@ def test_the_command_names_the_page_and_refuses_what_is_no_report(labels, tmp_pa
     assert list((tmp_path / "mine").iterdir()) == []
 
 
-def test_a_report_that_fails_does_not_fail_the_run(tmp_path, monkeypatch, capsys):
+def test_failed_report_does_not_fail_the_run(tmp_path, monkeypatch, capsys):
     def fails(*_, **__):
         raise UserError("no room\nat all")
 

@@ -1,4 +1,4 @@
-"""The report's page in headless Chromium, opened from the disk: sorting, filters, keys, ticks, hostile names,
+"""Report's page in headless Chromium, opened from the disk: sorting, filters, keys, ticks, hostile names,
 10,000 rows."""
 
 import importlib.util
@@ -26,7 +26,7 @@ DRAWN = cases.GOOD + len(cases.HOSTILE)
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
-    """Of a run whose labels have `MANY` more rows than pictures."""
+    """Report of a run whose labels have `MANY` more rows than pictures."""
     run = cases.run(tmp_path_factory.mktemp("run"))
     more = [dict.fromkeys(rows.LABELS) | {
         "key": f"many/image{i:05d}", "source": f"many/image{i:05d}.jpg", "status": "ok", "width": 10,
@@ -65,7 +65,7 @@ def driver(downloads):
 
 @pytest.fixture
 def page(driver, report):
-    """The page as it opens, with nothing ticked."""
+    """Opens the page with nothing ticked."""
     driver.get((report / "index.html").as_uri())
     driver.execute_script("localStorage.clear()")
     driver.refresh()
@@ -73,7 +73,7 @@ def page(driver, report):
 
 
 def put(page, id_: str, value) -> None:
-    """Sets a control and lets the page know."""
+    """Sets a control and notifies the page."""
     page.execute_script("const it = document.getElementById(arguments[0]); it.type === 'checkbox' ? "
                         "it.checked = arguments[1] : it.value = arguments[1]; it.dispatchEvent(new "
                         "Event('input', {bubbles: true}))", id_, value)
@@ -94,7 +94,7 @@ def press(page, key: str) -> None:
     ActionChains(page).send_keys(key).perform()
 
 
-def test_it_opens_with_pictures_and_without_errors(page, tmp_path):
+def test_page_opens_with_pictures_and_without_errors(page, tmp_path):
     assert text(page, "place") == f"{DRAWN} of {DRAWN + MANY} images, page 1 of 1"
     broken = page.execute_script("return [...document.images].filter((it) => it.complete && "
                                  "!it.naturalWidth).map((it) => it.src)")
@@ -112,7 +112,7 @@ def test_hostile_names_are_shown_and_not_run(page):
     assert shown(page) == [cases.key_of(cases.HOSTILE[0])]
 
 
-def test_ten_thousand_rows_are_filtered_and_sorted_at_once(page):
+def test_ten_thousand_rows_are_filtered_and_sorted(page):
     put(page, "pictured", False)
     assert (
         text(page, "place")
@@ -159,7 +159,7 @@ def test_reliability_is_filtered_and_named_by_the_threshold(page):
     assert len(cards) == DRAWN - DRAWN // 2 and all(", reliable" in card for card in cards)
 
 
-def test_keys_move_tick_and_turn(page, downloads):
+def test_keys_move_tick_and_switch_layers(page, downloads):
     page.execute_script("document.querySelector('.card').focus()")
     press(page, "x")
     press(page, "\ue014")  # right

@@ -1,4 +1,4 @@
-"""The report of a run about its classes: shares of the pixels, and calibrations."""
+"""Report of a run's classes: shares of the pixels, and calibrations."""
 
 import json
 import re
@@ -18,7 +18,7 @@ NAMES = ("<i>sky", "b", "c")
 
 
 def calibrated(seed: int = 0) -> Calibration:
-    """The last class is never predicted."""
+    """Calibrates classes of which the last is never predicted."""
     rng = np.random.default_rng(seed)
     counted = rng.integers(1, 50, (3, BINS))
     counted[2] = 0
@@ -43,7 +43,7 @@ def page(tmp_path_factory) -> str:
     return (run / "report" / "index.html").read_text(encoding="utf-8")
 
 
-def test_the_page_tells_the_last_shares_and_marks_what_is_missing(page):
+def test_page_shows_the_last_shares_and_marks_missing_classes(page):
     assert "Classes of <bdi>1-supervised</bdi>: labelled pixels and confident ones, %, at step 900" in page
     rows = re.findall(r"<tr><th scope=\"row\"><bdi>(\S+?)</bdi></th><td>([\d.]+)</td><td>([\d.]+)</td>\s*"
                       r"<td( class=\"drift\")?>([\d.]+)( ▼)?</td></tr>", page)
@@ -52,13 +52,13 @@ def test_the_page_tells_the_last_shares_and_marks_what_is_missing(page):
                     ("c", "0.500", "0.010", ' class="drift"', "0.02", " ▼")]
 
 
-def test_the_page_draws_calibrations_with_names_as_text(page):
+def test_page_draws_calibrations_with_names_as_text(page):
     assert page.count("Coverage against precision of") == 1
     assert page.count("<polyline points") == 4 + 3  # curves of the stage; two classes and all pixels
     assert "<title>&lt;i&gt;sky</title>" in page and "<i>sky" not in page
 
 
-def test_a_curve_begins_at_full_coverage_and_the_precision_of_all():
+def test_curve_starts_at_full_coverage_and_overall_precision():
     found = calibrated()
     drawn = drawing.figure(found, title="t")
     assert [line.name for line in drawn.lines] == ["<i>sky", "b", "all"]
@@ -69,7 +69,7 @@ def test_a_curve_begins_at_full_coverage_and_the_precision_of_all():
                for point in line.points.split())
 
 
-def test_a_plot_is_an_svg_of_its_own(tmp_path: Path):
+def test_plot_is_a_standalone_svg(tmp_path: Path):
     text = drawing.plot(calibrated(), title="a & <b>")
     assert text.startswith("<svg xmlns=") and "a &amp; &lt;b&gt;" in text
     import xml.etree.ElementTree as tree
@@ -77,7 +77,7 @@ def test_a_plot_is_an_svg_of_its_own(tmp_path: Path):
     assert len(tree.fromstring(text).findall("{http://www.w3.org/2000/svg}polyline")) == 3
 
 
-def test_damaged_rows_by_class_are_passed_over(tmp_path):
+def test_damaged_rows_by_class_are_skipped(tmp_path):
     (tmp_path / "stages" / "a").mkdir(parents=True)
     rows = '{"step": 1, "labelled_pct": 5}\n{"step": 2, "lab'
     (tmp_path / "stages" / "a" / "metrics.jsonl").write_text(rows)

@@ -45,8 +45,8 @@ def test_impossible_budgets_are_named(train, said):
 
 
 @pytest.mark.slow
-def test_a_run_by_steps_with_students_from_their_teacher(synthetic, synthetic_index, tmp_path, capsys):
-    """The learning rate is so low that weights stay what they start as."""
+def test_run_by_steps_with_students_from_their_teacher(synthetic, synthetic_index, tmp_path, capsys):
+    """The learning rate is so low that weights keep their initial values."""
     (tmp_path / "tiny.toml").write_text(TINY)
     run = tmp_path / "run"
     code, _, said = ended(

@@ -1,5 +1,4 @@
-"""Watch of a run over its classes: what it says before training and after stages, and what of pseudo
-labels."""
+"""Monitoring of a run's classes: messages before training and after stages, and about pseudo labels."""
 
 import json
 from pathlib import Path
@@ -34,7 +33,7 @@ def test_scarce_classes_are_named_before_training(tmp_path):
     assert notes.lines == []
 
 
-def test_a_class_that_one_image_shows_is_named(tmp_path):
+def test_class_in_a_single_image_is_named(tmp_path):
     ours = watch(tmp_path, {"a": ids(1), "b": ids(1, 2), "c": ids(1), "d": ids(2)})
     notes = Notes(quiet=True)
     ours.name_scarce(Path("labeled.txt"), notes)
@@ -43,7 +42,7 @@ def test_a_class_that_one_image_shows_is_named(tmp_path):
                            "label more that do"]
 
 
-def test_one_labelled_image_is_no_news_of_each_class(tmp_path):
+def test_single_labelled_image_names_no_class(tmp_path):
     known = prepare(data_set(tmp_path / "root", {"a": ids(1, 2), "b": ids(1)}), **GLOBS)
     ours = ClassWatch.of(known, [known.sample("photos/a.jpg")], [], advice="")
     ours.name_scarce(Path("labeled.txt"), notes := Notes(quiet=True))
@@ -68,7 +67,7 @@ def test_a_lost_class_is_named_once_with_its_figures(capsys):
     assert "class leaf has 9.5 % of the labelled pixels and 0 % of the pixels that" in capsys.readouterr().err
 
 
-def test_what_validation_or_labels_do_not_hold_is_not_lost(capsys):
+def test_classes_absent_from_validation_or_labels_are_not_lost(capsys):
     made(validated=[100, 10, 0]).lost("s", {"background": 90.0, "leaf": 50.0, "stem": 0.0})
     made(images=[9, 7, 0], labelled=[900, 95, 0]).lost("s", {"background": 90.0, "leaf": 50.0, "stem": 0.0})
     made().lost("s", {})  # no validation list
@@ -76,7 +75,7 @@ def test_what_validation_or_labels_do_not_hold_is_not_lost(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_many_lost_classes_take_few_lines(capsys):
+def test_many_lost_classes_are_summarised(capsys):
     names = tuple(f"c{i}" for i in range(20))
     ours = ClassWatch(classes=names, labelled=[1] * 20, images=[2] * 20, validated=[1] * 20)
     ours.lost("s", dict.fromkeys(names, 0.0))
@@ -88,7 +87,7 @@ def sample(mask: Path, strong: bool = True) -> Sample:
     return Sample(key=mask.stem, image="x.jpg", mask=str(mask), width=4, height=4, strong=strong)
 
 
-def test_pseudo_labels_of_several_stages_are_added(tmp_path):
+def test_pseudo_labels_of_several_stages_are_summed(tmp_path):
     stages, given = tmp_path / "stages", tmp_path / "given" / "given.json"
     samples = [sample(tmp_path / "labels" / "a.png", strong=False)]
     assert pseudo_pixels(samples, stages, given) is None

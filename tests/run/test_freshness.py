@@ -1,5 +1,4 @@
-"""Scores are of today's masks; and what ends a command in one line: disks that are full or may not be written
-to."""
+"""Scores use the current masks; and faults that end a command in one line: full and read-only disks."""
 
 import errno
 import json
@@ -44,7 +43,7 @@ def listed(known, *names):
     return path
 
 
-def test_a_mended_mask_is_read_again_before_it_is_scored(known, here, capsys):
+def test_corrected_mask_is_read_again_before_scoring(known, here, capsys):
     path = listed(known, "0", "1")
     assert (
         of_today(known.out, path, here).fingerprint == known.fingerprint
@@ -60,7 +59,7 @@ def test_a_mended_mask_is_read_again_before_it_is_scored(known, here, capsys):
     )
 
 
-def test_a_photograph_of_another_size_is_found_and_others_cost_nothing(known, here, capsys):
+def test_photograph_of_another_size_is_found_without_reading_others(known, here, capsys):
     photo(known.root / "photos" / "3.jpg", 9)
     assert of_today(known.out, listed(known, "0", "1"), here).fingerprint == known.fingerprint
     photo(known.root / "photos" / "0.jpg", 9, (40, 30))
@@ -68,8 +67,8 @@ def test_a_photograph_of_another_size_is_found_and_others_cost_nothing(known, he
         of_today(known.out, listed(known, "0", "1"), here)
 
 
-def test_evaluation_goes_on_once_what_was_refused_is_mended(known, here):
-    """The run's index is made of settings that nobody types again, so a refusal must not cost it."""
+def test_evaluation_works_after_the_refused_file_is_corrected(known, here):
+    """The run's index has settings that nobody enters again, so a refusal must not lose it."""
     path, photograph = listed(known, "0", "1"), known.root / "photos" / "0.jpg"
     held, status = photograph.read_bytes(), photograph.stat()
     paletted(ids(2), *COLOURS).save(known.root / "labels" / "1.png")
@@ -83,8 +82,8 @@ def test_evaluation_goes_on_once_what_was_refused_is_mended(known, here):
     assert fresh.fingerprint and (read_index_mask(fresh.sample("photos/1.jpg").mask) == ids(2)).all()
 
 
-def test_after_a_refusal_files_of_old_times_are_read_again(known, here):
-    """A copy of a mask may have been made anew before another mask was refused."""
+def test_files_with_old_times_are_read_again_after_a_refusal(known, here):
+    """A copy of a mask may have been rewritten before another mask was refused."""
     path, mask = listed(known, "0", "1"), known.root / "labels" / "0.png"
     held, status = mask.read_bytes(), mask.stat()
     paletted(ids(2), *COLOURS).save(mask)
@@ -98,7 +97,7 @@ def test_after_a_refusal_files_of_old_times_are_read_again(known, here):
     assert (read_index_mask(fresh.sample("photos/0.jpg").mask) == ids(1, 2)).all()
 
 
-def test_evaluation_goes_on_after_a_kill_while_it_read_again(known, here):
+def test_evaluation_resumes_after_a_kill_while_rereading(known, here):
     """At any moment before the index is written."""
     path = listed(known, "0", "1")
     paletted(ids(2), *COLOURS).save(known.root / "labels" / "1.png")
@@ -124,8 +123,8 @@ def test_evaluation_goes_on_after_a_kill_while_it_read_again(known, here):
     assert fresh.settings == known.settings and not (known.out / "unfinished.json").exists()
 
 
-def test_a_run_that_goes_on_keeps_its_masks(known, here):
-    """The index lies in the run's folder, and its masks are read while it trains."""
+def test_resumed_run_keeps_its_masks(known, here):
+    """The index is in the run's folder, and its masks are read while it trains."""
     paletted(ids(2), *COLOURS).save(known.root / "labels" / "0.png")
     path = listed(known, "0")
     with (
@@ -136,7 +135,7 @@ def test_a_run_that_goes_on_keeps_its_masks(known, here):
     assert of_today(known.out, path, here).fingerprint != known.fingerprint
 
 
-def test_a_mask_that_went_away_is_named(known, here):
+def test_missing_mask_is_named(known, here):
     (known.root / "labels" / "0.png").unlink()
     (known.root / "photos" / "1.jpg").unlink()
     assert known.changed(["photos/0", "photos/1", "photos/2"]) == ["labels/0.png", "photos/1.jpg"]
@@ -149,7 +148,7 @@ def full(*_: object, **__: object):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/disk/file")
 
 
-def test_a_full_disk_leaves_no_half_mask_and_no_index(known, monkeypatch):
+def test_full_disk_leaves_no_partial_mask_or_index(known, monkeypatch):
     def half(file, values):
         file.write(b"\x89PNG")
         full()
@@ -164,14 +163,14 @@ def test_a_full_disk_leaves_no_half_mask_and_no_index(known, monkeypatch):
     ]
 
 
-def test_lists_that_cannot_be_written(known, monkeypatch, tmp_path):
+def test_unwritable_lists_are_named(known, monkeypatch, tmp_path):
     monkeypatch.setattr(files, "write_text", full)
     with pytest.raises(UserError, match="/disk/file: the lists cannot be written .No space left"):
         splits.make_split(known, tmp_path / "split", fraction="1/2")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
-def test_any_command_ends_in_one_line_on_such_a_disk(monkeypatch, capsys, number):
+def test_disk_errors_end_any_command_in_one_line(monkeypatch, capsys, number):
     def run(*_):
         raise OSError(number, os.strerror(number), "/disk/scores.json")
 
@@ -209,7 +208,7 @@ def test_recipes_and_lists_with_byte_order_marks(known, tmp_path, capsys, encodi
 # --- strict runs
 
 
-def test_a_strict_run_refuses_a_data_set_that_was_warned_of(known, tmp_path, capsys):
+def test_strict_run_refuses_a_data_set_with_warnings(known, tmp_path, capsys):
     Image.fromarray(np.zeros((24, 32, 3), np.uint8)).save(known.root / "photos" / "0_mask.png")
     small = (
         "--method supervised --device cpu --model.backbone resnet18 --model.output-stride 32 "
@@ -219,7 +218,7 @@ def test_a_strict_run_refuses_a_data_set_that_was_warned_of(known, tmp_path, cap
         "--data.masks labels/**/*.png"
     ).split()
     log.set_speaker(True)
-    for again in range(2):  # the index is made by the first command, and read by the second
+    for again in range(2):  # the first command makes the index, the second reads it
         with pytest.raises(SystemExit) as ended:
             cli.main(
                 [
@@ -239,8 +238,8 @@ def test_a_strict_run_refuses_a_data_set_that_was_warned_of(known, tmp_path, cap
             prepare(known.root)
 
 
-def test_a_mended_file_of_shapes_is_read_again(tmp_path, here, capsys):
-    """One file holds the shapes of all images: it is one file that changed."""
+def test_corrected_file_of_shapes_is_read_again(tmp_path, here, capsys):
+    """One file holds the shapes of all images: only one file changed."""
     images = {f"photos/{i}.jpg": [{}] for i in range(3)}
     value = shape_cases.coco(images, {1: "leaf"})
     root = shape_cases.coco_set(tmp_path / "data", value)

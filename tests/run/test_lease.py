@@ -40,17 +40,17 @@ def claim(path, **changes) -> None:
     path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "machine": "another", "token": "t"} | changes))
 
 
-def test_a_second_process_is_refused_and_told_of_the_first(tmp_path):
+def test_second_process_is_refused_with_the_first(tmp_path):
     process = holder(tmp_path)
     with pytest.raises(UserError, match=f"in use by process {process.pid} on "), lease.held(tmp_path):
         pass
     end(process)
-    with lease.held(tmp_path):  # it was killed on this machine
+    with lease.held(tmp_path):  # killed on this machine
         assert json.loads((tmp_path / lease.NAME).read_text())["pid"] == os.getpid()
     assert not (tmp_path / lease.NAME).exists()
 
 
-def test_a_holder_elsewhere_counts_until_its_heart_has_stopped_for_long(tmp_path):
+def test_remote_holder_keeps_the_lease_until_its_heartbeat_expires(tmp_path):
     path = tmp_path / lease.NAME
     claim(path)
     with pytest.raises(UserError, match="process 1 on elsewhere"), lease.held(tmp_path):
@@ -60,7 +60,7 @@ def test_a_holder_elsewhere_counts_until_its_heart_has_stopped_for_long(tmp_path
         pass
 
 
-def test_the_heart_beats(tmp_path):
+def test_heartbeat_is_written(tmp_path):
     path = tmp_path / lease.NAME
     with lease.held(tmp_path, beat_s=0.05):
         os.utime(path, (1, 1))
@@ -70,7 +70,7 @@ def test_the_heart_beats(tmp_path):
             time.sleep(0.02)
 
 
-def test_a_process_that_lost_its_lease_while_it_was_stopped_ends(tmp_path):
+def test_process_that_lost_its_lease_ends(tmp_path):
     process = holder(tmp_path)
     process.send_signal(signal.SIGSTOP)
     path = tmp_path / lease.NAME
@@ -89,14 +89,14 @@ def test_a_damaged_lease_is_replaced(tmp_path):
         pass
 
 
-def test_a_number_that_another_process_has_by_now_is_told_by_its_machine(tmp_path):
-    # lives here, but the lease is of another machine: refused by time alone
+def test_reused_process_number_is_distinguished_by_machine(tmp_path):
+    # alive here, but the lease is of another machine: refused by time alone
     claim(tmp_path / lease.NAME, pid=os.getpid())
     with pytest.raises(UserError, match="in use"), lease.held(tmp_path):
         pass
 
 
-def test_a_folder_that_cannot_be_is_named(tmp_path):
+def test_impossible_folder_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--out"), lease.held(tmp_path / "file" / "run"):
         pass

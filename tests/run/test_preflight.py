@@ -1,4 +1,4 @@
-"""What is said before the first step."""
+"""Messages before the first step."""
 
 import pytest
 
@@ -28,7 +28,7 @@ def test_lists_that_share_images_are_named(labelled, unlabelled, val, said, tmp_
     assert all(text in err for text in said) and ("warning" in err) == bool(said)
 
 
-def test_an_image_that_no_stage_could_label_is_named_before_the_first_step(tmp_path, monkeypatch):
+def test_unlabellable_image_is_named_before_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "_readable", lambda *_: None)
     large = [Sample(key=key, image=f"/data/{key}.jpg", width=6000, height=4000) for key in "xy"]
 

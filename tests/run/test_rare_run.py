@@ -1,5 +1,4 @@
-"""Runs with what is there for rare classes: thresholds from held-out labels, told shares, resume to the
-bit."""
+"""Runs with the remedies for rare classes: thresholds from held-out labels, reported shares, exact resume."""
 
 import dataclasses
 import json
@@ -35,7 +34,7 @@ AUTO = ["--method", "st", "--label.min-confidence", "auto", "--label.precision",
 
 @pytest.fixture(scope="module")
 def begun(synthetic, synthetic_index, tmp_path_factory) -> list[str]:
-    """A run's command without its folder."""
+    """Returns a run's command without its folder."""
     recipe = tmp_path_factory.mktemp("recipe") / "tiny.toml"
     recipe.write_text(TINY)
     return [sys.executable, "-m", "stpp", "train", "--recipe", str(recipe), "--data.root", str(synthetic),
@@ -52,7 +51,7 @@ def run(begun, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_labels_have_the_least_confidence_that_held_out_labels_ask_for(run):
+def test_labels_use_the_least_confidence_of_held_out_labels(run):
     held = (run / "held-out.txt").read_text().splitlines()
     labelled = (run / "split" / "labeled.txt").read_text().splitlines()
     assert len(held) == 3 and set(held) < set(labelled)
@@ -70,7 +69,7 @@ def test_labels_have_the_least_confidence_that_held_out_labels_ask_for(run):
 
 
 @pytest.mark.slow
-def test_shares_of_the_pseudo_labels_are_told(run):
+def test_shares_of_the_pseudo_labels_are_logged(run):
     first = json.loads((run / "stages" / "3-retrain" / "metrics.jsonl").read_text().splitlines()[0])
     summary = json.loads((run / "stages" / "2-label" / "summary.json").read_text())
     counts = np.array(summary["class_pixels"])
@@ -83,7 +82,7 @@ def test_shares_of_the_pseudo_labels_are_told(run):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_labels_and_weights(begun, run, tmp_path):
+def test_killed_run_resumes_to_the_same_labels_and_weights(begun, run, tmp_path):
     out = tmp_path / "killed"
     with open(tmp_path / "said", "w") as said:
         job = subprocess.Popen([*begun, "--out", str(out)], stderr=said, start_new_session=True)
@@ -104,7 +103,7 @@ def test_a_killed_run_goes_on_to_the_same_labels_and_weights(begun, run, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_checkpoint_is_calibrated_from_the_command_line(run, tmp_path, capsys):
+def test_command_calibrates_a_checkpoint(run, tmp_path, capsys):
     best, out = run / "stages" / "1-supervised" / "best.pt", tmp_path / "deep.json"
     code, said, _ = ended(capsys, "calibrate", "--checkpoint", best, "--out", out, "--device", "cpu",
                           "--target-precision", "0.3", "0.99")
@@ -122,7 +121,7 @@ def test_a_checkpoint_is_calibrated_from_the_command_line(run, tmp_path, capsys)
 
 
 @pytest.mark.slow
-def test_a_corpus_is_labelled_with_the_calibration_of_its_teacher(run, synthetic, tmp_path, capsys):
+def test_corpus_is_labelled_with_its_teachers_calibration(run, synthetic, tmp_path, capsys):
     best = run / "stages" / "1-supervised" / "best.pt"
     begin = ["label", "--teacher", best, "--source", synthetic / "JPEGImages", "--device", "cpu"]
     auto = ["--min-confidence", "auto", "--target-precision", "0.3", "--tta", "flip"]
@@ -144,8 +143,7 @@ def test_a_corpus_is_labelled_with_the_calibration_of_its_teacher(run, synthetic
     assert "--class-confidence names pole, which is no class" in errors
 
 
-def test_thresholds_by_precision_need_labels_that_are_not_trained_on(synthetic, synthetic_index, tmp_path,
-                                                                    capsys):
+def test_thresholds_by_precision_need_held_out_labels(synthetic, synthetic_index, tmp_path, capsys):
     split = tmp_path / "split"
     split.mkdir()
     names = sorted(path.stem for path in (synthetic / "JPEGImages").glob("*.jpg"))
@@ -182,7 +180,7 @@ def trainer(known: index.Index, folder: Path, validate) -> Trainer:
                    schedule=Schedule(steps=6, validate_steps=2), validate=validate)
 
 
-def test_training_with_every_remedy_goes_on_to_the_bit(synthetic_index, tmp_path):
+def test_training_with_every_remedy_resumes_exactly(synthetic_index, tmp_path):
     known = index.load(synthetic_index)
     trainer(known, tmp_path / "whole", lambda _: Scores(miou=1.0)).run()
 

@@ -1,4 +1,4 @@
-"""The stages of a run, from files to results.json, on a tiny data set."""
+"""Stages of a run, from files to results.json, on a tiny data set."""
 
 import dataclasses
 import io
@@ -49,7 +49,7 @@ def run(recipe, synthetic, synthetic_index, tmp_path_factory) -> Path:
     return out
 
 
-def test_stpp_leaves_the_stages_of_the_paper(run):
+def test_stpp_runs_the_stages_of_the_paper(run):
     stages = run / "stages"
     for name in ("1-supervised", "4-retrain", "6-retrain", "control"):
         assert {"last.pt", "best.pt", "metrics.jsonl", "DONE.json"} <= set(os.listdir(stages / name))
@@ -100,7 +100,7 @@ def test_results_name_every_stage(run):
     assert len(json.loads((run / "stages" / "6-retrain" / "scores.json").read_text())["iou"]) == 6
 
 
-def test_tensorboard_shows_curves_and_the_same_few_images_at_each_validation(run, synthetic):
+def test_tensorboard_shows_curves_and_fixed_images(run, synthetic):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = run / "stages" / "1-supervised"
@@ -133,7 +133,7 @@ def test_tensorboard_shows_curves_and_the_same_few_images_at_each_validation(run
         assert colours <= set(map(tuple, colourise(np.arange(len(classes)), len(classes)).tolist()))
 
 
-def test_a_finished_run_is_not_done_again(run, recipe, synthetic, synthetic_index):
+def test_finished_run_is_not_repeated(run, recipe, synthetic, synthetic_index):
     before = {path: path.stat().st_mtime_ns for path in run.glob("stages/**/*") if path.is_file()}
     again = stpp("train", "--recipe", recipe, "--data.root", synthetic, "--data.index", synthetic_index,
                  "--out", run)
@@ -141,14 +141,14 @@ def test_a_finished_run_is_not_done_again(run, recipe, synthetic, synthetic_inde
     assert {path: path.stat().st_mtime_ns for path in run.glob("stages/**/*") if path.is_file()} == before
 
 
-def test_another_config_is_refused_with_the_keys(run, recipe, synthetic):
+def test_changed_config_is_refused_with_its_keys(run, recipe, synthetic):
     refused = stpp("train", "--recipe", recipe, "--data.root", synthetic, "--out", run, "--train.epochs", "2",
                    "--method", "st", expect=2)
     assert "train.epochs: 1 -> 2" in refused.stderr and "method: stpp -> st" in refused.stderr
     assert len(refused.stderr.strip().splitlines()) == 1
 
 
-def test_other_data_than_the_run_began_with_is_refused(run, recipe, synthetic, tmp_path):
+def test_changed_data_is_refused(run, recipe, synthetic, tmp_path):
     out, root = tmp_path / "run", tmp_path / "data"
     shutil.copytree(synthetic, root)
     shutil.copytree(run, out, ignore=shutil.ignore_patterns("*.pt"))
@@ -176,7 +176,7 @@ def test_evaluate_counts_every_image_once_on_two_ranks(run, synthetic, tmp_path)
 
 
 @pytest.mark.dist
-def test_two_ranks_run_st_to_the_end(recipe, synthetic, synthetic_index, tmp_path):
+def test_two_ranks_complete_st(recipe, synthetic, synthetic_index, tmp_path):
     ran = torchrun(2, "-m", "stpp", "train", "--recipe", str(recipe), "--method", "st", "--data.root",
                    str(synthetic),
                    "--data.index", str(synthetic_index), "--out", str(tmp_path / "st"), timeout=280)
@@ -216,7 +216,7 @@ def test_bad_lists_are_refused_in_one_line(recipe, synthetic, synthetic_index, t
     refused = stpp(*args, "--data.split", lone, "--out", tmp_path / "run", expect=2)
     assert "unlabeled.txt: 1 image, and --method stpp needs 2" in refused.stderr
     again = stpp(*args, "--data.split", tmp_path / "absent", "--out", tmp_path / "run", expect=2)
-    assert "absent" in again.stderr  # a refused command has not taken the folder
+    assert "absent" in again.stderr  # a refused command does not claim the folder
     taken = tmp_path / "file"
     taken.touch()
     assert "--out" in stpp(*args, "--out", taken, expect=2).stderr
@@ -248,14 +248,14 @@ def test_classes_of_checkpoint_and_index_must_agree(run, synthetic, tmp_path):
 
 @pytest.mark.parametrize(("scores", "reliable"), [
     ([0.1, 0.9, 0.5, 0.9], [1, 3]), ([0.5, 0.5, 0.5], [0]), ([0.3], []), ([0.2, 0.4], [1])])
-def test_the_first_half_is_reliable_and_ties_keep_their_order(scores, reliable):
+def test_first_half_is_reliable_and_ties_keep_their_order(scores, reliable):
     first, rest = reliability.split_by_reliability(scores)
     assert first == reliable
     assert sorted(first + rest) == list(range(len(scores)))
 
 
-def test_out_of_memory_says_in_one_line_what_to_change(recipe, synthetic, synthetic_index, tmp_path,
-                                                       monkeypatch):
+def test_out_of_memory_names_the_option_in_one_line(recipe, synthetic, synthetic_index, tmp_path,
+                                                    monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand a page of advice")
 

@@ -1,4 +1,4 @@
-"""Batch-norm statistics of given images, against a plain form; and what is frozen stays so."""
+"""Batch-norm statistics of given images, against a plain form; and frozen statistics."""
 
 import contextlib
 
@@ -14,7 +14,7 @@ HERE = distributed.World(device=torch.device("cpu"))
 
 
 class Small(nn.Module):
-    """Two norms, of which the second sees what the first made; and dropout, which must be off."""
+    """Two norms, the second after the first; and dropout, which must be off."""
 
     def __init__(self):
         super().__init__()
@@ -39,7 +39,7 @@ def recalibrate(network, images=None):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_statistics_are_means_over_batches_and_come_back(training):
+def test_statistics_are_means_over_batches_and_are_restored(training):
     network = Small().train(training)
     before = {key: value.clone() for key, value in network.state_dict().items()}
     seen = [(images.mean((0, 2, 3)), images.var((0, 2, 3))) for images in batches()]
@@ -52,7 +52,7 @@ def test_statistics_are_means_over_batches_and_come_back(training):
             for found, plain in ((norm.running_mean, [each.mean((0, 2, 3)) for each in maps]),
                                  (norm.running_var, [each.var((0, 2, 3)) for each in maps])):
                 torch.testing.assert_close(found, torch.stack(plain).mean(0), rtol=1e-4, atol=1e-5)
-        network.eval()(batches(1)[0])  # as validation does; changes nothing
+        network.eval()(batches(1)[0])  # as in validation; changes nothing
         means = torch.stack([mean for mean, _ in seen])
         torch.testing.assert_close(network.first.running_mean, means.mean(0))
         network.train(training)
@@ -60,7 +60,7 @@ def test_statistics_are_means_over_batches_and_come_back(training):
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
-def test_statistics_come_back_after_a_failure():
+def test_statistics_are_restored_after_a_failure():
     network = Small().train()
     before = {key: value.clone() for key, value in network.state_dict().items()}
     with pytest.raises(RuntimeError), recalibrate(network):
@@ -72,7 +72,7 @@ def test_statistics_come_back_after_a_failure():
 
 
 @pytest.mark.parametrize("freeze", ["freeze_backbone", "freeze_batch_norm"])
-def test_what_is_frozen_keeps_its_statistics(freeze):
+def test_frozen_norms_keep_their_statistics(freeze):
     network = cases.model("deeplabv3plus", seed=1).train()
     getattr(network, freeze)()
     before = {key: value.clone() for key, value in network.state_dict().items()}

@@ -1,4 +1,5 @@
-"""Counts by class while a method labels images itself: by hand, over a break, and what is told of them."""
+"""Counts by class while a method labels images itself: against counting by hand, across a resume, and in
+messages."""
 
 import dataclasses
 import json
@@ -23,7 +24,7 @@ HERE = distributed.World(device=torch.device("cpu"))
 EPOCH, STEPS = 4, 8
 
 
-def test_the_counter_counts_as_a_histogram_does():
+def test_counter_equals_a_histogram():
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(7, (3, 2, 40, 30), generator=generator).byte()
     labels[labels == 6] = 255
@@ -59,16 +60,16 @@ def rows_of(folder: Path) -> list[dict]:
     return [row for row in map(json.loads, lines) if "confident_pct" in row]
 
 
-def spied(ours: Trainer) -> list[torch.Tensor]:
-    """The label maps that the step counts."""
-    seen, add = [], ours.step.confident.add
-    ours.step.confident.add = lambda labels_NHW: (seen.append(labels_NHW.clone()), add(labels_NHW))[1]
+def spied(trainer_: Trainer) -> list[torch.Tensor]:
+    """Records the label maps that the step counts."""
+    seen, add = [], trainer_.step.confident.add
+    trainer_.step.confident.add = lambda labels_NHW: (seen.append(labels_NHW.clone()), add(labels_NHW))[1]
     return seen
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [UniMatch, UniMatchV2])
-def test_shares_of_an_epoch_are_those_of_its_labels(kind, synthetic_index, tmp_path):
+def test_shares_of_an_epoch_match_its_labels(kind, synthetic_index, tmp_path):
     ours = trainer(kind, index.load(synthetic_index), tmp_path, told := [])
     seen = spied(ours)
     ours.run()
@@ -88,7 +89,7 @@ def test_shares_of_an_epoch_are_those_of_its_labels(kind, synthetic_index, tmp_p
 
 
 @pytest.mark.slow
-def test_counts_of_an_epoch_survive_a_break_in_it(synthetic_index, tmp_path):
+def test_counts_of_an_epoch_survive_an_interruption(synthetic_index, tmp_path):
     known = index.load(synthetic_index)
     trainer(UniMatchV2, known, tmp_path / "whole", [], lambda _: Scores(miou=1.0)).run()
 
@@ -105,7 +106,7 @@ def test_counts_of_an_epoch_survive_a_break_in_it(synthetic_index, tmp_path):
     assert rows_of(tmp_path / "broken") == rows_of(tmp_path / "whole")
 
 
-def test_pseudo_labels_are_told_at_the_first_step_alone(tmp_path):
+def test_pseudo_labels_are_logged_only_at_the_first_step(tmp_path):
     from stpp import log
 
     meter = ClassMeter("t", ClassCounter(), classes=("a", "b"), labelled=[3, 1], pseudo=[9, 1])
@@ -117,7 +118,7 @@ def test_pseudo_labels_are_told_at_the_first_step_alone(tmp_path):
                    "pseudo_ratio": {"a": 1.2, "b": 0.4}}
 
 
-def test_a_stage_that_begins_again_writes_its_first_row_once(tmp_path):
+def test_restarted_stage_writes_its_first_row_once(tmp_path):
     from stpp import log
 
     meter = ClassMeter("t", ClassCounter(), classes=("a", "b"), labelled=[3, 1], pseudo=[9, 0])
@@ -132,4 +133,4 @@ def test_missing_classes_are_those_below_a_tenth():
     assert found.keys() == {"b"}
     assert found["b"] == ("class b has 10 % of the labelled pixels and 0.978 % of the pixels, 0.098 times as "
                           "much")
-    assert not class_shares.missing(("a", "b"), [1, 1], [0, 0], "pixels")  # nothing was found at all
+    assert not class_shares.missing(("a", "b"), [1, 1], [0, 0], "pixels")  # nothing was found

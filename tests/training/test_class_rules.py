@@ -1,4 +1,4 @@
-"""Weights, offsets and confidences by class, against their plain forms; the loss they make."""
+"""Weights, offsets and confidences by class, against their plain forms; and the resulting loss."""
 
 import math
 
@@ -18,7 +18,7 @@ CLASSES = ("a", "b", "c")
 
 
 @given(COUNTS, st.floats(1, 100))
-def test_inverse_square_roots_keep_the_mean_and_the_cut(pixels, most):
+def test_inverse_square_root_weights_keep_mean_and_limit(pixels, most):
     found = loss_weights(pixels, RareConfig(weights="inverse-sqrt", most_weight=most))
     there = [(n, weight) for n, weight in zip(pixels, found, strict=True) if n]
     assert sum(n * weight for n, weight in there) / sum(pixels) == pytest.approx(1)
@@ -30,7 +30,7 @@ def test_inverse_square_roots_keep_the_mean_and_the_cut(pixels, most):
 
 
 @given(COUNTS, st.integers(2, 10**7))
-def test_effective_numbers_are_those_of_the_paper(pixels, most):
+def test_effective_number_weights_match_the_paper(pixels, most):
     rare = RareConfig(weights="effective", effective_pixels=most, most_weight=1e12)
     found = loss_weights(pixels, rare)
     beta = 1 - 1 / most
@@ -40,7 +40,7 @@ def test_effective_numbers_are_those_of_the_paper(pixels, most):
         assert ours == pytest.approx(theirs * scale if n else 1, rel=1e-6)
 
 
-def test_nothing_is_asked_for_by_default():
+def test_no_rule_by_default():
     rules = of_run(Config(), CLASSES, [5, 0, 7], torch.device("cpu"))
     assert rules == ClassRules()
     assert loss_weights([0, 0], RareConfig(weights="inverse-sqrt")) is None
@@ -52,7 +52,7 @@ def test_offsets_are_logarithms_of_the_shares():
 
 
 def case(seed: int, n: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits, labels with ignored pixels and one image without any, and the logits at full size."""
+    """Draws logits, labels with ignored pixels and one image without any, and the logits at full size."""
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(n, 3, 5, 5, generator=generator)
     labels = torch.randint(3, (n, 9, 9), generator=generator).byte()
@@ -62,7 +62,7 @@ def case(seed: int, n: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_loss_has_the_weights_and_offsets(seed):
+def test_loss_uses_weights_and_offsets(seed):
     logits, labels, full = case(seed)
     rare = RareConfig(weights="inverse-sqrt", logit_adjustment=1.0)
     rules = of_run(Config(rare=rare), CLASSES, [100, 10, 1], torch.device("cpu"))
@@ -74,9 +74,9 @@ def test_the_loss_has_the_weights_and_offsets(seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_hardest_of_each_image_count_for_all_of_it(seed):
+def test_hardest_pixels_of_each_image_define_its_loss(seed):
     logits, labels, full = case(seed)
-    full = full * 4  # most labels are either sure or wrong
+    full = full * 4  # most labels are either confident or wrong
     found = labelled_loss(logits * 4, labels, TrainConfig(loss="ohem-image"))
     plain = torch.zeros(())
     for image, truth in zip(full, labels, strict=True):
@@ -93,7 +93,7 @@ def test_the_hardest_of_each_image_count_for_all_of_it(seed):
     assert found > 1.2 * labelled_loss(logits * 4, labels, TrainConfig())
 
 
-def test_the_loss_of_images_does_not_depend_on_their_passes():
+def test_loss_of_images_does_not_depend_on_their_passes():
     logits, labels, _ = case(7)
     train = TrainConfig(loss="ohem-image")
     whole = labelled_loss(logits, labels, train)
@@ -101,7 +101,7 @@ def test_the_loss_of_images_does_not_depend_on_their_passes():
     torch.testing.assert_close(sum(parts), whole, rtol=1e-5, atol=1e-4)
 
 
-def test_no_labelled_pixel_gives_zero_and_a_gradient_of_zeros():
+def test_no_labelled_pixel_gives_zero_loss_and_gradient():
     logits = torch.randn(2, 3, 5, 5, requires_grad=True)
     labels = torch.full((2, 9, 9), 255, dtype=torch.uint8)
     rules = of_run(Config(rare=RareConfig(weights="inverse-sqrt", logit_adjustment=1.0)), CLASSES, [9, 3, 1],
@@ -124,12 +124,12 @@ def test_classes_have_their_own_confidence():
 @pytest.mark.parametrize(("given_pairs", "said"), [
     (("b",), "CLASS=CONFIDENCE"), (("b=1",), "CLASS=CONFIDENCE"), (("b=nan",), "CLASS=CONFIDENCE"),
     (("=0.5",), "CLASS=CONFIDENCE"), (("b=0.1", "b=0.2"), "twice")])
-def test_pairs_that_are_none_are_refused(given_pairs, said):
+def test_malformed_pairs_are_refused(given_pairs, said):
     with pytest.raises(UserError, match=said):
         ConsistencyConfig(class_confidence=given_pairs)
 
 
-def test_a_class_that_does_not_exist_is_refused():
+def test_unknown_class_is_refused():
     config = Config(consistency=ConsistencyConfig(class_confidence=("d=0.5",)))
     with pytest.raises(UserError, match="names d, which is no class; the classes are a, b, c"):
         of_run(config, CLASSES, [1, 1, 1], torch.device("cpu"))

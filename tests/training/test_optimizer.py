@@ -1,4 +1,4 @@
-"""The optimiser against PyTorch's plain one, whatever the layout of weights, gradients and momentum."""
+"""Optimiser against PyTorch's plain one, for any layout of weights, gradients and momentum."""
 
 import sys
 
@@ -30,7 +30,7 @@ def weights_of(shapes: list, layout: str) -> list[nn.Parameter]:
 @given(ours=st.sampled_from(sorted(LAYOUTS)), gradients=st.sampled_from(sorted(LAYOUTS)),
        loaded=st.sampled_from(sorted(LAYOUTS)),
        shapes=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=4), without_gradient=st.integers(0, 4))
-def test_steps_are_those_of_plain_sgd(ours, gradients, loaded, shapes, without_gradient):
+def test_steps_equal_plain_sgd(ours, gradients, loaded, shapes, without_gradient):
     weights, plain_weights = weights_of(shapes, ours), weights_of(shapes, "rows")
     optimizer, plain = SGD([{"params": weights}], **SETTINGS), torch.optim.SGD(plain_weights, **SETTINGS)
     for step in range(3):
@@ -41,14 +41,14 @@ def test_steps_are_those_of_plain_sgd(ours, gradients, loaded, shapes, without_g
         plain.step()
         for weight, plain_weight in zip(weights, plain_weights, strict=True):
             torch.testing.assert_close(weight, plain_weight)
-        if step == 0:  # as if resumed from a checkpoint whose momentum lies otherwise
+        if step == 0:  # as if resumed from a checkpoint with momentum of another layout
             saved = optimizer.state_dict()
             for state in saved["state"].values():
                 state["momentum_buffer"] = laid_out(state["momentum_buffer"], loaded)
             optimizer.load_state_dict(saved)
 
 
-def test_a_step_passed_over_changes_nothing():
+def test_skipped_step_changes_nothing():
     weights = weights_of(SHAPES, "channels_last")
     optimizer = SGD([{"params": weights}], **SETTINGS)
     before = [weight.detach().clone() for weight in weights]
@@ -60,7 +60,7 @@ def test_a_step_passed_over_changes_nothing():
     assert all(not state["momentum_buffer"].any() for state in optimizer.state.values())
 
 
-def test_the_unrelated_apex_is_not_taken_for_nvidias(monkeypatch):
+def test_unrelated_apex_is_not_used(monkeypatch):
     monkeypatch.setitem(sys.modules, "apex", type(sys)("apex"))
     with pytest.raises(UserError, match="--train.optimizer apex"):
         optimizer_of(TrainConfig(optimizer="apex"))

@@ -1,4 +1,4 @@
-"""What bounds the steps of a run, and the trace of a few of them."""
+"""Bottleneck of a run's steps, and the trace of a few of them."""
 
 import dataclasses
 import gzip
@@ -25,7 +25,7 @@ STEPS = profiling.WARM_UP + profiling.TRACED + 1
 
 
 def ran(synthetic_index, folder: Path, *, profile: bool, steps: int = STEPS, started: int = 0) -> dict:
-    """Weights after a short run on four images: `steps` epochs of one step."""
+    """Returns the weights after a short run on four images: `steps` epochs of one step."""
     known = index.load(synthetic_index)
     samples = [known.sample(image) for image in sorted(known.entries)][:4]
     settings = Config(deterministic=True, profile=profile, data=DataConfig(loader="reference", threads=1),
@@ -39,7 +39,7 @@ def ran(synthetic_index, folder: Path, *, profile: bool, steps: int = STEPS, sta
     return step.network.state_dict()
 
 
-def test_a_profile_has_a_trace_and_a_table_and_changes_nothing(synthetic_index, tmp_path, capsys):
+def test_profile_writes_trace_and_table_and_changes_nothing(synthetic_index, tmp_path, capsys):
     plain, profiled = (ran(synthetic_index, tmp_path / str(profile), profile=profile)
                        for profile in (False, True))
     assert all(torch.equal(plain[name], profiled[name]) for name in plain)
@@ -62,13 +62,13 @@ def test_a_profile_has_a_trace_and_a_table_and_changes_nothing(synthetic_index, 
     assert "convolution" in text
 
 
-def test_a_stage_that_is_too_short_for_a_profile_says_so(synthetic_index, tmp_path, capsys):
+def test_stage_too_short_for_a_profile_is_reported(synthetic_index, tmp_path, capsys):
     ran(synthetic_index, tmp_path, profile=True, steps=profiling.WARM_UP + 2)
     assert "too few steps were left for a profile" in capsys.readouterr().err
     assert not (tmp_path / "profile").exists()
 
 
-def test_a_run_may_go_on_with_a_profile():
+def test_run_may_resume_with_a_profile():
     assert config.differing_keys(config.to_dict(Config()),
                                  config.to_dict(dataclasses.replace(Config(), profile=True))) == []
 
@@ -76,7 +76,7 @@ def test_a_run_may_go_on_with_a_profile():
 @pytest.mark.parametrize("wait_pct, exchange, kind",
                          [(1, 0.02, "compute"), (30, 0.02, "data"), (30, 0.5, "communication"),
                                                       (4, 0.09, "compute"), (12, 0.11, "data")])
-def test_what_a_step_waits_for_most_bounds_it(monkeypatch, capsys, wait_pct, exchange, kind):
+def test_bottleneck_is_the_longest_wait(monkeypatch, capsys, wait_pct, exchange, kind):
     monkeypatch.setattr(profiling, "communication_share", lambda model: exchange)
     ours = BottleneckMeter("1-supervised", nn.Identity(), CPU)
     ours.add(profiling.LEAST_STEPS, 0.9 * profiling.LEAST_S, wait_pct)
@@ -92,15 +92,14 @@ def test_what_a_step_waits_for_most_bounds_it(monkeypatch, capsys, wait_pct, exc
     assert profiling.ADVICE[kind] in said
     ours.add(profiling.LEAST_STEPS, 2 * profiling.LEAST_S, wait_pct)
     ours.epoch()
-    assert capsys.readouterr().err == ""  # nothing new
+    assert capsys.readouterr().err == ""  # unchanged
     ours.add(profiling.LEAST_STEPS, 2 * profiling.LEAST_S, 90)
     ours.epoch()
     assert ("bound by data: 90 %" in capsys.readouterr().err) == (kind != "data")
 
 
 def test_few_steps_give_no_advice(capsys):
-    """Somebody with five labelled photographs has five steps an epoch, and the first of them is always
-    slow."""
+    """Five labelled photographs make five steps an epoch, and the first of them is always slow."""
     ours = BottleneckMeter("1-supervised", nn.Identity(), CPU)
     for _ in range((profiling.LEAST_STEPS - 1) // 5):
         ours.add(5, 2 * profiling.LEAST_S, 90)

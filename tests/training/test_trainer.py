@@ -1,4 +1,4 @@
-"""The training step against a plain loop, over ranks and accumulation, and a run that is broken off."""
+"""Training step against a plain loop, over ranks and accumulation, and interrupted runs."""
 
 import copy
 import dataclasses
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from conftest import torchrun
-from stpp import checkpoint, distributed
+from stpp import checkpoint, distributed, files
 from stpp.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
 from stpp.dataset import index
 from stpp.errors import UserError
@@ -45,14 +45,14 @@ def alone(synthetic, synthetic_index, tmp_path_factory) -> dict:
     return torch.load(out)
 
 
-def assert_same(ours: dict, theirs: dict) -> None:
-    assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-5)
-    for key, value in theirs["weights"].items():
-        torch.testing.assert_close(ours["weights"][key], value, rtol=1e-4, atol=1e-6)
+def assert_same(first: dict, second: dict) -> None:
+    assert first["losses"] == pytest.approx(second["losses"], rel=1e-5)
+    for key, value in second["weights"].items():
+        torch.testing.assert_close(first["weights"][key], value, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.dist
-def test_two_ranks_take_the_steps_of_one(synthetic, synthetic_index, alone, tmp_path):
+def test_two_ranks_take_the_same_steps_as_one(synthetic, synthetic_index, alone, tmp_path):
     ran = torchrun(2, WORKER, str(synthetic), str(synthetic_index), str(tmp_path / "steps.pt"), "1",
                    str(STEPS))
     assert ran.returncode == 0, ran.stderr
@@ -126,7 +126,7 @@ def weights_of(path: Path) -> dict:
     return torch.load(path, weights_only=True)["model"]
 
 
-def test_a_run_broken_off_goes_on_to_the_same_weights(synthetic_index, tmp_path):
+def test_interrupted_run_resumes_to_the_same_weights(synthetic_index, tmp_path):
     known = index.load(synthetic_index)
     samples = [known.sample(image) for image in sorted(known.entries)]
     scores = iter([30.0, 20.0, 25.0])
@@ -143,7 +143,7 @@ def test_a_run_broken_off_goes_on_to_the_same_weights(synthetic_index, tmp_path)
     scores = iter([20.0, 25.0])
     resumed = trainer(tiny(), samples, tmp_path / "broken", lambda _: next(scores)).run()
     assert (resumed.miou, resumed.step) == (30.0, 2)
-    assert resumed.iou == {"a": 30.0, "b": 10.0}  # of a step before the break: scores.json is made of it
+    assert resumed.iou == {"a": 30.0, "b": 10.0}  # of an earlier step: scores.json is made of it
     for name in ("last.pt", "best.pt", "third-1.pt", "third-2.pt", "third-3.pt"):
         ours, theirs = weights_of(tmp_path / "broken" / name), weights_of(tmp_path / "whole" / name)
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
@@ -151,9 +151,7 @@ def test_a_run_broken_off_goes_on_to_the_same_weights(synthetic_index, tmp_path)
     assert [row for row in rows if '"loss"' in row] and len({row for row in rows}) == len(rows)
 
 
-def test_a_run_broken_off_after_its_best_and_before_its_checkpoint_keeps_the_same_files(
-    synthetic_index, tmp_path, monkeypatch
-):
+def test_resume_between_best_and_checkpoint_rewrites_same_files(synthetic_index, tmp_path, monkeypatch):
     known = index.load(synthetic_index)
     samples = [known.sample(image) for image in sorted(known.entries)]
     scores = iter([30.0, 40.0, 25.0])
@@ -164,7 +162,7 @@ def test_a_run_broken_off_after_its_best_and_before_its_checkpoint_keeps_the_sam
 
     def once() -> None:
         if broken.steps_done > 2:
-            broken.writer.wait()  # best.pt of step 4 is there
+            broken.writer.wait()  # best.pt of step 4 exists
             raise RuntimeError("power cut")
         save()
 
@@ -183,7 +181,7 @@ def test_a_run_broken_off_after_its_best_and_before_its_checkpoint_keeps_the_sam
 
 
 def spoil(network: nn.Module, calls: set[int]) -> None:
-    """Makes the output of a network not finite in some of its calls."""
+    """Makes the output of a network non-finite in some of its calls."""
     forward, count = network.forward, itertools.count()
     network.forward = lambda images_NCHW: (
         forward(images_NCHW) * (float("nan") if next(count) in calls else 1.0)
@@ -199,7 +197,7 @@ def spoiled(policy: str, synthetic_index, folder: Path, calls: set[int]) -> Trai
 
 
 @pytest.mark.parametrize("calls", [{0}, {2, 3}])
-def test_a_step_that_is_not_finite_is_passed_over(synthetic_index, tmp_path, calls):
+def test_non_finite_step_is_skipped(synthetic_index, tmp_path, calls):
     ours = spoiled("skip", synthetic_index, tmp_path, calls)
     for number, (passes, _) in enumerate(ours._passes()):
         weights = {name: value.detach().clone() for name, value in ours.step.network.named_parameters()}
@@ -210,7 +208,7 @@ def test_a_step_that_is_not_finite_is_passed_over(synthetic_index, tmp_path, cal
     assert all(state["momentum_buffer"].isfinite().all() for state in ours.optimizer.state.values())
 
 
-def test_images_of_a_step_that_is_not_finite_are_named(synthetic_index, tmp_path):
+def test_non_finite_step_names_its_images(synthetic_index, tmp_path):
     ours = spoiled("skip", synthetic_index, tmp_path / "skip", {3})
     ours.run()
     (row,) = [json.loads(line) for line in (tmp_path / "skip" / "nonfinite.jsonl").read_text().splitlines()]
@@ -219,11 +217,11 @@ def test_images_of_a_step_that_is_not_finite_are_named(synthetic_index, tmp_path
     stopped = spoiled("stop", synthetic_index, tmp_path / "stop", {3})
     with pytest.raises(UserError, match=r"not finite at step 3 .*nonfinite.jsonl.*--train.on-nonfinite skip"):
         stopped.run()
-    assert checkpoint.load(tmp_path / "stop" / "last.pt")["step"] == 2  # the one before
+    assert checkpoint.load(tmp_path / "stop" / "last.pt")["step"] == 2  # the previous one
     assert all(value.isfinite().all() for value in weights_of(tmp_path / "stop" / "last.pt").values())
 
 
-def test_a_run_that_is_told_to_stop_saves_first(synthetic_index, tmp_path):
+def test_sigterm_saves_before_ending(synthetic_index, tmp_path):
     known = index.load(synthetic_index)
     samples = [known.sample(image) for image in sorted(known.entries)]
     ours = trainer(tiny(), samples, tmp_path, None, period=6)
@@ -236,7 +234,7 @@ def test_a_run_that_is_told_to_stop_saves_first(synthetic_index, tmp_path):
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 4
 
 
-def test_checkpoints_come_by_steps_and_by_minutes(synthetic_index, tmp_path):
+def test_checkpoints_by_steps_and_by_minutes(synthetic_index, tmp_path):
     known = index.load(synthetic_index)
     samples = [known.sample(image) for image in sorted(known.entries)]
     saved = []
@@ -254,7 +252,7 @@ def test_checkpoints_come_by_steps_and_by_minutes(synthetic_index, tmp_path):
     assert run("neither") == [24]
 
 
-def test_a_checkpoint_that_does_not_fit_is_refused_and_the_old_one_kept(tmp_path, monkeypatch):
+def test_checkpoint_without_disk_space_keeps_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
     checkpoint.save(path, step=1)
 
@@ -263,7 +261,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_the_old_one_kept(tmp_path
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(RuntimeError, match="PytorchStreamWriter"):
-        checkpoint.save(path, step=2)  # there is room: something else is wrong
+        checkpoint.save(path, step=2)  # there is room: another cause
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30, 2**20))
     with checkpoint.CheckpointWriter() as writer:
         writer.save(path, step=2, weights=torch.zeros(2**20))
@@ -274,7 +272,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_the_old_one_kept(tmp_path
     assert checkpoint.load(path)["step"] == 1
 
 
-def test_a_checkpoint_holds_what_was_when_it_was_asked_for(tmp_path):
+def test_checkpoint_holds_the_state_at_its_request(tmp_path):
     weights = torch.zeros(3)
     with checkpoint.CheckpointWriter() as writer:
         writer.save(tmp_path / "a.pt", weights=weights, more={"list": [weights]})
@@ -285,7 +283,7 @@ def test_a_checkpoint_holds_what_was_when_it_was_asked_for(tmp_path):
     assert checkpoint.load(tmp_path / "b.pt")["weights"].all()
 
 
-def test_thirds_that_fall_on_one_step_are_all_kept(synthetic_index, tmp_path):
+def test_thirds_on_the_same_step_are_all_kept(synthetic_index, tmp_path):
     known = index.load(synthetic_index)
     samples = [known.sample(image) for image in sorted(known.entries)]
     ours = trainer(tiny(), samples, tmp_path, None, steps=2)
@@ -295,7 +293,7 @@ def test_thirds_that_fall_on_one_step_are_all_kept(synthetic_index, tmp_path):
     assert torch.equal(first, second) and not torch.equal(second, last)
 
 
-def test_only_a_strictly_better_epoch_is_the_teacher(synthetic_index, tmp_path):
+def test_only_a_strictly_better_epoch_becomes_the_teacher(synthetic_index, tmp_path):
     known = index.load(synthetic_index)
     samples = [known.sample(image) for image in sorted(known.entries)]
     scores = iter([10.0, 20.0, 20.0])
@@ -320,14 +318,13 @@ def test_all_ignored_pixels_give_no_nan(synthetic_index, tmp_path):
 
 
 FOLLOWS = {"fp32": 0.01, "bf16": 0.03}
-"""How far a loss may lie from that of the recipe, as a part of the first loss; measured: 0.003 and 0.007.
-Rounding grows from step to step, the faster the higher the rate: batch norm sees as few as eight numbers
-here."""
+"""Tolerance of a loss to that of the recipe, relative to the first loss; measured: 0.003 and 0.007. Rounding
+grows with steps and rate: batch norm sees as few as eight numbers here."""
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_twenty_steps_follow_the_recipe_in_float32(synthetic_index, tmp_path, precision):
-    """The oracle: plain convolutions in NCHW, full-size logits, PyTorch's own SGD, the schedule as it is
+def test_twenty_steps_match_the_recipe_in_float32(synthetic_index, tmp_path, precision):
+    """The oracle: plain convolutions in NCHW, full-size logits, PyTorch's own SGD, the schedule as
     written."""
     steps, known = 20, index.load(synthetic_index)
     config = Config(model=ModelConfig(backbone="resnet18", output_stride=16),
@@ -337,7 +334,7 @@ def test_twenty_steps_follow_the_recipe_in_float32(synthetic_index, tmp_path, pr
                     steps=steps)
     for module in found.step.network.modules():
         if isinstance(module, (nn.Dropout, nn.Dropout2d)):
-            module.p = 0.0  # their draws differ from layout to layout
+            module.p = 0.0  # their draws differ between layouts
     network = export.plain_copy(copy.deepcopy(found.step.network)).to(memory_format=torch.contiguous_format)
     backbone, head = parameter_groups(network)
     lr = 0.0005 * 8 / 16
@@ -363,7 +360,7 @@ def test_twenty_steps_follow_the_recipe_in_float32(synthetic_index, tmp_path, pr
 
 
 def looked_into(network: nn.Module, seen: list[tuple[str, bool]]) -> None:
-    """Makes a network write down if cuDNN searches, in the forward and in the backward pass."""
+    """Makes a network record whether cuDNN searches, in the forward and in the backward pass."""
     forward = network.forward
 
     def looking(images_NCHW):
@@ -396,7 +393,7 @@ def test_cudnn_searches_in_steps_only_unless_deterministic(synthetic_index, tmp_
     assert not torch.backends.cudnn.benchmark
 
 
-def test_a_step_that_fails_leaves_cudnn_as_it_was(synthetic_index, tmp_path):
+def test_failed_step_restores_cudnn_settings(synthetic_index, tmp_path):
     known = index.load(synthetic_index)
     samples = [known.sample(image) for image in sorted(known.entries)]
     ours = trainer(dataclasses.replace(tiny(), deterministic=False), samples, tmp_path, None)
@@ -446,7 +443,7 @@ def test_every_network_trains_a_step(synthetic_index, tmp_path, name, backbone, 
         assert value.isfinite().all() and (key in fixed or not torch.equal(value, before[key])), key
 
 
-def test_a_frozen_backbone_stays_as_it_is_in_weights_and_statistics(synthetic_index, tmp_path):
+def test_frozen_backbone_keeps_weights_and_statistics(synthetic_index, tmp_path):
     known = index.load(synthetic_index)
     samples = [known.sample(image) for image in sorted(known.entries)]
     path = tmp_path / "backbone.pth"
@@ -462,11 +459,14 @@ def test_a_frozen_backbone_stays_as_it_is_in_weights_and_statistics(synthetic_in
         assert torch.equal(value, before[key]) == key.startswith("backbone."), key
     assert torch.load(tmp_path / "best.pt", weights_only=True)["architecture"] == {
         "name": "deeplabv3plus", "backbone": "resnet18", "output_stride": 16}
+    for name in ("best.pt", "last.pt"):
+        assert torch.load(tmp_path / name, weights_only=True)["pretrained"] == {
+            "source": "backbone.pth", "sha256": files.sha256(path), "licence": None}
     with pytest.raises(ValueError, match="--model.freeze-backbone"):
         ModelConfig(freeze_backbone=True)
 
 
-def test_a_checkpoint_of_other_classes_is_no_start(synthetic_index, tmp_path):
+def test_checkpoint_of_other_classes_is_refused_as_a_start(synthetic_index, tmp_path):
     known = index.load(synthetic_index)
     samples = [known.sample(image) for image in sorted(known.entries)]
     trainer(tiny(), samples, tmp_path, None, steps=1).run()
@@ -487,13 +487,13 @@ def test_batches_that_do_not_divide_or_leave_one_image_are_refused(batch, ranks,
     assert images_per_pass(TrainConfig(batch_global=2 * ranks * accumulate, accumulate=accumulate), here) == 2
 
 
-def test_precision_is_refused_where_the_device_lacks_it():
+def test_unsupported_precision_is_refused():
     with pytest.raises(UserError, match="--train.precision fp16"):
         autocast_dtype("fp16", torch.device("cpu"))
     assert autocast_dtype("fp32", torch.device("cpu")) == torch.float32
 
 
-def test_synchronised_batch_norm_is_done_without_on_a_cpu_with_a_word(capsys):
+def test_synchronised_batch_norm_is_skipped_on_a_cpu_with_a_message(capsys):
     network = fresh_network(tiny(sync_bn=True), distributed.World(device=torch.device("cpu")),
                             tuple("abcdef"), stage=1)
     assert "--train.sync-bn: PyTorch has no synchronised batch norm on a CPU" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""One rank of a test of `distributed.on_main`: `on_main.py CASE`; prints what it saw."""
+"""One rank of a test of `distributed.on_main`: `on_main.py CASE`; prints its observations."""
 
 import sys
 import time
@@ -30,7 +30,7 @@ def refuse() -> None:
 
 
 def parts(here) -> None:
-    """Each call has a part of the store to itself."""
+    """Each call has its own part of the store."""
     counts = []
     for _ in range(3):
         store = distributed.store_of_this_call(here)
@@ -47,5 +47,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run = lambda name, args: main()  # what the command line makes of errors
+    cli.run = lambda name, args: main()  # the command line's handling of errors
     cli.main(["test"])

@@ -1,8 +1,9 @@
 """Takes a few training steps of a network without batch statistics and writes its weights.
 
 Arguments: data root, index folder, output file, accumulate, steps, a method (supervised, unimatch,
-unimatch-v2), and "rare" for every remedy of rare classes at once. Run alone or under torchrun. Dropout, which
-draws other numbers on every rank, is off. """
+unimatch-v2), and "rare" for all remedies of rare classes together. Runs alone or under torchrun. Dropout is
+off, because it draws other numbers on every rank.
+"""
 
 import dataclasses
 import sys
@@ -45,12 +46,13 @@ class Plain(nn.Module):
 
 
 def mixed_samples(known: index.Index) -> list[Sample]:
-    """Every other image is strong: padding and cutouts leave every rank another number of pixels to count."""
+    """Makes every other image strong: padding and cutouts give every rank another number of pixels to
+    count."""
     return [known.sample(image, strong=i % 2 == 1) for i, image in enumerate(sorted(known.entries))]
 
 
 def whole(n: int, channels: list[int], device: torch.device) -> list[torch.Tensor]:
-    """In place of complementary dropout: every channel in both views."""
+    """Replaces complementary dropout by every channel in both views."""
     return [torch.ones(2 * n, depth, device=device) for depth in channels]
 
 

@@ -96,10 +96,12 @@ def opened(options: OnLabels, folder: Path, listed: Path, here: "World") -> Read
     Raises:
         UserError: no such index or list, another EXIF rule, or classes that do not match.
     """
+    from stpp import log
     from stpp.dataset import splits
     from stpp.inference import exif_rule
     from stpp.inference.open import EagerPredictor
     from stpp.inference.record import weights_sha256
+    from stpp.models.pretrained import describe
     from stpp.models.trained import load_network
     from stpp.precision import autocast_dtype
     from stpp.run.freshness import of_today
@@ -117,6 +119,8 @@ def opened(options: OnLabels, folder: Path, listed: Path, here: "World") -> Read
         raise UserError(
             f"{options.checkpoint} was trained on {len(classes)} classes ({', '.join(classes)}) but "
             f"{folder} has {len(known.classes)} ({', '.join(known.classes)}); use the matching index")
+    if network.pretrained is not None:
+        log.say(f"{options.checkpoint}: started from {describe(network.pretrained)}")
     predictor = EagerPredictor(network, num_classes=len(classes), device=here.device,
                                dtype=autocast_dtype(options.compute.precision, here.device),
                                view_px=architecture.get("view_px"))

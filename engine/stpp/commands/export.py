@@ -2,6 +2,7 @@
 runs."""
 
 import contextlib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,7 +55,8 @@ def export(args: Sequence[str]) -> None:
     ready = fold.ready(network, device=torch.device("cpu"), dtype=dtype)
     unfinished = options.out.with_name(f".{options.out.name}.{os.getpid()}.tmp")
     try:
-        graphs.onnx(ready, unfinished, shapes=DEFAULT_SHAPES, dtype=dtype)
+        graphs.onnx(ready, unfinished, shapes=DEFAULT_SHAPES, dtype=dtype,
+                    metadata={"pretrained": json.dumps(network.pretrained)})
         os.replace(unfinished, options.out)
     except OSError as error:
         raise UserError(f"--out {options.out}: {error.strerror or error}; make room, or choose another "

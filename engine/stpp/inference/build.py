@@ -151,6 +151,8 @@ def eager_folder(plan: Compilation, folder: Path) -> None:
 def _write_folder(plan: Compilation, record: EngineRecord, folder: Path) -> None:
     """Writes `checkpoint.pt` and a signed `engine.json`."""
     rule = {} if plan.exif is None else {"reading": {"exif": plan.exif}}
+    if (pretrained := getattr(plan.network, "pretrained", None)) is not None:
+        rule["pretrained"] = pretrained
     checkpoints.save(folder / records.WEIGHTS, model=plan.network.state_dict(), classes=list(plan.classes),
                      architecture=plan.architecture, **rule)
     records.write(folder, record, trust.sign(record))

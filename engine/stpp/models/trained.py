@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stpp import checkpoint, log
 from stpp.errors import UserError
 from stpp.models.build import BACKBONES, NETWORKS, build_model, stride_of
+from stpp.models.pretrained import record_of
 from stpp.models.weights import load_state, named_keys, read_checkpoint, state_dict_of
 
 MAX_CLASSES = 255
@@ -75,6 +76,7 @@ def load_network(
             f"--output-stride {output_stride}: {path} was trained at {architecture['output_stride']} and "
             "tells so; leave the flag out"
         )
+    network.pretrained = record_of(saved)
     told = architecture.get("view_px")
     if not (told is None or type(told) is int and told > 0):
         raise UserError(f"{path}: holds no network of this version (view_px is {told!r}); give a best.pt or "

@@ -366,7 +366,7 @@ class Trainer:
         if self.here.is_main:
             self.writer.save(self.folder / name, model=deployed.state_dict(), classes=list(self.classes),
                              architecture=architecture_of(self.config.model, self.config.data.view_px),
-                             step=self.steps_done,
+                             step=self.steps_done, pretrained=getattr(deployed, "pretrained", None),
                              reading={"exif": self.config.data.exif}, **scores)
 
     def _save(self) -> None:
@@ -378,7 +378,8 @@ class Trainer:
                              optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
                              step=self.steps_done, best_step=self.best_step, best_miou=self.best_miou,
                              best_iou=dict(self.best_iou), last_miou=self.last_miou, seconds=self.seconds,
-                             by_class=self.meter.state())
+                             by_class=self.meter.state(),
+                             pretrained=getattr(self.step.deployed, "pretrained", None))
 
     def _resume(self) -> None:
         path = self.folder / "last.pt"
