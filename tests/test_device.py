@@ -45,8 +45,8 @@ def test_on_a_cpu_nothing_is_copied():
     assert device.side_stream(CPU) is None and device.copy_stream(CPU) is None
     staged = device.staging(2, 3, dtype=torch.uint8, device=CPU)
     assert staged.shape == (2, 3) and staged.dtype == torch.uint8 and not staged.is_pinned()
-    with device.on(None), device.in_turn(None, CPU):
-        (taken,) = device.Arriving(staged, stream=None).take()
+    with device.on_stream(None), device.ordered_on_stream(None, CPU):
+        (taken,) = device.AsyncUpload(staged, stream=None).take()
     (read,) = device.Readback(staged).read()
     assert taken is staged and read is staged
 
@@ -64,7 +64,7 @@ def test_all_copies_to_a_device_share_a_stream(monkeypatch):
 def test_who_takes_what_arrives_waits_on_the_device_and_keeps_its_memory(monkeypatch):
     log = stream_cases.install(monkeypatch)
     side, first = stream_cases.Stream("side", log), torch.zeros(2, 3)
-    arriving = device.Arriving(first, torch.zeros(2), stream=side)
+    arriving = device.AsyncUpload(first, torch.zeros(2), stream=side)
     side.record_event()  # what is queued behind is not waited for
     assert arriving.take()[0] is first
     assert log == ["side event 1", "side event 2", "main waits for side event 1", "main uses 2-d float32",
@@ -74,7 +74,7 @@ def test_who_takes_what_arrives_waits_on_the_device_and_keeps_its_memory(monkeyp
 def test_streams_that_take_turns_wait_for_each_other_also_after_an_error(monkeypatch):
     log = stream_cases.install(monkeypatch)
     own = stream_cases.Stream("own", log)
-    with pytest.raises(KeyError), device.in_turn(own, CPU):
+    with pytest.raises(KeyError), device.ordered_on_stream(own, CPU):
         log.append(f"work on {torch.cuda.current_stream().name}")
         raise KeyError
     assert log == ["own waits for main", "work on own", "main waits for own"]
@@ -89,8 +89,8 @@ def test_copies_arrive_whole_on_a_gpu_beside_its_work():
         staged = device.staging(1 << 20, dtype=torch.int64, device=gpu)
         assert staged.is_pinned()
         staged.fill_(number)
-        with device.on(side):
-            arriving = device.Arriving(staged.to(gpu, non_blocking=True), stream=side)
+        with device.on_stream(side):
+            arriving = device.AsyncUpload(staged.to(gpu, non_blocking=True), stream=side)
         del staged
         ballast @ ballast
         (values,) = arriving.take()

@@ -219,7 +219,7 @@ class AugmentConfig:
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Range of the blur's standard deviation, in pixels."""
     box_p: float = 0.5
-    """Probability of a box: erased in ST and ST++ (Cutout), pasted from another image in UniMatch (CutMix)."""
+    """Probability of a box: erased in ST, ST++ (Cutout), pasted from another image in UniMatch (CutMix)."""
     box_area: tuple[float, float] = (0.02, 0.4)
     """Range of the box area, as a share of the crop."""
     box_aspect: tuple[float, float] = (0.3, 1 / 0.3)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from stpp import log
-from stpp.device import captured, in_turn, side_stream
+from stpp.device import graph_capture, ordered_on_stream, side_stream
 from stpp.inference.export import INPUT, OUTPUT
 
 MAX_BUCKETS = 16
@@ -64,7 +64,7 @@ class Runner:
 
     def __call__(self, images_NCHW: torch.Tensor) -> torch.Tensor:
         """Logits in a tensor of their own, in the order of the current stream."""
-        with in_turn(self._stream, self._device):
+        with ordered_on_stream(self._stream, self._device):
             return self._run(images_NCHW)
 
     def _run(self, images_NCHW: torch.Tensor) -> torch.Tensor:
@@ -129,7 +129,7 @@ class Runner:
         images_NCHW = torch.zeros(shape, dtype=self._in_dtype, device=self._device)
         graph = torch.cuda.CUDAGraph()
         try:
-            with captured(graph, self._stream, self._device):
+            with graph_capture(graph, self._stream, self._device):
                 logits_NChw = self._execute(bucket.context, images_NCHW)
         except RuntimeError as error:
             self._captures = False

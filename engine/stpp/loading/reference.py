@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter
 
 from stpp.config import AugmentConfig
-from stpp.device import Arriving, copy_stream, on, staging
+from stpp.device import AsyncUpload, copy_stream, on_stream, staging
 from stpp.images.masks import IGNORE
 from stpp.images.pixels import normalised
 from stpp.loading.augment import (
@@ -173,7 +173,7 @@ class _Loading:
         self._pixels_VNHWC = staging(len(stream.views), n, side, side, 3, **settings)
         self._labels_NHW = staging(n, side, side, **settings) if stream.masked else None
         self._rows = [pool.submit(self._fill, row, stream.samples[i]) for row, i in enumerate(micro.indices)]
-        self._arriving: Arriving | None = None
+        self._arriving: AsyncUpload | None = None
 
     def _fill(self, row: int, sample: Sample) -> None:
         views, mask = self._apply(*decoded(sample, masked=self._stream.masked), self._drawn, row)
@@ -192,9 +192,9 @@ class _Loading:
             for row in self._rows:
                 row.result()
             there = [staged for staged in (self._pixels_VNHWC, self._labels_NHW) if staged is not None]
-            with on(self._copies):
+            with on_stream(self._copies):
                 copies = [staged.to(self._device, non_blocking=True) for staged in there]
-                self._arriving = Arriving(*copies, stream=self._copies)
+                self._arriving = AsyncUpload(*copies, stream=self._copies)
 
     def take(self) -> Batch:
         """The batch, on the device."""

@@ -57,7 +57,7 @@ def load_network(
     if "format" not in content:
         network, classes, architecture = _published(state_dict_of(content), path, output_stride, class_names)
         return LoadedNetwork(network, classes, architecture | seen)
-    saved = checkpoint.ours(content, path)
+    saved = checkpoint.require_own(content, path)
     try:
         architecture, classes = saved["architecture"], list(saved["classes"])
         network = build_model(
