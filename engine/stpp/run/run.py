@@ -22,7 +22,7 @@ from stpp.dataset.entries import Index
 from stpp.dataset.notes import Notes
 from stpp.distributed import World, threads_per_rank
 from stpp.errors import UserError
-from stpp.inference import several
+from stpp.inference import predictors
 from stpp.inference.evaluate import evaluate, write_scores
 from stpp.inference.open import EagerPredictor
 from stpp.inference.views import view_size
@@ -241,7 +241,7 @@ class Run:
         train = self.config.train
         matrix = evaluate(self._eager(network), self.val, self.here, self.config.data,
                           crop_px=train.validate_window, edges=train.validate_window_edges,
-                          seen=watch.see if self.here.is_main else None)
+                          on_batch=watch.see if self.here.is_main else None)
         iou = dict(zip(self.index.classes, (100 * iou_per_class(matrix)).tolist(), strict=True))
         return Scores(miou=mean_iou(matrix), iou=iou, pictures=watch.pictures)
 
@@ -262,15 +262,15 @@ class Run:
             return ()
         return by_class.filled(label.class_confidence, "label.class-confidence", classes, least)
 
-    def _opening(self, paths: list[Path], samples: list[Sample], mode: str) -> several.Open:
+    def _opening(self, paths: list[Path], samples: list[Sample], mode: str) -> predictors.PredictorOpener:
         backend = self.config.label.backend
         if backend == "auto" and self.config.deterministic:
             backend = "eager"  # the choice depends on the threads, and so on the number of ranks
         sizes = (view_size(sample.height, sample.width, self.config.data.view_px) for sample in samples)
         pixels = sum(height * width for height, width in sizes) // len(samples)
-        return several.from_paths(paths, self.here.device, mode=mode, backend=backend,
-                                   precision=self.config.train.precision, image_px=pixels,
-                                   predictors=METHODS[self.config.method].predictors)
+        return predictors.from_paths(paths, self.here.device, mode=mode, backend=backend,
+                                     precision=self.config.train.precision, image_px=pixels,
+                                     predictors=METHODS[self.config.method].predictors)
 
     def _teacher(self, path: Path) -> EagerPredictor:
         return self._eager(load_network(path)[0])
