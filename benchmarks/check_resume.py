@@ -136,7 +136,7 @@ def main() -> None:
     report.summary("resume.equal", float(equal))
     report.finish()
     assert 0 < step < states["whole"]["step"], "the run had ended before it was told to stop"
-    assert re.search(rf"going on from step {step}\b",
+    assert re.search(rf"resuming from step {step}\b",
                      text), "the run was not continued from what it had saved"
     assert repeats and equal, (
         f"two runs with --deterministic: equal {repeats}; stopped and continued: equal {equal}"

@@ -175,7 +175,7 @@ def test_the_command_compiles_judges_and_opens_again(tmp_path, capsys):
               "--backend", "inductor",
               "--precision", "fp32", "--sample", str(tmp_path / "photos"), "--device", "cpu",
               "--shapes", "1x32x32", "2x64x64", "4x128x128"])
-    assert "as eager" in capsys.readouterr().err
+    assert "agree with eager" in capsys.readouterr().err
     record, _ = records.read(tmp_path / "engine")
     assert (
         record.agreement.pixels == 90 * 120

@@ -79,10 +79,10 @@ def test_what_a_step_waits_for_most_bounds_it(monkeypatch, capsys, wait_pct, exc
     monkeypatch.setattr(profiling, "communication_share", lambda model: exchange)
     ours = BottleneckMeter("1-supervised", nn.Identity())
     ours.add(profiling.LEAST_STEPS, 0.9 * profiling.LEAST_S, wait_pct)
-    ours.epoch()
+    ours.end_epoch()
     assert capsys.readouterr().err == ""
     ours.add(1, 0.9 * profiling.LEAST_S, wait_pct)
-    ours.epoch()
+    ours.end_epoch()
     said = capsys.readouterr().err
     assert (
         f"1-supervised: bound by {kind}: {wait_pct} % of a step waits for data, {100 * exchange:.0f} %"
@@ -90,10 +90,10 @@ def test_what_a_step_waits_for_most_bounds_it(monkeypatch, capsys, wait_pct, exc
     )
     assert profiling.ADVICE[kind] in said
     ours.add(profiling.LEAST_STEPS, 2 * profiling.LEAST_S, wait_pct)
-    ours.epoch()
+    ours.end_epoch()
     assert capsys.readouterr().err == ""  # nothing new
     ours.add(profiling.LEAST_STEPS, 2 * profiling.LEAST_S, 90)
-    ours.epoch()
+    ours.end_epoch()
     assert ("bound by data: 90 %" in capsys.readouterr().err) == (kind != "data")
 
 
@@ -103,10 +103,10 @@ def test_few_steps_give_no_advice(capsys):
     ours = BottleneckMeter("1-supervised", nn.Identity())
     for _ in range((profiling.LEAST_STEPS - 1) // 5):
         ours.add(5, 2 * profiling.LEAST_S, 90)
-        ours.epoch()
+        ours.end_epoch()
     assert capsys.readouterr().err == ""
     ours.add(5, profiling.LEAST_S, 90)
-    ours.epoch()
+    ours.end_epoch()
     said = capsys.readouterr().err
     assert "bound by data: 90 % of a step waits for data; to make it shorter" in said
 

@@ -102,9 +102,9 @@ def opened(options: OnLabels, folder: Path, listed: Path, here: "World") -> Read
     from stpp.inference.record import weights_sha256
     from stpp.models.trained import load_network
     from stpp.precision import autocast_dtype
-    from stpp.run.freshness import of_today
+    from stpp.run.freshness import fresh_index
 
-    known = of_today(folder, listed, here)
+    known = fresh_index(folder, listed, here)
     data = DataConfig(exif=known.exif, loader=options.reading.loader, threads=options.reading.threads)
     samples = splits.read_split(listed, known, labelled=True)
     network, classes, architecture = load_network(options.checkpoint, output_stride=options.output_stride,

@@ -131,7 +131,7 @@ def parse(trt: ModuleType, builder: Any, path: Path, logger: Any) -> Any:
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(path)):
         errors = "; ".join(str(parser.get_error(i)).strip() for i in range(parser.num_errors))
-        raise UserError(f"--backend tensorrt: the graph is not supported ({errors[:300]}); use --backend "
+        raise UserError(f"--backend tensorrt: cannot parse the graph ({errors[:300]}); use --backend "
                         "inductor or eager")
     names = [network.get_input(i).name for i in range(network.num_inputs)]
     names += [network.get_output(i).name for i in range(network.num_outputs)]

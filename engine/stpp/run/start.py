@@ -1,5 +1,5 @@
-"""A whole run, from a config to results.json: its folder claimed, its data set indexed, its method's
-stages."""
+"""Start of a run from a config: claims the folder, prepares the index, runs the method's stages, writes
+results.json."""
 
 import contextlib
 import os
@@ -22,22 +22,22 @@ from stpp_kernels import described
 
 
 def start(config: Config, here: World) -> dict:
-    """Runs every stage of `config.method` that is not done yet.
+    """Runs all unfinished stages of `config.method`.
 
     Returns:
-        What `results.json` holds:
+        Content of `results.json`:
         `{"method", "stages": [{"name", "miou", "steps", "seconds"}, ...], "control"}`, mIoU in percent.
 
     Raises:
-        UserError: the data, the recipe or the run directory do not allow the run.
+        UserError: the data, the recipe or the run folder are invalid.
     """
     if config.deterministic:
-        # cuBLAS refuses to be deterministic without
+        # required by cuBLAS for determinism
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     per_pass = images_per_pass(config.train, here)
     if METHODS[config.method].pairs and per_pass % 2:
-        raise UserError(f"--train.batch-global {config.train.batch_global} gives {per_pass} images a rank "
+        raise UserError(f"--train.batch-global {config.train.batch_global} gives {per_pass} images per rank "
                         f"and pass, and --method {config.method} mixes pairs; choose a multiple of "
                         f"{2 * here.size * config.train.accumulate}")
     with contextlib.ExitStack() as stack:
@@ -70,7 +70,7 @@ def _run(config: Config, here: World) -> dict:
 
 
 def _prepared_index(config: Config, here: World) -> Index:
-    """The index of the data set, made or renewed by rank 0 where it is missing or stale."""
+    """Loads the index of the data set; rank 0 first prepares it if it is missing or stale."""
     data = config.data
     folder = data.index or config.out / "index"
     settings = data.prepare_options()

@@ -1,5 +1,5 @@
-"""Batch-norm statistics recomputed on weakly augmented images: running averages follow strongly augmented
-crops and weights of some steps ago, and a network is used on whole images as they are.
+"""Recomputation of batch-norm statistics on weakly augmented images: running averages follow strongly
+augmented crops and older weights, but the network is applied to whole, plain images.
 
 N images, H W crop size.
 """
@@ -18,16 +18,16 @@ from stpp.distributed import World
 @contextlib.contextmanager
 def recalibrated(network: nn.Module, batches: Callable[[], Iterable[torch.Tensor]], here: World, *,
                  autocast: contextlib.AbstractContextManager) -> Iterator[None]:
-    """Puts statistics of some images in place of the running averages, which come back at the end.
+    """Replaces the running averages by statistics of some images inside the block, and restores them after.
 
-    A layer's statistics are the means over batches of their mean and variance, over all ranks. Layers that
-    are frozen keep theirs.
+    A layer's statistics are the averages of its batches' means and variances, over all ranks. Frozen layers
+    are not changed.
 
     Args:
-        network: left in the mode that it is in; dropout is off meanwhile.
-        batches: makes this rank's images, float32 [N, 3, H, W], as many batches on every rank.
+        network: its mode is kept; dropout is off during the recomputation.
+        batches: makes this rank's images, float32 [N, 3, H, W]; the same number of batches on every rank.
         here: this rank.
-        autocast: the types to compute in.
+        autocast: autocast context to compute in.
     """
     was_training = network.training
     network.train()
