@@ -134,7 +134,7 @@ DPT = ("--model.name", "dpt", "--model.backbone", "dinov2-small", "--model.outpu
     ([*DPT, "--augment.crop-px", "9"],
      "--augment.crop-px 9: dinov2-small has patches of 14 pixels; choose 14"),
     ([*DPT, "--model.name", "pspnet"],
-     "--model.backbone 'dinov2-small' is none of --model.name 'pspnet'; there is"),
+     "--model.backbone 'dinov2-small' does not work with --model.name 'pspnet'; available"),
     ([*DPT, "--model.output-stride", "16"],
      "output stride 16: dinov2-small has patches and no output stride"),
     (["--model.freeze-backbone"],

@@ -291,7 +291,7 @@ def test_a_checkpoint_of_unimatch_v2_gives_the_mean_of_its_weights(tmp_path, cap
         assert found.classes == list("abcdefg")
         assert all(bool((tensor == value).all()) for tensor in found.network.parameters())
         errors = capsys.readouterr().err
-        assert (f"{path}: model_ema is read; best.pth#model names the other" in errors) == said
+        assert (f"{path}: model_ema is read; best.pth#model selects the other" in errors) == said
         assert f"dpt on {backbone}, 7 classes" in errors and "output stride" not in errors
     assert "holds no 'x'; it has model_ema, model" in refusal(trained.load_network, f"{path}#x")
     assert "leave it out" in refusal(trained.load_network, path, output_stride=8)
@@ -305,7 +305,7 @@ def test_the_stride_of_unimatch_is_asked_for(tmp_path, backbone):
     message = refusal(trained.load_network, path)
     assert (
         f"deeplabv3plus on {backbone}, by its keys" in message
-        and "say it with --output-stride (16 is usual)" in message
+        and "give it with --output-stride (16 is usual)" in message
     )
     found = trained.load_network(path, output_stride=16)
     assert found.architecture == {"name": "deeplabv3plus", "backbone": backbone, "output_stride": 16}
@@ -339,7 +339,7 @@ def test_state_dicts_of_other_networks_are_refused(tmp_path):
     deep_stem = {key: value for key, value in whole.items() if key != "backbone.conv1.weight"}
     deep_stem |= {f"backbone.conv1.{i}.weight": torch.ones(1) for i in (0, 3, 6)}
     message = refusal(trained.load_network, save(deep_stem, tmp_path))
-    assert "weights.pth: holds no network that is known here; nearest is deeplabv3plus on resnet18" in message
+    assert "weights.pth: holds no known network; nearest is deeplabv3plus on resnet18" in message
     assert (
         "missing: backbone.conv1.weight" in message
         and "superfluous: backbone.conv1.0.weight, backbone.conv1.3" in message
