@@ -1,6 +1,6 @@
 """Installs the engine and the fused operators from their two source roots, and builds the C++ operators.
 
-Metadata stands in pyproject.toml. A failed C++ build is a warning: the operators then run in plain PyTorch.
+Metadata is in pyproject.toml. If the C++ build fails, setup warns, and the operators run in plain PyTorch.
 """
 
 import os
@@ -14,7 +14,7 @@ CSRC = Path("kernels/stpp_kernels/csrc")
 
 
 def cpp_operators() -> dict:
-    """Setup arguments that build `stpp_kernels._C`; none where torch is not installed yet."""
+    """Setup arguments that build `stpp_kernels._C`; empty if torch is not installed."""
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
@@ -26,13 +26,13 @@ def cpp_operators() -> dict:
         def run(self):
             try:
                 super().run()
-            # a compiler fails in many ways; each leaves the plain operators in use
+            # a compiler can fail in many ways; the plain operators remain
             except Exception as error:
-                print(f"stpp: C++ operators not built ({error}); the plain PyTorch forms will be "
-                      "used", file=sys.stderr)
+                print(f"stpp: C++ operators not built ({error}); falling back to the plain PyTorch "
+                      "forms", file=sys.stderr)
 
     sources = sorted(str(path) for path in CSRC.glob("*.cpp"))
-    # STPP_MARCH names an older processor where one build serves several machines, for example x86-64-v3.
+    # STPP_MARCH selects an older processor for a build shared by several machines, for example x86-64-v3.
     flags = ["-O3", "-fopenmp",
              f"-march={os.environ.get('STPP_MARCH', 'native')}", "-ffp-contract=fast", "-fno-math-errno"]
     extension = CppExtension("stpp_kernels._C", sources, extra_compile_args=flags,

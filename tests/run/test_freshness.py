@@ -53,7 +53,7 @@ def test_a_mended_mask_is_read_again_before_it_is_scored(known, here, capsys):
     paletted(ids(2), *COLOURS).save(known.root / "labels" / "1.png")
     fresh = fresh_index(known.out, path, here)
     assert (read_index_mask(fresh.sample("photos/1.jpg").mask) == ids(2)).all()
-    assert "1 file of" in (said := capsys.readouterr().err) and "labels/1.png the first" in said
+    assert "1 file of" in (said := capsys.readouterr().err) and "the first: labels/1.png" in said
     assert (
         fresh_index(known.out, path, here).fingerprint == fresh.fingerprint
         and "again" not in capsys.readouterr().err
@@ -253,4 +253,4 @@ def test_a_mended_file_of_shapes_is_read_again(tmp_path, here, capsys):
     fresh = fresh_index(made.out, path, here)
     assert (read_index_mask(fresh.sample("photos/1.jpg").mask) == 1).all()
     assert (read_index_mask(fresh.sample("photos/0.jpg").mask) == shape_cases.square(1)).all()
-    assert "1 file of" in (said := capsys.readouterr().err) and "annotations.json the first" in said
+    assert "1 file of" in (said := capsys.readouterr().err) and "the first: annotations.json" in said

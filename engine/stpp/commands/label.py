@@ -186,7 +186,7 @@ def _run(options: CorpusOptions, paths: Sequence[Path], mode: str, work: Callabl
     from stpp.inference import exif_rule, predictors
     from stpp.label.assignment import Assignment
     from stpp.label.shards import Part
-    from stpp_kernels import described
+    from stpp_kernels import describe_implementations
 
     for path in paths:
         if not files.and_part(path)[0].exists():
@@ -194,7 +194,7 @@ def _run(options: CorpusOptions, paths: Sequence[Path], mode: str, work: Callabl
     classes: list[str] = []
     with distributed.world(options.compute.device) as here:
         log.set_speaker(here.is_main)
-        log.say(f"operators: {described(here.device.type)}")
+        log.say(f"operators: {describe_implementations(here.device.type)}")
         if options.compute_threads:
             import torch
 

@@ -18,7 +18,7 @@ from stpp.run import folder, lease
 from stpp.run.outcome import summary
 from stpp.run.run import Run
 from stpp.training.assemble import images_per_pass
-from stpp_kernels import described
+from stpp_kernels import describe_implementations
 
 
 def start(config: Config, here: World) -> dict:
@@ -55,7 +55,7 @@ def _run(config: Config, here: World) -> dict:
             f"{str(autocast_dtype(config.train.precision, here.device)).removeprefix('torch.')}, "
             f"{len(run.labelled)} labelled, {len(run.unlabelled)} unlabelled, {len(run.val)} validation "
             "images")
-    log.say(f"operators: {described(here.device.type)}")
+    log.say(f"operators: {describe_implementations(here.device.type)}")
     distributed.on_main(here, run.preflight)
     if config.strict:
         distributed.on_main(here, run.refuse_warnings)

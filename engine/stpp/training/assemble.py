@@ -41,7 +41,7 @@ def fresh_network(config: Config, here: World, classes: Sequence[str], *, stage:
     if train.sync_bn and on_cuda:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     elif train.sync_bn:
-        log.say("  --train.sync-bn: PyTorch has no synchronised batch norm for CPUs; each rank normalises "
+        log.say("  --train.sync-bn: PyTorch has no synchronised batch norm on a CPU; each rank normalises "
                 "over its own images")
     elif here.size > 1 and per_pass < FEW_IMAGES:
         log.say(f"  each rank normalises over {per_pass} images"
