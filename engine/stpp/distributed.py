@@ -137,9 +137,9 @@ def keep_freed_memory() -> None:
     mallopt(_M_TRIM_THRESHOLD, no_limit)
 
 
-def threads_per_rank(here: World, asked: int = 0) -> int:
-    """Number of threads: `asked`, or if that is 0, this machine's cores divided by its ranks, at least 1."""
-    return asked or max(1, processes.cores() // here.local_size)
+def threads_per_rank(here: World, requested: int = 0) -> int:
+    """Number of threads: `requested`, or if that is 0, this machine's cores divided by its ranks, at least 1."""
+    return requested or max(1, processes.cores() // here.local_size)
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:

@@ -84,9 +84,9 @@ def form(product: str, x_NIHW: Tensor, dilation: int) -> str:
 
 def _forced_form() -> str:
     """Form that the environment forces, or ""."""
-    asked = os.environ.get(FORM_VARIABLE, "")
-    if asked in ("taps", "conv"):
-        return asked
+    requested = os.environ.get(FORM_VARIABLE, "")
+    if requested in ("taps", "conv"):
+        return requested
     return "conv" if dispatch.reference_forced() else ""
 
 

@@ -27,12 +27,12 @@ def recorded(path: Path) -> bool | None:
     return exif if isinstance(exif, bool) else None
 
 
-def resolve(paths: Sequence[Path], asked: bool | None = None) -> bool:
+def resolve(paths: Sequence[Path], requested: bool | None = None) -> bool:
     """Determines the common rule of networks; upright if neither a network nor a flag sets one (published
     networks record none).
 
     Args:
-        asked: True for `--exif`, False for `--no-exif`, None for neither.
+        requested: True for `--exif`, False for `--no-exif`, None for neither.
 
     Raises:
         UserError: a network's rule differs from the flag or from another network's.
@@ -40,9 +40,9 @@ def resolve(paths: Sequence[Path], asked: bool | None = None) -> bool:
     rules = {path: recorded(path) for path in paths}
     known = {path: rule for path, rule in rules.items() if rule is not None}
     for path, rule in known.items():
-        if asked not in (None, rule):
+        if requested not in (None, rule):
             raise UserError(
-                f"--{'exif' if asked else 'no-exif'}: {path} was trained on images {describe(rule)}; leave "
+                f"--{'exif' if requested else 'no-exif'}: {path} was trained on images {describe(rule)}; leave "
                 "the flag out"
             )
         first, expected = next(iter(known.items()))
@@ -51,7 +51,7 @@ def resolve(paths: Sequence[Path], asked: bool | None = None) -> bool:
                 f"{path} was trained on images {describe(rule)}, {first} on images {describe(expected)}; "
                 "give checkpoints of one run"
             )
-    return asked if asked is not None else next(iter(known.values()), True)
+    return requested if requested is not None else next(iter(known.values()), True)
 
 
 def describe(exif: bool) -> str:

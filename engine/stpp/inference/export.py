@@ -68,10 +68,10 @@ def onnx(ready: nn.Module, path: Path, *, shapes: Shapes, dtype: torch.dtype) ->
     exported, shapes = program(ready, shapes=shapes, device=next(ready.parameters()).device, dtype=dtype,
                                plain=True)
     with quiet(), torch.no_grad():
-        made = torch.onnx.export(exported, dynamo=True, verbose=False, input_names=[INPUT],
+        graph = torch.onnx.export(exported, dynamo=True, verbose=False, input_names=[INPUT],
                                  output_names=[OUTPUT])
     path.parent.mkdir(parents=True, exist_ok=True)
-    made.save(str(path), external_data=False)
+    graph.save(str(path), external_data=False)
     return shapes
 
 

@@ -117,10 +117,10 @@ def default_cache() -> Path:
 def _open_folder(folder: Path, load: Load, device: torch.device, *, backend: str, precision: str, cache: Path,
                  trusted: bool) -> Predictor:
     record, signature = records.read(folder)
-    for flag, asked in (("backend", backend), ("precision", precision)):
+    for flag, requested in (("backend", backend), ("precision", precision)):
         actual = getattr(record, flag)
-        if asked not in ("auto", actual):
-            raise UserError(f"--{flag} {asked}: {folder} is an engine with {flag} {actual}; leave the flag "
+        if requested not in ("auto", actual):
+            raise UserError(f"--{flag} {requested}: {folder} is an engine with {flag} {actual}; leave the flag "
                             "out, or give a checkpoint")
     if record.backend != "eager" and record.device.kind != device.type:
         raise UserError(f"{folder} was built for {record.device.kind} ({record.device.name}), and this "

@@ -109,12 +109,12 @@ def compile_onnx(graph: Path, plan: Path, *, shapes: Shapes, device: torch.devic
         for i, capability in enumerate(capabilities):
             config.set_compute_capability(getattr(trt.ComputeCapability, capability), i)
     cache = None if name == "tensorrt-rtx" else _timing_cache(config, trt, device)
-    made = builder.build_serialized_network(network, config)
-    if made is None:
+    serialized = builder.build_serialized_network(network, config)
+    if serialized is None:
         raise UserError(f"--backend tensorrt: {name} {trt.__version__} could not build the engine "
                         f"({logger.last}); use --backend inductor or eager")
     with files.plain(plan) as file:
-        file.write(made)
+        file.write(serialized)
     if cache is not None:
         with files.atomic(cache) as file:
             file.write(bytes(config.get_timing_cache().serialize()))

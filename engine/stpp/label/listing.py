@@ -52,10 +52,10 @@ def _list(task: Assignment, stamp: dict) -> None:
         (task.out / "plan").mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"--out {task.out}: is a file, or inside one; choose a folder") from None
-    made = make(task.source, task.out / "plan", shard_size=task.config.shard_size)
+    counts = make(task.source, task.out / "plan", shard_size=task.config.shard_size)
     _say_passed(task)
     files.write_json(task.out / "plan" / "listing.json",
-                     made | {"asked": task.config.shard_size, "source": stamp, "marks": _has_marks(stamp)})
+                     counts | {"asked": task.config.shard_size, "source": stamp, "marks": _has_marks(stamp)})
 
 
 def _update(task: Assignment, listing: dict, stamp: dict) -> None:

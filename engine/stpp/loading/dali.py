@@ -216,14 +216,14 @@ class _Feeder:
         Raises:
             UserError: PIL cannot decode the image either, or DALI cannot decode a mask.
         """
-        found = False
+        reassigned = False
         for i in sorted(suspects):
             sample = self.samples[i]
             if i not in self._by_pil and _failure(sample.image, decoded_image, self.device) is not None:
                 image_of(sample)
                 log.say(f"{sample.image}: DALI cannot decode it, PIL does")
                 self._by_pil.add(i)
-                found = True
+                reassigned = True
             if self.stream.masked and (reason := _failure(sample.mask, decoded_mask,
                                                           self.device)) is not None:
                 mask_of(sample)
@@ -231,7 +231,7 @@ class _Feeder:
                     f"{sample.mask}: DALI cannot decode it, though PIL can ({reason}); save it again or "
                     "leave it out"
                 )
-        return found
+        return reassigned
 
 
 def _built(

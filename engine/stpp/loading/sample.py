@@ -49,9 +49,9 @@ class Preference:
     chances_C: np.ndarray
     """float64: probability of each class at such a position; sums to 1."""
     members: tuple[np.ndarray, ...]
-    """By class: int64 indices, in the list of samples, of the images that show it."""
+    """Indices of the images that show each class, int64, in the list of samples."""
     spots: tuple[Mapping[int, np.ndarray], ...]
-    """By sample: some pixels of each class that it shows, float32 [n, 2]: y and x relative to height and
+    """Some pixels of each class that each sample shows, float32 [n, 2]: y and x relative to height and
     width."""
     crop_tries: int
     """Maximum crops drawn at such a position until one shows the class."""

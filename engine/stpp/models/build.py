@@ -145,22 +145,22 @@ def _allowed(name: str, optional: frozenset[str], **settings: bool | None) -> Se
     return chosen
 
 
-def stride_of(backbone: str, asked: int | None = None) -> int | None:
-    """Output stride of a backbone: `asked`, or its default; None if patches fix it.
+def stride_of(backbone: str, requested: int | None = None) -> int | None:
+    """Output stride of a backbone: `requested`, or its default; None if patches fix it.
 
     Raises:
         UserError: the backbone does not support this stride.
     """
     own = BACKBONES[backbone].output_stride
-    if asked is None:
+    if requested is None:
         return own
     if own is None:
-        raise UserError(f"output stride {asked}: {backbone} has patches and no output stride; leave it out")
-    if asked not in OUTPUT_STRIDES:
+        raise UserError(f"output stride {requested}: {backbone} has patches and no output stride; leave it out")
+    if requested not in OUTPUT_STRIDES:
         raise UserError(
-            f"output_stride {asked!r} is not possible; choose one of {', '.join(map(str, OUTPUT_STRIDES))}"
+            f"output_stride {requested!r} is not possible; choose one of {', '.join(map(str, OUTPUT_STRIDES))}"
         )
-    return asked
+    return requested
 
 
 def network_of(model: ModelConfig, num_classes: int) -> network.Network:

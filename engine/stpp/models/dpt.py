@@ -84,13 +84,13 @@ class DPTHead(nn.Module):
             resize(project(x))
             for project, resize, x in zip(self.projects, self.resize_layers, maps, strict=True)
         ]
-        one, two, three, four = (
+        x1, x2, x3, x4 = (
             self.scratch.get_submodule(f"layer{i}_rn")(x) for i, x in enumerate(scales, 1)
         )
-        x = self.scratch.refinenet4(four, None, three.shape[2:])
-        x = self.scratch.refinenet3(x, three, two.shape[2:])
-        x = self.scratch.refinenet2(x, two, one.shape[2:])
-        x = self.scratch.refinenet1(x, one, (2 * one.shape[2], 2 * one.shape[3]))
+        x = self.scratch.refinenet4(x4, None, x3.shape[2:])
+        x = self.scratch.refinenet3(x, x3, x2.shape[2:])
+        x = self.scratch.refinenet2(x, x2, x1.shape[2:])
+        x = self.scratch.refinenet1(x, x1, (2 * x1.shape[2], 2 * x1.shape[3]))
         return self.scratch.output_conv(x)
 
 

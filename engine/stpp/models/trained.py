@@ -92,13 +92,13 @@ def _published(
     count = biases[0].numel() if isinstance(biases[0], Tensor) else 0
     if not 2 <= count <= MAX_CLASSES:
         raise UserError(f"{path}: its classifier has {count} classes; 2 to {MAX_CLASSES} are possible")
-    asked = output_stride or BACKBONES[backbone].published_stride
-    if asked is None and BACKBONES[backbone].output_stride is not None:
+    requested = output_stride or BACKBONES[backbone].published_stride
+    if requested is None and BACKBONES[backbone].output_stride is not None:
         raise UserError(
             f"{path}: {name} on {backbone}, by its keys, which do not determine the output stride; "
             f"give it with --output-stride ({BACKBONES[backbone].output_stride} is usual)"
         )
-    stride = stride_of(backbone, asked)
+    stride = stride_of(backbone, requested)
     network = build_model(name, backbone, count, stride)
     load_state(network, state, path)
     shown = f"; output stride {stride} (--output-stride sets it)" if stride else ""

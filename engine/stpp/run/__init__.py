@@ -1,1 +1,1 @@
-"""A run on disk: folder, lease and stages."""
+"""Run on disk: folder, lease and stages."""

@@ -187,8 +187,8 @@ class Trainer:
                 window.add(*self.train_step(passes), wait_s)
                 if profile is not None:
                     profile.step(wait_s)
-                told_to_stop, validating = self._told_to_stop(stop), self._validating()
-                saving = told_to_stop or validating or self._saving()
+                stopping, validating = self._stop_requested(stop), self._validating()
+                saving = stopping or validating or self._saving()
                 if saving or window.steps == LOG_STEPS:
                     self._log(window, bar)
                     saving |= time.monotonic() - self.saved_at >= 60 * self.config.train.checkpoint_minutes
@@ -201,7 +201,7 @@ class Trainer:
                     window = Window()  # validation time does not count
                 if saving:
                     self._save()
-                if told_to_stop:
+                if stopping:
                     self.writer.wait()
                     log.say(f"  {self.title}: stopped at step {self.steps_done}, saved; to resume, run the "
                             "same command again")
@@ -215,11 +215,11 @@ class Trainer:
         together = zip(*(self._batches(stream, sampler, self.steps_done, self.schedule.steps)
                          for stream, sampler in zip(self.streams, self.samplers, strict=True)), strict=True)
         while True:
-            asked = time.monotonic()
+            requested_at = time.monotonic()
             passes = list(islice(together, self.config.train.accumulate))
             if not passes:
                 return
-            yield passes, time.monotonic() - asked
+            yield passes, time.monotonic() - requested_at
 
     def _batches(self, stream: Stream, sampler: StepSampler, first_step: int,
                  last_step: int) -> Iterator[Batch]:
@@ -235,14 +235,14 @@ class Trainer:
     def _recalibrated(self, network: nn.Module) -> contextlib.AbstractContextManager:
         """Recomputes batch-norm statistics inside the block, on a fixed set of weakly augmented images, if
         `recalibrate_bn` is set."""
-        asked = self.config.train.recalibrate_bn
-        if not asked:
+        num_images = self.config.train.recalibrate_bn
+        if not num_images:
             return contextlib.nullcontext()
         unique = {sample.key: sample for stream in self.streams for sample in stream.samples}
         stream = Stream(samples=list(unique.values()), views=("weak",), masked=False, number=CALIBRATION)
         (sampler,) = stage_samplers([stream], self.config.train.batch_global, seed=self.config.seed,
                                     stage=self.key)
-        steps = max(1, min(asked, len(unique)) // sampler.batch_global)
+        steps = max(1, min(num_images, len(unique)) // sampler.batch_global)
 
         def images() -> Iterator[torch.Tensor]:
             return (batch.images_NCHW for batch in self._batches(stream, sampler, 0, steps))
@@ -262,13 +262,13 @@ class Trainer:
             return contextlib.nullcontext()
         return Profile(self.folder / "profile", self.here, self.step.network, self.title)
 
-    def _told_to_stop(self, stop: signals.Stop) -> bool:
+    def _stop_requested(self, stop: signals.Stop) -> bool:
         """Checks for a stop request on any rank; this waits for the device, so on a GPU it is done every
         `LOG_STEPS`."""
         if self.here.device.type == "cuda" and self.steps_done % LOG_STEPS:
             return False
-        told = torch.tensor(float(stop.signal is not None), device=self.here.device)
-        return distributed.sum_over_ranks(told).item() > 0  # sync: seldom
+        requested = torch.tensor(float(stop.signal is not None), device=self.here.device)
+        return distributed.sum_over_ranks(requested).item() > 0  # sync: seldom
 
     def _validating(self) -> bool:
         return self.steps_done == self.schedule.steps or self.steps_done % self.schedule.validate_steps == 0
