@@ -137,9 +137,9 @@ def keep_freed_memory() -> None:
     mallopt(_M_TRIM_THRESHOLD, no_limit)
 
 
-def threads_per_rank(here: World, requested: int = 0) -> int:
-    """Number of threads: `requested`, or if that is 0, this machine's cores divided by its ranks, at least 1."""
-    return requested or max(1, processes.cores() // here.local_size)
+def threads_per_rank(world: World, requested: int = 0) -> int:
+    """Number of threads: `requested`; if 0, this machine's cores divided by its ranks, at least 1."""
+    return requested or max(1, processes.cores() // world.local_size)
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
@@ -173,31 +173,31 @@ def broadcast_buffers(model: torch.nn.Module) -> None:
                                                                                    strict=True)])
 
 
-def call_store(here: World) -> dist.Store | None:
+def call_store(world: World) -> dist.Store | None:
     """Returns a fresh prefix of the ranks' store, shared by this call on all ranks; None in a world of one.
 
     All ranks must make the same calls in the same order: the n-th calls share a prefix. Does not block.
     """
-    if here.store is None:
+    if world.store is None:
         return None
-    number = here.store.add(f"calls/{here.rank}", 1)
-    return dist.PrefixStore(f"call/{number}", here.store)
+    number = world.store.add(f"calls/{world.rank}", 1)
+    return dist.PrefixStore(f"call/{number}", world.store)
 
 
-def on_main(here: World, action: Callable[[], None]) -> None:
+def on_main(world: World, action: Callable[[], None]) -> None:
     """Runs `action` on rank 0 while the other ranks wait, without a timeout; if it fails, all ranks end, and
     only rank 0 reports the error.
 
     Raises:
         SystemExit: with code 2, on the other ranks, if rank 0 failed.
     """
-    store = call_store(here)
-    if here.is_main:
+    store = call_store(world)
+    if world.is_main:
         try:
             action()
         except BaseException:
             if store is not None:
-                _report_failure(store, here)
+                _report_failure(store, world)
             raise
         if store is not None:
             store.set("end", "done")
@@ -209,10 +209,10 @@ def on_main(here: World, action: Callable[[], None]) -> None:
             raise SystemExit(2)
 
 
-def _report_failure(store: dist.Store, here: World) -> None:
+def _report_failure(store: dist.Store, world: World) -> None:
     """Reports the failure, and waits a little for the other ranks to read it: the store may end with rank
     0."""
     store.set("end", "failed")
     end = time.monotonic() + _LAST_WORD_S
-    while store.add("read", 0) < here.size - 1 and time.monotonic() < end:
+    while store.add("read", 0) < world.size - 1 and time.monotonic() < end:
         time.sleep(_POLL_S)

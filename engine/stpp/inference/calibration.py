@@ -148,7 +148,7 @@ def count_pixels(masks_NHW: torch.Tensor, bins_NHW: torch.Tensor, where_NHW: tor
 
 
 @torch.inference_mode()
-def measure(predictor: Predictor, samples: Sequence[Sample], here: World, data: DataConfig, *, tta: str,
+def measure(predictor: Predictor, samples: Sequence[Sample], world: World, data: DataConfig, *, tta: str,
             classes: Sequence[str], weights: str) -> Calibration:
     """Measures a calibration on held-out samples, each on one rank; the result is the same on every rank.
 
@@ -160,9 +160,9 @@ def measure(predictor: Predictor, samples: Sequence[Sample], here: World, data: 
         UserError: no pixel has a label.
     """
     size = predictor.num_classes
-    counts_2CB = torch.zeros(2, size, BINS, dtype=torch.int64, device=here.device)
-    share, threads = loader.native_share(samples, here), distributed.threads_per_rank(here, data.threads)
-    for batch in native_batches(samples, share, device=here.device, loader=data.loader, threads=threads):
+    counts_2CB = torch.zeros(2, size, BINS, dtype=torch.int64, device=world.device)
+    share, threads = loader.native_share(samples, world), distributed.threads_per_rank(world, data.threads)
+    for batch in native_batches(samples, share, device=world.device, loader=data.loader, threads=threads):
         sums_NCHW = views.accumulate(predictor, batch.images_NCHW, tta)
         masks_NHW, bins_NHW = class_and_bin(views.resize_sums(sums_NCHW, batch.labels_NHW.shape[-2:]))
         labelled_NHW = batch.labels_NHW != IGNORE

@@ -22,7 +22,7 @@ from stpp_kernels import confusion
 
 
 @torch.inference_mode()
-def evaluate(predictor: Predictor, samples: Sequence[Sample], here: World, data: DataConfig, *,
+def evaluate(predictor: Predictor, samples: Sequence[Sample], world: World, data: DataConfig, *,
              mode: str = "none", crop_px: int | None = None, edges: WindowEdges = "cut",
              on_batch: Callable[[Batch, torch.Tensor], None] | None = None) -> torch.Tensor:
     """Computes the confusion matrix of the predictions, each image counted once over all ranks.
@@ -37,9 +37,9 @@ def evaluate(predictor: Predictor, samples: Sequence[Sample], here: World, data:
     Returns:
         int64 [C, C] on the CPU, rows truth, columns prediction, in pixels; the same on every rank.
     """
-    matrix = torch.zeros(predictor.num_classes, predictor.num_classes, dtype=torch.int64, device=here.device)
-    share, threads = loader.native_share(samples, here), distributed.threads_per_rank(here, data.threads)
-    for batch in native_batches(samples, share, device=here.device, loader=data.loader, threads=threads):
+    matrix = torch.zeros(predictor.num_classes, predictor.num_classes, dtype=torch.int64, device=world.device)
+    share, threads = loader.native_share(samples, world), distributed.threads_per_rank(world, data.threads)
+    for batch in native_batches(samples, share, device=world.device, loader=data.loader, threads=threads):
         masks_NHW = views.masks(predictor, batch.images_NCHW, mode, crop_px=crop_px, edges=edges)
         matrix += confusion(masks_NHW, batch.labels_NHW, predictor.num_classes)
         if on_batch is not None:

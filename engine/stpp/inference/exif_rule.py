@@ -42,8 +42,8 @@ def resolve(paths: Sequence[Path], requested: bool | None = None) -> bool:
     for path, rule in known.items():
         if requested not in (None, rule):
             raise UserError(
-                f"--{'exif' if requested else 'no-exif'}: {path} was trained on images {describe(rule)}; leave "
-                "the flag out"
+                f"--{'exif' if requested else 'no-exif'}: {path} was trained on images {describe(rule)}; "
+                "leave the flag out"
             )
         first, expected = next(iter(known.items()))
         if rule != expected:

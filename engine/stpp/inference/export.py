@@ -69,7 +69,7 @@ def onnx(ready: nn.Module, path: Path, *, shapes: Shapes, dtype: torch.dtype) ->
                                plain=True)
     with quiet(), torch.no_grad():
         graph = torch.onnx.export(exported, dynamo=True, verbose=False, input_names=[INPUT],
-                                 output_names=[OUTPUT])
+                                  output_names=[OUTPUT])
     path.parent.mkdir(parents=True, exist_ok=True)
     graph.save(str(path), external_data=False)
     return shapes

@@ -120,8 +120,8 @@ def _open_folder(folder: Path, load: Load, device: torch.device, *, backend: str
     for flag, requested in (("backend", backend), ("precision", precision)):
         actual = getattr(record, flag)
         if requested not in ("auto", actual):
-            raise UserError(f"--{flag} {requested}: {folder} is an engine with {flag} {actual}; leave the flag "
-                            "out, or give a checkpoint")
+            raise UserError(f"--{flag} {requested}: {folder} is an engine with {flag} {actual}; leave the "
+                            "flag out, or give a checkpoint")
     if record.backend != "eager" and record.device.kind != device.type:
         raise UserError(f"{folder} was built for {record.device.kind} ({record.device.name}), and this "
                         f"machine uses {device.type}; give its {records.WEIGHTS}")

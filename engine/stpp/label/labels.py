@@ -85,10 +85,10 @@ class Labels:
         return {"job": "label", "teacher": self.teacher, "tta": self.mode, "output": self.output,
                 "min_confidence": self.min_confidence, **by_class, **share}
 
-    def prepare(self, task: Assignment, plan: Plan, here: World) -> None:
+    def prepare(self, task: Assignment, plan: Plan, world: World) -> None:
         """See `Job`."""
         if self.keep_share < 1:
-            thresholds.ensure(self.network, self.mode, task, plan, here)
+            thresholds.ensure(self.network, self.mode, task, plan, world)
 
     def prepared(self, out: Path) -> "Labels":
         """See `Job`: takes the larger of each class's own floor and the floor of its share."""
@@ -186,7 +186,7 @@ Floors = Callable[[OpenedPredictor], tuple[float, ...]]
 """Function from an opened teacher to confidence thresholds by class; empty: `LabelConfig.min_confidence`."""
 
 
-def label_corpus(open_teacher: PredictorOpener, task: Assignment, here: World, *,
+def label_corpus(open_teacher: PredictorOpener, task: Assignment, world: World, *,
                  floors: Floors = lambda _: ()) -> Summary:
     """Writes a mask (8-bit class indices, 255 below the confidence floor) and a row for every image.
 
@@ -210,10 +210,10 @@ def label_corpus(open_teacher: PredictorOpener, task: Assignment, here: World, *
                       output=task.output, min_confidence=0.0 if threshold == "auto" else threshold,
                       floors=by_class, keep_share=task.config.keep_share, classes=opened.classes)
 
-    return execute(task, job, here)
+    return execute(task, job, world)
 
 
-def label(open_teacher: PredictorOpener, samples: Sequence[Sample], here: World, *, config: LabelConfig,
+def label(open_teacher: PredictorOpener, samples: Sequence[Sample], world: World, *, config: LabelConfig,
           data: DataConfig, out: Path, title: str, floors: Floors = lambda _: ()) -> Labelled:
     """Labels the samples of a stage with `label_corpus`.
 
@@ -228,9 +228,9 @@ def label(open_teacher: PredictorOpener, samples: Sequence[Sample], here: World,
         return predictors
 
     task = Assignment(source=SampleSource(samples), out=out, config=config, data=data, title=title)
-    summary = label_corpus(opened, task, here, floors=floors)
+    summary = label_corpus(opened, task, world, floors=floors)
     require_none_bad(summary, out)
-    return Labelled(images=summary.images, miou=agreement(samples, out, here, classes[0]),
+    return Labelled(images=summary.images, miou=agreement(samples, out, world, classes[0]),
                     class_pixels=summary.class_pixels)
 
 
@@ -247,18 +247,18 @@ def require_none_bad(summary: Summary, out: Path) -> None:
                         "failed.parquet lists all)")
 
 
-def agreement(samples: Sequence[Sample], out: Path, here: World, num_classes: int) -> float | None:
+def agreement(samples: Sequence[Sample], out: Path, world: World, num_classes: int) -> float | None:
     """Computes the mean IoU, in percent, of the pseudo labels in `out` with the samples' masks; None unless
     all have one."""
     if any(sample.mask is None for sample in samples):
         return None
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
-    for sample in samples[here.rank :: here.size]:
+    for sample in samples[world.rank :: world.size]:
         label, truth = (torch.from_numpy(read_index_mask(path, exif=False).copy())[None]
                         for path in (out / mask_name(sample), sample.mask))
         counted = torch.where(label == 255, 255, truth)
         matrix += confusion(label.clamp(max=num_classes - 1), counted, num_classes)
-    return mean_iou(distributed.sum_over_ranks(matrix.to(here.device)).cpu())
+    return mean_iou(distributed.sum_over_ranks(matrix.to(world.device)).cpu())
 
 
 def mask_name(sample: Sample) -> str:

@@ -36,7 +36,7 @@ class Job(Protocol):
     classes: Sequence[str]
     """Names of the class ids in the masks, recorded for readers; empty if unknown."""
 
-    def prepare(self, task: Assignment, plan: Plan, here: World) -> None:
+    def prepare(self, task: Assignment, plan: Plan, world: World) -> None:
         """Computes and writes, below `task.out`, what all shards need; called on one rank, in every run."""
         ...
 

@@ -60,7 +60,7 @@ class Reliability:
         by_class = {"select_by": "class"} if self.by_class else {}
         return {"job": "select", "teacher": self.teacher, **by_class}
 
-    def prepare(self, task: Assignment, plan: Plan, here: World) -> None:
+    def prepare(self, task: Assignment, plan: Plan, world: World) -> None:
         """See `Job`."""
 
     def prepared(self, out: Path) -> "Reliability":
@@ -96,7 +96,7 @@ class Reliability:
         return rows.good(planned, self.teacher) | result._asdict()
 
 
-def select_corpus(open_teachers: PredictorOpener, task: Assignment, here: World, *,
+def select_corpus(open_teachers: PredictorOpener, task: Assignment, world: World, *,
                   order: Sequence[str] | None = None) -> Summary:
     """Splits a corpus into a reliable half and the rest; with `select_by` class, half of each class's images.
 
@@ -115,10 +115,10 @@ def select_corpus(open_teachers: PredictorOpener, task: Assignment, here: World,
                            teacher="+".join(teacher.identity for teacher in opened))
 
     by_class = task.config.select_by == "class"
-    return execute(task, job, here, conclude=lambda: write_selection(task.out, order, by_class=by_class))
+    return execute(task, job, world, conclude=lambda: write_selection(task.out, order, by_class=by_class))
 
 
-def select(open_teachers: PredictorOpener, samples: Sequence[Sample], lines: Sequence[str], here: World, *,
+def select(open_teachers: PredictorOpener, samples: Sequence[Sample], lines: Sequence[str], world: World, *,
            config: LabelConfig, data: DataConfig, out: Path, title: str = "select") -> float:
     """Selects the reliable samples of a stage with `select_corpus`.
 
@@ -133,7 +133,7 @@ def select(open_teachers: PredictorOpener, samples: Sequence[Sample], lines: Seq
     """
     task = Assignment(source=SampleSource(samples, lines), out=out, config=config, data=data, title=title,
                       table="scores")
-    summary = select_corpus(open_teachers, task, here, order=[sample.key for sample in samples])
+    summary = select_corpus(open_teachers, task, world, order=[sample.key for sample in samples])
     require_none_bad(summary, out)
     return summary.mean
 

@@ -52,7 +52,7 @@ class Summary:
     """Descriptions of damaged shards that were labelled again."""
 
 
-def execute(task: Assignment, open_job: Callable[[int], Job], here: World, *,
+def execute(task: Assignment, open_job: Callable[[int], Job], world: World, *,
             conclude: Callable[[], None] | None = None) -> Summary:
     """Labels the remaining shards of the part on all ranks that call this, until all are done.
 
@@ -64,8 +64,8 @@ def execute(task: Assignment, open_job: Callable[[int], Job], here: World, *,
         UserError: the source, the settings or the output are invalid.
         OSError: the output cannot be written.
     """
-    started, rank_store = time.monotonic(), RankStore.for_call(here)
-    _on_first(here, rank_store, "listed", lambda: listings.ensure(task))
+    started, rank_store = time.monotonic(), RankStore.for_call(world)
+    _on_first(world, rank_store, "listed", lambda: listings.ensure(task))
     listing = listings.read(task.out)
     if listing is None:
         raise UserError(f"{task.out}/plan is missing; put --out on a file system that every machine sees")
@@ -73,21 +73,21 @@ def execute(task: Assignment, open_job: Callable[[int], Job], here: World, *,
     markers = Markers(task.out)
     if task.list_only:
         return dataclasses.replace(_total(plan, markers), wall_s=time.monotonic() - started)
-    threads = _agreed_threads(task.out, here, rank_store)
+    threads = _agreed_threads(task.out, world, rank_store)
     with _threads(threads):
         job = open_job(plan.items)
-        kind = fingerprint.device_kind(here.device)
-        _on_first(here, rank_store, "claimed", lambda: _claim(task, job, listing, kind, threads))
-        _require_kind(task.out, here, kind)
-        if not here.is_main:  # a rank with another checkpoint or without DALI would write other masks
+        kind = fingerprint.device_kind(world.device)
+        _on_first(world, rank_store, "claimed", lambda: _claim(task, job, listing, kind, threads))
+        _require_kind(task.out, world, kind)
+        if not world.is_main:  # a rank with another checkpoint or without DALI would write other masks
             _claim(task, job, listing, kind, threads)
-        _on_first(here, rank_store, "prepared", lambda: job.prepare(task, plan, here))
+        _on_first(world, rank_store, "prepared", lambda: job.prepare(task, plan, world))
         job = job.prepared(task.out)
-        ledger = Ledger(here, rank_store, shards=plan.shards, part=task.part, done=markers.done)
-        worker = Worker(task, job, plan, here, ledger)
+        ledger = Ledger(world, rank_store, shards=plan.shards, part=task.part, done=markers.done)
+        worker = Worker(task, job, plan, world, ledger)
         worker.run()
-        _keep_agreements(task.out, job, here)
-    labelled, seconds, redone = _gathered(here, rank_store, worker)
+        _keep_agreements(task.out, job, world)
+    labelled, seconds, redone = _gathered(world, rank_store, worker)
     for text in redone:
         log.say(f"  damaged, labelled again: {text}")
     if all(map(markers.done, range(plan.shards))):
@@ -100,7 +100,7 @@ def execute(task: Assignment, open_job: Callable[[int], Job], here: World, *,
                                redone=redone)
 
 
-def _agreed_threads(out: Path, here: World, rank_store: RankStore | None) -> int:
+def _agreed_threads(out: Path, world: World, rank_store: RankStore | None) -> int:
     """Number of compute threads: that of the run's first call, because the number of ranks must not change
     the result."""
     decided = []
@@ -111,7 +111,7 @@ def _agreed_threads(out: Path, here: World, rank_store: RankStore | None) -> int
         if rank_store is not None:
             rank_store.set("threads", str(decided[0]))
 
-    _on_first(here, rank_store, "agreed", decide)
+    _on_first(world, rank_store, "agreed", decide)
     return decided[0] if decided else int(rank_store.get("threads"))
 
 
@@ -130,19 +130,19 @@ def _claim(task: Assignment, job: Job, listing: dict, kind: str, threads: int) -
                           job.classes)
 
 
-def _require_kind(out: Path, here: World, kind: str) -> None:
+def _require_kind(out: Path, world: World, kind: str) -> None:
     """Rejects a rank on another kind of device than that of the run."""
     recorded = fingerprint.read(out)["fingerprint"]["device_kind"]
     if recorded != kind:
-        raise UserError(f"--out {out}: the run began on {recorded}, but rank {here.rank} has {kind}; label "
+        raise UserError(f"--out {out}: the run began on {recorded}, but rank {world.rank} has {kind}; label "
                         "on devices of one kind")
 
 
-def _keep_agreements(out: Path, job: Job, here: World) -> None:
+def _keep_agreements(out: Path, job: Job, world: World) -> None:
     """Writes the agreement of engines with eager on this rank's first images, if measured in this call."""
     agreements = [getattr(network, "agreement", None) for network in job.networks]
     if any(agreements):
-        files.write_json(out / f"agreement-rank{here.rank}.json", {
+        files.write_json(out / f"agreement-rank{world.rank}.json", {
             "teacher": job.teacher,
             "engines": [agreement and dataclasses.asdict(agreement) for agreement in agreements]})
 
@@ -181,7 +181,7 @@ def _total(plan: Plan, markers: Markers) -> Summary:
                    listed=plan.items, mean=confidence / (images - bad) if images > bad else None)
 
 
-def _on_first(here: World, rank_store: RankStore | None, name: str, action: Callable[[], None]) -> None:
+def _on_first(world: World, rank_store: RankStore | None, name: str, action: Callable[[], None]) -> None:
     """Runs `action` on rank 0 while the others wait, without a timeout; only rank 0 reports a failure.
 
     Raises:
@@ -189,7 +189,7 @@ def _on_first(here: World, rank_store: RankStore | None, name: str, action: Call
     """
     if rank_store is None:
         action()
-    elif here.is_main:
+    elif world.is_main:
         try:
             action()
         except BaseException:
@@ -211,16 +211,16 @@ def _once(rank_store: RankStore | None, action: Callable[[], None]) -> None:
         action()
 
 
-def _gathered(here: World, rank_store: RankStore | None,
+def _gathered(world: World, rank_store: RankStore | None,
               worker: Worker) -> tuple[int, dict[str, float], tuple[str, ...]]:
     """Images labelled, time by part and damage of all ranks; on rank 0 complete except for stopped ranks, on
     others what is known."""
     if rank_store is None:
         return worker.images, worker.clock.seconds, tuple(worker.redone)
-    rank_store.set(f"last/{here.rank}", json.dumps([worker.images, worker.clock.seconds, worker.redone]))
-    end = time.monotonic() + (_LAST_WORDS_S if here.is_main else 0)
+    rank_store.set(f"last/{world.rank}", json.dumps([worker.images, worker.clock.seconds, worker.redone]))
+    end = time.monotonic() + (_LAST_WORDS_S if world.is_main else 0)
     images, seconds, redone = 0, dict.fromkeys(PARTS, 0.0), []
-    for rank in range(here.size):
+    for rank in range(world.size):
         text = rank_store.wait(f"last/{rank}", max(end - time.monotonic(), 0))
         if text is not None:
             more, parts, damaged = json.loads(text)

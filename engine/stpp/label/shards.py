@@ -98,9 +98,9 @@ class Ledger:
         done: checks for the marker of a shard.
     """
 
-    def __init__(self, here: World, store: "RankStore | None", *, shards: int, part: Part,
+    def __init__(self, world: World, store: "RankStore | None", *, shards: int, part: Part,
                  done: Callable[[int], bool]):
-        self._here, self._store, self._done = here, store, done
+        self._world, self._store, self._done = world, store, done
         self._mine = range(part.index, shards, part.count)
         self._beat_s, self._longest_s = time.monotonic(), 0.0
         self._published_s, self._totals, self._images, self._bad = 0.0, (0, 0), 0, 0
@@ -113,7 +113,7 @@ class Ledger:
             if taken >= len(self._mine):
                 return
             if self._store is not None:
-                self._store.set(f"owner/{self._mine[taken]}", str(self._here.rank))
+                self._store.set(f"owner/{self._mine[taken]}", str(self._world.rank))
             yield self._mine[taken]
 
     def progress(self, images: int, bad: int) -> tuple[int, int]:
@@ -134,7 +134,7 @@ class Ledger:
     def _publish(self) -> None:
         """Adds the counts since the last call to the counters of all ranks."""
         self._published_s = time.monotonic()
-        self._store.add(f"beat/{self._here.rank}", 1)
+        self._store.add(f"beat/{self._world.rank}", 1)
         self._totals = self._store.add("images", self._images), self._store.add("bad", self._bad)
         self._images = self._bad = 0
 
@@ -156,7 +156,7 @@ class Ledger:
             for shard in stopped:
                 if self._store is None or self._store.add(f"again/{shard}/{tries}", 1) == 1:
                     if self._store is not None:
-                        self._store.set(f"owner/{shard}", str(self._here.rank))
+                        self._store.set(f"owner/{shard}", str(self._world.rank))
                     yield shard
                     break
             else:
@@ -177,13 +177,13 @@ class RankStore:
         self._store, self._prefix = store, prefix
 
     @classmethod
-    def for_call(cls, here: World) -> "RankStore | None":
+    def for_call(cls, world: World) -> "RankStore | None":
         """Creates the store of this call; None in a world of one. All ranks must call it: it is the only
         collective of a run.
 
         A random prefix separates it from values of earlier runs, also of ranks that torchrun restarted.
         """
-        if not dist.is_initialized() or here.size == 1:
+        if not dist.is_initialized() or world.size == 1:
             return None
         token = distributed.gather(secrets.token_hex(8))[0]
         return cls(dist.distributed_c10d._get_default_store(), f"stpp-label/{token}/")

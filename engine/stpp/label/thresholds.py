@@ -30,7 +30,7 @@ MOST_IMAGES = 256
 """Maximum images in the sample, rounded up to whole batches."""
 
 
-def ensure(network: Predictor, mode: str, task: Assignment, plan: Plan, here: World) -> None:
+def ensure(network: Predictor, mode: str, task: Assignment, plan: Plan, world: World) -> None:
     """Computes and writes the thresholds of a labelling, unless they exist.
 
     Raises:
@@ -38,7 +38,7 @@ def ensure(network: Predictor, mode: str, task: Assignment, plan: Plan, here: Wo
     """
     path = _path(task.out)
     if not path.exists():
-        counts_CB = _counts(network, mode, task, plan, here)
+        counts_CB = _counts(network, mode, task, plan, world)
         files.write_json(path, {"keep_share": task.config.keep_share,
                                 "confidence": quantiles(counts_CB, task.config.keep_share)})
 
@@ -71,14 +71,14 @@ def _path(out: Path) -> Path:
 
 
 @torch.inference_mode()
-def _counts(network: Predictor, mode: str, task: Assignment, plan: Plan, here: World) -> np.ndarray:
+def _counts(network: Predictor, mode: str, task: Assignment, plan: Plan, world: World) -> np.ndarray:
     """Counts pixels by class and confidence, int64 [C, B], of the sample."""
-    threads = threads_per_rank(here, task.data.threads)
+    threads = threads_per_rank(world, task.data.threads)
     size = network.num_classes
-    total_CB = torch.zeros(size, calibration.BINS, dtype=torch.int64, device=here.device)
+    total_CB = torch.zeros(size, calibration.BINS, dtype=torch.int64, device=world.device)
     with ThreadPoolExecutor(threads, "stpp-plan") as pool:
         chosen = _spread(plan, pool)
-    for _, batch in batches.batches(((0, planned) for planned in chosen), device=here.device,
+    for _, batch in batches.batches(((0, planned) for planned in chosen), device=world.device,
                                     kind=task.decoder, threads=threads, most=plan.cut.max_batch,
                                     clock=Clock()):
         good = [i for i in range(len(batch.planned)) if i not in batch.errors]

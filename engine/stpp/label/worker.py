@@ -38,10 +38,10 @@ class Worker:
         ledger: claims of this rank.
     """
 
-    def __init__(self, task: Assignment, job: Job, plan: Plan, here: World, ledger: Ledger):
-        self._task, self._job, self._plan, self._here, self._ledger = task, job, plan, here, ledger
+    def __init__(self, task: Assignment, job: Job, plan: Plan, world: World, ledger: Ledger):
+        self._task, self._job, self._plan, self._world, self._ledger = task, job, plan, world, ledger
         self._markers, self.clock = Markers(task.out), Clock()
-        self._threads = threads_per_rank(here, task.data.threads)
+        self._threads = threads_per_rank(world, task.data.threads)
         self._counting = threading.Lock()
         self.images = self.bad = 0
         """Images labelled by this rank in this run; bad images, including those of shards done before."""
@@ -82,7 +82,7 @@ class Worker:
                 cut = list(planning.batches(planned))
                 yield from ((shard, batch) for batch in cut or [[]])
 
-        stream = batches.batches(tasks(), device=self._here.device, kind=self._task.decoder,
+        stream = batches.batches(tasks(), device=self._world.device, kind=self._task.decoder,
                                  threads=self._threads, most=self._plan.cut.max_batch, clock=self.clock)
         pipeline = _Pipeline()
         with ThreadPoolExecutor(self._threads,

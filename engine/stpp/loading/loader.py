@@ -36,10 +36,10 @@ def pick(name: str = "auto") -> ModuleType:
     return reference
 
 
-def native_share(samples: Sequence[Sample], here: World) -> list[list[int]]:
+def native_share(samples: Sequence[Sample], world: World) -> list[list[int]]:
     """Computes this rank's share of `samples`: batches of images of equal size, as indices; every sample is
     in one batch of one rank."""
-    return equal_size_batches(samples, MAX_BATCH, rank=here.rank, world=here.size)
+    return equal_size_batches(samples, MAX_BATCH, rank=world.rank, world=world.size)
 
 
 def _notice() -> None:

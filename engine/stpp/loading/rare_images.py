@@ -28,7 +28,7 @@ class MaskContent(NamedTuple):
     """See `Preference.spots`."""
 
 
-def preference(samples: Sequence[Sample], num_classes: int, rare: RareConfig, here: World,
+def preference(samples: Sequence[Sample], num_classes: int, rare: RareConfig, world: World,
                threads: int) -> Preference | None:
     """Computes the preference for a list with masks; None if `--rare.sampling` is 0. Every rank must call it.
 
@@ -41,7 +41,7 @@ def preference(samples: Sequence[Sample], num_classes: int, rare: RareConfig, he
     if not rare.sampling:
         return None
     paths = {sample.mask: sample for sample in samples}
-    share = list(paths)[here.rank :: here.size]
+    share = list(paths)[world.rank :: world.size]
     with ThreadPoolExecutor(threads, "stpp-masks") as pool:
         mine = dict(zip(share, pool.map(lambda path: content(mask_of(paths[path]), num_classes), share),
                         strict=True))

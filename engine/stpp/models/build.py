@@ -155,10 +155,12 @@ def stride_of(backbone: str, requested: int | None = None) -> int | None:
     if requested is None:
         return own
     if own is None:
-        raise UserError(f"output stride {requested}: {backbone} has patches and no output stride; leave it out")
+        raise UserError(f"output stride {requested}: {backbone} has patches and no output stride; leave it "
+                        "out")
     if requested not in OUTPUT_STRIDES:
         raise UserError(
-            f"output_stride {requested!r} is not possible; choose one of {', '.join(map(str, OUTPUT_STRIDES))}"
+            f"output_stride {requested!r} is not possible; choose one of "
+            f"{', '.join(map(str, OUTPUT_STRIDES))}"
         )
     return requested
 

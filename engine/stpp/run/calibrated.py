@@ -15,7 +15,7 @@ from stpp.loading.sample import Sample
 from stpp.models.trained import load_network
 
 
-def ensure_calibration(here: World, checkpoint: Path, predictor: Callable[[Path], Predictor],
+def ensure_calibration(world: World, checkpoint: Path, predictor: Callable[[Path], Predictor],
                        samples: Sequence[Sample], data: DataConfig, *, tta: str, classes: Sequence[str],
                        precision: float) -> Calibration:
     """Reads, or measures and writes, the calibration of a checkpoint on held-out samples; every rank must
@@ -30,9 +30,9 @@ def ensure_calibration(here: World, checkpoint: Path, predictor: Callable[[Path]
     if stored is not None:
         return stored
     log.say(f"  calibrating {checkpoint.parent.name} on {len(samples)} held-out images, {tta} views")
-    measured = calibration.measure(predictor(checkpoint), samples, here, data, tta=tta, classes=classes,
+    measured = calibration.measure(predictor(checkpoint), samples, world, data, tta=tta, classes=classes,
                                    weights=weights)
-    distributed.on_main(here, lambda: calibration.write(path, measured, [precision]))
+    distributed.on_main(world, lambda: calibration.write(path, measured, [precision]))
     return measured
 
 

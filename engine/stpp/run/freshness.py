@@ -12,7 +12,7 @@ from stpp.errors import UserError
 from stpp.run import lease
 
 
-def fresh_index(folder: Path, listed: Path, here: World) -> Index:
+def fresh_index(folder: Path, listed: Path, world: World) -> Index:
     """Loads the index in `folder`; rank 0 first rebuilds it if files of listed images have changed.
 
     Args:
@@ -23,7 +23,7 @@ def fresh_index(folder: Path, listed: Path, here: World) -> Index:
         UserError: there is no index, or the list does not fit it; or files have changed, and they are
             invalid, the index cannot be written, or a running training uses it.
     """
-    distributed.on_main(here, lambda: _renew(folder, listed))
+    distributed.on_main(world, lambda: _renew(folder, listed))
     return indices.load(folder)
 
 

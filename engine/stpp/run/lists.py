@@ -47,7 +47,7 @@ class Lists:
                                 "can be learned or scored")
 
 
-def read(config: Config, here: World, index: Index, notes: Notes) -> Lists:
+def read(config: Config, world: World, index: Index, notes: Notes) -> Lists:
     """Reads the lists of `--data.split`, or of a split that rank 0 draws into the run's folder.
 
     Raises:
@@ -55,14 +55,14 @@ def read(config: Config, here: World, index: Index, notes: Notes) -> Lists:
     """
     folder = config.data.split or config.out / "split"
     if config.data.split is None:
-        distributed.on_main(here, lambda: splits.make_split(
+        distributed.on_main(world, lambda: splits.make_split(
             index, folder, fraction=config.data.fraction, seed=config.data.split_seed, val=config.data.val,
             notes=notes))
     labelled = splits.read_split(folder / "labeled.txt", index, labelled=True, notes=notes)
     held_out: list[Sample] = []
     if config.advise.share:
         labelled, held_out = splits.held_out(labelled, config.advise.share, config.seed)
-        distributed.on_main(here, lambda: _write(config.out / HELD_OUT, held_out, index))
+        distributed.on_main(world, lambda: _write(config.out / HELD_OUT, held_out, index))
     unlabelled: list[Sample] = []
     if METHODS[config.method].unlabelled:
         unlabelled = splits.read_split(folder / "unlabeled.txt", index, labelled=False, notes=notes)

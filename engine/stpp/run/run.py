@@ -66,12 +66,12 @@ class Run:
     """Lists and folder of a run, and its finished stages."""
 
     config: Config
-    here: World
+    world: World
     index: Index
 
     def __post_init__(self):
         self.notes = Notes()
-        self.lists = lists.read(self.config, self.here, self.index, self.notes)
+        self.lists = lists.read(self.config, self.world, self.index, self.notes)
         self.labelled, self.unlabelled, self.val = self.lists.labelled, self.lists.unlabelled, self.lists.val
         self.labelled_ratio = self.config.train.labelled_ratio
         self.class_monitor = ClassMonitor.of(self.index, self.labelled, self.val,
@@ -96,7 +96,7 @@ class Run:
 
     def _check_by_class(self) -> None:
         config, classes = self.config, self.index.classes
-        class_rules.for_run(config, classes, self.class_monitor.labelled, self.here.device)
+        class_rules.for_run(config, classes, self.class_monitor.labelled, self.world.device)
         by_class.filled(config.label.class_confidence, "label.class-confidence", classes, 0.0)
         if config.label.min_confidence == "auto" and not self.lists.held_out:
             raise UserError("--label.min-confidence auto calibrates confidences on labels that are not "
@@ -111,7 +111,7 @@ class Run:
         """See `Stages`."""
         config, out = self.config, self.config.out / "given"
         began = any(self._folder("1-retrain").glob("*"))
-        distributed.on_main(self.here,
+        distributed.on_main(self.world,
                             lambda: given_labels.check(self.unlabelled, config.pseudo_labels, self.index, out,
                                                            exclude=config.exclude, began=began))
         return given_labels.attach(self.unlabelled, out)
@@ -155,7 +155,7 @@ class Run:
 
         def do() -> dict:
             lines = [splits.line(entry) for entry in self.index.entries_of(samples)]
-            mean = reliability.select(self._opening(checkpoints, samples, "none"), samples, lines, self.here,
+            mean = reliability.select(self._opening(checkpoints, samples, "none"), samples, lines, self.world,
                                       out=place, title=name, config=self.config.label, data=self.config.data)
             return {"mean_reliability": mean}
 
@@ -171,7 +171,7 @@ class Run:
         def do() -> dict:
             floors = self._floors(checkpoint)
             opening = self._opening([checkpoint], samples, config.label.tta)
-            labelled = labels.label(opening, samples, self.here, config=config.label, data=config.data,
+            labelled = labels.label(opening, samples, self.world, config=config.label, data=config.data,
                                     out=place, title=name, floors=lambda _: floors)
             self.class_monitor.warn_missing(labelled.class_pixels, f"pixels that {name} labelled")
             return {"images": labelled.images, "pseudo_label_miou": labelled.miou}
@@ -191,7 +191,7 @@ class Run:
             teachers = {name: self._teacher(self._folder(name) / "best.pt")
                         for name in (trained[0], trained[-1])}
             spread = self.val[:: math.ceil(len(self.val) / EXAMPLES)]
-            write_examples(self.config.out / "examples.png", spread, teachers, self.here.device)
+            write_examples(self.config.out / "examples.png", spread, teachers, self.world.device)
         out = self.config.out
         try:
             write_report(out, out / "report", most_pictures=PICTURES)
@@ -203,19 +203,19 @@ class Run:
 
     def _fit(self, name: str, step: type[Step], lists: Sequence[Sequence[Sample]], schedule: Schedule,
              key: int, *, teacher: Path | None = None) -> dict:
-        network = fresh_network(self.config, self.here, self.index.classes, stage=key)
+        network = fresh_network(self.config, self.world, self.index.classes, stage=key)
         if teacher is not None and self.config.train.from_teacher:
             network.load_state_dict(load_network(teacher).network.state_dict())
         built = step(network, self.config)
         built.rules = class_rules.for_run(self.config, self.index.classes, self.class_monitor.labelled,
-                                          self.here.device)
+                                          self.world.device)
         streams = self._with_preferences(step.streams(self.config, *lists))
-        trainer = Trainer(self.config, self.here, built, streams, key=key, title=name,
+        trainer = Trainer(self.config, self.world, built, streams, key=key, title=name,
                           classes=self.index.classes, folder=self._folder(name), schedule=schedule,
                           validate=self._validated if self.val else None,
                           meter=self._meter(name, built, lists))
         result = trainer.run()
-        if self.here.is_main and result.iou:
+        if self.world.is_main and result.iou:
             write_scores(self._folder(name) / SCORES, images=len(self.val), miou=result.miou, iou=result.iou)
         self.class_monitor.warn_lost(name, result.iou)
         return {"miou": result.miou, "last_miou": result.last_miou, "best_step": result.step,
@@ -224,9 +224,9 @@ class Run:
 
     def _with_preferences(self, streams: Sequence[Stream]) -> list[Stream]:
         """Adds the preference for rare classes to streams with masks, if `--rare.sampling` is set."""
-        config, threads = self.config, threads_per_rank(self.here, self.config.data.threads)
+        config, threads = self.config, threads_per_rank(self.world, self.config.data.threads)
         return [dataclasses.replace(stream, preference=rare_images.preference(
-            stream.samples, len(self.index.classes), config.rare, self.here, threads))
+            stream.samples, len(self.index.classes), config.rare, self.world, threads))
                 if stream.masked else stream for stream in streams]
 
     def _meter(self, name: str, step: Step, lists: Sequence[Sequence[Sample]]) -> ClassMeter:
@@ -240,15 +240,15 @@ class Run:
         """Scores a network on the validation list."""
         watch = Watch(self.val, self._watched(), len(self.index.classes))
         train = self.config.train
-        matrix = evaluate(self._eager(network), self.val, self.here, self.config.data,
+        matrix = evaluate(self._eager(network), self.val, self.world, self.config.data,
                           crop_px=train.validate_window, edges=train.validate_window_edges,
-                          on_batch=watch.see if self.here.is_main else None)
+                          on_batch=watch.see if self.world.is_main else None)
         iou = dict(zip(self.index.classes, (100 * iou_per_class(matrix)).tolist(), strict=True))
         return Scores(miou=mean_iou(matrix), iou=iou, pictures=watch.pictures)
 
     def _watched(self) -> list[int]:
         """Chooses a few validation images of this rank, by position."""
-        mine = sorted(position for batch in loader.native_share(self.val, self.here) for position in batch)
+        mine = sorted(position for batch in loader.native_share(self.val, self.world) for position in batch)
         return mine[:: math.ceil(len(mine) / WATCHED) or 1]
 
     def _floors(self, teacher: Path) -> tuple[float, ...]:
@@ -256,7 +256,7 @@ class Run:
         label, classes = self.config.label, self.index.classes
         thresholds = label.min_confidence
         if thresholds == "auto":
-            measured = ensure_calibration(self.here, teacher, self._teacher, self.lists.held_out,
+            measured = ensure_calibration(self.world, teacher, self._teacher, self.lists.held_out,
                                           self.config.data, tta=label.tta, classes=classes,
                                           precision=label.precision)
             thresholds = floors_of(measured, label.precision)
@@ -270,7 +270,7 @@ class Run:
             backend = "eager"  # the choice depends on the number of threads, and so of ranks
         sizes = (view_size(sample.height, sample.width, self.config.data.view_px) for sample in samples)
         pixels = sum(height * width for height, width in sizes) // len(samples)
-        return predictors.from_paths(paths, self.here.device, mode=mode, backend=backend,
+        return predictors.from_paths(paths, self.world.device, mode=mode, backend=backend,
                                      precision=self.config.train.precision, image_px=pixels,
                                      predictors=METHODS[self.config.method].predictors)
 
@@ -278,8 +278,8 @@ class Run:
         return self._eager(load_network(path)[0])
 
     def _eager(self, network: torch.nn.Module) -> EagerPredictor:
-        return EagerPredictor(network, num_classes=len(self.index.classes), device=self.here.device,
-                              dtype=autocast_dtype(self.config.train.precision, self.here.device),
+        return EagerPredictor(network, num_classes=len(self.index.classes), device=self.world.device,
+                              dtype=autocast_dtype(self.config.train.precision, self.world.device),
                               view_px=self.config.data.view_px)
 
     def _folder(self, name: str) -> Path:
@@ -303,6 +303,6 @@ class Run:
                             "lower --label.batch-pixels those of a labelling batch; start again with another "
                             "--out") from error
         record["seconds"] = record["seconds"] or round(time.monotonic() - started, 1)
-        distributed.on_main(self.here, lambda: files.write_json(done, record))
+        distributed.on_main(self.world, lambda: files.write_json(done, record))
         log.say(f"[{name}] {outcome(record)}")
         return record

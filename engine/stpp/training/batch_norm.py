@@ -16,7 +16,7 @@ from stpp.distributed import World
 
 
 @contextlib.contextmanager
-def recalibrated(network: nn.Module, batches: Callable[[], Iterable[torch.Tensor]], here: World, *,
+def recalibrated(network: nn.Module, batches: Callable[[], Iterable[torch.Tensor]], world: World, *,
                  autocast: contextlib.AbstractContextManager) -> Iterator[None]:
     """Replaces the running averages by statistics of some images inside the block, and restores them after.
 
@@ -26,7 +26,7 @@ def recalibrated(network: nn.Module, batches: Callable[[], Iterable[torch.Tensor
     Args:
         network: its mode is kept; dropout is off during the recomputation.
         batches: makes this rank's images, float32 [N, 3, H, W]; the same number of batches on every rank.
-        here: this rank.
+        world: this rank.
         autocast: autocast context to compute in.
     """
     was_training = network.training
@@ -45,7 +45,7 @@ def recalibrated(network: nn.Module, batches: Callable[[], Iterable[torch.Tensor
                 network(images_NCHW)
         for layer in layers:
             for statistics in (layer.running_mean, layer.running_var):
-                distributed.sum_over_ranks(statistics).div_(here.size)
+                distributed.sum_over_ranks(statistics).div_(world.size)
             layer.eval()
         network.train(was_training)
         yield

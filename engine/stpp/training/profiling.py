@@ -86,9 +86,9 @@ class Profile:
         model: network that is called in every step.
     """
 
-    def __init__(self, folder: Path, here: World, model: nn.Module, title: str):
-        self._folder, self._here, self._model, self._title = folder, here, model, title
-        self._cuda = here.device.type == "cuda"
+    def __init__(self, folder: Path, world: World, model: nn.Module, title: str):
+        self._folder, self._world, self._model, self._title = folder, world, model, title
+        self._cuda = world.device.type == "cuda"
         self._waited_s, self._marks = 0.0, []
 
     def __enter__(self):
@@ -131,11 +131,11 @@ class Profile:
         if len(self._marks) < WARM_UP + TRACED:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"trace-rank{self._here.rank}.json.gz"
+        path = self._folder / f"trace-rank{self._world.rank}.json.gz"
         temporary = path.with_name(f".{path.name}")
         traced.export_chrome_trace(str(temporary))
         os.replace(temporary, path)
-        if self._here.is_main:
+        if self._world.is_main:
             files.write_text(self._folder / "parts.txt", self._table(traced))
             log.say(f"  {self._title}: profile of {TRACED} steps in {self._folder}")
 

@@ -84,27 +84,27 @@ class Scores:
 class Trainer:
     """Trainer of one stage in `folder`; writes the deployed network to `best.pt`."""
 
-    def __init__(self, config: Config, here: World, step: Step, streams: Sequence[Stream], *, key: int,
+    def __init__(self, config: Config, world: World, step: Step, streams: Sequence[Stream], *, key: int,
                  title: str, classes: Sequence[str], folder: Path, schedule: Schedule,
                  validate: Callable[[nn.Module], Scores] | None, meter: ClassMeter | None = None):
         """
         Args:
-            step: step of the method, with its network on the device of `here`.
+            step: step of the method, with its network on the device of `world`.
             streams: input streams of the step.
             key: key of the random numbers, different for each stage.
             validate: function from a network in evaluation mode to its scores; None: no validation list.
             meter: meter of the step's counter; None: no class metrics.
         """
-        self.config, self.here, self.step, self.streams = config, here, step, streams
+        self.config, self.world, self.step, self.streams = config, world, step, streams
         self.key, self.title = key, title
         self.classes, self.folder, self.schedule, self.validate = classes, folder, schedule, validate
         self.samplers = stage_samplers(streams, config.train.batch_global, seed=config.seed, stage=key)
         self.optimizer = make_optimizer(*parameter_groups(step.network), config.train,
                                         default_multiplier=step.network.head_lr_multiplier)
-        self.autocast_dtype = autocast_dtype(config.train.precision, here.device)
-        self.scaler = torch.amp.GradScaler(here.device.type, enabled=self.autocast_dtype == torch.float16)
-        self.model = over_ranks(step, here, accumulate=config.train.accumulate)
-        self.weights_T = torch.tensor(list(step.weights.values()), dtype=torch.float32, device=here.device)
+        self.autocast_dtype = autocast_dtype(config.train.precision, world.device)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.autocast_dtype == torch.float16)
+        self.model = over_ranks(step, world, accumulate=config.train.accumulate)
+        self.weights_T = torch.tensor(list(step.weights.values()), dtype=torch.float32, device=world.device)
         self.steps_done, self.best_step, self.best_miou, self.seconds = 0, 0, -1.0, 0.0
         self.best_iou: Mapping[str, float] = {}
         self.last_miou: float | None = None
@@ -124,7 +124,8 @@ class Trainer:
             over ranks is the mean); bool scalar, True if the loss or the gradient was not finite, in which
             case no weight is changed.
         """
-        torch.manual_seed(stream_seed(self.config.seed, self.key, self.steps_done, self.here.rank))  # dropout
+        # for dropout
+        torch.manual_seed(stream_seed(self.config.seed, self.key, self.steps_done, self.world.rank))
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * self._rate()
         pixels_T = torch.stack([self.step.pixels(*batches) for batches in passes]).sum(0)
@@ -137,7 +138,7 @@ class Trainer:
                     sums_T = self.model(*batches)
                 share_T = sums_T / pixels_T
                 # DDP averages gradients over ranks; the loss is a sum over ranks.
-                self.scaler.scale((self.weights_T * share_T).sum() * self.here.size).backward()
+                self.scaler.scale((self.weights_T * share_T).sum() * self.world.size).backward()
             terms_T += share_T.detach()
 
         nonfinite = self._optimise(~terms_T.isfinite().all())
@@ -227,10 +228,10 @@ class Trainer:
         data = self.config.data
         return loader.pick(data.loader).train_batches(
             stream,
-            sampler.micro_batches(first_step, last_step, rank=self.here.rank, world=self.here.size,
+            sampler.micro_batches(first_step, last_step, rank=self.world.rank, world=self.world.size,
                                   accumulate=self.config.train.accumulate),
-            augment=self.config.augment, seed=self.config.seed, stage=self.key, device=self.here.device,
-            threads=distributed.threads_per_rank(self.here, data.threads))
+            augment=self.config.augment, seed=self.config.seed, stage=self.key, device=self.world.device,
+            threads=distributed.threads_per_rank(self.world, data.threads))
 
     def _recalibrated(self, network: nn.Module) -> contextlib.AbstractContextManager:
         """Recomputes batch-norm statistics inside the block, on a fixed set of weakly augmented images, if
@@ -247,10 +248,10 @@ class Trainer:
         def images() -> Iterator[torch.Tensor]:
             return (batch.images_NCHW for batch in self._batches(stream, sampler, 0, steps))
 
-        return batch_norm.recalibrated(network, images, self.here, autocast=self._autocast())
+        return batch_norm.recalibrated(network, images, self.world, autocast=self._autocast())
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.here.device.type, self.autocast_dtype,
+        return torch.autocast(self.world.device.type, self.autocast_dtype,
                               enabled=self.autocast_dtype != torch.float32)
 
     def _gradient_sync(self, *, last: bool) -> contextlib.AbstractContextManager:
@@ -260,14 +261,14 @@ class Trainer:
     def _profile(self) -> contextlib.AbstractContextManager[Profile | None]:
         if not self.config.profile:
             return contextlib.nullcontext()
-        return Profile(self.folder / "profile", self.here, self.step.network, self.title)
+        return Profile(self.folder / "profile", self.world, self.step.network, self.title)
 
     def _stop_requested(self, stop: signals.Stop) -> bool:
         """Checks for a stop request on any rank; this waits for the device, so on a GPU it is done every
         `LOG_STEPS`."""
-        if self.here.device.type == "cuda" and self.steps_done % LOG_STEPS:
+        if self.world.device.type == "cuda" and self.steps_done % LOG_STEPS:
             return False
-        requested = torch.tensor(float(stop.signal is not None), device=self.here.device)
+        requested = torch.tensor(float(stop.signal is not None), device=self.world.device)
         return distributed.sum_over_ranks(requested).item() > 0  # sync: seldom
 
     def _validating(self) -> bool:
@@ -362,7 +363,7 @@ class Trainer:
         """Writes the deployed weights, with classes, architecture, EXIF rule and scores, as `name`."""
         deployed = self.step.deployed
         distributed.broadcast_buffers(deployed)
-        if self.here.is_main:
+        if self.world.is_main:
             self.writer.save(self.folder / name, model=deployed.state_dict(), classes=list(self.classes),
                              architecture=architecture_of(self.config.model, self.config.data.view_px),
                              step=self.steps_done,
@@ -372,7 +373,7 @@ class Trainer:
         """Writes the checkpoint for resuming: everything that the next step depends on."""
         self.seconds = time.monotonic() - self.started
         self.saved_step, self.saved_at = self.steps_done, time.monotonic()
-        if self.here.is_main:
+        if self.world.is_main:
             self.writer.save(self.folder / "last.pt", model=self.step.state_dict(),
                              optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
                              step=self.steps_done, best_step=self.best_step, best_miou=self.best_miou,
