@@ -66,8 +66,7 @@ class PrecisionConfig:
     """Floating-point type."""
 
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Autocast type of the network; auto: bf16 if the device supports it, else fp16 on CUDA, fp32 on a
-    CPU."""
+    """Autocast type; auto: bf16 if the device supports it, else fp16 on CUDA, fp32 on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +74,7 @@ class LoaderConfig:
     """Image loader."""
 
     loader: Literal["auto", "dali", "reference"] = "auto"
-    """Loader that decodes and augments. dali: NVIDIA DALI; reference: threads with PIL and NumPy; auto: DALI
-    if installed."""
+    """Loader: NVIDIA DALI, or threads with PIL and NumPy (reference); auto: DALI if installed."""
     threads: int = 0
     """Threads per rank that read images and write masks; 0: the machine's cores divided by its ranks."""
     _section = ""
@@ -93,37 +91,30 @@ class SourceConfig:
     """Root folder of the data set."""
     layout: Literal["auto", "voc", "cvat", "cityscapes", "camvid", "globs", "coco", "yolo",
                     "labelme"] = "auto"
-    """Layout of images and masks below the root; with coco, yolo and labelme, masks are drawn from the
-    annotated shapes."""
+    """Layout of the data set; with coco, yolo and labelme, masks are drawn from annotated shapes."""
     images: str | None = None
-    """Pattern of the images below the root, for layouts globs, coco, yolo and labelme, for example
-    `photos/**/*.jpg`."""
+    """Pattern of the images below the root (layouts globs, coco, yolo, labelme): `photos/**/*.jpg`."""
     masks: str | None = None
-    """Pattern of the masks below the root, for layout globs, for example `labels/**/*.png`; for coco: the
-    JSON file, or a pattern of several."""
+    """Pattern of the masks (layout globs): `labels/**/*.png`; or of the JSON files (layout coco)."""
     classes: tuple[str, ...] = ()
     """Class names in the order of their ids; empty: from `classes.json` in the root, or from the layout."""
     mask_map: tuple[str, ...] = ()
     """Mapping from mask values to classes, as STORED=CLASS, if masks do not hold class ids: ids (7=0,
     1-150=0-149, 0=ignore), colours (#804080=road) or shape labels (van=car)."""
     unlabelled: tuple[Path, ...] = ()
-    """Additional folders of unlabelled images, inside or outside the root; images are named FOLDER/PATH after
-    the folder's name."""
+    """Additional folders of unlabelled images, anywhere; images are named FOLDER/PATH."""
     exif: bool = True
-    """EXIF orientation: images are turned upright (masks are expected upright); off: both are read as
-    stored."""
+    """EXIF orientation: images are turned upright (masks must be upright); off: both as stored."""
     follow_links: bool = False
     """Symbolic links out of the root, for example to another disk, are followed; off: they are rejected."""
     unlisted: Literal["background", "ignore"] | None = None
     """Label of pixels outside every shape; required with coco, yolo and labelme."""
     annotated: Literal["upright", "stored"] | None = None
-    """Orientation in which images with an EXIF rotation were annotated (coco, yolo, labelme): upright, as
-    most tools show them, or as stored; unset: follows `exif`."""
+    """Orientation in which EXIF-rotated images were annotated (coco, yolo, labelme); unset: as `exif`."""
     crowds: Literal["class", "ignore"] | None = None
     """Treatment of COCO crowd regions (iscrowd): labelled with their class, or ignored; unset: class."""
     doubtful: Literal["refuse", "ignore"] | None = None
-    """Treatment of shapes that cross themselves, leave the image or have no area (coco, yolo, labelme):
-    rejected with an error, or their pixels ignored; unset: refuse."""
+    """Treatment of self-crossing, out-of-image or empty shapes (coco, yolo, labelme); unset: refuse."""
 
     def prepare_options(self) -> dict[str, Any]:
         """Keyword arguments of `stpp.dataset.index.prepare`: all fields except the root."""
@@ -138,11 +129,9 @@ class DataConfig(LoaderConfig, SourceConfig):
     index: Path | None = None
     """Folder of the prepared index; unset: `index` in the run folder."""
     split: Path | None = None
-    """Folder with labeled.txt, unlabeled.txt and val.txt; unset: a random split is drawn into the run
-    folder."""
+    """Folder with labeled.txt, unlabeled.txt and val.txt; unset: a random split in the run folder."""
     fraction: str = "1/8"
-    """Share (1/8, 0.125) or number (92) of the training images that keep their labels; unused with
-    `split`."""
+    """Share (1/8, 0.125) or number (92) of training images that keep their labels, without `split`."""
     split_seed: int = 0
     """Random seed of the drawn split."""
     val: float | None = None
@@ -168,11 +157,9 @@ class ModelConfig:
     backbone: Literal["resnet18", "resnet50", "resnet101", "resnet50-deep-stem", "resnet101-deep-stem",
                       "efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2", "dinov2-small",
                       "dinov2-base", "dinov2-large", "dinov2-giant"] = "resnet50"
-    """Backbone (encoder). Deep stems (UniMatch's ResNets) and EfficientNet need deeplabv3plus; DINOv2 needs
-    dpt."""
+    """Backbone; deep stems (UniMatch) and EfficientNet need deeplabv3plus, DINOv2 needs dpt."""
     output_stride: Literal[8, 16, 32] | None = None
-    """Output stride of the backbone's last feature map; unset: 8 for a ResNet, 16 for a deep stem or
-    EfficientNet."""
+    """Output stride of the backbone; unset: 8 for a ResNet, 16 for a deep stem or EfficientNet."""
     pretrained: str = "none"
     """Initial weights: path of a backbone file or checkpoint; `imagenet`: torchvision's ResNet, downloaded
     once, or EfficientNet from an installed package; `dinov2`: the published encoder, downloaded once; `none`:
@@ -180,13 +167,11 @@ class ModelConfig:
     dropout: Literal["auto", "on", "off"] = "auto"
     """Dropout in the head of deeplabv3plus and pspnet; `auto`: off with a deep stem, else on."""
     freeze_backbone: bool = False
-    """Frozen backbone: only the head is trained; the backbone's weights and batch-norm statistics are
-    fixed."""
+    """Train the head only; the backbone's weights and batch-norm statistics are fixed."""
     freeze_bn: bool = False
-    """Frozen batch-norm statistics in the backbone."""
+    """Fixed batch-norm statistics in the backbone."""
     checkpoint_activations: bool = False
-    """Activation checkpointing in transformer blocks: recomputes activations in the backward pass; saves
-    memory, costs time."""
+    """Activation checkpointing in transformer blocks: less memory, more time."""
 
     def __post_init__(self):
         for name in ("freeze_backbone", "freeze_bn"):
@@ -259,19 +244,15 @@ class TrainConfig(PrecisionConfig):
     supervised_steps: int | None = None
     """Optimiser steps of stage 1, if different."""
     labelled_ratio: float = 1.0
-    """Minimum ratio of labelled to pseudo-labelled entries in retraining; the labelled list is repeated to
-    reach it."""
+    """Minimum ratio of labelled to pseudo-labelled entries in retraining, reached by repetition."""
     from_teacher: bool = False
-    """Students and the control start from the teacher's weights instead of the pretrained ones; not part of
-    the published methods."""
+    """Students and the control start from the teacher's weights; not part of the published methods."""
     recalibrate_bn: int = 0
-    """Number of weakly augmented training images used to recompute batch-norm statistics before each
-    validation and for saved weights; 0: running averages."""
+    """Training images that recompute batch-norm statistics before validation; 0: running averages."""
     batch_global: int = 16
     """Batch size of one optimiser step, summed over ranks."""
     accumulate: int = 1
-    """Gradient accumulation: backward passes per optimiser step, each over an equal part of the rank's
-    batch."""
+    """Gradient accumulation: number of backward passes per optimiser step."""
     lr: float = 0.001
     """Learning rate of the backbone for a global batch of 16; scales linearly with the batch."""
     head_lr_multiplier: float | None = None
@@ -353,11 +334,9 @@ class ConsistencyConfig:
     confidence: float = 0.95
     """Confidence threshold of the weak view's pseudo labels; UniMatch on Cityscapes: 0."""
     class_confidence: tuple[str, ...] = ()
-    """Confidence thresholds of single classes, as CLASS=CONFIDENCE (pole=0.6); `stpp calibrate` proposes
-    values."""
+    """Confidence thresholds by class, as CLASS=CONFIDENCE (pole=0.6); see `stpp calibrate`."""
     ema: float = 0.996
-    """Decay of the moving average (EMA) that labels, is validated and is saved (UniMatch-V2, FixMatch); 0: no
-    average."""
+    """Decay of the moving average that labels and is saved (UniMatch-V2, FixMatch); 0: no average."""
 
     def __post_init__(self):
         _check(0 <= self.confidence < 1, "consistency.confidence", self.confidence, "from 0 to below 1")
@@ -375,21 +354,17 @@ class LabelConfig:
     batch_pixels: int = 1 << 22
     """Maximum pixels in one labelling batch per rank; a larger image is labelled alone."""
     max_pixels: int = 1 << 24
-    """Maximum pixels of an image; larger images are not labelled but listed as bad, because their views need
-    too much memory."""
+    """Maximum pixels of an image; larger images are listed as bad, not labelled."""
     min_confidence: float | Literal["auto"] = 0.0
-    """Confidence threshold: pixels below it become 255 (ignore). auto: per class, calibrated on held-out
-    labels to reach `--label.precision`."""
+    """Confidence threshold; pixels below it become 255. auto: calibrated per class on held-out labels."""
     class_confidence: tuple[str, ...] = ()
-    """Confidence thresholds of single classes, as CLASS=CONFIDENCE (pole=0.6)."""
+    """Confidence thresholds by class, as CLASS=CONFIDENCE (pole=0.6)."""
     keep_share: float = 1.0
     """Share of each class's pixels that keep their label, most confident first; the others become 255."""
     select_by: Literal["reliability", "class"] = "reliability"
-    """Selection of reliable images: the better half of all images, or of the images of each class, where an
-    image belongs to the rarest class that it shows."""
+    """Selection of the reliable half: of all images, or of each class (the rarest that an image shows)."""
     shard_size: int = 0
-    """Images per shard, the unit of work that an interrupted run keeps or repeats; 0: a 32nd of all images,
-    from 16 to 1000."""
+    """Images per shard, the unit of resuming; 0: a 32nd of all images, from 16 to 1000."""
     backend: BackendName = "auto"
     """Backend that runs the network: a compiler, or eager PyTorch; auto: chosen by the amount of work."""
     _section = "label."
@@ -431,13 +406,11 @@ class RareConfig:
     most_weight: float = 20.0
     """Maximum ratio of the largest to the smallest class weight."""
     logit_adjustment: float = 0.0
-    """Logit adjustment in training: factor of the logarithm of a class's labelled share, added to its logits;
-    1: as published."""
+    """Logit adjustment: factor of the log of a class's labelled share, in training; 1: as published."""
     sampling: float = 0.0
-    """Share of an epoch's images drawn by class: first a class (rare classes more often), then an image that
-    shows it."""
+    """Share of an epoch's images drawn by class, rare classes more often."""
     crop_tries: int = 10
-    """Maximum crops tried for an image drawn by class until one shows the class; 1: the first is taken."""
+    """Maximum crops drawn for such an image until one shows the class; 1: the first is taken."""
 
     def __post_init__(self):
         for name, least in (("effective_pixels", 1), ("most_weight", 1), ("crop_tries", 1),
@@ -452,8 +425,7 @@ class AdviseConfig:
     """Held-out labels for the calibration of confidence."""
 
     share: float = 0.0
-    """Share of the labelled images held out from training for `stpp calibrate` and `--label.min-confidence
-    auto`; 0: both use the validation list."""
+    """Share of labelled images held out for calibration, not trained on; 0: the validation list serves."""
 
     def __post_init__(self):
         _check(0 <= self.share < 1, "advise.share", self.share, "from 0 to below 1")
@@ -480,13 +452,11 @@ class Config(DeviceConfig):
     deterministic: bool = False
     """Bitwise reproducible results on the same machine; slower, for example without cuDNN autotuning."""
     timeout_minutes: float = 30.0
-    """Maximum minutes a rank waits for another in training; then it exits, and torchrun stops or restarts
-    the job."""
+    """Maximum minutes a rank waits for another in training before it exits."""
     strict: bool = False
     """Warnings about the data set or its lists are errors."""
     profile: bool = False
-    """Profiler trace of a few steps of each training stage, written with a table of step times to profile/ in
-    the stage folder."""
+    """Profiler trace of a few steps of each training stage, in profile/ of the stage folder."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
