@@ -70,14 +70,14 @@ def test_a_batch_is_queued_before_the_one_before_is_read(corpus, tmp_path, monke
 def test_a_batch_in_flight_holds_none_of_its_images(corpus, tmp_path, monkeypatch):
     """The device's memory must do for one batch, as it is what --batch-pixels was chosen for."""
     seen: list[weakref.ref] = []
-    compute = labels.Labels.compute
+    compute = labels.LabelJob.compute
 
     def watching(self, batch):
         assert all(images() is None for images in seen)
         seen.append(weakref.ref(batch.images_NCHW))
         return compute(self, batch)
 
-    monkeypatch.setattr(labels.Labels, "compute", watching)
+    monkeypatch.setattr(labels.LabelJob, "compute", watching)
     cases.run(corpus, tmp_path / "out", batch_per_rank=1)
     assert len(seen) == 12
 

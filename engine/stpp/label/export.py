@@ -42,7 +42,7 @@ class Encoded(NamedTuple):
 
 
 @dataclass(kw_only=True)
-class Exported:
+class ExportCounts:
     """Counts of an export."""
 
     images: int = 0
@@ -53,7 +53,7 @@ class Exported:
 
 
 def export(labels: Path, writer: Writer, encode: Encode, scheme: Scheme, *, only: Path | None = None,
-           workers: int | None = None, progress: bool = True) -> Exported:
+           workers: int | None = None, progress: bool = True) -> ExportCounts:
     """Exports every image of a labelling, part after part; memory does not grow with their number.
 
     Args:
@@ -68,7 +68,7 @@ def export(labels: Path, writer: Writer, encode: Encode, scheme: Scheme, *, only
     parts = parts_of(labels)
     wanted = None if only is None else _listed(only)
     matched: set[str] = set()
-    total = Exported()
+    total = ExportCounts()
     workers = min(workers or processes.cores(), max(1, len(parts)))
     chunks = _chunks(labels, parts, wanted, matched)
     died = "a process that encodes masks died; if it was killed for lack of memory, give it more"

@@ -54,7 +54,7 @@ class PseudoLabel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Labels:
+class LabelJob:
     """Job that writes the pseudo labels of one teacher."""
 
     network: Predictor
@@ -90,7 +90,7 @@ class Labels:
         if self.keep_share < 1:
             thresholds.ensure(self.network, self.mode, task, plan, world)
 
-    def prepared(self, out: Path) -> "Labels":
+    def prepared(self, out: Path) -> "LabelJob":
         """See `Job`: takes the larger of each class's own floor and the floor of its share."""
         if self.keep_share == 1:
             return self
@@ -172,7 +172,7 @@ class SampleSource:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Labelled:
+class LabelResult:
     """Result of labelling the samples of a stage."""
 
     images: int
@@ -202,19 +202,19 @@ def label_corpus(open_teacher: PredictorOpener, task: Assignment, world: World, 
         UserError: the source is invalid, or another run began the output.
         OSError: the output cannot be written.
     """
-    def job(images: int) -> Labels:
+    def job(images: int) -> LabelJob:
         (opened,) = open_teacher(images)
         threshold, by_class = task.config.min_confidence, floors(opened)
         assert by_class or threshold != "auto"
-        return Labels(network=opened.network, teacher=opened.identity, mode=task.config.tta,
-                      output=task.output, min_confidence=0.0 if threshold == "auto" else threshold,
-                      floors=by_class, keep_share=task.config.keep_share, classes=opened.classes)
+        return LabelJob(network=opened.network, teacher=opened.identity, mode=task.config.tta,
+                        output=task.output, min_confidence=0.0 if threshold == "auto" else threshold,
+                        floors=by_class, keep_share=task.config.keep_share, classes=opened.classes)
 
     return execute(task, job, world)
 
 
 def label(open_teacher: PredictorOpener, samples: Sequence[Sample], world: World, *, config: LabelConfig,
-          data: DataConfig, out: Path, title: str, floors: Floors = lambda _: ()) -> Labelled:
+          data: DataConfig, out: Path, title: str, floors: Floors = lambda _: ()) -> LabelResult:
     """Labels the samples of a stage with `label_corpus`.
 
     Raises:
@@ -230,8 +230,8 @@ def label(open_teacher: PredictorOpener, samples: Sequence[Sample], world: World
     task = Assignment(source=SampleSource(samples), out=out, config=config, data=data, title=title)
     summary = label_corpus(opened, task, world, floors=floors)
     require_none_bad(summary, out)
-    return Labelled(images=summary.images, miou=agreement(samples, out, world, classes[0]),
-                    class_pixels=summary.class_pixels)
+    return LabelResult(images=summary.images, miou=agreement(samples, out, world, classes[0]),
+                       class_pixels=summary.class_pixels)
 
 
 def require_none_bad(summary: Summary, out: Path) -> None:

@@ -33,7 +33,7 @@ PRESENT = 0.001
 """Minimum share of an image's pixels for the image to show a class."""
 
 
-class Judged(NamedTuple):
+class ImageReliability(NamedTuple):
     """Reliability of an image."""
 
     reliability: float
@@ -42,7 +42,7 @@ class Judged(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reliability:
+class ReliabilityJob:
     """Job that scores the agreement of the last of several teachers with each earlier one.
 
     Source: ST++ (arXiv 2106.05095), section 3.3.
@@ -63,11 +63,11 @@ class Reliability:
     def prepare(self, task: Assignment, plan: Plan, world: World) -> None:
         """See `Job`."""
 
-    def prepared(self, out: Path) -> "Reliability":
+    def prepared(self, out: Path) -> "ReliabilityJob":
         """See `Job`."""
         return self
 
-    def compute(self, batch: Decoded) -> Callable[[], list[Judged | None]]:
+    def compute(self, batch: Decoded) -> Callable[[], list[ImageReliability | None]]:
         """See `Job`: computes the last teacher's mean IoU with each earlier teacher, averaged over these."""
         *earlier, last = self.networks
         reference_NHW = views.masks(last, batch.images_NCHW, "none")
@@ -80,10 +80,10 @@ class Reliability:
             counts = [class_pixels(reference_NHW, last.num_classes, per_image=True)]
         queued, errors = Readback(total_N / len(earlier), *counts), batch.errors
 
-        def results() -> list[Judged | None]:
+        def results() -> list[ImageReliability | None]:
             scores_N, *counts = (values.tolist() for values in queued.read())
             pixels = counts[0] if counts else [None] * len(scores_N)
-            return [None if i in errors else Judged(*both)
+            return [None if i in errors else ImageReliability(*both)
                     for i, both in enumerate(zip(scores_N, pixels, strict=True))]
 
         return results
@@ -91,7 +91,7 @@ class Reliability:
     def sink(self, out: Path, shard: int, clock: Clock) -> None:
         """See `Job`."""
 
-    def row(self, planned: Planned, result: Judged, stored: None) -> dict:
+    def row(self, planned: Planned, result: ImageReliability, stored: None) -> dict:
         """See `Job`."""
         return rows.good(planned, self.teacher) | result._asdict()
 
@@ -109,10 +109,10 @@ def select_corpus(open_teachers: PredictorOpener, task: Assignment, world: World
         task: with the table "scores".
         order: keys of the images in the order that ties keep; None: the order of the source.
     """
-    def job(images: int) -> Reliability:
+    def job(images: int) -> ReliabilityJob:
         opened = open_teachers(images)
-        return Reliability(networks=[teacher.network for teacher in opened], by_class=by_class,
-                           teacher="+".join(teacher.identity for teacher in opened))
+        return ReliabilityJob(networks=[teacher.network for teacher in opened], by_class=by_class,
+                              teacher="+".join(teacher.identity for teacher in opened))
 
     by_class = task.config.select_by == "class"
     return execute(task, job, world, conclude=lambda: write_selection(task.out, order, by_class=by_class))
