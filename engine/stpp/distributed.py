@@ -169,8 +169,8 @@ def broadcast_buffers(model: torch.nn.Module) -> None:
         message = torch.cat([buffer.flatten() for buffer in buffers])
         dist.broadcast(message, 0)
         parts = message.split([buffer.numel() for buffer in buffers])
-        torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers,
-                                                                                   strict=True)])
+        shaped = [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)]
+        torch._foreach_copy_(buffers, shaped)
 
 
 def call_store(world: World) -> dist.Store | None:

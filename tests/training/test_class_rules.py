@@ -105,7 +105,7 @@ def test_no_labelled_pixel_gives_zero_and_a_gradient_of_zeros():
     logits = torch.randn(2, 3, 5, 5, requires_grad=True)
     labels = torch.full((2, 9, 9), 255, dtype=torch.uint8)
     rules = for_run(Config(rare=RareConfig(weights="inverse-sqrt", logit_adjustment=1.0)), CLASSES, [9, 3, 1],
-                   torch.device("cpu"))
+                    torch.device("cpu"))
     for kind in ("ce", "ohem", "ohem-image"):
         loss = labelled_loss(logits, labels, TrainConfig(loss=kind), rules)
         loss.backward()

@@ -111,9 +111,8 @@ class Run:
         """See `Stages`."""
         config, out = self.config, self.config.out / "given"
         began = any(self._folder("1-retrain").glob("*"))
-        distributed.on_main(self.world,
-                            lambda: given_labels.check(self.unlabelled, config.pseudo_labels, self.index, out,
-                                                           exclude=config.exclude, began=began))
+        distributed.on_main(self.world, lambda: given_labels.check(
+            self.unlabelled, config.pseudo_labels, self.index, out, exclude=config.exclude, began=began))
         return given_labels.attach(self.unlabelled, out)
 
     def train(self, name: str, step: type[Step], *lists: Sequence[Sample], teacher: Path | None = None,

@@ -35,8 +35,8 @@ class MovingAverage(nn.Module):
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
-        """Adds the weights of `network` after optimiser step number `step`, in one fused call that does not
-        wait for the device.
+        """Updates the average with the weights of `network` after optimiser step number `step`, in one fused
+        call that does not wait for the device.
 
         Batch-norm statistics, which differ between ranks, are broadcast from rank 0: all ranks label alike,
         and training resumed from a checkpoint is bitwise identical.
