@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 SOURCES := $(wildcard kernels/stpp_kernels/csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-camvid test test-slow test-gpu gpu-wheels triton-3.6 readers bench fmt check clean
+.PHONY: help setup demo demo-camvid test test-slow test-gpu wheel gpu-wheels triton-3.6 readers bench fmt check clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,11 @@ test-slow: setup  ## the slow tests
 
 test-gpu: setup  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu -q
+
+# For any x86-64 processor with AVX2, and faster on one with AVX-512; another machine runs the operators in plain PyTorch.
+wheel: setup  ## a wheel for this version of Python and of torch (dist)
+	rm -rf build/lib* build/bdist* build/temp*  # old modules would be packed too
+	STPP_MARCH="$(or $(STPP_MARCH),x86-64-v3 x86-64-v4)" $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 # tyro and its needs, for Python 3.12: what a machine with PyTorch and the usual packages is likely to lack. docs/gpu.md.
 gpu-wheels:  ## pure Python packages to carry to a GPU machine without a network (build/gpu-wheels)

@@ -1,9 +1,10 @@
-"""Installs the engine and the fused operators from their two source roots, and builds the C++ operators.
+"""Installation of the engine and the fused operators, and the build of the C++ operators.
 
 Metadata is in pyproject.toml. If the C++ build fails, setup warns, and the operators run in plain PyTorch.
 """
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -32,18 +33,25 @@ def cpp_operators() -> dict:
                       "forms", file=sys.stderr)
 
     sources = sorted(str(path) for path in CSRC.glob("*.cpp"))
-    # STPP_MARCH selects an older processor for a build shared by several machines, for example x86-64-v3.
-    flags = ["-O3", "-fopenmp",
-             f"-march={os.environ.get('STPP_MARCH', 'native')}", "-ffp-contract=fast", "-fno-math-errno"]
-    extension = CppExtension("stpp_kernels._C", sources, extra_compile_args=flags,
-                             extra_link_args=["-fopenmp"])
-    return {"ext_modules": [extension] if sources else [], "cmdclass": {"build_ext": OptionalBuild}}
+    # One library for each processor in STPP_MARCH (`make wheel`); a checkout is built for its own machine.
+    # stpp_kernels/dispatch.py loads the best one that the processor can run.
+    marches = os.environ.get("STPP_MARCH", "native").split()
+    modules = [CppExtension("stpp_kernels._C" + ("" if march == "native" else f"_{march.replace('-', '_')}"),
+                            sources, extra_link_args=["-fopenmp"],
+                            extra_compile_args=["-O3", "-fopenmp", f"-march={march}", "-ffp-contract=fast",
+                                                "-fno-math-errno"])
+               for march in marches]
+    return {"ext_modules": modules if sources else [], "cmdclass": {"build_ext": OptionalBuild}}
 
 
 packages = [name for root in ROOTS.values() for name in find_packages(root)]
+folders = {name: f"{ROOTS[name.split('.')[0]]}/{name.replace('.', '/')}" for name in packages}
+folders["stpp.recipes"] = "launch/recipes"
+code = Path("engine/stpp/__init__.py").read_text(encoding="utf-8")
 setup(
-    packages=packages,
-    package_dir={name: f"{ROOTS[name.split('.')[0]]}/{name.replace('.', '/')}" for name in packages},
-    package_data={"stpp_kernels": ["csrc/*"], "stpp": ["report/*"]},
+    version=re.search(r'__version__ = "(.+)"', code).group(1),
+    packages=list(folders),
+    package_dir=folders,
+    package_data={"stpp_kernels": ["csrc/*"], "stpp": ["report/*"], "stpp.recipes": ["*.toml"]},
     **cpp_operators(),
 )

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from stpp.inference.single_images import ImagePredictor
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def load(path, *, tta: str = "none", device: str = "auto", precision: str = "auto", max_pixels: int = 1 << 24,

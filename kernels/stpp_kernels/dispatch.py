@@ -114,14 +114,23 @@ def load_extension() -> bool:
     """Loads the C++ kernels; False if there are none or they do not load, which is logged once."""
     if reference_forced():
         return False
-    libraries = sorted(Path(__file__).parent.glob("_C*.so")) + sorted(Path(__file__).parent.glob("_C*.pyd"))
-    for library in libraries:
+    for library in _libraries(Path(__file__).parent, torch.backends.cpu.get_cpu_capability()):
         try:
             torch.ops.load_library(str(library))
             return True
         except OSError as error:  # built for another torch or machine
             LOG.warning("cannot load %s: %s; rebuild it with `make clean setup`", library.name, error)
     return False
+
+
+def _libraries(folder: Path, capability: str) -> list[Path]:
+    """Libraries of the C++ kernels that this processor can run, the best one first.
+
+    A checkout has a library for its own machine, a wheel has one for each level of x86-64 (setup.py).
+    """
+    built = {path.name.split(".")[0]: path for path in folder.glob("_C*.*") if path.suffix in (".so", ".pyd")}
+    levels = {"AVX512": ["_C_x86_64_v4", "_C_x86_64_v3"], "AVX2": ["_C_x86_64_v3"]}.get(capability, [])
+    return [built[name] for name in ("_C", *levels) if name in built]
 
 
 def _has_cpp_kernel(name: str) -> bool:

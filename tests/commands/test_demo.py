@@ -57,7 +57,7 @@ def test_the_recipe_is_written_and_handed_over(handed, tmp_path, capsys):
     assert handed[1] == train[:-1]
     for more in (["--seed", 2], ["--seed", 1, "--method", "unimatch"], ["--seed", 2, "--method", "fixmatch"]):
         said = refused(capsys, "demo", "--out", out, *more)
-        assert "holds a demo of another method, seed or version" in said
+        assert "holds a demo of another method, size, seed or version" in said
     assert len(handed) == 2
 
 

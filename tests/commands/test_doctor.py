@@ -3,7 +3,9 @@
 import importlib
 import json
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from stpp.commands import doctor, selftest
 from stpp.commands.doctor import Finding
 from stpp.images import batches
 from stpp.images.batches import has_dali
+from stpp.processes import OtherLoad
 
 CPU = torch.device("cpu")
 
@@ -140,6 +143,36 @@ def test_the_trials_pass_here():
     assert "training step" in selftest.train_step(CPU)
     if has_dali():
         assert "decoded" in selftest.decode(CPU, dali=True)
+
+
+@pytest.mark.parametrize("many_s, state", [(0.5, "ok"), (2.0, "warn")])
+def test_threads_slower_than_one_are_a_warning_with_the_load_of_others(monkeypatch, many_s, state):
+    clock = iter(sum(([start, start + (1.0 if i % 2 == 0 else many_s)]
+                      for i, start in enumerate(range(0, 20 * selftest.THREAD_ROUNDS, 10))), []))
+    monkeypatch.setattr(selftest.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(selftest.OtherLoad, "cores", lambda self: 1.25)
+    before = torch.get_num_threads()
+    finding = doctor._asked("try threads", lambda: doctor._ok("try threads", selftest.threads(2)))
+    assert finding.state == state and torch.get_num_threads() == before
+    assert finding.text.endswith("2 threads are 2.0 times as fast as one" if state == "ok" else
+                                 "0.5 times as fast as one; other processes use 1.2 of the cores of this one")
+
+
+def test_other_load_counts_other_processes_and_not_this_one():
+    load = OtherLoad()
+    if load.cores() is None and not Path("/proc/stat").exists():
+        pytest.skip("no /proc/stat on this system")
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try:
+        time.sleep(0.5)
+        load.cores()
+        time.sleep(1)
+        others = load.cores()
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert 0.5 < others <= len(os.sched_getaffinity(0)) + 0.2
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from stpp.training.assemble import fresh_network
 from stpp.training.profiling import BottleneckMeter
 from stpp.training.trainer import Schedule, Trainer
 
+CPU = torch.device("cpu")
 STEPS = profiling.WARM_UP + profiling.TRACED + 1
 
 
@@ -77,7 +78,7 @@ def test_a_run_may_go_on_with_a_profile():
                                                       (4, 0.09, "compute"), (12, 0.11, "data")])
 def test_what_a_step_waits_for_most_bounds_it(monkeypatch, capsys, wait_pct, exchange, kind):
     monkeypatch.setattr(profiling, "communication_share", lambda model: exchange)
-    ours = BottleneckMeter("1-supervised", nn.Identity())
+    ours = BottleneckMeter("1-supervised", nn.Identity(), CPU)
     ours.add(profiling.LEAST_STEPS, 0.9 * profiling.LEAST_S, wait_pct)
     ours.end_epoch()
     assert capsys.readouterr().err == ""
@@ -100,7 +101,7 @@ def test_what_a_step_waits_for_most_bounds_it(monkeypatch, capsys, wait_pct, exc
 def test_few_steps_give_no_advice(capsys):
     """Somebody with five labelled photographs has five steps an epoch, and the first of them is always
     slow."""
-    ours = BottleneckMeter("1-supervised", nn.Identity())
+    ours = BottleneckMeter("1-supervised", nn.Identity(), CPU)
     for _ in range((profiling.LEAST_STEPS - 1) // 5):
         ours.add(5, 2 * profiling.LEAST_S, 90)
         ours.end_epoch()
@@ -109,6 +110,19 @@ def test_few_steps_give_no_advice(capsys):
     ours.end_epoch()
     said = capsys.readouterr().err
     assert "bound by data: 90 % of a step waits for data; to make it shorter" in said
+
+
+@pytest.mark.parametrize("slow, device, logged",
+                         [(2.5, "cpu", True), (1.5, "cpu", False), (2.5, "cuda", False)])
+def test_scattered_steps_on_a_cpu_are_logged_once_with_the_load(monkeypatch, capsys, slow, device, logged):
+    monkeypatch.setattr(profiling.OtherLoad, "cores", lambda self: 1.25)
+    meter = BottleneckMeter("1-supervised", nn.Identity(), torch.device(device))
+    for _ in range(2):
+        for i in range(20):
+            meter.add(5, 5 * (slow if i % 4 == 0 else 1), 0)
+        meter.end_epoch()
+    text = "steps take 1000 to 2500 ms; other processes use 1.2 of the cores"
+    assert capsys.readouterr().err.count(text) == logged
 
 
 def test_the_exchange_of_gradients_is_what_lies_outside_the_backward_pass(monkeypatch):

@@ -52,6 +52,8 @@ class Demo:
     """ST++ in six stages, or a method of one stage: docs/unimatch.md."""
     seed: int = 0
     """Seed of the data, the split and the training."""
+    small: bool = False
+    """A tenth of the training, to try an installation in a minute; its scores mean nothing."""
     control: bool = False
     """Also train on the labels alone for as many steps as the last stage has."""
 
@@ -66,10 +68,11 @@ def demo(args: Sequence[str]) -> None:
     options = config.parse(Demo, args, prog="stpp demo")
     out, seed = options.out, options.seed
     root, recipe_path = out / "data", out / "recipe.json"
-    chosen = DEMOS[options.method]
+    chosen = smaller(DEMOS[options.method]) if options.small else DEMOS[options.method]
     recipe = dataclasses.replace(chosen, seed=seed, data=dataclasses.replace(chosen.data, split_seed=seed))
     if recipe_path.exists() and config.load_recipe(Config, recipe_path) != recipe:
-        raise UserError(f"--out {out} holds a demo of another method, seed or version; choose another --out")
+        raise UserError(f"--out {out} holds a demo of another method, size, seed or version; "
+                        "choose another --out")
     files.write_json(recipe_path, config.to_dict(recipe))
     if not root.exists():
         from stpp.commands import synthetic
@@ -83,6 +86,13 @@ def demo(args: Sequence[str]) -> None:
              str(out / "run")] + ["--control"] * options.control
     if code := torchrun(train):
         sys.exit(code)
+
+
+def smaller(recipe: Config) -> Config:
+    """The recipe with a tenth of its epochs."""
+    epochs, supervised = recipe.train.epochs, recipe.train.supervised_epochs
+    return dataclasses.replace(recipe, train=dataclasses.replace(
+        recipe.train, epochs=max(epochs // 10, 1), supervised_epochs=supervised and supervised // 10))
 
 
 def torchrun(train: list[str]) -> int:

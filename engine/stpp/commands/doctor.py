@@ -318,6 +318,9 @@ def _trials() -> Iterator[Finding]:
             ("train step", True, lambda: selftest.train_step(device), "look at the lines above"),
             ("engine", False, lambda: selftest.engine(device), "label with --backend eager"),
         ]
+        if device.type == "cpu" and torch.get_num_threads() > 1:
+            trials.append(("threads", False, lambda: selftest.threads(torch.get_num_threads()),
+                           "stop the others, or compute with fewer threads: docs/performance.md"))
         if batches.has_dali():
             trials.append(("dali", False, lambda: selftest.decode(device, dali=True),
                            "use --loader reference"))

@@ -7,8 +7,10 @@ from pathlib import Path
 from stpp import config
 from stpp.errors import UserError
 
-FOLDER = Path(__file__).parents[3] / "launch" / "recipes"
-"""Of the checkout."""
+PACKAGE = Path(__file__).parents[1]
+FOLDER = next((folder for folder in (PACKAGE / "recipes", PACKAGE.parents[1] / "launch" / "recipes")
+               if folder.is_dir()), PACKAGE / "recipes")
+"""Folder of the recipes: in the package of an installed wheel, or launch/recipes of a checkout."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +23,7 @@ def recipes(args: Sequence[str]) -> None:
     config.parse(Recipes, args, prog="stpp recipes")
     found = _known()
     if not found:
-        print(f"no recipes in {FOLDER}: they are part of a checkout; "
+        print(f"no recipes in {FOLDER}: install stpp again; "
               "`stpp train --recipe` takes the path of any .toml file")
     width = max(map(len, found), default=0)
     for name, path in found.items():

@@ -4,7 +4,9 @@ Each returns what it did in a few words, and raises where it failed: `stpp docto
 """
 
 import io
+import statistics
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,12 +28,14 @@ from stpp.inference.record import Shapes
 from stpp.loading.sample import Batch, Sample
 from stpp.methods.supervised import Supervised
 from stpp.precision import autocast_dtype
+from stpp.processes import OtherLoad
 from stpp.training.assemble import fresh_network
 from stpp.training.trainer import Schedule, Trainer
 from stpp_kernels import reference
 
 TOLERANCE = 0.01
 """Of operators, relative to the largest value: far above rounding (TF32 on GPUs), far below a wrong build."""
+THREAD_ROUNDS = 15
 LEVELS = 4.0
 """Grey levels of 255 by which a decoded JPEG may differ from what was encoded, on average."""
 SHAPES = Shapes.parse(["1x33x33", "2x65x97", "2x129x193"])
@@ -77,6 +81,36 @@ def decode(device: torch.device, *, dali: bool) -> str:
     if off > LEVELS:
         raise UserError(f"a decoded JPEG is off by {off:.1f} grey levels on average")
     return "decoded a JPEG"
+
+
+def threads(count: int) -> str:
+    """Compares a batch norm on one thread with the same on `count`, in turns; the slowest thread counts.
+
+    Raises:
+        UserError: one thread is as fast, because other processes use the same cores.
+    """
+    norm, images_NCHW = nn.BatchNorm2d(64), torch.randn(16, 64, 64, 64).to(memory_format=torch.channels_last)
+    before, load = torch.get_num_threads(), OtherLoad()
+    spent_s = {1: [], count: []}
+    try:
+        with torch.no_grad():
+            for _ in range(THREAD_ROUNDS):
+                for number, times in spent_s.items():
+                    torch.set_num_threads(number)
+                    norm(images_NCHW)
+                    start = time.perf_counter()
+                    for _ in range(10):
+                        norm(images_NCHW)
+                    times.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(before)
+    ratio = statistics.median(spent_s[1]) / statistics.median(spent_s[count])
+    text = f"{count} threads are {ratio:.1f} times as fast as one"
+    if ratio < 1:
+        others = load.cores()
+        cause = "" if others is None else f"; other processes use {others:.1f} of the cores of this one"
+        raise UserError(f"{text}{cause}")
+    return text
 
 
 def train_step(device: torch.device) -> str:

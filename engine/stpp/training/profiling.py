@@ -1,6 +1,7 @@
 """Profiling of training steps: a log line that names the bottleneck, and a trace on demand."""
 
 import os
+import statistics
 import time
 from pathlib import Path
 
@@ -11,12 +12,15 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from stpp import files, log
 from stpp.distributed import World
+from stpp.processes import OtherLoad
 
 LEAST_S, LEAST_STEPS = 5.0, 50
 """Minimum time and steps for a verdict; shorter epochs are judged together, because the first steps of a
 stage are not typical."""
 DATA_SHARE, COMMUNICATION_SHARE = 0.05, 0.1
 """Minimum share of a step's time spent waiting for it to be bound by data or communication."""
+SCATTER, LEAST_WINDOWS = 2.0, 10
+"""Minimum ratio of slow to quick steps (last and first decile of windows) for scatter; minimum windows."""
 ADVICE = {
     "data": "raise --data.threads, install DALI, or put the images on a faster disk",
     "communication": "give every rank cores or a GPU of its own; a larger --train.batch-global exchanges "
@@ -39,17 +43,20 @@ OPERATORS = 25
 class BottleneckMeter:
     """Meter that logs the bottleneck of the steps at the end of an epoch, whenever it changes."""
 
-    def __init__(self, title: str, model: nn.Module):
+    def __init__(self, title: str, model: nn.Module, device: torch.device):
         self._title, self._model = title, model
         self._waited_s = self._spent_s = 0.0
         self._steps = 0
         self._said = ""
+        self._load = OtherLoad() if device.type == "cpu" else None
+        self._step_s: list[float] = []
 
     def add(self, steps: int, spent_s: float, data_wait_pct: float) -> None:
         """Adds the time of some steps, and the share of it spent waiting for data."""
         self._steps += steps
         self._spent_s += spent_s
         self._waited_s += spent_s * data_wait_pct / 100
+        self._step_s.append(spent_s * (1 - data_wait_pct / 100) / steps)
 
     def end_epoch(self) -> None:
         """Logs the bottleneck of the epoch."""
@@ -63,6 +70,20 @@ class BottleneckMeter:
             log.say(f"  {self._title}: bound by {kind}: {100 * data:.0f} % of a step waits for "
                     f"data{exchange}; to make it shorter: {ADVICE[kind]}")
         self._said, self._steps, self._waited_s, self._spent_s = kind, 0, 0.0, 0.0
+        self._log_scatter()
+
+    def _log_scatter(self) -> None:
+        """Logs once that step times on a CPU scatter, with the number of cores that other processes use."""
+        if self._load is None or len(self._step_s) < LEAST_WINDOWS:
+            return
+        quick, *_, slow = statistics.quantiles(self._step_s, n=10)
+        others = self._load.cores()
+        if slow > SCATTER * quick:
+            cause = "" if others is None else f"; other processes use {others:.1f} of the cores of this one"
+            log.say(f"  {self._title}: steps take {1000 * quick:.0f} to {1000 * slow:.0f} ms{cause}; "
+                    "OMP_NUM_THREADS=1 or fewer --data.threads may be faster (docs/performance.md)")
+            self._load = None
+        self._step_s.clear()
 
 
 def communication_share(model: nn.Module) -> float:

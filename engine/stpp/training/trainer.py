@@ -110,7 +110,7 @@ class Trainer:
         self.last_miou: float | None = None
         self.started = self.saved_at = time.monotonic()
         self.saved_step = 0
-        self.bottleneck = BottleneckMeter(title, self.model)
+        self.bottleneck = BottleneckMeter(title, self.model, world.device)
         self.meter = meter or ClassMeter(title, step.confident)
 
     def train_step(self, passes: Sequence[tuple[Batch, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
