@@ -146,9 +146,8 @@ class DINOv2(Backbone):
         self.checkpoint_activations = checkpoint_activations
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + GRID**2, width))
-        self.mask_token = nn.Parameter(
-            torch.zeros(1, width), requires_grad=False
-        )  # of the published training, unused here
+        # part of the published checkpoint; unused here
+        self.mask_token = nn.Parameter(torch.zeros(1, width), requires_grad=False)
         self.patch_embed = PatchEmbedding(width)
         self.blocks = nn.ModuleList(Block(width, swiglu) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
