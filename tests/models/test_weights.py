@@ -73,7 +73,7 @@ def test_round_trip(tmp_path, name, prefix, wrapper):
     path = save({wrapper: state, "epoch": 3} if wrapper else state, tmp_path)
     report = weights.load_model(target, path)
     assert_same(target.state_dict(), source.state_dict())
-    assert report.loaded == report.wanted == len(state)
+    assert report.loaded == report.total == len(state)
     assert report.summary() == f"{len(state)} of {len(state)} tensors loaded from weights.pth"
 
 

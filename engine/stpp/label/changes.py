@@ -72,16 +72,16 @@ def compare(source: Source, plan: Plan, hashes: Hashes, add_new: Callable[[Item]
         UserError: two images would have the same mask.
     """
     new, gone, differing, repeated = _differences(source, plan)
-    known, changes, seen = lru_cache(maxsize=4)(hashes), Changes(), {}
+    known, changes, offsets = lru_cache(maxsize=4)(hashes), Changes(), {}
     with Collisions(plan.folder) as keys:
         for item in source.items():
             place = identity(item)
             if place in repeated:
-                if place in seen and seen[place] == item.offset:
+                if place in offsets and offsets[place] == item.offset:
                     continue  # a line of a list
-                if place in seen:
+                if place in offsets:
                     raise collision(item.key, item.source, item.source, 1)
-                seen[place] = item.offset
+                offsets[place] = item.offset
             keys.add(item.key)
             if place in new:
                 changes.new.append(item.source)

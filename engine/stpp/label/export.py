@@ -66,11 +66,11 @@ def export(labels: Path, writer: Writer, encode: Encode, scheme: Scheme, *, only
             classes; or a line of the list names no labelled image.
     """
     parts = parts_of(labels)
-    wanted = None if only is None else _listed(only)
+    requested = None if only is None else _listed(only)
     matched: set[str] = set()
     total = ExportCounts()
     workers = min(workers or processes.cores(), max(1, len(parts)))
-    chunks = _chunks(labels, parts, wanted, matched)
+    chunks = _chunks(labels, parts, requested, matched)
     died = "a process that encodes masks died; if it was killed for lack of memory, give it more"
     with writer, tqdm(desc="export", unit="image", disable=not progress, dynamic_ncols=True) as bar:
         for chunk in processes.in_order(encode_many, chunks, (encode, scheme), workers, died=died):
@@ -80,7 +80,7 @@ def export(labels: Path, writer: Writer, encode: Encode, scheme: Scheme, *, only
                 total.images += 1
                 total.ignored += ignored
                 total.with_ignored += ignored > 0
-        missing = sorted(set(wanted or ()) - matched)
+        missing = sorted(set(requested or ()) - matched)
         if missing:
             raise UserError(f"--only {only}: {len(missing)} lines name no labelled image, the first: "
                             f"{missing[0][:120]!r}")
@@ -126,7 +126,7 @@ def encode_many(chunk: Sequence[tuple[LabelledImage, MaskPlace]], encode: Encode
     return encoded
 
 
-def _chunks(labels: Path, parts: Sequence[Path], wanted: dict[str, None] | None,
+def _chunks(labels: Path, parts: Sequence[Path], requested: dict[str, None] | None,
             matched: set[str]) -> Iterator[list[tuple[LabelledImage, MaskPlace]]]:
     """Yields chunks of images to export; adds the matching lines of the list to `matched`."""
     for part in parts:
@@ -135,8 +135,8 @@ def _chunks(labels: Path, parts: Sequence[Path], wanted: dict[str, None] | None,
             if row["status"] != "ok":
                 continue
             image = _labelled(row, part)
-            if wanted is not None:
-                lines = {line for line in (image.key, image.name) if line in wanted}
+            if requested is not None:
+                lines = {line for line in (image.key, image.name) if line in requested}
                 matched |= lines
                 if not lines:
                     continue

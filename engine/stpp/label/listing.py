@@ -78,8 +78,8 @@ def _update(task: Assignment, listing: dict, stamp: dict) -> None:
                         f"{changes.words()}; add --update to label only the new and changed ones (masks and "
                         "rows of missing ones are removed), or choose another --out")
     new_shards.flush()
-    gone = len(changes.changed) + len(changes.gone)
-    items = listing["items"] + new_shards.items - gone
+    replaced = len(changes.changed) + len(changes.gone)
+    items = listing["items"] + new_shards.items - replaced
     if not items:
         raise UserError("--source: no image is left in it; choose another --out")
     if changes:

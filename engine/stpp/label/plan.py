@@ -109,12 +109,12 @@ def _drop_repeated(folder: Path, shards: int, repeated: set[bytes]) -> int:
     Raises:
         UserError: two different images have the same key.
     """
-    seen: dict[str, dict] = {}
+    first_rows: dict[str, dict] = {}
     dropped = 0
     for shard in range(shards):
         listed, kept = rows.read(listing_path(folder, shard)), []
         for row in listed:
-            first = seen.setdefault(row["key"], row) if is_among(row["key"], repeated) else row
+            first = first_rows.setdefault(row["key"], row) if is_among(row["key"], repeated) else row
             if any(first[name] != row[name] for name in ("source", "file", "offset")):
                 raise collision(row["key"], first["source"], row["source"], len(repeated))
             if first is row:

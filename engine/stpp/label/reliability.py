@@ -156,12 +156,12 @@ def split_by_class(scores: Sequence[float], pixels: Sequence[Sequence[int]]) -> 
     Args:
         pixels: pixels of each class, image by image.
     """
-    shown = [[i for i, count in enumerate(counts) if count >= PRESENT * sum(counts) and count]
+    present = [[i for i, count in enumerate(counts) if count >= PRESENT * sum(counts) and count]
              for counts in pixels]
-    images = Counter(i for classes in shown for i in classes)
+    images = Counter(i for classes in present for i in classes)
     groups: dict[int, list[int]] = {}
     for position in sorted(range(len(scores)), key=lambda i: -scores[i]):
-        rarest = min(shown[position], key=lambda i: (images[i], i), default=-1)
+        rarest = min(present[position], key=lambda i: (images[i], i), default=-1)
         groups.setdefault(rarest, []).append(position)
     chosen = {position for group in groups.values() for position in group[: len(group) // 2]}
     middles = sorted((group[len(group) // 2] for group in groups.values() if len(group) % 2),

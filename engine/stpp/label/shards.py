@@ -143,16 +143,17 @@ class Ledger:
         if self._store is not None:
             self._publish()
         missing = [shard for shard in self._mine if not self._done(shard)]
-        seen: dict[int, tuple[int, float]] = {}
+        beats: dict[int, tuple[int, float]] = {}
         tries, patience_s = 0, max(PATIENCE_S, 4 * self._longest_s)
         while missing:
             now = time.monotonic()
             for shard in missing:
                 owner = self._owner(shard)
                 beat = self._store.integer(f"beat/{owner}") if self._store and owner >= 0 else -1
-                if shard not in seen or seen[shard][0] != beat:
-                    seen[shard] = (beat, now)
-            stopped = [shard for shard in missing if self._store is None or now - seen[shard][1] > patience_s]
+                if shard not in beats or beats[shard][0] != beat:
+                    beats[shard] = (beat, now)
+            stopped = [shard for shard in missing
+                       if self._store is None or now - beats[shard][1] > patience_s]
             for shard in stopped:
                 if self._store is None or self._store.add(f"again/{shard}/{tries}", 1) == 1:
                     if self._store is not None:
@@ -162,7 +163,7 @@ class Ledger:
             else:
                 if stopped:  # other ranks took them, and may stop too
                     tries += 1
-                    seen = {shard: (value[0], now) for shard, value in seen.items()}
+                    beats = {shard: (value[0], now) for shard, value in beats.items()}
                 time.sleep(POLL_S)
             missing = [shard for shard in missing if not self._done(shard)]
 

@@ -95,8 +95,8 @@ def _counts(network: Predictor, mode: str, task: Assignment, plan: Plan, world: 
 def _spread(plan: Plan, pool: ThreadPoolExecutor) -> list[list[Planned]]:
     """Chooses batches spread over the plan, from as few shards as suffice."""
     per_shard = max(1, plan.items // plan.shards)
-    wanted = min(plan.shards, -(-MOST_IMAGES // per_shard))
-    cut = [batch for i in range(wanted)
-           for batch in planning.batches(plan.planned(i * plan.shards // wanted, pool))]
-    stride = max(1, sum(map(len, cut)) // MOST_IMAGES)
-    return cut[::stride]
+    n_shards = min(plan.shards, -(-MOST_IMAGES // per_shard))
+    spread = [batch for i in range(n_shards)
+              for batch in planning.batches(plan.planned(i * plan.shards // n_shards, pool))]
+    stride = max(1, sum(map(len, spread)) // MOST_IMAGES)
+    return spread[::stride]

@@ -79,8 +79,8 @@ class Worker:
         def tasks() -> Iterator[tuple[int, list[Planned]]]:
             for shard, planned in prefetch(planned_shards()):
                 planned_of[shard] = planned
-                cut = list(planning.batches(planned))
-                yield from ((shard, batch) for batch in cut or [[]])
+                planned_batches = list(planning.batches(planned))
+                yield from ((shard, batch) for batch in planned_batches or [[]])
 
         stream = batches.batches(tasks(), device=self._world.device, kind=self._task.decoder,
                                  threads=self._threads, most=self._plan.cut.max_batch, clock=self.clock)

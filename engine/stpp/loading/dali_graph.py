@@ -111,16 +111,16 @@ def train_graph(x: dict, gpu: bool, *, side: int, stream: Stream) -> tuple:
 
     views = []
     for number, view in enumerate(stream.views):
-        seen = image
+        augmented = image
         if view != "weak":
             own = {name: x[f"{name}_{number}"] for name in _VIEW}
-            seen = _recoloured(seen, own, gpu)
+            augmented = _recoloured(augmented, own, gpu)
             if stream.box == "erase":
                 box = {name: x[f"{name}_{number}"] for name in _box_inputs(stream)}
-                seen = _noisy(seen, box, side, gpu)
+                augmented = _noisy(augmented, box, side, gpu)
                 if stream.masked:
                     mask = _erased(mask, box)
-        views.append(_normalised(seen))
+        views.append(_normalised(augmented))
     # The merged masks may be scattered in memory; an operator on all of them makes one block for torch.
     return (*views, *([fn.copy(mask)] if stream.masked else []), shapes)
 
@@ -262,18 +262,18 @@ def _crop_rows(samples: Sequence[Sample], cut: Geometry) -> dict:
                             dtype=np.float64), cut.crop_px
     resized = np.stack([cut.resize_h, cut.resize_w], axis=1)
     start = np.stack([cut.crop_y, cut.crop_x], axis=1)
-    shown = np.minimum(resized - start, side)
+    visible = np.minimum(resized - start, side)
     # A mask pixel on the border of two takes the later one. DALI computes in float32, which may fall short of
     # the border: a nudge of a millionth of the size decides it, with no visible effect on the image.
     nudge = source * 2.0**-20
     roi_start = start * source / resized + nudge
-    roi_end = (start + shown) * source / resized + nudge
+    roi_end = (start + visible) * source / resized + nudge
     flip = cut.flip
     roi_start[flip, 1], roi_end[flip, 1] = roi_end[flip, 1], roi_start[flip, 1]
-    pad_start = np.zeros_like(shown)
-    pad_start[flip, 1] = shown[flip, 1] - side  # the padding on the right is mirrored to the left
+    pad_start = np.zeros_like(visible)
+    pad_start[flip, 1] = visible[flip, 1] - side  # the padding on the right is mirrored to the left
     return {"roi_start": roi_start.astype(np.float32), "roi_end": roi_end.astype(np.float32),
-            "size": shown.astype(np.float32), "pad_start": pad_start.astype(np.int32)}
+            "size": visible.astype(np.float32), "pad_start": pad_start.astype(np.int32)}
 
 
 def _view_rows(view: Appearance) -> dict:

@@ -43,9 +43,9 @@ def preference(samples: Sequence[Sample], num_classes: int, rare: RareConfig, wo
     paths = {sample.mask: sample for sample in samples}
     share = list(paths)[world.rank :: world.size]
     with ThreadPoolExecutor(threads, "stpp-masks") as pool:
-        mine = dict(zip(share, pool.map(lambda path: content(mask_of(paths[path]), num_classes), share),
-                        strict=True))
-    by_path = {path: mask for part in distributed.gather(mine) for path, mask in part.items()}
+        own = dict(zip(share, pool.map(lambda path: content(mask_of(paths[path]), num_classes), share),
+                       strict=True))
+    by_path = {path: mask for part in distributed.gather(own) for path, mask in part.items()}
     by_sample = [by_path[sample.mask] for sample in samples]
     pixels_NC = np.stack([mask.pixels_C for mask in by_sample])
     total_C = pixels_NC.sum(0)

@@ -87,17 +87,18 @@ def augmented(
     crop, labels = _cropped(image, mask, drawn.geometry, row)
     views = []
     for view, kind in zip(drawn.views, stream.views, strict=True):
-        seen = crop
+        view_HW3 = crop
         if kind != "weak" and (view.jitter[row] or view.gray[row] or view.blur_sigma[row] > 0):
-            seen = np.array(_recolored(Image.fromarray(np.ascontiguousarray(crop)), view, row))
+            view_HW3 = np.array(_recolored(Image.fromarray(np.ascontiguousarray(crop)), view, row))
         y, x, box_h, box_w = view.box[row].tolist()
         if box_h and stream.box == "erase":
-            seen = seen.copy()
+            view_HW3 = view_HW3.copy()
             noise_y, noise_x = view.noise_offset[row] + (y, x)
-            seen[y : y + box_h, x : x + box_w] = noise[noise_y : noise_y + box_h, noise_x : noise_x + box_w]
+            view_HW3[y : y + box_h, x : x + box_w] = \
+                noise[noise_y : noise_y + box_h, noise_x : noise_x + box_w]
             if labels is not None:
                 labels[y : y + box_h, x : x + box_w] = IGNORE
-        views.append(seen)
+        views.append(view_HW3)
     return views, labels
 
 

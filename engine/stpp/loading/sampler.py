@@ -85,8 +85,8 @@ def preferred(preference: Preference, positions: np.ndarray, order: np.ndarray, 
                                      number=number)
     order = order.copy()
     for place in np.flatnonzero(classes >= 0):
-        shown = preference.members[classes[place]]
-        order[place] = shown[int(u_image[place] * len(shown))]
+        members = preference.members[classes[place]]
+        order[place] = members[int(u_image[place] * len(members))]
     return order
 
 

@@ -127,7 +127,7 @@ class EfficientNetLite(Backbone):
         self.ends: tuple[int, ...] = ()
         in_channels, stride, dilation = STEM, 2, 1
         for i, stage in enumerate(stages):
-            kept = stage.stride if stride * stage.stride <= output_stride else 1
+            stage_stride = stage.stride if stride * stage.stride <= output_stride else 1
             for first in (True,) + (False,) * (stage.depth - 1):
                 self._blocks.append(
                     InvertedResidual(
@@ -135,13 +135,13 @@ class EfficientNetLite(Backbone):
                         stage.width,
                         expansion=stage.expansion,
                         kernel=stage.kernel,
-                        stride=kept if first else 1,
+                        stride=stage_stride if first else 1,
                         dilation=dilation,
                         shortcut=in_channels == stage.width and not (first and stage.stride > 1),
                     )
                 )
                 if first:  # the block that lost its stride keeps the previous dilation
-                    stride, dilation = stride * kept, dilation * stage.stride // kept
+                    stride, dilation = stride * stage_stride, dilation * stage.stride // stage_stride
                 in_channels = stage.width
             if i in TAPPED:
                 self.ends += (len(self._blocks) - 1,)

@@ -52,10 +52,10 @@ def load_network(
             or an unknown stride.
     """
     content = read_checkpoint(path)
-    seen = {"view_px": view_px} if view_px else {}
+    view = {"view_px": view_px} if view_px else {}
     if "format" not in content:
         network, classes, architecture = _published(state_dict_of(content), path, output_stride, class_names)
-        return LoadedNetwork(network, classes, architecture | seen)
+        return LoadedNetwork(network, classes, architecture | view)
     saved = checkpoint.require_own(content, path)
     try:
         architecture, classes = saved["architecture"], list(saved["classes"])
@@ -78,7 +78,7 @@ def load_network(
     if not (recorded is None or type(recorded) is int and recorded > 0):
         raise UserError(f"{path}: holds no network of this version (view_px is {recorded!r}); give a best.pt "
                         "or third-*.pt")
-    return LoadedNetwork(network, classes, architecture | seen)
+    return LoadedNetwork(network, classes, architecture | view)
 
 
 def _published(
@@ -101,8 +101,8 @@ def _published(
     stride = stride_of(backbone, requested)
     network = build_model(name, backbone, count, stride)
     load_state(network, state, path)
-    shown = f"; output stride {stride} (--output-stride sets it)" if stride else ""
-    log.say(f"{path}: {name} on {backbone}, {count} classes, by its keys{shown}")
+    note = f"; output stride {stride} (--output-stride sets it)" if stride else ""
+    log.say(f"{path}: {name} on {backbone}, {count} classes, by its keys{note}")
     names = list(class_names) if len(class_names) == count else [str(i) for i in range(count)]
     return LoadedNetwork(network, names, {"name": name, "backbone": backbone, "output_stride": stride})
 

@@ -27,7 +27,7 @@ class LoadReport:
     """Result of loading a file into a network."""
 
     path: str
-    wanted: int
+    total: int
     """Number of tensors of the network (or its backbone)."""
     loaded: int
     """Number of tensors copied from the file."""
@@ -40,7 +40,7 @@ class LoadReport:
 
     def summary(self) -> str:
         """Formats the counts and the keys that did not fit, in one line."""
-        loaded = f"{self.loaded} of {self.wanted} tensors loaded from {Path(self.path).name}"
+        loaded = f"{self.loaded} of {self.total} tensors loaded from {Path(self.path).name}"
         misfits = {"missing in the file": self.missing, "of another shape": self.mismatched,
                    "left out": self.left_out}
         return "; ".join(filter(None, (loaded, named_keys(misfits))))
@@ -115,7 +115,7 @@ def load_backbone_state(model: Network, state: dict[str, object], path: str | os
     fitting, report = _compare(model.backbone, inside, path)
     _refuse_unfit(report, "the backbone")
     _copy(model.backbone, fitting, path)
-    return LoadReport(path=str(path), wanted=report.wanted, loaded=report.loaded, left_out=head)
+    return LoadReport(path=str(path), total=report.total, loaded=report.loaded, left_out=head)
 
 
 def load_model(model: nn.Module, path: str | os.PathLike, strict: bool = True) -> LoadReport:
@@ -177,7 +177,7 @@ def _compare(
     left_out = [key for key in state if key not in own]
     report = LoadReport(
         path=str(path),
-        wanted=len(own),
+        total=len(own),
         loaded=len(fitting),
         left_out=tuple(left_out),
         missing=tuple(missing),
@@ -235,5 +235,5 @@ def named_keys(kinds: Mapping[str, Sequence[str]]) -> str:
 
 
 def _some(keys: Sequence[str]) -> str:
-    shown = ", ".join((key if key.isprintable() else ascii(key))[:150] for key in keys[:SHOWN])
-    return shown + (f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")
+    text = ", ".join((key if key.isprintable() else ascii(key))[:150] for key in keys[:SHOWN])
+    return text + (f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")

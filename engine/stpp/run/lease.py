@@ -29,15 +29,15 @@ def held(folder: Path, *, beat_s: float = BEAT_S, expiry_s: float = EXPIRY_S) ->
     Raises:
         UserError: another process holds it (named by host and PID), or the folder cannot be written.
     """
-    path, mine = folder / NAME, {**_me(), "token": secrets.token_hex(8)}
+    path, own = folder / NAME, {**_me(), "token": secrets.token_hex(8)}
     try:
         with files.locked(folder / ".lease.lock"):
             require_free(folder, expiry_s)
-            files.write_json(path, mine)
+            files.write_json(path, own)
     except OSError as error:
         raise UserError(f"--out {folder}: {error.strerror}; choose a writable folder") from None
     ended = threading.Event()
-    heart = threading.Thread(target=_beat, args=(path, mine, ended, beat_s), name="stpp-lease", daemon=True)
+    heart = threading.Thread(target=_beat, args=(path, own, ended, beat_s), name="stpp-lease", daemon=True)
     heart.start()
     try:
         yield
@@ -45,7 +45,7 @@ def held(folder: Path, *, beat_s: float = BEAT_S, expiry_s: float = EXPIRY_S) ->
         ended.set()
         heart.join()
         with contextlib.suppress(OSError):
-            if _read(path) == mine:
+            if _read(path) == own:
                 path.unlink()
 
 
@@ -68,10 +68,10 @@ def require_free(folder: Path, expiry_s: float = EXPIRY_S) -> None:
                     f"for {expiry_s:.0f} s is void")
 
 
-def _beat(path: Path, mine: dict, ended: threading.Event, beat_s: float) -> None:
+def _beat(path: Path, own: dict, ended: threading.Event, beat_s: float) -> None:
     while not ended.wait(beat_s):
         try:
-            if _read(path) != mine:
+            if _read(path) != own:
                 print(f"stpp: {path.parent} was taken over by another process ({_read(path)}), because this "
                       "one was suspended for too long; it exits, and no work is "
                       "lost", file=sys.stderr, flush=True)

@@ -237,18 +237,19 @@ class Run:
 
     def _validated(self, network: torch.nn.Module) -> Scores:
         """Scores a network on the validation list."""
-        watch = Watch(self.val, self._watched(), len(self.index.classes))
+        examples = Watch(self.val, self._watched(), len(self.index.classes))
         train = self.config.train
         matrix = evaluate(self._eager(network), self.val, self.world, self.config.data,
                           crop_px=train.validate_window, edges=train.validate_window_edges,
-                          on_batch=watch.see if self.world.is_main else None)
+                          on_batch=examples.see if self.world.is_main else None)
         iou = dict(zip(self.index.classes, (100 * iou_per_class(matrix)).tolist(), strict=True))
-        return Scores(miou=mean_iou(matrix), iou=iou, pictures=watch.pictures)
+        return Scores(miou=mean_iou(matrix), iou=iou, pictures=examples.pictures)
 
     def _watched(self) -> list[int]:
         """Chooses a few validation images of this rank, by position."""
-        mine = sorted(position for batch in loader.native_share(self.val, self.world) for position in batch)
-        return mine[:: math.ceil(len(mine) / WATCHED) or 1]
+        positions = sorted(position for batch in loader.native_share(self.val, self.world)
+                           for position in batch)
+        return positions[:: math.ceil(len(positions) / WATCHED) or 1]
 
     def _floors(self, teacher: Path) -> tuple[float, ...]:
         """Confidence thresholds of a teacher's labels by class; empty if all classes have the same."""

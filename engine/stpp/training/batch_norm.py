@@ -34,7 +34,7 @@ def recalibrated(network: nn.Module, batches: Callable[[], Iterable[torch.Tensor
     layers = [layer for layer in network.modules()
               if isinstance(layer, _BatchNorm) and layer.track_running_stats and layer.training]
     network.eval()
-    kept = [([buffer.clone() for buffer in layer.buffers()], layer.momentum) for layer in layers]
+    saved = [([buffer.clone() for buffer in layer.buffers()], layer.momentum) for layer in layers]
     try:
         for layer in layers:
             layer.reset_running_stats()
@@ -50,7 +50,7 @@ def recalibrated(network: nn.Module, batches: Callable[[], Iterable[torch.Tensor
         network.train(was_training)
         yield
     finally:
-        for layer, (buffers, momentum) in zip(layers, kept, strict=True):
+        for layer, (buffers, momentum) in zip(layers, saved, strict=True):
             for buffer, value in zip(layer.buffers(), buffers, strict=True):
                 buffer.copy_(value)
             layer.momentum = momentum

@@ -41,11 +41,11 @@ class MovingAverage(nn.Module):
         Batch-norm statistics, which differ between ranks, are broadcast from rank 0: all ranks label alike,
         and training resumed from a checkpoint is bitwise identical.
         """
-        kept = min(1 - 1 / (step + 1), self.decay)
+        decay = min(1 - 1 / (step + 1), self.decay)
         pairs = list(zip(self.network.state_dict().values(), network.state_dict().values(), strict=True))
         floating = [pair for pair in pairs if pair[0].is_floating_point()]
         torch._foreach_lerp_([average for average, _ in floating], [weight for _, weight in floating],
-                             1 - kept)
+                             1 - decay)
         for average, weight in pairs:
             if not average.is_floating_point():
                 average.copy_(weight)

@@ -47,7 +47,7 @@ class BottleneckMeter:
         self._title, self._model = title, model
         self._waited_s = self._spent_s = 0.0
         self._steps = 0
-        self._said = ""
+        self._logged_kind = ""
         self._load = OtherLoad() if device.type == "cpu" else None
         self._step_s: list[float] = []
 
@@ -65,11 +65,11 @@ class BottleneckMeter:
         data, communication = self._waited_s / self._spent_s, communication_share(self._model)
         kind = ("data" if data >= max(DATA_SHARE, communication) else
                 "communication" if communication >= COMMUNICATION_SHARE else "compute")
-        if kind != self._said:
+        if kind != self._logged_kind:
             exchange = f", {100 * communication:.0f} % for gradients of other ranks" if communication else ""
             log.say(f"  {self._title}: bound by {kind}: {100 * data:.0f} % of a step waits for "
                     f"data{exchange}; to make it shorter: {ADVICE[kind]}")
-        self._said, self._steps, self._waited_s, self._spent_s = kind, 0, 0.0, 0.0
+        self._logged_kind, self._steps, self._waited_s, self._spent_s = kind, 0, 0.0, 0.0
         self._log_scatter()
 
     def _log_scatter(self) -> None:

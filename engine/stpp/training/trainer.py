@@ -401,6 +401,6 @@ class Trainer:
         self.meter.load(saved.get("by_class"))
         best = self.folder / "best.pt"
         if best.exists():  # newer than `last.pt` if the run died between the two writes
-            kept = checkpoint.load(best)
-            self.best_step, self.best_miou, self.best_iou = kept["step"], kept["miou"], kept.get("iou", {})
+            state = checkpoint.load(best)
+            self.best_step, self.best_miou, self.best_iou = state["step"], state["miou"], state.get("iou", {})
         log.say(f"  {self.title}: resuming from step {self.steps_done}")

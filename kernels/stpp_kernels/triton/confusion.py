@@ -48,9 +48,9 @@ def _confusion_kernel(
     cells = classes * classes
     image = matrix + n * cells
     if BINS > 0:
-        found = tl.histogram(cell, BINS)
+        sums = tl.histogram(cell, BINS)
         bins = tl.arange(0, BINS)
-        tl.atomic_add(image + bins, found.to(tl.int64), mask=(bins < cells) & (found > 0), sem="relaxed")
+        tl.atomic_add(image + bins, sums.to(tl.int64), mask=(bins < cells) & (sums > 0), sem="relaxed")
     else:
         before, _ = _cell(pred, target, at - 1, (at > 0) & (at < length), ignore, classes, IGNORE_BOTH)
         after, _ = _cell(pred, target, at + 1, at + 1 < length, ignore, classes, IGNORE_BOTH)

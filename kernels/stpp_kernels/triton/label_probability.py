@@ -46,8 +46,8 @@ def _probability_kernel(
         total = total * tl.exp(best - most) + tl.exp(value - most)
         best = most
         own = tl.where(label == c, value, own)
-    found = tl.exp(own - best) / total
-    tl.store(probability + out, tl.where(label == ignore_index, IGNORED, found), mask=inside)
+    own_probability = tl.exp(own - best) / total
+    tl.store(probability + out, tl.where(label == ignore_index, IGNORED, own_probability), mask=inside)
 
 
 def label_probability(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:

@@ -187,9 +187,9 @@ def _finalize_kernel(
     tl.store(shares + n * blocks + block, tl.sum(tl.where(inside, best / total, 0.0)))
     # Pixels past the end are counted in an extra bin after the last class. Atomic sums of integers do not
     # depend on their order.
-    found = tl.histogram(tl.where(inside, arg, classes), BINS).to(tl.int64)
+    sums = tl.histogram(tl.where(inside, arg, classes), BINS).to(tl.int64)
     bins = tl.arange(0, BINS)
-    tl.atomic_add(counts + n * classes + bins, found, mask=(bins < classes) & (found > 0), sem="relaxed")
+    tl.atomic_add(counts + n * classes + bins, sums, mask=(bins < classes) & (sums > 0), sem="relaxed")
 
 
 def finalize(acc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
