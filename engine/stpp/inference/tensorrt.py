@@ -179,10 +179,10 @@ def _timing_cache(config: Any, trt: ModuleType, device: torch.device) -> Path:
     """Loads the timing cache of this GPU model into `config`; returns the path of its file."""
     kind = "".join(char if char.isalnum() else "-" for char in torch.cuda.get_device_name(device))
     path = trust.cache_folder() / f"tensorrt-{trt.__version__}-{kind}.timing"
-    known = path.read_bytes() if path.exists() and _is_mine(path) else b""
+    known = path.read_bytes() if path.exists() and _is_own(path) else b""
     config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
     return path
 
 
-def _is_mine(path: Path) -> bool:
+def _is_own(path: Path) -> bool:
     return not hasattr(os, "getuid") or path.stat().st_uid == os.getuid()

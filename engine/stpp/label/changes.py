@@ -55,7 +55,7 @@ class Changes:
         """True if labels are missing or out of date."""
         return bool(self.new or self.changed or self.gone)
 
-    def words(self) -> str:
+    def describe(self) -> str:
         """Describes the changes, for example "2 new (a.jpg, b.jpg), 1 gone (c.jpg)"."""
         kinds = ((self.new, "new"), (self.changed, "changed"), (self.gone, "gone"))
         return ", ".join(f"{len(names)} {kind} ({', '.join(names[:NAMED])}{', ...' * (len(names) > NAMED)})"

@@ -75,15 +75,15 @@ def _update(task: Assignment, listing: dict, stamp: dict) -> None:
     changes = compare(task.source, plan, hashes, new_shards.add)
     if changes and not task.update:
         raise UserError(f"--source: images changed since they were listed for --out {task.out}: "
-                        f"{changes.words()}; add --update to label only the new and changed ones (masks and "
-                        "rows of missing ones are removed), or choose another --out")
+                        f"{changes.describe()}; add --update to label only the new and changed ones (masks "
+                        "and rows of missing ones are removed), or choose another --out")
     new_shards.flush()
     replaced = len(changes.changed) + len(changes.gone)
     items = listing["items"] + new_shards.items - replaced
     if not items:
         raise UserError("--source: no image is left in it; choose another --out")
     if changes:
-        log.say(f"  {task.title}: {changes.words()}")
+        log.say(f"  {task.title}: {changes.describe()}")
         _say_passed(task)
     elif changes.touched:
         log.say(f"  {task.title}: files were touched, but their content is unchanged: {changes.touched}")

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 from stpp.loading.sample import Sample
 from stpp.methods.stages import Stages
-from stpp.methods.supervised import Supervised, few_twice
+from stpp.methods.supervised import Supervised, repeat_few
 
 
 def train(run: Stages) -> None:
     """Runs three stages: train, label all, train again from the pretrained weights."""
-    first = run.train("1-supervised", Supervised, few_twice(run.labelled), supervised=True)
+    first = run.train("1-supervised", Supervised, repeat_few(run.labelled), supervised=True)
     labels = run.label("2-label", first.best, run.unlabelled)
     run.train("3-retrain", Supervised, joint(run, labels), teacher=first.best)
 

@@ -39,9 +39,9 @@ class Supervised(Step):
 
 def train(run: Stages) -> None:
     """Runs one stage on the labels alone."""
-    run.train("1-supervised", Supervised, few_twice(run.labelled), supervised=True)
+    run.train("1-supervised", Supervised, repeat_few(run.labelled), supervised=True)
 
 
-def few_twice(labelled: Sequence[Sample]) -> list[Sample]:
+def repeat_few(labelled: Sequence[Sample]) -> list[Sample]:
     """Repeats the labelled samples twice if there are fewer than `FEW_LABELS`."""
     return list(labelled) * (2 if len(labelled) < FEW_LABELS else 1)

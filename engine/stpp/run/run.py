@@ -32,7 +32,7 @@ from stpp.loading.sample import Sample, Stream
 from stpp.loading.sampler import stage_samplers
 from stpp.methods import METHODS
 from stpp.methods.stages import Trained
-from stpp.methods.supervised import Supervised, few_twice
+from stpp.methods.supervised import Supervised, repeat_few
 from stpp.metrics import iou_per_class, mean_iou
 from stpp.models.build import network_of
 from stpp.models.pretrained import start_from
@@ -145,7 +145,7 @@ class Run:
         schedule = Schedule(steps=last["steps"], validate_steps=last["validate_steps"])
         what = f"train on the labels alone for as many steps as {last['name']}"
         self.controlled = self._once("control", what, lambda: self._fit(
-            "control", Supervised, (few_twice(self.labelled),), schedule, CONTROL, teacher=teacher))
+            "control", Supervised, (repeat_few(self.labelled),), schedule, CONTROL, teacher=teacher))
 
     def select(self, name: str, checkpoints: Sequence[Path],
                samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
