@@ -350,7 +350,7 @@ class LabelConfig:
 
     tta: Views = "stpp"
     batch_per_rank: int = 8
-    """Maximum images in one labelling batch per rank; all have one size."""
+    """Maximum images in one labelling batch per rank, all of one size."""
     batch_pixels: int = 1 << 22
     """Maximum pixels in one labelling batch per rank; a larger image is labelled alone."""
     max_pixels: int = 1 << 24
