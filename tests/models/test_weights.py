@@ -359,7 +359,7 @@ def test_state_dicts_of_other_networks_are_refused(tmp_path):
         message = refusal(trained.load_network, save(whole | change, tmp_path))
         assert words in message and "weights.pth" in message and len(message) < 1500, message
     for content in (network().backbone.state_dict(), {"a": torch.ones(1)}):
-        assert "holds no network" in refusal(trained.load_network, save(content, tmp_path))
+        assert "holds no known network" in refusal(trained.load_network, save(content, tmp_path))
     last = {"format": 1, "model": whole, "step": 3}
     assert "give a best.pt" in refusal(trained.load_network, save(last, tmp_path))
 
