@@ -1,6 +1,6 @@
 """Installation of the engine and the fused operators, and the build of the C++ operators.
 
-The metadata is in pyproject.toml. A failed C++ build is a warning: the operators then run in plain PyTorch.
+Metadata is in pyproject.toml. If the C++ build fails, setup warns, and the operators run in plain PyTorch.
 """
 
 import os
@@ -27,10 +27,10 @@ def cpp_operators() -> dict:
         def run(self):
             try:
                 super().run()
-            # a compiler fails in many ways; each leaves the plain operators in use
+            # a compiler can fail in many ways; the plain operators remain
             except Exception as error:
-                print(f"stpp: C++ operators not built ({error}); the plain PyTorch forms will be "
-                      "used", file=sys.stderr)
+                print(f"stpp: C++ operators not built ({error}); falling back to the plain PyTorch "
+                      "forms", file=sys.stderr)
 
     sources = sorted(str(path) for path in CSRC.glob("*.cpp"))
     # One library for each processor in STPP_MARCH (`make wheel`); a checkout is built for its own machine.

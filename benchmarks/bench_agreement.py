@@ -27,7 +27,7 @@ from stpp.config import LabelConfig
 from stpp.images.masks import read_index_mask
 from stpp.images.sources import open_source
 from stpp.inference.gate import MARGIN
-from stpp.inference.several import from_paths
+from stpp.inference.predictors import from_paths
 from stpp.inference.views import VIEWS
 from stpp.label.assignment import Assignment
 from stpp.label.labels import label_corpus

@@ -31,7 +31,7 @@ from harness import Report, arguments
 from stpp import distributed
 from stpp.config import LabelConfig
 from stpp.images.sources import open_source
-from stpp.inference.several import ready
+from stpp.inference.predictors import already_open
 from stpp.label import plan
 from stpp.label.assignment import Assignment
 from stpp.label.labels import label_corpus
@@ -104,7 +104,7 @@ def child(source: str, out: str, output: str, shard_size: str) -> None:
     start = time.perf_counter()
     config = LabelConfig(tta="none", batch_per_rank=64, shard_size=int(shard_size))
     task = Assignment(source=open_source(source), out=Path(out), output=output, config=config)
-    summary = label_corpus(ready(Small(), identity="small"), task, here)
+    summary = label_corpus(already_open(Small(), identity="small"), task, here)
     print(json.dumps({"wall_s": time.perf_counter() - start, "list_s": listing.get("s"),
                       "images": summary.images,
                       "bad": summary.bad, "labelled": summary.labelled, "seconds": summary.seconds,

@@ -36,7 +36,7 @@ from stpp.images.image_file import IMAGE_EXTENSIONS, IMAGENET_MEAN, IMAGENET_STD
 from stpp.images.masks import read_index_mask
 from stpp.images.sources import open_source
 from stpp.inference import export
-from stpp.inference.several import from_paths
+from stpp.inference.predictors import from_paths
 from stpp.inference.views import VIEWS
 from stpp.label.assignment import Assignment
 from stpp.label.labels import label_corpus

@@ -197,7 +197,7 @@ def without_depthwise_conv(trainer: Trainer, batch: Batch) -> Callable[[], torch
     """Builds the engine's step with PyTorch's depthwise convolutions; None if its network has none on a
     CPU."""
     layers = [each for each in trainer.step.network.modules() if isinstance(each, DepthwiseConv)]
-    if not layers or trainer.here.device.type != "cpu":
+    if not layers or trainer.world.device.type != "cpu":
         return None
 
     def step() -> torch.Tensor:

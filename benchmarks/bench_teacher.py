@@ -78,7 +78,7 @@ def compiled(report: Report, plan: Compilation,
     largest = (max(options.batches), *(max(size[i] for size in sizes) for i in (0, 1)))
     shapes = Shapes(smallest=(1, 33, 33), typical=(options.batches[len(options.batches) // 2], *sizes[0]),
                     largest=largest)
-    for backend in options.backends or build.present(report.device):
+    for backend in options.backends or build.available(report.device):
         for frozen in (False, True) if backend == "inductor" and not options.frozen else (True,):
             label = f"{backend} unfrozen" if not frozen else backend
             chosen = Compilation(**{**vars(plan), "backend": backend, "frozen": frozen, "shapes": shapes})

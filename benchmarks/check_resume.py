@@ -137,7 +137,7 @@ def main() -> None:
     report.summary("resume.equal", float(equal))
     report.finish()
     assert 0 < step < states["whole"]["step"], "the run ended before SIGTERM"
-    assert re.search(rf"going on from step {step}\b",
+    assert re.search(rf"resuming from step {step}\b",
                      text), "the run did not resume from its checkpoint"
     assert repeats and equal, (
         f"two runs with --deterministic: equal {repeats}; interrupted and resumed: equal {equal}"

@@ -16,7 +16,7 @@ from PIL import Image
 from stpp import distributed
 from stpp.config import DataConfig, LabelConfig
 from stpp.images.sources import open_source
-from stpp.inference.several import Opened
+from stpp.inference.predictors import OpenedPredictor
 from stpp.label.assignment import Assignment
 from stpp.label.labels import label_corpus
 from stpp.label.shards import WHOLE
@@ -151,7 +151,7 @@ def run(source, out: Path, *, here=HERE, teacher=None, output: str = "png", load
         source = open_source(str(source), root=root, tar_folders=tar_folders)
     task = Assignment(source=source, out=out, config=LabelConfig(**given), output=output, part=part,
                       verify=verify, update=update, data=DataConfig(threads=1, loader=loader, exif=exif))
-    network = Opened(network=teacher or Tiny(), identity=identity, classes=classes)
+    network = OpenedPredictor(network=teacher or Tiny(), identity=identity, classes=classes)
     return label_corpus(lambda images: [network], task, here)
 
 

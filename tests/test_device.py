@@ -45,8 +45,8 @@ def test_cpu_copies_nothing():
     assert device.side_stream(CPU) is None and device.copy_stream(CPU) is None
     staged = device.staging(2, 3, dtype=torch.uint8, device=CPU)
     assert staged.shape == (2, 3) and staged.dtype == torch.uint8 and not staged.is_pinned()
-    with device.on(None), device.in_turn(None, CPU):
-        (taken,) = device.Arriving(staged, stream=None).take()
+    with device.on_stream(None), device.ordered_on_stream(None, CPU):
+        (taken,) = device.AsyncUpload(staged, stream=None).take()
     (read,) = device.Readback(staged).read()
     assert taken is staged and read is staged
 
@@ -64,8 +64,8 @@ def test_copies_to_a_device_share_one_stream(monkeypatch):
 def test_consumer_of_a_copy_waits_on_the_device_and_keeps_memory(monkeypatch):
     log = stream_cases.install(monkeypatch)
     side, first = stream_cases.Stream("side", log), torch.zeros(2, 3)
-    arriving = device.Arriving(first, torch.zeros(2), stream=side)
-    side.record_event()  # work queued later is not waited for
+    arriving = device.AsyncUpload(first, torch.zeros(2), stream=side)
+    side.record_event()  # what is queued behind is not waited for
     assert arriving.take()[0] is first
     assert log == ["side event 1", "side event 2", "main waits for side event 1", "main uses 2-d float32",
                    "main uses 1-d float32"]
@@ -74,7 +74,7 @@ def test_consumer_of_a_copy_waits_on_the_device_and_keeps_memory(monkeypatch):
 def test_alternating_streams_wait_for_each_other_also_after_errors(monkeypatch):
     log = stream_cases.install(monkeypatch)
     own = stream_cases.Stream("own", log)
-    with pytest.raises(KeyError), device.in_turn(own, CPU):
+    with pytest.raises(KeyError), device.ordered_on_stream(own, CPU):
         log.append(f"work on {torch.cuda.current_stream().name}")
         raise KeyError
     assert log == ["own waits for main", "work on own", "main waits for own"]
@@ -89,8 +89,8 @@ def test_copies_are_complete_next_to_gpu_work():
         staged = device.staging(1 << 20, dtype=torch.int64, device=gpu)
         assert staged.is_pinned()
         staged.fill_(number)
-        with device.on(side):
-            arriving = device.Arriving(staged.to(gpu, non_blocking=True), stream=side)
+        with device.on_stream(side):
+            arriving = device.AsyncUpload(staged.to(gpu, non_blocking=True), stream=side)
         del staged
         ballast @ ballast
         (values,) = arriving.take()

@@ -97,6 +97,6 @@ def test_each_call_has_its_own_store_prefix():
 def test_single_process_runs_the_action():
     here, done = distributed.World(device=torch.device("cpu")), []
     distributed.on_main(here, lambda: done.append(1))
-    assert done == [1] and distributed.store_of_this_call(here) is None
+    assert done == [1] and distributed.call_store(here) is None
     with pytest.raises(KeyError):
         distributed.on_main(here, lambda: {}["absent"])

@@ -289,4 +289,4 @@ def test_two_machines_train_and_a_killed_one_returns(synthetic, synthetic_index,
         second = start()
         assert [agent.wait(timeout=240) for agent in (first, second)] == [0, 0], logs(tmp_path)
     assert json.loads((out / "results.json").read_text())["stages"][0]["steps"] == 40
-    assert "going on from step" in logs(tmp_path)
+    assert "resuming from step" in logs(tmp_path)

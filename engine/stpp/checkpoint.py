@@ -1,4 +1,4 @@
-"""Checkpoints: written whole, read without executing anything they hold."""
+"""Checkpoints: atomic writes, and reads that never execute code in the file."""
 
 import os
 import re
@@ -23,35 +23,34 @@ def save(path: str | Path, **content: Any) -> None:
     """Writes `content` (tensors, numbers, strings, containers of them) atomically.
 
     Raises:
-        UserError: no room on the disk. What `path` held before is intact.
+        UserError: the disk is full; the previous content of `path` is intact.
     """
     try:
         with files.atomic(path) as file:
             torch.save({"format": FORMAT, **content}, file)
-    except (OSError, RuntimeError) as error:  # PyTorch's writer tells little of what the system said
+    except (OSError, RuntimeError) as error:  # PyTorch's writer hides the system's error
         needed, free = size_bytes(content), shutil.disk_usage(Path(path).parent).free
         if needed < free:
             raise
         raise UserError(f"checkpoint {path} needs {needed / 2**20:.0f} MiB and the disk has "
-                        f"{free / 2**20:.0f} left; what was saved before is intact: make room and give the "
+                        f"{free / 2**20:.0f} left; earlier checkpoints are intact: make room and run the "
                         "same command again") from error
 
 
 class CheckpointWriter:
-    """Saves checkpoints in a thread, one after the other: the caller waits for a copy off the device, not for
-    the disk."""
+    """Saves checkpoints one after another in a thread: the caller waits for the copy to the CPU, not for the
+    disk."""
 
     def __init__(self):
         self._pool, self._pending = ThreadPoolExecutor(1, "stpp-checkpoint"), deque()
 
     def save(self, path: str | os.PathLike, **content: Any) -> None:
-        """As the function `save`, of `content` as it is now; what it raises is raised by a later call or by
-        `wait`."""
+        """Queues `save` of a copy of `content`; its errors are raised by a later call or by `wait`."""
         self.wait(leave=1)
-        self._pending.append(self._pool.submit(save, path, **copied(content)))
+        self._pending.append(self._pool.submit(save, path, **cpu_copy(content)))
 
     def wait(self, leave: int = 0) -> None:
-        """Returns when everything, but for the `leave` latest, is on the disk."""
+        """Waits until all checkpoints except the `leave` latest are on the disk."""
         while self._pending and (len(self._pending) > leave or self._pending[0].done()):
             self._pending.popleft().result()
 
@@ -66,19 +65,19 @@ class CheckpointWriter:
             self._pool.shutdown()
 
 
-def copied(value: Any) -> Any:
-    """The same containers with every tensor copied to the CPU."""
+def cpu_copy(value: Any) -> Any:
+    """Copies containers, with every tensor copied to the CPU."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
-        return {key: copied(one) for key, one in value.items()}
+        return {key: cpu_copy(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(copied(one) for one in value)
+        return type(value)(cpu_copy(item) for item in value)
     return value
 
 
 def size_bytes(value: Any) -> int:
-    """Bytes of the tensors in containers."""
+    """Counts the bytes of all tensors in nested containers."""
     if isinstance(value, torch.Tensor):
         return value.nbytes
     if isinstance(value, Mapping):
@@ -87,19 +86,19 @@ def size_bytes(value: Any) -> int:
 
 
 def load(path: str | Path) -> dict:
-    """Reads what `save` wrote, onto the CPU.
+    """Loads a checkpoint that `save` wrote, onto the CPU.
 
     Raises:
-        UserError: see `read`; or the file was not written by `save`, or by a newer version.
+        UserError: see `read`; or the file was not written by this version of `save`.
     """
-    return ours(read(path), path)
+    return require_own(read(path), path)
 
 
-def ours(content: Any, path: str | Path) -> dict:
-    """What `read` found in the file `path`, if `save` wrote it.
+def require_own(content: Any, path: str | Path) -> dict:
+    """Returns the content of the file `path` if `save` wrote it.
 
     Raises:
-        UserError: it was not written by `save`, or by a newer version.
+        UserError: the file was not written by this version of `save`.
     """
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint written by this version of stpp")
@@ -107,16 +106,14 @@ def ours(content: Any, path: str | Path) -> dict:
 
 
 def peek(path: str | Path) -> Any:
-    """As `read`, but tensors are left on the disk, if the file's form allows it, until somebody looks at
-    them."""
+    """Reads a PyTorch file as `read` does, but maps tensors from the disk if the file is a zip archive."""
     return read(path, mmap=zipfile.is_zipfile(path))
 
 
 class _NumpyValue:
-    """Takes the place of NumPy's numbers in files of others, such as the score of a checkpoint: nothing here
-    needs them.
+    """Placeholder for NumPy values in third-party files, for example a checkpoint's score; they are unused.
 
-    NumPy's own constructors would make of a crafted file whatever it wants.
+    NumPy's own constructors are unsafe on a crafted file.
     """
 
     def __init__(self, *_: object):
@@ -131,12 +128,11 @@ NUMPY_NAMES = ("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multi
 
 
 def read(path: str | Path, *, mmap: bool = False) -> Any:
-    """Reads a PyTorch file of anyone onto the CPU, without running any code in it; NumPy's numbers in it are
-    lost.
+    """Reads any PyTorch file onto the CPU without running code in it; NumPy values in it are dropped.
 
     Args:
-        mmap: map the file into memory instead of reading all of it; it must be a zip archive, as PyTorch's
-            are today.
+        mmap: map the file into memory instead of reading it whole; only for zip archives (PyTorch's current
+            format).
 
     Raises:
         UserError: the file is missing, unreadable or damaged, or holds objects other than tensors and plain
@@ -144,29 +140,29 @@ def read(path: str | Path, *, mmap: bool = False) -> Any:
     """
     path = Path(path)
     if not path.is_file():
-        found = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"checkpoint {path} {found}; give the path of a .pth or .pt file")
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"checkpoint {path} {problem}; give the path of a .pth or .pt file")
     try:
         with (
             warnings.catch_warnings(),
             torch.serialization.safe_globals([(_NumpyValue, name) for name in NUMPY_NAMES]),
         ):
-            warnings.simplefilter("ignore")  # they advise to load without the protection
+            warnings.simplefilter("ignore")  # they advise unprotected loading
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError as error:
         raise UserError(f"checkpoint {path} cannot be read ({error.strerror}); check its "
                         "permissions") from error
-    except Exception as error:  # a damaged or hostile file makes the reader fail in any way there is
+    except Exception as error:  # a damaged or hostile file can raise anything
         raise UserError(f"checkpoint {path} {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
-    """Why a file was refused. PyTorch's own text is long and advises to switch the protection off."""
+    """Reason for a rejected file. PyTorch's own text is long and advises unprotected loading."""
     text = str(error)
-    if found := re.search(r"GLOBAL ([\w.]+)", text):
+    if match := re.search(r"GLOBAL ([\w.]+)", text):
         return (
-            f"holds a Python object ({found[1]}) and not only tensors; such objects can run code and are "
-            "never loaded; save its state dict alone"
+            f"holds a Python object ({match[1]}) besides tensors; Python objects can run code and are never "
+            "loaded; save only the state dict"
         )
     if "TorchScript" in text:
         return "is a TorchScript program; save its state dict instead"

@@ -1,4 +1,4 @@
-"""The settings of a run: frozen dataclasses, filled from a recipe (TOML or JSON), then from the command line.
+"""Settings of a run: frozen dataclasses, filled from a recipe (TOML or JSON), then from the command line.
 
 Flags are the field names: `train.epochs` in a recipe is `--train.epochs` on the command line.
 """
@@ -28,15 +28,15 @@ else:
 T = TypeVar("T")
 MethodName = Literal["supervised", "st", "stpp", "retrain", "unimatch", "unimatch-v2", "fixmatch"]
 Views = Annotated[Literal["none", "flip", "stpp"], tyro.conf.arg(
-    help="Views whose probabilities are summed: the image alone; with its mirror image; "
-         "five scales, each with its mirror image.")]
+    help="Test-time augmentation, probabilities summed over views. none: the image; flip: image and mirror "
+         "image; stpp: five scales, each with its mirror image.")]
 WindowEdges = Annotated[Literal["cut", "shifted"], tyro.conf.arg(
-    help="Windows at the end of a row or column: cut off where the image ends, as UniMatch scores; or "
-         "shifted back into the image, all of one size, as UniMatch-V2 does.")]
+    help="Windows at the image edge. cut: clipped to the image, as in UniMatch; shifted: moved back inside "
+         "at full size, as in UniMatch-V2.")]
 BackendName = Literal["auto", "tensorrt", "torch-tensorrt", "inductor", "eager"]
 MAY_CHANGE = ("out", "control", "device", "timeout_minutes", "data.threads", "data.index", "profile",
               "strict", "train.checkpoint_steps", "train.checkpoint_minutes", "train.on_nonfinite")
-"""Keys that a run may be continued with although they differ: they do not change what is computed."""
+"""Keys that may differ when a run is resumed: they do not change the result."""
 
 
 def _check(condition: bool, flag: str, value: Any, allowed: str) -> None:
@@ -45,38 +45,38 @@ def _check(condition: bool, flag: str, value: Any, allowed: str) -> None:
 
 
 def check_view(view_px: int | None, flag: str = "view-px") -> None:
-    """Refuses a size at which no image can be seen.
+    """Checks the longer side of a whole-image view.
 
     Raises:
-        UserError: it is.
+        UserError: it is not in 16..32768 pixels.
     """
     _check(view_px is None or 16 <= view_px <= 1 << 15, flag, view_px, "from 16 to 32768")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceConfig:
-    """The device."""
+    """Device to compute on."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where to compute; auto: on CUDA where there is a GPU."""
+    """Device to compute on; auto: CUDA if a GPU is available, else the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
-    """The floating type."""
+    """Floating-point type."""
 
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Floating type of the network; auto: bf16 where the device has it, else fp16 on CUDA, fp32 on a CPU."""
+    """Autocast type; auto: bf16 if the device supports it, else fp16 on CUDA, fp32 on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
-    """Who reads images."""
+    """Image loader."""
 
     loader: Literal["auto", "dali", "reference"] = "auto"
-    """Who decodes and augments: DALI, or PIL and NumPy worker threads; auto: DALI where it is installed."""
+    """Loader: NVIDIA DALI, or threads with PIL and NumPy (reference); auto: DALI if installed."""
     threads: int = 0
-    """Threads that read images and write masks, per rank; 0: the machine's cores divided among its ranks."""
+    """Threads per rank that read images and write masks; 0: the machine's cores divided by its ranks."""
     _section = ""
 
     def __post_init__(self):
@@ -85,68 +85,60 @@ class LoaderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """Where the images and masks are, and how to read them."""
+    """Location and format of the images and masks."""
 
     root: Path | None = None
-    """Folder of the data set."""
+    """Root folder of the data set."""
     layout: Literal["auto", "voc", "cvat", "cityscapes", "camvid", "globs", "coco", "yolo",
                     "labelme"] = "auto"
-    """How images and masks are arranged below the root; of coco, yolo and labelme masks are drawn from
-    shapes."""
+    """Layout of the data set; with coco, yolo and labelme, masks are drawn from annotated shapes."""
     images: str | None = None
-    """With layout globs, or one of a tool: pattern of the images below the root, for example
-    `photos/**/*.jpg`."""
+    """Pattern of the images below the root (layouts globs, coco, yolo, labelme): `photos/**/*.jpg`."""
     masks: str | None = None
-    """With layout globs: pattern of the masks below the root, for example `labels/**/*.png`; with coco: the
-    JSON file, or a pattern of several."""
+    """Pattern of the masks (layout globs): `labels/**/*.png`; or of the JSON files (layout coco)."""
     classes: tuple[str, ...] = ()
-    """Class names in the order of their ids; empty: from `classes.json` in the root, or the layout's own."""
+    """Class names in the order of their ids; empty: from `classes.json` in the root, or from the layout."""
     mask_map: tuple[str, ...] = ()
-    """What masks hold where that is not class ids, as STORED=CLASS: ids (7=0, 1-150=0-149, 0=ignore),
-    colours (#804080=road) or labels of shapes (van=car)."""
+    """Mapping from mask values to classes, as STORED=CLASS, if masks do not hold class ids: ids (7=0,
+    1-150=0-149, 0=ignore), colours (#804080=road) or shape labels (van=car)."""
     unlabelled: tuple[Path, ...] = ()
-    """Further folders, anywhere: every image below one is an unlabelled image, named FOLDER/PATH by the
-    folder's own name."""
+    """Additional folders of unlabelled images, anywhere; images are named FOLDER/PATH."""
     exif: bool = True
-    """Turn images upright by their EXIF orientation (masks are expected upright); off: read both as
-    stored."""
+    """EXIF orientation: images are turned upright (masks must be upright); off: both as stored."""
     follow_links: bool = False
-    """Follow links that lead out of the root, to another disk for example; off: they are refused."""
+    """Symbolic links out of the root, for example to another disk, are followed; off: they are rejected."""
     unlisted: Literal["background", "ignore"] | None = None
-    """With coco, yolo and labelme, which ask for it: what pixels in no shape are."""
+    """Label of pixels outside every shape; required with coco, yolo and labelme."""
     annotated: Literal["upright", "stored"] | None = None
-    """With coco, yolo and labelme: images that EXIF turns were annotated upright, as most tools show them, or
-    as they are stored; unset: as `exif` says."""
+    """Orientation in which EXIF-rotated images were annotated (coco, yolo, labelme); unset: as `exif`."""
     crowds: Literal["class", "ignore"] | None = None
-    """With coco: regions of many objects (iscrowd) are their class, or ignored; unset: their class."""
+    """Treatment of COCO crowd regions (iscrowd): labelled with their class, or ignored; unset: class."""
     doubtful: Literal["refuse", "ignore"] | None = None
-    """With coco, yolo and labelme: shapes that cross themselves, leave the image or have no area are refused,
-    or their pixels ignored; unset: refused."""
+    """Treatment of self-crossing, out-of-image or empty shapes (coco, yolo, labelme); unset: refuse."""
 
     def prepare_options(self) -> dict[str, Any]:
-        """What `stpp.dataset.index.prepare` is given besides the root."""
-        names = [one.name for one in dataclasses.fields(SourceConfig) if one.name != "root"]
+        """Keyword arguments of `stpp.dataset.index.prepare`: all fields except the root."""
+        names = [field.name for field in dataclasses.fields(SourceConfig) if field.name != "root"]
         return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(LoaderConfig, SourceConfig):
-    """Where the images are, which of them are labelled, and who loads them."""
+    """Data set, split and loader."""
 
     index: Path | None = None
-    """Folder of the prepared index; by default `index` in the run's folder."""
+    """Folder of the prepared index; unset: `index` in the run folder."""
     split: Path | None = None
-    """Folder with labeled.txt, unlabeled.txt and val.txt; by default one is drawn into the run's folder."""
+    """Folder with labeled.txt, unlabeled.txt and val.txt; unset: a random split in the run folder."""
     fraction: str = "1/8"
-    """Share (1/8, 0.125) or number (92) of training images that keep their labels, where no split is
-    given."""
+    """Share (1/8, 0.125) or number (92) of training images that keep their labels, without `split`."""
     split_seed: int = 0
-    """Seed of the drawn split."""
+    """Random seed of the drawn split."""
     val: float | None = None
     """Share of the training images drawn for validation; unset: the data set's own validation list."""
     view_px: int | None = None
-    """Longer side at which the network sees whole images, in validation, labelling and prediction; unset:
-    their own size. Masks and scores have the images' own size."""
+    """Longer side, in pixels, to which whole images are resized for validation, labelling and prediction;
+    unset: original size. Masks and scores are at the original size."""
     _section = "data."
 
     def __post_init__(self):
@@ -158,35 +150,33 @@ class DataConfig(LoaderConfig, SourceConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The network."""
+    """Network and initial weights."""
 
     name: Literal["deeplabv3plus", "pspnet", "deeplabv2", "dpt"] = "deeplabv3plus"
-    """Architecture."""
+    """Architecture of the network."""
     backbone: Literal["resnet18", "resnet50", "resnet101", "resnet50-deep-stem", "resnet101-deep-stem",
                       "efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2", "dinov2-small",
                       "dinov2-base", "dinov2-large", "dinov2-giant"] = "resnet50"
-    """Backbone; deep stems are UniMatch's and, as EfficientNet, for deeplabv3plus, DINOv2 is for dpt."""
+    """Backbone; deep stems (UniMatch) and EfficientNet need deeplabv3plus, DINOv2 needs dpt."""
     output_stride: Literal[8, 16, 32] | None = None
-    """Input pixels per pixel of the backbone's last map; unset: 8 on a ResNet, 16 on a deep stem or
-    EfficientNet."""
+    """Output stride of the backbone; unset: 8 for a ResNet, 16 for a deep stem or EfficientNet."""
     pretrained: str = "none"
-    """Path of a backbone's file or of a checkpoint to start from; `imagenet`: torchvision's ResNet,
-    downloaded once, or EfficientNet from an installed package; `dinov2`: the published encoder, downloaded
-    once; `none`: from scratch."""
+    """Initial weights: path of a backbone file or checkpoint; `imagenet`: torchvision's ResNet, downloaded
+    once, or EfficientNet from an installed package; `dinov2`: the published encoder, downloaded once; `none`:
+    random."""
     dropout: Literal["auto", "on", "off"] = "auto"
-    """Dropout in the head of deeplabv3plus and pspnet; `auto`: on, but off on a deep stem."""
+    """Dropout in the head of deeplabv3plus and pspnet; `auto`: off with a deep stem, else on."""
     freeze_backbone: bool = False
-    """Train the head alone; the backbone keeps the weights and statistics it starts with."""
+    """Train the head only; the backbone's weights and batch-norm statistics are fixed."""
     freeze_bn: bool = False
-    """The backbone's batch norms keep the statistics they start with."""
+    """Fixed batch-norm statistics in the backbone."""
     checkpoint_activations: bool = False
-    """Compute the inside of a transformer's blocks again in the backward pass instead of keeping it: less
-    memory, but more time."""
+    """Activation checkpointing in transformer blocks: less memory, more time."""
 
     def __post_init__(self):
         for name in ("freeze_backbone", "freeze_bn"):
             _check(not getattr(self, name) or self.pretrained != "none", f"model.{name.replace('_', '-')}",
-                   getattr(self, name), "given with --model.pretrained: a backbone from scratch is to be "
+                   getattr(self, name), "given with --model.pretrained: a backbone from scratch must be "
                                         "trained")
 
 
@@ -196,30 +186,29 @@ class AugmentConfig:
     published for ST++."""
 
     crop_px: int = 321
-    """Side of the square crop, pixels."""
+    """Side of the square crop, in pixels."""
     long_side: tuple[int, int] = (200, 800)
-    """The longer side is resized to an integer drawn from this range, ends included."""
+    """Range from which the longer side of the resized image is drawn (integer, ends included)."""
     long_side_unit: Literal["px", "percent"] = "px"
-    """Unit of long_side: pixels, or percent of the image's own longer side."""
+    """Unit of `long_side`: pixels, or percent of the image's longer side."""
     jitter_p: float = 0.8
     """Probability of colour jitter."""
     jitter: tuple[float, float] = (0.5, 1.5)
-    """Range of the factors of brightness, contrast and saturation."""
+    """Range of the brightness, contrast and saturation factors."""
     hue: float = 0.25
-    """Largest shift of the hue, in turns of the colour circle. Lower it where colour is evidence."""
+    """Maximum hue shift, in turns of the colour circle; lower it if colour identifies a class."""
     gray_p: float = 0.2
-    """Probability of a gray image."""
+    """Probability of conversion to grayscale."""
     blur_p: float = 0.5
-    """Probability of a Gaussian blur."""
+    """Probability of Gaussian blur."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """Range of its standard deviation, pixels."""
+    """Range of the blur's standard deviation, in pixels."""
     box_p: float = 0.5
-    """Probability of a box: erased by ST and ST++ (cutout), pasted from another image by UniMatch
-    (CutMix)."""
+    """Probability of a box: erased in ST, ST++ (Cutout), pasted from another image in UniMatch (CutMix)."""
     box_area: tuple[float, float] = (0.02, 0.4)
-    """Range of its area, as a share of the crop."""
+    """Range of the box area, as a share of the crop."""
     box_aspect: tuple[float, float] = (0.3, 1 / 0.3)
-    """Range of its height over its width."""
+    """Range of the box's aspect ratio, height over width."""
 
     def __post_init__(self):
         _check(self.crop_px >= 1, "augment.crop-px", self.crop_px, "at least 1")
@@ -234,7 +223,7 @@ class AugmentConfig:
             low, high = getattr(self, name)
             _check(least <= low <= high <= most, f"augment.{name.replace('_', '-')}", f"{low} {high}",
                    f"two ordered numbers from {least} to {most}")
-        # A box of the largest area must fit the crop in some shape, or it would be drawn for ever.
+        # Boxes are redrawn until one fits the crop, so a box of the largest area must fit in some shape.
         flattest, steepest = self.box_aspect
         aspect = min(max(1.0, flattest), steepest)
         _check(self.box_area[1] * max(aspect, 1 / aspect) <= 0.9, "augment.box-aspect",
@@ -244,63 +233,60 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(PrecisionConfig):
-    """One training run; every stage that trains uses it."""
+    """Training; shared by all training stages."""
 
     epochs: int = 80
-    """Epochs of every stage that trains."""
+    """Epochs per training stage."""
     supervised_epochs: int | None = None
-    """Epochs of stage 1 where they differ; from scratch on few labels an epoch is only a few steps."""
+    """Epochs of stage 1, if different: with few labels an epoch is only a few steps."""
     steps: int | None = None
-    """Optimiser steps of every stage that trains, in place of epochs, whatever the lists' lengths."""
+    """Optimiser steps per training stage; replaces `epochs`."""
     supervised_steps: int | None = None
-    """Optimiser steps of stage 1 where they differ."""
+    """Optimiser steps of stage 1, if different."""
     labelled_ratio: float = 1.0
-    """Labelled entries for each pseudo-labelled one when retraining: the labelled list is repeated as often
-    as that takes (once at least)."""
+    """Minimum ratio of labelled to pseudo-labelled entries in retraining, reached by repetition."""
     from_teacher: bool = False
-    """Students, and the control, start from the weights of the network that labelled, not from the
-    pre-trained ones; not part of the published methods."""
+    """Students and the control start from the teacher's weights; not part of the published methods."""
     recalibrate_bn: int = 0
-    """Weakly augmented training images from which batch-norm statistics are computed before every validation
-    and for the weights that are kept; 0: the running averages."""
+    """Training images that recompute batch-norm statistics before validation; 0: running averages."""
     batch_global: int = 16
-    """Images of one optimiser step, over all ranks."""
+    """Batch size of one optimiser step, summed over ranks."""
     accumulate: int = 1
-    """Backward passes per optimiser step; each takes an equal part of the rank's share of the batch."""
+    """Gradient accumulation: number of backward passes per optimiser step."""
     lr: float = 0.001
-    """Learning rate of the backbone at a global batch of 16; scales linearly with the batch."""
+    """Learning rate of the backbone for a global batch of 16; scales linearly with the batch."""
     head_lr_multiplier: float | None = None
-    """Learning rate of the head over that of the backbone; unset: 10, 1 for deeplabv2, 40 for dpt."""
+    """Ratio of the head's learning rate to the backbone's; unset: 10, 1 for deeplabv2, 40 for dpt."""
     warmup_steps: int = 0
-    """Steps over which the learning rate rises from zero, within the poly schedule."""
+    """Warm-up steps, over which the learning rate rises from zero within the poly schedule."""
     momentum: float = 0.9
-    """SGD momentum; AdamW has betas 0.9 and 0.999."""
+    """Momentum of SGD; AdamW has betas 0.9 and 0.999."""
     weight_decay: float = 1e-4
-    """L2 penalty on all parameters; AdamW's is decoupled (UniMatch-V2: 0.01)."""
+    """Weight decay of all parameters; decoupled with AdamW (UniMatch-V2: 0.01)."""
     loss: Literal["ce", "ohem", "ohem-image"] = "ce"
-    """Loss of labelled pixels: cross-entropy, or that of the hardest (OHEM: probability below 0.7, 200,000
-    pixels at least); ohem-image: of the hardest of each image (an eighth at least), on any ranks alike."""
+    """Loss of labelled pixels. ce: cross-entropy; ohem: cross-entropy of the hardest pixels (probability
+    below 0.7, at least 200,000); ohem-image: the hardest pixels of each image (at least an eighth), which
+    does not depend on the number of ranks."""
     optimizer: Literal["sgd", "adamw", "apex"] = "sgd"
-    """Fused SGD or AdamW of PyTorch, or FusedSGD of NVIDIA apex."""
+    """Optimiser: PyTorch's fused SGD or AdamW, or NVIDIA apex's FusedSGD."""
     sync_bn: bool = False
-    """Batch-norm statistics over all ranks instead of one rank's images."""
+    """Synchronised batch norm: statistics over all ranks."""
     validate_every: int = 1
-    """Epochs between two validations."""
+    """Epochs between validations."""
     validate_min_steps: int = 1
-    """Steps between two validations, at least: an epoch of few labels is short."""
+    """Minimum steps between validations; useful if epochs are short."""
     validate_window: int | None = None
-    """Side in pixels of the overlapping windows in which validation sees images, as is usual for Cityscapes;
-    unset: it sees them whole."""
+    """Side, in pixels, of sliding windows for validation, as is usual for Cityscapes; unset: whole images."""
     validate_window_edges: WindowEdges = "cut"
     select: Literal["best", "last"] = "best"
-    """Which epoch becomes the teacher: that of the strictly best validation mIoU, or the last."""
+    """Epoch that becomes the teacher: the one with the best validation mIoU, or the last."""
     checkpoint_steps: int = 500
-    """Steps between two checkpoints to go on from, at most; one is also written with every validation."""
+    """Maximum steps between resume checkpoints; every validation also writes one."""
     checkpoint_minutes: float = 10.0
-    """Minutes between two checkpoints, at most."""
+    """Maximum minutes between resume checkpoints."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """After a step whose gradient is not finite: end the run, or go on without that step. Either way the
-    weights are spared, and nonfinite.jsonl in the stage's folder names the images."""
+    """Reaction to a non-finite gradient: stop the run, or skip the step. The weights stay intact either way,
+    and nonfinite.jsonl in the stage folder names the images."""
 
     def __post_init__(self):
         for name in ("epochs", "batch_global", "accumulate", "validate_every", "validate_min_steps",
@@ -334,7 +320,7 @@ class TrainConfig(PrecisionConfig):
 
         Args:
             per_epoch: steps of one epoch of its lists.
-            supervised: of stage 1, on the labels alone.
+            supervised: the stage is stage 1, on labels alone.
         """
         if supervised and (self.supervised_steps or self.supervised_epochs):
             return self.supervised_steps or self.supervised_epochs * per_epoch
@@ -343,16 +329,14 @@ class TrainConfig(PrecisionConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyConfig:
-    """UniMatch, UniMatch-V2 and FixMatch."""
+    """Consistency training: UniMatch, UniMatch-V2 and FixMatch."""
 
     confidence: float = 0.95
-    """Probability from which a pixel's class in the weak view is a label for the strong views; UniMatch on
-    Cityscapes: 0."""
+    """Confidence threshold of the weak view's pseudo labels; UniMatch on Cityscapes: 0."""
     class_confidence: tuple[str, ...] = ()
-    """Classes with another confidence, as CLASS=CONFIDENCE (pole=0.6); `stpp calibrate` proposes them."""
+    """Confidence thresholds by class, as CLASS=CONFIDENCE (pole=0.6); see `stpp calibrate`."""
     ema: float = 0.996
-    """Decay of the moving average that labels, is validated and kept (UniMatch-V2, FixMatch); 0: the network
-    itself."""
+    """Decay of the moving average that labels and is saved (UniMatch-V2, FixMatch); 0: no average."""
 
     def __post_init__(self):
         _check(0 <= self.confidence < 1, "consistency.confidence", self.confidence, "from 0 to below 1")
@@ -362,31 +346,27 @@ class ConsistencyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelConfig:
-    """How pseudo labels are computed."""
+    """Pseudo labelling."""
 
     tta: Views = "stpp"
     batch_per_rank: int = 8
-    """Images of equal size that one rank labels at once, at most."""
+    """Maximum images in one labelling batch per rank, all of one size."""
     batch_pixels: int = 1 << 22
-    """Pixels of the images that one rank labels at once, at most, but for one image that alone has more."""
+    """Maximum pixels in one labelling batch per rank; a larger image is labelled alone."""
     max_pixels: int = 1 << 24
-    """Images of more pixels are not labelled but listed as bad: the views of a large image need much
-    memory."""
+    """Maximum pixels of an image; larger images are listed as bad, not labelled."""
     min_confidence: float | Literal["auto"] = 0.0
-    """Pixels whose class has less than this share of the summed probabilities become 255 (ignore); auto: by
-    class, from held-out labels, what gives the wanted precision."""
+    """Confidence threshold; pixels below it become 255. auto: calibrated per class on held-out labels."""
     class_confidence: tuple[str, ...] = ()
-    """Classes with another least confidence, as CLASS=CONFIDENCE (pole=0.6)."""
+    """Confidence thresholds by class, as CLASS=CONFIDENCE (pole=0.6)."""
     keep_share: float = 1.0
-    """Share of each class's pixels that keep their label, the most confident ones; the rest become 255."""
+    """Share of each class's pixels that keep their label, most confident first; the others become 255."""
     select_by: Literal["reliability", "class"] = "reliability"
-    """Which half of the images a selection trusts: the reliable half of all, or of the images of each class,
-    where an image counts for the rarest class that it shows."""
+    """Selection of the reliable half: of all images, or of each class (the rarest that an image shows)."""
     shard_size: int = 0
-    """Images of a shard, the unit of work that an interrupted run keeps or repeats; 0: a 32nd of all, from 16
-    to 1000."""
+    """Images per shard, the unit of resuming; 0: a 32nd of all images, from 16 to 1000."""
     backend: BackendName = "auto"
-    """What computes: a compiled teacher, or PyTorch as it is; auto: by the amount of work."""
+    """Backend that runs the network: a compiler, or eager PyTorch; auto: chosen by the amount of work."""
     _section = "label."
 
     def __post_init__(self):
@@ -402,10 +382,10 @@ class LabelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StageLabelConfig(LabelConfig):
-    """How the stages of a run compute pseudo labels."""
+    """Pseudo labelling in the stages of a run."""
 
     precision: float | None = None
-    """With min-confidence auto: share of the pixels of each class whose label is to be right."""
+    """Target precision of each class's pseudo labels, for `--label.min-confidence auto`."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -420,20 +400,17 @@ class RareConfig:
     """Remedies for rare classes; all are off by default."""
 
     weights: Literal["none", "inverse-sqrt", "effective"] = "none"
-    """Factors of the classes in the loss, from their labelled pixels n: 1 / sqrt(n), or one over the
-    effective number of n."""
+    """Class weights in the loss, from a class's n labelled pixels: 1 / sqrt(n), or 1 / effective number."""
     effective_pixels: float = 1e6
-    """Pixels N from which on more of a class add little: the effective number of n is N (1 - (1 - 1/N)^n)."""
+    """Scale N of the effective number of n pixels, N (1 - (1 - 1/N)^n): beyond N, more pixels add little."""
     most_weight: float = 20.0
-    """Largest factor of a class over the smallest of all."""
+    """Maximum ratio of the largest to the smallest class weight."""
     logit_adjustment: float = 0.0
-    """Factor of the logarithm of a class's labelled share, added to its logits in training alone; 1: as
-    published."""
+    """Logit adjustment: factor of the log of a class's labelled share, in training; 1: as published."""
     sampling: float = 0.0
-    """Share of a list's places that are filled by class: a class is drawn (the rarer the likelier), then an
-    image that shows it."""
+    """Share of an epoch's images drawn by class, rare classes more often."""
     crop_tries: int = 10
-    """Crops drawn for such a place, at most, until one shows the class; 1: the first is taken."""
+    """Maximum crops drawn for such an image until one shows the class; 1: the first is taken."""
 
     def __post_init__(self):
         for name, least in (("effective_pixels", 1), ("most_weight", 1), ("crop_tries", 1),
@@ -445,11 +422,10 @@ class RareConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AdviseConfig:
-    """Labels that a run keeps to judge the confidence of its pseudo labels by."""
+    """Held-out labels for the calibration of confidence."""
 
     share: float = 0.0
-    """Share of the labelled images that is not trained on, for `stpp calibrate` and --label.min-confidence
-    auto; 0: they take the validation list."""
+    """Share of labelled images held out for calibration, not trained on; 0: the validation list serves."""
 
     def __post_init__(self):
         _check(0 <= self.share < 1, "advise.share", self.share, "from 0 to below 1")
@@ -457,32 +433,30 @@ class AdviseConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config(DeviceConfig):
-    """A whole run."""
+    """Configuration of a run."""
 
     out: Path | None = None
-    """Folder of the run; the same command on it goes on where it stopped."""
+    """Run folder. To resume, run the same command again; finished stages are skipped."""
     method: MethodName = "stpp"
-    """supervised: labels only; st: one round of pseudo labels; stpp: reliable images first; unimatch,
-    unimatch-v2, fixmatch: one stage in which weak views label strong ones; retrain: one stage on the labels
-    and the masks of --pseudo-labels."""
+    """Training method. supervised: labels only; st: one round of pseudo labels; stpp: two rounds, reliable
+    images first; unimatch, unimatch-v2, fixmatch: one stage, weak views label strong views; retrain: one
+    stage on the labels and the masks of --pseudo-labels."""
     pseudo_labels: Path | None = None
-    """With method retrain: folder of the masks, of `stpp label` or a run's labelling stage."""
+    """Folder of masks from `stpp label` or a run's labelling stage, for method retrain."""
     exclude: Path | None = None
-    """With method retrain: a list of images whose masks are not used, lines as in a split."""
+    """List of images whose masks are not used, in the format of a split, for method retrain."""
     control: bool = False
-    """Also train on the labels alone for as many steps as the last stage has."""
+    """Control: also train on labels alone for as many steps as the last stage has."""
     seed: int = 0
-    """Key of every random number of the run."""
+    """Random seed of the run."""
     deterministic: bool = False
-    """The same bits in every run on the same machine, at some cost in speed: cuDNN searches no algorithms,
-    for one."""
+    """Bitwise reproducible results on the same machine; slower, for example without cuDNN autotuning."""
     timeout_minutes: float = 30.0
-    """A rank that waits so long for another in training ends, and torchrun with it (or starts all again)."""
+    """Maximum minutes a rank waits for another in training before it exits."""
     strict: bool = False
-    """Refuse a data set, or lists, that give cause for a warning."""
+    """Warnings about the data set or its lists are errors."""
     profile: bool = False
-    """Trace a few steps of every stage that trains: profile/ in its folder has the trace and a table of a
-    step's parts."""
+    """Profiler trace of a few steps of each training stage, in profile/ of the stage folder."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -504,24 +478,24 @@ class Config(DeviceConfig):
 
 
 def to_dict(config: Any) -> dict:
-    """A dataclass as plain JSON values, nested by section."""
+    """Converts a config to plain JSON values, nested by section."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def differing_keys(ours: dict, theirs: dict, *, may_change: Collection[str] = MAY_CHANGE) -> list[str]:
-    """Lines `key: theirs -> ours` for the keys that matter to the result (all but `may_change`) and
-    differ."""
-    ours, theirs = flatten(ours), flatten(theirs)
-    keys = [key for key in sorted(ours.keys() | theirs.keys()) if key not in may_change]
-    return [f"{key}: {theirs.get(key)} -> {ours.get(key)}" for key in keys
-            if ours.get(key) != theirs.get(key)]
+def differing_keys(current: dict, recorded: dict, *,
+                   may_change: Collection[str] = MAY_CHANGE) -> list[str]:
+    """Lists the keys with different values, except `may_change`, as lines `key: recorded -> current`."""
+    current, recorded = flatten(current), flatten(recorded)
+    keys = [key for key in sorted(current.keys() | recorded.keys()) if key not in may_change]
+    return [f"{key}: {recorded.get(key)} -> {current.get(key)}" for key in keys
+            if current.get(key) != recorded.get(key)]
 
 
 def parse(cls: type[T], args: Sequence[str], *, prog: str, default: T | None = None) -> T:
-    """Reads the flags of a command line into a dataclass; `--help` prints and exits.
+    """Parses command-line flags into a dataclass; `--help` prints and exits.
 
     Raises:
-        UserError: an unknown or missing flag, or an impossible value, in one line.
+        UserError: unknown or missing flag, or invalid value; one line.
     """
     with contextlib.redirect_stderr(io.StringIO()):
         try:
@@ -530,16 +504,16 @@ def parse(cls: type[T], args: Sequence[str], *, prog: str, default: T | None = N
             if not exit_.code:
                 raise
             error: BaseException | None = exit_
-    while error is not None and not isinstance(error, UserError):  # of `__post_init__`, which tyro caught
+    while error is not None and not isinstance(error, UserError):  # raised in `__post_init__`, under tyro
         error = error.__context__
     raise UserError(str(error) if error else settings.mistake(cls, args)) from None
 
 
 def load_recipe(cls: type[T], path: Path) -> T:
-    """Reads a recipe (`.toml`) or a run's `config.json`.
+    """Loads a recipe (`.toml`) or a run's `config.json`.
 
     Raises:
-        UserError: no such file, not TOML or JSON, an unknown key, an impossible value.
+        UserError: missing file, invalid TOML or JSON, unknown key, or invalid value.
     """
     try:
         text = files.read_text(path)

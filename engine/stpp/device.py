@@ -1,6 +1,6 @@
-"""Means to keep a GPU busy: copies that no host waits for, constants that are made once, and cuDNN's search.
+"""Device helpers: asynchronous copies, cached constants, CUDA graph capture and cuDNN autotuning.
 
-A CPU runs the same calls: there a stream is None, memory is not pinned, and tensors are where they belong.
+On a CPU the same calls work: streams are None, memory is not pinned, and nothing is copied.
 """
 
 import contextlib
@@ -11,17 +11,16 @@ from collections.abc import Iterator
 import torch
 
 CAPTURING = threading.Lock()
-"""Held while a CUDA graph is captured, and by threads that load, whose calls of CUDA may break a capture."""
+"""Lock held during CUDA graph capture, and by loader threads whose CUDA calls may break a capture."""
 
 
 @contextlib.contextmanager
 def cudnn_search(enabled: bool) -> Iterator[None]:
-    """Switches cuDNN's search inside the block: it times its algorithms for a new shape and takes the
-    fastest.
+    """Enables or disables cuDNN autotuning (timing all algorithms for each new shape) inside the block.
 
-    It pays where few shapes return often, as in training; a search costs up to a second a shape (estimate),
-    so native sizes, as in validation and labelling, do better without. Two searches may choose, and so round,
-    differently.
+    Autotuning pays if few shapes recur often, as in training. It costs up to a second per shape (estimate),
+    so validation and labelling at native sizes run without. Two searches may choose different algorithms,
+    and so round differently.
     """
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = enabled
@@ -33,37 +32,37 @@ def cudnn_search(enabled: bool) -> Iterator[None]:
 
 @functools.cache
 def constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """float32 values on a device, for reading only; made once: copying a list there waits for the device."""
-    with torch.inference_mode(False):  # an inference tensor could not be used in training later
+    """Returns read-only float32 values on a device; cached, because copying a list waits for the device."""
+    with torch.inference_mode(False):  # an inference tensor cannot be used in training later
         return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def staging(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Uninitialised host memory, pinned where `device` is a GPU: no copy from or to it need be waited for."""
+    """Allocates uninitialised host memory, pinned for a GPU so that copies are asynchronous."""
     return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
 
 
 def side_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """A new stream beside the one that computes; None on a CPU."""
+    """Creates a CUDA stream in addition to the compute stream; None on a CPU."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 @functools.cache
 def copy_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """The side stream of all copies to a device: one, because a stream's memory serves that stream alone."""
+    """Returns the one stream for all copies to a device: a stream's memory is reused by that stream only."""
     return side_stream(device)
 
 
-def on(stream: torch.cuda.Stream | None) -> contextlib.AbstractContextManager:
-    """Inside the block this thread's work is queued on `stream`; None: where it would be anyway."""
+def on_stream(stream: torch.cuda.Stream | None) -> contextlib.AbstractContextManager:
+    """Queues this thread's work on `stream` inside the block; None: on the current stream."""
     return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
 @contextlib.contextmanager
-def in_turn(stream: torch.cuda.Stream | None, device: torch.device) -> Iterator[None]:
-    """Queues the block on `stream`, between what the current stream holds and what it gets later.
+def ordered_on_stream(stream: torch.cuda.Stream | None, device: torch.device) -> Iterator[None]:
+    """Queues the block on `stream`, after all earlier and before all later work of the current stream.
 
-    So memory may go from one stream to the other, in both directions, without being recorded.
+    Memory may thus pass between the two streams, in both directions, without `record_stream`.
     """
     if stream is None:
         yield
@@ -71,22 +70,22 @@ def in_turn(stream: torch.cuda.Stream | None, device: torch.device) -> Iterator[
     current = torch.cuda.current_stream(device)
     stream.wait_stream(current)
     try:
-        with on(stream):
+        with on_stream(stream):
             yield
     finally:
         current.wait_stream(stream)
 
 
 @contextlib.contextmanager
-def captured(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream | None,
-             device: torch.device) -> Iterator[None]:
-    """Captures the block in `graph` on `stream`, while threads that know of `CAPTURING` wait.
+def graph_capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream | None,
+                  device: torch.device) -> Iterator[None]:
+    """Captures the block as a CUDA graph on `stream`; threads that hold `CAPTURING` delay it.
 
-    Calls of other threads, such as DALI's own, concern a capture of mode "thread_local" less than one of the
-    default mode, but may still make it fail.
+    Mode "thread_local" makes a capture less sensitive to calls of other threads, for example DALI's, than the
+    default mode; they may still make it fail.
 
     Raises:
-        RuntimeError: it failed. PyTorch goes on as if nothing had been tried.
+        RuntimeError: the capture failed; PyTorch's state is restored.
     """
     pool = torch.cuda.graph_pool_handle()
     try:
@@ -99,55 +98,56 @@ def captured(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream | None,
 
 
 def _forget_capture(device: torch.device, pool: tuple[int, int]) -> None:
-    """Undoes what a failed capture leaves behind, because `CUDAGraph::capture_end` gives up half way.
+    """Cleans up after a failed capture, because `CUDAGraph::capture_end` stops half way.
 
-    The allocator would keep all memory that a second stream has used, and the generator would refuse the
-    random numbers of dropout ("Offset increment outside graph capture").
+    Otherwise the allocator would keep all memory that a second stream has used, and the generator would
+    reject dropout's random numbers ("Offset increment outside graph capture").
     """
     index = torch.cuda.current_device() if device.index is None else device.index
-    with contextlib.suppress(RuntimeError):  # it had been ended
+    with contextlib.suppress(RuntimeError):  # already ended
         torch._C._cuda_endAllocateToPool(index, pool)
     generator = torch.cuda.default_generators[index]
     generator.graphsafe_set_state(generator.clone_state())
 
 
-class Arriving:
-    """Tensors that a side stream brings to the device while the host goes on.
+class AsyncUpload:
+    """Tensors that a side stream copies to the device without blocking the host.
 
     Args:
-        tensors: on one device, of the stream's own memory, filled by what it holds so far.
-        stream: None on a CPU, where they are there.
+        tensors: on one device, allocated on `stream`; its work queued so far fills them.
+        stream: None on a CPU, where the tensors are ready.
     """
 
     def __init__(self, *tensors: torch.Tensor, stream: torch.cuda.Stream | None):
         self._tensors = tensors
-        self._there = None if stream is None else stream.record_event()
+        self._copied = None if stream is None else stream.record_event()
 
     def take(self) -> tuple[torch.Tensor, ...]:
-        """The tensors, for the current stream, which waits for them; the host does not."""
-        if self._there is not None:
+        """Returns the tensors for use on the current stream, which waits for the copy; the host does not."""
+        if self._copied is not None:
             current = torch.cuda.current_stream(self._tensors[0].device)
-            current.wait_event(self._there)
+            current.wait_event(self._copied)
             for tensor in self._tensors:
                 tensor.record_stream(current)  # or the side stream might reuse its memory too early
         return self._tensors
 
 
 class Readback:
-    """Results on their way to the host, behind what the current stream holds; only reading them waits."""
+    """Asynchronous copy of results to the host, queued on the current stream; only `read` waits."""
 
     def __init__(self, *results: torch.Tensor):
         device = results[0].device
-        self._results, self._there = results, None
+        self._results, self._copied = results, None
         if device.type == "cuda":
-            self._results = tuple(staging(*one.shape, dtype=one.dtype, device=device) for one in results)
-            for host, one in zip(self._results, results, strict=True):
-                host.copy_(one, non_blocking=True)
-            self._there = torch.cuda.current_stream(device).record_event()
+            self._results = tuple(staging(*result.shape, dtype=result.dtype, device=device)
+                                  for result in results)
+            for host, result in zip(self._results, results, strict=True):
+                host.copy_(result, non_blocking=True)
+            self._copied = torch.cuda.current_stream(device).record_event()
 
     def read(self) -> tuple[torch.Tensor, ...]:
-        """The results on the CPU."""
-        if self._there is None:
+        """Returns the results on the CPU."""
+        if self._copied is None:
             return self._results
-        self._there.synchronize()  # sync: the host needs the results now
-        return tuple(one.clone() for one in self._results)  # PyTorch never gives pinned memory back
+        self._copied.synchronize()  # sync: the host needs the results now
+        return tuple(host.clone() for host in self._results)  # PyTorch never gives pinned memory back

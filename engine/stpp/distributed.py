@@ -1,6 +1,6 @@
-"""One process or many: where this one stands, and the few collectives the engine needs.
+"""Distributed execution: the process group, and the few collectives that the engine needs.
 
-Under torchrun every rank calls `init`; without it a run is a world of one and the collectives do nothing.
+Without torchrun a run is a world of one rank, in which the collectives do nothing.
 """
 
 import contextlib
@@ -20,18 +20,18 @@ from stpp import processes
 from stpp.errors import UserError
 
 TIMEOUT_MINUTES = 30.0
-"""A rank that waits longer than this for the others fails, and torchrun ends the job."""
+"""Timeout of collectives: a rank that waits longer fails, and torchrun ends the job."""
 
 _POLL_S, _LAST_WORD_S = 0.05, 3.0
-"""How often a rank looks for a word of another; how long rank 0 waits until its last one is read."""
+"""Polling interval of the store; maximum wait of rank 0 until the others have read that it failed."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-"""Names of parameters in glibc's malloc.h."""
+"""Parameters of mallopt, from glibc's malloc.h."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This process among the others."""
+    """Rank and device of this process, and the number of ranks."""
 
     rank: int = 0
     size: int = 1
@@ -39,25 +39,24 @@ class World:
     """Ranks on this machine."""
     device: torch.device
     store: dist.Store | None = None
-    """Small values that ranks leave each other without a collective; empty at each start. None in a world of
-    one."""
+    """Key-value store shared by the ranks; empty at each start; None in a world of one."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which writes and speaks."""
+        """True on rank 0, which writes files and logs."""
         return self.rank == 0
 
 
 @contextlib.contextmanager
 def world(device: str = "auto", *, timeout_minutes: float = TIMEOUT_MINUTES) -> Iterator[World]:
-    """Joins the process group that torchrun describes, if it does, and leaves it at the end.
+    """Joins torchrun's process group, if there is one, and leaves it at the end of the block.
 
     Args:
-        device: "auto" (CUDA if there is one), "cuda" or "cpu".
-        timeout_minutes: how long a rank waits for the others in a collective.
+        device: "auto" (CUDA if available), "cuda" or "cpu".
+        timeout_minutes: timeout of collectives.
 
     Raises:
-        UserError: CUDA asked for and absent, or fewer GPUs than ranks on this machine.
+        UserError: CUDA is requested but not available, or this machine has fewer GPUs than ranks.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -67,32 +66,31 @@ def world(device: str = "auto", *, timeout_minutes: float = TIMEOUT_MINUTES) -> 
     if use_cuda and local_size > torch.cuda.device_count():
         raise UserError(f"torchrun started {local_size} ranks here but {torch.cuda.device_count()} GPUs are "
                         "visible; lower --nproc-per-node, or use --device cpu")
-    here = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    own_device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
-        torch.cuda.set_device(here)
+        torch.cuda.set_device(own_device)
     else:
         torch.set_num_threads(max(1, processes.cores() // local_size))
         keep_freed_memory()
     timeout = datetime.timedelta(minutes=timeout_minutes)
     store = _fresh_store(rank, size, timeout) if "RANK" in os.environ and size > 1 else None
     if "RANK" in os.environ:
-        meeting = {} if store is None else {"store": store, "rank": rank, "world_size": size}
+        rendezvous = {} if store is None else {"store": store, "rank": rank, "world_size": size}
         dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timeout,
-                                device_id=here if use_cuda else None, **meeting)
+                                device_id=own_device if use_cuda else None, **rendezvous)
     shared = None if store is None else dist.PrefixStore("stpp", store)
-    yield World(rank=rank, size=size, local_size=local_size, device=here, store=shared)
-    # Not after an exception: NCCL would wait for the other ranks, and torchrun would not see this one end.
+    yield World(rank=rank, size=size, local_size=local_size, device=own_device, store=shared)
+    # Not after an exception: NCCL would wait for the other ranks, and torchrun would not see this rank end.
     if dist.is_initialized():
-        dist.barrier()  # no rank closes its connections while another one still uses them
+        dist.barrier()  # no rank closes its connections while another still uses them
         dist.destroy_process_group()
 
 
 def _fresh_store(rank: int, size: int, timeout: datetime.timedelta) -> dist.Store:
-    """A store that no earlier start of these ranks has written to: rank 0's own, or a part of that of
-    torchrun's agents.
+    """Creates a store without values of earlier starts: rank 0's own, or a new prefix in torchrun's.
 
-    torchrun may keep its store when it restarts ranks, and they would meet the addresses of the dead. So rank
-    0 draws a name and tells it to every rank that says hello with a number that it has just drawn itself.
+    torchrun may keep its store when it restarts ranks, which would then read addresses of dead processes. So
+    rank 0 draws a random prefix and passes it to each rank that announces a fresh random number.
     """
     is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size,
@@ -125,12 +123,11 @@ def _fresh_store(rank: int, size: int, timeout: datetime.timedelta) -> dist.Stor
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep what is freed for what comes next, also large blocks, instead of giving them back to the
-    system.
+    """Makes glibc keep freed memory, also large blocks, for reuse instead of returning it to the system.
 
-    Fresh pages are filled with zeros when they are first touched: a tenth of a training step on small crops,
-    a fifth of labelling large images (benchmarks/NOTES.md). Where the C library is another one, or the user
-    has set it up (MALLOC_MMAP_MAX_), nothing is done.
+    The kernel zeroes fresh pages on first use: a tenth of a training step on small crops, a fifth of
+    labelling large images (benchmarks/NOTES.md). With another C library, or if the user has set
+    MALLOC_MMAP_MAX_, nothing is changed.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is None or "MALLOC_MMAP_MAX_" in os.environ:
@@ -140,9 +137,9 @@ def keep_freed_memory() -> None:
     mallopt(_M_TRIM_THRESHOLD, no_limit)
 
 
-def threads_per_rank(here: World, asked: int = 0) -> int:
-    """`asked` threads; where that is 0, the cores of this machine divided among its ranks, at least 1."""
-    return asked or max(1, processes.cores() // here.local_size)
+def threads_per_rank(world: World, requested: int = 0) -> int:
+    """Number of threads: `requested`; if 0, this machine's cores divided by its ranks, at least 1."""
+    return requested or max(1, processes.cores() // world.local_size)
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
@@ -153,7 +150,7 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gather(value: Any) -> list[Any]:
-    """The value of every rank, in the order of ranks, on every rank. Values must be picklable."""
+    """Gathers a picklable value of every rank, in the order of ranks, on every rank."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -162,8 +159,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def broadcast_buffers(model: torch.nn.Module) -> None:
-    """Gives every rank the buffers (batch-norm statistics) of rank 0, in one message for each of their
-    types."""
+    """Broadcasts the buffers (batch-norm statistics) of rank 0, in one message per dtype."""
     if not dist.is_initialized():
         return
     by_type: dict[torch.dtype, list[torch.Tensor]] = {}
@@ -173,36 +169,35 @@ def broadcast_buffers(model: torch.nn.Module) -> None:
         message = torch.cat([buffer.flatten() for buffer in buffers])
         dist.broadcast(message, 0)
         parts = message.split([buffer.numel() for buffer in buffers])
-        torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers,
-                                                                                   strict=True)])
+        shaped = [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)]
+        torch._foreach_copy_(buffers, shaped)
 
 
-def store_of_this_call(here: World) -> dist.Store | None:
-    """A part of the ranks' store that nothing has written to; None in a world of one.
+def call_store(world: World) -> dist.Store | None:
+    """Returns a fresh prefix of the ranks' store, shared by this call on all ranks; None in a world of one.
 
-    All ranks must make the same calls in the same order: the n-th call of one meets the n-th of the others.
-    Nobody waits.
+    All ranks must make the same calls in the same order: the n-th calls share a prefix. Does not block.
     """
-    if here.store is None:
+    if world.store is None:
         return None
-    number = here.store.add(f"calls/{here.rank}", 1)
-    return dist.PrefixStore(f"call/{number}", here.store)
+    number = world.store.add(f"calls/{world.rank}", 1)
+    return dist.PrefixStore(f"call/{number}", world.store)
 
 
-def on_main(here: World, action: Callable[[], None]) -> None:
-    """Rank 0 runs `action` while the others wait, for as long as it takes; if it fails, all end, and only
-    rank 0 says why.
+def on_main(world: World, action: Callable[[], None]) -> None:
+    """Runs `action` on rank 0 while the other ranks wait, without a timeout; if it fails, all ranks end, and
+    only rank 0 reports the error.
 
     Raises:
-        SystemExit: with code 2, on the other ranks, when rank 0 failed.
+        SystemExit: with code 2, on the other ranks, if rank 0 failed.
     """
-    store = store_of_this_call(here)
-    if here.is_main:
+    store = call_store(world)
+    if world.is_main:
         try:
             action()
         except BaseException:
             if store is not None:
-                _tell_failure(store, here)
+                _report_failure(store, world)
             raise
         if store is not None:
             store.set("end", "done")
@@ -214,9 +209,10 @@ def on_main(here: World, action: Callable[[], None]) -> None:
             raise SystemExit(2)
 
 
-def _tell_failure(store: dist.Store, here: World) -> None:
-    """Leaves word, and waits a little until the other ranks have read it: the store may end with rank 0."""
+def _report_failure(store: dist.Store, world: World) -> None:
+    """Reports the failure, and waits a little for the other ranks to read it: the store may end with rank
+    0."""
     store.set("end", "failed")
     end = time.monotonic() + _LAST_WORD_S
-    while store.add("read", 0) < here.size - 1 and time.monotonic() < end:
+    while store.add("read", 0) < world.size - 1 and time.monotonic() < end:
         time.sleep(_POLL_S)

@@ -4,7 +4,7 @@ import torch
 
 
 def iou_per_class(confusion: torch.Tensor) -> torch.Tensor:
-    """IoU of each class.
+    """Computes the IoU of each class.
 
     Args:
         confusion: int64 [C, C], rows truth, columns prediction, in pixels.
@@ -19,5 +19,5 @@ def iou_per_class(confusion: torch.Tensor) -> torch.Tensor:
 
 
 def mean_iou(confusion: torch.Tensor) -> float:
-    """Mean IoU over the classes that occur in truth or prediction, in percent; NaN for an empty matrix."""
+    """Computes the mean IoU, in percent, over classes in truth or prediction; NaN for an empty matrix."""
     return 100 * iou_per_class(confusion).nanmean().item()

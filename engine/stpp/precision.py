@@ -1,4 +1,4 @@
-"""The floating type that a device computes in."""
+"""Floating-point type of autocast."""
 
 import torch
 
@@ -6,7 +6,7 @@ from stpp.errors import UserError
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The type that `--train.precision` means on this device.
+    """Resolves `--train.precision` to a dtype for this device.
 
     Raises:
         UserError: fp16 on a CPU.

@@ -6,7 +6,7 @@ from stpp_kernels.confusion import class_pixels, confusion, pairwise_iou
 from stpp_kernels.cross_entropy import upsample_cross_entropy
 from stpp_kernels.depthwise_conv import depthwise_conv
 from stpp_kernels.dilated_conv import dilated_conv3x3
-from stpp_kernels.dispatch import described, implementations
+from stpp_kernels.dispatch import describe_implementations, implementations
 from stpp_kernels.label_probability import label_probability
 from stpp_kernels.softmax_accumulate import finalize, softmax_accumulate
 
@@ -14,7 +14,7 @@ __all__ = [
     "class_pixels",
     "confusion",
     "depthwise_conv",
-    "described",
+    "describe_implementations",
     "dilated_conv3x3",
     "finalize",
     "implementations",

@@ -1,4 +1,4 @@
-"""Operator `upsample_argmax`: class mask at full size from low-resolution logits, without full-size logits.
+"""Operator `upsample_argmax`: class mask at full size from low-resolution logits, with no full-size logits.
 
 Shape suffixes: N images, C classes, h w size of the logits, H W size of the mask.
 """
@@ -15,8 +15,8 @@ LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def upsample_argmax(
     logits_NChw: Tensor, size: tuple[int, int], *, confidence: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Most likely class of every pixel of the logits resized to `size`, and optionally its softmax
-    probability.
+    """Computes the most likely class of every pixel of the logits resized to `size`, and optionally its
+    softmax probability.
 
     Eager equivalent:
     `F.interpolate(logits.float(), size, mode="bilinear", align_corners=True).argmax(1).byte()`; the
@@ -24,13 +24,13 @@ def upsample_argmax(
 
     Args:
         logits_NChw: float32, float16, bfloat16 or float64, C in 1..256, any strides. Finite.
-        size: (H, W) of the mask, larger or smaller than (h, w). Equal to it, the operator is a plain argmax.
+        size: (H, W) of the mask, larger or smaller than (h, w); if equal, the operator is a plain argmax.
         confidence: also return the probability of the chosen class, computed in float32 (float64 for float64
             logits).
 
     Returns:
-        The mask, uint8 [N, H, W]; with `confidence`, (mask, probability in (0, 1], float32 [N, H, W]). Of
-        classes that tie, the lowest wins.
+        The mask, uint8 [N, H, W]; with `confidence`, (mask, probability in (0, 1], float32 [N, H, W]). Ties
+        go to the lowest class.
 
     Raises:
         ValueError: not four dimensions, more than 256 classes, or an empty size.
@@ -43,8 +43,11 @@ def upsample_argmax(
 
 
 def check_logits(logits_NChw: Tensor) -> None:
-    """Raises ValueError or TypeError unless these are [N, C, h, w] logits of 1 to 256 classes, with a
-    pixel."""
+    """Checks that these are logits [N, C, h, w] of 1 to 256 classes, with at least one pixel.
+
+    Raises:
+        ValueError, TypeError: they are not.
+    """
     if logits_NChw.dtype not in LOGIT_DTYPES:
         raise TypeError(
             f"logits are {logits_NChw.dtype}; expected one of {', '.join(map(str, LOGIT_DTYPES))}"
@@ -58,7 +61,11 @@ def check_logits(logits_NChw: Tensor) -> None:
 
 
 def check_size(name: str, size: tuple[int, int]) -> tuple[int, int]:
-    """The argument `name` as (height, width). Raises ValueError unless it is two positive numbers."""
+    """Converts the argument `name` to (height, width).
+
+    Raises:
+        ValueError: it is not two positive numbers.
+    """
     if len(size) != 2 or size[0] < 1 or size[1] < 1:
         raise ValueError(f"{name} is {tuple(size)}; expected (height, width), both at least 1")
     return size[0], size[1]

@@ -1,5 +1,4 @@
-"""Operator `confusion`: counts of (truth, prediction) pairs, and `pairwise_iou`, the agreement of two masks,
-from it.
+"""Operator `confusion`: counts of (truth, prediction) pairs; and `pairwise_iou`, the agreement of two masks.
 
 Shape suffixes: N images, C classes, H W image size.
 """
@@ -18,34 +17,34 @@ def confusion(
     pred: Tensor, target: Tensor, num_classes: int, *, ignore_index: int = IGNORE_INDEX,
     per_image: bool = False
 ) -> Tensor:
-    """Confusion matrix of two masks: rows are the truth, columns the prediction.
+    """Computes the confusion matrix of two masks: rows are the truth, columns the prediction.
 
     Eager equivalent: `k = target != ignore_index`;
     `bincount(target[k] * C + pred[k], minlength=C * C).view(C, C)`.
 
     Args:
-        pred: uint8 or int64, any shape (usually [N, H, W]), values in [0, C) wherever the target counts.
+        pred: uint8 or int64, any shape (usually [N, H, W]), values in [0, C) at counted pixels.
         target: uint8 or int64, the same shape, values in [0, C) or `ignore_index`.
         num_classes: C, 1..256.
-        ignore_index: target value of pixels that do not count, whatever their prediction.
+        ignore_index: target value of pixels that do not count.
         per_image: one matrix for each entry of the first dimension.
 
     Returns:
-        int64 [C, C], or [N, C, C] with `per_image`. Zeros where every pixel is ignored.
+        int64 [C, C], or [N, C, C] with `per_image`. Zeros if every pixel is ignored.
 
     Raises:
         ValueError: shapes that differ, a num_classes outside 1..256, or (CPU) a value outside the classes,
-            which is named. On CUDA such a value fails an assert asynchronously and is counted nowhere.
+            which is given. On CUDA such a value fails an asynchronous assertion and is not counted.
         TypeError: a dtype other than uint8 and int64.
     """
     return _checked(pred, target, num_classes, ignore_index, per_image, False)
 
 
 def class_pixels(masks: Tensor, num_classes: int, *, per_image: bool = False) -> Tensor:
-    """Pixels of each class in masks: the diagonal of `confusion` of a mask with itself.
+    """Counts the pixels of each class in masks: the diagonal of `confusion` of a mask with itself.
 
     Args:
-        masks, num_classes, per_image: see `confusion`; 255 counts nowhere.
+        masks, num_classes, per_image: see `confusion`; 255 is not counted.
 
     Returns:
         int64 [C], or [N, C] with `per_image`.
@@ -54,12 +53,11 @@ def class_pixels(masks: Tensor, num_classes: int, *, per_image: bool = False) ->
 
 
 def pairwise_iou(a: Tensor, b: Tensor, num_classes: int) -> Tensor:
-    """Agreement of two masks per image: the mean of IoU over the classes present in either of them.
+    """Computes the agreement of two masks per image: the mean IoU over the classes present in either mask.
 
-    A class present in only one of the two scores 0, a class in neither is left out of the mean; so is every
-    pixel that is 255 in either mask. This is the reliability of ST++. Eager equivalent: per image,
-    `m = confusion(a, b)`;
-    `u = m.sum(0) + m.sum(1) - m.diag()`; `(m.diag() / u)[u > 0].mean()`.
+    A class in only one of the masks scores 0; a class in neither is left out of the mean, as are pixels that
+    are 255 in either mask. This is the reliability of ST++. Eager equivalent: per image,
+    `m = confusion(a, b)`; `u = m.sum(0) + m.sum(1) - m.diag()`; `(m.diag() / u)[u > 0].mean()`.
 
     Args:
         a, b: uint8 or int64 [N, H, W], values in [0, C) or 255.

@@ -11,13 +11,13 @@ gradient are
     L = sum_p v_p (logsumexp(z_p) - z_p[y_p]),        dL/dz_p = v_p (softmax(z_p) - onehot(y_p)),
     dL/dx_k = sum_p w_pk dL/dz_p.
 
-Nothing here couples two pixels except the last sum, so a pixel's logits, softmax and gradient can live in
-registers: all pixels of one low-resolution cell (the square between four neighbouring x_k) read the same four
-corners and add to the same four. The interpolation is separable, w_pk = r_p(row of k) c_p(column of k), which
-both kernels use: corners are interpolated along x once per cell row, then along y for every pixel row; the
-gradient is summed along y first and along x once per cell row. Traffic is that of the logits, their gradient
-and the labels, about 1/16 of one full-size tensor at a factor of four. The gradient is finished when the loss
-is, so backward is one multiplication.
+Only the last sum couples pixels, so a pixel's logits, softmax and gradient can stay in registers: all pixels
+of one low-resolution cell (the square between four neighbouring x_k) read the same four corners and add to
+the same four. The interpolation is separable, w_pk = r_p(row of k) c_p(column of k), which both kernels use:
+corners are interpolated along x once per cell row, then along y for every pixel row; the gradient is summed
+along y first and along x once per cell row. Memory traffic is that of the logits, their gradient and the
+labels, about 1/16 of one full-size tensor at a factor of four. The gradient is computed together with the
+loss, so backward is one multiplication.
 """
 
 import torch
@@ -82,26 +82,26 @@ def upsample_cross_entropy(
     class_weight: Tensor | None = None,
     pixel_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum over pixels of the cross entropy of the logits, upsampled to the labels' size, and the number of
-    counted pixels.
+    """Computes the sum over pixels of the cross entropy of logits upsampled to the labels' size, and the
+    number of counted pixels.
 
-    The same as, without its full-size tensors: `F.cross_entropy(F.interpolate(logits, labels.shape[1:],
+    Eager equivalent, with full-size tensors: `F.cross_entropy(F.interpolate(logits, labels.shape[1:],
     mode="bilinear", align_corners=True), labels.long(), ignore_index=ignore_index, weight=class_weight,
     reduction="sum")`. Divide by the count for the mean; under data parallelism, sum the count over ranks
-    first. The same bits in every run, on a CPU and on CUDA.
+    first. Bitwise reproducible on a CPU and on CUDA.
 
     Args:
         logits_NChw: [N, C, h, w], float32, bfloat16 or float16 (float64: plain PyTorch), any strides, C up
             to 256.
-        labels_NHW: [N, H, W], uint8 or int64, in [0, C) or `ignore_index`; H and W may be any size, smaller
-            than h and w too.
-        ignore_index: label of the pixels that do not count.
-        class_weight: [C] float, factor of a pixel's loss by its label; not differentiated.
-        pixel_weight: [N, H, W] float, factor of a pixel's loss; not differentiated.
+        labels_NHW: [N, H, W], uint8 or int64, in [0, C) or `ignore_index`; H and W may have any size, also
+            below h and w.
+        ignore_index: label of pixels that do not count.
+        class_weight: [C] float, weight of a pixel's loss by its label; not differentiated.
+        pixel_weight: [N, H, W] float, weight of a pixel's loss; not differentiated.
 
     Returns:
-        The loss sum, a float32 scalar (nats), and the counted pixels, an int64 scalar: those whose label is
-        not `ignore_index`, whatever their weight. If every pixel is ignored: 0 with a gradient of
+        The loss sum, a float32 scalar (nats), and the number of counted pixels, an int64 scalar: those whose
+        label is not `ignore_index`, whatever their weight. If every pixel is ignored: 0 with a gradient of
         zeros, and 0.
 
     Raises:

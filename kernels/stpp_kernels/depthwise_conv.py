@@ -1,20 +1,20 @@
-"""Operator `depthwise_conv`: every channel convolved with a kernel of its own; its backward pass in C++.
+"""Operator `depthwise_conv`: depthwise convolution with a backward pass in C++.
 
 With stride s, dilation d, and top rows and left columns of padding, output (i, j) of a channel is
 
     out[i, j] = sum over ky, kx of W[ky, kx] in[s i - top + d ky, s j - left + d kx],
     in = 0 outside the map.
 
-Its gradients are sums of the same products, gathered where they end:
+The gradients are sums of the same products, gathered by destination:
 
     din[y, x]  = sum over ky, kx of W[ky, kx] dout[(y + top - d ky) / s, (x + left - d kx) / s],
                  where s divides both, dout = 0 outside the map;
     dW[ky, kx] = sum over images, i, j of dout[i, j] in[s i - top + d ky, s j - left + d kx].
 
-No channel meets another, so in channels_last both multiply and add whole vectors of channels, k^2 times for
-each value read. oneDNN's backward pass does so for one kind alone, the 3x3 kernel with stride and dilation 1;
-every other kind takes it many times as long (benchmarks/NOTES.md). The C++ form is one for all odd kernels,
-strides, dilations and paddings. The forward pass is PyTorch's, and on CUDA so are the gradients.
+Channels are independent, so in channels_last both multiply and add whole vectors of channels, k^2 times for
+each value read. oneDNN's backward pass does so only for the 3x3 kernel with stride and dilation 1; all others
+take many times as long (benchmarks/NOTES.md). The C++ form covers all odd kernels, strides, dilations and
+paddings. The forward pass is PyTorch's, and on CUDA so are the gradients.
 
 Shape suffixes: N images, C channels, H W rows and columns, K side of the kernel.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 from stpp_kernels import dispatch, reference
 
 Padding = tuple[int, int, int, int]
-"""Columns of zeros to the left and to the right, rows of zeros above and below, in the order of `F.pad`."""
+"""Zero columns on the left and right, zero rows above and below, in the order of `F.pad`."""
 
 
 def depthwise_conv(
@@ -36,11 +36,12 @@ def depthwise_conv(
     dilation: int = 1,
     padding: Padding = (0, 0, 0, 0),
 ) -> Tensor:
-    """`F.conv2d(F.pad(x, padding), weight, None, stride, 0, dilation, C)`, with faster gradients on a CPU.
+    """Computes `F.conv2d(F.pad(x, padding), weight, None, stride, 0, dilation, C)`, with faster gradients on
+    a CPU.
 
-    Under autocast both arguments are cast to its dtype, as `F.conv2d` does. Gradients have the same bits in
-    every run and for every number of threads. One opaque operator to `torch.compile` on a CPU; a plain
-    convolution on CUDA and to `torch.export`. First derivatives only.
+    Under autocast both arguments are cast to its dtype, as in `F.conv2d`. Gradients are bitwise reproducible
+    for any number of threads. It is one opaque operator for `torch.compile` on a CPU; a plain convolution on
+    CUDA and for `torch.export`. First derivatives only.
 
     Args:
         x_NCHW: [N, C, H, W] floating point, any strides; channels_last is read without a copy.
@@ -97,10 +98,10 @@ def _out_size(x: Tensor, weight: Tensor, stride: int, dilation: int, padding: Pa
 
 
 def _forward(x: Tensor, weight: Tensor, stride: int, dilation: int, padding: Padding) -> Tensor:
-    """PyTorch's, in channels_last from the beginning, so that it answers in it."""
+    """Runs PyTorch's convolution in channels_last."""
     x = x.contiguous(memory_format=torch.channels_last)
     out = reference.depthwise_conv(x, weight, stride, dilation, padding)
-    return out.contiguous(memory_format=torch.channels_last)  # float64 and empty batches come otherwise
+    return out.contiguous(memory_format=torch.channels_last)  # float64 and empty batches are NCHW
 
 
 def _empty_gradients(x: Tensor, weight: Tensor, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
@@ -113,8 +114,9 @@ def _plain_backward(
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     into = _empty_gradients(x, weight, need_x, need_weight)
-    found = reference.depthwise_conv_backward(grad, x, weight, stride, dilation, padding, need_x, need_weight)
-    for target, source in zip(into, found, strict=True):
+    gradients = reference.depthwise_conv_backward(grad, x, weight, stride, dilation, padding, need_x,
+                                                  need_weight)
+    for target, source in zip(into, gradients, strict=True):
         target.copy_(source)
     return into
 
@@ -160,5 +162,5 @@ def _backward(ctx, grad):
 torch.library.register_autograd("stpp_kernels::depthwise_conv", _backward, setup_context=_setup_context,
                                 lib=dispatch.LIB)  # fmt: skip
 for _device in ("cpu", "cuda"):
-    dispatch.note("depthwise_conv", _device, "conv2d")
-dispatch.note("depthwise_conv_backward", "cuda", "conv2d")
+    dispatch.set_reported("depthwise_conv", _device, "conv2d")
+dispatch.set_reported("depthwise_conv_backward", "cuda", "conv2d")

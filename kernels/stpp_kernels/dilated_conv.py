@@ -1,32 +1,33 @@
-"""A dilated 3x3 convolution that multiplies no padding: one matrix product for each tap, over the pixels
-where it is valid.
+"""Operator `dilated_conv3x3`: a 3x3 convolution that skips padding, as one matrix product per tap over the
+pixels where the tap is valid.
 
 With stride 1 and padding = dilation d, output pixel (y, x) of an H x W map is
 
     out[y, x] = sum over ky, kx in {-1, 0, 1} of W[ky, kx] in[y + ky d, x + kx d],
     in = 0 outside the map.
 
-The terms with y + ky d outside [0, H) or x + kx d outside [0, W) are exact zeros, so leaving them out changes
-nothing. For a tap (ky, kx) the pixels that remain are a rectangle of (H - |ky| d) x (W - |kx| d), empty if d
-reaches the map's size. Summed over taps, a share ((H + 2 max(H - d, 0)) / 3H) ((W + 2 max(W - d, 0)) / 3W) of
-the nine full rectangles is left: at 41 x 41 it is 0.65, 0.37 and 0.17 for d = 12, 24 and 36. On its rectangle
-a tap is a matrix product over channels, the fastest there is:
+The terms with y + ky d outside [0, H) or x + kx d outside [0, W) are exact zeros and can be left out. For a
+tap (ky, kx) the remaining pixels are a rectangle of (H - |ky| d) x (W - |kx| d), empty if d reaches the map's
+size. Summed over taps, a share ((H + 2 max(H - d, 0)) / 3H) ((W + 2 max(W - d, 0)) / 3W) of the nine full
+rectangles remains: at 41 x 41 it is 0.65, 0.37 and 0.17 for d = 12, 24 and 36. On its rectangle a tap is a
+matrix product over channels:
 
     forward            out[rectangle] += in[rectangle + (ky, kx) d] W[ky, kx]^T
     weight gradient    dW[ky, kx] = dout[rectangle]^T in[rectangle + (ky, kx) d]
     input gradient     din[y, x] = sum over valid taps of dout[y - ky d, x - kx d] W[ky, kx]
 
 The valid taps of the input gradient are the same for all pixels of one of at most nine regions (cut at d and
-H - d, d and W - d), so each region is one product whose inner dimension runs over taps and output channels:
-written once, never added to.
+H - d, d and W - d), so each region is one product whose inner dimension runs over taps and output channels,
+and is written once.
 
-Which of the three products are computed so, and where an ordinary convolution is faster, is `form`'s to say.
+The function `form` decides which of the three products are computed this way, and which by an ordinary
+convolution.
 
-Layout: a range of rows must be one contiguous matrix. Of the middle column (kx = 0) it is, image by image, in
-channels_last; the narrower rectangles of the other columns are copied, image by image into one buffer: fresh
-memory for all images at once would cost more in page faults than the copy. Partial sums are float32 (float64
-for float64). bfloat16 and float16 are multiplied as they are where the hardware does that, and in float32 on
-a CPU that would only emulate them (many times slower).
+Layout: a range of rows must be one contiguous matrix. The middle column (kx = 0) is contiguous, image by
+image, in channels_last; the narrower rectangles of the other columns are copied, image by image, into one
+buffer: fresh memory for all images would cost more in page faults than the copy. Partial sums are float32
+(float64 for float64). bfloat16 and float16 are multiplied natively if the hardware supports it, and in
+float32 on a CPU that would emulate them (many times slower).
 """
 
 import functools
@@ -39,35 +40,34 @@ from torch import Tensor
 from stpp_kernels import dispatch, reference
 
 MAX_VALID_SHARE = 0.95
-"""With more than this share of the taps valid, an ordinary convolution is used: there is nothing to save."""
+"""Maximum share of valid taps; above it there is little to save, and an ordinary convolution is used."""
 
 WIDE = 1024
-"""Input channels from which a weight gradient over more than half of the taps repays the copies of its
+"""Minimum input channels for which a weight gradient over more than half of the taps repays copying
 columns."""
 
 FORM_VARIABLE = "STPP_DILATED_CONV"
-"""Environment variable: "taps" or "conv" forces that form; unset, `form` decides."""
+"""Environment variable: "taps" or "conv" forces that form; unset: `form` decides."""
 
 
 def valid_share(height: int, width: int, dilation: int) -> float:
-    """Share of the nine taps' multiplications that meet the map and not its padding, in [1/9, 1]."""
+    """Computes the share of the nine taps' multiplications that lie inside the map, in [1/9, 1]."""
     rows, columns = height + 2 * max(height - dilation, 0), width + 2 * max(width - dilation, 0)
     return rows * columns / max(9 * height * width, 1)
 
 
 def form(product: str, x_NIHW: Tensor, dilation: int) -> str:
-    """Which form computes a product: "taps" or "conv" (`F.conv2d`, in the dtype of `_compute_dtype`).
+    """Chooses the form of a product: "taps" or "conv" (`F.conv2d`, in the dtype of `_compute_dtype`).
 
-    Measured (benchmarks/NOTES.md). oneDNN's convolution leaves out padding by itself in the forward pass and
-    in the input gradient, in float32 and in AVX-512's bfloat16: 0.8 to 2.5 times as fast as the taps. In the
-    weight gradient it does not (1.2 to 10 times as slow), nor anywhere in AMX's bfloat16. Where bfloat16 is
-    emulated, the taps widen it on the way into their buffer, which the convolution does in a pass of its own:
-    1.2 times as slow. On CUDA the taps work but have not been measured against
-    cuDNN: only STPP_DILATED_CONV=taps turns them on.
+    Measured (benchmarks/NOTES.md): oneDNN's convolution skips padding in the forward pass and in the input
+    gradient, in float32 and in AVX-512's bfloat16: 0.8 to 2.5 times as fast as the taps. It does not in the
+    weight gradient (1.2 to 10 times as slow), nor in AMX's bfloat16. If bfloat16 is emulated, the taps widen
+    it while copying to their buffer, which the convolution does in a separate pass: 1.2 times as slow. On
+    CUDA the taps work but have not been compared with cuDNN: only STPP_DILATED_CONV=taps enables them.
 
     Args:
         product: "forward", "input gradient" or "weight gradient".
-        x_NIHW: the input.
+        x_NIHW: input of the convolution.
         dilation: at least 1.
     """
     forced = _forced_form()
@@ -83,15 +83,15 @@ def form(product: str, x_NIHW: Tensor, dilation: int) -> str:
 
 
 def _forced_form() -> str:
-    """The form that the environment asks for, or ""."""
-    asked = os.environ.get(FORM_VARIABLE, "")
-    if asked in ("taps", "conv"):
-        return asked
+    """Form that the environment forces, or ""."""
+    requested = os.environ.get(FORM_VARIABLE, "")
+    if requested in ("taps", "conv"):
+        return requested
     return "conv" if dispatch.reference_forced() else ""
 
 
 def valid_taps(x_NIHW: Tensor, weight_OI33: Tensor, dilation: int) -> Tensor:
-    """Forward pass over valid taps; channels_last, in x's dtype."""
+    """Computes the forward pass over valid taps; channels_last, in x's dtype."""
     compute = _compute_dtype(x_NIHW)
     taps_33OI = _taps(weight_OI33, compute)
     num_images, _, height, width = x_NIHW.shape
@@ -114,7 +114,8 @@ def valid_taps(x_NIHW: Tensor, weight_OI33: Tensor, dilation: int) -> Tensor:
 def valid_taps_backward(
     grad_NOHW: Tensor, x_NIHW: Tensor, weight_OI33: Tensor, dilation: int, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x (channels_last) and of the weight (its own strides); what is not needed is empty."""
+    """Computes the gradients of x (channels_last) and of the weight (its own strides); an unneeded one is
+    empty."""
     compute = _compute_dtype(x_NIHW)
     grad_x, grad_weight = _empty_gradients(x_NIHW, weight_OI33, need_x, need_weight)
     if need_x:
@@ -128,13 +129,13 @@ def valid_taps_backward(
 def convolution_backward(
     grad_NOHW: Tensor, x_NIHW: Tensor, weight_OI33: Tensor, dilation: int, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    """`valid_taps_backward` by PyTorch's convolution, in the same dtype."""
+    """Computes the gradients, as `valid_taps_backward`, by PyTorch's convolution in the same dtype."""
     compute = _compute_dtype(x_NIHW)
     into = _empty_gradients(x_NIHW, weight_OI33, need_x, need_weight)
-    found = reference.dilated_conv3x3_backward(
+    gradients = reference.dilated_conv3x3_backward(
         grad_NOHW.to(compute), x_NIHW.to(compute), weight_OI33.to(compute), dilation, need_x, need_weight
     )
-    for target, source in zip(into, found, strict=True):
+    for target, source in zip(into, gradients, strict=True):
         target.copy_(source)
     return into
 
@@ -182,8 +183,8 @@ def _weight_gradient(grad_NOHW: Tensor, x_NIHW: Tensor, dilation: int, compute: 
 
 
 def _matrices(maps_NCHW: Tensor, columns: slice, dtype: torch.dtype) -> Iterator[Tensor]:
-    """`columns` of every map as contiguous [H, width, C], each valid until the next; none if there are no
-    columns."""
+    """Yields `columns` of every map as contiguous [H, width, C], each valid until the next; nothing if there
+    are no columns."""
     buffer = None
     for map_HWC in maps_NCHW.permute(0, 2, 3, 1)[:, :, columns] if columns.start < columns.stop else ():
         if map_HWC.dtype == dtype and map_HWC.is_contiguous():
@@ -201,15 +202,15 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _valid(size: int, tap: int, dilation: int) -> tuple[slice, slice]:
-    """Along one axis, the outputs that `tap` (0, 1, 2) reaches from inside the map, and the inputs it reads
-    for them."""
+    """Computes, along one axis, the outputs for which `tap` (0, 1, 2) reads inside the map, and the inputs
+    that it reads for them."""
     offset = (tap - 1) * dilation
     start, stop = max(0, -offset), min(size, size - offset)
     return slice(start, max(stop, start)), slice(start + offset, max(stop, start) + offset)
 
 
 def _regions(size: int, dilation: int) -> list[tuple[int, int, int, int]]:
-    """Along one axis, (start, stop, first tap, last tap) of the ranges of inputs that the same taps read."""
+    """Splits one axis into ranges of inputs that the same taps read: (start, stop, first tap, last tap)."""
     cuts = sorted({0, min(dilation, size), max(size - dilation, 0), size})
     regions = []
     for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
@@ -219,7 +220,8 @@ def _regions(size: int, dilation: int) -> list[tuple[int, int, int, int]]:
 
 
 def _shifted(grad: Tensor, start: int, stop: int, first: int, last: int, dilation: int) -> Tensor:
-    """Joins, along channels, what each tap's output gradient is at inputs start..stop of dimension 0."""
+    """Concatenates, along channels, the output gradients that each tap links to inputs start..stop of
+    dimension 0."""
     parts = [grad[start - (k - 1) * dilation : stop - (k - 1) * dilation] for k in range(first, last + 1)]
     return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
@@ -244,7 +246,7 @@ def _cpu_multiplies(dtype: torch.dtype) -> bool:
 
 
 def _convolution_skips_padding(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's forward convolution of this dtype does on this CPU."""
+    """True if oneDNN's forward convolution of this dtype skips padding on this CPU."""
     avx512_alone = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
     return dtype == torch.float32 or (dtype == torch.bfloat16 and avx512_alone)
 
@@ -323,24 +325,23 @@ torch.library.register_autograd("stpp_kernels::dilated_conv3x3", _backward, setu
                                 lib=dispatch.LIB)
 for _name in ("dilated_conv3x3", "dilated_conv3x3_backward"):
     _named = {"taps": "valid taps", "conv": "conv2d"}
-    dispatch.note(_name, "cpu", _named.get(_forced_form(), "valid taps or conv2d"))
-    dispatch.note(_name, "cuda", _named.get(_forced_form(), "conv2d"))
+    dispatch.set_reported(_name, "cpu", _named.get(_forced_form(), "valid taps or conv2d"))
+    dispatch.set_reported(_name, "cuda", _named.get(_forced_form(), "conv2d"))
 
 
 def _cudnn(x_NIHW: Tensor, weight_OI33: Tensor, dilation: int) -> Tensor:
-    """conv2d with its own autograd, without the operator's copies. cuDNN answers contiguous maps, and float64
-    in any format, with contiguous ones."""
+    """Runs conv2d with its own autograd, without the operator's copies. cuDNN returns contiguous maps for
+    contiguous ones, and for float64 in any format."""
     out_NOHW = reference.dilated_conv3x3(x_NIHW, weight_OI33, dilation)
     return out_NOHW.contiguous(memory_format=torch.channels_last)
 
 
 def dilated_conv3x3(x_NIHW: Tensor, weight_OI33: Tensor, dilation: int) -> Tensor:
-    """`F.conv2d(x, weight, padding=dilation, dilation=dilation)` for a 3x3 kernel, without multiplying
-    padding.
+    """Computes `F.conv2d(x, weight, padding=dilation, dilation=dilation)` for a 3x3 kernel, without
+    multiplying padding.
 
-    Under autocast both arguments are cast to its dtype, as `F.conv2d` does. One opaque operator to
-    `torch.compile` and
-    `torch.export`: for ONNX export a plain convolution. First derivatives only.
+    Under autocast both arguments are cast to its dtype, as in `F.conv2d`. It is one opaque operator for
+    `torch.compile` and `torch.export`; export a plain convolution to ONNX. First derivatives only.
 
     Args:
         x_NIHW: [N, I, H, W] floating point, any strides; channels_last is read without a copy of the middle

@@ -1,12 +1,12 @@
-"""Which implementation serves which operator on which device.
+"""Definition of operators, and choice of their implementation by device.
 
-An operator is defined once, in Python, so that it exists whether or not anything was compiled. Calls then
-reach, in this order of preference: `cpp` (CPU) or `triton` (CUDA), and else `reference`, the plain PyTorch
-form. The environment variable STPP_KERNELS=reference forces the last one. A fallback is said once, as a
-warning of the logger "stpp_kernels".
+An operator is defined in Python, so that it exists even if nothing was compiled. Calls use, in this order of
+preference, `cpp` (CPU) or `triton` (CUDA), else `reference`, the plain PyTorch form. The environment variable
+STPP_KERNELS=reference forces the last one. Falling back to a slower form is logged once, as a warning of the
+logger "stpp_kernels".
 
-The C++ extension registers its kernels in the namespace `stpp_kernels_cpp`, whose schemas are defined here
-too.
+The C++ extension registers its kernels in the namespace `stpp_kernels_cpp`; its schemas are also defined
+here.
 """
 
 import functools
@@ -49,9 +49,9 @@ def define(
         fake: shape and dtype form for tracing, same arguments.
         triton: `"module:function"` of the CUDA form relative to this package, imported when first called;
             same arguments.
-        cpp: whether a C++ kernel of this name is expected.
-        float_arg: position of the argument whose dtype decides whether C++ and Triton can serve (float64 goes
-            to `reference`); None where no argument does.
+        cpp: a C++ kernel of this name is expected.
+        float_arg: position of the argument whose dtype decides if C++ and Triton are used (float64 uses
+            `reference`); None if no argument decides.
     """
     LIB.define(f"{name}{signature}")
     if cpp:
@@ -68,55 +68,57 @@ def define(
     _chosen[name] = {"cpu": "cpp" if has_cpp else "reference",
                      "cuda": "triton" if has_triton else "reference"}
     if cpp and not has_cpp and not forced:
-        _say_fallback("the C++ operators are not built, or failed to load; on a CPU the plain PyTorch forms "
+        _log_fallback("the C++ operators are not built, or failed to load; on a CPU the plain PyTorch forms "
                       "run instead")
     if triton and not has_triton and not forced and torch.cuda.is_available():
-        _say_fallback("Triton or a C compiler is missing; on CUDA the plain PyTorch forms run instead")
+        _log_fallback("Triton or a C compiler is missing; on CUDA the plain PyTorch forms run instead")
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def implementations(device: str | None = None) -> dict[str, str]:
-    """Operator name -> `"cpp"`, `"triton"` or `"reference"`, as served on `device` ("cpu" or "cuda").
+    """Maps operator names to `"cpp"`, `"triton"` or `"reference"`, their implementation on `device`.
 
-    Without `device`: the device this process would train on, CUDA if there is one.
+    Args:
+        device: "cpu" or "cuda"; None: CUDA if available, else the CPU.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return {name: chosen[device] for name, chosen in _chosen.items()}
 
 
-def described(device: str | None = None) -> str:
-    """`implementations` in words, for the log of a run."""
+def describe_implementations(device: str | None = None) -> str:
+    """Formats `implementations` for the log of a run."""
     return ", ".join(f"{name} {kind}" for name, kind in implementations(device).items())
 
 
 def reference_forced() -> bool:
-    """Whether the environment asks for the plain PyTorch forms."""
+    """Checks if the environment forces the plain PyTorch forms."""
     return os.environ.get("STPP_KERNELS", "") == "reference"
 
 
 def triton_available() -> bool:
-    """Whether the `triton` package (not this package's `triton` folder) is installed, and a C compiler for
-    its launchers."""
+    """Checks for the `triton` package (not this package's `triton` folder) and a C compiler for its
+    launchers."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     return importlib.util.find_spec("triton") is not None and bool(compiler)
 
 
-def note(name: str, device: str, implementation: str) -> None:
-    """Overrides what `implementations` reports, for an operator that chooses by its own rule (cuDNN, say)."""
+def set_reported(name: str, device: str, implementation: str) -> None:
+    """Overrides the result of `implementations` for an operator with its own rule of choice, for example
+    cuDNN."""
     _chosen[name][device] = implementation
 
 
 @functools.cache
 def load_extension() -> bool:
-    """Loads the C++ kernels; False, said once, where there are none or they do not load."""
+    """Loads the C++ kernels; False if there are none or they do not load, which is logged once."""
     if reference_forced():
         return False
     for library in _libraries(Path(__file__).parent, torch.backends.cpu.get_cpu_capability()):
         try:
             torch.ops.load_library(str(library))
             return True
-        except OSError as error:  # built against another torch or for another machine
+        except OSError as error:  # built for another torch or machine
             LOG.warning("cannot load %s: %s; rebuild it with `make clean setup`", library.name, error)
     return False
 
@@ -124,7 +126,7 @@ def load_extension() -> bool:
 def _libraries(folder: Path, capability: str) -> list[Path]:
     """Libraries of the C++ kernels that this processor can run, the best one first.
 
-    A checkout has one for its own machine, a wheel one for each level of x86-64 (setup.py).
+    A checkout has a library for its own machine, a wheel has one for each level of x86-64 (setup.py).
     """
     built = {path.name.split(".")[0]: path for path in folder.glob("_C*.*") if path.suffix in (".so", ".pyd")}
     levels = {"AVX512": ["_C_x86_64_v4", "_C_x86_64_v3"], "AVX2": ["_C_x86_64_v3"]}.get(capability, [])
@@ -139,7 +141,7 @@ def _has_cpp_kernel(name: str) -> bool:
 
 def _kernel(device: str, fast: Callable | None, reference: Callable, float_arg: int | None) -> Callable:
     def run(*args):
-        # A custom operator's kernel runs with autocast still on; its dtypes are its own business.
+        # Autocast is still on in a custom operator's kernel, which chooses its own dtypes.
         with torch.autocast(device, enabled=False):
             if fast is not None and (float_arg is None or args[float_arg].dtype in CPP_DTYPES):
                 return fast(*args)
@@ -159,5 +161,5 @@ def _lazy(target: str) -> Callable:
 
 
 @functools.cache
-def _say_fallback(message: str) -> None:
+def _log_fallback(message: str) -> None:
     LOG.warning(message)

@@ -1,4 +1,4 @@
-"""Operations of networks: PyTorch's counter, taught the operators here that multiply matrices."""
+"""FLOP counter of networks: PyTorch's counter, extended by the convolutions of this package."""
 
 from typing import TYPE_CHECKING
 
@@ -11,12 +11,10 @@ if TYPE_CHECKING:
 
 
 def counter() -> "FlopCounterMode":
-    """A context that counts operations, two for a multiplication and addition; `get_total_flops()` has the
-    sum.
+    """Makes a context that counts FLOPs, two per multiply-add; `get_total_flops()` returns the sum.
 
-    Counted are matrix products, attention and convolutions as if nothing were skipped: taps that meet only
-    padding too, which `dilated_conv3x3` does not multiply. Tensors on the meta device are counted without
-    computing.
+    It counts matrix products, attention and convolutions as if nothing were skipped, including the taps in
+    padding that `dilated_conv3x3` skips. On the meta device it counts without computing.
     """
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton
 
@@ -46,7 +44,7 @@ def _convolution_backward(
     grad_shape: torch.Size, x_shape: torch.Size, weight_shape: torch.Size, bias, stride, padding, dilation,
     transposed: bool, output_padding, groups: int, output_mask: list[bool], **_,
 ) -> int:
-    """PyTorch's own formula takes a weight gradient in groups for one without, C times what it is."""
+    """Corrects PyTorch's formula, which ignores groups in a weight gradient and counts C times too many."""
     positions = x_shape if transposed else grad_shape
     return sum(output_mask[:2]) * 2 * positions.numel() * weight_shape[1:].numel()
 

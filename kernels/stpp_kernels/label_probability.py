@@ -1,5 +1,5 @@
-"""Operator `label_probability`: the probability of each pixel's own label, without full-size logits. OHEM
-ranks pixels by it.
+"""Operator `label_probability`: probability of each pixel's label, with no full-size logits; used by OHEM to
+rank pixels.
 
 Shape suffixes: N images, C classes, h w size of the logits, H W size of the labels.
 """
@@ -12,24 +12,24 @@ from stpp_kernels.argmax import check_logits
 from stpp_kernels.dispatch import define
 
 IGNORED = 2.0
-"""In the place of a probability where a pixel is ignored: above all of them."""
+"""Value of ignored pixels, above all probabilities."""
 
 
 def label_probability(logits_NChw: Tensor, labels_NHW: Tensor, *, ignore_index: int = 255) -> Tensor:
-    """Softmax probability of each pixel's label in the logits resized to the labels' size.
+    """Computes the softmax probability of each pixel's label in the logits resized to the labels' size.
 
     Eager equivalent: `F.interpolate(logits.float(), labels.shape[1:], mode="bilinear",
-    align_corners=True).softmax(1) .gather(1, labels[:, None].long())[:, 0]`, and 2 where the label is
+    align_corners=True).softmax(1).gather(1, labels[:, None].long())[:, 0]`, and 2 where the label is
     `ignore_index`. Not differentiable.
 
     Args:
         logits_NChw: float32, float16, bfloat16 or float64, C in 1..256, any strides. Finite.
         labels_NHW: uint8; each below C, or `ignore_index`.
-        ignore_index: label of pixels that count nowhere.
+        ignore_index: label of ignored pixels.
 
     Returns:
-        float32 [N, H, W] in [0, 1], and 2 where a pixel is ignored. A label outside the classes, which is
-        none, has probability 0.
+        float32 [N, H, W] in [0, 1], and 2 where a pixel is ignored. A label outside the classes has
+        probability 0.
 
     Raises:
         ValueError: shapes that do not fit, or more than 256 classes.

@@ -1,9 +1,9 @@
-"""The fused operators in plain PyTorch: the oracle of the tests, and what runs where nothing faster can.
+"""Reference implementations of the fused operators in plain PyTorch: the oracle of the tests, and the
+fallback.
 
 Shape suffixes: N images, C classes, h w low-resolution size, H W full size, O I output and input channels.
-Every function computes in float32 (float64 for float64 input) whatever the input's dtype, is free of
-autograd, and may hold full-size tensors, one image at a time where it can: fast and small is what the other
-implementations are for.
+Every function computes in float32 (float64 for float64 input) whatever the input's dtype, has no autograd,
+and may hold full-size tensors, one image at a time if possible.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def upsample(maps_NChw: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear resize with `align_corners=True` to `size` (height, width), computed in float32 or float64."""
+    """Resizes to `size` (height, width), bilinear with `align_corners=True`, in float32 or float64."""
     return F.interpolate(_compute_type(maps_NChw), size=tuple(size), mode="bilinear", align_corners=True)
 
 
@@ -24,14 +24,14 @@ def upsample_cross_entropy(
     ignore_index: int,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss sum, counted pixels, gradient of the loss sum in `gradient_dtype`; empty unless
+    """Computes (loss sum, counted pixels, gradient of the loss sum in `gradient_dtype`, empty unless
     `with_gradient`)."""
     num_classes = logits_NChw.shape[1]
     height, width = labels_NHW.shape[1:]
     counted_NHW = labels_NHW != ignore_index
     labels = torch.where(counted_NHW, labels_NHW, 0).long()
     check_range(labels, num_classes, "a label")
-    labels = labels.clamp(0, num_classes - 1)  # on CUDA the check fails later than the reads below
+    labels = labels.clamp(0, num_classes - 1)  # on CUDA the check fails after the reads below
     weight_NHW = counted_NHW.to(_compute_type(logits_NChw).dtype)
     if class_weight is not None:
         weight_NHW = weight_NHW * class_weight.to(weight_NHW.dtype)[labels]
@@ -41,7 +41,7 @@ def upsample_cross_entropy(
     gradient = logits_NChw.new_empty(0, dtype=gradient_dtype(logits_NChw.dtype))
     if with_gradient:
         gradient = torch.empty_like(logits_NChw, dtype=gradient.dtype)
-        # The adjoint of upsampling as matrix products: PyTorch's own has no deterministic form on CUDA.
+        # The adjoint of upsampling as matrix products: PyTorch's is not deterministic on CUDA.
         rows_hH, columns_wW = (_weights(logits_NChw, axis, size) for axis, size in ((2, height), (3, width)))
     for n in range(logits_NChw.shape[0]):
         log_prob = upsample(logits_NChw[n : n + 1], (height, width)).log_softmax(1)
@@ -54,15 +54,15 @@ def upsample_cross_entropy(
 
 
 def _weights(logits: Tensor, axis: int, size: int) -> Tensor:
-    """[low-resolution size, `size`] along an axis: column p holds the weights of the inputs of full-size
-    pixel p."""
+    """Computes the interpolation weights [low-resolution size, `size`] along an axis: column p holds the
+    weights of the inputs of full-size pixel p."""
     small = logits.shape[axis]
     identity = _compute_type(torch.eye(small, dtype=logits.dtype, device=logits.device))
     return upsample(identity.view(1, small, small, 1), (size, 1))[0, :, :, 0]
 
 
 def upsample_argmax(logits_NChw: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """(mask uint8 [N, H, W], probability of the chosen class [N, H, W])."""
+    """Computes (mask uint8 [N, H, W], probability of the chosen class [N, H, W])."""
     masks, confidences = [], []
     for n in range(logits_NChw.shape[0]):
         full = upsample(logits_NChw[n : n + 1], size)
@@ -75,14 +75,14 @@ def upsample_argmax(logits_NChw: Tensor, size: tuple[int, int]) -> tuple[Tensor,
 
 
 def label_probability(logits_NChw: Tensor, labels_NHW: Tensor, ignore_index: int) -> Tensor:
-    """Probability of each pixel's label [N, H, W]: 2 where it is `ignore_index`, 0 where it is no class."""
+    """Computes the probability of each pixel's label [N, H, W]: 2 for `ignore_index`, 0 for no class."""
     ignored, known = labels_NHW == ignore_index, labels_NHW.short() < logits_NChw.shape[1]
-    found = _compute_type(logits_NChw).new_empty(labels_NHW.shape)
+    probability_NHW = _compute_type(logits_NChw).new_empty(labels_NHW.shape)
     for n in range(logits_NChw.shape[0]):
         probability = upsample(logits_NChw[n : n + 1], labels_NHW.shape[1:]).softmax(1)
         label = torch.where(known[n], labels_NHW[n], 0).long()
-        found[n] = probability.gather(1, label[None, None])[0, 0]
-    return found.masked_fill_(~known, 0.0).masked_fill_(ignored, 2.0)
+        probability_NHW[n] = probability.gather(1, label[None, None])[0, 0]
+    return probability_NHW.masked_fill_(~known, 0.0).masked_fill_(ignored, 2.0)
 
 
 def softmax_accumulate(
@@ -96,8 +96,8 @@ def softmax_accumulate(
 
 
 def finalize(acc_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(mask uint8 [N, H, W], mean normalised probability of the chosen class [N], class counts int64 [N,
-    C])."""
+    """Computes (mask uint8 [N, H, W], mean normalised probability of the chosen class [N], class counts int64
+    [N, C])."""
     num_images, num_classes = acc_NCHW.shape[:2]
     value_NHW, mask_NHW = acc_NCHW.max(1)
     mean_N = (value_NHW / acc_NCHW.sum(1)).flatten(1).mean(1)
@@ -108,8 +108,8 @@ def finalize(acc_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def confusion(pred: Tensor, target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    """Per-image matrices int64 [N, C, C] (rows truth, columns prediction) of [N, H, W] masks,
-    `target == ignore` left out."""
+    """Computes per-image matrices, int64 [N, C, C] (rows truth, columns prediction), of [N, H, W] masks,
+    without pixels where `target == ignore_index`."""
     num_images = target.shape[0]
     counted = target != ignore_index
     pred, target = (torch.where(counted, mask, 0).long().flatten(1) for mask in (pred, target))
@@ -122,8 +122,7 @@ def confusion(pred: Tensor, target: Tensor, num_classes: int, ignore_index: int)
 
 
 def iou_from_confusion(matrix_NCC: Tensor) -> Tensor:
-    """Mean IoU float64 [N] over the classes that occur in truth or prediction; 0 where no class occurs at
-    all."""
+    """Computes the mean IoU, float64 [N], over classes that occur in truth or prediction; 0 if none does."""
     matrix = matrix_NCC.double()
     both = matrix.diagonal(dim1=1, dim2=2)
     either = matrix.sum(1) + matrix.sum(2) - both
@@ -133,14 +132,14 @@ def iou_from_confusion(matrix_NCC: Tensor) -> Tensor:
 
 
 def dilated_conv3x3(x_NIHW: Tensor, weight_OI33: Tensor, dilation: int) -> Tensor:
-    """`F.conv2d` with a 3x3 kernel, stride 1, padding = dilation, no bias: same height and width."""
+    """Runs `F.conv2d` with a 3x3 kernel, stride 1, padding = dilation, no bias: same height and width."""
     return F.conv2d(x_NIHW, weight_OI33, padding=dilation, dilation=dilation)
 
 
 def dilated_conv3x3_backward(
     grad_NOHW: Tensor, x_NIHW: Tensor, weight_OI33: Tensor, dilation: int, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    """(gradient of x, gradient of weight); the one that is not needed is an empty tensor."""
+    """Computes (gradient of x, gradient of weight); an unneeded one is an empty tensor."""
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad_NOHW, x_NIHW, weight_OI33, None, [1, 1], [dilation] * 2, [dilation] * 2, False, [0, 0], 1,
         [need_x, need_weight, False],
@@ -152,7 +151,7 @@ def dilated_conv3x3_backward(
 def depthwise_conv(
     x_NCHW: Tensor, weight_C1KK: Tensor, stride: int, dilation: int, padding: tuple[int, int, int, int]
 ) -> Tensor:
-    """`F.conv2d` of every channel by itself, after `F.pad` by (left, right, top, bottom)."""
+    """Runs a depthwise `F.conv2d` after `F.pad` by (left, right, top, bottom)."""
     channels = x_NCHW.shape[1]
     left, right, top, bottom = padding
     if left == right and top == bottom:
@@ -170,7 +169,7 @@ def depthwise_conv_backward(
     need_x: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(gradient of x, gradient of weight); the one that is not needed is an empty tensor."""
+    """Computes (gradient of x, gradient of weight); an unneeded one is an empty tensor."""
     left, right, top, bottom = padding
     even = left == right and top == bottom
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
@@ -185,23 +184,26 @@ def depthwise_conv_backward(
 
 
 def gradient_dtype(logits_dtype: torch.dtype) -> torch.dtype:
-    """Dtype in which the gradient of the loss *sum* is kept until it is scaled.
+    """Dtype of the gradient of the loss *sum* until it is scaled.
 
-    float16 cannot hold it: one low-resolution logit may collect more than 65504 pixels.
+    float16 would overflow: one low-resolution logit may collect more than 65504 pixels.
     """
     return torch.float32 if logits_dtype == torch.float16 else logits_dtype
 
 
 def check_range(indices: Tensor, num_classes: int, what: str) -> None:
-    """Raises ValueError on the CPU, or asserts asynchronously on CUDA, if an index is outside [0,
-    num_classes)."""
+    """Checks that all indices are in [0, num_classes).
+
+    Raises:
+        ValueError: one is not (on the CPU; on CUDA an asynchronous assertion fails).
+    """
     outside = (indices < 0) | (indices >= num_classes)
     if indices.device.type == "cuda":
         torch._assert_async(~outside.any(),
                             f"{what} lies outside [0, {num_classes}) and is not the ignore index")
     elif indices.device.type == "cpu" and bool(outside.any()):
-        found = indices[outside][0].item()
-        raise ValueError(f"{what} is {found}, outside [0, {num_classes}) and not the ignore index; check the "
+        value = indices[outside][0].item()
+        raise ValueError(f"{what} is {value}, outside [0, {num_classes}) and not the ignore index; check the "
                          "masks")
 
 

@@ -1,5 +1,5 @@
-"""Operators `softmax_accumulate` and `finalize`: test-time augmentation without probabilities at the scaled
-size.
+"""Operators `softmax_accumulate` and `finalize`: test-time augmentation that stores no probabilities at the
+scaled size.
 
 Shape suffixes: N images, C classes, h w size of the logits, H W size of the image.
 """
@@ -30,21 +30,20 @@ def softmax_accumulate(
     differentiable.
 
     Args:
-        acc_NCHW: float32 sums so far, zeros at first. Any strides; contiguous is the fast layout, on the CPU
-            and on CUDA, because both walk along the width (channels_last costs up to twice the time).
+        acc_NCHW: float32 sums so far, zeros at first. Any strides; contiguous is the fastest layout, on the
+            CPU and on CUDA, because both iterate along the width (channels_last takes up to twice the time).
         logits_NChw: float32, float16, bfloat16 or float64, C in 1..256, any strides. Finite. [2N, C, h, w]
             with `pair`.
-        scaled_size: (height, width) of the view the model saw; the softmax is taken at this size.
+        scaled_size: (height, width) of the view; the softmax is computed at this size.
         size: (H, W) of `acc_NCHW`.
-        flip: whether the view was mirrored left to right; its probabilities are mirrored back.
-        pair: the logits hold the view of every image and behind them, in the same order, those of its mirror
-            image. The same as two calls, to the bit on a CPU:
-            `softmax_accumulate(acc, logits[:N], ..., flip)` and then
+        flip: the view was mirrored left to right; its probabilities are mirrored back.
+        pair: the logits hold the views of all images, followed by those of their mirror images. Equivalent,
+            bitwise on a CPU, to `softmax_accumulate(acc, logits[:N], ..., flip)` and then
             `softmax_accumulate(acc, logits[N:], ..., not flip)`. On CUDA the sums are read and written once.
 
     Raises:
-        ValueError: shapes or devices that disagree, more than 256 classes, an empty size, or a sum that
-            overlaps itself.
+        ValueError: inconsistent shapes or devices, more than 256 classes, an empty size, or a sum whose
+            elements share memory.
         TypeError: sums that are not float32, or logits that are not floating point.
     """
     check_logits(logits_NChw)
@@ -67,7 +66,7 @@ def softmax_accumulate(
 
 
 def finalize(acc_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mask, mean probability and class counts of accumulated probabilities.
+    """Computes the mask, mean probability and class counts of accumulated probabilities.
 
     Eager equivalent: `value, mask = acc.max(1)`; `(value / acc.sum(1)).mean((1, 2))`; per image
     `bincount(mask, minlength=C)`.
@@ -77,9 +76,9 @@ def finalize(acc_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             (contiguous is fastest).
 
     Returns:
-        mask: uint8 [N, H, W]; of classes that tie, the lowest.
-        mean_probability: float32 [N], mean over the pixels of the chosen class's share of the pixel's sum, in
-            (0, 1]. NaN where a pixel's sum is zero.
+        mask: uint8 [N, H, W]; ties go to the lowest class.
+        mean_probability: float32 [N], mean over pixels of the chosen class's share of the pixel's sum, in
+            (0, 1]; NaN if a pixel's sum is zero.
         class_counts: int64 [N, C], pixels per class.
 
     Raises:

@@ -133,7 +133,7 @@ def test_onnxruntime_computes_the_same(folder, tmp_path, capsys):
     torch.manual_seed(0)
     deep = cases.warmed(build_model("deeplabv3plus", "resnet50-deep-stem", 6))
     torch.save({"model": public(deep), "epoch": 79}, tmp_path / "v1.pth")
-    assert "say it with --output-stride (16 is usual)" in refused(
+    assert "give it with --output-stride (16 is usual)" in refused(
         capsys, "export", "--checkpoint", tmp_path / "v1.pth", "--out", tmp_path / "no.onnx")
     average = build_model("dpt", "dinov2-small", 6)
     average.load_state_dict(checkpoint.load(folder / "average.pt")["model"])

@@ -17,14 +17,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import label_cases as cases  # noqa: E402
 from stpp import cli  # noqa: E402
-from stpp.inference import several  # noqa: E402
+from stpp.inference import predictors  # noqa: E402
 from stpp.label import shards  # noqa: E402
 
 
 def from_paths(paths, device, **_):
     identity = "other" if os.environ.get("RANK") == os.environ.get("STPP_TEST_OTHER_RANK", "none") else "tiny"
-    return lambda images: [several.Opened(network=cases.Tiny(), identity=identity, classes=tuple("abcd"))
-                           for _ in paths]
+    return lambda images: [predictors.OpenedPredictor(network=cases.Tiny(), identity=identity,
+                                                      classes=tuple("abcd")) for _ in paths]
 
 
 def first(number_file: str) -> bool:
@@ -62,7 +62,7 @@ def trap(what: str, commit: str, count: int, number_file: str) -> None:
 
 
 def main(what: str, commit: str, count: str, number_file: str, *args: str) -> None:
-    several.from_paths = from_paths
+    predictors.from_paths = from_paths
     shards.PATIENCE_S = 3.0
     if what != "none":
         trap(what, commit, int(count), number_file)

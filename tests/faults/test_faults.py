@@ -90,7 +90,7 @@ def test_two_ranks_resume_with_one_moving_average(command, tmp_path):
     ran = cases.run([*out, str(tmp_path / "run")], bomb=bomb, fired=tmp_path / "fired", ranks=2)
     assert (tmp_path / "fired").exists() and ran.returncode, ran.stderr[-2000:]
     ran = cases.run([*out, str(tmp_path / "run")], ranks=2)
-    assert ran.returncode == 0 and "going on from step 4" in ran.stderr, ran.stderr[-2000:]
+    assert ran.returncode == 0 and "resuming from step 4" in ran.stderr, ran.stderr[-2000:]
     assert cases.differing(cases.contents(tmp_path / "run"), cases.contents(tmp_path / "alone")) == []
 
 

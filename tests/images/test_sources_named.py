@@ -51,7 +51,7 @@ def test_unsupported_formats_are_counted_by_extension(tmp_path):
 
 def test_folder_without_images_lists_its_contents(tmp_path):
     folder = cases.as_folder(tmp_path / "in", {"a.heic": b"", "b.heic": b""})
-    with pytest.raises(UserError, match=r"no image in it \(passed over: 2 \.heic"):
+    with pytest.raises(UserError, match=r"contains no image \(passed over: 2 \.heic"):
         cases.run(folder, tmp_path / "out")
 
 

@@ -186,7 +186,8 @@ def test_evaluation_sees_these_pixels(made, name):
         found.update(zip(batch.indices.tolist(), colours_of(batch.images_NCHW), strict=True))
 
     evaluate(
-        Namer(), made.samples, World(device=torch.device("cpu")), DataConfig(loader=name, threads=2), seen=see
+        Namer(), made.samples, World(device=torch.device("cpu")), DataConfig(loader=name, threads=2),
+        on_batch=see
     )
     for i, (sample, seen) in enumerate(zip(made.samples, made.seen, strict=True)):
         assert np.array_equal(found[i], seen), sample.key

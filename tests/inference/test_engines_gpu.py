@@ -55,7 +55,7 @@ def test_engines_match_eager(backend, name, precision, tmp_path):
     made = plan(model(name), backend, precision)
     teacher = build.build(made, tmp_path / "engine")
     assert_agrees(teacher, made)
-    record, reason = build.unfit(tmp_path / "engine", made)
+    record, reason = build.check(tmp_path / "engine", made)
     assert reason is None
     assert_agrees(build.load(tmp_path / "engine", record, made), made)
 
@@ -63,7 +63,7 @@ def test_engines_match_eager(backend, name, precision, tmp_path):
 def test_unfrozen_package_takes_other_weights(tmp_path):
     first, second = (plan(model("deeplabv3plus", seed), "inductor", "bf16", frozen=False) for seed in (0, 1))
     build.build(first, tmp_path / "engine")
-    record, reason = build.unfit(tmp_path / "engine", second)
+    record, reason = build.check(tmp_path / "engine", second)
     assert reason is None
     assert_agrees(build.load(tmp_path / "engine", record, second), second)
 

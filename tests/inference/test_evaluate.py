@@ -128,16 +128,16 @@ def test_crops_match_the_plain_form(network, mode, size, side, edges):
 
 def test_cityscapes_windows_are_the_published_ones():
     """UniMatch, 801 pixels: rows 0 and 534, columns to the end; UniMatch-V2, 798: the last are moved back."""
-    assert views.starts(1024, 801, "cut") == [0, 534]
-    assert views.starts(2048, 801, "cut") == [0, 534, 1068, 1602]
-    assert views.starts(1024, 798, "shifted") == [0, 226]
-    assert views.starts(2048, 798, "shifted") == [0, 532, 1064, 1250]
-    assert views.starts(798, 798, "shifted") == views.starts(500, 798, "shifted") == [0]
+    assert views.window_starts(1024, 801, "cut") == [0, 534]
+    assert views.window_starts(2048, 801, "cut") == [0, 534, 1068, 1602]
+    assert views.window_starts(1024, 798, "shifted") == [0, 226]
+    assert views.window_starts(2048, 798, "shifted") == [0, 532, 1064, 1250]
+    assert views.window_starts(798, 798, "shifted") == views.window_starts(500, 798, "shifted") == [0]
 
 
 @given(length=st.integers(1, 300), side=st.integers(1, 120), edges=st.sampled_from(["cut", "shifted"]))
 def test_windows_cover_every_pixel_within_the_image(length, side, edges):
-    found = views.starts(length, side, edges)
+    found = views.window_starts(length, side, edges)
     covered = {at for first in found for at in range(first, min(length, first + side))}
     assert covered == set(range(length))
     assert found == sorted(set(found)) and 0 <= found[0] and found[-1] < length

@@ -57,7 +57,7 @@ def photos(tmp_path) -> Path:
 
 
 def test_stored_rule_is_read(checkpoints):
-    told = {name: exif_rule.told(path) for name, path in checkpoints.items()}
+    told = {name: exif_rule.recorded(path) for name, path in checkpoints.items()}
     assert told == {
         "upright": True,
         "stored": False,
@@ -66,20 +66,20 @@ def test_stored_rule_is_read(checkpoints):
         "other": None,
         "published": None,
     }
-    assert exif_rule.told(Path("there is no such file")) is None
+    assert exif_rule.recorded(Path("there is no such file")) is None
 
 
 def test_rules_agree_or_are_refused(checkpoints):
     upright, stored, silent = (checkpoints[name] for name in ("upright", "stored", "silent"))
     assert (
-        exif_rule.agreed([silent])
-        and exif_rule.agreed([upright, silent])
-        and exif_rule.agreed([upright], True)
+        exif_rule.resolve([silent])
+        and exif_rule.resolve([upright, silent])
+        and exif_rule.resolve([upright], True)
     )
     assert (
-        not exif_rule.agreed([stored])
-        and not exif_rule.agreed([silent, stored, stored])
-        and not exif_rule.agreed([silent], False)
+        not exif_rule.resolve([stored])
+        and not exif_rule.resolve([silent, stored, stored])
+        and not exif_rule.resolve([silent], False)
     )
     for paths, asked, words in (
         ([upright], False, "--no-exif: .*upright.pt was trained on images turned upright"),
@@ -87,7 +87,7 @@ def test_rules_agree_or_are_refused(checkpoints):
         ([upright, stored], None, "stored.pt was trained .* checkpoints of one run"),
     ):
         with pytest.raises(UserError, match=words) as caught:
-            exif_rule.agreed(paths, asked)
+            exif_rule.resolve(paths, asked)
         assert "\n" not in str(caught.value)
 
 
@@ -167,4 +167,4 @@ def test_engine_folder_keeps_the_rule_of_its_checkpoint(checkpoints, tmp_path):
         compile_predictor(
             checkpoints[name], tmp_path / name, load=load_network, device=torch.device("cpu"), backend="eager"
         )
-        assert exif_rule.told(tmp_path / name) is rule
+        assert exif_rule.recorded(tmp_path / name) is rule

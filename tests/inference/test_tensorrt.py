@@ -13,7 +13,7 @@ import torch
 
 import stream_cases
 from engine_cases import CPU, MODELS, images, least_px, model, relative_error, sizes_from, tiny
-from stpp.device import CAPTURING, Arriving, captured, in_turn, on, side_stream
+from stpp.device import CAPTURING, AsyncUpload, graph_capture, on_stream, ordered_on_stream, side_stream
 from stpp.errors import UserError
 from stpp.inference import export, fold, tensorrt, tensorrt_run, torch_tensorrt
 from stpp.inference.record import ANY_SIZE, Shapes
@@ -151,7 +151,7 @@ def test_foreign_onnx_file_is_refused_with_the_reason(tmp_path):
     logger = tensorrt._logger(trt)
     for content in (b"", b"not a graph"):
         (tmp_path / "bad.onnx").write_bytes(content)
-        with pytest.raises(UserError, match="neither input nor output|not understood") as refused:
+        with pytest.raises(UserError, match="neither input nor output|cannot parse") as refused:
             tensorrt.parse(trt, trt.Builder(logger), tmp_path / "bad.onnx", logger)
         assert "\n" not in str(refused.value)
 
@@ -438,7 +438,7 @@ def test_failed_capture_is_undone(monkeypatch):
         raise RuntimeError("invalidated")
 
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    with pytest.raises(RuntimeError, match="invalidated"), captured(None, None, torch.device("cuda", 1)):
+    with pytest.raises(RuntimeError, match="invalidated"), graph_capture(None, None, torch.device("cuda", 1)):
         pass
     assert done == [(1, (0, 5)), "fresh"] and not CAPTURING.locked()
 
@@ -449,13 +449,13 @@ def test_pytorch_continues_after_a_failed_capture():
     device = torch.device("cuda", torch.cuda.current_device())
     stream = side_stream(device)
     graph = torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError), in_turn(stream, device), captured(graph, stream, device):
+    with pytest.raises(RuntimeError), ordered_on_stream(stream, device), graph_capture(graph, stream, device):
         torch.ones(3, device=device).sum().item()  # a capture does not allow waiting
     assert torch.nn.functional.dropout(torch.ones(1000, device=device)).sum() > 0
     before = torch.cuda.memory_allocated(device)
     for _ in range(5):
-        with on(stream):
-            arriving = Arriving(torch.empty(1 << 20, device=device), stream=stream)
+        with on_stream(stream):
+            arriving = AsyncUpload(torch.empty(1 << 20, device=device), stream=stream)
         arriving.take()
         del arriving
         torch.cuda.synchronize()

@@ -80,7 +80,7 @@ def test_masks_have_the_image_size_and_match_the_plain_form(network, mode, size)
 
 def test_image_of_the_view_size_is_unchanged(network):
     images = cases.images(2, 48, VIEW_PX)
-    assert views.seen(images, VIEW_PX) is images and views.seen(images, None) is images
+    assert views.resize_to_view(images, VIEW_PX) is images and views.resize_to_view(images, None) is images
     with torch.no_grad():
         own, asked = (views.masks(SimpleNamespace(logits=network, num_classes=CLASSES, view_px=side), images,
                                   "none") for side in (None, VIEW_PX))

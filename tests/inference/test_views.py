@@ -15,7 +15,7 @@ from stpp.inference import views
 from stpp.inference.evaluate import evaluate, report
 from stpp.inference.fold import fold_batch_norm
 from stpp.inference.open import EagerPredictor
-from stpp.inference.several import ready
+from stpp.inference.predictors import already_open
 from stpp.label import labels, reliability, rows
 from stpp.models.build import build_model
 from stpp.models.trained import load_network
@@ -117,7 +117,7 @@ def test_views_match_the_description(mode, size):
 
 
 def test_pseudo_labels_equal_the_plain_form(samples, tmp_path):
-    result = labels.label(ready(teacher(), identity="one"), samples, HERE,
+    result = labels.label(already_open(teacher(), identity="one"), samples, HERE,
                           config=LabelConfig(batch_per_rank=3),
                             data=DataConfig(threads=1), out=tmp_path, title="label")
     same = pixels = 0
@@ -149,7 +149,7 @@ def test_confusion_counts_every_labelled_pixel_once(samples):
 
 def scores_of(teachers, samples, out) -> list[float]:
     lines = [sample.key for sample in samples]
-    reliability.select(ready(*teachers, identity="three"), samples, lines, HERE, config=LabelConfig(),
+    reliability.select(already_open(*teachers, identity="three"), samples, lines, HERE, config=LabelConfig(),
                        data=DataConfig(threads=1), out=out)
     found = {row["key"]: row["reliability"] for row in rows.read(out / "reliability.parquet")}
     return [found[key] for key in lines]

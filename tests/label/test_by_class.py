@@ -21,7 +21,7 @@ from stpp.images.masks import read_index_mask
 from stpp.images.pixels import normalised
 from stpp.images.sources import open_source
 from stpp.inference import calibration, views
-from stpp.inference.several import Opened, ready
+from stpp.inference.predictors import OpenedPredictor, already_open
 from stpp.label import reliability, rows, thresholds
 from stpp.label.assignment import Assignment
 from stpp.label.labels import label_corpus
@@ -55,7 +55,7 @@ def run(corpus: Path, out: Path, floors=lambda _: (), **config) -> dict[str, np.
     given_config = LabelConfig(**{"tta": "flip", "batch_per_rank": 3, "shard_size": 5} | config)
     task = Assignment(source=open_source(str(corpus)), out=out, config=given_config,
                       data=DataConfig(threads=1, loader="reference"))
-    label_corpus(ready(cases.Tiny(), identity="tiny"), task, cases.HERE, floors=floors)
+    label_corpus(already_open(cases.Tiny(), identity="tiny"), task, cases.HERE, floors=floors)
     return masks_of(out)
 
 
@@ -63,7 +63,7 @@ def test_pixels_below_the_threshold_of_their_class_are_ignored(corpus, tmp_path)
     floors = (0.3, 0.6, calibration.NEVER, 0.0)
     asked = []
 
-    def of_teacher(opened: Opened) -> tuple[float, ...]:
+    def of_teacher(opened: OpenedPredictor) -> tuple[float, ...]:
         asked.append(opened.identity)
         return floors
 
@@ -192,7 +192,7 @@ def test_rare_class_keeps_its_most_reliable_images():
 def test_selection_by_class_uses_the_last_teachers_masks(corpus, tmp_path):
     task = Assignment(source=open_source(str(corpus)), out=tmp_path, table="scores",
                       data=DataConfig(threads=1, loader="reference"), config=LabelConfig(select_by="class"))
-    reliability.select_corpus(ready(cases.Tiny(), cases.Tiny(), identity="tiny"), task, cases.HERE)
+    reliability.select_corpus(already_open(cases.Tiny(), cases.Tiny(), identity="tiny"), task, cases.HERE)
     table = list(rows.read_parts(tmp_path / "scores"))
     assert len(table) == IMAGES
     for row in table:

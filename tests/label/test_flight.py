@@ -70,14 +70,14 @@ def test_next_batch_is_queued_before_the_previous_is_read(corpus, tmp_path, monk
 def test_batch_in_flight_holds_no_images(corpus, tmp_path, monkeypatch):
     """The device's memory must suffice for one batch, the unit that --batch-pixels limits."""
     seen: list[weakref.ref] = []
-    compute = labels.Labels.compute
+    compute = labels.LabelJob.compute
 
     def watching(self, batch):
         assert all(images() is None for images in seen)
         seen.append(weakref.ref(batch.images_NCHW))
         return compute(self, batch)
 
-    monkeypatch.setattr(labels.Labels, "compute", watching)
+    monkeypatch.setattr(labels.LabelJob, "compute", watching)
     cases.run(corpus, tmp_path / "out", batch_per_rank=1)
     assert len(seen) == 12
 

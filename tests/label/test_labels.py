@@ -23,8 +23,8 @@ from stpp.images import batches
 from stpp.images.masks import read_index_mask
 from stpp.images.sources import open_source
 from stpp.inference import views
+from stpp.inference.predictors import already_open
 from stpp.inference.record import Agreement
-from stpp.inference.several import ready
 from stpp.label import confidence_map, reliability, rows
 from stpp.label.assignment import Assignment
 from stpp.label.shards import Part
@@ -448,7 +448,7 @@ def test_selection_ranks_by_agreement(corpus, tmp_path):
         task = Assignment(source=open_source(str(bad)), out=out,
                           config=LabelConfig(batch_per_rank=3, shard_size=4), data=DataConfig(threads=1),
                           table="scores")
-        return reliability.select_corpus(ready(*networks, identity="three"), task, cases.HERE)
+        return reliability.select_corpus(already_open(*networks, identity="three"), task, cases.HERE)
 
     summary = select(tmp_path / "out")
     assert (summary.images, summary.bad) == (10, 1)

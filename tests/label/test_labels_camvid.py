@@ -11,7 +11,7 @@ from stpp.config import DataConfig
 from stpp.images.masks import read_index_mask
 from stpp.images.sources import open_source
 from stpp.inference import views
-from stpp.inference.several import from_paths
+from stpp.inference.predictors import from_paths
 from stpp.label.assignment import Assignment
 from stpp.label.labels import label_corpus
 from stpp.models.build import build_model

@@ -15,7 +15,7 @@ import label_cases as cases
 from cli_cases import ended
 from stpp import checkpoint, files
 from stpp.images import masks
-from stpp.inference import several
+from stpp.inference import predictors
 
 CLASSES = list("abcd")
 
@@ -30,10 +30,9 @@ def threads():
 
 @pytest.fixture
 def label(monkeypatch, capsys, tmp_path):
-    """Runs `stpp label` with a teacher that needs no network: (exit code, standard output, standard
-    error)."""
-    ready = several.ready(cases.Tiny(), identity="tiny")
-    monkeypatch.setattr(several, "from_paths", lambda paths, device, **_: ready)
+    """`stpp label` with a teacher that needs no network: (exit code, standard output, standard error)."""
+    ready = predictors.already_open(cases.Tiny(), identity="tiny")
+    monkeypatch.setattr(predictors, "from_paths", lambda paths, device, **_: ready)
 
     def call(source, out, *more) -> tuple[int, str, str]:
         return ended(capsys, "label", "--teacher", str(Path(__file__).parent), "--source", str(source),

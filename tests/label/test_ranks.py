@@ -16,7 +16,7 @@ import torch
 import label_cases as cases
 from conftest import torchrun
 from stpp import checkpoint, cli
-from stpp.inference import several
+from stpp.inference import predictors
 from stpp.label import rows, sinks
 from stpp.models.build import build_model
 
@@ -138,8 +138,8 @@ def test_torchrun_restarts_killed_ranks(source, undisturbed, tmp_path, monkeypat
 
 
 def test_bad_images_and_mistakes_have_their_exit_codes(source, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(several, "from_paths",
-                        lambda paths, device, **_: several.ready(cases.Tiny(), identity="tiny"))
+    monkeypatch.setattr(predictors, "from_paths",
+                        lambda paths, device, **_: predictors.already_open(cases.Tiny(), identity="tiny"))
 
     def code_of(*more: str) -> tuple[int, str]:
         with pytest.raises(SystemExit) as ended:
@@ -165,12 +165,12 @@ def test_source_can_be_listed_first(source, undisturbed, tmp_path, monkeypatch, 
     def opened(*_, **__):
         raise AssertionError("no network is needed to list")
 
-    monkeypatch.setattr(several, "from_paths", lambda paths, device, **_: opened)
+    monkeypatch.setattr(predictors, "from_paths", lambda paths, device, **_: opened)
     cli.main(arguments(source, tmp_path / "out", "--list-only"))
     assert f"{IMAGES} images listed, 6 shards to do" in capsys.readouterr().out
-    # The names of the classes are in run.json.
-    network = several.Opened(network=cases.Tiny(), identity="tiny", classes=tuple("abcd"))
-    monkeypatch.setattr(several, "from_paths", lambda paths, device, **_: lambda images: [network])
+    # The names of the classes stand in run.json.
+    network = predictors.OpenedPredictor(network=cases.Tiny(), identity="tiny", classes=tuple("abcd"))
+    monkeypatch.setattr(predictors, "from_paths", lambda paths, device, **_: lambda images: [network])
     cli.main(arguments(source, tmp_path / "out"))
     assert cases.contents(tmp_path / "out") == undisturbed
 
@@ -179,8 +179,8 @@ def test_full_disk_is_one_line_with_its_own_exit_code(source, tmp_path, monkeypa
     def no_room(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(several, "from_paths",
-                        lambda paths, device, **_: several.ready(cases.Tiny(), identity="tiny"))
+    monkeypatch.setattr(predictors, "from_paths",
+                        lambda paths, device, **_: predictors.already_open(cases.Tiny(), identity="tiny"))
     monkeypatch.setattr(sinks, "encode", no_room)
     threads = torch.get_num_threads()
     try:

@@ -16,7 +16,7 @@ from conftest import torchrun
 from stpp.config import DataConfig, LabelConfig
 from stpp.errors import UserError
 from stpp.images.sources import open_source
-from stpp.inference.several import ready
+from stpp.inference.predictors import already_open
 from stpp.label import changes, reliability, rows, update
 from stpp.label.assignment import Assignment
 
@@ -131,7 +131,7 @@ def test_touched_files_are_not_relabelled(source, tmp_path, capsys, updated):
         os.utime(path)
     summary, seen = label(source, out, update=updated)
     assert seen == 0 and summary.images == 13
-    assert "files were touched, but hold what they held: 13" in capsys.readouterr().err
+    assert "files were touched, but their content is unchanged: 13" in capsys.readouterr().err
     changed = {name for name, digest in cases.contents(out).items() if before[name] != digest}
     assert all(name == "run.json" or name.startswith("plan/listing") for name in changed)
     label(source, out)
@@ -250,7 +250,7 @@ def test_duplicate_name_in_a_grown_archive_is_refused(tmp_path):
             for seed in (8, 9):
                 cases.add_to(archive, {name: cases.encoded(cases.picture(seed))})
         for updated in (False, True):
-            with pytest.raises(UserError, match="is there twice"):
+            with pytest.raises(UserError, match="twice"):
                 label(path, out, update=updated)
         cases.as_tar(path, files)
 
@@ -387,7 +387,8 @@ def test_selection_is_updated_like_labels(source, tmp_path):
         task = Assignment(source=open_source(str(source)), out=out,
                           config=LabelConfig(batch_per_rank=3, shard_size=4),
                           data=DataConfig(threads=1, loader="reference"), table="scores", update=updated)
-        return reliability.select_corpus(ready(*teachers, identity="two"), task, cases.HERE), teachers[0].seen
+        opener = already_open(*teachers, identity="two")
+        return reliability.select_corpus(opener, task, cases.HERE), teachers[0].seen
 
     out = tmp_path / "out"
     select(out)

@@ -27,7 +27,7 @@ KEY = {"seed": 5, "stage": 2, "epoch": 3, "number": 0}
 @given(arrays.arrays(np.uint8, arrays.array_shapes(min_dims=2, max_dims=2, max_side=40),
                      elements=st.sampled_from([0, 1, 2, 5, 255])))
 def test_mask_gives_its_classes_and_some_of_their_pixels(mask):
-    found = rare_images.shown(mask, 6)
+    found = rare_images.content(mask, 6)
     assert found.pixels_C.tolist() == [int((mask == i).sum()) for i in range(6)]
     assert found.spots.keys() == {i for i in range(6) if (mask == i).any()}
     for class_id, spots in found.spots.items():

@@ -190,7 +190,7 @@ def test_unimatch_v2_equals_the_plain_form_for_three_steps(monkeypatch, seed):
             optimizer.step()
         for gradient, truth in zip(gradients, expected, strict=True):
             torch.testing.assert_close(gradient, truth, rtol=1e-6, atol=1e-9)
-        step.after(t)
+        step.after_step(t)
         a = min(1 - 1 / (t + 1), 0.996)
         with torch.no_grad():
             for mine, theirs in zip(teacher.parameters(), plain.parameters(), strict=True):

@@ -127,14 +127,14 @@ DPT = ("--model.name", "dpt", "--model.backbone", "dinov2-small", "--model.outpu
 
 @pytest.mark.parametrize("flags, said", [
     (["--train.batch-global", "6", "--train.accumulate", "2"],
-     "--train.batch-global 6 gives 3 images a rank and pass, and --method unimatch mixes pairs; choose a "
+     "--train.batch-global 6 gives 3 images per rank and pass, and --method unimatch mixes pairs; choose a "
      "multiple of 4"),
     ([*DPT, "--augment.crop-px", "500"],
-     "--augment.crop-px 500: dinov2-small sees patches of 14 pixels; choose 490 or 504"),
+     "--augment.crop-px 500: dinov2-small has patches of 14 pixels; choose 490 or 504"),
     ([*DPT, "--augment.crop-px", "9"],
-     "--augment.crop-px 9: dinov2-small sees patches of 14 pixels; choose 14"),
+     "--augment.crop-px 9: dinov2-small has patches of 14 pixels; choose 14"),
     ([*DPT, "--model.name", "pspnet"],
-     "--model.backbone 'dinov2-small' is none of --model.name 'pspnet'; there is"),
+     "--model.backbone 'dinov2-small' does not work with --model.name 'pspnet'; available"),
     ([*DPT, "--model.output-stride", "16"],
      "output stride 16: dinov2-small has patches and no output stride"),
     (["--model.freeze-backbone"],

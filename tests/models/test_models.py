@@ -205,7 +205,8 @@ def test_initial_weights():
 @pytest.mark.parametrize("arguments, message", [
     (("unet", "resnet50", 21, 8), "'unet'.*deeplabv3plus"),
     (("pspnet", "resnet34", 21, 8), "'resnet34'.*resnet101"),
-    (("pspnet", "dinov2-small", 21), "'dinov2-small' is none of --model.name 'pspnet'.*dpt on dinov2-small"),
+    (("pspnet", "dinov2-small", 21),
+     "'dinov2-small' does not work with --model.name 'pspnet'.*dpt on dinov2-small"),
     (("dpt", "dinov2-small", 21, 8), "output stride 8.*leave it out"),
     (("pspnet", "resnet18", 1, 8), "num_classes is 1"),
     (("deeplabv3plus", "resnet18", 21, 4), "output_stride 4"),

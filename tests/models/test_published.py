@@ -13,7 +13,7 @@ import stpp
 from cli_cases import refused
 from stpp import checkpoint, cli
 from stpp.images.masks import read_index_mask
-from stpp.inference.several import from_paths
+from stpp.inference.predictors import from_paths
 
 CPU = ["--device", "cpu", "--precision", "fp32"]
 

@@ -73,7 +73,7 @@ def test_round_trip(tmp_path, name, prefix, wrapper):
     path = save({wrapper: state, "epoch": 3} if wrapper else state, tmp_path)
     report = weights.load_model(target, path)
     assert_same(target.state_dict(), source.state_dict())
-    assert report.loaded == report.wanted == len(state)
+    assert report.loaded == report.total == len(state)
     assert report.summary() == f"{len(state)} of {len(state)} tensors loaded from weights.pth"
 
 
@@ -292,7 +292,7 @@ def test_unimatch_v2_checkpoint_gives_the_moving_average(tmp_path, capsys, backb
         assert found.classes == list("abcdefg")
         assert all(bool((tensor == value).all()) for tensor in found.network.parameters())
         errors = capsys.readouterr().err
-        assert (f"{path}: model_ema is read; best.pth#model names the other" in errors) == said
+        assert (f"{path}: model_ema is read; best.pth#model selects the other" in errors) == said
         assert f"dpt on {backbone}, 7 classes" in errors and "output stride" not in errors
     assert "holds no 'x'; it has model_ema, model" in refusal(trained.load_network, f"{path}#x")
     assert "leave it out" in refusal(trained.load_network, path, output_stride=8)
@@ -306,7 +306,7 @@ def test_unimatch_checkpoint_requires_a_stride(tmp_path, backbone):
     message = refusal(trained.load_network, path)
     assert (
         f"deeplabv3plus on {backbone}, by its keys" in message
-        and "say it with --output-stride (16 is usual)" in message
+        and "give it with --output-stride (16 is usual)" in message
     )
     found = trained.load_network(path, output_stride=16)
     assert found.architecture == {"name": "deeplabv3plus", "backbone": backbone, "output_stride": 16}
@@ -340,7 +340,7 @@ def test_state_dicts_of_other_networks_are_refused(tmp_path):
     deep_stem = {key: value for key, value in whole.items() if key != "backbone.conv1.weight"}
     deep_stem |= {f"backbone.conv1.{i}.weight": torch.ones(1) for i in (0, 3, 6)}
     message = refusal(trained.load_network, save(deep_stem, tmp_path))
-    assert "weights.pth: holds no network that is known here; nearest is deeplabv3plus on resnet18" in message
+    assert "weights.pth: holds no known network; nearest is deeplabv3plus on resnet18" in message
     assert (
         "missing: backbone.conv1.weight" in message
         and "superfluous: backbone.conv1.0.weight, backbone.conv1.3" in message
@@ -360,7 +360,7 @@ def test_state_dicts_of_other_networks_are_refused(tmp_path):
         message = refusal(trained.load_network, save(whole | change, tmp_path))
         assert words in message and "weights.pth" in message and len(message) < 1500, message
     for content in (network().backbone.state_dict(), {"a": torch.ones(1)}):
-        assert "holds no network" in refusal(trained.load_network, save(content, tmp_path))
+        assert "holds no known network" in refusal(trained.load_network, save(content, tmp_path))
     last = {"format": 1, "model": whole, "step": 3}
     assert "give a best.pt" in refusal(trained.load_network, save(last, tmp_path))
 

@@ -30,7 +30,7 @@ def test_recording_pictures_keeps_scores_and_random_numbers(samples):
     alone = evaluate.evaluate(teacher, samples, HERE, DataConfig(threads=1))
     watch = Watch(samples, [1, 4], 6)
     before, numpys = torch.get_rng_state(), np.random.get_state()[1].copy()
-    seen = evaluate.evaluate(teacher, samples, HERE, DataConfig(threads=1), seen=watch.see)
+    seen = evaluate.evaluate(teacher, samples, HERE, DataConfig(threads=1), on_batch=watch.see)
     assert torch.equal(alone, seen) and torch.equal(before, torch.get_rng_state())
     np.testing.assert_array_equal(numpys, np.random.get_state()[1])
     assert set(watch.pictures) == {samples[1].key, samples[4].key}

@@ -19,7 +19,7 @@ from stpp.distributed import World
 from stpp.errors import UserError
 from stpp.images.masks import read_index_mask
 from stpp.run import lease
-from stpp.run.freshness import of_today
+from stpp.run.freshness import fresh_index
 
 COLOURS = ((0, 0, 0), (128, 0, 0), (0, 128, 0))
 
@@ -46,25 +46,25 @@ def listed(known, *names):
 def test_corrected_mask_is_read_again_before_scoring(known, here, capsys):
     path = listed(known, "0", "1")
     assert (
-        of_today(known.out, path, here).fingerprint == known.fingerprint
+        fresh_index(known.out, path, here).fingerprint == known.fingerprint
         and "again" not in capsys.readouterr().err
     )
     paletted(ids(2), *COLOURS).save(known.root / "labels" / "1.png")
-    fresh = of_today(known.out, path, here)
+    fresh = fresh_index(known.out, path, here)
     assert (read_index_mask(fresh.sample("photos/1.jpg").mask) == ids(2)).all()
-    assert "1 file of" in (said := capsys.readouterr().err) and "labels/1.png the first" in said
+    assert "1 file of" in (said := capsys.readouterr().err) and "the first: labels/1.png" in said
     assert (
-        of_today(known.out, path, here).fingerprint == fresh.fingerprint
+        fresh_index(known.out, path, here).fingerprint == fresh.fingerprint
         and "again" not in capsys.readouterr().err
     )
 
 
 def test_photograph_of_another_size_is_found_without_reading_others(known, here, capsys):
     photo(known.root / "photos" / "3.jpg", 9)
-    assert of_today(known.out, listed(known, "0", "1"), here).fingerprint == known.fingerprint
+    assert fresh_index(known.out, listed(known, "0", "1"), here).fingerprint == known.fingerprint
     photo(known.root / "photos" / "0.jpg", 9, (40, 30))
     with pytest.raises(UserError, match=r"labels/0\.png: the mask has 32x24 pixels"):
-        of_today(known.out, listed(known, "0", "1"), here)
+        fresh_index(known.out, listed(known, "0", "1"), here)
 
 
 def test_evaluation_works_after_the_refused_file_is_corrected(known, here):
@@ -75,10 +75,10 @@ def test_evaluation_works_after_the_refused_file_is_corrected(known, here):
     photo(photograph, 9, (40, 30))
     for _ in range(2):
         with pytest.raises(UserError, match=r"labels/0\.png: the mask has 32x24 pixels"):
-            of_today(known.out, path, here)
+            fresh_index(known.out, path, here)
     photograph.write_bytes(held)
     os.utime(photograph, ns=(status.st_atime_ns, status.st_mtime_ns))
-    fresh = of_today(known.out, path, here)
+    fresh = fresh_index(known.out, path, here)
     assert fresh.fingerprint and (read_index_mask(fresh.sample("photos/1.jpg").mask) == ids(2)).all()
 
 
@@ -89,11 +89,11 @@ def test_files_with_old_times_are_read_again_after_a_refusal(known, here):
     paletted(ids(2), *COLOURS).save(mask)
     photo(known.root / "photos" / "1.jpg", 9, (40, 30))
     with pytest.raises(UserError):
-        of_today(known.out, path, here)
+        fresh_index(known.out, path, here)
     mask.write_bytes(held)
     os.utime(mask, ns=(status.st_atime_ns, status.st_mtime_ns))
     photo(known.root / "photos" / "1.jpg", 1)
-    fresh = of_today(known.out, path, here)
+    fresh = fresh_index(known.out, path, here)
     assert (read_index_mask(fresh.sample("photos/0.jpg").mask) == ids(1, 2)).all()
 
 
@@ -118,7 +118,7 @@ def test_evaluation_resumes_after_a_kill_while_rereading(known, here):
         assert done.returncode == -signal.SIGKILL and not (known.out / "index.json").exists()
         with pytest.raises(UserError, match="its preparation did not end; run `stpp prepare`"):
             index.load(known.out)
-    fresh = of_today(known.out, path, here)
+    fresh = fresh_index(known.out, path, here)
     assert (read_index_mask(fresh.sample("photos/1.jpg").mask) == ids(2)).all()
     assert fresh.settings == known.settings and not (known.out / "unfinished.json").exists()
 
@@ -131,8 +131,8 @@ def test_resumed_run_keeps_its_masks(known, here):
         lease.held(known.out.parent),
         pytest.raises(UserError, match="a run trains on it .*in use by process"),
     ):
-        of_today(known.out, path, here)
-    assert of_today(known.out, path, here).fingerprint != known.fingerprint
+        fresh_index(known.out, path, here)
+    assert fresh_index(known.out, path, here).fingerprint != known.fingerprint
 
 
 def test_missing_mask_is_named(known, here):
@@ -245,11 +245,11 @@ def test_corrected_file_of_shapes_is_read_again(tmp_path, here, capsys):
     root = shape_cases.coco_set(tmp_path / "data", value)
     made = shape_cases.prepare(root, layout="coco", masks="annotations.json", unlisted="background")
     path = listed(made, "0", "1")
-    assert of_today(made.out, path, here).fingerprint == made.fingerprint
+    assert fresh_index(made.out, path, here).fingerprint == made.fingerprint
     capsys.readouterr()
     value["annotations"][1]["segmentation"] = [[0, 0, 32, 0, 32, 24, 0, 24]]
     (root / "annotations.json").write_text(json.dumps(value))
-    fresh = of_today(made.out, path, here)
+    fresh = fresh_index(made.out, path, here)
     assert (read_index_mask(fresh.sample("photos/1.jpg").mask) == 1).all()
     assert (read_index_mask(fresh.sample("photos/0.jpg").mask) == shape_cases.square(1)).all()
-    assert "1 file of" in (said := capsys.readouterr().err) and "annotations.json the first" in said
+    assert "1 file of" in (said := capsys.readouterr().err) and "the first: annotations.json" in said

@@ -15,9 +15,9 @@ def samples(*keys: str) -> list[Sample]:
 @pytest.mark.parametrize("labelled, unlabelled, val, said", [
     ("ab", "cd", "ef", []),
     ("ab", "cd", "", []),
-    ("ab", "cd", "xb", ["1 images of val.txt stand in labeled.txt too, /data/b.jpg the first", "mIoU"]),
-    ("ab", "cde", "ced", ["3 images of val.txt stand in unlabeled.txt too, /data/c.jpg the first", "mIoU"]),
-    ("ab", "ba", "c", ["2 images of unlabeled.txt stand in labeled.txt too", "twice"]),
+    ("ab", "cd", "xb", ["1 images of val.txt are in labeled.txt too, the first: /data/b.jpg", "mIoU"]),
+    ("ab", "cde", "ced", ["3 images of val.txt are in unlabeled.txt too, the first: /data/c.jpg", "mIoU"]),
+    ("ab", "ba", "c", ["2 images of unlabeled.txt are in labeled.txt too", "twice"]),
 ])
 def test_lists_that_share_images_are_named(labelled, unlabelled, val, said, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(preflight, "_readable", lambda *_: None)

@@ -65,7 +65,7 @@ def test_labels_use_the_least_confidence_of_held_out_labels(run):
         assert not never & set(np.unique(mask).tolist())
     said = (run / "said.txt").read_text()
     assert "calibrating 1-supervised on 3 held-out images, flip views" in said
-    assert "least confidence for a precision of 0.3: " in said
+    assert "confidence thresholds for a precision of 0.3: " in said
 
 
 @pytest.mark.slow
@@ -173,7 +173,7 @@ def trainer(known: index.Index, folder: Path, validate) -> Trainer:
     samples = [known.sample(image) for image in sorted(known.entries)]
     step = Supervised(fresh_network(config, here, CLASSES, stage=1), config)
     pixels = [sum(column) for column in zip(*known.class_pixels(samples), strict=True)]
-    step.rules = class_rules.of_run(config, CLASSES, pixels, here.device)
+    step.rules = class_rules.for_run(config, CLASSES, pixels, here.device)
     streams = [dataclasses.replace(stream, preference=rare_images.preference(
         samples, 6, config.rare, here, 1)) for stream in step.streams(config, samples)]
     return Trainer(config, here, step, streams, key=1, title="t", classes=CLASSES, folder=folder,

@@ -31,7 +31,7 @@ def test_counter_equals_a_histogram():
     counter = ClassCounter()
     counter.add(labels[0])
     assert counter.take() is None  # nobody asked
-    counter.watch(6)
+    counter.enable(6)
     for one in labels:
         counter.add(one)
     counts = torch.bincount(labels.flatten().long(), minlength=256)[:6].tolist()
@@ -49,7 +49,7 @@ def trainer(kind, known: index.Index, folder: Path, told: list, validate=None) -
     samples = [known.sample(image) for image in sorted(known.entries)]
     step = kind(fresh_network(config, HERE, CLASSES, stage=1), config)
     bare = [dataclasses.replace(sample, mask=None) for sample in samples[12:28]]
-    meter = ClassMeter("t", step.confident, classes=CLASSES, labelled=LABELLED, tell=told.append)
+    meter = ClassMeter("t", step.confident, classes=CLASSES, labelled=LABELLED, warn=told.append)
     return Trainer(config, HERE, step, step.streams(config, samples[:12], bare), key=1, title="t",
                    classes=CLASSES, folder=folder, schedule=Schedule(steps=STEPS, validate_steps=3),
                    validate=validate, meter=meter)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from stpp.config import Config, ConsistencyConfig, RareConfig, TrainConfig
 from stpp.errors import UserError
-from stpp.training.class_rules import ClassRules, loss_weights, of_run, offsets
+from stpp.training.class_rules import ClassRules, for_run, loss_weights, offsets
 from stpp.training.loss import OHEM_IMAGE, labelled_loss
 
 COUNTS = st.lists(st.integers(0, 10**9), min_size=1, max_size=12).filter(any)
@@ -41,7 +41,7 @@ def test_effective_number_weights_match_the_paper(pixels, most):
 
 
 def test_no_rule_by_default():
-    rules = of_run(Config(), CLASSES, [5, 0, 7], torch.device("cpu"))
+    rules = for_run(Config(), CLASSES, [5, 0, 7], torch.device("cpu"))
     assert rules == ClassRules()
     assert loss_weights([0, 0], RareConfig(weights="inverse-sqrt")) is None
 
@@ -65,7 +65,7 @@ def case(seed: int, n: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 def test_loss_uses_weights_and_offsets(seed):
     logits, labels, full = case(seed)
     rare = RareConfig(weights="inverse-sqrt", logit_adjustment=1.0)
-    rules = of_run(Config(rare=rare), CLASSES, [100, 10, 1], torch.device("cpu"))
+    rules = for_run(Config(rare=rare), CLASSES, [100, 10, 1], torch.device("cpu"))
     found = labelled_loss(logits, labels, TrainConfig(), rules)
     plain = F.cross_entropy(full + rules.offset_C[:, None, None], labels.long(), ignore_index=255,
                             weight=rules.weight_C, reduction="sum")
@@ -104,8 +104,8 @@ def test_loss_of_images_does_not_depend_on_their_passes():
 def test_no_labelled_pixel_gives_zero_loss_and_gradient():
     logits = torch.randn(2, 3, 5, 5, requires_grad=True)
     labels = torch.full((2, 9, 9), 255, dtype=torch.uint8)
-    rules = of_run(Config(rare=RareConfig(weights="inverse-sqrt", logit_adjustment=1.0)), CLASSES, [9, 3, 1],
-                   torch.device("cpu"))
+    rules = for_run(Config(rare=RareConfig(weights="inverse-sqrt", logit_adjustment=1.0)), CLASSES, [9, 3, 1],
+                    torch.device("cpu"))
     for kind in ("ce", "ohem", "ohem-image"):
         loss = labelled_loss(logits, labels, TrainConfig(loss=kind), rules)
         loss.backward()
@@ -114,11 +114,11 @@ def test_no_labelled_pixel_gives_zero_loss_and_gradient():
 
 def test_classes_have_their_own_confidence():
     config = Config(consistency=ConsistencyConfig(confidence=0.9, class_confidence=("b=0.5",)))
-    rules = of_run(config, CLASSES, [1, 1, 1], torch.device("cpu"))
+    rules = for_run(config, CLASSES, [1, 1, 1], torch.device("cpu"))
     labels = torch.tensor([[[0, 1, 2, 1]]], dtype=torch.uint8)
     probability = torch.tensor([[[0.8, 0.6, 0.95, 0.4]]])
-    assert rules.is_sure(labels, probability, 0.9).tolist() == [[[False, True, True, False]]]
-    assert ClassRules().is_sure(labels, probability, 0.5).tolist() == [[[True, True, True, False]]]
+    assert rules.is_confident(labels, probability, 0.9).tolist() == [[[False, True, True, False]]]
+    assert ClassRules().is_confident(labels, probability, 0.5).tolist() == [[[True, True, True, False]]]
 
 
 @pytest.mark.parametrize(("given_pairs", "said"), [
@@ -132,4 +132,4 @@ def test_malformed_pairs_are_refused(given_pairs, said):
 def test_unknown_class_is_refused():
     config = Config(consistency=ConsistencyConfig(class_confidence=("d=0.5",)))
     with pytest.raises(UserError, match="names d, which is no class; the classes are a, b, c"):
-        of_run(config, CLASSES, [1, 1, 1], torch.device("cpu"))
+        for_run(config, CLASSES, [1, 1, 1], torch.device("cpu"))

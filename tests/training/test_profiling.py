@@ -80,10 +80,10 @@ def test_bottleneck_is_the_longest_wait(monkeypatch, capsys, wait_pct, exchange,
     monkeypatch.setattr(profiling, "communication_share", lambda model: exchange)
     ours = BottleneckMeter("1-supervised", nn.Identity(), CPU)
     ours.add(profiling.LEAST_STEPS, 0.9 * profiling.LEAST_S, wait_pct)
-    ours.epoch()
+    ours.end_epoch()
     assert capsys.readouterr().err == ""
     ours.add(1, 0.9 * profiling.LEAST_S, wait_pct)
-    ours.epoch()
+    ours.end_epoch()
     said = capsys.readouterr().err
     assert (
         f"1-supervised: bound by {kind}: {wait_pct} % of a step waits for data, {100 * exchange:.0f} %"
@@ -91,10 +91,10 @@ def test_bottleneck_is_the_longest_wait(monkeypatch, capsys, wait_pct, exchange,
     )
     assert profiling.ADVICE[kind] in said
     ours.add(profiling.LEAST_STEPS, 2 * profiling.LEAST_S, wait_pct)
-    ours.epoch()
-    assert capsys.readouterr().err == ""  # unchanged
+    ours.end_epoch()
+    assert capsys.readouterr().err == ""  # nothing new
     ours.add(profiling.LEAST_STEPS, 2 * profiling.LEAST_S, 90)
-    ours.epoch()
+    ours.end_epoch()
     assert ("bound by data: 90 %" in capsys.readouterr().err) == (kind != "data")
 
 
@@ -103,10 +103,10 @@ def test_few_steps_give_no_advice(capsys):
     ours = BottleneckMeter("1-supervised", nn.Identity(), CPU)
     for _ in range((profiling.LEAST_STEPS - 1) // 5):
         ours.add(5, 2 * profiling.LEAST_S, 90)
-        ours.epoch()
+        ours.end_epoch()
     assert capsys.readouterr().err == ""
     ours.add(5, profiling.LEAST_S, 90)
-    ours.epoch()
+    ours.end_epoch()
     said = capsys.readouterr().err
     assert "bound by data: 90 % of a step waits for data; to make it shorter" in said
 
@@ -119,7 +119,7 @@ def test_scattered_steps_on_a_cpu_are_logged_once_with_the_load(monkeypatch, cap
     for _ in range(2):
         for i in range(20):
             meter.add(5, 5 * (slow if i % 4 == 0 else 1), 0)
-        meter.epoch()
+        meter.end_epoch()
     text = "steps take 1000 to 2500 ms; other processes use 1.2 of the cores"
     assert capsys.readouterr().err.count(text) == logged
 

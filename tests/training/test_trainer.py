@@ -266,7 +266,7 @@ def test_checkpoint_without_disk_space_keeps_the_old_one(tmp_path, monkeypatch):
     with checkpoint.CheckpointWriter() as writer:
         writer.save(path, step=2, weights=torch.zeros(2**20))
         with pytest.raises(
-            UserError, match=r"last.pt needs 4 MiB and the disk has 1 left; what was saved before is intact"
+            UserError, match=r"last.pt needs 4 MiB and the disk has 1 left; earlier checkpoints are intact"
         ):
             writer.wait()
     assert checkpoint.load(path)["step"] == 1

@@ -33,7 +33,7 @@ def parts(here) -> None:
     """Each call has its own part of the store."""
     counts = []
     for _ in range(3):
-        store = distributed.store_of_this_call(here)
+        store = distributed.call_store(here)
         store.add("n", 1)
         distributed.gather(None)
         counts.append(store.add("n", 0))

@@ -80,8 +80,8 @@ def main(root: str, folder: str, out: str, accumulate: str, steps: str, method: 
     with distributed.world("cpu") as here:
         step = kind(assemble.fresh_network(config, here, known.classes, stage=1), config)
         pixels = [sum(column) for column in zip(*known.class_pixels(lists[0]), strict=True)]
-        step.rules = class_rules.of_run(config, known.classes, pixels, here.device)
-        step.confident.watch(len(known.classes))
+        step.rules = class_rules.for_run(config, known.classes, pixels, here.device)
+        step.confident.enable(len(known.classes))
         streams = [dataclasses.replace(stream, preference=rare_images.preference(
             stream.samples, len(known.classes), config.rare, here, 1)) if stream.masked else stream
                    for stream in step.streams(config, *lists)]

@@ -53,7 +53,7 @@ def compile(args: Sequence[str]) -> None:
     with distributed.world(options.compute.device) as here:
         if here.size > 1:
             raise UserError("stpp compile runs in one process; start it without torchrun")
-        rule = exif_rule.agreed([options.checkpoint])
+        rule = exif_rule.resolve([options.checkpoint])
         sample = options.sample and sample_images(options.sample, here.device, exif=rule)
         load = partial(load_network, output_stride=options.output_stride, view_px=options.view_px)
         compile_predictor(options.checkpoint, options.out, load=load, device=here.device, shapes=shapes,

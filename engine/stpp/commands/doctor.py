@@ -243,7 +243,7 @@ def operators() -> Finding:
     from stpp_kernels import dispatch
 
     folder = Path(stpp_kernels.__file__).parent
-    serving = stpp_kernels.described()
+    serving = stpp_kernels.describe_implementations()
     if dispatch.reference_forced():
         return Finding("operators", "warn", "plain PyTorch, forced by STPP_KERNELS", "unset STPP_KERNELS")
     if stale := stale_build(folder):

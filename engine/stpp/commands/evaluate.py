@@ -104,16 +104,16 @@ def opened(options: OnLabels, folder: Path, listed: Path, here: "World") -> Read
     from stpp.models.pretrained import describe
     from stpp.models.trained import load_network
     from stpp.precision import autocast_dtype
-    from stpp.run.freshness import of_today
+    from stpp.run.freshness import fresh_index
 
-    known = of_today(folder, listed, here)
+    known = fresh_index(folder, listed, here)
     data = DataConfig(exif=known.exif, loader=options.reading.loader, threads=options.reading.threads)
     samples = splits.read_split(listed, known, labelled=True)
     network, classes, architecture = load_network(options.checkpoint, output_stride=options.output_stride,
                                                   view_px=options.view_px, class_names=known.classes)
-    if (rule := exif_rule.told(options.checkpoint)) not in (None, known.exif):
-        raise UserError(f"{options.checkpoint} was trained on images {exif_rule.described(rule)}, and "
-                        f"{folder} is of images {exif_rule.described(known.exif)}; prepare an index with "
+    if (rule := exif_rule.recorded(options.checkpoint)) not in (None, known.exif):
+        raise UserError(f"{options.checkpoint} was trained on images {exif_rule.describe(rule)}, and "
+                        f"{folder} is of images {exif_rule.describe(known.exif)}; prepare an index with "
                         f"--data.{'' if rule else 'no-'}exif")
     if tuple(classes) != tuple(known.classes):
         raise UserError(

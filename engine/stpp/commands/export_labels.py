@@ -13,7 +13,7 @@ from stpp.errors import UserError
 
 if TYPE_CHECKING:
     from stpp.annotations.labelled import Scheme
-    from stpp.label.export import Encode, Exported, Writer
+    from stpp.label.export import Encode, ExportCounts, Writer
 
 MOST_CLASSES = 254
 _HOLD_IGNORED = ("cvat",)
@@ -123,7 +123,7 @@ def _format(options: ExportLabels, scheme: "Scheme") -> tuple["Encode", "Writer"
     return to_cvat.encode, to_cvat.CvatWriter(options.out, scheme)
 
 
-def _say(options: ExportLabels, done: "Exported") -> None:
+def _say(options: ExportLabels, done: "ExportCounts") -> None:
     from stpp import log
 
     if not (options.labels / "summary.json").exists():

@@ -24,7 +24,7 @@ from stpp.config import DataConfig, LabelConfig, LoaderConfig
 from stpp.errors import UserError
 
 if TYPE_CHECKING:
-    from stpp.inference.several import Opened
+    from stpp.inference.predictors import OpenedPredictor
     from stpp.label.run import Summary
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -125,14 +125,14 @@ def label(args: Sequence[str]) -> None:
 
         return label_corpus(open_teachers, task, here, floors=floors)
 
-    def floors(teacher: "Opened") -> tuple[float, ...]:
+    def floors(teacher: "OpenedPredictor") -> tuple[float, ...]:
         return _floors(options, teacher)
 
     _run(options, [options.teacher], options.tta, work, "mean confidence", output=options.output,
          output_stride=options.output_stride)
 
 
-def _floors(options: Label, teacher: "Opened") -> tuple[float, ...]:
+def _floors(options: Label, teacher: "OpenedPredictor") -> tuple[float, ...]:
     """Least confidence by class; empty where all have one.
 
     Raises:
@@ -183,10 +183,10 @@ def _run(options: CorpusOptions, paths: Sequence[Path], mode: str, work: Callabl
     from stpp import distributed, log
     from stpp.images.items import require_readable_name
     from stpp.images.sources import open_source
-    from stpp.inference import exif_rule, several
+    from stpp.inference import exif_rule, predictors
     from stpp.label.assignment import Assignment
     from stpp.label.shards import Part
-    from stpp_kernels import described
+    from stpp_kernels import describe_implementations
 
     for path in paths:
         if not files.and_part(path)[0].exists():
@@ -194,7 +194,7 @@ def _run(options: CorpusOptions, paths: Sequence[Path], mode: str, work: Callabl
     classes: list[str] = []
     with distributed.world(options.compute.device) as here:
         log.set_speaker(here.is_main)
-        log.say(f"operators: {described(here.device.type)}")
+        log.say(f"operators: {describe_implementations(here.device.type)}")
         if options.compute_threads:
             import torch
 
@@ -204,15 +204,15 @@ def _run(options: CorpusOptions, paths: Sequence[Path], mode: str, work: Callabl
             source = open_source(options.source, root=options.root, tar_folders=options.tar_folders)
             part = Part.parse(options.part)
             refuse_inside(options.out, options.source)
-            exif = exif_rule.agreed(paths, exif_asked(options.exif, options.no_exif))
+            exif = exif_rule.resolve(paths, exif_asked(options.exif, options.no_exif))
         except UserError:
             if here.is_main:
                 raise
             sys.exit(2)  # every rank finds the same; one says it
-        open_all = several.from_paths(paths, here.device, mode=mode, backend=options.backend,
-                                      precision=options.compute.precision,
-                                       trust=options.trust_engine, output_stride=output_stride,
-                                      view_px=options.view_px)
+        open_all = predictors.from_paths(paths, here.device, mode=mode, backend=options.backend,
+                                         precision=options.compute.precision,
+                                         trust=options.trust_engine, output_stride=output_stride,
+                                         view_px=options.view_px)
 
         def opened(images: int) -> list:
             found = open_all(images)

@@ -17,7 +17,7 @@ import torch
 
 from stpp import log
 from stpp.clock import Clock
-from stpp.device import CAPTURING, Arriving, copy_stream, on, staging
+from stpp.device import CAPTURING, AsyncUpload, copy_stream, on_stream, staging
 from stpp.errors import UserError
 from stpp.images import storage
 from stpp.images.image_file import upright
@@ -90,15 +90,15 @@ def batches(tasks: Iterator[tuple[int, list[Planned]]], *, device: torch.device,
         stream = copy_stream(device)
 
         def prepared(planned: list[Planned],
-                     reads: list[Future]) -> tuple[Arriving | None, dict[int, str], list[int | None]]:
+                     reads: list[Future]) -> tuple[AsyncUpload | None, dict[int, str], list[int | None]]:
             if not planned:
                 return None, {}, []
             raw, hashes = zip(*(read.result() for read in reads), strict=True)
-            with clock("decode"), CAPTURING, on(stream):
+            with clock("decode"), CAPTURING, on_stream(stream):
                 images = decoder.images(planned, list(raw))
                 _warn_of_dark(planned, images, warned)
                 pixels_NHWC, errors = _assembled(planned, images, device)
-                return Arriving(pixels_NHWC, stream=stream), errors, list(hashes)
+                return AsyncUpload(pixels_NHWC, stream=stream), errors, list(hashes)
 
         def ready() -> tuple[int, Decoded | None]:
             shard, planned, future = waiting.popleft()

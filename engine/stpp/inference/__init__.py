@@ -1,1 +1,1 @@
-"""Networks made ready to predict: compiled predictors, their gate, views, evaluation."""
+"""Prediction: compiled predictors, their accuracy gate, test-time augmentation, evaluation."""

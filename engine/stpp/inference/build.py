@@ -1,7 +1,7 @@
-"""Makes engine folders, and finds those made before.
+"""Builds engine folders, and reuses cached ones.
 
-An engine folder holds `engine.json`, the engine's files, and `checkpoint.pt`: the network alone, from which
-the engine can be built again anywhere, and against which it is compared.
+An engine folder holds `engine.json`, the engine's files, and `checkpoint.pt`: the network, from which the
+engine can be rebuilt anywhere, and with which it is compared.
 """
 
 import contextlib
@@ -29,13 +29,13 @@ from stpp.inference.record import Device, EngineRecord, Shapes
 BACKENDS: dict[str, Backend] = {"tensorrt": tensorrt, "torch-tensorrt": torch_tensorrt, "inductor": inductor}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {"fp32": 0.01, "bf16": 0.05, "fp16": 0.05}
-"""Largest difference from eager in the same type, over eager's largest logit; wrong weights are off by 0.2
-and more."""
+"""Maximum difference from eager in the same dtype, relative to eager's largest logit; wrong weights differ by
+0.2 or more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compilation:
-    """What is to be compiled, and how."""
+    """Network to compile, and compiler options."""
 
     network: nn.Module
     architecture: dict
@@ -45,21 +45,20 @@ class Compilation:
     backend: str
     """Key of `BACKENDS`, or "eager"."""
     frozen: bool
-    """Whether the weights may become part of the code."""
+    """Permission to compile the weights into the code."""
     precision: str
     """Key of `PRECISIONS`."""
     device: torch.device
     shapes: Shapes
     exif: bool | None = None
-    """EXIF rule that the network was trained with, for the folder's checkpoint; see
-    `stpp.inference.exif_rule`."""
+    """EXIF rule of the network's training, for the folder's checkpoint; see `stpp.inference.exif_rule`."""
 
     def versions(self) -> dict[str, str]:
-        """Of everything that the engine depends on."""
+        """Versions of all packages that the engine depends on."""
         return records.versions_of(**(BACKENDS[self.backend].versions() if self.backend in BACKENDS else {}))
 
     def key(self) -> str:
-        """Name of the engine in a cache: equal for predictors that can share it."""
+        """Cache key of the engine: equal for predictors that can share it."""
         facts = {"architecture": self.architecture, "classes": len(self.classes), "frozen": self.frozen,
                  "shapes": dataclasses.asdict(self.shapes),
                  "device": dataclasses.asdict(Device.of(self.device)),
@@ -68,7 +67,7 @@ class Compilation:
         return f"{self.backend}-{self.precision}-{digest[:16]}"
 
     def eager(self, precision: str | None = None) -> EagerPredictor:
-        """The same predictor as PyTorch runs it, in the engine's precision or another."""
+        """Makes the eager predictor, in the engine's precision or another."""
         precision = precision or self.precision
         return EagerPredictor(self.network, num_classes=len(self.classes), device=self.device,
                               dtype=PRECISIONS[precision], view_px=self.architecture.get("view_px"),
@@ -76,27 +75,27 @@ class Compilation:
                                                            precision=precision))
 
     def identity(self) -> Identity:
-        """Of the predictor that comes of it."""
+        """Identity of the resulting predictor."""
         fixed = "-frozen" if self.frozen and self.backend != "eager" else ""
         return Identity(weights_sha256=self.weights, classes=self.classes, backend=self.backend + fixed,
                         precision=self.precision, output_stride=self.architecture.get("output_stride"),
                         view_px=self.architecture.get("view_px"))
 
     def ready(self) -> nn.Module:
-        """The network folded, on the device, in the engine's precision."""
+        """Folds the network (`fold.ready`), on the device, in the engine's precision."""
         return fold.ready(self.network, device=self.device, dtype=PRECISIONS[self.precision])
 
 
-def present(device: torch.device) -> list[str]:
-    """Backends that can compile for `device` here."""
+def available(device: torch.device) -> list[str]:
+    """Lists the backends that can compile for `device` on this machine."""
     return [name for name, module in BACKENDS.items() if module.unavailable(device) is None]
 
 
 def build(plan: Compilation, folder: Path, sample: Iterable[torch.Tensor] | None = None) -> CompiledPredictor:
-    """Compiles into `folder`, which appears when everything in it is there; one that is there is replaced.
+    """Compiles an engine into `folder`, atomically; an existing folder is replaced.
 
     Args:
-        sample: batches of normalised images to compare with eager on, before the folder appears.
+        sample: batches of normalised images on which the engine is first compared with eager.
 
     Raises:
         UserError: the backend is missing or fails, or the engine disagrees with eager.
@@ -123,7 +122,7 @@ def build(plan: Compilation, folder: Path, sample: Iterable[torch.Tensor] | None
         predictor = CompiledPredictor(run, record, identity=plan.identity(), dtype=PRECISIONS[plan.precision],
                                       eager=plan.eager)
         if sample is not None:
-            record = dataclasses.replace(record, agreement=_judged(predictor, plan, sample))
+            record = dataclasses.replace(record, agreement=_agreement(predictor, plan, sample))
         _write_folder(plan, record, temporary)
         files.replace_folder(temporary, folder)
     except OSError as error:
@@ -137,8 +136,8 @@ def build(plan: Compilation, folder: Path, sample: Iterable[torch.Tensor] | None
     return predictor
 
 
-def eager_folder(plan: Compilation, folder: Path) -> None:
-    """A folder with the network alone, to be run by PyTorch: so that every backend has one."""
+def write_eager_folder(plan: Compilation, folder: Path) -> None:
+    """Writes an engine folder with the network alone, for the eager backend."""
     record = EngineRecord(
         backend="eager", precision=plan.precision, frozen=False, weights_sha256=plan.weights,
         architecture=plan.architecture, classes=plan.classes, shapes=plan.shapes,
@@ -159,24 +158,24 @@ def _write_folder(plan: Compilation, record: EngineRecord, folder: Path) -> None
 
 
 def cached(plan: Compilation, cache: Path) -> CompiledPredictor:
-    """The engine of `plan` in the folder `cache`: loaded if it is there and ours, else compiled by the
-    process that comes first."""
+    """Loads the engine of `plan` from the folder `cache` if it is valid and built by this user; else the
+    first process compiles it."""
     folder = cache / plan.key()
-    with _alone(cache, f".{plan.key()}.lock"):
-        # of a process that was killed
+    with _build_lock(cache, f".{plan.key()}.lock"):
+        # temporary folders of killed processes
         for left in (*cache.glob(f".{plan.key()}.*.tmp"), *cache.glob(f".{plan.key()}.*.old")):
             shutil.rmtree(left, ignore_errors=True)
         if (folder / records.NAME).exists():
-            record, reason = unfit(folder, plan)
+            record, reason = check(folder, plan)
             if reason is None:
                 return load(folder, record, plan)
-            log.say(f"engine {folder} is not used: {reason}; compiled again")
+            log.say(f"engine {folder} is not used: {reason}; compiling it again")
         return build(plan, folder)
 
 
-def unfit(folder: Path, plan: Compilation, *,
+def check(folder: Path, plan: Compilation, *,
           trusted: bool = False) -> tuple[EngineRecord | None, str | None]:
-    """The record of an engine folder, and why it cannot serve `plan`; None where it can."""
+    """Checks an engine folder. Returns its record, and the reason why it cannot serve `plan`, or None."""
     try:
         record, signature = records.read(folder)
     except UserError as error:
@@ -192,28 +191,27 @@ def unfit(folder: Path, plan: Compilation, *,
 
 
 def load(folder: Path, record: EngineRecord, plan: Compilation) -> CompiledPredictor:
-    """Loads a fit engine, with the weights of `plan` in it.
+    """Loads a checked engine, and swaps in the weights of `plan` if they differ.
 
     Raises:
-        UserError: with these weights it does not compute what eager does.
+        UserError: with these weights the engine disagrees with eager.
     """
     module, swap = BACKENDS[record.backend], record.weights_sha256 != plan.weights
     ready = plan.ready() if swap else None
     run = module.load(folder, device=plan.device, **({"swapped": ready} if swap else {}))
     if swap:
         verify(run, ready, record, plan.device)
-        log.say(f"{record.describe()}: took these weights, not compiled again")
+        log.say(f"{record.describe()}: weights swapped in, without compiling")
     return CompiledPredictor(run, record, identity=plan.identity(), dtype=PRECISIONS[record.precision],
                              eager=plan.eager)
 
 
 @torch.no_grad()
 def verify(run: Run, ready: nn.Module, record: EngineRecord, device: torch.device) -> None:
-    """Compares an engine with the network it was made of, in the same precision, on one small image and on a
-    few.
+    """Compares an engine with its network, in the same precision, on one small image and on a batch.
 
     Raises:
-        UserError: it computes something else.
+        UserError: the logits differ.
     """
     low, high = record.shapes.smallest, record.shapes.largest
     several = tuple(min(max(side, least), most) for side, least,
@@ -224,28 +222,28 @@ def verify(run: Run, ready: nn.Module, record: EngineRecord, device: torch.devic
         images_NCHW = images_NCHW.to(device, PRECISIONS[record.precision]).contiguous(
             memory_format=torch.channels_last
         )
-        ours, truth = run(images_NCHW), ready(images_NCHW)
-        same_shape = ours.shape == truth.shape
-        error = float((ours - truth).abs().max() / truth.abs().max()) if same_shape else float("inf")
+        logits, truth = run(images_NCHW), ready(images_NCHW)
+        same_shape = logits.shape == truth.shape
+        error = float((logits - truth).abs().max() / truth.abs().max()) if same_shape else float("inf")
         if not error <= TOLERANCE[record.precision]:
             raise UserError(f"{record.describe()}: logits of {count} images of {width}x{height} are off by "
-                            f"{error:.3g} of the largest; not used; take --backend eager or another "
-                            "--precision")
+                            f"{error:.3g} of the largest; the engine is not used; use --backend eager or "
+                            "another --precision")
 
 
-def _judged(predictor: CompiledPredictor, plan: Compilation,
-            sample: Iterable[torch.Tensor]) -> records.Agreement:
+def _agreement(predictor: CompiledPredictor, plan: Compilation,
+               sample: Iterable[torch.Tensor]) -> records.Agreement:
     eager = plan.eager("fp32")
     with torch.no_grad():
-        found = gate.compare(predictor.logits, eager.logits, sample)
-    gate.accept(found, predictor.record.describe())
-    return found
+        agreement = gate.compare(predictor.logits, eager.logits, sample)
+    gate.accept(agreement, predictor.record.describe())
+    return agreement
 
 
 @contextlib.contextmanager
-def _alone(cache: Path, name: str) -> Iterator[None]:
-    """Waits until no other process builds the same engine; without locks the later of two replaces the engine
-    of the first."""
+def _build_lock(cache: Path, name: str) -> Iterator[None]:
+    """Waits until no other process builds the same engine; without file locks, the later of two builds
+    replaces the first."""
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(files.locked(cache / name))

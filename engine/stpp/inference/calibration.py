@@ -1,5 +1,5 @@
-"""Calibration of a network's confidence on labels that it was not trained on: how often a pixel of a
-confidence is right, and from which confidence on a wanted precision holds.
+"""Calibration of a network's confidence on held-out labels: accuracy by confidence, and the confidence
+threshold for a target precision.
 
 Legend: N images, C classes (of the prediction), B bins of the confidence, H W size of the image.
 """
@@ -26,56 +26,56 @@ from stpp.loading.sample import Sample
 
 NAME, FORMAT = "calibration.json", "stpp-calibration-1"
 BINS = 1000
-"""Bins of the confidence, of equal width: thresholds are thousandths."""
+"""Confidence bins, of equal width: thresholds are multiples of 0.001."""
 ECE_BINS = 15
-"""Bins of the expected calibration error, as is usual."""
+"""Bins of the expected calibration error, the usual number."""
 FEW_PIXELS = 1000
-"""A class that is predicted for fewer pixels has no threshold of its own."""
+"""Minimum predicted pixels for a class to have its own threshold."""
 NEVER = 2.0
-"""In the place of a threshold: no confidence suffices."""
+"""Threshold of a class that reaches the precision at no confidence."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
-    """The least confidence for a wanted precision."""
+    """Confidence threshold for a target precision."""
 
     confidence: float
-    """Where no confidence reaches the precision: the one that comes closest."""
+    """Threshold; if none reaches the precision, the one that comes closest."""
     coverage: float
-    """Share of the pixels that are at least so confident."""
+    """Share of the pixels at or above the threshold."""
     precision: float
-    """Share of these that are right."""
+    """Share of these pixels that are right."""
     reached: bool
     few: bool
-    """Too few pixels to tell."""
+    """True if there are too few pixels for an estimate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Pixels of held-out labels by what was predicted, how confidently, and whether it is right."""
+    """Histogram of held-out pixels by predicted class, confidence and correctness."""
 
     classes: tuple[str, ...]
     all_CB: np.ndarray
-    """int64: labelled pixels that were predicted as this class with a confidence in this bin."""
+    """int64: labelled pixels predicted as this class with a confidence in this bin."""
     right_CB: np.ndarray
-    """int64: those whose label it is."""
+    """int64: those of them whose label is this class."""
     images: int
     tta: str
-    """Views: key of `views.VIEWS`."""
+    """Test-time augmentation: key of `views.VIEWS`."""
     weights: str
     """See `stpp.inference.record.weights_sha256`."""
     held_out: str
     """See `digest`."""
 
     def proposal(self, precision: float, class_id: int | None = None) -> Proposal:
-        """The least confidence from which on pixels have the wanted precision: of all, or of those predicted
-        as one class."""
+        """Finds the lowest threshold with the target precision, over all pixels or those predicted as one
+        class."""
         counted_B, right_B = self._of(class_id)
         total = int(counted_B.sum())
         from_B, right_from_B = (column[::-1].cumsum()[::-1] for column in (counted_B, right_B))
         precision_B = right_from_B / np.maximum(from_B, 1)
         few = total < FEW_PIXELS
-        # The last pixels of a class may be right by chance: a hundredth of them has to be left.
+        # A few top pixels may be right by chance: at least a hundredth of the pixels must remain.
         enough_B = from_B >= max(1, total / 100)
         good = np.flatnonzero((precision_B >= precision) & enough_B)
         place = int(good[0]) if len(good) else int(np.where(enough_B, precision_B, -1.0).argmax())
@@ -83,21 +83,21 @@ class Calibration:
                         precision=float(precision_B[place]), reached=bool(len(good)))
 
     def floors(self, precision: float) -> tuple[float, ...]:
-        """Least confidence of every class for the wanted precision.
+        """Confidence threshold of every class for the target precision.
 
-        A class that is predicted for too few pixels has that of all pixels; one that reaches the precision
-        nowhere is not labelled (`NEVER`): its pixels are left out, not given to others.
+        A class with too few predicted pixels gets the threshold of all pixels. A class that never reaches the
+        precision gets `NEVER`: its pixels are ignored, not given to other classes.
         """
         overall = self.proposal(precision)
-        found = []
+        thresholds = []
         for class_id in range(len(self.classes)):
             own = self.proposal(precision, class_id)
-            one = overall if own.few else own
-            found.append(one.confidence if one.reached else NEVER)
-        return tuple(found)
+            proposal = overall if own.few else own
+            thresholds.append(proposal.confidence if proposal.reached else NEVER)
+        return tuple(thresholds)
 
     def curve(self, class_id: int | None = None, points: int = 100) -> list[tuple[float, float, float]]:
-        """(least confidence, coverage, precision) at rising confidences; none where nothing was predicted."""
+        """Points (threshold, coverage, precision) at rising thresholds; empty if nothing was predicted."""
         counted_B, right_B = self._of(class_id)
         if not counted_B.any():
             return []
@@ -107,8 +107,8 @@ class Calibration:
                 for place in places.tolist() if from_B[place]]
 
     def error(self, class_id: int | None = None) -> float | None:
-        """Expected calibration error: the mean over pixels of |accuracy - confidence| of their bin, of 15;
-        None where nothing was predicted.
+        """Expected calibration error: mean over pixels of |accuracy - confidence| in their bin, of 15 bins;
+        None if nothing was predicted.
 
         Source: "On Calibration of Modern Neural Networks" (arXiv 1706.04599), equation 3.
         """
@@ -122,7 +122,7 @@ class Calibration:
         return float(np.abs(right - confidence).sum() / counted_B.sum())
 
     def accuracy(self, class_id: int | None = None) -> float | None:
-        """Share of the pixels that are right."""
+        """Share of correctly predicted pixels; None if nothing was predicted."""
         counted_B, right_B = self._of(class_id)
         return float(right_B.sum() / counted_B.sum()) if counted_B.any() else None
 
@@ -132,42 +132,43 @@ class Calibration:
         return self.all_CB[class_id], self.right_CB[class_id]
 
 
-def binned(sums_NCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Class of every pixel and the bin of its confidence (its share of the summed probabilities): int64
+def class_and_bin(sums_NCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predicted class of every pixel, and bin of its confidence (share of the summed probabilities): int64
     [N, H, W] each."""
     most_NHW, masks_NHW = sums_NCHW.max(1)
     shares_NHW = (most_NHW / sums_NCHW.sum(1)).nan_to_num(0, 0, 0)
     return masks_NHW, (shares_NHW * BINS).long().clamp(0, BINS - 1)
 
 
-def counted(masks_NHW: torch.Tensor, bins_NHW: torch.Tensor, where_NHW: torch.Tensor,
-            num_classes: int) -> torch.Tensor:
-    """Pixels by class and bin where a flag is set: int64 [C, B]."""
+def count_pixels(masks_NHW: torch.Tensor, bins_NHW: torch.Tensor, where_NHW: torch.Tensor,
+                 num_classes: int) -> torch.Tensor:
+    """Counts pixels by class and bin where a flag is set: int64 [C, B]."""
     places = (masks_NHW * BINS + bins_NHW)[where_NHW]
     return torch.bincount(places, minlength=num_classes * BINS).view(num_classes, BINS)
 
 
 @torch.inference_mode()
-def measure(predictor: Predictor, samples: Sequence[Sample], here: World, data: DataConfig, *, tta: str,
+def measure(predictor: Predictor, samples: Sequence[Sample], world: World, data: DataConfig, *, tta: str,
             classes: Sequence[str], weights: str) -> Calibration:
-    """Counts the pixels of held-out samples, every image once over all ranks; the same on every rank.
+    """Measures a calibration on held-out samples, each on one rank; the result is the same on every rank.
 
     Args:
         samples: each with a mask.
-        tta: views of an image: confidences are those of a labelling with the same views.
+        tta: test-time augmentation; must be that of the labelling that uses the confidences.
 
     Raises:
         UserError: no pixel has a label.
     """
     size = predictor.num_classes
-    counts_2CB = torch.zeros(2, size, BINS, dtype=torch.int64, device=here.device)
-    share, threads = loader.native_share(samples, here), distributed.threads_per_rank(here, data.threads)
-    for batch in native_batches(samples, share, device=here.device, loader=data.loader, threads=threads):
+    counts_2CB = torch.zeros(2, size, BINS, dtype=torch.int64, device=world.device)
+    share, threads = loader.native_share(samples, world), distributed.threads_per_rank(world, data.threads)
+    for batch in native_batches(samples, share, device=world.device, loader=data.loader, threads=threads):
         sums_NCHW = views.accumulate(predictor, batch.images_NCHW, tta)
-        masks_NHW, bins_NHW = binned(views.resized(sums_NCHW, batch.labels_NHW.shape[-2:]))
+        masks_NHW, bins_NHW = class_and_bin(views.resize_sums(sums_NCHW, batch.labels_NHW.shape[-2:]))
         labelled_NHW = batch.labels_NHW != IGNORE
-        counts_2CB[0] += counted(masks_NHW, bins_NHW, labelled_NHW, size)
-        counts_2CB[1] += counted(masks_NHW, bins_NHW, labelled_NHW & (masks_NHW == batch.labels_NHW), size)
+        right_NHW = labelled_NHW & (masks_NHW == batch.labels_NHW)
+        counts_2CB[0] += count_pixels(masks_NHW, bins_NHW, labelled_NHW, size)
+        counts_2CB[1] += count_pixels(masks_NHW, bins_NHW, right_NHW, size)
     all_CB, right_CB = distributed.sum_over_ranks(counts_2CB).cpu().numpy()
     if not all_CB.any():
         raise UserError("no pixel of the held-out images has a label: there is nothing to calibrate on")
@@ -176,46 +177,47 @@ def measure(predictor: Predictor, samples: Sequence[Sample], here: World, data: 
 
 
 def digest(samples: Sequence[Sample]) -> str:
-    """Name of a list of images, whatever their order."""
+    """Digest of a list of images, independent of their order."""
     return hashlib.sha256("\n".join(sorted(sample.key for sample in samples)).encode()).hexdigest()[:16]
 
 
-def write(path: Path, found: Calibration, wanted: Sequence[float]) -> None:
-    """Writes a calibration, with what it says of some precisions, as JSON."""
-    ids = range(len(found.classes))
+def write(path: Path, calibration: Calibration, precisions: Sequence[float]) -> None:
+    """Writes a calibration, with its proposals for some precisions, as JSON."""
+    ids = range(len(calibration.classes))
 
     def figures(class_id: int | None) -> dict:
-        counts_B, _ = found._of(class_id)
-        return {"pixels": int(counts_B.sum()), "accuracy": found.accuracy(class_id),
-                "expected_calibration_error": found.error(class_id),
-                "proposals": {f"{one:g}": vars(found.proposal(one, class_id)) for one in wanted}}
+        counts_B, _ = calibration._of(class_id)
+        return {"pixels": int(counts_B.sum()), "accuracy": calibration.accuracy(class_id),
+                "expected_calibration_error": calibration.error(class_id),
+                "proposals": {f"{precision:g}": vars(calibration.proposal(precision, class_id))
+                              for precision in precisions}}
 
     files.write_json(path, {
-        "format": FORMAT, "weights_sha256": found.weights, "tta": found.tta, "images": found.images,
-        "held_out": found.held_out, "all": figures(None),
-        "classes": {name: figures(i) for i, name in enumerate(found.classes)},
-        "bins": {"predicted": [found.all_CB[i].tolist() for i in ids],
-                 "right": [found.right_CB[i].tolist() for i in ids]}})
+        "format": FORMAT, "weights_sha256": calibration.weights, "tta": calibration.tta,
+        "images": calibration.images, "held_out": calibration.held_out, "all": figures(None),
+        "classes": {name: figures(i) for i, name in enumerate(calibration.classes)},
+        "bins": {"predicted": [calibration.all_CB[i].tolist() for i in ids],
+                 "right": [calibration.right_CB[i].tolist() for i in ids]}})
 
 
 def read(path: Path) -> Calibration:
     """Reads a calibration.
 
     Raises:
-        UserError: missing, damaged, or of something else.
+        UserError: the file is missing, damaged, or not a calibration.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["format"] != FORMAT:
             raise ValueError(values["format"])
         counts = [np.array(values["bins"][name], dtype=np.int64) for name in ("predicted", "right")]
-        if any(one.shape != (len(values["classes"]), BINS) for one in counts):
+        if any(count_CB.shape != (len(values["classes"]), BINS) for count_CB in counts):
             raise ValueError("its bins")
         return Calibration(classes=tuple(values["classes"]), all_CB=counts[0], right_CB=counts[1],
                            images=values["images"], tta=values["tta"], weights=values["weights_sha256"],
                            held_out=values["held_out"])
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no calibration; `stpp calibrate --checkpoint` makes it") from None
+        raise UserError(f"{path}: there is no calibration; `stpp calibrate --checkpoint` makes one") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a calibration of this version ({error}); `stpp calibrate` makes it "
-                        "anew") from None
+        raise UserError(f"{path}: not a calibration of this version ({error}); make a new one with `stpp "
+                        "calibrate`") from None

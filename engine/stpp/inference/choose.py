@@ -1,8 +1,7 @@
-"""Which backend `auto` takes: the one that is done first, compiling included.
+"""Choice of the backend for `auto`: the one expected to finish first, compile time included.
 
-The choice must be the same on every rank and again when a run goes on, or the labels would depend on it. So
-nothing is timed: it follows from the network's arithmetic, the amount of work, the kind of device and the
-number of cores.
+The choice must be the same on every rank and after a resume, or the labels would depend on it. So nothing is
+timed: it follows from the network's FLOPs, the amount of work, the kind of device and the number of cores.
 """
 
 from collections.abc import Sequence
@@ -17,30 +16,29 @@ from stpp_kernels import flops
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a predictor is opened for."""
+    """Amount of work of a predictor."""
 
     images: int | None
-    """None: unknown."""
+    """Number of images; None: unknown."""
     views: float = 1.0
-    """Area that the network sees of an image, over the image's: 1; 2 with the mirror image; 16.1 for ST++'s
-    ten views."""
+    """Area of all views relative to the image: 1; 2 with the mirror image; 16.1 for ST++'s ten views."""
     image_px: int = 360 * 480
-    """Pixels of an image, about."""
+    """Typical pixels of an image."""
     predictors: int = 1
-    """Predictors of this architecture in the run, which can share one engine."""
+    """Predictors of this architecture in the run, which may share one engine."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What is assumed of a backend."""
+    """Assumed cost of a backend."""
 
     compile_s: float
     speedup: float
-    """Over eager in half precision."""
+    """Speedup over eager in half precision."""
     speedup_fp32: float
-    """Over eager in float32."""
+    """Speedup over eager in float32."""
     shared: bool = False
-    """Whether one compile serves all predictors of a run."""
+    """True if one compile serves all predictors of a run."""
 
 
 COSTS: dict[str, dict[tuple[str, bool], Cost]] = {
@@ -54,18 +52,18 @@ COSTS: dict[str, dict[tuple[str, bool], Cost]] = {
         ("torch-tensorrt", True): Cost(compile_s=180, speedup=1.7, speedup_fp32=1.2),
     },
 }
-"""By kind of device: (backend, frozen) -> cost. CPU: measured (docs/engines.md). CUDA: estimates until they
-are measured."""
+"""Cost by device type and (backend, frozen). CPU: measured (docs/engines.md). CUDA: estimates until
+measured."""
 EAGER_FLOPS = {"cpu": {"fp32": 1.2e11, "bf16": 5e11}, "cuda": {"fp32": 3e13, "bf16": 2.8e14, "fp16": 2.8e14}}
-"""Operations a second of the eager network, by precision: of one core (bf16: of one with AMX), of one GPU.
+"""FLOP/s of the eager network by precision: per core (bf16: with AMX), or per GPU.
 
-CUDA: estimates, from the bytes and operations of ResNet-50 on an H100. A row of `bench_teacher.py` replaces
-them: nominal operations of an image times images a second.
+CUDA: estimates, from the bytes and FLOPs of ResNet-50 on an H100. To replace them, multiply the nominal FLOPs
+of an image by the images per second of `bench_teacher.py`.
 """
 
 
 def flop_per_px(network: nn.Module, side: int = 321) -> float:
-    """Operations (two for a multiplication and addition) per input pixel; nothing is computed."""
+    """Counts FLOPs (two per multiply-add) per input pixel, without computing anything."""
     shell = export.plain_copy(network).to("meta").eval()
     with torch.no_grad(), flops.counter() as counted:
         shell(torch.empty(1, 3, side, side, device="meta", dtype=next(shell.parameters()).dtype))
@@ -73,8 +71,8 @@ def flop_per_px(network: nn.Module, side: int = 321) -> float:
 
 
 def fastest(present: Sequence[str], kind: str) -> str:
-    """The backend with the best speed on a kind of device, compiling not counted; eager where there is no
-    other."""
+    """Returns the backend with the highest throughput on a device type, ignoring compile time; eager if there
+    is no other."""
     speeds = {backend: max(cost.speedup, cost.speedup_fp32) for (backend, _),
               cost in COSTS[kind].items() if backend in present}
     return max(speeds, key=speeds.get, default="eager")
@@ -82,14 +80,17 @@ def fastest(present: Sequence[str], kind: str) -> str:
 
 def pick(network: nn.Module, work: Work, *, present: Sequence[str], kind: str, precision: str,
          cores: int) -> tuple[str, bool, str]:
-    """Backend, whether frozen, and why, in words.
+    """Chooses the backend for an amount of work.
 
     Args:
         network: any network; it is not run.
-        present: backends that can be used here, besides eager.
+        present: backends available on this machine, besides eager.
         kind: "cpu" or "cuda".
         precision: fp32, bf16 or fp16.
-        cores: of a CPU, that this process uses.
+        cores: CPU cores that this process uses.
+
+    Returns:
+        (backend, frozen, reason in words).
     """
     if work.images is None:
         return "eager", False, "the number of images is not known"
@@ -101,19 +102,17 @@ def pick(network: nn.Module, work: Work, *, present: Sequence[str], kind: str, p
         return (
             backend,
             frozen,
-            f"about {compile_s:.0f} s to compile, {seconds:.0f} s in all, against {eager_s:.0f} s of eager",
+            f"about {compile_s:.0f} s to compile, {seconds:.0f} s in total, against {eager_s:.0f} s in eager",
         )
     if not present:
         return "eager", False, "no compiler is installed for this device"
     best, _ = min((total, key) for key, total in totals.items() if key[0] != "eager")
-    return "eager", False, f"about {eager_s:.0f} s of work; compiling would make it {best[0]:.0f} s"
+    return "eager", False, f"about {eager_s:.0f} s of work; with compiling it would be {best[0]:.0f} s"
 
 
 def is_frozen(backend: str, network: nn.Module, work: Work, *, kind: str, precision: str, cores: int) -> bool:
-    """Whether a backend that was asked for is to have the weights in its code: the form that is done first.
-
-    Where the amount of work is not known, or only one form exists, it has.
-    """
+    """Decides if a requested backend compiles the weights into its code: True if that is expected to finish
+    first, if the amount of work is unknown, or if there is no other form."""
     if work.images is None:
         return True
     _, totals = _seconds(network, work, [backend], kind, precision, cores)
@@ -122,8 +121,8 @@ def is_frozen(backend: str, network: nn.Module, work: Work, *, kind: str, precis
 
 def _seconds(network: nn.Module, work: Work, backends: Sequence[str], kind: str, precision: str,
              cores: int) -> tuple[float, dict[tuple[str, bool], tuple[float, float]]]:
-    """Seconds of the work by eager; and, by (backend, frozen), those in all and those of them that
-    compile."""
+    """Estimates the seconds of the work in eager; and, by (backend, frozen), the total and the compile
+    time."""
     flop = flop_per_px(network) * work.images * work.views * work.image_px
     eager_s = flop / (EAGER_FLOPS[kind][precision] * (cores if kind == "cpu" else 1))
     totals = {}

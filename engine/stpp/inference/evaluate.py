@@ -1,4 +1,4 @@
-"""Exact mIoU at native size, on any number of ranks.
+"""Evaluation: exact mIoU at native size, on any number of ranks.
 
 N images, C classes, H W size of the image.
 """
@@ -22,34 +22,33 @@ from stpp_kernels import confusion
 
 
 @torch.inference_mode()
-def evaluate(predictor: Predictor, samples: Sequence[Sample], here: World, data: DataConfig, *,
+def evaluate(predictor: Predictor, samples: Sequence[Sample], world: World, data: DataConfig, *,
              mode: str = "none", crop_px: int | None = None, edges: WindowEdges = "cut",
-             seen: Callable[[Batch, torch.Tensor], None] | None = None) -> torch.Tensor:
-    """Confusion matrix of the predictor's predictions, every image counted once over all ranks.
+             on_batch: Callable[[Batch, torch.Tensor], None] | None = None) -> torch.Tensor:
+    """Computes the confusion matrix of the predictions, each image counted once over all ranks.
 
     Args:
-        samples: every one has a mask.
+        samples: each with a mask.
         mode: test-time augmentation, key of `views.VIEWS`.
-        crop_px: side of the overlapping crops in which the network sees an image, pixels; None: it sees it
-            whole.
-        edges: what becomes of the last crops of a row or column, see `views.starts`.
-        seen: is shown every batch of this rank, and its masks, uint8 [N, H, W].
+        crop_px: side of sliding windows, in pixels; None: whole images.
+        edges: windows at the image edge, see `views.window_starts`.
+        on_batch: called with every batch of this rank, and its masks, uint8 [N, H, W].
 
     Returns:
         int64 [C, C] on the CPU, rows truth, columns prediction, in pixels; the same on every rank.
     """
-    matrix = torch.zeros(predictor.num_classes, predictor.num_classes, dtype=torch.int64, device=here.device)
-    share, threads = loader.native_share(samples, here), distributed.threads_per_rank(here, data.threads)
-    for batch in native_batches(samples, share, device=here.device, loader=data.loader, threads=threads):
+    matrix = torch.zeros(predictor.num_classes, predictor.num_classes, dtype=torch.int64, device=world.device)
+    share, threads = loader.native_share(samples, world), distributed.threads_per_rank(world, data.threads)
+    for batch in native_batches(samples, share, device=world.device, loader=data.loader, threads=threads):
         masks_NHW = views.masks(predictor, batch.images_NCHW, mode, crop_px=crop_px, edges=edges)
         matrix += confusion(masks_NHW, batch.labels_NHW, predictor.num_classes)
-        if seen is not None:
-            seen(batch, masks_NHW)
+        if on_batch is not None:
+            on_batch(batch, masks_NHW)
     return distributed.sum_over_ranks(matrix).cpu()
 
 
 def report(matrix: torch.Tensor, classes: Sequence[str], *, images: int, out: Path | None = None) -> str:
-    """A table of the scores, which are also written to `out` (JSON, percent) if it is given."""
+    """Formats a table of the scores, and writes them to `out` (JSON, percent) if given."""
     iou = dict(zip(classes, (100 * iou_per_class(matrix)).tolist(), strict=True))
     if out is not None:
         write_scores(out, images=images, miou=mean_iou(matrix), iou=iou)

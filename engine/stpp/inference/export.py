@@ -1,9 +1,7 @@
-"""A ready network (`fold.ready`) as a graph that compilers take: `torch.export` with any number and size of
-images.
+"""Export of a ready network (`fold.ready`) for compilers: `torch.export` with dynamic batch and image size.
 
-The dilated convolutions of the heads are one opaque operator in the graph for AOTInductor on a CPU, because
-slices whose bounds depend on the size would tie the graph to one size. Compilers for GPUs get plain
-convolutions, which they know.
+For AOTInductor on a CPU, the heads' dilated convolutions are one opaque operator, because slices with
+size-dependent bounds would fix the graph to one size. Compilers for GPUs get plain convolutions.
 """
 
 import contextlib
@@ -24,8 +22,8 @@ from stpp.inference.record import Shapes
 
 INPUT, OUTPUT = "images", "logits"
 LEAST_EXAMPLE_PX = 65
-"""Sides of the example: at output stride 32 a smaller one ends in a map of one cell, and the graph would be
-for that alone."""
+"""Minimum sides of the example input: at output stride 32 a smaller one gives a map of one cell, and
+specialises the graph to that."""
 
 
 def program(ready: nn.Module, *, shapes: Shapes, device: torch.device, dtype: torch.dtype,
@@ -33,13 +31,13 @@ def program(ready: nn.Module, *, shapes: Shapes, device: torch.device, dtype: to
     """Exports a network with dynamic batch, height and width.
 
     Args:
-        ready: from `fold.ready`, on `device` in `dtype`; left as it is.
-        shapes: their typical input is what a compiler tunes for.
-        plain: plain convolutions instead of the opaque operator.
+        ready: from `fold.ready`, on `device` in `dtype`; not modified.
+        shapes: input sizes; compilers tune for the typical one.
+        plain: use plain convolutions instead of the opaque operator.
 
     Returns:
-        images [N, 3, H, W] of `dtype` -> float32 logits [N, C, h, w]; and `shapes`, without the sizes too
-        small for it.
+        Program from images [N, 3, H, W] of `dtype` to float32 logits [N, C, h, w]; and `shapes`, without the
+        sizes too small for it.
     """
     example = torch.zeros(_example_shape(shapes), dtype=dtype,
                           device=device).contiguous(memory_format=torch.channels_last)
@@ -56,7 +54,7 @@ def onnx(ready: nn.Module, path: Path, *, shapes: Shapes, dtype: torch.dtype,
     """Writes a network as ONNX with an input `images` of `dtype` and an output `logits` in float32.
 
     Args:
-        ready: from `fold.ready`, on any device; left as it is.
+        ready: from `fold.ready`, on any device; not modified.
         metadata: entries of the model's `metadata_props`.
 
     Returns:
@@ -72,16 +70,16 @@ def onnx(ready: nn.Module, path: Path, *, shapes: Shapes, dtype: torch.dtype,
     exported, shapes = program(ready, shapes=shapes, device=next(ready.parameters()).device, dtype=dtype,
                                plain=True)
     with quiet(), torch.no_grad():
-        made = torch.onnx.export(exported, dynamo=True, verbose=False, input_names=[INPUT],
-                                 output_names=[OUTPUT])
+        graph = torch.onnx.export(exported, dynamo=True, verbose=False, input_names=[INPUT],
+                                  output_names=[OUTPUT])
     path.parent.mkdir(parents=True, exist_ok=True)
-    made.model.metadata_props.update(metadata or {})
-    made.save(str(path), external_data=False)
+    graph.model.metadata_props.update(metadata or {})
+    graph.save(str(path), external_data=False)
     return shapes
 
 
 def plain_copy(network: nn.Module) -> nn.Module:
-    """A copy with plain convolutions in place of the operators; it shares its weights with `network`."""
+    """Copies a network with plain convolutions in place of the operators; weights are shared."""
     shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     copied = copy.deepcopy(network, shared)
     for module in copied.modules():
@@ -92,7 +90,7 @@ def plain_copy(network: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps back what PyTorch's exporters say to their own developers."""
+    """Silences the developer messages of PyTorch's exporters."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -105,19 +103,17 @@ def quiet() -> Iterator[None]:
 
 
 def _example_shape(shapes: Shapes) -> tuple[int, int, int, int]:
-    """The typical input, with two images at least and two different sides: equal numbers would be taken for
-    one."""
+    """Typical input with at least two images and two different sides: the exporter merges equal sizes."""
     count, height, width = shapes.typical
     height, width = max(height, LEAST_EXAMPLE_PX), max(width, LEAST_EXAMPLE_PX)
     return max(count, 2), 3, height, width + (width == height)
 
 
 def _without_too_small(shapes: Shapes, exported: ExportedProgram) -> Shapes:
-    """Sides below the bound under which PyTorch proved the graph right are left out; one image is always
-    taken.
+    """Raises sides to the lower bounds that PyTorch derived for the graph; the number of images is not
+    changed.
 
-    The exporter assumes at least two of everything that is not fixed at one. For images this is checked by
-    running one.
+    The exporter assumes that dynamic sizes are at least two. A batch of one image is tested by running it.
     """
     images = next(node for node in exported.graph.nodes if node.op == "placeholder"
                   and node.name.startswith("images"))

@@ -1,4 +1,4 @@
-"""A trained network made ready to label: batch norm folded into the convolutions, half precision up to the
+"""Preparation of a trained network for inference: batch-norm folding, and half precision up to the
 classifier."""
 
 import copy
@@ -9,13 +9,13 @@ from torch.nn.utils import fusion
 
 
 def ready(network: nn.Module, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A copy of `network` for evaluation: images in any floating type -> float32 logits.
+    """Copies `network` for inference: images of any floating-point type to float32 logits.
 
     Folding happens in float32, before the weights are rounded to `dtype`. The classifier stays in float32, so
-    that the logits keep the bits that decide between two nearly equal classes.
+    that logits keep the bits that decide between two nearly equal classes.
     """
     copied = fold_batch_norm(copy.deepcopy(network).float().eval().requires_grad_(False))
-    # a package leaves them out, and would seem to be of another network
+    # a compiled package drops unused weights, and would seem to be of another network
     for name in getattr(network, "unused", ()):
         holder, _, last = name.rpartition(".")
         delattr(copied.get_submodule(holder), last)
@@ -27,10 +27,9 @@ def ready(network: nn.Module, *, device: torch.device, dtype: torch.dtype) -> nn
 
 
 def fold_batch_norm(network: nn.Module) -> nn.Module:
-    """Replaces every convolution and the batch norm after it by one convolution, in place.
+    """Folds every batch norm into the convolution before it, in place.
 
-    The pairs are neighbours: networks register a batch norm right after what it follows, a convolution or an
-    `nn.Sequential` that ends in one.
+    Networks register a batch norm right after its convolution, or after an `nn.Sequential` that ends in one.
 
     Raises:
         ValueError: a batch norm has no convolution before it.
@@ -50,7 +49,7 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
 
 
 def _last(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Holder and name of a child, or of the last layer in it where it is a sequence."""
+    """Parent and name of a child, or of the last layer of a sequence."""
     child = getattr(module, name)
     if isinstance(child, nn.Sequential) and len(child):
         return _last(child, str(len(child) - 1))

@@ -1,9 +1,8 @@
-"""Before an engine labels, it must agree with the eager network in float32 on images of the work.
+"""Accuracy gate: an engine must agree with the float32 eager network on the first images.
 
-A pixel's class is the argmax of the logits upsampled to the image. Where eager itself is nearly undecided,
-rounding may tip it over, in any half precision; such near-ties are told apart by their margin: the difference
-of eager's two largest class probabilities. The raw agreement counts all pixels, the other one those with a
-margin of at least `MARGIN`.
+A pixel's class is the argmax of the logits upsampled to the image. In a near-tie of eager, rounding to half
+precision may change the class; near-ties have a small margin: the difference of eager's two largest class
+probabilities. The raw agreement counts all pixels, the other one those with a margin of at least `MARGIN`.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,38 +15,38 @@ from stpp.inference.record import Agreement
 from stpp_kernels import softmax_accumulate, upsample_argmax
 
 FLOOR = 0.995
-"""Least share of equal classes outside near-ties."""
+"""Minimum share of equal classes outside near-ties."""
 MARGIN = 0.1
-"""Difference of the two largest eager probabilities below which a pixel is a near-tie."""
+"""Minimum difference of eager's two largest probabilities; pixels below it are near-ties."""
 GATE_PX = 1 << 20
-"""Pixels of the work that are compared: some six images of 480x360, the views of each counted as images."""
+"""Number of pixels compared: about six images of 480x360; each view counts as an image."""
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Counts:
-    """Counts of pixels compared so far. They stay on the device until asked for."""
+    """Counts of compared pixels, kept on the device until read."""
 
     def __init__(self, device: torch.device):
         self._counts = torch.zeros(3, dtype=torch.int64, device=device)
         self._pixels = 0
 
     def add(self, low_NChw: torch.Tensor, eager_NChw: torch.Tensor, size: tuple[int, int]) -> None:
-        """Counts the pixels of N images at full `size` (rows, columns); low-resolution logits of the engine
-        and of eager."""
-        for ours, truth in zip(low_NChw, eager_NChw, strict=True):  # one by one: full-size logits are large
+        """Compares N images at full `size` (rows, columns), from low-resolution logits of the engine and of
+        eager."""
+        for low_Chw, truth in zip(low_NChw, eager_NChw, strict=True):  # one by one: full size is large
             chances_1CHW = truth.new_zeros(1, len(truth), *size, dtype=torch.float32)
             softmax_accumulate(chances_1CHW, truth[None].float().contiguous(), size, size, False)
             first, second = chances_1CHW.topk(2, dim=1).values.unbind(1)
             decided = first - second >= MARGIN
-            masks = (upsample_argmax(low[None].float().contiguous(), size) for low in (ours, truth))
-            # Logits that are not numbers equal no class, wherever argmax puts them.
-            same = torch.eq(*masks) & ours.isfinite().all()
+            masks = (upsample_argmax(low[None].float().contiguous(), size) for low in (low_Chw, truth))
+            # Non-finite logits match no class, whatever argmax returns for them.
+            same = torch.eq(*masks) & low_Chw.isfinite().all()
             self._counts += torch.stack([same.sum(), (same & decided).sum(), decided.sum()])
             self._pixels += same.numel()
 
     def agreement(self) -> Agreement:
-        """The shares. Where eager is decided nowhere, all pixels stand for the decided ones."""
+        """Computes the shares. If all pixels are near-ties, they all count as decided."""
         same, same_decided, decided = self._counts.tolist()
         pixels = self._pixels
         raw = same / max(pixels, 1)
@@ -56,7 +55,7 @@ class Counts:
 
 
 def compare(engine: Logits, eager: Logits, images: Iterable[torch.Tensor]) -> Agreement:
-    """Agreement on images [N, 3, H, W], normalised and channels_last, until `GATE_PX` pixels are compared."""
+    """Measures agreement on normalised channels_last images [N, 3, H, W], up to `GATE_PX` pixels."""
     tally, left_px = None, GATE_PX
     for images_NCHW in images:
         tally = tally or Counts(images_NCHW.device)
@@ -69,27 +68,28 @@ def compare(engine: Logits, eager: Logits, images: Iterable[torch.Tensor]) -> Ag
     return tally.agreement()
 
 
-def accept(found: Agreement, engine: str) -> None:
-    """Says how an engine agrees with eager.
+def accept(agreement: Agreement, engine: str) -> None:
+    """Logs the agreement of an engine with eager, and rejects the engine if it is too low.
 
     Raises:
-        UserError: less than `FLOOR` outside near-ties; with both figures.
+        UserError: agreement below `FLOOR` outside near-ties; gives both figures.
     """
-    figures = (f"{_percent(found.raw)} of {found.pixels} pixels as eager, {_percent(found.outside)} outside "
-               f"near-ties (of the {_percent(found.decided)} with a margin of {found.margin:g} or more)")
-    if not found.outside >= FLOOR:
-        raise UserError(f"{engine} is refused: {figures}; at least {_percent(FLOOR)} outside near-ties is "
-                        "needed; use --backend eager or another --precision")
+    figures = (f"{_percent(agreement.raw)} of {agreement.pixels} pixels agree with eager, "
+               f"{_percent(agreement.outside)} outside near-ties (of the {_percent(agreement.decided)} with "
+               f"a margin of {agreement.margin:g} or more)")
+    if not agreement.outside >= FLOOR:
+        raise UserError(f"{engine} is rejected: {figures}; at least {_percent(FLOOR)} outside near-ties is "
+                        "required; use --backend eager or another --precision")
     log.say(f"{engine}: {figures}")
 
 
 class Gated:
-    """An engine that is compared with eager on the first images it is given, and then left alone.
+    """Engine that is compared with eager on its first images.
 
     Args:
-        engine: the engine; its results are what `logits` returns.
-        eager: makes the network in float32; called once, and let go after `GATE_PX` pixels.
-        name: of the engine, for people.
+        engine: engine whose logits are returned.
+        eager: makes the float32 network; called once, and released after `GATE_PX` pixels.
+        name: description of the engine for log lines.
     """
 
     def __init__(self, engine, eager: Callable[[], Logits], *, name: str):
@@ -128,5 +128,5 @@ class Gated:
 
 
 def _percent(share: float) -> str:
-    """Rounded down, so that 99.5 % is never said of less."""
+    """Formats a share in percent, rounded down so that less than 99.5 % is never shown as 99.5 %."""
     return f"{int(share * 1e5) / 1e3:.3f} %"

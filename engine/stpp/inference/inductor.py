@@ -1,9 +1,9 @@
-"""Predictors compiled by AOTInductor, for CPU and CUDA: `engine.pt2`, one native library and the weights.
+"""AOTInductor backend, for CPU and CUDA: `engine.pt2`, a native library and the weights.
 
-An unfrozen package takes other weights of the same architecture in place of its own, so one compile serves
-all predictors of a run. A frozen one has them packed into the code: faster, for one predictor only. It would
-accept other weights too, and be silently wrong; so would an unfrozen one that was compiled without
-`KEEP_CONSTANTS`, because PyTorch writes vectors of up to eight numbers (the classifier's bias) into the code.
+An unfrozen package accepts other weights of the same architecture, so one compile serves all predictors of a
+run. A frozen one has the weights compiled in: faster, for one predictor only. It would accept other weights
+too, and be silently wrong; so would an unfrozen one compiled without `KEEP_CONSTANTS`, because PyTorch
+inlines vectors of up to eight numbers (the classifier's bias).
 """
 
 import os
@@ -22,21 +22,21 @@ from stpp_kernels.dilated_conv import FORM_VARIABLE
 
 FILE = "engine.pt2"
 SHAPES = ANY_SIZE
-"""Taken where nothing else is asked for."""
+"""Default input sizes."""
 KEEP_CONSTANTS = {"always_keep_tensor_constants": True}
 OPTIONS = {"cpp.dynamic_threads": True}
-"""The number of threads is asked for at every call, not written into the code."""
+"""Compiler options: the number of threads is read at every call, not compiled in."""
 
 
 def unavailable(device: torch.device) -> str | None:
-    """What is missing to compile for `device`; None where nothing is."""
+    """Reason why this backend cannot compile for `device`; None if it can."""
     if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++")):
         return "AOTInductor needs a C++ compiler; install g++"
     return None
 
 
 def versions() -> dict[str, str]:
-    """Versions, beside PyTorch's, that the engine depends on."""
+    """Versions of packages, besides PyTorch, that the engine depends on."""
     return {}
 
 
@@ -57,18 +57,17 @@ def build(ready: nn.Module, folder: Path, *, shapes: Shapes, device: torch.devic
     taps = device.type == "cpu" or os.environ.get(FORM_VARIABLE) == "taps"
     exported, shapes = export.program(ready, shapes=shapes, device=device, dtype=dtype, plain=not taps)
     options = {"freezing": frozen, **OPTIONS, **({} if frozen else KEEP_CONSTANTS)}
-    from torch._inductor.cpu_vec_isa import pick_vec_isa  # imports of seconds, which only compiling needs
+    from torch._inductor.cpu_vec_isa import pick_vec_isa  # slow imports, needed for compiling only
     from torch._inductor.utils import fresh_inductor_cache
 
-    # it compiles trial programs, which the user's own cache keeps from one process to the next
+    # it compiles test programs, which the user's own cache keeps across processes
     pick_vec_isa()
     try:
-        # A cache of its own, deleted afterwards: AOTInductor leaves a second copy of the weights there each
-        # time.
+        # A temporary cache: AOTInductor leaves a second copy of the weights in it.
         with fresh_inductor_cache(), export.quiet(), torch.no_grad():
             torch._inductor.aoti_compile_and_package(exported, package_path=str(folder / FILE),
                                                      inductor_configs=options)
-    except Exception as error:  # whatever a compiler of another machine may raise
+    except Exception as error:  # a compiler on another machine may raise anything
         raise UserError(f"--backend inductor: AOTInductor failed ({_line(error)}); use --backend "
                         "eager") from error
     return shapes
@@ -76,26 +75,26 @@ def build(ready: nn.Module, folder: Path, *, shapes: Shapes, device: torch.devic
 
 def load(folder: Path, *, device: torch.device,
          swapped: nn.Module | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Loads an engine: images of the engine's type, channels_last -> float32 logits.
+    """Loads an engine: channels_last images of the engine's dtype to float32 logits.
 
     Args:
         folder: holds `engine.pt2`. Native code: check it first (`stpp.inference.trust`).
-        swapped: from `fold.ready`, on `device`: its weights take the place of the engine's own, which must
-            not be frozen.
+        swapped: from `fold.ready`, on `device`; its weights replace the engine's own, which must not be
+            frozen.
 
     Raises:
-        ValueError: `swapped` is of another architecture, or the engine has weights in its code.
+        ValueError: `swapped` has another architecture, or the engine has weights compiled in.
     """
     index = (device.index or 0) if device.type == "cuda" else -1
     model = torch._inductor.aoti_load_package(str(folder / FILE), device_index=index)
     if swapped is not None:
-        # Buffers that no state dict has are constants of the package too.
+        # Non-persistent buffers are constants of the package too.
         tensors = (*swapped.named_parameters(), *swapped.named_buffers())
         weights = {name: value.detach() for name, value in tensors}
-        ours, theirs = set(model.get_constant_fqns()), set(weights)
-        if ours != theirs:
-            raise ValueError(f"engine and network differ in {sorted(ours ^ theirs)[:5]}: another "
-                             "architecture, or weights in the code")
+        in_engine, in_network = set(model.get_constant_fqns()), set(weights)
+        if in_engine != in_network:
+            raise ValueError(f"engine and network differ in {sorted(in_engine ^ in_network)[:5]}: another "
+                             "architecture, or weights compiled in")
         model.load_constants(weights, check_full_update=True)
     return model
 

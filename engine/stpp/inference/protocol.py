@@ -1,5 +1,4 @@
-"""What a predictor is, and its two kinds: run by PyTorch, or compiled; and what a backend, which compiles,
-must provide."""
+"""Interfaces of predictors and compiler backends, and the eager and compiled predictors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,21 +13,22 @@ from stpp.inference import fold
 from stpp.inference.record import EngineRecord, Shapes
 
 Run = Callable[[torch.Tensor], torch.Tensor]
-"""Images of the engine's type, channels_last -> float32 logits."""
+"""Function from channels_last images of the engine's dtype to float32 logits."""
 
 
 class Backend(Protocol):
-    """A module of `stpp.inference` that compiles networks: an entry of `stpp.inference.build.BACKENDS`, with
+    """Module of `stpp.inference` that compiles networks: an entry of `stpp.inference.build.BACKENDS`, with
     its costs in `stpp.inference.choose.COSTS` and its name in `stpp.config.BackendName`."""
 
     SHAPES: Shapes
-    """Inputs that its engines take where nobody names others."""
+    """Default range of inputs."""
 
     def unavailable(self, device: torch.device) -> str | None:
-        """What is missing to compile for `device`, in words that follow the flag; None where nothing is."""
+        """Reason why the backend cannot compile for `device`, in words that follow the flag; None if it
+        can."""
 
     def versions(self) -> dict[str, str]:
-        """Versions, beside PyTorch's, that an engine depends on."""
+        """Versions of packages, besides PyTorch, that an engine depends on."""
 
     def build(self, ready: nn.Module, folder: Path, *, shapes: Shapes, device: torch.device,
               dtype: torch.dtype, frozen: bool) -> Shapes:
@@ -36,7 +36,7 @@ class Backend(Protocol):
 
         Args:
             ready: from `fold.ready`, on `device` in `dtype`.
-            frozen: the weights may become part of the code. False is asked only of backends with such an
+            frozen: the weights may be compiled into the code. False is passed only to backends with such an
                 entry in `COSTS`.
 
         Returns:
@@ -50,25 +50,24 @@ class Backend(Protocol):
         """Loads an engine.
 
         Args:
-            swapped: from `fold.ready`: its weights take the place of the engine's own; given only to backends
-                that build with `frozen` False, and only if the weights are others.
+            swapped: from `fold.ready`; its weights replace the engine's own. Passed only to backends that
+                build with `frozen` False, and only if the weights differ.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """What the labels of an opened predictor depend on, besides the device."""
+    """Everything that a predictor's labels depend on, except the device."""
 
     weights_sha256: str
     """See `stpp.inference.record.weights_sha256`."""
     classes: tuple[str, ...]
     backend: str
-    """"eager", "inductor", "tensorrt" or "torch-tensorrt"; with "-frozen" where the weights are part of the
-    code."""
+    """"eager", "inductor", "tensorrt" or "torch-tensorrt"; with "-frozen" if the weights are compiled in."""
     precision: str
     """bf16, fp16 or fp32."""
     output_stride: int | None = None
-    """Of the backbone, where there is one: equal weights compute something else at another."""
+    """Output stride of the backbone, if it has one: with the same weights, it changes the result."""
     view_px: int | None = None
     """See `Predictor`."""
 
@@ -79,20 +78,20 @@ class Identity:
 
 
 class Predictor(Protocol):
-    """Images in, logits out."""
+    """Network that computes logits of images."""
 
     num_classes: int
     view_px: int | None
-    """Longer side at which the network is to see whole images, pixels; None: their own size. Whoever calls
-    `logits` resizes them (`stpp.inference.views.seen`)."""
+    """Longer side, in pixels, to which the caller of `logits` resizes whole images
+    (`stpp.inference.views.resize_to_view`); None: original size."""
 
     def logits(self, images_NCHW: torch.Tensor) -> torch.Tensor:
-        """Low-resolution float32 logits [N, C, h, w] of normalised float32 channels_last images, any size."""
+        """Computes low-resolution float32 logits [N, C, h, w] of normalised float32 channels_last images."""
         ...
 
 
 class EagerPredictor:
-    """A copy of a network as PyTorch runs it."""
+    """Predictor that runs a copy of the network in PyTorch."""
 
     def __init__(self, network: nn.Module, *, num_classes: int, device: torch.device, dtype: torch.dtype,
                  view_px: int | None = None, identity: Identity | None = None):
@@ -105,14 +104,14 @@ class EagerPredictor:
 
 
 class CompiledPredictor:
-    """An engine; the inputs that it was not built for go to eager, which is made when the first one comes.
+    """Predictor that runs an engine, and eager for inputs outside the engine's range.
 
     Args:
-        run: images of the engine's type, channels_last -> float32 logits.
-        record: of the engine.
-        identity: of the predictor, whose weights may have been put in place of the engine's own.
-        dtype: the engine's type.
-        eager: makes the same predictor in the engine's precision.
+        run: function from channels_last images of the engine's dtype to float32 logits.
+        record: record of the engine.
+        identity: identity of the predictor, whose weights may have replaced the engine's own.
+        dtype: dtype of the engine.
+        eager: makes the eager predictor in the engine's precision; called on the first such input.
     """
 
     def __init__(self, run: Callable[[torch.Tensor], torch.Tensor], record: EngineRecord, *,
@@ -126,15 +125,14 @@ class CompiledPredictor:
         """See `Predictor`."""
         if not self.record.shapes.hold(images_NCHW):
             return self._fallback(images_NCHW).logits(images_NCHW)
-        # Compiled code reads memory as if it were dense; `to` alone would let a crop of larger images
-        # through.
+        # Compiled code assumes dense memory; `to` alone would let a crop of larger images through.
         return self._run(images_NCHW.to(self._dtype).contiguous(memory_format=torch.channels_last))
 
     def _fallback(self, images_NCHW: torch.Tensor) -> EagerPredictor:
         if self._eager is None:
             shapes, (count, _, height, width) = self.record.shapes, images_NCHW.shape
             low, high = ("x".join(map(str, sides)) for sides in (shapes.smallest, shapes.largest))
-            log.say(f"{self.record.describe()}: inputs such as {count}x{height}x{width} lie outside {low} to "
-                    f"{high} and are computed by eager; --shapes of `stpp compile` sets the range")
+            log.say(f"{self.record.describe()}: inputs outside {low} to {high}, for example "
+                    f"{count}x{height}x{width}, run in eager; --shapes of `stpp compile` sets the range")
             self._eager = self._make_eager()
         return self._eager

@@ -1,4 +1,4 @@
-"""`engine.json`: what an engine was made of, for which inputs, and where it runs."""
+"""Record of an engine, `engine.json`: its weights, inputs, device and versions."""
 
 import dataclasses
 import hashlib
@@ -17,39 +17,39 @@ from stpp.errors import UserError
 FORMAT = 1
 NAME = "engine.json"
 WEIGHTS = "checkpoint.pt"
-"""The network that an engine was made of: an engine folder can always be rebuilt, and compared with eager."""
+"""Checkpoint of an engine's network, from which the engine can be rebuilt and checked."""
 SHAPE_TEXTS = ("1x32x32", "4x360x480", "16x1024x2048")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """The inputs an engine takes: (images, rows, columns), images and pixels."""
+    """Range of an engine's inputs: (images, rows, columns)."""
 
     smallest: tuple[int, int, int]
     typical: tuple[int, int, int]
-    """What the engine is tuned for."""
+    """Input that the engine is tuned for."""
     largest: tuple[int, int, int]
 
     @classmethod
     def parse(cls, texts: Iterable[str] = SHAPE_TEXTS) -> "Shapes":
-        """Reads three texts `NxHxW`, from the smallest to the largest.
+        """Parses three texts `NxHxW`, from the smallest to the largest.
 
         Raises:
-            UserError: not three, not of this form, or a side that shrinks from one to the next.
+            UserError: not three texts of this form, or a side that shrinks from one to the next.
         """
         texts = list(texts)
-        found = [re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})x([1-9]\d{0,5})", text) for text in texts]
-        if len(found) != 3 or not all(found):
+        matches = [re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})x([1-9]\d{0,5})", text) for text in texts]
+        if len(matches) != 3 or not all(matches):
             raise UserError(f"--shapes {' '.join(texts)}: expected smallest, typical and largest input as "
                             f"NxHxW, for example {' '.join(SHAPE_TEXTS)}")
-        smallest, typical, largest = (tuple(int(side) for side in match.groups()) for match in found)
+        smallest, typical, largest = (tuple(int(side) for side in match.groups()) for match in matches)
         if any(not low <= mid <= high for low, mid, high in zip(smallest, typical, largest, strict=True)):
-            raise UserError(f"--shapes {' '.join(texts)}: each side must grow, or stay, from the smallest to "
-                            "the largest")
+            raise UserError(f"--shapes {' '.join(texts)}: no side may shrink from the smallest to the "
+                            "largest")
         return cls(smallest=smallest, typical=typical, largest=largest)
 
     def hold(self, images_NCHW: torch.Tensor) -> bool:
-        """Whether the engine takes these images."""
+        """Checks that images are within the range."""
         sides = (images_NCHW.shape[0], *images_NCHW.shape[2:])
         return all(low <= side <= high for low, side,
                    high in zip(self.smallest, sides, self.largest, strict=True))
@@ -61,39 +61,39 @@ ANY_SIZE = Shapes(smallest=(1, 1, 1), typical=DEFAULT_SHAPES.typical, largest=(1
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """How an engine's masks compare with those of the eager network in float32."""
+    """Agreement of an engine's masks with those of the float32 eager network."""
 
     raw: float
     """Share of all pixels with the same class, in [0, 1]."""
     outside: float
-    """The same over the pixels where eager is decided: its two largest probabilities differ by `margin` or
-    more."""
+    """Share of decided pixels with the same class: eager's two largest probabilities differ by at least
+    `margin`."""
     margin: float
     decided: float
-    """Share of the pixels where eager is decided."""
+    """Share of decided pixels."""
     pixels: int
     """Pixels compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """Where native code runs."""
+    """Device that native code was built for."""
 
     kind: str
     """"cpu" or "cuda"."""
     name: str
-    """Name of the processor or GPU, for people."""
+    """Display name of the processor or GPU."""
     capability: str
-    """What code for this device may use: instruction sets of a CPU, compute capability of a GPU."""
+    """Instruction sets of a CPU, compute capability of a GPU."""
 
     @classmethod
     def of(cls, device: torch.device) -> "Device":
-        """The facts of a device of this machine."""
+        """Describes a device of this machine."""
         if device.type == "cuda":
             major, minor = torch.cuda.get_device_capability(device)
             return cls(kind="cuda", name=torch.cuda.get_device_name(device), capability=f"sm_{major}{minor}")
         facts = _cpu_facts()
-        # code is built for all of them
+        # compiled code may use any of them
         flags = " ".join(sorted(set(facts.get("flags", facts.get("Features", "")).split())))
         digest = hashlib.sha256(flags.encode()).hexdigest()[:12]
         return cls(kind="cpu", name=facts.get("model name", platform.processor() or platform.machine()),
@@ -102,33 +102,33 @@ class Device:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRecord:
-    """What stands in `engine.json`."""
+    """Content of `engine.json`."""
 
     format: int = FORMAT
     backend: str
     precision: str
-    """Type of weights and feature maps: bf16, fp16 or fp32; logits are float32 always."""
+    """Type of weights and feature maps: bf16, fp16 or fp32; logits are always float32."""
     frozen: bool
-    """Whether the weights are part of the code; otherwise the next predictor's can be put in their place."""
+    """True if the weights are compiled in; otherwise another predictor's can replace them."""
     weights_sha256: str
-    """Of the network that was compiled: see `weights_sha256`."""
+    """Hash of the compiled network's weights, see the function `weights_sha256`."""
     architecture: dict
     classes: tuple[str, ...]
     shapes: Shapes
     device: Device
     versions: dict[str, str]
-    """Of everything whose change makes the engine another one: stpp, torch, the compiler."""
+    """Versions of all packages that the engine depends on: stpp, torch, the compiler."""
     compile_s: float
     files: dict[str, str]
     """SHA-256 of every file of the engine."""
     agreement: Agreement | None = None
-    """On the sample images given when it was compiled."""
+    """Agreement on the sample images given at compile time."""
 
     def mismatch(self, *, device: Device, versions: dict[str, str]) -> str | None:
-        """Why the engine cannot run here; None where it can.
+        """Reason why the engine cannot run here; None if it can.
 
         Args:
-            device: where it would run.
+            device: device to run on.
             versions: see `versions_of`, for this engine's backend.
         """
         if self.device.kind != device.kind or self.device.capability != device.capability:
@@ -142,18 +142,18 @@ class EngineRecord:
         return None
 
     def describe(self) -> str:
-        """One line for people."""
+        """Describes the engine in a few words, for log lines."""
         return f"{self.backend} {self.precision} engine for {self.device.name}"
 
 
 def versions_of(**compiler: str) -> dict[str, str]:
-    """Versions that an engine depends on; `compiler` names the backend's own."""
+    """Versions that an engine depends on; `compiler` gives those of the backend."""
     return {"stpp": __version__, "torch": torch.__version__, **compiler}
 
 
 def weights_sha256(state: dict[str, torch.Tensor]) -> str:
-    """Hash of a network's weights: names, shapes, types and values, in the order of names; memory layout does
-    not count."""
+    """Hashes a network's weights: names, dtypes, shapes and values, in the order of names; independent of
+    memory layout."""
     digest = hashlib.sha256()
     for name in sorted(state):
         value = state[name].detach().cpu().contiguous()
@@ -163,15 +163,15 @@ def weights_sha256(state: dict[str, torch.Tensor]) -> str:
 
 
 def write(folder: Path, record: EngineRecord, signature: str) -> None:
-    """Writes `engine.json`, with who vouches for it (`stpp.inference.trust`)."""
+    """Writes `engine.json`, with its signature (`stpp.inference.trust`)."""
     files.write_json(folder / NAME, {**dataclasses.asdict(record), "signature": signature})
 
 
 def read(folder: Path) -> tuple[EngineRecord, str]:
-    """The record of an engine folder, and its signature.
+    """Reads the record of an engine folder, and its signature.
 
     Raises:
-        UserError: no engine folder, damaged, or of another version.
+        UserError: the folder is no engine, is damaged, or is of another version.
     """
     path = Path(folder) / NAME
     try:
@@ -195,7 +195,7 @@ def read(folder: Path) -> tuple[EngineRecord, str]:
 
 
 def canonical(record: EngineRecord) -> bytes:
-    """The record as bytes that are the same whenever it is the same."""
+    """Serialises a record to canonical bytes, for the signature."""
     return json.dumps(dataclasses.asdict(record), sort_keys=True).encode()
 
 

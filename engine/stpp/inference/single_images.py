@@ -1,7 +1,6 @@
-"""Masks of single images by a trained network, for `stpp.load` and `stpp predict`.
+"""Prediction on single images, for `stpp.load` and `stpp predict`.
 
-Many images are the work of `stpp label`: it reads ahead, makes batches, and goes on after an interruption.
-H W: pixels.
+For many images use `stpp label`, which reads ahead, makes batches and can resume. H W: pixels.
 """
 
 import os
@@ -26,15 +25,15 @@ from stpp.models.trained import load_network
 
 
 class ImagePredictor:
-    """A trained network that makes masks of images.
+    """Trained network that predicts masks of images.
 
     Args:
-        network: the network, ready.
+        network: open predictor.
         classes: names in the order of their ids.
-        device: where the network computes.
-        mode: views whose probabilities are summed, key of `views.VIEWS`.
-        max_pixels: images of more pixels are refused: they need much memory.
-        exif: turn images upright by their EXIF orientation, as those were that the network was trained on.
+        device: device of the network.
+        mode: test-time augmentation, key of `views.VIEWS`.
+        max_pixels: maximum pixels of an image; larger images are rejected, because they need much memory.
+        exif: turn images upright by their EXIF orientation; should be the rule of the training images.
     """
 
     def __init__(self, network: Predictor, classes: Sequence[str], device: torch.device, *, mode: str,
@@ -43,20 +42,19 @@ class ImagePredictor:
         self._network, self._device = network, device
 
     def predict(self, image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarray:
-        """The mask of an image.
+        """Predicts the mask of an image.
 
         Args:
-            image: path of an image file; an image opened with PIL; or its colours, uint8 [H, W, 3] in 0..255,
-                red, green and blue. Files and PIL images are read by the rules of `stpp.images.reading`
-                (turned upright by their EXIF orientation unless `exif` is False), arrays are taken as they
-                are.
+            image: path of an image file; an image opened with PIL; or an RGB array, uint8 [H, W, 3]. Files
+                and PIL images are read by the rules of `stpp.images.reading` (turned upright by their EXIF
+                orientation unless `exif` is False), arrays are used as they are.
 
         Returns:
-            uint8 [H, W]: class ids, positions in `classes`.
+            uint8 [H, W]: class ids, indices into `classes`.
 
         Raises:
             UserError: the image cannot be read, or has too many pixels; names the file.
-            TypeError, ValueError: something else than these three, or an array of another type or shape.
+            TypeError, ValueError: an object of another type, or an array of another dtype or shape.
         """
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
@@ -74,26 +72,25 @@ class ImagePredictor:
             raise UserError(f"{image}: {bad}") from None
 
     def read(self, item: Item) -> tuple[np.ndarray, Reading]:
-        """Colours of an image of a corpus, turned by the network's rule, uint8 [H, W, 3]; and how it was
-        read.
+        """Reads an image of a corpus by the network's EXIF rule: colours, uint8 [H, W, 3]; and its reading.
 
         Raises:
-            BadImage: it cannot be read, has too many pixels, or a name that no mask can have.
+            BadImage: it cannot be read, has too many pixels, or an invalid name for a mask.
         """
         return read(item, exif=self.exif, max_pixels=self.max_pixels)
 
     @torch.inference_mode()
     def mask(self, colours_HWC: np.ndarray) -> np.ndarray:
-        """uint8 [H, W, 3] to class ids, uint8 [H, W]."""
+        """Predicts class ids, uint8 [H, W], of colours, uint8 [H, W, 3]."""
         images_NCHW = _network_input(colours_HWC, self._device)
         return views.masks(self._network, images_NCHW, self.mode)[0].cpu().numpy()
 
     @torch.inference_mode()
     def scored(self, colours_HWC: np.ndarray) -> tuple[np.ndarray, float]:
-        """The same, and the mean confidence of its pixels, 0 to 1."""
+        """Predicts class ids, as `mask`, and their mean confidence, 0 to 1."""
         images_NCHW = _network_input(colours_HWC, self._device)
         sums_NCHW = views.accumulate(self._network, images_NCHW, self.mode)
-        masks_NHW, confidence_N, _ = views.concluded(sums_NCHW, tuple(images_NCHW.shape[-2:]))
+        masks_NHW, confidence_N, _ = views.masks_of_sums(sums_NCHW, tuple(images_NCHW.shape[-2:]))
         return masks_NHW[0].cpu().numpy(), float(confidence_N[0])
 
     def _of_pil(self, image: Image.Image) -> np.ndarray:
@@ -102,51 +99,51 @@ class ImagePredictor:
                             f"{self.max_pixels}")
         try:
             before = orientation(image)
-            found = colours(image)
-            # Loaded, a TIFF has lost its tag, and a PNG may have gained one from behind its pixels.
+            colours_HWC = colours(image)
+            # Loading drops a TIFF's tag, and may add one that follows a PNG's pixels.
             turn = max(before, orientation(image))
         except (BadImage, *DECODE_ERRORS) as error:
             raise UserError(f"image: {' '.join(str(error).split()) or type(error).__name__}; it cannot be "
                             "decoded") from error
-        return upright(found, turn) if self.exif else found
+        return upright(colours_HWC, turn) if self.exif else colours_HWC
 
 
 def read(item: Item, *, exif: bool, max_pixels: int) -> tuple[np.ndarray, Reading]:
-    """Colours of an image of a corpus, uint8 [H, W, 3]; and how it was read.
+    """Reads an image of a corpus: colours, uint8 [H, W, 3]; and its reading.
 
     Raises:
-        BadImage: it cannot be read, has too many pixels, or a name that no mask can have.
+        BadImage: it cannot be read, has too many pixels, or an invalid name for a mask.
     """
-    looked = examine(item, Cut(max_batch=1, batch_pixels=1, max_pixels=max_pixels, exif=exif))
-    if looked.error is not None:
-        raise BadImage(looked.error)
+    planned = examine(item, Cut(max_batch=1, batch_pixels=1, max_pixels=max_pixels, exif=exif))
+    if planned.error is not None:
+        raise BadImage(planned.error)
     try:
-        return upright_pixels(item.read(), looked.reading), looked.reading
+        return upright_pixels(item.read(), planned.reading), planned.reading
     except OSError as error:
         raise BadImage(storage.why(error)) from None
 
 
 def sample_images(folder: Path, device: torch.device, *, exif: bool) -> Iterator[torch.Tensor]:
-    """The normalised images [1, 3, H, W] of a folder and its sub-folders, as they are labelled.
+    """Yields normalised images [1, 3, H, W] of a folder and its sub-folders, read as for labelling.
 
     Raises:
-        UserError: at once, if there is none; while iterating, for one that cannot be read.
+        UserError: immediately, if there is none; while iterating, for one that cannot be read.
     """
     items = list(FolderSource(str(folder.absolute())).items()) if folder.is_dir() else []
     if not items:
         raise UserError(f"--sample {folder}: no images found")
 
-    def one(item: Item) -> torch.Tensor:
+    def load(item: Item) -> torch.Tensor:
         try:
             return _network_input(read(item, exif=exif, max_pixels=MAX_PIXELS)[0], device)
         except BadImage as bad:
             raise UserError(f"--sample {item.file}: {bad}") from None
 
-    return map(one, items)
+    return map(load, items)
 
 
 def _network_input(colours_HWC: np.ndarray, device: torch.device) -> torch.Tensor:
-    """uint8 [H, W, 3] to float32 [1, 3, H, W], channels_last, normalised, on the device."""
+    """Normalises uint8 [H, W, 3] to float32 [1, 3, H, W], channels_last, on the device."""
     images_NHWC = torch.from_numpy(np.ascontiguousarray(normalised(colours_HWC)))[None]
     return images_NHWC.to(device).permute(0, 3, 1, 2)
 
@@ -154,16 +151,16 @@ def _network_input(colours_HWC: np.ndarray, device: torch.device) -> torch.Tenso
 def open_image_predictor(path: str | os.PathLike, *, mode: str, device: torch.device, precision: str,
                          max_pixels: int, trust: bool, output_stride: int | None = None,
                          view_px: int | None = None, exif: bool | None = None) -> ImagePredictor:
-    """A predictor with the network of a checkpoint, as PyTorch runs it, or with an engine.
+    """Opens a predictor for single images: a checkpoint in eager PyTorch, or an engine.
 
     Args:
-        path: a best.pt or third-*.pt of a run, a published state dict, or the folder of an engine.
+        path: best.pt or third-*.pt of a run, a published state dict, or an engine folder.
         trust: run an engine that this user did not build.
         output_stride, view_px: see `load_network`.
-        exif: turn images upright by their EXIF orientation; None: the rule that the network was trained with.
+        exif: turn images upright by their EXIF orientation; None: the rule of the training images.
 
     Raises:
-        UserError: there is no such network, it does not run here, or it was trained with another rule than
+        UserError: the network does not exist, does not run here, or was trained with another rule than
             `exif`.
         ValueError: an unknown mode or output stride.
     """
@@ -172,6 +169,6 @@ def open_image_predictor(path: str | os.PathLike, *, mode: str, device: torch.de
     path = Path(path)
     load = partial(load_network, output_stride=output_stride, view_px=view_px)
     network = open_predictor(path, load=load, device=device, backend="auto" if path.is_dir() else "eager",
-                           precision=precision, trust=trust)
+                             precision=precision, trust=trust)
     return ImagePredictor(network, network.identity.classes, device, mode=mode, max_pixels=max_pixels,
-                     exif=exif_rule.agreed([path], exif))
+                          exif=exif_rule.resolve([path], exif))

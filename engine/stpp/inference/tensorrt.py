@@ -1,10 +1,10 @@
-"""Predictors compiled by TensorRT 11, or by TensorRT for RTX where that is what is installed: `engine.plan`
-and `engine.onnx`.
+"""TensorRT backend: TensorRT 11, or TensorRT for RTX if only that is installed; `engine.plan` and
+`engine.onnx`.
 
-The ONNX graph carries its types (images, weights and maps in the predictor's precision, logits in float32),
-and the network is strongly typed: TensorRT computes in those. Both packages have the same interface; the one
-for RTX knows GeForce and workstation GPUs only, builds without a GPU, and has no timing cache (it tunes when
-an engine is loaded).
+The ONNX graph fixes the types (images, weights and maps in the predictor's precision, logits in float32), and
+the network is strongly typed, so TensorRT computes in these. Both packages have the same interface; TensorRT
+for RTX supports GeForce and workstation GPUs only, builds without a GPU, and has no timing cache (it tunes
+when an engine is loaded).
 """
 
 import importlib
@@ -26,24 +26,24 @@ from stpp.inference.tensorrt_run import Runner
 
 FILE, ONNX = "engine.plan", "engine.onnx"
 SHAPES = DEFAULT_SHAPES
-"""Taken where nothing else is asked for."""
+"""Default input sizes."""
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-"""Name on PyPI -> module; the first that is installed is used."""
+"""PyPI name to module; the first installed one is used."""
 
 
 def installed() -> tuple[str, ModuleType] | None:
-    """Name and module of the TensorRT that is used; None where there is none."""
+    """Name and module of the installed TensorRT; None if there is none."""
     for name, module in PACKAGES.items():
         if importlib.util.find_spec(module) is not None:
             try:
                 return name, importlib.import_module(module)
-            except ImportError:  # the bindings are there, the libraries are not
+            except ImportError:  # bindings without the libraries
                 continue
     return None
 
 
 def unavailable(device: torch.device) -> str | None:
-    """What is missing to compile for `device`; None where nothing is."""
+    """Reason why this backend cannot compile for `device`; None if it can."""
     if device.type != "cuda":
         return "TensorRT runs on CUDA devices only; use --backend inductor or eager"
     if installed() is None:
@@ -53,26 +53,26 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions, beside PyTorch's, that the engine depends on."""
-    found = installed()
-    return {found[0]: found[1].__version__} if found else {}
+    """Versions of packages, besides PyTorch, that the engine depends on."""
+    package = installed()
+    return {package[0]: package[1].__version__} if package else {}
 
 
 def build(ready: nn.Module, folder: Path, *, shapes: Shapes, device: torch.device, dtype: torch.dtype,
           frozen: bool = True) -> Shapes:
-    """Compiles a network into `folder`; the ONNX graph stays beside the engine.
+    """Compiles a network into `folder`, with the engine and its ONNX graph.
 
     Args:
         ready: from `fold.ready`, in `dtype`.
-        shapes: the optimisation profile.
-        device: where the engine will run.
-        frozen: the weights are always part of the engine.
+        shapes: optimisation profile.
+        device: device of the engine.
+        frozen: ignored; the weights are always part of the engine.
 
     Returns:
         `shapes`, without the sizes too small for the engine.
 
     Raises:
-        UserError: a package is missing, or TensorRT refuses the graph.
+        UserError: a package is missing, or TensorRT rejects the graph.
     """
     shapes = export.onnx(ready, folder / ONNX, shapes=shapes, dtype=dtype)
     compile_onnx(folder / ONNX, folder / FILE, shapes=shapes, device=device)
@@ -81,20 +81,21 @@ def build(ready: nn.Module, folder: Path, *, shapes: Shapes, device: torch.devic
 
 def compile_onnx(graph: Path, plan: Path, *, shapes: Shapes, device: torch.device,
                  capabilities: Sequence[str] = ()) -> None:
-    """Compiles an ONNX file that `export.onnx` wrote to a serialised engine.
+    """Compiles an ONNX file of `export.onnx` to a serialised engine.
 
     Args:
-        shapes: the optimisation profile; what `export.onnx` returned.
-        device: where the engine will run; with `capabilities` it need not exist.
-        capabilities: names such as "SM89" to build for instead of the GPU that is here (TensorRT for RTX).
+        shapes: optimisation profile, as returned by `export.onnx`.
+        device: device of the engine; with `capabilities` it need not exist.
+        capabilities: compute capabilities to build for instead of this machine's GPU, for example "SM89"
+            (TensorRT for RTX).
 
     Raises:
-        UserError: TensorRT is missing, or refuses the graph.
+        UserError: TensorRT is missing, or rejects the graph.
     """
-    found = installed()
-    if found is None:
+    package = installed()
+    if package is None:
         raise UserError(f"--backend tensorrt: {unavailable(torch.device('cuda'))}")
-    name, trt = found
+    name, trt = package
     logger = _logger(trt)
     builder = trt.Builder(logger)
     network = parse(trt, builder, graph, logger)
@@ -108,29 +109,29 @@ def compile_onnx(graph: Path, plan: Path, *, shapes: Shapes, device: torch.devic
         for i, capability in enumerate(capabilities):
             config.set_compute_capability(getattr(trt.ComputeCapability, capability), i)
     cache = None if name == "tensorrt-rtx" else _timing_cache(config, trt, device)
-    made = builder.build_serialized_network(network, config)
-    if made is None:
+    serialized = builder.build_serialized_network(network, config)
+    if serialized is None:
         raise UserError(f"--backend tensorrt: {name} {trt.__version__} could not build the engine "
                         f"({logger.last}); use --backend inductor or eager")
     with files.plain(plan) as file:
-        file.write(made)
+        file.write(serialized)
     if cache is not None:
         with files.atomic(cache) as file:
             file.write(bytes(config.get_timing_cache().serialize()))
 
 
 def parse(trt: ModuleType, builder: Any, path: Path, logger: Any) -> Any:
-    """The strongly typed TensorRT network of an ONNX file.
+    """Parses an ONNX file to a strongly typed TensorRT network.
 
     Raises:
-        UserError: TensorRT does not know something in it.
+        UserError: TensorRT does not support the graph.
     """
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(path)):
         errors = "; ".join(str(parser.get_error(i)).strip() for i in range(parser.num_errors))
-        raise UserError(f"--backend tensorrt: the graph was not understood ({errors[:300]}); use --backend "
+        raise UserError(f"--backend tensorrt: cannot parse the graph ({errors[:300]}); use --backend "
                         "inductor or eager")
     names = [network.get_input(i).name for i in range(network.num_inputs)]
     names += [network.get_output(i).name for i in range(network.num_outputs)]
@@ -141,13 +142,13 @@ def parse(trt: ModuleType, builder: Any, path: Path, logger: Any) -> Any:
 
 
 def load(folder: Path, *, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Loads an engine: images of the engine's type -> float32 logits, on the current CUDA stream.
+    """Loads an engine: images of the engine's dtype to float32 logits, on the current CUDA stream.
 
     Args:
         folder: holds `engine.plan`. Native code: check it first (`stpp.inference.trust`).
 
     Raises:
-        UserError: TensorRT does not accept it here.
+        UserError: TensorRT rejects the engine on this machine.
     """
     name, trt = installed()
     logger = _logger(trt)
@@ -160,7 +161,7 @@ def load(folder: Path, *, device: torch.device) -> Callable[[torch.Tensor], torc
 
 
 def _logger(trt: ModuleType) -> Any:
-    """Keeps the last error, for our own message, and prints nothing."""
+    """Makes a logger that keeps the last error, for error messages, and prints nothing."""
 
     class Logger(trt.ILogger):
         def __init__(self):
@@ -175,13 +176,13 @@ def _logger(trt: ModuleType) -> Any:
 
 
 def _timing_cache(config: Any, trt: ModuleType, device: torch.device) -> Path:
-    """Gives `config` what earlier builds measured on this kind of GPU; returns the file to keep it in."""
+    """Loads the timing cache of this GPU model into `config`; returns the path of its file."""
     kind = "".join(char if char.isalnum() else "-" for char in torch.cuda.get_device_name(device))
     path = trust.cache_folder() / f"tensorrt-{trt.__version__}-{kind}.timing"
-    known = path.read_bytes() if path.exists() and _is_mine(path) else b""
+    known = path.read_bytes() if path.exists() and _is_own(path) else b""
     config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
     return path
 
 
-def _is_mine(path: Path) -> bool:
+def _is_own(path: Path) -> bool:
     return not hasattr(os, "getuid") or path.stat().st_uid == os.getuid()

@@ -1,9 +1,8 @@
-"""Runs a TensorRT engine on PyTorch's tensors, without a copy through the host.
+"""Runner of a TensorRT engine on PyTorch tensors, without copies through the host.
 
-It runs on a stream of its own, because TensorRT synchronises in every pass on the legacy stream, PyTorch's
-default. Every shape of images has a bucket: an execution context and, from its second use on, fixed tensors
-and a CUDA graph that is replayed. A context serves one graph only: a graph holds the addresses that were
-bound when it was captured.
+It uses its own stream, because TensorRT synchronises in every pass on the legacy stream, PyTorch's default.
+Every input shape has a bucket: an execution context and, from its second use on, fixed tensors and a CUDA
+graph. A context serves one graph only, because a graph holds the addresses bound at capture.
 """
 
 from collections import OrderedDict
@@ -14,20 +13,20 @@ from typing import Any
 import torch
 
 from stpp import log
-from stpp.device import captured, in_turn, side_stream
+from stpp.device import graph_capture, ordered_on_stream, side_stream
 from stpp.inference.export import INPUT, OUTPUT
 
 MAX_BUCKETS = 16
-"""Shapes whose graphs are kept; the one that was not used for longest goes."""
+"""Maximum shapes with a graph; the least recently used is dropped."""
 
 
 @dataclass
 class Bucket:
-    """What is kept for one shape of images."""
+    """Execution state for one shape of images."""
 
     context: Any
     memory: torch.Tensor | None
-    """Where the context keeps its feature maps; buckets share it."""
+    """Memory for the context's feature maps, shared by buckets."""
     uses: int = 0
     images_NCHW: torch.Tensor | None = None
     logits_NChw: torch.Tensor | None = None
@@ -35,17 +34,17 @@ class Bucket:
 
 
 class Runner:
-    """Images on the device, of the engine's type -> float32 logits.
+    """Function from images on the device, of the engine's dtype, to float32 logits.
 
     Args:
-        trt: the module that made `engine`.
-        engine: a deserialised engine with an input `images` and an output `logits`.
-        device: the engine's.
-        keep: what must live as long as the engine.
-        captures: CUDA graphs are captured here; False: the engine's own runtime does so (TensorRT for RTX).
+        trt: TensorRT module of `engine`.
+        engine: deserialised engine with an input `images` and an output `logits`.
+        device: device of the engine.
+        keep: objects that must live as long as the engine.
+        captures: capture CUDA graphs; False: TensorRT's runtime captures them (TensorRT for RTX).
 
     Raises:
-        ValueError: an engine of something else.
+        ValueError: the engine has other inputs or outputs.
     """
 
     def __init__(self, trt: ModuleType, engine: Any, *, device: torch.device, keep: tuple = (),
@@ -63,8 +62,8 @@ class Runner:
         self._one_context = None if captures else self._with_own_graphs()
 
     def __call__(self, images_NCHW: torch.Tensor) -> torch.Tensor:
-        """Logits in a tensor of their own, in the order of the current stream."""
-        with in_turn(self._stream, self._device):
+        """Computes logits, in a new tensor, ordered with the current stream."""
+        with ordered_on_stream(self._stream, self._device):
             return self._run(images_NCHW)
 
     def _run(self, images_NCHW: torch.Tensor) -> torch.Tensor:
@@ -83,7 +82,7 @@ class Runner:
             self._buckets[shape] = self._new_bucket(shape)
             if len(self._buckets) > MAX_BUCKETS:
                 if self._stream is not None:
-                    self._stream.synchronize()  # sync: nothing may still run in what is let go
+                    self._stream.synchronize()  # sync: a dropped bucket must not be in use
                 self._buckets.popitem(last=False)
         self._buckets.move_to_end(shape)
         return self._buckets[shape]
@@ -102,7 +101,7 @@ class Runner:
         return Bucket(context, self._memory)
 
     def _with_own_graphs(self) -> Any:
-        """A context for all shapes, whose runtime captures CUDA graphs by itself."""
+        """Makes a context for all shapes, whose runtime captures CUDA graphs itself."""
         config = self._engine.create_runtime_config()
         config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         return self._engine.create_execution_context(config)
@@ -123,18 +122,17 @@ class Runner:
         return logits_NChw
 
     def _capture(self, bucket: Bucket) -> None:
-        """Captures the graph of a bucket; where that fails, the runner does without from then on, and says
-        so."""
+        """Captures the graph of a bucket; if that fails, logs it and runs without graphs from then on."""
         shape = tuple(bucket.context.get_tensor_shape(INPUT))
         images_NCHW = torch.zeros(shape, dtype=self._in_dtype, device=self._device)
         graph = torch.cuda.CUDAGraph()
         try:
-            with captured(graph, self._stream, self._device):
+            with graph_capture(graph, self._stream, self._device):
                 logits_NChw = self._execute(bucket.context, images_NCHW)
         except RuntimeError as error:
             self._captures = False
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            log.say(f"TensorRT: no CUDA graph could be captured ({reason}); the engine runs without")
+            log.say(f"TensorRT: CUDA graph capture failed ({reason}); the engine runs without graphs")
             return
         bucket.images_NCHW, bucket.logits_NChw, bucket.graph = images_NCHW, logits_NChw, graph
 

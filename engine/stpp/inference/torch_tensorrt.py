@@ -1,8 +1,8 @@
-"""Predictors compiled by Torch-TensorRT from the same exported graph: `engine.ep`.
+"""Torch-TensorRT backend, from the same exported graph: `engine.ep`.
 
-UNVERIFIED: it needs a CUDA build of PyTorch, and no machine with one has run this module. What its
-documentation promises is not trusted either: a graph that was converted in part is an error, and the engine
-must agree with eager like any other.
+UNVERIFIED: this module needs a CUDA build of PyTorch, and has not run on one. So nothing in its documentation
+is taken for granted: a partly converted graph is an error, and the engine must agree with eager like any
+other.
 """
 
 import importlib
@@ -21,13 +21,13 @@ from stpp.versions import version_of
 
 FILE = "engine.ep"
 SHAPES = DEFAULT_SHAPES
-"""Taken where nothing else is asked for."""
+"""Default input sizes."""
 CONVERTED = "_run_on_acc"
-"""How Torch-TensorRT names the parts of a graph that it converted."""
+"""Prefix of Torch-TensorRT's names for converted parts of a graph."""
 
 
 def unavailable(device: torch.device) -> str | None:
-    """What is missing to compile for `device`; None where nothing is."""
+    """Reason why this backend cannot compile for `device`; None if it can."""
     if device.type != "cuda":
         return "Torch-TensorRT runs on CUDA devices only; use --backend inductor or eager"
     if importlib.util.find_spec("torch_tensorrt") is None:
@@ -36,7 +36,7 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions, beside PyTorch's, that the engine depends on."""
+    """Versions of packages, besides PyTorch, that the engine depends on."""
     return {name: version for name in ("torch-tensorrt", "tensorrt") if (version := version_of(name))}
 
 
@@ -46,14 +46,14 @@ def build(ready: nn.Module, folder: Path, *, shapes: Shapes, device: torch.devic
 
     Args:
         ready: from `fold.ready`, on `device` in `dtype`.
-        shapes: the optimisation profile.
-        frozen: the weights are always part of the engine.
+        shapes: optimisation profile.
+        frozen: ignored; the weights are always part of the engine.
 
     Returns:
         `shapes`, without the sizes too small for the engine.
 
     Raises:
-        UserError: the compiler failed, or left a part of the graph to PyTorch.
+        UserError: the compiler failed, or did not convert the whole graph.
     """
     torch_tensorrt = importlib.import_module("torch_tensorrt")
     exported, shapes = export.program(ready, shapes=shapes, device=device, dtype=dtype, plain=True)
@@ -63,26 +63,26 @@ def build(ready: nn.Module, folder: Path, *, shapes: Shapes, device: torch.devic
                 and node.name.startswith("images"))
     images = torch_tensorrt.Input(min_shape=low, opt_shape=typical, max_shape=high, dtype=dtype, name=name)
     try:
-        # Types come from the graph: `enabled_precisions` is accepted without a word, and float32 is built.
+        # Types come from the graph: with `enabled_precisions`, float32 is built without a warning.
         compiled = torch_tensorrt.dynamo.compile(
             exported, arg_inputs=[images], device=device, use_explicit_typing=True,
             require_full_compilation=True, min_block_size=1, cache_built_engines=False,
             reuse_cached_engines=False, timing_cache_path=str(folder / "timing.cache"))
-    except Exception as error:  # whatever a converter may raise
+    except Exception as error:  # a converter may raise anything
         raise UserError("--backend torch-tensorrt: compiling failed "
                         f"({str(error).strip().splitlines()[0][:300]}); use --backend tensorrt, inductor or "
                         "eager") from error
     if left := unconverted(compiled):
-        raise UserError(f"--backend torch-tensorrt: {', '.join(left[:5])} were left to PyTorch; use "
+        raise UserError(f"--backend torch-tensorrt: {', '.join(left[:5])} were not converted; use "
                         "--backend tensorrt, inductor or eager")
-    # from `images` it knows the ranges
+    # `images` passes the ranges
     torch_tensorrt.save(compiled, str(folder / FILE), arg_inputs=[images], retrace=True)
     (folder / "timing.cache").unlink(missing_ok=True)
     return shapes
 
 
 def unconverted(compiled: Any) -> list[str]:
-    """What of a compiled graph PyTorch would compute; a fully converted one is a single part."""
+    """Lists the parts of a compiled graph that PyTorch would run; a fully converted graph is one part."""
     children = dict(compiled.named_children())
     left = [name for name in children if not name.startswith(CONVERTED)]
     left += [str(node.target) for node in compiled.graph.nodes
@@ -91,7 +91,7 @@ def unconverted(compiled: Any) -> list[str]:
 
 
 def load(folder: Path, *, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Loads an engine: images of the engine's type -> float32 logits.
+    """Loads an engine: images of the engine's dtype to float32 logits.
 
     Args:
         folder: holds `engine.ep`. Native code: check it first (`stpp.inference.trust`).
@@ -100,7 +100,7 @@ def load(folder: Path, *, device: torch.device) -> Callable[[torch.Tensor], torc
     program = torch_tensorrt.load(str(folder / FILE)).module()
 
     def run(images_NCHW: torch.Tensor) -> torch.Tensor:
-        found = program(images_NCHW)
-        return found[0] if isinstance(found, (list, tuple)) else found
+        output = program(images_NCHW)
+        return output[0] if isinstance(output, (list, tuple)) else output
 
     return run

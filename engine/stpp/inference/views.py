@@ -1,9 +1,9 @@
-"""Test-time augmentation: the views of an image, whole or in crops, and the sum of their class probabilities.
+"""Test-time augmentation: views of an image, whole or in windows, and the sum of their class probabilities.
 
 N images, C classes, H W size of the image; a view has the size (int(H * scale), int(W * scale)).
 
-A network may have been told to see whole images at another size than their own (`view_px`): the image is then
-resized once, all of the above is of the resized image, and the mask is interpolated from its probabilities.
+With `view_px` the image is resized once, all of the above refers to the resized image, and the mask is
+interpolated from its probabilities.
 """
 
 from collections.abc import Callable
@@ -23,14 +23,14 @@ VIEWS: dict[str, tuple[tuple[float, ...], bool]] = {
     "flip": ((1.0,), True),
     "none": ((1.0,), False),
 }
-"""Scales of each mode, and whether every scale is also seen mirrored."""
+"""Scales of each mode, and True if every scale has a mirrored view."""
 
 
-def seen(images_NCHW: torch.Tensor, view_px: int | None) -> torch.Tensor:
-    """Images as a network sees them whole.
+def resize_to_view(images_NCHW: torch.Tensor, view_px: int | None) -> torch.Tensor:
+    """Resizes whole images for the network.
 
     Args:
-        view_px: their longer side, pixels; None: their own size.
+        view_px: longer side, in pixels; None: original size.
 
     Returns:
         float32 [N, 3, h, w], channels_last.
@@ -44,7 +44,7 @@ def seen(images_NCHW: torch.Tensor, view_px: int | None) -> torch.Tensor:
 
 
 def view_size(height: int, width: int, view_px: int | None) -> tuple[int, int]:
-    """Size (rows, columns) at which an image is seen; see `seen`."""
+    """Computes the size (rows, columns) of an image after `resize_to_view`."""
     if view_px is None:
         return height, width
     scale = view_px / max(height, width)
@@ -55,15 +55,15 @@ def accumulate_views(logits: Callable[[torch.Tensor], torch.Tensor], images_NCHW
                      num_classes: int) -> torch.Tensor:
     """Sums the class probabilities of all views at the size of the image.
 
-    A view and its mirror image go through the network as one batch of 2N.
+    A view and its mirror image pass through the network as one batch of 2N.
 
     Args:
-        logits: images -> low-resolution logits.
+        logits: function from images to low-resolution logits.
         images_NCHW: float32, normalised.
         mode: key of `VIEWS`.
 
     Returns:
-        float32 [N, C, H, W]: the sum over views; divide by their number for probabilities.
+        float32 [N, C, H, W]: sum over views; divide by their number for probabilities.
 
     Source: ST++ (arXiv 2106.05095), pseudo labelling.
     """
@@ -83,37 +83,36 @@ def accumulate_views(logits: Callable[[torch.Tensor], torch.Tensor], images_NCHW
 
 def accumulate_crops(logits: Callable[[torch.Tensor], torch.Tensor], images_NCHW: torch.Tensor, mode: str,
                      num_classes: int, crop_px: int, edges: WindowEdges = "cut") -> torch.Tensor:
-    """As `accumulate_views`, but the network sees overlapping crops, and each has its views.
+    """Sums the class probabilities, as `accumulate_views`, over sliding windows, each with all its views.
 
-    A crop begins at every two thirds of its side; see `starts` for the last ones. An image smaller than a
-    crop is one crop.
+    The stride is two thirds of a window; see `window_starts` for the image edge. An image smaller than a
+    window is one window.
 
     Args:
-        crop_px: side of the square crops, pixels.
-        edges: what becomes of the last crops of a row or column.
+        crop_px: side of the square windows, in pixels.
+        edges: windows at the image edge.
 
     Returns:
-        float32 [N, C, H, W]: the sum over crops and views. How many hold a pixel differs, but a pixel's
-        classes share that
-        number: the largest sum is the largest mean.
+        float32 [N, C, H, W]: sum over windows and views. The number of windows differs between pixels but is
+        the same for all classes of a pixel, so the largest sum is the largest mean.
 
     Source: sliding-window evaluation of Cityscapes in the public code of UniMatch (arXiv 2208.09910) and of
     UniMatch-V2 (arXiv 2410.10777).
     """
     count, _, height, width = images_NCHW.shape
     sums_NCHW = images_NCHW.new_zeros(count, num_classes, height, width)
-    for top in starts(height, crop_px, edges):
-        for left in starts(width, crop_px, edges):
+    for top in window_starts(height, crop_px, edges):
+        for left in window_starts(width, crop_px, edges):
             crop = (..., slice(top, top + crop_px), slice(left, left + crop_px))
             sums_NCHW[crop] += accumulate_views(logits, images_NCHW[crop], mode, num_classes)
     return sums_NCHW
 
 
-def starts(length: int, crop_px: int, edges: WindowEdges) -> list[int]:
-    """First rows, or columns, of the crops of a side of `length` pixels.
+def window_starts(length: int, crop_px: int, edges: WindowEdges) -> list[int]:
+    """First rows, or columns, of the windows along a side of `length` pixels.
 
-    One at every two thirds of a crop: "cut": as long as the image goes on, so the last ones may be small, and
-    lie within others; "shifted": the last one ends with the image and has the size of the others.
+    The stride is two thirds of a window. "cut": windows start up to the end of the image, so the last ones
+    may be small, and lie within others; "shifted": the last window ends with the image, at full size.
     """
     step = max(1, 2 * crop_px // 3)
     if edges == "cut":
@@ -126,41 +125,41 @@ def accumulate(predictor: "Predictor", images_NCHW: torch.Tensor, mode: str) -> 
     """Sums the class probabilities of all views of whole images.
 
     Args:
-        images_NCHW: float32, normalised, of their own size.
+        images_NCHW: float32, normalised, at original size.
         mode: key of `VIEWS`.
 
     Returns:
-        float32 [N, C, h, w] at the size at which the predictor sees them; `concluded` makes masks of it.
+        float32 [N, C, h, w] at the predictor's view size; `masks_of_sums` converts it to masks.
     """
-    return accumulate_views(predictor.logits, seen(images_NCHW, predictor.view_px), mode,
+    return accumulate_views(predictor.logits, resize_to_view(images_NCHW, predictor.view_px), mode,
                             predictor.num_classes)
 
 
 def masks(predictor: "Predictor", images_NCHW: torch.Tensor, mode: str, *, crop_px: int | None = None,
           edges: WindowEdges = "cut") -> torch.Tensor:
-    """The most likely class of every pixel over all views: uint8 [N, H, W].
+    """Predicts the most likely class of every pixel over all views: uint8 [N, H, W].
 
-    Where there is one view of the image's own size no probabilities are computed.
+    For a single view at original size no probabilities are computed.
 
     Args:
-        images_NCHW: float32, normalised, of their own size.
+        images_NCHW: float32, normalised, at original size.
         mode: key of `VIEWS`.
-        crop_px, edges: see `accumulate_crops`; None: the network sees whole images.
+        crop_px, edges: see `accumulate_crops`; None: whole images.
     """
     size = tuple(images_NCHW.shape[-2:])
     if crop_px is not None:
-        sums_NCHW = accumulate_crops(predictor.logits, seen(images_NCHW, predictor.view_px), mode,
+        sums_NCHW = accumulate_crops(predictor.logits, resize_to_view(images_NCHW, predictor.view_px), mode,
                                      predictor.num_classes, crop_px, edges)
     elif mode == "none" and view_size(*size, predictor.view_px) == size:
         return upsample_argmax(predictor.logits(images_NCHW), size)
     else:
         sums_NCHW = accumulate(predictor, images_NCHW, mode)
-    return concluded(sums_NCHW, size)[0]
+    return masks_of_sums(sums_NCHW, size)[0]
 
 
-def concluded(sums_NCHW: torch.Tensor,
-              size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Masks of summed probabilities, at the size of the images.
+def masks_of_sums(sums_NCHW: torch.Tensor,
+                  size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Converts summed probabilities to masks at the size of the images.
 
     Args:
         sums_NCHW: see `accumulate`.
@@ -177,8 +176,9 @@ def concluded(sums_NCHW: torch.Tensor,
     return masks_NHW, confidence_N, pixels_NC
 
 
-def resized(sums_NCHW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Sums at the size (rows, columns) of the images: float32 [N, C, *size]. Labelling does without them."""
+def resize_sums(sums_NCHW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Resizes sums to the size (rows, columns) of the images: float32 [N, C, *size]. Labelling does not need
+    this."""
     if tuple(sums_NCHW.shape[-2:]) == tuple(size):
         return sums_NCHW
     return F.interpolate(sums_NCHW, size, mode="bilinear", align_corners=True)

@@ -1,1 +1,1 @@
-"""Pseudo labels: writing them, and judging which to trust."""
+"""Pseudo labelling, and selection of reliable images."""

@@ -1,4 +1,4 @@
-"""A labelling as it is asked for: one record, which everything that does a part of it is given as it is."""
+"""Parameters of a labelling run, in one record that all its parts share."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,35 +13,35 @@ from stpp.label.shards import WHOLE, Part
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
-    """Work on every image of a corpus."""
+    """Labelling (or scoring) of every image of a corpus."""
 
     source: Source
     out: Path
     config: LabelConfig = field(default_factory=LabelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    """Who decodes, with how many threads, and whether EXIF counts; the rest is not looked at."""
+    """Loader, threads and EXIF rule; other fields are unused."""
     title: str = "label"
-    """Of the progress bar."""
+    """Title of the progress bar."""
     output: Literal["png", "tar"] = "png"
-    """A file for every mask, or an archive for every shard."""
+    """Mask format: a PNG per mask, or a tar archive per shard."""
     table: Literal["labels", "scores"] = "labels"
-    """Folder of the parts of its table below the output; `rows.TABLES` has the columns."""
+    """Folder of the result table's parts, below the output; `rows.TABLES` has the columns."""
     part: Part = WHOLE
-    """The share of the shards that this call does."""
+    """Static share of the shards that this call labels."""
     verify: bool = False
-    """Look at what finished shards left, and do damaged ones again."""
+    """Check the files of finished shards, and label damaged shards again."""
     update: bool = False
-    """Take what is new or changed since the source was listed into the plan, and what is gone out of it."""
+    """Add new and changed images of the source to the plan, and remove missing ones."""
     list_only: bool = False
-    """Only list the source: that is work of one process, and needs no GPU."""
+    """List the source and stop; needs one process and no GPU."""
 
     @property
     def cut(self) -> Cut:
-        """How the settings cut shards into batches."""
+        """Limits by which shards are cut into batches."""
         return Cut(max_batch=self.config.batch_per_rank, batch_pixels=self.config.batch_pixels,
                    max_pixels=self.config.max_pixels, exif=self.data.exif)
 
     @property
     def decoder(self) -> str:
-        """ "dali" or "pil"."""
+        """Name of the decoder, "dali" or "pil"."""
         return batches.pick(self.data.loader)

@@ -1,8 +1,8 @@
-"""What changed in a corpus since it was listed.
+"""Changes of a corpus since it was listed.
 
-An image is known by its place: file, and name in it. One whose size or time of change differs is read and
-compared with the hash in its row, so that a mere touch is no change. Memory grows with what changed, not with
-the corpus.
+An image is identified by its place: file, and name in it. If its size or modification time differs, it is
+read and compared with the hash in its row, so touching a file is no change. Memory grows with the number of
+changes, not with the corpus.
 """
 
 import hashlib
@@ -21,20 +21,21 @@ from stpp.images.sources import Source
 from stpp.label.plan import Plan, collision
 
 NAMED = 3
-"""Images of a kind that a message names."""
+"""Maximum images of a kind named in a message."""
 _BUCKETS = 64
 _RECORD = struct.Struct("<16s8sq")
 
 Hashes = Callable[[int], dict[str, int | None] | None]
-"""Hashes of the images of a shard by key, from its rows; None where the shard is not done."""
+"""Function from a shard to its images' hashes by key, from its rows; None if the shard is not done."""
 
 
 class Edit(NamedTuple):
-    """A change of a shard that is listed."""
+    """Change of one image in a listed shard."""
 
     shard: int
     dropped: bool
-    """The image is gone or has another content: its mask and row go. Else only its place is written anew."""
+    """True if the image is missing or has changed, so its mask and row are removed; else only its place is
+    rewritten."""
     item: Item
 
 
@@ -43,71 +44,71 @@ class Changes:
     """Differences between a corpus and its listing."""
 
     new: list[str] = field(default_factory=list)
-    """Names as the source has them."""
+    """Names of new images, as in the source."""
     changed: list[str] = field(default_factory=list)
     gone: list[str] = field(default_factory=list)
     touched: int = 0
-    """Images that were written anew with the same content, or before they were labelled."""
+    """Number of images rewritten with the same content, or before they were labelled."""
     edits: list[Edit] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        """True where labels are missing or are not those of the corpus."""
+        """True if labels are missing or out of date."""
         return bool(self.new or self.changed or self.gone)
 
-    def words(self) -> str:
-        """As "2 new (a.jpg, b.jpg), 1 gone (c.jpg)"."""
+    def describe(self) -> str:
+        """Describes the changes, for example "2 new (a.jpg, b.jpg), 1 gone (c.jpg)"."""
         kinds = ((self.new, "new"), (self.changed, "changed"), (self.gone, "gone"))
-        return ", ".join(f"{len(names)} {what} ({', '.join(names[:NAMED])}{', ...' * (len(names) > NAMED)})"
-                         for names, what in kinds if names)
+        return ", ".join(f"{len(names)} {kind} ({', '.join(names[:NAMED])}{', ...' * (len(names) > NAMED)})"
+                         for names, kind in kinds if names)
 
 
-def compare(source: Source, plan: Plan, hashes: Hashes, fresh: Callable[[Item], None]) -> Changes:
+def compare(source: Source, plan: Plan, hashes: Hashes, add_new: Callable[[Item], None]) -> Changes:
     """Compares a corpus with its listing.
 
     Args:
-        fresh: is given every image that wants a label, in the order of the source.
+        add_new: called with every image to be labelled, in the order of the source.
 
     Raises:
         UserError: two images would have the same mask.
     """
     new, gone, differing, repeated = _differences(source, plan)
-    known, found, seen = lru_cache(maxsize=4)(hashes), Changes(), {}
+    known, changes, offsets = lru_cache(maxsize=4)(hashes), Changes(), {}
     with Collisions(plan.folder) as keys:
         for item in source.items():
-            one = identity(item)
-            if one in repeated:
-                if one in seen and seen[one] == item.offset:
+            place = identity(item)
+            if place in repeated:
+                if place in offsets and offsets[place] == item.offset:
                     continue  # a line of a list
-                if one in seen:
+                if place in offsets:
                     raise collision(item.key, item.source, item.source, 1)
-                seen[one] = item.offset
+                offsets[place] = item.offset
             keys.add(item.key)
-            if one in new:
-                found.new.append(item.source)
-                fresh(item)
-            elif one in differing:
-                shard = differing[one]
-                dropped = _is_another(item, known(shard))
-                found.edits.append(Edit(shard, dropped, item))
+            if place in new:
+                changes.new.append(item.source)
+                add_new(item)
+            elif place in differing:
+                shard = differing[place]
+                dropped = _has_changed(item, known(shard))
+                changes.edits.append(Edit(shard, dropped, item))
                 if dropped:
-                    found.changed.append(item.source)
-                    fresh(item)
+                    changes.changed.append(item.source)
+                    add_new(item)
                 else:
-                    found.touched += 1
+                    changes.touched += 1
         collided = keys.repeated()
     if collided:
         named = ((item.key, item.source) for item in source.items())
         raise collision(*first_pair(collided, named), len(collided))
     for shard in sorted(set(gone.values())):
-        left = [item for item in plan.listed(shard) if identity(item) in gone]
-        found.gone += [item.source for item in left]
-        found.edits += [Edit(shard, True, item) for item in left]
-    return found
+        missing = [item for item in plan.listed(shard) if identity(item) in gone]
+        changes.gone += [item.source for item in missing]
+        changes.edits += [Edit(shard, True, item) for item in missing]
+    return changes
 
 
 def _differences(source: Source,
                  plan: Plan) -> tuple[set[bytes], dict[bytes, int], dict[bytes, int], set[bytes]]:
-    """Places that are new; that are gone or have another mark, with their shards; that are met twice."""
+    """Places that are new; gone, by shard; with another mark, by shard; and listed twice by the source."""
     new, gone, differing, repeated = set(), {}, {}, set()
     with _Buckets(plan.folder) as listed, _Buckets(plan.folder) as present:
         for shard in range(plan.shards):
@@ -116,20 +117,21 @@ def _differences(source: Source,
         for item in source.items():
             present.add(item, -1)
         for before, after in zip(listed.contents(), present.contents(), strict=True):
-            old = {one: (mark, shard) for one, mark, shard in before}
+            old = {place: (mark, shard) for place, mark, shard in before}
             now: dict[bytes, bytes] = {}
-            for one, mark, _ in after:
-                if one in now:
-                    repeated.add(one)
-                now.setdefault(one, mark)
+            for place, mark, _ in after:
+                if place in now:
+                    repeated.add(place)
+                now.setdefault(place, mark)
             new |= now.keys() - old.keys()
-            gone |= {one: old[one][1] for one in old.keys() - now.keys()}
-            differing |= {one: shard for one, (mark, shard) in old.items() if now.get(one, mark) != mark}
+            gone |= {place: old[place][1] for place in old.keys() - now.keys()}
+            differing |= {place: shard for place, (mark, shard) in old.items()
+                          if now.get(place, mark) != mark}
     return new, gone, differing, repeated
 
 
-def _is_another(item: Item, hashes: dict[str, int | None] | None) -> bool:
-    """Whether the content of a labelled image is no longer what was labelled."""
+def _has_changed(item: Item, hashes: dict[str, int | None] | None) -> bool:
+    """True if the content of an image differs from what was labelled."""
     if hashes is None:
         return False  # it will be read when its shard is labelled
     try:
@@ -139,24 +141,24 @@ def _is_another(item: Item, hashes: dict[str, int | None] | None) -> bool:
 
 
 def identity(item: Item) -> bytes:
-    """16 bytes for the place of an image."""
+    """Hashes the place of an image to 16 bytes."""
     return hashlib.blake2b(f"{item.file}\0{item.source}".encode(), digest_size=16).digest()
 
 
 class _Buckets:
-    """Places and marks of any number of images in files without a name, equal places in the same one."""
+    """Places and marks of any number of images in unnamed files; equal places are in the same file."""
 
     def __init__(self, folder: Path):
         self._stack = ExitStack()
         self._files = [self._stack.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in range(_BUCKETS)]
 
     def add(self, item: Item, shard: int) -> None:
-        one = identity(item)
+        place = identity(item)
         mark = hashlib.blake2b(f"{item.mark} {item.offset} {item.bytes}".encode(), digest_size=8).digest()
-        self._files[one[0] % len(self._files)].write(_RECORD.pack(one, mark, shard))
+        self._files[place[0] % len(self._files)].write(_RECORD.pack(place, mark, shard))
 
     def contents(self) -> Iterator[Iterator[tuple[bytes, bytes, int]]]:
-        """(place, mark, shard) of each image, file after file."""
+        """Yields (place, mark, shard) of each image, file after file."""
         for file in self._files:
             file.seek(0)
             yield _RECORD.iter_unpack(file.read())

@@ -1,5 +1,5 @@
-"""Where in an image a label is sure: the confidence at the centres of a coarse grid, small enough to stand in
-the image's row."""
+"""Confidence map of an image: the confidence at the centres of a coarse grid, small enough for the image's
+row."""
 
 from functools import lru_cache
 
@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 MOST_CELLS = 48
-"""Of the longer side: 1,728 bytes for an image of 4:3."""
+"""Maximum cells along the longer side: 1,728 bytes for a 4:3 image."""
 
 
 def sampled(sums_NCHW: Tensor, size: tuple[int, int]) -> Tensor:
-    """Summed probabilities to their confidence at the grid: the largest class's share of the sum.
+    """Samples the confidence of summed probabilities, the largest class's share of the sum, at the grid.
 
     Args:
-        size: (rows, columns) of the images, which the grid lies over; the sums may have another.
+        size: (rows, columns) of the images, which the grid covers; the sums may have another size.
 
     Returns:
-        uint8 [N, rows, columns], 0 to 255; 0 where the sum is zero or not finite.
+        uint8 [N, rows, columns], confidence times 255; 0 if the sum is zero or not finite.
     """
     side = _side(*size)
     ys, xs = (_centres(length, side, sums_NCHW.device) * seen // length
@@ -28,23 +28,23 @@ def sampled(sums_NCHW: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def read(data: bytes, height: int, width: int) -> np.ndarray | None:
-    """The map, uint8 [rows, columns], from the row of an image of `height` x `width`; None if it has another
-    number of cells."""
+    """Reads the map, uint8 [rows, columns], of an image of `height` x `width`; None if the number of cells
+    differs."""
     side = _side(height, width)
     rows, columns = (-(-length // side) for length in (height, width))
     return np.frombuffer(data, np.uint8).reshape(rows, columns) if len(data) == rows * columns else None
 
 
 def _side(height: int, width: int) -> int:
-    """Of a square cell, pixels."""
+    """Side of a square cell, in pixels."""
     return -(-max(height, width) // MOST_CELLS)
 
 
 @lru_cache(maxsize=256)
 def _centres(length: int, side: int, device: torch.device) -> Tensor:
-    """Pixels in the middle of the cells along an axis, int64; the cell at the far edge may be cut.
+    """Centre pixels of the cells along an axis, int64; the last cell may be cut.
 
-    They are computed where they are used, because copying them there would wait for the device, and kept.
+    They are computed on the device and cached, because copying them would wait for it.
     """
     with torch.inference_mode(False):
         return torch.arange(side // 2, length + side // 2, side, device=device).clamp_(max=length - 1)

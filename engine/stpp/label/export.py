@@ -1,4 +1,4 @@
-"""Labels on their way to annotation tools: the masks of a labelling through a writer of stpp.annotations."""
+"""Export of a labelling's masks to annotation tools, through a writer of stpp.annotations."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -18,68 +18,69 @@ from stpp.label import mask_files, rows
 from stpp.label.mask_files import MaskFiles, MaskPlace
 
 CHUNK = 16
-"""Images passed to a process at once."""
+"""Images passed to a worker process in one message."""
 _COLUMNS = ("key", "source", "status", "width", "height", "mean_confidence")
 Encode = Callable[[LabelledImage, np.ndarray, Scheme], Any]
-"""A format's own form of a mask, uint8 [H, W]."""
+"""Encoder of a mask, uint8 [H, W], in a tool's format."""
 
 
 class Writer(AbstractContextManager, Protocol):
-    """Takes images in that form."""
+    """Writer of encoded images."""
 
-    def add(self, one: LabelledImage, encoded: Any) -> None:
+    def add(self, image: LabelledImage, encoded: Any) -> None:
         """Writes an image."""
         ...
 
 
 class Encoded(NamedTuple):
-    """An image on its way to the writer."""
+    """Encoded mask of an image."""
 
-    one: LabelledImage
-    form: Any
+    image: LabelledImage
+    mask: Any
     ignored: int
-    """Pixels that are 255."""
+    """Pixels that are 255 (ignore)."""
 
 
 @dataclass(kw_only=True)
-class Exported:
-    """What was written."""
+class ExportCounts:
+    """Counts of an export."""
 
     images: int = 0
     ignored: int = 0
-    """Pixels that are 255, and the images that have some."""
+    """Pixels that are 255 (ignore)."""
     with_ignored: int = 0
+    """Images with such pixels."""
 
 
 def export(labels: Path, writer: Writer, encode: Encode, scheme: Scheme, *, only: Path | None = None,
-           workers: int | None = None, progress: bool = True) -> Exported:
-    """Writes every labelled image of a labelling, part after part; memory does not grow with their number.
+           workers: int | None = None, progress: bool = True) -> ExportCounts:
+    """Exports every image of a labelling, part after part; memory does not grow with their number.
 
     Args:
         labels: folder with `labels/part-*.parquet` and `masks/`.
-        only: a list of images to take, a key or a name a line; None: all.
-        workers: processes; None: one a core.
+        only: list of the images to export, a key or a name per line; None: all.
+        workers: number of processes; None: one per core.
 
     Raises:
-        UserError: nothing is labelled there; a mask is missing, broken or not as its row and the classes say;
-            or a line of the list names no labelled image.
+        UserError: the folder has no labels; a mask is missing, broken or inconsistent with its row or the
+            classes; or a line of the list names no labelled image.
     """
     parts = parts_of(labels)
-    wanted = None if only is None else _listed(only)
-    found: set[str] = set()
-    total = Exported()
+    requested = None if only is None else _listed(only)
+    matched: set[str] = set()
+    total = ExportCounts()
     workers = min(workers or processes.cores(), max(1, len(parts)))
-    chunks = _chunks(labels, parts, wanted, found)
+    chunks = _chunks(labels, parts, requested, matched)
     died = "a process that encodes masks died; if it was killed for lack of memory, give it more"
     with writer, tqdm(desc="export", unit="image", disable=not progress, dynamic_ncols=True) as bar:
         for chunk in processes.in_order(encode_many, chunks, (encode, scheme), workers, died=died):
             bar.update(len(chunk))
-            for one, form, ignored in chunk:
-                writer.add(one, form)
+            for image, mask, ignored in chunk:
+                writer.add(image, mask)
                 total.images += 1
                 total.ignored += ignored
                 total.with_ignored += ignored > 0
-        missing = sorted(set(wanted or ()) - found)
+        missing = sorted(set(requested or ()) - matched)
         if missing:
             raise UserError(f"--only {only}: {len(missing)} lines name no labelled image, the first: "
                             f"{missing[0][:120]!r}")
@@ -89,16 +90,16 @@ def export(labels: Path, writer: Writer, encode: Encode, scheme: Scheme, *, only
 
 
 def parts_of(labels: Path) -> list[Path]:
-    """The tables of a labelling.
+    """Lists the table parts of a labelling.
 
     Raises:
         UserError: there are none.
     """
-    found = sorted((labels / "labels").glob("part-*.parquet"))
-    if not found:
+    parts = sorted((labels / "labels").glob("part-*.parquet"))
+    if not parts:
         raise UserError(f"{labels}: holds no labels (labels/part-*.parquet); give the --out of `stpp label`, "
-                        "or a labelling stage of a run, such as RUN/stages/3-label")
-    return found
+                        "or a labelling stage of a run, for example RUN/stages/3-label")
+    return parts
 
 
 def encode_many(chunk: Sequence[tuple[LabelledImage, MaskPlace]], encode: Encode,
@@ -106,42 +107,43 @@ def encode_many(chunk: Sequence[tuple[LabelledImage, MaskPlace]], encode: Encode
     """Reads and encodes masks, in order.
 
     Raises:
-        UserError: a mask is broken, or not as its row and the classes say.
+        UserError: a mask is broken, or inconsistent with its row or the classes.
     """
-    found = []
-    for one, place in chunk:
+    encoded = []
+    for image, place in chunk:
         mask_HW = mask_files.read(place)
-        if mask_HW.shape != (one.height, one.width):
-            raise UserError(f"{place.file}: the mask of {one.key} has {mask_HW.shape[1]}x{mask_HW.shape[0]} "
-                            f"pixels, but its row says {one.width}x{one.height}")
+        if mask_HW.shape != (image.height, image.width):
+            raise UserError(f"{place.file}: the mask of {image.key} has "
+                            f"{mask_HW.shape[1]}x{mask_HW.shape[0]} pixels, but its row says "
+                            f"{image.width}x{image.height}")
         counts = count_indices(mask_HW)
         unknown = np.flatnonzero(counts[len(scheme.names) : IGNORE])
         if unknown.size:
-            raise UserError(f"{place.file}: the mask of {one.key} holds the class id "
+            raise UserError(f"{place.file}: the mask of {image.key} holds the class id "
                             f"{unknown[0] + len(scheme.names)}, and there are {len(scheme.names)} classes; "
                             "give all with --classes")
-        found.append(Encoded(one, encode(one, mask_HW, scheme), int(counts[IGNORE])))
-    return found
+        encoded.append(Encoded(image, encode(image, mask_HW, scheme), int(counts[IGNORE])))
+    return encoded
 
 
-def _chunks(labels: Path, parts: Sequence[Path], wanted: dict[str, None] | None,
-            found: set[str]) -> Iterator[list[tuple[LabelledImage, MaskPlace]]]:
-    """The images to write; adds the lines of the list that name one of them to `found`."""
+def _chunks(labels: Path, parts: Sequence[Path], requested: dict[str, None] | None,
+            matched: set[str]) -> Iterator[list[tuple[LabelledImage, MaskPlace]]]:
+    """Yields chunks of images to export; adds the matching lines of the list to `matched`."""
     for part in parts:
         masks, chunk = MaskFiles(labels, part.stem), []
         for row in rows.read(part, _COLUMNS):
             if row["status"] != "ok":
                 continue
-            one = _labelled(row, part)
-            if wanted is not None:
-                lines = {line for line in (one.key, one.name) if line in wanted}
-                found |= lines
+            image = _labelled(row, part)
+            if requested is not None:
+                lines = {line for line in (image.key, image.name) if line in requested}
+                matched |= lines
                 if not lines:
                     continue
             try:
-                chunk.append((one, masks.place(one.key)))
+                chunk.append((image, masks.place(image.key)))
             except KeyError:
-                raise UserError(f"{labels}: the mask of {one.key} is not there; label it again (`stpp label "
+                raise UserError(f"{labels}: the mask of {image.key} is missing; label it again (`stpp label "
                                 "--verify`)") from None
             if len(chunk) == CHUNK:
                 yield chunk
@@ -151,7 +153,7 @@ def _chunks(labels: Path, parts: Sequence[Path], wanted: dict[str, None] | None,
 
 
 def _labelled(row: dict, part: Path) -> LabelledImage:
-    """The image of a row, whose key is to become a path."""
+    """Converts a row to an image, checking that its key is a safe path."""
     key, source = row["key"], row["source"] or ""
     try:
         safe = mask_key(f"{key}.png") == key
@@ -167,7 +169,7 @@ def _labelled(row: dict, part: Path) -> LabelledImage:
 
 
 def _listed(path: Path) -> dict[str, None]:
-    """The lines of a list, in order.
+    """Reads the lines of a list, in order.
 
     Raises:
         UserError: it cannot be read, or is empty.

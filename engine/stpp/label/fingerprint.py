@@ -1,4 +1,4 @@
-"""Whose output a folder is: `run.json`, which everything that decides the masks is written in."""
+"""Fingerprint of a labelling: `run.json`, a record of everything that determines the masks."""
 
 import json
 import platform
@@ -16,10 +16,10 @@ FORMAT = "stpp-label-1"
 
 
 def read(out: Path) -> dict | None:
-    """The content of `run.json`; None where no run began.
+    """Reads `run.json`; None if no run has begun.
 
     Raises:
-        UserError: damaged, or of something else.
+        UserError: the file is damaged, or not of a labelling.
     """
     path = out / "run.json"
     try:
@@ -29,13 +29,12 @@ def read(out: Path) -> dict | None:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); choose another --out") from None
     if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise UserError(f"{path}: not of a labelling by this version; choose another --out")
+        raise UserError(f"{path}: not written by `stpp label` of this version; choose another --out")
     return value
 
 
 def write(out: Path, fingerprint: dict, plan: dict, classes: Sequence[str] = ()) -> None:
-    """Writes `run.json`: from here on the plan counts. Names of classes stand beside what decides the
-    masks."""
+    """Writes `run.json`, which fixes the plan; class names are recorded outside the fingerprint."""
     versions = {name: version_of(name)
                 for name in ("stpp", "torch", "pillow", "nvidia-dali-cuda120", "nvidia-dali-cuda130")}
     files.write_json(out / "run.json", {"format": FORMAT, "fingerprint": fingerprint, "plan": plan,
@@ -43,20 +42,20 @@ def write(out: Path, fingerprint: dict, plan: dict, classes: Sequence[str] = ())
                                         "versions": {"python": platform.python_version()} | versions})
 
 
-def require_same(out: Path, theirs: dict, ours: dict) -> None:
-    """Refuses to go on with another run's output.
+def require_same(out: Path, recorded: dict, current: dict) -> None:
+    """Rejects an output that was begun with other settings.
 
     Raises:
-        UserError: names what differs, and both values.
+        UserError: names the differing keys, with both values.
     """
-    differing = differing_keys(_comparable(ours), _comparable(theirs), may_change=())
+    differing = differing_keys(_comparable(current), _comparable(recorded), may_change=())
     if differing:
         raise UserError(f"--out {out} holds masks of another run ({'; '.join(differing)}); choose another "
-                        "--out, or what it was begun with")
+                        "--out, or the settings it was begun with")
 
 
 def _comparable(fingerprint: dict) -> dict:
-    """Without what a version before wrote that makes no difference."""
+    """Drops a field of earlier versions that does not affect the result."""
     cut = fingerprint.get("cut")
     if not cut or cut.get("pad_to") not in (0, 1):
         return fingerprint
@@ -64,7 +63,7 @@ def _comparable(fingerprint: dict) -> dict:
 
 
 def device_kind(device: torch.device) -> str:
-    """What computes: equal kinds are expected to compute equal masks."""
+    """Describes the kind of a device; equal kinds are expected to compute equal masks."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type

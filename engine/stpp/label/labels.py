@@ -1,4 +1,4 @@
-"""Pseudo labels: of a corpus, and of the samples of a self-training stage.
+"""Pseudo labelling of a corpus, and of the samples of a self-training stage.
 
 Legend: N images, C classes, H W size of the batch.
 """
@@ -26,7 +26,7 @@ from stpp.images.masks import IGNORE, read_index_mask
 from stpp.images.planning import Planned
 from stpp.inference import views
 from stpp.inference.open import Predictor
-from stpp.inference.several import Open, Opened
+from stpp.inference.predictors import OpenedPredictor, PredictorOpener
 from stpp.label import confidence_map, rows, thresholds
 from stpp.label.assignment import Assignment
 from stpp.label.plan import Plan
@@ -41,12 +41,12 @@ NOT_FINITE = "the network's answer is not finite"
 
 @dataclass(frozen=True, slots=True)
 class PseudoLabel:
-    """The pseudo label of an image."""
+    """Pseudo label of an image."""
 
     mask_HW: np.ndarray
     """uint8 class indices; 255 where the confidence is below the floor."""
     mean_confidence: float
-    """Of all pixels, those below the floor too."""
+    """Mean over all pixels, including those below the floor."""
     class_pixels: list[int]
     """Pixels of each class in the mask."""
     confidence_map: bytes
@@ -54,23 +54,23 @@ class PseudoLabel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Labels:
-    """Pseudo labels of one teacher."""
+class LabelJob:
+    """Job that writes the pseudo labels of one teacher."""
 
     network: Predictor
     teacher: str
     mode: str
-    """Views: key of `views.VIEWS`."""
+    """Test-time augmentation: key of `views.VIEWS`."""
     min_confidence: float
-    """Pixels whose class has a smaller share of the summed probabilities become 255."""
+    """Confidence threshold (share of the summed probabilities); pixels below it become 255."""
     output: str
-    """ "png" or "tar"."""
+    """Mask format, "png" or "tar"."""
     classes: Sequence[str] = ()
     """See `Job`."""
     floors: tuple[float, ...] = ()
-    """Smallest share by class, in the place of `min_confidence`; empty: that, for all."""
+    """Confidence threshold of each class; empty: `min_confidence` for all."""
     keep_share: float = 1.0
-    """Share of each class's pixels that keep their label at most; see `stpp.label.thresholds`."""
+    """Maximum share of each class's pixels that keep their label; see `stpp.label.thresholds`."""
 
     @property
     def networks(self) -> Sequence[Predictor]:
@@ -85,13 +85,13 @@ class Labels:
         return {"job": "label", "teacher": self.teacher, "tta": self.mode, "output": self.output,
                 "min_confidence": self.min_confidence, **by_class, **share}
 
-    def prepare(self, task: Assignment, plan: Plan, here: World) -> None:
+    def prepare(self, task: Assignment, plan: Plan, world: World) -> None:
         """See `Job`."""
         if self.keep_share < 1:
-            thresholds.ensure(self.network, self.mode, task, plan, here)
+            thresholds.ensure(self.network, self.mode, task, plan, world)
 
-    def prepared(self, out: Path) -> "Labels":
-        """See `Job`: with the larger floor of each class, its own and that of its share."""
+    def prepared(self, out: Path) -> "LabelJob":
+        """See `Job`: takes the larger of each class's own floor and the floor of its share."""
         if self.keep_share == 1:
             return self
         of_share = thresholds.read(out)
@@ -99,7 +99,7 @@ class Labels:
         return dataclasses.replace(self, floors=tuple(map(max, own, of_share)), keep_share=1.0)
 
     def compute(self, batch: Decoded) -> Callable[[], list[PseudoLabel | str | None]]:
-        """See `Job`; a text is why an image has no label although it could be read."""
+        """See `Job`; a text is the reason why a readable image has no label."""
         sums_NCHW = views.accumulate(self.network, batch.images_NCHW, self.mode)
         queued, errors = self._queued(sums_NCHW, tuple(batch.images_NCHW.shape[-2:])), batch.errors
 
@@ -109,8 +109,8 @@ class Labels:
         return results
 
     def _queued(self, sums_NCHW: torch.Tensor, size: tuple[int, int]) -> Readback:
-        """Masks, mean confidences, pixels by class and maps of confidence, on their way to the host."""
-        masks_NHW, confidence_N, pixels_NC = views.concluded(sums_NCHW, size)
+        """Queues the copy of masks, mean confidences, class pixels and confidence maps to the host."""
+        masks_NHW, confidence_N, pixels_NC = views.masks_of_sums(sums_NCHW, size)
         if self.floors or self.min_confidence > 0:
             floor = constant(self.floors, sums_NCHW.device)[sums_NCHW.argmax(1)] if self.floors \
                 else self.min_confidence
@@ -126,10 +126,10 @@ class Labels:
         """See `Job`."""
         return open_sink(self.output, out, shard, clock)
 
-    def row(self, one: Planned, result: PseudoLabel, stored: StoredMask) -> dict:
+    def row(self, planned: Planned, result: PseudoLabel, stored: StoredMask) -> dict:
         """See `Job`."""
-        height, width = one.size
-        return rows.good(one, self.teacher) | {
+        height, width = planned.size
+        return rows.good(planned, self.teacher) | {
             "mean_confidence": result.mean_confidence,
             "ignored_fraction": 1 - sum(result.class_pixels) / (height * width),
             "class_pixels": result.class_pixels, "confidence_map": result.confidence_map,
@@ -138,18 +138,18 @@ class Labels:
 
 def _labels(masks_NHW: torch.Tensor, confidence_N: torch.Tensor, pixels_NC: torch.Tensor,
             maps_Nrc: torch.Tensor) -> Iterator[PseudoLabel | str]:
-    """What becomes of each image, from results on the CPU."""
+    """Yields the pseudo label, or the error, of each image from results on the CPU."""
     columns = masks_NHW.numpy(), confidence_N.tolist(), pixels_NC.tolist(), maps_Nrc.numpy()
     for mask_HW, confidence, pixels, map_rc in zip(*columns, strict=True):
-        known = math.isfinite(confidence)
-        yield PseudoLabel(mask_HW, confidence, pixels, map_rc.tobytes()) if known else NOT_FINITE
+        finite = math.isfinite(confidence)
+        yield PseudoLabel(mask_HW, confidence, pixels, map_rc.tobytes()) if finite else NOT_FINITE
 
 
 class SampleSource:
-    """Samples of a prepared data set, ordered by size, so that most batches are full.
+    """Source of the samples of a prepared data set, ordered by size so that most batches are full.
 
     Args:
-        lines: what each is called in the id files; None: its path.
+        lines: lines of the samples in the id files; None: their image paths.
     """
 
     def __init__(self, samples: Sequence[Sample], lines: Sequence[str] | None = None):
@@ -172,49 +172,49 @@ class SampleSource:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Labelled:
-    """What labelling the samples of a stage ended with."""
+class LabelResult:
+    """Result of labelling the samples of a stage."""
 
     images: int
     miou: float | None
-    """Agreement with the masks of the images, percent, where all have one: reported, never trained on."""
+    """Mean IoU with the images' masks, in percent, if all have one; reported, never trained on."""
     class_pixels: list[int]
     """Pixels of each class in the labels."""
 
 
-Floors = Callable[[Opened], tuple[float, ...]]
-"""Least confidence by class for an opened teacher; empty: `LabelConfig.min_confidence`, for all."""
+Floors = Callable[[OpenedPredictor], tuple[float, ...]]
+"""Function from an opened teacher to confidence thresholds by class; empty: `LabelConfig.min_confidence`."""
 
 
-def label_corpus(open_teacher: Open, task: Assignment, here: World, *,
+def label_corpus(open_teacher: PredictorOpener, task: Assignment, world: World, *,
                  floors: Floors = lambda _: ()) -> Summary:
-    """Writes a mask (8-bit class indices, 255 below the confidence floor) of every image, and its row.
+    """Writes a mask (8-bit class indices, 255 below the confidence floor) and a row for every image.
 
-    Below `task.out`: `masks/<key>.png` or `masks/shard-*.tar`, `labels/part-*.parquet` (`rows.LABELS`), at
-    the end `failed.parquet` and `summary.json`; `run.json`, `plan/` and `shards/` are the run's own. The same
-    call goes on where it was interrupted, on any number of ranks, and ends with the same bytes.
+    Files below `task.out`: `masks/<key>.png` or `masks/shard-*.tar`, `labels/part-*.parquet`
+    (`rows.LABELS`), at the end `failed.parquet` and `summary.json`; `run.json`, `plan/` and `shards/` are
+    internal. The same call resumes an interrupted run, on any number of ranks, with identical bytes.
 
     Args:
         open_teacher: opens one teacher.
-        floors: needed where `min_confidence` is "auto".
+        floors: required if `min_confidence` is "auto".
 
     Raises:
-        UserError: the source, or an output that another run began.
+        UserError: the source is invalid, or another run began the output.
         OSError: the output cannot be written.
     """
-    def job(images: int) -> Labels:
+    def job(images: int) -> LabelJob:
         (opened,) = open_teacher(images)
-        least, by_class = task.config.min_confidence, floors(opened)
-        assert by_class or least != "auto"
-        return Labels(network=opened.network, teacher=opened.identity, mode=task.config.tta,
-                      output=task.output, min_confidence=0.0 if least == "auto" else least, floors=by_class,
-                      keep_share=task.config.keep_share, classes=opened.classes)
+        threshold, by_class = task.config.min_confidence, floors(opened)
+        assert by_class or threshold != "auto"
+        return LabelJob(network=opened.network, teacher=opened.identity, mode=task.config.tta,
+                        output=task.output, min_confidence=0.0 if threshold == "auto" else threshold,
+                        floors=by_class, keep_share=task.config.keep_share, classes=opened.classes)
 
-    return execute(task, job, here)
+    return execute(task, job, world)
 
 
-def label(open_teacher: Open, samples: Sequence[Sample], here: World, *, config: LabelConfig,
-          data: DataConfig, out: Path, title: str, floors: Floors = lambda _: ()) -> Labelled:
+def label(open_teacher: PredictorOpener, samples: Sequence[Sample], world: World, *, config: LabelConfig,
+          data: DataConfig, out: Path, title: str, floors: Floors = lambda _: ()) -> LabelResult:
     """Labels the samples of a stage with `label_corpus`.
 
     Raises:
@@ -222,20 +222,20 @@ def label(open_teacher: Open, samples: Sequence[Sample], here: World, *, config:
     """
     classes = []
 
-    def opened(images: int) -> list[Opened]:
-        found = open_teacher(images)
-        classes.append(found[0].network.num_classes)
-        return found
+    def opened(images: int) -> list[OpenedPredictor]:
+        predictors = open_teacher(images)
+        classes.append(predictors[0].network.num_classes)
+        return predictors
 
     task = Assignment(source=SampleSource(samples), out=out, config=config, data=data, title=title)
-    summary = label_corpus(opened, task, here, floors=floors)
+    summary = label_corpus(opened, task, world, floors=floors)
     require_none_bad(summary, out)
-    return Labelled(images=summary.images, miou=agreement(samples, out, here, classes[0]),
-                    class_pixels=summary.class_pixels)
+    return LabelResult(images=summary.images, miou=agreement(samples, out, world, classes[0]),
+                       class_pixels=summary.class_pixels)
 
 
 def require_none_bad(summary: Summary, out: Path) -> None:
-    """Refuses to go on with a list of which some images could not be used.
+    """Raises an error if some images could not be labelled.
 
     Raises:
         UserError: names the first of them.
@@ -243,21 +243,22 @@ def require_none_bad(summary: Summary, out: Path) -> None:
     if summary.bad:
         first = rows.read(out / "failed.parquet")[0]
         raise UserError(f"{summary.bad} images cannot be labelled, the first: {first['source']}: "
-                        f"{first['error']}; replace them or take them off the list, and remove {out} (all "
-                        "are in its failed.parquet)")
+                        f"{first['error']}; replace them or take them off the list, and remove {out} (its "
+                        "failed.parquet lists all)")
 
 
-def agreement(samples: Sequence[Sample], out: Path, here: World, num_classes: int) -> float | None:
-    """Mean IoU, percent, of the pseudo labels in `out` with the samples' masks; None unless all have one."""
+def agreement(samples: Sequence[Sample], out: Path, world: World, num_classes: int) -> float | None:
+    """Computes the mean IoU, in percent, of the pseudo labels in `out` with the samples' masks; None unless
+    all have one."""
     if any(sample.mask is None for sample in samples):
         return None
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
-    for sample in samples[here.rank :: here.size]:
-        found, truth = (torch.from_numpy(read_index_mask(path, exif=False).copy())[None]
+    for sample in samples[world.rank :: world.size]:
+        label, truth = (torch.from_numpy(read_index_mask(path, exif=False).copy())[None]
                         for path in (out / mask_name(sample), sample.mask))
-        counted = torch.where(found == 255, 255, truth)
-        matrix += confusion(found.clamp(max=num_classes - 1), counted, num_classes)
-    return mean_iou(distributed.sum_over_ranks(matrix.to(here.device)).cpu())
+        counted = torch.where(label == 255, 255, truth)
+        matrix += confusion(label.clamp(max=num_classes - 1), counted, num_classes)
+    return mean_iou(distributed.sum_over_ranks(matrix.to(world.device)).cpu())
 
 
 def mask_name(sample: Sample) -> str:

@@ -1,4 +1,4 @@
-"""Listing a corpus into the plan, and bringing the listing up to date when the corpus has changed."""
+"""Listing of a corpus into the plan, and updates of the listing when the corpus has changed."""
 
 import json
 from pathlib import Path
@@ -14,10 +14,10 @@ from stpp.label.sinks import sweep
 
 
 def read(out: Path) -> dict | None:
-    """The content of `plan/listing.json`; None where nothing is listed.
+    """Reads `plan/listing.json`; None if there is no listing.
 
     Raises:
-        UserError: damaged.
+        UserError: the file is damaged.
     """
     path = out / "plan" / "listing.json"
     try:
@@ -29,10 +29,10 @@ def read(out: Path) -> dict | None:
 
 
 def ensure(task: Assignment) -> None:
-    """Lists the source into the plan, or checks that the listing is of this source as it is now.
+    """Lists the source into the plan, or checks that the existing listing is up to date.
 
     Raises:
-        UserError: there is no image; another source; or images changed, and `task.update` is not set.
+        UserError: there is no image; the source is another one; or images changed without `task.update`.
         OSError: the output cannot be written.
     """
     update.finish(task.out, task.table)
@@ -43,7 +43,7 @@ def ensure(task: Assignment) -> None:
         return
     _require_same_source(task, listing, stamp)
     if not _is_same(listing["source"], stamp):
-        _follow(task, listing, stamp)
+        _update(task, listing, stamp)
 
 
 def _list(task: Assignment, stamp: dict) -> None:
@@ -51,48 +51,49 @@ def _list(task: Assignment, stamp: dict) -> None:
     try:
         (task.out / "plan").mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise UserError(f"--out {task.out}: is or lies in a file; choose a folder") from None
-    made = make(task.source, task.out / "plan", shard_size=task.config.shard_size)
+        raise UserError(f"--out {task.out}: is a file, or inside one; choose a folder") from None
+    counts = make(task.source, task.out / "plan", shard_size=task.config.shard_size)
     _say_passed(task)
     files.write_json(task.out / "plan" / "listing.json",
-                     made | {"asked": task.config.shard_size, "source": stamp, "marks": _has_marks(stamp)})
+                     counts | {"asked": task.config.shard_size, "source": stamp, "marks": _has_marks(stamp)})
 
 
-def _follow(task: Assignment, listing: dict, stamp: dict) -> None:
-    """Compares the corpus with its listing, and takes the changes into it if that is wanted.
+def _update(task: Assignment, listing: dict, stamp: dict) -> None:
+    """Compares the corpus with its listing, and updates the listing if `task.update` is set.
 
     Raises:
-        UserError: there are changes, and it is not wanted.
+        UserError: there are changes, and `task.update` is not set.
     """
-    log.say(f"  {task.title}: the source was touched since it was listed, looking for what changed")
+    log.say(f"  {task.title}: the source was modified since it was listed; looking for changes")
     plan = Plan(folder=task.out / "plan", items=listing["items"], shards=listing["shards"], cut=task.cut)
 
     def hashes(shard: int) -> dict[str, int | None] | None:
         table = update.labelled(task.out, task.table, shard)
         return None if table is None else {row["key"]: row["image_hash"] for row in table}
 
-    fresh = _NewShards(plan, listing["shard_size"], write=task.update)
-    changes = compare(task.source, plan, hashes, fresh.add)
+    new_shards = _NewShards(plan, listing["shard_size"], write=task.update)
+    changes = compare(task.source, plan, hashes, new_shards.add)
     if changes and not task.update:
-        raise UserError(f"--source: images are not those that were listed for --out {task.out}: "
-                        f"{changes.words()}; add --update to label just the new and changed ones (masks and "
-                        "rows of those that are gone are removed), or choose another --out")
-    fresh.flush()
-    gone = len(changes.changed) + len(changes.gone)
-    items = listing["items"] + fresh.items - gone
+        raise UserError(f"--source: images changed since they were listed for --out {task.out}: "
+                        f"{changes.describe()}; add --update to label only the new and changed ones (masks "
+                        "and rows of missing ones are removed), or choose another --out")
+    new_shards.flush()
+    replaced = len(changes.changed) + len(changes.gone)
+    items = listing["items"] + new_shards.items - replaced
     if not items:
-        raise UserError("--source: there is no image in it any more; choose another --out")
+        raise UserError("--source: no image is left in it; choose another --out")
     if changes:
-        log.say(f"  {task.title}: {changes.words()}")
+        log.say(f"  {task.title}: {changes.describe()}")
         _say_passed(task)
     elif changes.touched:
-        log.say(f"  {task.title}: files were touched, but hold what they held: {changes.touched}")
-    update.begin(task.out, changes.edits, listing | {"items": items, "shards": fresh.shards, "source": stamp})
+        log.say(f"  {task.title}: files were touched, but their content is unchanged: {changes.touched}")
+    update.begin(task.out, changes.edits,
+                 listing | {"items": items, "shards": new_shards.shards, "source": stamp})
     update.finish(task.out, task.table)
 
 
 class _NewShards:
-    """Lists images behind the shards that are there, from which on they count once the listing says so."""
+    """Writer of listings of new shards after the existing ones; they take effect with `listing.json`."""
 
     def __init__(self, plan: Plan, size: int, *, write: bool):
         self._folder, self._size, self._write = plan.folder, size, write
@@ -102,7 +103,7 @@ class _NewShards:
             self._remove_unfinished()
 
     def _remove_unfinished(self) -> None:
-        """Of an update that was interrupted before it was decided on."""
+        """Removes listings of an update that was interrupted before it took effect."""
         for path in sorted(self._folder.glob("listing-*.parquet")):
             if path >= listing_path(self._folder, self.shards):
                 path.unlink()
@@ -116,7 +117,7 @@ class _NewShards:
                 self.flush()
 
     def flush(self) -> None:
-        """Writes the last shard."""
+        """Writes the last, incomplete shard."""
         if self._waiting:
             table = map(rows.listing_row, self._waiting)
             rows.write(listing_path(self._folder, self.shards), table, rows.LISTING)
@@ -124,29 +125,30 @@ class _NewShards:
 
 
 def _require_same_source(task: Assignment, listing: dict, stamp: dict) -> None:
-    """Refuses another source, another size of shards, and changes of a source whose images have no marks.
+    """Rejects another source, another shard size, and changes of a source whose images have no marks.
 
     Raises:
         UserError: names the difference.
     """
-    theirs, ours = listing["source"], stamp
+    recorded, current = listing["source"], stamp
     if listing.get("marks"):
-        # A longer row of archives is the same corpus, grown.
+        # A longer list of archives is the same corpus, grown.
         names = ("kind", "root", "folders") if stamp["kind"] == "tars" else ("kind", "path", "root")
-        theirs, ours = ({name: one.get(name) for name in names} for one in (theirs, ours))
+        recorded, current = ({name: side.get(name) for name in names} for side in (recorded, current))
     else:
-        ours = {name: ours[name] for name in ours if name in theirs or theirs.get("kind") != ours["kind"]}
-    fingerprint.require_same(task.out, {"source": theirs, "shard_size": listing["asked"]},
-                             {"source": ours, "shard_size": task.config.shard_size})
+        current = {name: value for name, value in current.items()
+                   if name in recorded or recorded.get("kind") != current["kind"]}
+    fingerprint.require_same(task.out, {"source": recorded, "shard_size": listing["asked"]},
+                             {"source": current, "shard_size": task.config.shard_size})
 
 
-def _is_same(theirs: dict, ours: dict) -> bool:
-    """Whether a corpus is as it was; versions before told less of it."""
-    return all(ours.get(name) == value for name, value in theirs.items())
+def _is_same(recorded: dict, current: dict) -> bool:
+    """True if a corpus is unchanged; earlier versions recorded fewer fields."""
+    return all(current.get(name) == value for name, value in recorded.items())
 
 
 def _has_marks(stamp: dict) -> bool:
-    """Whether the images of such a source can be told from themselves after a change."""
+    """True if changes of single images can be detected in this kind of source."""
     return stamp["kind"] != "samples"
 
 

@@ -1,4 +1,4 @@
-"""The masks of a labelling on the disk, wherever `stpp label --output` put them."""
+"""Reader of a labelling's masks, from PNG files or tar archives (`stpp label --output`)."""
 
 import io
 from pathlib import Path
@@ -13,16 +13,16 @@ from stpp.images.image_file import DECODE_ERRORS
 
 
 class MaskPlace(NamedTuple):
-    """Where the PNG of a mask lies."""
+    """Location of a mask's PNG."""
 
     file: str
     offset: int
     bytes: int
-    """-1: the file is the PNG."""
+    """Bytes of the PNG; -1: the whole file."""
 
 
 class MaskFiles:
-    """The masks of one shard.
+    """Index of the masks of one shard.
 
     Args:
         labels: folder of the labelling.
@@ -38,14 +38,14 @@ class MaskFiles:
         self._archive = str(archive) if archive.exists() else None
         self._members: dict[str, tuple[int, int]] = {}
         if self._archive is not None:
-            self._members = {one.name: (one.offset, one.bytes) for one in tars.members(self._archive)
-                             if one.problem is None}
+            self._members = {member.name: (member.offset, member.bytes)
+                             for member in tars.members(self._archive) if member.problem is None}
 
     def place(self, key: str) -> MaskPlace:
-        """Where a mask lies.
+        """Locates a mask.
 
         Raises:
-            KeyError: there is none, or its name leads outside.
+            KeyError: there is no such mask, or its name leads out of the folder.
         """
         if self._archive is not None:
             return MaskPlace(self._archive, *self._members[f"{key}.png"])
@@ -56,10 +56,10 @@ class MaskFiles:
 
 
 def read(place: MaskPlace) -> np.ndarray:
-    """The class ids of a mask, uint8 [H, W].
+    """Reads the class ids of a mask, uint8 [H, W].
 
     Raises:
-        UserError: it cannot be read; names the file.
+        UserError: the mask cannot be read; names the file.
     """
     try:
         data = storage.read(place.file, place.offset, place.bytes)

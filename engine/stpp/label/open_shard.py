@@ -1,4 +1,4 @@
-"""What is computed of images, and what is kept of it: a shard's masks, its rows, and at last its marker."""
+"""Interface of the per-image work, and the open shard that stores its results: masks, rows, then a marker."""
 
 import os
 from collections import deque
@@ -21,54 +21,53 @@ from stpp.label.shards import Markers, marker_of
 from stpp.label.sinks import Sink, StoredMask
 
 QUEUE = 64
-"""Masks of a shard that wait to be stored, at most."""
+"""Maximum masks of a shard that wait to be stored."""
 
 
 class Job(Protocol):
-    """Work on every image of a corpus."""
+    """Work that is done for every image of a corpus."""
 
     teacher: str
     """Identity of the network or networks."""
     networks: Sequence[Predictor]
-    """What computes."""
+    """Networks that compute the result."""
     settings: dict
-    """What decides the result, for the fingerprint: JSON values."""
+    """Settings that determine the result, for the fingerprint: JSON values."""
     classes: Sequence[str]
-    """Names of the class ids in masks, for those who read them; empty where they are not known."""
+    """Names of the class ids in the masks, recorded for readers; empty if unknown."""
 
-    def prepare(self, task: Assignment, plan: Plan, here: World) -> None:
-        """Finds out what must be known before the first shard, and keeps it below `task.out`; one rank does
-        it, in every call."""
+    def prepare(self, task: Assignment, plan: Plan, world: World) -> None:
+        """Computes and writes, below `task.out`, what all shards need; called on one rank, in every run."""
         ...
 
     def prepared(self, out: Path) -> "Job":
-        """The job with what was found out."""
+        """Returns the job with the results of `prepare`."""
         ...
 
     def compute(self, batch: batches.Decoded) -> Callable[[], list[Any]]:
         """Queues the work on a batch.
 
         Returns:
-            What waits for it, and returns what becomes of each image that is no blank (None for a blank), on
-            the CPU. It holds no memory of the device.
+            A function that waits for the work and returns, on the CPU, the result of each image (None for an
+            image that could not be read). It holds no device memory.
         """
         ...
 
     def sink(self, out: Path, shard: int, clock: Clock) -> Sink | None:
-        """Where the masks of a shard go, if there are masks."""
+        """Returns the sink of a shard's masks; None if the job writes none."""
         ...
 
-    def row(self, one: Planned, result: Any, stored: StoredMask | None) -> dict:
-        """The row of a good image."""
+    def row(self, planned: Planned, result: Any, stored: StoredMask | None) -> dict:
+        """Returns the row of a good image."""
         ...
 
 
 class OpenShard:
-    """A shard that images are added to; it is done when its marker is written.
+    """Shard to which results are added; it is done when its marker is written.
 
     Args:
-        planned: all its images.
-        pool: stores masks.
+        planned: all images of the shard.
+        pool: threads that store masks.
     """
 
     def __init__(self, shard: int, planned: list[Planned], task: Assignment, job: Job,
@@ -77,34 +76,35 @@ class OpenShard:
         self._sink: Sink | None = job.sink(task.out, shard, clock)
         self._rows: dict[int, dict] = {}
         self._waiting: deque[tuple[Planned, int | None, Any, Future | None]] = deque()
-        self._fresh_bad, self._closed = 0, False
-        self._never = [one for one in planned if one.batch < 0]
-        self.unplanned = len(self._never)
+        self._new_bad, self._closed = 0, False
+        self._unbatched = [image for image in planned if image.batch < 0]
+        self.unplanned = len(self._unbatched)
 
     def add(self, planned: list[Planned], errors: dict[int, str], hashes: list[int | None],
             results: list) -> None:
-        """Takes what a batch ended with; waits while too many masks wait to be stored."""
-        for i, (one, found, result) in enumerate(zip(planned, hashes, results, strict=True)):
+        """Adds the results of a batch; blocks while too many masks wait to be stored."""
+        for i, (image, image_hash, result) in enumerate(zip(planned, hashes, results, strict=True)):
             error = errors.get(i, result if isinstance(result, str) else None)
             if error is not None:
-                self._bad(one, found, error)
-                self._fresh_bad += 1
+                self._bad(image, image_hash, error)
+                self._new_bad += 1
                 continue
-            stored = self._pool.submit(self._sink.store, one.item.key, result.mask_HW) if self._sink else None
-            self._waiting.append((one, found, result, stored))
+            stored = self._pool.submit(self._sink.store, image.item.key,
+                                       result.mask_HW) if self._sink else None
+            self._waiting.append((image, image_hash, result, stored))
         self._drain(QUEUE)
 
     def take_bad(self) -> int:
-        """Bad images since it was last asked."""
-        fresh, self._fresh_bad = self._fresh_bad, 0
-        return fresh
+        """Returns the number of bad images since the last call."""
+        new, self._new_bad = self._new_bad, 0
+        return new
 
     def close(self, markers: Markers) -> None:
-        """Writes the rows, makes everything last, then writes the marker."""
+        """Writes the rows, syncs everything to the disk, then writes the marker."""
         try:
             self._drain(0)
-            for one in self._never:
-                self._bad(one, _hash_of(one), one.error)
+            for image in self._unbatched:
+                self._bad(image, _hash_of(image), image.error)
             self._commit(markers)
         except BaseException:
             self.abandon()
@@ -121,31 +121,31 @@ class OpenShard:
             with files.atomic(part) as file:
                 file.write(data)
             if self._sink and hasattr(os, "sync"):
-                os.sync()  # the masks were plain writes; the marker says that they are there
+                os.sync()  # the masks were plain writes, and the marker promises them
             markers.write(self.shard, marker_of(table, part.name, data, archives))
 
     def abandon(self) -> None:
-        """Removes what a shard that is not closed leaves behind; nothing after `close`."""
+        """Removes temporary files of a shard that is not closed; does nothing after `close`."""
         if self._sink and not self._closed:
             self._sink.abandon()
 
-    def _bad(self, one: Planned, found: int | None, error: str) -> None:
-        self._rows[one.position] = rows.bad(one, error, self._job.teacher) | {"image_hash": found}
+    def _bad(self, image: Planned, image_hash: int | None, error: str) -> None:
+        self._rows[image.position] = rows.bad(image, error, self._job.teacher) | {"image_hash": image_hash}
 
     def _drain(self, leave: int) -> None:
         while len(self._waiting) > leave:
-            one, found, result, future = self._waiting.popleft()
+            image, image_hash, result, future = self._waiting.popleft()
             stored = future.result() if future is not None else None
             if stored is not None:
-                self._sink.take(one.item.key, stored)
-            self._rows[one.position] = self._job.row(one, result, stored) | {"image_hash": found}
+                self._sink.take(image.item.key, stored)
+            self._rows[image.position] = self._job.row(image, result, stored) | {"image_hash": image_hash}
 
 
-def _hash_of(one: Planned) -> int | None:
-    """Of an image that is in no batch: it tells later whether the file was replaced."""
-    if one.item.error is not None:
-        return None  # its name is what is wrong, whatever it holds
+def _hash_of(image: Planned) -> int | None:
+    """Hashes an image that is in no batch, so that a later update detects a replaced file."""
+    if image.item.error is not None:
+        return None  # the name is the error, whatever the content
     try:
-        return content_hash(one.item.read())
+        return content_hash(image.item.read())
     except OSError:
         return None

@@ -1,7 +1,7 @@
-"""The plan of a labelling: which images make a shard, and which of them go through the network together.
+"""Plan of a labelling: the images of each shard, and their batches.
 
 The listing of a shard is written when the run begins, in the order of the source; its part of the plan
-(sizes, batches) by whoever labels it first. Both are kept, so a shard is always computed in the same batches.
+(sizes, batches) by the first process that labels it. Both are kept, so a shard always has the same batches.
 """
 
 from concurrent.futures import Executor
@@ -16,12 +16,12 @@ from stpp.images.sources import Item, Source
 from stpp.label import rows
 
 SMALLEST_SHARD, LARGEST_SHARD, SHARDS_OF_FEW = 16, 1000, 32
-"""A shard of unknown size holds a 32nd of the corpus, from 16 (fewer, to be equal) to 1000 images."""
+"""Default shard size: a 32nd of the corpus, from 16 (fewer for equal shards) to 1000 images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The shards of a run."""
+    """Shards of a run."""
 
     folder: Path
     items: int
@@ -29,12 +29,11 @@ class Plan:
     cut: Cut
 
     def listed(self, shard: int) -> list[Item]:
-        """The items of a shard in the order of the source."""
+        """Reads the items of a shard, in the order of the source."""
         return [Item(**row) for row in rows.read(listing_path(self.folder, shard))]
 
     def planned(self, shard: int, pool: Executor) -> list[Planned]:
-        """The items of a shard in the order that they are labelled; batches are neighbours. Read, or made and
-        kept."""
+        """Reads, or makes and writes, the plan of a shard: items in labelling order, batch after batch."""
         path = part_path(self.folder, shard)
         if not path.exists():
             planned = cut_batches(list(pool.map(lambda item: examine(item, self.cut), self.listed(shard))),
@@ -44,14 +43,15 @@ class Plan:
         try:
             return [_planned(row) for row in rows.read(path)]
         except (KeyError, TypeError) as error:
-            raise UserError(f"{path}: not a part of a plan ({error}); remove it, it is made again") from None
+            raise UserError(f"{path}: not a part of a plan ({error}); remove it to have it made "
+                            "again") from None
 
 
 def make(source: Source, folder: Path, *, shard_size: int) -> dict:
-    """Lists a corpus into `folder`, a Parquet file a shard.
+    """Lists a corpus into `folder`, one Parquet file per shard.
 
     Args:
-        shard_size: images of a shard; 0: chosen by their number.
+        shard_size: images per shard; 0: chosen by the size of the corpus.
 
     Returns:
         `{"items", "shards", "shard_size"}`.
@@ -79,7 +79,7 @@ def make(source: Source, folder: Path, *, shard_size: int) -> dict:
                 flush(enough - chosen)
         if not shard_size and not shards:
             chosen = min(max(-(-items // SHARDS_OF_FEW), SMALLEST_SHARD), LARGEST_SHARD)
-            chosen = max(1, -(-items // -(-items // chosen))) if items else 1  # of equal size
+            chosen = max(1, -(-items // -(-items // chosen))) if items else 1  # shards of equal size
         flush(0)
         repeated = keys.repeated()
     if repeated:
@@ -87,34 +87,34 @@ def make(source: Source, folder: Path, *, shard_size: int) -> dict:
         items, source.passed.repeated = items - dropped, dropped
     if not items:
         passed = source.passed.line()
-        raise UserError(f"--source: there is no image in it{f' ({passed})' if passed else ''}")
+        raise UserError(f"--source: contains no image{f' ({passed})' if passed else ''}")
     return {"items": items, "shards": shards, "shard_size": chosen}
 
 
-def collision(key: str, one: str, other: str, count: int) -> UserError:
-    """The refusal of two images that would have the same mask."""
-    if one == other:
-        return UserError(f"--source: {one} is there twice ({count} such names); write the archive anew "
+def collision(key: str, first: str, second: str, count: int) -> UserError:
+    """Makes the error about two images that would have the same mask."""
+    if first == second:
+        return UserError(f"--source: contains {first} twice ({count} repeated names); rewrite the archive "
                          "without repetitions")
-    return UserError(f"--source: {one} and {other} would both be labelled as {key}.png ({count} such names); "
-                     "rename one, or label them into two --out (for archives: --tar-folders)")
+    return UserError(f"--source: {first} and {second} would both be labelled as {key}.png ({count} such "
+                     "names); rename one, or label them into two --out (for archives: --tar-folders)")
 
 
 def _drop_repeated(folder: Path, shards: int, repeated: set[bytes]) -> int:
-    """Takes images that are listed a second time out of the listing, as from a list with repeated lines.
+    """Removes repeated images from the listing, for example of a list with repeated lines.
 
     Returns:
-        Their number.
+        Number of images removed.
 
     Raises:
-        UserError: other images than those have the same key.
+        UserError: two different images have the same key.
     """
-    seen: dict[str, dict] = {}
+    first_rows: dict[str, dict] = {}
     dropped = 0
     for shard in range(shards):
         listed, kept = rows.read(listing_path(folder, shard)), []
         for row in listed:
-            first = seen.setdefault(row["key"], row) if is_among(row["key"], repeated) else row
+            first = first_rows.setdefault(row["key"], row) if is_among(row["key"], repeated) else row
             if any(first[name] != row[name] for name in ("source", "file", "offset")):
                 raise collision(row["key"], first["source"], row["source"], len(repeated))
             if first is row:
@@ -126,22 +126,23 @@ def _drop_repeated(folder: Path, shards: int, repeated: set[bytes]) -> int:
 
 
 def listing_path(folder: Path, shard: int) -> Path:
-    """The items of a shard, below `plan/`."""
+    """Path of a shard's listing, below `plan/`."""
     return folder / f"listing-{shard:06d}.parquet"
 
 
 def part_path(folder: Path, shard: int) -> Path:
-    """The plan of a shard, below `plan/`."""
+    """Path of a shard's plan, below `plan/`."""
     return folder / f"part-{shard:06d}.parquet"
 
 
-def _row(one: Planned) -> dict:
-    found = one.reading._asdict() if one.reading else dict.fromkeys(Reading._fields)
-    place = {name: getattr(one.item, name) for name in rows.PLACE}
-    return {"position": one.position, **place, **found, "batch": one.batch, "error": one.error}
+def _row(image: Planned) -> dict:
+    reading = image.reading._asdict() if image.reading else dict.fromkeys(Reading._fields)
+    place = {name: getattr(image.item, name) for name in rows.PLACE}
+    return {"position": image.position, **place, **reading, "batch": image.batch, "error": image.error}
 
 
 def _planned(row: dict) -> Planned:
-    found = None if row["width"] is None else Reading(*(row[name] for name in Reading._fields))
+    reading = None if row["width"] is None else Reading(*(row[name] for name in Reading._fields))
     item = Item(**{name: row[name] for name in rows.PLACE if name != "error"})
-    return Planned(item=item, position=row["position"], reading=found, batch=row["batch"], error=row["error"])
+    return Planned(item=item, position=row["position"], reading=reading, batch=row["batch"],
+                   error=row["error"])

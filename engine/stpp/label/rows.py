@@ -1,4 +1,4 @@
-"""Tables of a labelling: their columns, and the rows of images."""
+"""Tables of a labelling: columns, and rows of images."""
 
 import zlib
 from collections.abc import Iterator
@@ -12,58 +12,58 @@ from stpp.parquet import write as write
 
 PLACE = {"key": "string", "source": "string", "file": "string", "offset": "int64", "bytes": "int64",
          "error": "string"}
-"""Columns of an item: where its bytes lie."""
+"""Columns of an item's location."""
 LISTING = {**PLACE, "mark": "string"}
-"""Columns of `plan/listing-*.parquet`: the items of a shard as the source yields them."""
+"""Columns of `plan/listing-*.parquet`: the items of a shard in the order of the source."""
 PLAN = {"position": "int64", **PLACE, "width": "int32", "height": "int32", "orientation": "int8",
         "plain": "bool", "format": "string", "colours": "string", "alpha": "bool", "bits": "int8",
         "batch": "int32"}
-"""Columns of `plan/part-*.parquet`: the items of a shard in the order that they are labelled."""
+"""Columns of `plan/part-*.parquet`: the items of a shard in labelling order."""
 EDITS = {"shard": "int32", "dropped": "bool", **LISTING}
-"""Columns of `plan/update.parquet`: items that a shard loses, or whose place changed."""
+"""Columns of `plan/update.parquet`: items removed from a shard, or with a new place."""
 _IMAGE = {"key": "string", "source": "string", "status": "string", "error": "string", "width": "int32",
           "height": "int32"}
 LABELS = {**_IMAGE, "mean_confidence": "float64", "ignored_fraction": "float64",
           "class_pixels": "list<int64>", "confidence_map": "binary", "size": "int64", "crc": "int64",
           "teacher": "string", "image_hash": "int64"}
-"""Columns of `labels/part-*.parquet` and `failed.parquet`; `image_hash` is `content_hash` of the image."""
+"""Columns of `labels/part-*.parquet` and `failed.parquet`; `image_hash` is the image's `content_hash`."""
 SCORES = {**_IMAGE, "reliability": "float64", "class_pixels": "list<int64>", "teacher": "string",
           "image_hash": "int64"}
-"""Columns of `scores/part-*.parquet`; `class_pixels` where images are chosen by class."""
+"""Columns of `scores/part-*.parquet`; `class_pixels` only for a selection by class."""
 RELIABILITY = {"key": "string", "reliability": "float64", "reliable": "bool"}
 """Columns of `reliability.parquet`."""
 TABLES = {"labels": LABELS, "scores": SCORES}
-"""Columns of a labelling's table, by the folder of its parts."""
+"""Columns of the result table, by the folder of its parts."""
 
 
 def listing_row(item: Item) -> dict:
-    """The row of an item in a listing."""
+    """Makes the row of an item in a listing."""
     return {name: getattr(item, name) for name in LISTING}
 
 
 def part(out: Path, table: str, shard: int) -> Path:
-    """The file of a shard's rows."""
+    """Path of a shard's rows."""
     return out / table / f"part-{shard:06d}.parquet"
 
 
 def read_parts(folder: Path) -> Iterator[dict]:
-    """The rows of `part-*.parquet` in a folder, part after part."""
+    """Yields the rows of `part-*.parquet` in a folder, part after part."""
     for path in sorted(folder.glob("part-*.parquet")):
         yield from read(path)
 
 
-def good(one: Planned, teacher: str) -> dict:
-    """The beginning of the row of an image that was labelled."""
-    return {"key": one.item.key, "source": one.item.source, "status": "ok", "error": None,
-            "width": one.reading and one.reading.width, "height": one.reading and one.reading.height,
-            "teacher": teacher}
+def good(image: Planned, teacher: str) -> dict:
+    """Makes the common columns of a labelled image's row."""
+    reading = image.reading
+    return {"key": image.item.key, "source": image.item.source, "status": "ok", "error": None,
+            "width": reading and reading.width, "height": reading and reading.height, "teacher": teacher}
 
 
-def bad(one: Planned, error: str, teacher: str) -> dict:
-    """The row of an image that could not be labelled."""
-    return good(one, teacher) | {"status": "bad", "error": error}
+def bad(image: Planned, error: str, teacher: str) -> dict:
+    """Makes the row of an image that could not be labelled."""
+    return good(image, teacher) | {"status": "bad", "error": error}
 
 
 def checksum(data: bytes, before: int = 0) -> int:
-    """CRC-32, as the tables hold it; of bytes that follow others, if `before` is theirs."""
+    """Computes the CRC-32 used in the tables; `before` is the checksum of preceding bytes."""
     return zlib.crc32(data, before)

@@ -1,4 +1,4 @@
-"""A whole run over a corpus: plan, work of all ranks, and the tables at the end."""
+"""Labelling run over a corpus: plan, work of all ranks, and final tables."""
 
 import contextlib
 import dataclasses
@@ -19,79 +19,79 @@ from stpp.label import listing as listings
 from stpp.label.assignment import Assignment
 from stpp.label.open_shard import Job
 from stpp.label.plan import Plan
-from stpp.label.shards import PATIENCE_S, Board, Ledger, Markers
+from stpp.label.shards import PATIENCE_S, Ledger, Markers, RankStore
 from stpp.label.worker import Worker
 
 _LAST_WORDS_S = 3.0
-"""How long rank 0 waits for the other ranks' times, which are only shown."""
+"""Maximum wait of rank 0 for the other ranks' times, which are only displayed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What a run ended with."""
+    """Result of a run."""
 
     images: int
-    """Of the shards that are done."""
+    """Images of finished shards."""
     bad: int
     class_pixels: list[int]
     pixels: int
-    """Of the good images."""
+    """Pixels of the good images."""
     mean: float | None
-    """Mean over the good images of their mean confidence, or of their reliability."""
+    """Mean confidence, or mean reliability, over the good images."""
     shards_left: int
-    """Shards that are not done: of other parts, or all where the source was only listed."""
+    """Unfinished shards: of other parts, or all after `list_only`."""
     listed: int = 0
     """Images of the corpus."""
     labelled: int = 0
-    """Images that this call labelled, over all ranks."""
+    """Images labelled by this call, summed over ranks."""
     wall_s: float = 0.0
-    """Of this call."""
+    """Wall time of this call."""
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Time by part (`clock.PARTS`), added over ranks and threads."""
+    """Time by part (`clock.PARTS`), summed over ranks and threads."""
     redone: tuple[str, ...] = ()
-    """What was found damaged and done again."""
+    """Descriptions of damaged shards that were labelled again."""
 
 
-def execute(task: Assignment, open_job: Callable[[int], Job], here: World, *,
+def execute(task: Assignment, open_job: Callable[[int], Job], world: World, *,
             conclude: Callable[[], None] | None = None) -> Summary:
-    """Does what is left of the work on all ranks that call this, until every shard of the part is done.
+    """Labels the remaining shards of the part on all ranks that call this, until all are done.
 
     Args:
-        open_job: makes the networks ready for so many images; every rank calls it once.
-        conclude: called once when every shard is done, to write what is made of all of them.
+        open_job: makes the networks ready for a number of images; every rank calls it once.
+        conclude: called once when every shard is done, to write files about the whole corpus.
 
     Raises:
-        UserError: the source, the settings or the output do not allow it.
+        UserError: the source, the settings or the output are invalid.
         OSError: the output cannot be written.
     """
-    started, board = time.monotonic(), Board.of_this_call(here)
-    _on_first(here, board, "listed", lambda: listings.ensure(task))
+    started, rank_store = time.monotonic(), RankStore.for_call(world)
+    _on_first(world, rank_store, "listed", lambda: listings.ensure(task))
     listing = listings.read(task.out)
     if listing is None:
-        raise UserError(f"{task.out}/plan is not there; is --out on a file system that every machine sees?")
+        raise UserError(f"{task.out}/plan is missing; put --out on a file system that every machine sees")
     plan = Plan(folder=task.out / "plan", items=listing["items"], shards=listing["shards"], cut=task.cut)
     markers = Markers(task.out)
     if task.list_only:
         return dataclasses.replace(_total(plan, markers), wall_s=time.monotonic() - started)
-    threads = _agreed_threads(task.out, here, board)
+    threads = _agreed_threads(task.out, world, rank_store)
     with _threads(threads):
         job = open_job(plan.items)
-        kind = fingerprint.device_kind(here.device)
-        _on_first(here, board, "claimed", lambda: _claim(task, job, listing, kind, threads))
-        _require_kind(task.out, here, kind)
-        if not here.is_main:  # one that reads another checkpoint or lacks DALI would mix its masks in
+        kind = fingerprint.device_kind(world.device)
+        _on_first(world, rank_store, "claimed", lambda: _claim(task, job, listing, kind, threads))
+        _require_kind(task.out, world, kind)
+        if not world.is_main:  # a rank with another checkpoint or without DALI would write other masks
             _claim(task, job, listing, kind, threads)
-        _on_first(here, board, "prepared", lambda: job.prepare(task, plan, here))
+        _on_first(world, rank_store, "prepared", lambda: job.prepare(task, plan, world))
         job = job.prepared(task.out)
-        ledger = Ledger(here, board, shards=plan.shards, part=task.part, done=markers.done)
-        worker = Worker(task, job, plan, here, ledger)
+        ledger = Ledger(world, rank_store, shards=plan.shards, part=task.part, done=markers.done)
+        worker = Worker(task, job, plan, world, ledger)
         worker.run()
-        _keep_agreements(task.out, job, here)
-    labelled, seconds, redone = _gathered(here, board, worker)
+        _keep_agreements(task.out, job, world)
+    labelled, seconds, redone = _gathered(world, rank_store, worker)
     for text in redone:
         log.say(f"  damaged, labelled again: {text}")
     if all(map(markers.done, range(plan.shards))):
-        _once(board, lambda: _conclude(task, plan, markers, conclude))
+        _once(rank_store, lambda: _conclude(task, plan, markers, conclude))
         total = Summary(**json.loads((task.out / "summary.json").read_text(encoding="utf-8")), shards_left=0,
                         listed=plan.items)
     else:
@@ -100,55 +100,55 @@ def execute(task: Assignment, open_job: Callable[[int], Job], here: World, *,
                                redone=redone)
 
 
-def _agreed_threads(out: Path, here: World, board: Board | None) -> int:
-    """Threads that compute: those that the run was begun with, because another number of ranks must not
-    change the result."""
-    found = []
+def _agreed_threads(out: Path, world: World, rank_store: RankStore | None) -> int:
+    """Number of compute threads: that of the run's first call, because the number of ranks must not change
+    the result."""
+    decided = []
 
     def decide() -> None:
         existing = fingerprint.read(out)
-        found.append(existing["fingerprint"]["threads"] if existing else torch.get_num_threads())
-        if board is not None:
-            board.set("threads", str(found[0]))
+        decided.append(existing["fingerprint"]["threads"] if existing else torch.get_num_threads())
+        if rank_store is not None:
+            rank_store.set("threads", str(decided[0]))
 
-    _on_first(here, board, "agreed", decide)
-    return found[0] if found else int(board.get("threads"))
+    _on_first(world, rank_store, "agreed", decide)
+    return decided[0] if decided else int(rank_store.get("threads"))
 
 
 def _claim(task: Assignment, job: Job, listing: dict, kind: str, threads: int) -> None:
-    """Takes the output for this run, or checks that it is this run's."""
+    """Claims the output for this run, or checks that this run began it."""
     existing = fingerprint.read(task.out)
-    ours = {"source": listing["source"], **job.settings, "cut": dataclasses.asdict(task.cut),
-            "shard_size": listing["shard_size"], "decoder": task.decoder, "device_kind": kind,
-            "threads": threads}
-    ours = json.loads(json.dumps(ours))
+    current = {"source": listing["source"], **job.settings, "cut": dataclasses.asdict(task.cut),
+               "shard_size": listing["shard_size"], "decoder": task.decoder, "device_kind": kind,
+               "threads": threads}
+    current = json.loads(json.dumps(current))
     if existing:
-        # The source may have grown since: `listing.ensure` judges it.
-        fingerprint.require_same(task.out, existing["fingerprint"] | {"source": ours["source"]}, ours)
+        # The source may have grown since: `listing.ensure` checks it.
+        fingerprint.require_same(task.out, existing["fingerprint"] | {"source": current["source"]}, current)
     else:
-        fingerprint.write(task.out, ours, {"items": listing["items"], "shards": listing["shards"]},
+        fingerprint.write(task.out, current, {"items": listing["items"], "shards": listing["shards"]},
                           job.classes)
 
 
-def _require_kind(out: Path, here: World, kind: str) -> None:
-    """Refuses a rank on another kind of device than that of the run."""
-    found = fingerprint.read(out)["fingerprint"]["device_kind"]
-    if found != kind:
-        raise UserError(f"--out {out}: the run began on {found}, but rank {here.rank} has {kind}; label on "
-                        "devices of one kind")
+def _require_kind(out: Path, world: World, kind: str) -> None:
+    """Rejects a rank on another kind of device than that of the run."""
+    recorded = fingerprint.read(out)["fingerprint"]["device_kind"]
+    if recorded != kind:
+        raise UserError(f"--out {out}: the run began on {recorded}, but rank {world.rank} has {kind}; label "
+                        "on devices of one kind")
 
 
-def _keep_agreements(out: Path, job: Job, here: World) -> None:
-    """Writes how engines agreed with eager on the first images of this rank, if any were judged in this
-    call."""
-    found = [getattr(network, "agreement", None) for network in job.networks]
-    if any(found):
-        files.write_json(out / f"agreement-rank{here.rank}.json", {
-            "teacher": job.teacher, "engines": [one and dataclasses.asdict(one) for one in found]})
+def _keep_agreements(out: Path, job: Job, world: World) -> None:
+    """Writes the agreement of engines with eager on this rank's first images, if measured in this call."""
+    agreements = [getattr(network, "agreement", None) for network in job.networks]
+    if any(agreements):
+        files.write_json(out / f"agreement-rank{world.rank}.json", {
+            "teacher": job.teacher,
+            "engines": [agreement and dataclasses.asdict(agreement) for agreement in agreements]})
 
 
 def _conclude(task: Assignment, plan: Plan, markers: Markers, conclude: Callable[[], None] | None) -> None:
-    """Writes the tables that speak of the whole corpus; their bytes depend on the shards alone."""
+    """Writes the tables about the whole corpus; their bytes depend on the shards alone."""
     def failed() -> Iterator[dict]:
         for shard in range(plan.shards):
             marker = markers.read(shard)
@@ -181,47 +181,47 @@ def _total(plan: Plan, markers: Markers) -> Summary:
                    listed=plan.items, mean=confidence / (images - bad) if images > bad else None)
 
 
-def _on_first(here: World, board: Board | None, name: str, action: Callable[[], None]) -> None:
-    """Rank 0 acts while the others wait, for as long as it takes; if it fails, only it says why.
+def _on_first(world: World, rank_store: RankStore | None, name: str, action: Callable[[], None]) -> None:
+    """Runs `action` on rank 0 while the others wait, without a timeout; only rank 0 reports a failure.
 
     Raises:
-        SystemExit: with code 2, on the other ranks, when rank 0 failed.
+        SystemExit: with code 2, on the other ranks, if rank 0 failed.
     """
-    if board is None:
+    if rank_store is None:
         action()
-    elif here.is_main:
+    elif world.is_main:
         try:
             action()
         except BaseException:
-            board.set(name, "failed")
+            rank_store.set(name, "failed")
             raise
-        board.set(name, "done")
-    elif board.wait(name) == "failed":
+        rank_store.set(name, "done")
+    elif rank_store.wait(name) == "failed":
         raise SystemExit(2)
 
 
-def _once(board: Board | None, action: Callable[[], None]) -> None:
-    """One rank acts, the others wait for it; not for long, because it may be stopped, and acting twice does
-    no harm."""
-    if board is None or board.add("conclude", 1) == 1:
+def _once(rank_store: RankStore | None, action: Callable[[], None]) -> None:
+    """Runs `action` on one rank while the others wait. As that rank may have stopped, the wait is limited;
+    running `action` twice is harmless."""
+    if rank_store is None or rank_store.add("conclude", 1) == 1:
         action()
-        if board is not None:
-            board.set("concluded", "done")
-    elif board.wait("concluded", PATIENCE_S) is None:
+        if rank_store is not None:
+            rank_store.set("concluded", "done")
+    elif rank_store.wait("concluded", PATIENCE_S) is None:
         action()
 
 
-def _gathered(here: World, board: Board | None,
+def _gathered(world: World, rank_store: RankStore | None,
               worker: Worker) -> tuple[int, dict[str, float], tuple[str, ...]]:
-    """Images labelled, time by part and damage found by all ranks; on ranks but the first, and of a stopped
-    one, what is known."""
-    if board is None:
+    """Images labelled, time by part and damage of all ranks; on rank 0 complete except for stopped ranks, on
+    others what is known."""
+    if rank_store is None:
         return worker.images, worker.clock.seconds, tuple(worker.redone)
-    board.set(f"last/{here.rank}", json.dumps([worker.images, worker.clock.seconds, worker.redone]))
-    end = time.monotonic() + (_LAST_WORDS_S if here.is_main else 0)
+    rank_store.set(f"last/{world.rank}", json.dumps([worker.images, worker.clock.seconds, worker.redone]))
+    end = time.monotonic() + (_LAST_WORDS_S if world.is_main else 0)
     images, seconds, redone = 0, dict.fromkeys(PARTS, 0.0), []
-    for rank in range(here.size):
-        text = board.wait(f"last/{rank}", max(end - time.monotonic(), 0))
+    for rank in range(world.size):
+        text = rank_store.wait(f"last/{rank}", max(end - time.monotonic(), 0))
         if text is not None:
             more, parts, damaged = json.loads(text)
             images, redone = images + more, redone + damaged
@@ -231,7 +231,7 @@ def _gathered(here: World, board: Board | None,
 
 @contextlib.contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """Computes with so many threads inside the block."""
+    """Sets the number of compute threads inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -1,8 +1,8 @@
-"""Shards among ranks: a counter in torchrun's store, static parts without one, markers on disk as the truth.
+"""Distribution of shards to ranks: a counter in torchrun's store, or static parts; markers on disk decide.
 
-No collective is called while shards are labelled, so a rank that is slow, stopped or dead holds up no other.
-A shard is done when its marker exists. The counter only spares ranks from meeting: should two label the same
-shard, they write the same bytes, each file whole.
+No collective is called while shards are labelled, so a rank that is slow, stopped or dead blocks no other.
+A shard is done when its marker exists. The counter only avoids duplicate work: two ranks that label the same
+shard write the same bytes, each file whole.
 """
 
 import json
@@ -22,27 +22,26 @@ from stpp.errors import UserError
 from stpp.label import rows
 
 PATIENCE_S = 60.0
-"""A rank that finished no batch for so long, or four times as long as any of ours took, is taken for stopped:
-others label its shards."""
+"""Timeout after which a rank without a finished batch is taken for stopped, and others label its shards; at
+least four times this rank's longest batch."""
 POLL_S = 0.2
-TELL_S = 1.0
-"""How often a rank tells the others of its progress: the store serves many ranks, one request after the
-other."""
+PUBLISH_S = 1.0
+"""Interval at which a rank publishes its progress: the store serves all ranks, one request at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A static share of the shards: those whose number leaves `index` when divided by `count`."""
+    """Static share of the shards: numbers that are `index` modulo `count`."""
 
     index: int = 0
     count: int = 1
 
     @classmethod
     def parse(cls, text: str) -> "Part":
-        """From `i/n`, i from 1 to n.
+        """Parses `i/n`, i from 1 to n.
 
         Raises:
-            UserError: something else.
+            UserError: the text has another form.
         """
         number, _, count = text.partition("/")
         if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
@@ -51,38 +50,38 @@ class Part:
 
 
 WHOLE = Part()
-"""All of them."""
+"""Part that contains all shards."""
 
 
 class Markers:
-    """`shards/<number>.done.json`: what makes a shard done."""
+    """Markers of finished shards, `shards/<number>.done.json`."""
 
     def __init__(self, out: Path):
         self._out, self._folder = out, out / "shards"
 
     def done(self, shard: int) -> bool:
-        """Whether the shard has a marker."""
+        """Checks for the marker of a shard."""
         return os.path.exists(self._path(shard))
 
     def write(self, shard: int, content: dict) -> None:
-        """Makes the shard done. Everything that the marker speaks of must be on the disk."""
+        """Marks a shard as done; everything that the marker lists must be on the disk."""
         files.write_json(self._path(shard), content)
 
     def read(self, shard: int) -> dict:
-        """The content of a marker.
+        """Reads a marker.
 
         Raises:
-            UserError: damaged.
+            UserError: the marker is damaged.
         """
         path = self._path(shard)
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); remove it, the shard is labelled "
+            raise UserError(f"{path}: cannot be read ({error}); remove it to have the shard labelled "
                             "again") from None
 
     def remove(self, shard: int) -> None:
-        """Makes the shard undone, on the disk too."""
+        """Removes the marker of a shard, and syncs the folder."""
         self._path(shard).unlink(missing_ok=True)
         files.sync_folder(self._folder)
 
@@ -91,128 +90,126 @@ class Markers:
 
 
 class Ledger:
-    """The shards of a run as one rank sees them.
+    """Claims of shards by one rank, and its progress.
 
     Args:
-        board: of the ranks that share the work; None in a world of one.
+        store: shared by the ranks; None in a world of one.
         shards: number of shards of the plan.
-        done: whether a shard has its marker.
+        done: checks for the marker of a shard.
     """
 
-    def __init__(self, here: World, board: "Board | None", *, shards: int, part: Part,
+    def __init__(self, world: World, store: "RankStore | None", *, shards: int, part: Part,
                  done: Callable[[int], bool]):
-        self._here, self._store, self._done = here, board, done
+        self._world, self._store, self._done = world, store, done
         self._mine = range(part.index, shards, part.count)
         self._beat_s, self._longest_s = time.monotonic(), 0.0
-        self._told_s, self._totals, self._images, self._bad = 0.0, (0, 0), 0, 0
+        self._published_s, self._totals, self._images, self._bad = 0.0, (0, 0), 0, 0
 
     def claims(self) -> Iterator[int]:
-        """Shards for this rank, one by one, until all were given out; the caller asks which of them are
-        done."""
+        """Yields shards claimed by this rank until all are claimed; the caller skips finished ones."""
         taken = -1
         while True:
             taken = taken + 1 if self._store is None else self._store.add("next", 1) - 1
             if taken >= len(self._mine):
                 return
             if self._store is not None:
-                self._store.set(f"owner/{self._mine[taken]}", str(self._here.rank))
+                self._store.set(f"owner/{self._mine[taken]}", str(self._world.rank))
             yield self._mine[taken]
 
     def progress(self, images: int, bad: int) -> tuple[int, int]:
-        """Counts images of this rank, also none: a sign of life.
+        """Counts images of this rank, and renews its heartbeat.
 
         Returns:
-            Images and bad ones of all ranks, as they were a second ago; of one rank, its own.
+            (images, bad images) of all ranks, up to a second old.
         """
         self._images, self._bad = self._images + images, self._bad + bad
         now = time.monotonic()
         self._beat_s, self._longest_s = now, max(self._longest_s, now - self._beat_s)
         if self._store is None:
             return self._images, self._bad
-        if now - self._told_s >= TELL_S:
-            self._tell()
+        if now - self._published_s >= PUBLISH_S:
+            self._publish()
         return self._totals
 
-    def _tell(self) -> None:
-        """Adds what was counted since the last time to the counters of all ranks."""
-        self._told_s = time.monotonic()
-        self._store.add(f"beat/{self._here.rank}", 1)
+    def _publish(self) -> None:
+        """Adds the counts since the last call to the counters of all ranks."""
+        self._published_s = time.monotonic()
+        self._store.add(f"beat/{self._world.rank}", 1)
         self._totals = self._store.add("images", self._images), self._store.add("bad", self._bad)
         self._images = self._bad = 0
 
     def left_over(self) -> Iterator[int]:
-        """Shards that other ranks were given and do not finish; returns when every shard is done."""
+        """Yields shards that other ranks claimed and do not finish; returns when every shard is done."""
         if self._store is not None:
-            self._tell()
+            self._publish()
         missing = [shard for shard in self._mine if not self._done(shard)]
-        seen: dict[int, tuple[int, float]] = {}
+        beats: dict[int, tuple[int, float]] = {}
         tries, patience_s = 0, max(PATIENCE_S, 4 * self._longest_s)
         while missing:
             now = time.monotonic()
             for shard in missing:
                 owner = self._owner(shard)
-                beat = self._store.number(f"beat/{owner}") if self._store and owner >= 0 else -1
-                if shard not in seen or seen[shard][0] != beat:
-                    seen[shard] = (beat, now)
-            stopped = [shard for shard in missing if self._store is None or now - seen[shard][1] > patience_s]
+                beat = self._store.integer(f"beat/{owner}") if self._store and owner >= 0 else -1
+                if shard not in beats or beats[shard][0] != beat:
+                    beats[shard] = (beat, now)
+            stopped = [shard for shard in missing
+                       if self._store is None or now - beats[shard][1] > patience_s]
             for shard in stopped:
                 if self._store is None or self._store.add(f"again/{shard}/{tries}", 1) == 1:
                     if self._store is not None:
-                        self._store.set(f"owner/{shard}", str(self._here.rank))
+                        self._store.set(f"owner/{shard}", str(self._world.rank))
                     yield shard
                     break
             else:
-                if stopped:  # others took them: they too may stop
+                if stopped:  # other ranks took them, and may stop too
                     tries += 1
-                    seen = {shard: (value[0], now) for shard, value in seen.items()}
+                    beats = {shard: (value[0], now) for shard, value in beats.items()}
                 time.sleep(POLL_S)
             missing = [shard for shard in missing if not self._done(shard)]
 
     def _owner(self, shard: int) -> int:
-        return self._store.number(f"owner/{shard}") if self._store is not None else -1
+        return self._store.integer(f"owner/{shard}") if self._store is not None else -1
 
 
-class Board:
-    """Small values that the ranks of one call leave each other in torchrun's store; reading waits for
-    nobody."""
+class RankStore:
+    """Values shared by the ranks of one call through torchrun's store; reading does not block."""
 
     def __init__(self, store: Any, prefix: str):
         self._store, self._prefix = store, prefix
 
     @classmethod
-    def of_this_call(cls, here: World) -> "Board | None":
-        """The board of the calling run; None in a world of one. All ranks must be there: it is the one
+    def for_call(cls, world: World) -> "RankStore | None":
+        """Creates the store of this call; None in a world of one. All ranks must call it: it is the only
         collective of a run.
 
-        What a run before it left in the store, perhaps one whose ranks torchrun has started again, has other
-        names.
+        A random prefix separates it from values of earlier runs, also of ranks that torchrun restarted.
         """
-        if not dist.is_initialized() or here.size == 1:
+        if not dist.is_initialized() or world.size == 1:
             return None
         token = distributed.gather(secrets.token_hex(8))[0]
         return cls(dist.distributed_c10d._get_default_store(), f"stpp-label/{token}/")
 
     def add(self, key: str, number: int) -> int:
-        """Adds to a counter; returns its value after that."""
+        """Adds to a counter, and returns its new value."""
         return self._store.add(self._prefix + key, number)
 
     def set(self, key: str, text: str) -> None:
-        """Leaves a value."""
+        """Sets a value."""
         self._store.set(self._prefix + key, text)
 
     def get(self, key: str) -> str | None:
-        """A value, or None where there is none yet."""
+        """Returns a value; None if it is not set."""
         if not self._store.check([self._prefix + key]):
             return None
         return self._store.get(self._prefix + key).decode()
 
-    def number(self, key: str) -> int:
-        """A counter or a value that is a number; -1 where there is none yet."""
+    def integer(self, key: str) -> int:
+        """Returns a counter or a numeric value; -1 if it is not set."""
         text = self.get(key)
         return -1 if text is None else int(text)
 
     def wait(self, key: str, limit_s: float | None = None) -> str | None:
-        """A value as soon as it is there; None if it is not within the limit."""
+        """Waits for a value; None if it is not set within the limit."""
         end = None if limit_s is None else time.monotonic() + limit_s
         while (text := self.get(key)) is None:
             if end is not None and time.monotonic() > end:
@@ -222,11 +219,11 @@ class Board:
 
 
 def marker_of(table: list[dict], name: str, data: bytes, archives: list[dict]) -> dict:
-    """The content of a marker: the files of the shard, and what the summary adds up.
+    """Makes the content of a marker: the files of the shard, and its counts for the summary.
 
     Args:
-        table: the rows of the shard; `name` and `data` are those of their file.
-        archives: files that hold more than one mask, as a sink returns them.
+        table: rows of the shard; `name` and `data` are the name and bytes of their file.
+        archives: files with more than one mask, as returned by a sink.
     """
     good = [row for row in table if row["status"] == "ok"]
     pixels = [row["class_pixels"] for row in good if row.get("class_pixels") is not None]
@@ -238,7 +235,8 @@ def marker_of(table: list[dict], name: str, data: bytes, archives: list[dict]) -
 
 
 def damage(out: Path, table: str, shard: int) -> str | None:
-    """The first file of a finished shard that is missing, cut short or altered, in words; or None.
+    """Describes the first file of a finished shard that is missing, truncated or altered; None if all are
+    intact.
 
     Args:
         table: folder of the rows, "labels" or "scores".
@@ -246,34 +244,34 @@ def damage(out: Path, table: str, shard: int) -> str | None:
     try:
         marker = Markers(out).read(shard)
         part = out / table / marker["rows"]["path"]
-        found = _differs(part, marker["rows"])
-        if found is None and table == "labels":
+        damaged = _differs(part, marker["rows"])
+        if damaged is None and table == "labels":
             masks = marker["files"] or [
                 {"path": f"masks/{row['key']}.png", "bytes": row["size"], "crc": row["crc"]}
                 for row in rows.read(part) if row["status"] == "ok"]
-            found = next((text for file in masks if (text := _differs(out / file["path"], file))), None)
-        return found
+            damaged = next((text for file in masks if (text := _differs(out / file["path"], file))), None)
+        return damaged
     except (UserError, KeyError, TypeError) as error:
         return str(error)
 
 
 def _differs(path: Path, expected: dict) -> str | None:
     try:
-        found = measured(path)
+        actual = size_and_crc(path)
     except FileNotFoundError:
         return f"{path} is missing"
     except OSError as error:
         return f"{path} cannot be read ({error.strerror})"
-    if found["bytes"] != expected["bytes"]:
-        return f"{path} has {found['bytes']} bytes instead of {expected['bytes']}"
-    return None if found["crc"] == expected["crc"] else f"{path} was altered"
+    if actual["bytes"] != expected["bytes"]:
+        return f"{path} has {actual['bytes']} bytes instead of {expected['bytes']}"
+    return None if actual["crc"] == expected["crc"] else f"{path} was altered"
 
 
-def measured(path: Path) -> dict:
-    """`{"bytes", "crc"}` of a file.
+def size_and_crc(path: Path) -> dict:
+    """Computes `{"bytes", "crc"}` of a file.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     size = crc = 0
     with open(path, "rb") as file:

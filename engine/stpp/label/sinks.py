@@ -1,8 +1,7 @@
-"""Where masks go: a PNG file each, or one tar archive a shard.
+"""Sinks for masks: a PNG file each, or one tar archive per shard.
 
-Writing is plain: nothing is synced here, and what no marker covers does not count. But every file appears
-whole, by renaming, so that a process that was held up and wakes late can only put the same bytes in the place
-of the same bytes.
+Nothing is synced here, because files without a marker are ignored. Every file appears whole, by renaming, so
+a delayed process can only replace a file by the same bytes.
 """
 
 import io
@@ -22,48 +21,48 @@ from stpp.images.masks import write_index_png
 from stpp.label.rows import checksum
 
 STALE_S = 24 * 3600
-"""A temporary file that nobody wrote to for so long is taken for left behind."""
+"""Age at which an unmodified temporary file is taken for abandoned."""
 
 
 class StoredMask(NamedTuple):
-    """A mask on its way to the disk, or there."""
+    """Encoded mask."""
 
     size: int
     """Bytes of the PNG."""
     crc: int
     data: bytes | None
-    """The PNG, where it is still to be put into an archive."""
+    """PNG to be added to an archive; None if it is written."""
 
 
 class Sink(Protocol):
-    """Takes the masks of one shard."""
+    """Destination of the masks of one shard."""
 
     def store(self, key: str, mask_HW: np.ndarray) -> StoredMask:
-        """Encodes a mask (and writes it, if files stand alone). Called from many threads."""
+        """Encodes a mask, and writes it if masks are single files. Called from many threads."""
         ...
 
     def take(self, key: str, stored: StoredMask) -> None:
-        """Called once a mask in a fixed order, from one thread."""
+        """Adds a stored mask to the archive; called once per mask in a fixed order, from one thread."""
         ...
 
     def close(self) -> list[dict]:
-        """Ends the shard. Returns the files that hold more than one mask: `{"path", "bytes", "crc"}`."""
+        """Ends the shard. Returns the files with more than one mask: `{"path", "bytes", "crc"}`."""
         ...
 
     def abandon(self) -> None:
-        """Removes what was begun."""
+        """Removes an unfinished archive."""
         ...
 
 
 def open_sink(kind: str, out: Path, shard: int, clock: Clock) -> Sink:
-    """The sink of `--output` "png" or "tar" for one shard."""
+    """Opens the sink of `--output` "png" or "tar" for one shard."""
     (out / "tmp").mkdir(parents=True, exist_ok=True)
     (out / "masks").mkdir(exist_ok=True)
     return TarSink(out, _archive(shard), clock) if kind == "tar" else PngSink(out, clock)
 
 
 class PngSink:
-    """`masks/<key>.png`."""
+    """Sink to files `masks/<key>.png`."""
 
     def __init__(self, out: Path, clock: Clock):
         self._out, self._folder, self._clock = out, out / "masks", clock
@@ -93,7 +92,7 @@ class PngSink:
 
 
 class TarSink:
-    """`masks/shard-<number>.tar` with the members `<key>.png`."""
+    """Sink to an archive `masks/shard-<number>.tar` with members `<key>.png`."""
 
     def __init__(self, out: Path, name: str, clock: Clock):
         self._path, self._clock = out / "masks" / name, clock
@@ -117,7 +116,7 @@ class TarSink:
         return [{"path": f"masks/{self._path.name}", "bytes": self._bytes, "crc": self._crc}]
 
     def abandon(self) -> None:
-        with suppress(OSError):  # what it still holds may not fit on the disk
+        with suppress(OSError):  # buffered data may not fit on the disk
             self._file.close()
         self._temporary.unlink(missing_ok=True)
 
@@ -128,16 +127,16 @@ class TarSink:
 
 
 def repacked(out: Path, shard: int, without: set[str]) -> dict:
-    """Writes the archive of a finished shard anew without some masks; the others keep their bytes.
+    """Rewrites the archive of a finished shard without some masks; the bytes of the others are unchanged.
 
     Args:
-        without: keys.
+        without: keys of the masks to remove.
 
     Returns:
-        `{"path", "bytes", "crc"}` of it.
+        `{"path", "bytes", "crc"}` of the archive.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the archive is damaged.
     """
     path = out / "masks" / _archive(shard)
     left_out = {f"{key}.png" for key in without}
@@ -155,14 +154,14 @@ def repacked(out: Path, shard: int, without: set[str]) -> dict:
 
 
 def encode(mask_HW: np.ndarray) -> bytes:
-    """A uint8 [H, W] mask as an 8-bit grayscale PNG."""
+    """Encodes a uint8 [H, W] mask as an 8-bit grayscale PNG."""
     file = io.BytesIO()
     write_index_png(file, mask_HW)
     return file.getvalue()
 
 
 def sweep(out: Path) -> None:
-    """Removes what killed processes left half written; not what a process may be writing."""
+    """Removes abandoned temporary files of killed processes."""
     for path in (out / "tmp").glob("*.tmp"):
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > STALE_S:
@@ -174,6 +173,6 @@ def _archive(shard: int) -> str:
 
 
 def _temporary(out: Path) -> Path:
-    """A path that no other process takes, on this machine or another; beside the masks, so that renaming
-    moves nothing."""
+    """Temporary path that is unique across processes and machines, on the masks' file system so that renaming
+    is atomic."""
     return out / "tmp" / f"{os.getpid()}.{secrets.token_hex(8)}.tmp"

@@ -1,7 +1,7 @@
-"""Least confidences that keep a share of each class's pixels: class-balanced self-training.
+"""Confidence thresholds that keep a share of each class's pixels: class-balanced self-training.
 
-They are quantiles over images spread over the corpus, found once before the first shard is labelled, and
-kept beside the plan: every rank and every later call labels with the same ones.
+They are quantiles over a sample of images spread over the corpus, computed before the first shard is
+labelled and stored with the plan: every rank and every later call uses the same thresholds.
 
 Source: "Unsupervised Domain Adaptation for Semantic Segmentation via Class-Balanced Self-Training"
 (arXiv 1810.07911), algorithm 2. Legend: C classes, B bins of the confidence.
@@ -27,27 +27,27 @@ from stpp.label.plan import Plan
 
 NAME = "class-confidence.json"
 MOST_IMAGES = 256
-"""Images that the quantiles are taken of, at most (and the rest of a batch)."""
+"""Maximum images in the sample, rounded up to whole batches."""
 
 
-def ensure(network: Predictor, mode: str, task: Assignment, plan: Plan, here: World) -> None:
-    """Writes the thresholds of a labelling, if they are not there.
+def ensure(network: Predictor, mode: str, task: Assignment, plan: Plan, world: World) -> None:
+    """Computes and writes the thresholds of a labelling, unless they exist.
 
     Raises:
         UserError: no image can be read.
     """
     path = _path(task.out)
     if not path.exists():
-        counts_CB = _counts(network, mode, task, plan, here)
+        counts_CB = _counts(network, mode, task, plan, world)
         files.write_json(path, {"keep_share": task.config.keep_share,
                                 "confidence": quantiles(counts_CB, task.config.keep_share)})
 
 
 def read(out: Path) -> tuple[float, ...]:
-    """The least confidence of each class.
+    """Reads the confidence threshold of each class.
 
     Raises:
-        UserError: missing or damaged.
+        UserError: the file is missing or damaged.
     """
     try:
         return tuple(map(float, json.loads(_path(out).read_text(encoding="utf-8"))["confidence"]))
@@ -56,14 +56,14 @@ def read(out: Path) -> tuple[float, ...]:
 
 
 def quantiles(counts_CB: np.ndarray, share: float) -> list[float]:
-    """The largest confidence of each class from which on at least a share of its pixels are kept; 0 for a
-    class without any."""
-    found = []
+    """Largest threshold of each class that keeps at least a share of its pixels; 0 for a class without
+    pixels."""
+    thresholds = []
     for counts_B in counts_CB:
         kept_B = counts_B[::-1].cumsum()[::-1]
         enough = np.flatnonzero(kept_B >= share * counts_B.sum())
-        found.append(float(enough[-1] / len(counts_B)) if counts_B.any() else 0.0)
-    return found
+        thresholds.append(float(enough[-1] / len(counts_B)) if counts_B.any() else 0.0)
+    return thresholds
 
 
 def _path(out: Path) -> Path:
@@ -71,31 +71,32 @@ def _path(out: Path) -> Path:
 
 
 @torch.inference_mode()
-def _counts(network: Predictor, mode: str, task: Assignment, plan: Plan, here: World) -> np.ndarray:
-    """Pixels by class and confidence, int64 [C, B], of images spread over the corpus."""
-    threads = threads_per_rank(here, task.data.threads)
+def _counts(network: Predictor, mode: str, task: Assignment, plan: Plan, world: World) -> np.ndarray:
+    """Counts pixels by class and confidence, int64 [C, B], of the sample."""
+    threads = threads_per_rank(world, task.data.threads)
     size = network.num_classes
-    total_CB = torch.zeros(size, calibration.BINS, dtype=torch.int64, device=here.device)
+    total_CB = torch.zeros(size, calibration.BINS, dtype=torch.int64, device=world.device)
     with ThreadPoolExecutor(threads, "stpp-plan") as pool:
         chosen = _spread(plan, pool)
-    for _, batch in batches.batches(((0, one) for one in chosen), device=here.device, kind=task.decoder,
-                                    threads=threads, most=plan.cut.max_batch, clock=Clock()):
+    for _, batch in batches.batches(((0, planned) for planned in chosen), device=world.device,
+                                    kind=task.decoder, threads=threads, most=plan.cut.max_batch,
+                                    clock=Clock()):
         good = [i for i in range(len(batch.planned)) if i not in batch.errors]
         if good:
             sums_NCHW = views.accumulate(network, batch.images_NCHW, mode)[good]
-            masks_NHW, bins_NHW = calibration.binned(sums_NCHW)
+            masks_NHW, bins_NHW = calibration.class_and_bin(sums_NCHW)
             everywhere = torch.ones_like(masks_NHW, dtype=torch.bool)
-            total_CB += calibration.counted(masks_NHW, bins_NHW, everywhere, size)
+            total_CB += calibration.count_pixels(masks_NHW, bins_NHW, everywhere, size)
     if not total_CB.any():
-        raise UserError(f"{task.out}: none of the images that --keep-share looks at can be read")
+        raise UserError(f"{task.out}: none of the images sampled for --keep-share can be read")
     return total_CB.cpu().numpy()
 
 
 def _spread(plan: Plan, pool: ThreadPoolExecutor) -> list[list[Planned]]:
-    """Batches of the plan, from as few shards as have enough images, spread over all."""
+    """Chooses batches spread over the plan, from as few shards as suffice."""
     per_shard = max(1, plan.items // plan.shards)
-    wanted = min(plan.shards, -(-MOST_IMAGES // per_shard))
-    cut = [batch for i in range(wanted)
-           for batch in planning.batches(plan.planned(i * plan.shards // wanted, pool))]
-    stride = max(1, sum(map(len, cut)) // MOST_IMAGES)
-    return cut[::stride]
+    n_shards = min(plan.shards, -(-MOST_IMAGES // per_shard))
+    spread = [batch for i in range(n_shards)
+              for batch in planning.batches(plan.planned(i * plan.shards // n_shards, pool))]
+    stride = max(1, sum(map(len, spread)) // MOST_IMAGES)
+    return spread[::stride]

@@ -1,8 +1,8 @@
-"""Taking changes of a corpus into a labelling: whole or not at all, however often it is interrupted.
+"""Atomic update of a labelling to a changed corpus, safe against interruption.
 
-What is to be done is written down first (`plan/update.parquet`, then `plan/update.json`); from then on every
-call carries it out before anything else, and each step may be done twice. Masks that still hold are kept;
-new and changed images stand in new shards; masks and rows of images that changed or are gone are removed.
+The edits are written first (`plan/update.parquet`, then `plan/update.json`); every later call finishes them
+before anything else, and each step may be repeated. Valid masks are kept; new and changed images go to new
+shards; masks and rows of changed and missing images are removed.
 """
 
 import json
@@ -22,14 +22,14 @@ from stpp.label.sinks import repacked
 
 CONCLUSIONS = ("summary.json", "failed.parquet", "reliability.parquet", "reliable_ids.txt",
                "unreliable_ids.txt")
-"""Files that speak of the whole corpus: they go until all of it is labelled again."""
+"""Files about the whole corpus; removed until all of it is labelled again."""
 
 
 def begin(out: Path, edits: Iterable[Edit], listing: dict) -> None:
-    """Decides on an update.
+    """Records an update that `finish` carries out.
 
     Args:
-        listing: what `plan/listing.json` will hold.
+        listing: new content of `plan/listing.json`.
     """
     table = ({"shard": edit.shard, "dropped": edit.dropped, **rows.listing_row(edit.item)}
              for edit in sorted(edits, key=lambda edit: edit.shard))
@@ -38,20 +38,20 @@ def begin(out: Path, edits: Iterable[Edit], listing: dict) -> None:
 
 
 def finish(out: Path, table: str) -> None:
-    """Carries out an update that was begun, if one was.
+    """Carries out a recorded update, if there is one.
 
     Args:
         table: folder of the rows, "labels" or "scores".
 
     Raises:
-        UserError: what is to be done cannot be read.
+        UserError: the record cannot be read.
         OSError: the output cannot be written.
     """
     intent = out / "plan" / "update.json"
     try:
         listing = json.loads(intent.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        (out / "plan" / "update.parquet").unlink(missing_ok=True)  # not decided on, or carried out
+        (out / "plan" / "update.parquet").unlink(missing_ok=True)  # not recorded whole, or carried out
         return
     except (OSError, ValueError) as error:
         raise UserError(f"{intent}: cannot be read ({error}); choose another --out") from None
@@ -76,7 +76,7 @@ def _shards(out: Path) -> int:
 
 
 def _edit(out: Path, table: str, shard: int, edits: list[dict]) -> None:
-    """Carries out the edits of one shard; what was carried out before stays as it is."""
+    """Carries out the edits of one shard; steps that are done are not changed."""
     dropped = {row["key"] for row in edits if row["dropped"]}
     moved = {row["key"]: row for row in edits if not row["dropped"]}
     place = ("file", "offset", "bytes")
@@ -92,13 +92,13 @@ def _edit(out: Path, table: str, shard: int, edits: list[dict]) -> None:
             _rewrite(planned, dropped, moved, rows.PLAN, place)
         if dropped:
             _drop(out, table, shard, markers, [row for row in old if row["key"] not in dropped], dropped)
-    # Of a shard that was interrupted, masks of what is now other content may be there.
+    # An interrupted shard may have masks of images whose content has changed.
     for key in sorted(dropped | moved.keys() if old is None else dropped):
         _remove_mask(out / "masks", key)
 
 
 def labelled(out: Path, table: str, shard: int) -> list[dict] | None:
-    """The rows of a shard that is done; None where it is not, or must be labelled again as they are lost."""
+    """Reads the rows of a finished shard; None if it is not finished, or its rows are lost."""
     if Markers(out).done(shard):
         with suppress(UserError):
             return rows.read(rows.part(out, table, shard))
@@ -106,7 +106,7 @@ def labelled(out: Path, table: str, shard: int) -> list[dict] | None:
 
 
 def _drop(out: Path, table: str, shard: int, markers: Markers, kept: list[dict], dropped: set[str]) -> None:
-    """Takes images out of a finished shard: its archive, its rows, then its marker."""
+    """Removes images from a finished shard: from its archive, its rows, then its marker."""
     archives = [repacked(out, shard, dropped)] if markers.read(shard)["files"] else []
     part = rows.part(out, table, shard)
     data = rows.encoded(kept, rows.TABLES[table])
@@ -119,7 +119,7 @@ def _drop(out: Path, table: str, shard: int, markers: Markers, kept: list[dict],
 
 def _rewrite(path: Path, dropped: set[str], moved: dict[str, dict], columns: dict[str, str],
              place: tuple[str, ...]) -> None:
-    """Takes rows out of a table of the plan, and gives others a new place, which is these columns."""
+    """Removes dropped rows from a table of the plan, and sets the `place` columns of moved ones."""
     table = rows.read(path)
     kept = [row | {name: moved[row["key"]][name] for name in place if row["key"] in moved}
             for row in table if row["key"] not in dropped]

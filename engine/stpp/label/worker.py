@@ -1,6 +1,6 @@
-"""What one rank does: shard by shard, with loading, computing and storing at the same time.
+"""Worker of one rank: labels shard by shard, with loading, computing and storing in parallel.
 
-A shard counts when its marker is written: after its masks, its rows, and a sync.
+A shard is done when its marker is written: after its masks, its rows, and a sync.
 """
 
 import threading
@@ -19,53 +19,53 @@ from stpp.distributed import World, threads_per_rank
 from stpp.errors import UserError
 from stpp.images import batches, planning
 from stpp.images.planning import Planned
-from stpp.label.ahead import ahead
 from stpp.label.assignment import Assignment
 from stpp.label.open_shard import Job, OpenShard
 from stpp.label.plan import Plan
+from stpp.label.prefetch import prefetch
 from stpp.label.shards import Ledger, Markers, damage
 
 TOO_LITTLE_MEMORY = "its views need more memory than there is ({width}x{height} pixels)"
 
 
 class Worker:
-    """Labels the shards that the ledger gives out, as one rank.
+    """Labels the shards that one rank claims.
 
     Args:
-        task: the labelling.
-        job: what is computed, ready.
-        plan: the shards.
-        ledger: which of them are this rank's.
+        task: parameters of the labelling.
+        job: work on each image, prepared.
+        plan: shards.
+        ledger: claims of this rank.
     """
 
-    def __init__(self, task: Assignment, job: Job, plan: Plan, here: World, ledger: Ledger):
-        self._task, self._job, self._plan, self._here, self._ledger = task, job, plan, here, ledger
+    def __init__(self, task: Assignment, job: Job, plan: Plan, world: World, ledger: Ledger):
+        self._task, self._job, self._plan, self._world, self._ledger = task, job, plan, world, ledger
         self._markers, self.clock = Markers(task.out), Clock()
-        self._threads = threads_per_rank(here, task.data.threads)
+        self._threads = threads_per_rank(world, task.data.threads)
         self._counting = threading.Lock()
         self.images = self.bad = 0
-        """Labelled by this rank in this run; and bad ones, those of shards done before too."""
+        """Images labelled by this rank in this run; bad images, including those of shards done before."""
         self.redone: list[str] = []
-        """What was found damaged."""
+        """Descriptions of damaged shards."""
 
     @torch.inference_mode()
     def run(self) -> None:
-        """Labels until every shard of this rank's share is done, by it or by others.
+        """Labels until every shard of the part is done, by this rank or others.
 
         Raises:
-            OSError: the output cannot be written; what is done stays done.
-            UserError: the device has too little memory for several images at once.
+            OSError: the output cannot be written; finished shards stay finished.
+            UserError: the device has too little memory for a batch of several images.
         """
         with ThreadPoolExecutor(self._threads, "stpp-plan") as planners, log.Progress(
                 self._task.title, self._plan.items) as bar:
             self._bar, self._shown = bar, 0
             self._label(self._ledger.claims(), planners)
-            # One by one: the next is asked for only when the last one's marker is there.
+            # One by one: the next shard is claimed after the marker of the last is written.
             for shard in self._ledger.left_over():
                 self._label(iter([shard]), planners)
 
     def _label(self, shards: Iterator[int], planners: ThreadPoolExecutor) -> None:
-        """Labels the given shards; their markers are written when it returns."""
+        """Labels shards, and returns when their markers are written."""
         planned_of: dict[int, list[Planned]] = {}
 
         def planned_shards() -> Iterator[tuple[int, list[Planned]]]:
@@ -77,48 +77,50 @@ class Worker:
                 yield shard, planned
 
         def tasks() -> Iterator[tuple[int, list[Planned]]]:
-            for shard, planned in ahead(planned_shards()):
+            for shard, planned in prefetch(planned_shards()):
                 planned_of[shard] = planned
-                cut = list(planning.batches(planned))
-                yield from ((shard, batch) for batch in cut or [[]])
+                planned_batches = list(planning.batches(planned))
+                yield from ((shard, batch) for batch in planned_batches or [[]])
 
-        stream = batches.batches(tasks(), device=self._here.device, kind=self._task.decoder,
+        stream = batches.batches(tasks(), device=self._world.device, kind=self._task.decoder,
                                  threads=self._threads, most=self._plan.cut.max_batch, clock=self.clock)
-        line = _Line()
+        pipeline = _Pipeline()
         with ThreadPoolExecutor(self._threads,
                                 "stpp-store") as pool, ThreadPoolExecutor(1, "stpp-close") as closer, \
                 closing(stream):
             try:
                 for shard, batch in stream:
-                    if not line.opened or line.opened[-1].shard != shard:
-                        line.opened.append(self._opened(shard, planned_of.pop(shard), pool))
-                    self._advance(line, batch, closer)
-                self._advance(line, None, closer)
-                self._close(line, closer)
-                if line.ending is not None:
-                    line.ending.result()
+                    if not pipeline.opened or pipeline.opened[-1].shard != shard:
+                        pipeline.opened.append(self._opened(shard, planned_of.pop(shard), pool))
+                    self._advance(pipeline, batch, closer)
+                self._advance(pipeline, None, closer)
+                self._close(pipeline, closer)
+                if pipeline.ending is not None:
+                    pipeline.ending.result()
             except BaseException:
-                for one in line.opened:
-                    one.abandon()
+                for open_shard in pipeline.opened:
+                    open_shard.abandon()
                 raise
 
     def _opened(self, shard: int, planned: list[Planned], pool: ThreadPoolExecutor) -> OpenShard:
         return OpenShard(shard, planned, self._task, self._job, pool, self.clock)
 
-    def _advance(self, line: "_Line", batch: batches.Decoded | None, closer: ThreadPoolExecutor) -> None:
-        """Queues the next batch, then takes the results of the one before: host and device work at once.
+    def _advance(self, pipeline: "_Pipeline", batch: batches.Decoded | None,
+                 closer: ThreadPoolExecutor) -> None:
+        """Queues the next batch, then stores the results of the previous one: host and device work in
+        parallel.
 
-        What the one before ended with is kept also where the next one fails.
+        The previous results are stored even if the next batch fails.
         """
-        before, line.in_flight = line.in_flight, None
+        before, pipeline.in_flight = pipeline.in_flight, None
         try:
             if batch is not None:
-                line.in_flight = self._queued(line.opened[-1], batch)
+                pipeline.in_flight = self._queued(pipeline.opened[-1], batch)
         finally:
             if before is not None:
                 self._deliver(before)
-            while len(line.opened) > 1:  # nothing of the first is in flight any more
-                self._close(line, closer)
+            while len(pipeline.opened) > 1:  # the first has no batch in flight
+                self._close(pipeline, closer)
 
     def _queued(self, shard: OpenShard, batch: batches.Decoded) -> "_InFlight":
         with self.clock("compute"):
@@ -129,37 +131,37 @@ class Worker:
         return _InFlight(shard=shard, planned=batch.planned, errors=batch.errors, hashes=batch.hashes,
                          results=results)
 
-    def _deliver(self, one: "_InFlight") -> None:
+    def _deliver(self, batch: "_InFlight") -> None:
         with self.clock("compute"):
-            results = one.results()
+            results = batch.results()
         with self.clock("wait"):
-            one.shard.add(one.planned, one.errors, one.hashes, results)
-        self._count(len(one.planned), one.shard.take_bad())
+            batch.shard.add(batch.planned, batch.errors, batch.hashes, results)
+        self._count(len(batch.planned), batch.shard.take_bad())
 
-    def _close(self, line: "_Line", closer: ThreadPoolExecutor) -> None:
-        """Ends the first open shard, if there is one, in a thread of its own, after the one before."""
+    def _close(self, pipeline: "_Pipeline", closer: ThreadPoolExecutor) -> None:
+        """Closes the first open shard, if there is one, in the closing thread, after the previous close."""
         with self.clock("wait"):
-            if line.ending is not None:
-                line.ending.result()
-        if line.opened:
-            shard = line.opened.popleft()
+            if pipeline.ending is not None:
+                pipeline.ending.result()
+        if pipeline.opened:
+            shard = pipeline.opened.popleft()
             self._count(shard.unplanned, shard.unplanned)
-            line.ending = closer.submit(shard.close, self._markers)
+            pipeline.ending = closer.submit(shard.close, self._markers)
 
     def _is_done(self, shard: int) -> bool:
         if not self._markers.done(shard):
             return False
-        found = damage(self._task.out, self._task.table, shard) if self._task.verify else None
-        if found is None:
+        damaged = damage(self._task.out, self._task.table, shard) if self._task.verify else None
+        if damaged is None:
             marker = self._markers.read(shard)
             self._count(marker["images"], marker["bad"], new=False)
             return True
-        self.redone.append(f"shard {shard}: {found}")
+        self.redone.append(f"shard {shard}: {damaged}")
         self._markers.remove(shard)
         return False
 
     def _count(self, images: int, bad: int, *, new: bool = True) -> None:
-        """Counts images that are done, for the bar and as a sign of life."""
+        """Counts finished images, for the progress bar and the heartbeat."""
         with self._counting:
             self.images, self.bad = self.images + images * new, self.bad + bad
             total, all_bad = self._ledger.progress(images, bad)
@@ -169,7 +171,7 @@ class Worker:
 
 @dataclass(frozen=True, kw_only=True)
 class _InFlight:
-    """A batch that the device works on; without its images, whose memory the next one needs."""
+    """Batch that the device is computing; without its images, whose memory the next batch needs."""
 
     shard: OpenShard
     planned: list[Planned]
@@ -179,28 +181,28 @@ class _InFlight:
 
 
 @dataclass(kw_only=True)
-class _Line:
-    """What is under way, oldest first."""
+class _Pipeline:
+    """Work in progress of one rank."""
 
     opened: deque[OpenShard] = field(default_factory=deque)
-    """Shards that images are added to: one, or two while the last batch of the first is in flight."""
+    """Open shards, oldest first: one, or two while the last batch of the first is in flight."""
     in_flight: _InFlight | None = None
     ending: Future | None = None
-    """The close of the shard before."""
+    """Pending close of the previous shard."""
 
 
 def _alone_too_large(batch: batches.Decoded, error: RuntimeError) -> str:
-    """Why the one image of a batch has no label, if what failed is for want of memory.
+    """Error text for a batch of one image that needs too much memory.
 
     Raises:
-        UserError: there are several images.
-        RuntimeError: something else failed.
+        UserError: the batch has several images.
+        RuntimeError: the error is not an allocation failure.
     """
     if not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
         raise error
     count, _, height, width = batch.images_NCHW.shape
     if count > 1:
-        raise UserError(f"{count} images of {width}x{height} pixels need more memory than there is (the "
+        raise UserError(f"a batch of {count} images of {width}x{height} pixels does not fit into memory (the "
                         f"first: {batch.planned[0].item.source}); lower --batch-pixels, --batch-per-rank or "
                         "--max-pixels, with another --out") from error
     if batch.images_NCHW.is_cuda:

@@ -1,1 +1,1 @@
-"""Training samples: which ones a step takes, how they are augmented, and the pixels."""
+"""Training data: sampling, augmentation and loading."""

@@ -1,7 +1,7 @@
-"""Every random number of a training sample, drawn outside the image pipeline and keyed by its position.
+"""Augmentation parameters: all random numbers of a training sample, drawn outside the image pipeline.
 
-The numbers depend on (seed, stage, epoch, position), on the stream, the view and the sample, never on the
-batch around it, the rank, or what was drawn before. Both loaders take the same numbers; neither draws any.
+The numbers depend on (seed, stage, epoch, position), the stream, the view and the sample, never on the rest
+of the batch, the rank, or earlier draws. Both loaders use these numbers; neither draws any.
 
 Legend: N samples of a batch. The crop is `crop_px` x `crop_px`, cut from the resized image padded right and
 bottom.
@@ -32,17 +32,15 @@ _NOISE_STREAM = 2
 _CROP_STREAM = 15
 _ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.int8)
 
-# One block of uniform numbers belongs to a position: the first 16 are the scalars, then come cutout attempts
-# of four. An attempt fits with probability 0.27: one box in 7000 needs more than 28, and draws further
-# blocks.
+# Each position has a block of uniform numbers: 16 scalars, then cutout attempts of four numbers. An attempt
+# fits with probability 0.27: one box in 7000 needs more than 28 attempts, and draws further blocks.
 _SCALARS = 16
 _BLOCK = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Geometry:
-    """Where the crop of each sample is cut: resize, pad, crop, flip. All views of a sample share it; one row
-    a sample."""
+    """Resize, pad, crop and flip of each sample, one row per sample; shared by all views."""
 
     resize_h: np.ndarray
     """int32 [N]: height after resizing, before padding."""
@@ -55,14 +53,14 @@ class Geometry:
     flip: np.ndarray
     """bool [N]: mirror the crop left to right."""
     crop_px: int
-    """Side of the crop."""
+    """Side of the crop, in pixels."""
 
     def __len__(self) -> int:
         return len(self.resize_h)
 
     @property
     def shown(self) -> np.ndarray:
-        """int32 [N, 4]: y, x, height, width of the part of the crop that is no padding."""
+        """Part of each crop without padding: int32 [N, 4], y, x, height, width."""
         height = np.minimum(self.resize_h - self.crop_y, self.crop_px)
         width = np.minimum(self.resize_w - self.crop_x, self.crop_px)
         left = np.where(self.flip, self.crop_px - width, 0)  # padding on the right is mirrored to the left
@@ -71,13 +69,13 @@ class Geometry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Appearance:
-    """What one view makes of each crop, in this order: jitter, gray, blur, cutout. One row a sample; weak
-    ones are identities."""
+    """Colour changes and box of one view, one row per sample, applied in the order jitter, gray, blur,
+    cutout; identity for weak views."""
 
     jitter: np.ndarray
-    """bool [N]: whether colours are jittered. Where not, the factors are 1, 1, 1 and the hue shift is 0."""
+    """bool [N]: colours are jittered; if False, the factors are 1, 1, 1 and the hue shift is 0."""
     jitter_order: np.ndarray
-    """int8 [N, 4]: the four operations in the order of their application."""
+    """int8 [N, 4]: the four operations in order of application."""
     brightness: np.ndarray
     """float32 [N]: factor."""
     contrast: np.ndarray
@@ -93,24 +91,24 @@ class Appearance:
     box: np.ndarray
     """int32 [N, 4]: y, x, height, width of the box in the crop; height 0 for no box."""
     noise_offset: np.ndarray
-    """int32 [N, 2]: y, x in `noise_image` of the pixel that lies under the crop's top left pixel."""
+    """int32 [N, 2]: y, x in `noise_image` of the crop's top left pixel."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Augmentation:
-    """What happens to the samples of a batch: one geometry, and an appearance for each view."""
+    """Augmentation of a batch: one geometry, and an appearance for each view."""
 
     geometry: Geometry
     views: tuple[Appearance, ...]
 
 
 def noise_side(crop_px: int) -> int:
-    """Side of the noise image that serves crops of `crop_px`: offsets are uniform in 0..crop_px."""
+    """Side of the noise image for crops of `crop_px`: offsets are uniform in 0..crop_px."""
     return 2 * crop_px
 
 
 def noise_image(side: int) -> np.ndarray:
-    """The fixed noise that fills cutout boxes: uint8 [side, side, 3], uniform in 0..255, always the same."""
+    """Makes the fixed noise that fills cutout boxes: uint8 [side, side, 3], uniform in 0..255."""
     count = side * side * 3
     bits = philox(_NOISE_STREAM, seed=0, stage=0, epoch=0).random_raw(-(-count // 8))
     return bits.astype("<u8").view(np.uint8)[:count].reshape(side, side, 3)
@@ -118,12 +116,12 @@ def noise_image(side: int) -> np.ndarray:
 
 def draw(stream: Stream, indices: np.ndarray, positions: np.ndarray, *, augment: AugmentConfig, seed: int,
          stage: int, epoch: int) -> Augmentation:
-    """Draws what happens to the samples at these positions of the epoch.
+    """Draws the augmentation of the samples at some positions of the epoch.
 
     Args:
-        stream: whose samples, views and box are used.
-        indices: int64 [N]: places of the samples in the stream's list.
-        positions: int64 [N], non-negative: the samples' places in the epoch's order.
+        stream: stream of the samples, with its views and box.
+        indices: int64 [N]: indices of the samples in the stream's list.
+        positions: int64 [N], non-negative: positions of the samples in the epoch's order.
         augment: size of the crop, range of the long side, and strength of the strong views.
         seed, stage, epoch: the rest of the key.
 
@@ -152,8 +150,8 @@ def draw(stream: Stream, indices: np.ndarray, positions: np.ndarray, *, augment:
 
 
 def pasting(drawn: Augmentation, stream: Stream, device: torch.device) -> dict[str, torch.Tensor]:
-    """Fields of a `Batch` whose step pastes: boxes of its views and what is shown, on the device; none where
-    boxes are erased."""
+    """Makes the `Batch` fields for a step that pastes: boxes of the views and unpadded parts, on the device;
+    none if boxes are erased."""
     if stream.box != "paste":
         return {}
     numbers = {"boxes_VN4": np.stack([view.box for view in drawn.views]), "shown_N4": drawn.geometry.shown}
@@ -183,8 +181,8 @@ def _geometry(uniforms: np.ndarray, samples: Sequence[Sample], augment: AugmentC
 def _recropped(geometry: Geometry, uniforms: np.ndarray, samples: Sequence[Sample], indices: np.ndarray,
                positions: np.ndarray, augment: AugmentConfig, preference: Preference, *, seed: int,
                stage: int, epoch: int, number: int) -> Geometry:
-    """Draws size and place of the crop again where a place is filled by a class that the crop lacks, as often
-    as the preference says; the last one stays. Flips stay."""
+    """Redraws size and position of crops that lack the class of their place, up to `crop_tries` crops; the
+    last one is used. Flips are kept."""
     key = {"seed": seed, "stage": stage, "epoch": epoch}
     classes, _ = drawn_classes(preference, positions, number=number, **key)
     for attempt in range(1, preference.crop_tries):
@@ -205,7 +203,7 @@ def _recropped(geometry: Geometry, uniforms: np.ndarray, samples: Sequence[Sampl
 
 
 def _shows(geometry: Geometry, row: int, spots: np.ndarray | None) -> bool:
-    """Whether one of these pixels lies in the crop of a row; also where none is known."""
+    """Checks if one of these pixels lies in the crop of a row; True if no pixel is known."""
     if spots is None:
         return True
     inside = np.ones(len(spots), dtype=bool)
@@ -244,36 +242,37 @@ def _appearance(uniforms: np.ndarray, strong: np.ndarray, augment: AugmentConfig
 
 def _uniforms(positions: np.ndarray, block: int, *, seed: int, stage: int, epoch: int, number: int,
               view: int) -> np.ndarray:
-    """float64 [N, _BLOCK] in [0, 1): each row a function of its position, the stream, the view and the
-    block's number alone."""
+    """Draws float64 [N, _BLOCK] in [0, 1): each row depends only on its position, the stream, the view and
+    the block's number."""
     stream = STREAMS_OF_LIST * number + (_AUGMENT_STREAM if view == 0 else _NOISE_STREAM + view)
     return uniform_rows(positions, _BLOCK, stream=stream, seed=seed, stage=stage, epoch=epoch, block=block)
 
 
 def _integers(uniform: np.ndarray, low: int, high: int | np.ndarray) -> np.ndarray:
-    """int32: uniform integers low <= i < high from uniform numbers."""
+    """Converts uniform numbers to uniform integers low <= i < high, int32."""
     return (low + np.floor(uniform * (high - low))).astype(np.int32)
 
 
 def _resized(sizes: np.ndarray, long_side: np.ndarray) -> np.ndarray:
-    """int64 [N, 2] (height, width): the long side as drawn, the other rounded half up, never below 1."""
+    """Computes sizes, int64 [N, 2] (height, width): the long side as drawn, the other rounded half up, at
+    least 1."""
     longest = sizes.max(axis=1, keepdims=True)
     return np.maximum((2 * sizes * long_side[:, None] + longest) // (2 * longest), 1)
 
 
 def _boxes(attempts: np.ndarray, has_box: np.ndarray, *, positions: np.ndarray, augment: AugmentConfig,
            one_area: bool, further: Callable[[np.ndarray, int], np.ndarray]) -> np.ndarray:
-    """Boxes of the samples that have one: the first attempt that lies inside the crop.
+    """Draws boxes: the first attempt that lies inside the crop.
 
-    ST's cutout draws area, shape and place anew in each attempt, UniMatch's CutMix keeps its area: two
-    distributions.
+    ST's cutout redraws area, shape and position in each attempt; UniMatch's CutMix keeps the area, which
+    gives another distribution.
 
     Args:
         attempts: float64 [N, 4 k]: uniform numbers of the first k attempts.
         has_box: bool [N].
         positions: int64 [N].
         one_area: keep the area of the first attempt.
-        further: positions and number of a block -> further attempts, should none of the k fit.
+        further: function from positions and block number to further attempts, if none of the k fits.
 
     Returns:
         int32 [N, 4]: y, x, height, width; zeros for samples without a box.
@@ -296,8 +295,8 @@ def _boxes(attempts: np.ndarray, has_box: np.ndarray, *, positions: np.ndarray, 
             axis=2
         ).astype(np.int32)
         fits = (candidates[:, :, :2] + candidates[:, :, 2:] <= crop_px).all(axis=2)
-        found = fits.any(axis=1)
-        boxes[rows[found]] = candidates[found, fits.argmax(axis=1)[found]]
-        rows, first_area = rows[~found], first_area[~found]
+        done = fits.any(axis=1)
+        boxes[rows[done]] = candidates[done, fits.argmax(axis=1)[done]]
+        rows, first_area = rows[~done], first_area[~done]
         block += 1
     return boxes

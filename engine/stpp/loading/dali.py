@@ -1,12 +1,11 @@
-"""The loader on NVIDIA DALI: files to normalised batches, on the CPU or the GPU, with the same graph.
+"""DALI loader: files to normalised batches, on the CPU or the GPU, with the same graph.
 
-The numbers of `stpp.loading.augment` go in beside the paths; `stpp.loading.dali_graph` says what is computed.
-By how much it differs from `stpp.loading.reference`, which computes the same with PIL, is measured in
-docs/augmentation.md.
+Inputs of the graph (`stpp.loading.dali_graph`) are paths and the numbers of `stpp.loading.augment`.
+docs/augmentation.md gives the measured differences from `stpp.loading.reference`, the same loader in PIL.
 
 Plain images are read and decoded in the graph. The others are decoded by PIL in a pool of threads, some
-batches ahead, and are fed to it as pixels. A plain image that DALI fails on all the same is found, goes to
-PIL from then on, and a new pipeline takes up where the one that failed stood: batches stay what they are.
+batches ahead, and passed to the graph as pixels. If DALI fails on a plain image, that image is found and
+decoded by PIL from then on, and a new pipeline resumes with the same batches.
 """
 
 from collections import deque
@@ -37,7 +36,7 @@ from stpp.loading.sample import Batch, Sample, Stream
 from stpp.loading.sampler import MicroBatch
 
 _NOT_FED = np.zeros((1, 1, 3), dtype=np.uint8)
-"""In the place of pixels of an image that the graph decodes."""
+"""Placeholder for the pixels of an image that the graph decodes."""
 
 
 def train_batches(
@@ -51,24 +50,23 @@ def train_batches(
     threads: int,
     prefetch: int = 2,
 ) -> Iterator[Batch]:
-    """Decodes, augments and normalises the given micro-batches, in their order.
+    """Decodes, augments and normalises micro-batches, in order.
 
     Args:
-        stream: whose list the micro-batches index; its views are made of one crop.
-        micro_batches: as `StepSampler` yields them, none longer than the first; taken lazily, a few ahead.
+        stream: stream whose list the micro-batches index; its views are made of one crop.
+        micro_batches: from `StepSampler`, none longer than the first; consumed lazily, a few ahead.
         augment: size of the crops, range of the long side, strength of the strong views.
         seed, stage: key of the augmentation, with each micro-batch's epoch and positions.
-        device: where the batches come out. On "cuda" JPEGs are decoded and everything is computed there.
+        device: device of the batches; on "cuda", JPEG decoding and all computation run there.
         threads: CPU threads that decode (and compute, on the CPU), at least 1.
-        prefetch: batches in preparation while one is used, at least 1.
+        prefetch: batches prepared ahead, at least 1.
 
     Returns:
-        Batches of crop_px x crop_px. A batch stays valid for as long as it is held.
+        Batches of crop_px x crop_px. A batch stays valid while it is referenced.
 
     Raises:
-        ValueError: at once, for impossible numbers.
-        UserError: while iterating, for a file that is missing, broken, or of another size than its sample
-            says.
+        ValueError: immediately, for invalid numbers.
+        UserError: while iterating, for a file that is missing, broken, or of another size than its sample.
     """
     device = _checked(device, threads, prefetch)
     noise = noise_image(noise_side(augment.crop_px))
@@ -96,18 +94,18 @@ def _checked(device: torch.device | str, threads: int, prefetch: int) -> torch.d
 
 @dataclass(frozen=True, slots=True)
 class _Fed:
-    """A batch on its way through a pipeline: who it is, and what the graph is fed for it."""
+    """Inputs of the graph for a batch in a pipeline."""
 
     micro: MicroBatch
     drawn: Augmentation
     rows: dict
     pixels: dict[int, Future] = field(default_factory=dict)
-    """Of the images that PIL decodes, by their place in the batch."""
+    """Pixels of the images that PIL decodes, by position in the batch."""
 
 
 @dataclass
 class _Feeder:
-    """Micro-batches of a stream through pipelines of the training graph."""
+    """Feeder of a stream's micro-batches to pipelines of the training graph."""
 
     stream: Stream
     device: torch.device
@@ -117,13 +115,13 @@ class _Feeder:
 
     def __post_init__(self):
         self.samples = self.stream.samples
-        self._foreign = {i for i, sample in enumerate(self.samples) if not sample.plain}
-        """Positions in the list of what PIL decodes."""
+        self._by_pil = {i for i, sample in enumerate(self.samples) if not sample.plain}
+        """Indices of the samples whose images PIL decodes."""
         self._turned = any(sample.orientation != 1 for sample in self.samples)
         self._waiting: deque[_Fed] = deque()
-        """Drawn, and in no pipeline."""
-        self._flying: deque[_Fed] = deque()
-        """In the pipeline."""
+        """Batches that are drawn, but in no pipeline."""
+        self._in_flight: deque[_Fed] = deque()
+        """Batches in the pipeline."""
 
     def batches(self, drawn: Iterator[_Fed]) -> Iterator[Batch]:
         with ThreadPoolExecutor(self.threads, "stpp-load") as pool:
@@ -144,40 +142,41 @@ class _Feeder:
             except StopIteration:
                 return
             except RuntimeError as error:
-                if not self._give_to_pil({i for fed in self._flying for i in fed.micro.indices.tolist()}):
+                suspects = {i for fed in self._in_flight for i in fed.micro.indices.tolist()}
+                if not self._give_to_pil(suspects):
                     raise error
-                self._waiting.extendleft(reversed(self._flying))
-                self._flying.clear()
+                self._waiting.extendleft(reversed(self._in_flight))
+                self._in_flight.clear()
                 for fed in self._waiting:
                     self._decode(fed, pool)
                 pipeline = self._pipeline(drawn, pool, most)
                 continue
-            yield self._batch(self._flying.popleft(), outputs)
+            yield self._batch(self._in_flight.popleft(), outputs)
 
     def _draw(self, drawn: Iterator[_Fed], pool: Executor, count: int) -> bool:
-        """Draws until `count` batches wait, if there are as many, and has their pixels decoded; whether one
-        waits."""
+        """Draws batches, and starts decoding by PIL, until `count` wait or none is left; returns True if a
+        batch waits."""
         while len(self._waiting) < count and (fed := next(drawn, None)) is not None:
             self._decode(fed, pool)
             self._waiting.append(fed)
         return bool(self._waiting)
 
     def _decode(self, fed: _Fed, pool: Executor) -> None:
-        """Begins to decode what PIL decodes of a batch, if it has not begun."""
+        """Starts decoding a batch's images that PIL decodes, unless started."""
         for row, i in enumerate(fed.micro.indices.tolist()):
-            if i in self._foreign and row not in fed.pixels:
+            if i in self._by_pil and row not in fed.pixels:
                 fed.pixels[row] = pool.submit(image_of, self.samples[i])
 
     def _pipeline(self, drawn: Iterator[_Fed], pool: Executor, most: int) -> Pipeline:
-        fed_pixels, gpu = bool(self._foreign), self.device.type == "cuda"
+        fed_pixels, gpu = bool(self._by_pil), self.device.type == "cuda"
         inputs = train_inputs(self.stream, fed=fed_pixels, turned=self._turned)
 
         def source() -> tuple:
-            # Where PIL decodes, it works on the batches after those that DALI has.
+            # PIL decodes ahead of the batches that DALI has.
             if not self._draw(drawn, pool, 1 + self.prefetch * fed_pixels):
                 raise StopIteration
             fed = self._waiting.popleft()
-            self._flying.append(fed)
+            self._in_flight.append(fed)
             rows = fed.rows
             if fed_pixels:
                 count = range(len(fed.micro.indices))
@@ -209,30 +208,30 @@ class _Feeder:
         )
 
     def _give_to_pil(self, suspects: set[int]) -> bool:
-        """Finds which images DALI cannot decode and gives them to PIL; whether there are any.
+        """Finds images that DALI cannot decode, and assigns them to PIL; returns True if there are any.
 
-        DALI does not say which file it failed on, and a pipeline that failed once serves no more: each is
-        decoded alone.
+        DALI does not name the file that it failed on, and a failed pipeline cannot be used again, so each
+        suspect is decoded alone.
 
         Raises:
-            UserError: PIL cannot decode one of them either, or DALI cannot decode a mask.
+            UserError: PIL cannot decode the image either, or DALI cannot decode a mask.
         """
-        found = False
+        reassigned = False
         for i in sorted(suspects):
             sample = self.samples[i]
-            if i not in self._foreign and _failure(sample.image, decoded_image, self.device) is not None:
+            if i not in self._by_pil and _failure(sample.image, decoded_image, self.device) is not None:
                 image_of(sample)
                 log.say(f"{sample.image}: DALI cannot decode it, PIL does")
-                self._foreign.add(i)
-                found = True
+                self._by_pil.add(i)
+                reassigned = True
             if self.stream.masked and (reason := _failure(sample.mask, decoded_mask,
                                                           self.device)) is not None:
                 mask_of(sample)
                 raise UserError(
-                    f"{sample.mask}: DALI cannot decode it, though PIL can ({reason}); write it anew or "
+                    f"{sample.mask}: DALI cannot decode it, though PIL can ({reason}); save it again or "
                     "leave it out"
                 )
-        return found
+        return reassigned
 
 
 def _built(
@@ -244,12 +243,12 @@ def _built(
     prefetch: int,
     most: int,
 ) -> Pipeline:
-    """A pipeline that is ready to run.
+    """Builds a pipeline.
 
     Args:
-        inputs: what `source` yields: name -> (type, dimensions, layout).
+        inputs: values that `source` yields: name to (type, dimensions, layout).
         graph: function from the inputs by name to the outputs.
-        most: longest batch.
+        most: maximum batch size.
     """
     kinds, dimensions, layouts = map(list, zip(*inputs.values(), strict=True))
 
@@ -271,12 +270,15 @@ def _built(
 
 
 def _check_shapes(samples: Sequence[Sample], shapes) -> None:
-    """Raises UserError for an image or mask that is not of its sample's size.
+    """Checks that images and masks have their sample's size.
 
     Args:
         samples: N samples.
         shapes: DALI list of N int32 [3] or [6]: height, width, channels of the image, then of the mask if it
             was read.
+
+    Raises:
+        UserError: one has another size.
     """
     for sample, shape in zip(samples, np.asarray(shapes.as_array()), strict=True):
         for path, (height, width, _) in zip(
@@ -290,7 +292,7 @@ def _check_shapes(samples: Sequence[Sample], shapes) -> None:
 
 
 def _failure(path: str, decoded: Callable, device: torch.device) -> str | None:
-    """Why DALI cannot decode a file alone; None if it can."""
+    """Reason why DALI cannot decode a file; None if it can."""
     pipeline = _built(
         lambda: (path_rows([path]),),
         {"path": (types.UINT8, 1, "")},

@@ -1,9 +1,8 @@
-"""The DALI graph of training, and the numbers it is fed.
+"""DALI graph of training, and its inputs.
 
-The graph is a function from named input nodes to (images, labels, shapes upright). It holds no randomness,
-and is the same for CPU and GPU builds but for where JPEGs are decoded and how contrast is computed. What only
-some samples undergo runs on those alone: the `if`s below are DALI conditionals, which split the batch and
-merge it again.
+The graph is a function from named input nodes to (images, labels, shapes upright). It is deterministic, and
+the same for CPU and GPU builds except for JPEG decoding and the computation of contrast. Operations on some
+samples run on those only: the `if`s below are DALI conditionals, which split the batch and merge it again.
 
 Legend: N samples, H W pixels, C colours. Images inside the graph are uint8 HWC, masks uint8 HW1.
 """
@@ -65,13 +64,13 @@ _TURNED = {
 
 
 def train_inputs(stream: Stream, *, fed: bool, turned: bool) -> dict[str, tuple]:
-    """What the graph is fed, one row a sample: name -> (type, dimensions, layout). A view's names end in its
-    number; a weak view has none.
+    """Describes the graph's inputs, one row per sample: name to (type, dimensions, layout). A view's names
+    end in its number; a weak view has none.
 
     Args:
-        fed: some images come as pixels, upright: those of rows with `fed`. The others are read from their
+        fed: some images, in rows with `fed`, are passed as upright pixels; the others are read from their
             paths.
-        turned: some images that are read are turned upright.
+        turned: some images need to be turned upright after reading.
     """
     inputs = _CROP | (_MASK if stream.masked else {}) | (_FED if fed else {}) | (_TURNED if turned else {})
     for number in _coloured(stream):
@@ -91,10 +90,9 @@ def _coloured(stream: Stream) -> list[int]:
 
 
 def train_graph(x: dict, gpu: bool, *, side: int, stream: Stream) -> tuple:
-    """Files and numbers (`train_rows`) to the views, float32 [side, side, 3] each; masks, uint8 [side, side,
-    1], if the stream has masks; shapes.
-
-    Shapes: int32 [3] or [6], height, width and channels of the upright image and of the mask.
+    """Defines the training graph: from files and numbers (`train_rows`) to the views, float32 [side, side, 3]
+    each; masks, uint8 [side, side, 1], if the stream has masks; and shapes, int32 [3] or [6]: height, width
+    and channels of the upright image, and of the mask.
     """
     image, mask = _image(x, gpu), None
     shapes = image.shape(dtype=types.INT32)
@@ -103,8 +101,7 @@ def train_graph(x: dict, gpu: bool, *, side: int, stream: Stream) -> tuple:
         shapes = fn.cat(shapes, mask.shape(dtype=types.INT32))
         if gpu:
             mask = mask.gpu()
-    # Only the part of the resized image that the crop shows is computed; a reversed region comes out
-    # mirrored.
+    # Only the crop's part of the resized image is computed; a reversed region is mirrored.
     roi = {"roi_start": x["roi_start"], "roi_end": x["roi_end"], "size": x["size"]}
     image = fn.resize(image, antialias=True, **roi)
     pad = {"start": x["pad_start"], "shape": [side, side], "axes": [0, 1], "out_of_bounds_policy": "pad"}
@@ -114,23 +111,22 @@ def train_graph(x: dict, gpu: bool, *, side: int, stream: Stream) -> tuple:
 
     views = []
     for number, view in enumerate(stream.views):
-        seen = image
+        augmented = image
         if view != "weak":
             own = {name: x[f"{name}_{number}"] for name in _VIEW}
-            seen = _recoloured(seen, own, gpu)
+            augmented = _recoloured(augmented, own, gpu)
             if stream.box == "erase":
                 box = {name: x[f"{name}_{number}"] for name in _box_inputs(stream)}
-                seen = _noisy(seen, box, side, gpu)
+                augmented = _noisy(augmented, box, side, gpu)
                 if stream.masked:
                     mask = _erased(mask, box)
-        views.append(_normalised(seen))
-    # The merged masks may lie scattered; an operator on all of them makes one block, which torch can take
-    # over.
+        views.append(_normalised(augmented))
+    # The merged masks may be scattered in memory; an operator on all of them makes one block for torch.
     return (*views, *([fn.copy(mask)] if stream.masked else []), shapes)
 
 
 def _recoloured(image, x: dict, gpu: bool):
-    """Jitter, gray, blur."""
+    """Applies jitter, gray and blur."""
     if x["jitter"]:
         image = _jitter(image, x, gpu)
     if x["gray"]:
@@ -141,7 +137,7 @@ def _recoloured(image, x: dict, gpu: bool):
 
 
 def _noisy(image, x: dict, side: int, gpu: bool):
-    """Noise in the box."""
+    """Fills the box with noise."""
     if x["cutout"]:
         noise = x["noise"]
         if gpu:
@@ -152,28 +148,27 @@ def _noisy(image, x: dict, side: int, gpu: bool):
 
 
 def _erased(mask, x: dict):
-    """Ignored pixels in the box."""
+    """Sets the mask to 255 (ignore) in the box."""
     if x["cutout"]:
         mask = fn.erase(mask, anchor=x["box_start"], shape=x["box_size"], axes=(0, 1), fill_value=IGNORE)
     return mask
 
 
 def decoded_image(path, gpu: bool):
-    """uint8 RGB as stored, of a path."""
-    # Fancy upsampling is what libjpeg does on the CPU: without it GPU images differ at colour edges.
+    """Reads and decodes an image, uint8 RGB as stored."""
+    # Fancy upsampling matches libjpeg on the CPU: without it GPU images differ at colour edges.
     return fn.decoders.image(fn.io.file.read(path), device="mixed" if gpu else "cpu", output_type=types.RGB,
                              adjust_orientation=False, jpeg_fancy_upsampling=True)  # fmt: skip
 
 
 def decoded_mask(path, gpu: bool):
-    """uint8 [H, W, 1] on the CPU, of a path; a mask that had to be turned was written anew when it was
-    prepared."""
+    """Reads and decodes a mask, uint8 [H, W, 1] on the CPU; `stpp prepare` has turned masks upright."""
     file = fn.io.file.read(path)
     return fn.decoders.image(file, device="cpu", output_type=types.GRAY, adjust_orientation=False)
 
 
 def _image(x: dict, gpu: bool):
-    """The upright RGB image: as it was fed, or read."""
+    """Returns the upright RGB image: passed as pixels, or read."""
     if "fed" not in x:
         return _upright(decoded_image(x["image_path"], gpu), x)
     if x["fed"]:
@@ -186,7 +181,7 @@ def _image(x: dict, gpu: bool):
 
 
 def _upright(image, x: dict):
-    """`stpp.images.image_file.upright`."""
+    """Turns an image upright, as `stpp.images.image_file.upright`."""
     if "transposed" not in x:
         return image
     if x["transposed"]:
@@ -197,8 +192,8 @@ def _upright(image, x: dict):
 
 
 def _jitter(image, x: dict, gpu: bool):
-    """Brightness, contrast, and saturation and hue as one matrix, in the drawn order, each rounded and
-    clipped."""
+    """Applies brightness, contrast, and saturation and hue as one matrix, in the drawn order, each rounded
+    and clipped."""
     if x["matrix_place"] == 0:
         image = fn.coord_transform(image, M=x["matrix"], dtype=types.UINT8)
     image = _scale_around(image, x["factor_1"], x["luma_1"], gpu)
@@ -211,11 +206,11 @@ def _jitter(image, x: dict, gpu: bool):
 
 
 def _scale_around(image, factor, luma, gpu: bool):
-    """center + factor (image - center), center = mean colour times `luma`: contrast, or brightness where luma
-    is 0."""
+    """Computes center + factor (image - center), center = mean colour times `luma`: contrast, or brightness
+    if luma is 0."""
     mean = fn.reductions.mean(image, axes=(0, 1))
     if gpu:
-        # Arguments of operators live on the CPU, this mean does not.
+        # Operator arguments must be on the CPU, but this mean is on the GPU.
         factor = factor.gpu()
         center = fn.reductions.sum(mean * luma.gpu())
         return fn.cast(image * factor + center * (1.0 - factor), dtype=types.UINT8)
@@ -223,7 +218,7 @@ def _scale_around(image, factor, luma, gpu: bool):
 
 
 def _blurred(image, kernel, gpu: bool):
-    """Rows, then columns, filtered with float32 [K]; pixels beyond a border are those at it."""
+    """Filters rows, then columns, with float32 [K]; pixels beyond a border repeat the border."""
     if gpu:
         kernel = kernel.gpu()
     for shape in ([1, -1], [-1, 1]):
@@ -238,17 +233,17 @@ def _normalised(image):
 
 
 def path_rows(paths: Iterable[str]) -> list[np.ndarray]:
-    """Paths as the graph reads them: a uint8 array each."""
+    """Encodes paths for the graph, a uint8 array each."""
     return [np.frombuffer(path.encode(), dtype=np.uint8) for path in paths]
 
 
 def train_rows(samples: Sequence[Sample], drawn: Augmentation, stream: Stream, noise: np.ndarray) -> dict:
-    """The graph's inputs but for pixels, by their names (`train_inputs`): each an array or list with one
-    entry a sample.
+    """Makes the graph's inputs, except pixels, by name (`train_inputs`): each an array or list with one entry
+    per sample.
 
     Args:
-        samples, drawn: N samples and what happens to them.
-        stream: that they are of.
+        samples, drawn: N samples and their augmentation.
+        stream: stream of the samples.
         noise: uint8 [side of the noise, side of the noise, 3].
     """
     masks = {"mask_path": path_rows(sample.mask for sample in samples)} if stream.masked else {}
@@ -267,18 +262,18 @@ def _crop_rows(samples: Sequence[Sample], cut: Geometry) -> dict:
                             dtype=np.float64), cut.crop_px
     resized = np.stack([cut.resize_h, cut.resize_w], axis=1)
     start = np.stack([cut.crop_y, cut.crop_x], axis=1)
-    shown = np.minimum(resized - start, side)
-    # Where a mask's pixel falls on the border of two, the later one is taken. DALI computes in float32, which
-    # may fall short of the border: a millionth of the size decides it, and is nothing to the image.
+    visible = np.minimum(resized - start, side)
+    # A mask pixel on the border of two takes the later one. DALI computes in float32, which may fall short of
+    # the border: a nudge of a millionth of the size decides it, with no visible effect on the image.
     nudge = source * 2.0**-20
     roi_start = start * source / resized + nudge
-    roi_end = (start + shown) * source / resized + nudge
+    roi_end = (start + visible) * source / resized + nudge
     flip = cut.flip
     roi_start[flip, 1], roi_end[flip, 1] = roi_end[flip, 1], roi_start[flip, 1]
-    pad_start = np.zeros_like(shown)
-    pad_start[flip, 1] = shown[flip, 1] - side  # the padding on the right is mirrored to the left
+    pad_start = np.zeros_like(visible)
+    pad_start[flip, 1] = visible[flip, 1] - side  # the padding on the right is mirrored to the left
     return {"roi_start": roi_start.astype(np.float32), "roi_end": roi_end.astype(np.float32),
-            "size": shown.astype(np.float32), "pad_start": pad_start.astype(np.int32)}
+            "size": visible.astype(np.float32), "pad_start": pad_start.astype(np.int32)}
 
 
 def _view_rows(view: Appearance) -> dict:
@@ -303,7 +298,7 @@ def _box_rows(view: Appearance, side: int, noise: np.ndarray) -> dict:
 
 
 def _turn_rows(samples: Sequence[Sample]) -> dict[str, np.ndarray]:
-    """How each image that the graph reads is turned upright; see `stpp.images.image_file.upright`."""
+    """Makes the inputs that turn images upright; see `stpp.images.image_file.upright`."""
     turns = np.array([sample.orientation for sample in samples])
     mirrored, upended = np.isin(turns, (2, 3, 6, 7)), np.isin(turns, (3, 4, 7, 8))
     return {"transposed": turns >= 5, "flipped": mirrored | upended, "mirrored": mirrored.astype(np.int32),
@@ -311,10 +306,10 @@ def _turn_rows(samples: Sequence[Sample]) -> dict[str, np.ndarray]:
 
 
 def _blur_kernel(sigma: float) -> np.ndarray:
-    """float32 [K]: PIL's Gaussian blur, a box three times over; [1] for sigma 0.
+    """Computes the kernel of PIL's Gaussian blur, a box applied three times: float32 [K]; [1] for sigma 0.
 
-    Each box has a third of the variance: 2 `reach` + 1 whole pixels, and of the pixels beside them the part
-    that makes up the rest.
+    Each box has a third of the variance: 2 `reach` + 1 whole pixels, and a fraction of the pixel on either
+    side.
     """
     if sigma == 0:
         return np.ones(1, dtype=np.float32)
@@ -327,13 +322,13 @@ def _blur_kernel(sigma: float) -> np.ndarray:
 
 
 def _jitter_rows(view: Appearance) -> dict[str, np.ndarray]:
-    """Colour jitter as three operations: two scalings (brightness, contrast) and one matrix (saturation,
-    hue).
+    """Makes the inputs of colour jitter as three operations: two scalings (brightness, contrast) and one
+    matrix (saturation, hue).
 
-    Without clipping, saturation commutes with brightness and contrast, so it can be moved beside the hue at
-    no loss that shows (docs/augmentation.md): one matrix product a pixel instead of two.
+    Without clipping, saturation commutes with brightness and contrast, so it is merged with the hue, with no
+    visible difference (docs/augmentation.md): one matrix product per pixel instead of two.
     """
-    place = np.argsort(view.jitter_order, axis=1)  # place[:, op]: when op happens
+    place = np.argsort(view.jitter_order, axis=1)  # place[:, op]: position of op in the order
     contrast_first = place[:, CONTRAST] < place[:, BRIGHTNESS]
     saturation, hue = _saturation_matrix(view.saturation), _hue_matrix(view.hue)
     saturation_first = (place[:, SATURATION] < place[:, HUE])[:, None, None]
@@ -351,16 +346,16 @@ def _jitter_rows(view: Appearance) -> dict[str, np.ndarray]:
 
 
 def _saturation_matrix(factor: np.ndarray) -> np.ndarray:
-    """float64 [N, 3, 3]: blend with the gray image, exactly PIL's saturation."""
+    """Computes saturation matrices, float64 [N, 3, 3]: a blend with the gray image, exactly as in PIL."""
     factor = factor.astype(np.float64)[:, None, None]
     return factor * np.eye(3) + (1 - factor) * np.tile(LUMA.astype(np.float64), (3, 1))
 
 
 def _hue_matrix(turns: np.ndarray) -> np.ndarray:
-    """float64 [N, 3, 3]: rotation of the colours about the gray axis.
+    """Computes hue matrices, float64 [N, 3, 3]: rotations of the colours about the gray axis.
 
-    It equals the shift in HSV for gray pixels and for thirds of the circle, and is a linear map near it
-    between. The shift is taken in whole 1/256 turns, as 8-bit HSV takes it.
+    A rotation equals the shift in HSV for gray pixels and for thirds of the circle, and approximates it in
+    between. The shift is in whole 1/256 turns, as in 8-bit HSV.
     """
     angle = 2 * np.pi * np.trunc(turns.astype(np.float64) * 255) / 256
     diagonal = (1 + 2 * np.cos(angle)) / 3

@@ -1,4 +1,4 @@
-"""The files of a sample as PIL reads them, by the decision that its index keeps.
+"""Decoding of a sample's files by PIL, by the reading that the index records.
 
 H W: pixels.
 """
@@ -14,10 +14,10 @@ from stpp.loading.sample import Sample
 
 
 def image_of(sample: Sample) -> np.ndarray:
-    """Colours of a sample's image, upright: uint8 [H, W, 3].
+    """Decodes a sample's image, upright: uint8 [H, W, 3].
 
     Raises:
-        UserError: it is missing, broken, or of another size than the sample says. Names the file.
+        UserError: it is missing, broken, or of another size than the sample; names the file.
     """
     try:
         return upright_pixels(storage.read(sample.image), sample.reading)
@@ -28,11 +28,10 @@ def image_of(sample: Sample) -> np.ndarray:
 
 
 def mask_of(sample: Sample) -> np.ndarray:
-    """Class ids of a sample's mask: uint8 [H, W]. It is plain: what had to be turned was written anew when it
-    was prepared.
+    """Decodes the class ids of a sample's mask: uint8 [H, W]; `stpp prepare` has turned masks upright.
 
     Raises:
-        UserError: it is missing, broken, or of another size than the sample says. Names the file.
+        UserError: it is missing, broken, or of another size than the sample; names the file.
     """
     mask_HW = read_index_mask(sample.mask, exif=False)
     if mask_HW.shape != (sample.height, sample.width):

@@ -1,4 +1,4 @@
-"""Chooses the loader: DALI where it is installed, else the reference in PIL and NumPy."""
+"""Choice of the loader: DALI if installed, else the reference in PIL and NumPy."""
 
 import sys
 from collections.abc import Sequence
@@ -10,19 +10,19 @@ from stpp.loading.sample import Sample
 from stpp.loading.sampler import equal_size_batches
 
 MAX_BATCH = 8
-"""Images of one batch at native size, at most."""
+"""Maximum batch size at native size."""
 _noticed = False
 
 
 def pick(name: str = "auto") -> ModuleType:
-    """The module whose `train_batches` is to be used.
+    """Returns the loader module, with its `train_batches`.
 
     Args:
-        name: "dali"; "reference"; or "auto", which takes DALI if it is installed, else the reference, saying
-            so once on stderr, because it is slower and its colours differ a little (docs/augmentation.md).
+        name: "dali"; "reference"; or "auto": DALI if installed, else the reference, with one notice on
+            stderr, because it is slower and its colours differ a little (docs/augmentation.md).
 
     Raises:
-        UserError: "dali" is asked for but not installed.
+        UserError: "dali" is requested but not installed.
         ValueError: another name.
     """
     if batches.pick(name) == "dali":
@@ -36,10 +36,10 @@ def pick(name: str = "auto") -> ModuleType:
     return reference
 
 
-def native_share(samples: Sequence[Sample], here: World) -> list[list[int]]:
-    """This rank's share of `samples`: batches of images of equal size, as positions; every sample is in one
-    batch of one rank."""
-    return equal_size_batches(samples, MAX_BATCH, rank=here.rank, world=here.size)
+def native_share(samples: Sequence[Sample], world: World) -> list[list[int]]:
+    """Computes this rank's share of `samples`: batches of images of equal size, as indices; every sample is
+    in one batch of one rank."""
+    return equal_size_batches(samples, MAX_BATCH, rank=world.rank, world=world.size)
 
 
 def _notice() -> None:

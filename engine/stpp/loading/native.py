@@ -1,7 +1,6 @@
-"""Samples at native size, without augmentation: the labeller's reader of images, with their masks beside
-them.
+"""Samples at native size, without augmentation: the image reader of labelling, plus masks.
 
-What is scored is read by the same code as what is labelled.
+Evaluation thus reads images with the same code as labelling.
 """
 
 from collections import deque
@@ -23,50 +22,49 @@ from stpp.loading.sample import Batch, Sample
 
 def native_batches(
     samples: Sequence[Sample],
-    cut: Sequence[Sequence[int]],
+    index_batches: Sequence[Sequence[int]],
     *,
     device: torch.device | str,
     loader: str = "auto",
     threads: int = 1,
 ) -> Iterator[Batch]:
-    """Decodes and normalises the given batches, in their order.
+    """Decodes and normalises batches of samples, in order.
 
     Args:
-        samples: the list that the batches index.
-        cut: positions in `samples`, a batch each; the images of one are of equal size (`equal_size_batches`).
-        device: where the batches come out.
+        samples: list that the batches index.
+        index_batches: indices into `samples`; images of a batch have equal size (`equal_size_batches`).
+        device: device of the batches.
         loader: "auto", "dali" or "reference".
-        threads: that read, and that decode, at least 1.
+        threads: threads that read, and as many that decode, at least 1.
 
     Returns:
-        Batches; `labels_NHW` is None throughout if any sample of the list has no mask.
+        Batches; `labels_NHW` is None in all if any sample of the list has no mask.
 
     Raises:
-        ValueError: at once, for an empty batch, one with images of different sizes, or impossible numbers.
-        UserError: while iterating, for a file that is missing, broken, or of another size than its sample
-            says.
+        ValueError: immediately, for an empty batch, images of different sizes, or invalid numbers.
+        UserError: while iterating, for a file that is missing, broken, or of another size than its sample.
     """
     if threads < 1:
         raise ValueError(f"threads is {threads}, expected at least 1")
-    cut = [np.asarray(batch, dtype=np.int64) for batch in cut]
-    for batch in cut:
+    index_batches = [np.asarray(batch, dtype=np.int64) for batch in index_batches]
+    for batch in index_batches:
         if len({(samples[i].height, samples[i].width) for i in batch}) != 1:
             raise ValueError(f"batch {batch.tolist()} is empty or holds images of different sizes")
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    return _read(samples, cut, device, batches.pick(loader), threads)
+    return _read(samples, index_batches, device, batches.pick(loader), threads)
 
 
 def _read(
-    samples: Sequence[Sample], cut: list[np.ndarray], device: torch.device, kind: str, threads: int
+    samples: Sequence[Sample], index_batches: list[np.ndarray], device: torch.device, kind: str, threads: int
 ) -> Iterator[Batch]:
     labelled = all(sample.mask is not None for sample in samples)
     masks: deque[list[Future]] = deque()
     with ThreadPoolExecutor(threads, "stpp-masks") as pool:
 
         def tasks() -> Iterator[tuple[int, list[Planned]]]:
-            for number, batch in enumerate(cut):
+            for number, batch in enumerate(index_batches):
                 masks.append([pool.submit(mask_of, samples[i]) for i in batch] if labelled else [])
                 yield number, [_planned(samples[i], number, position) for position, i in enumerate(batch)]
 
@@ -75,19 +73,19 @@ def _read(
             device=device,
             kind=kind,
             threads=threads,
-            most=max(map(len, cut), default=1),
+            most=max(map(len, index_batches), default=1),
             clock=Clock(),
         )
         try:
             with closing(stream):
                 for number, batch in stream:
                     for row, reason in batch.errors.items():
-                        raise UserError(
-                            f"{samples[cut[number][row]].image}: {reason}; run `stpp prepare` again"
-                        )
+                        sample = samples[index_batches[number][row]]
+                        raise UserError(f"{sample.image}: {reason}; run `stpp prepare` again")
                     labels = [mask.result() for mask in masks.popleft()]
                     labels_NHW = torch.from_numpy(np.stack(labels)).to(device) if labels else None
-                    yield Batch(views=(batch.images_NCHW,), labels_NHW=labels_NHW, indices=cut[number])
+                    yield Batch(views=(batch.images_NCHW,), labels_NHW=labels_NHW,
+                                indices=index_batches[number])
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

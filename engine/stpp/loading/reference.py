@@ -1,8 +1,8 @@
-"""The loader in PIL and NumPy: what the DALI graphs must compute, and the loader where DALI is not installed.
+"""Reference loader in PIL and NumPy: defines the result of the DALI graph, and replaces it if DALI is not
+installed.
 
-The same functions, fed by the same numbers, as `stpp.loading.dali`. Colours are what torchvision's
-ColorJitter makes of PIL images: ImageEnhance for brightness, contrast and saturation, a shift in 8-bit HSV
-for hue.
+It has the functions and random numbers of `stpp.loading.dali`. Colours match torchvision's ColorJitter on PIL
+images: ImageEnhance for brightness, contrast and saturation, a shift in 8-bit HSV for hue.
 
 Legend: N samples, H W pixels, C colours.
 """
@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter
 
 from stpp.config import AugmentConfig
-from stpp.device import Arriving, copy_stream, on, staging
+from stpp.device import AsyncUpload, copy_stream, on_stream, staging
 from stpp.images.masks import IGNORE
 from stpp.images.pixels import normalised
 from stpp.loading.augment import (
@@ -49,7 +49,7 @@ def train_batches(
     threads: int,
     prefetch: int = 2,
 ) -> Iterator[Batch]:
-    """Decodes, augments and normalises the given micro-batches: see `stpp.loading.dali.train_batches`.
+    """Decodes, augments and normalises micro-batches: see `stpp.loading.dali.train_batches`.
 
     A pool of `threads` threads decodes and augments; batches are normalised on the device.
     """
@@ -61,10 +61,10 @@ def train_batches(
 
 
 def decoded(sample: Sample, *, masked: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
-    """Reads a sample's files: uint8 [H, W, 3] colours and, if `masked`, its uint8 [H, W] mask.
+    """Decodes a sample's files: uint8 [H, W, 3] colours and, if `masked`, its uint8 [H, W] mask.
 
     Raises:
-        UserError: a file that is missing, broken, or of another size than the sample says.
+        UserError: a file is missing, broken, or of another size than the sample.
     """
     return image_of(sample), mask_of(sample) if masked else None
 
@@ -73,31 +73,32 @@ def augmented(
     image: np.ndarray, mask: np.ndarray | None, drawn: Augmentation, row: int, *, stream: Stream,
     noise: np.ndarray
 ) -> tuple[list[np.ndarray], np.ndarray | None]:
-    """Applies one row of the drawn numbers.
+    """Applies the augmentation of one sample.
 
     Args:
         image, mask: uint8 [H, W, 3] and uint8 [H, W].
-        drawn, row: which row of which numbers.
-        stream: whose views are made.
-        noise: uint8 image that boxes are filled from.
+        drawn, row: augmentation of the batch, and row of the sample.
+        stream: stream of the sample, with its views.
+        noise: uint8 noise image for the boxes.
 
     Returns:
-        uint8 [side, side, 3] each view, not normalised, and uint8 [side, side] mask.
+        Views, uint8 [side, side, 3] each, not normalised; and the mask, uint8 [side, side].
     """
     crop, labels = _cropped(image, mask, drawn.geometry, row)
     views = []
     for view, kind in zip(drawn.views, stream.views, strict=True):
-        seen = crop
+        view_HW3 = crop
         if kind != "weak" and (view.jitter[row] or view.gray[row] or view.blur_sigma[row] > 0):
-            seen = np.array(_recolored(Image.fromarray(np.ascontiguousarray(crop)), view, row))
+            view_HW3 = np.array(_recolored(Image.fromarray(np.ascontiguousarray(crop)), view, row))
         y, x, box_h, box_w = view.box[row].tolist()
         if box_h and stream.box == "erase":
-            seen = seen.copy()
+            view_HW3 = view_HW3.copy()
             noise_y, noise_x = view.noise_offset[row] + (y, x)
-            seen[y : y + box_h, x : x + box_w] = noise[noise_y : noise_y + box_h, noise_x : noise_x + box_w]
+            view_HW3[y : y + box_h, x : x + box_w] = \
+                noise[noise_y : noise_y + box_h, noise_x : noise_x + box_w]
             if labels is not None:
                 labels[y : y + box_h, x : x + box_w] = IGNORE
-        views.append(seen)
+        views.append(view_HW3)
     return views, labels
 
 
@@ -108,7 +109,7 @@ def _cropped(image: np.ndarray, mask: np.ndarray | None, cut: Geometry,
     top, left = int(cut.crop_y[row]), int(cut.crop_x[row])
     height, width = min(size[1] - top, side), min(size[0] - left, side)
     crop = np.zeros((side, side, 3), dtype=np.uint8)
-    # Image.fromarray wants rows in one piece, and an image turned upright is a view.
+    # Image.fromarray needs contiguous rows, and an image turned upright is a view.
     resized = np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize(size, Image.Resampling.BILINEAR))
     crop[:height, :width] = resized[top : top + height, left : left + width]
     labels = None
@@ -123,15 +124,15 @@ def _cropped(image: np.ndarray, mask: np.ndarray | None, cut: Geometry,
 
 
 def _nearest(resized: int, source: int) -> np.ndarray:
-    """int64 [resized]: the source pixel under each pixel's centre; the later one where it falls on a border.
+    """Computes the source pixel under each pixel's centre, int64 [resized]; the later one on a border.
 
-    PIL's nearest, but for the borders, where PIL follows its rounding errors.
+    It equals PIL's nearest except at borders, where PIL's choice depends on rounding errors.
     """
     return (2 * np.arange(resized) + 1) * source // (2 * resized)
 
 
 def _recolored(image: Image.Image, view: Appearance, row: int) -> Image.Image:
-    """Jitter, gray, blur."""
+    """Applies jitter, gray and blur."""
     if view.jitter[row]:
         for operation in view.jitter_order[row]:
             if operation == BRIGHTNESS:
@@ -152,14 +153,14 @@ def _recolored(image: Image.Image, view: Appearance, row: int) -> Image.Image:
 def _shift_hue(image: Image.Image, turns: float) -> Image.Image:
     shift = np.uint8(int(turns * 255) % 256)
     if shift == 0:
-        return image  # the way to HSV and back alone costs up to nine grey levels
+        return image  # the conversion to HSV and back alone changes up to nine grey levels
     hue, saturation, value = image.convert("HSV").split()
-    hue = Image.fromarray(np.asarray(hue) + shift)  # wraps around, like the circle
+    hue = Image.fromarray(np.asarray(hue) + shift)  # uint8 wraps around, like the circle
     return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
 
 
 class _Loading:
-    """A batch that threads load, image by image, into memory that the device can copy from."""
+    """Batch that threads load, image by image, into staging memory for the copy to the device."""
 
     def __init__(self, micro: MicroBatch, drawn: Augmentation, stream: Stream, apply: Callable,
                  pool: ThreadPoolExecutor, device: torch.device, copies: torch.cuda.Stream | None):
@@ -173,7 +174,7 @@ class _Loading:
         self._pixels_VNHWC = staging(len(stream.views), n, side, side, 3, **settings)
         self._labels_NHW = staging(n, side, side, **settings) if stream.masked else None
         self._rows = [pool.submit(self._fill, row, stream.samples[i]) for row, i in enumerate(micro.indices)]
-        self._arriving: Arriving | None = None
+        self._upload: AsyncUpload | None = None
 
     def _fill(self, row: int, sample: Sample) -> None:
         views, mask = self._apply(*decoded(sample, masked=self._stream.masked), self._drawn, row)
@@ -183,23 +184,23 @@ class _Loading:
             self._labels_NHW.numpy()[row] = mask
 
     def is_good(self) -> bool:
-        """Whether all of it is loaded, and nothing failed."""
+        """Checks that all images are loaded without an error."""
         return all(row.done() and row.exception() is None for row in self._rows)
 
     def send(self) -> None:
-        """Queues the copy to the device, once; waits for what is not loaded yet, and raises what failed."""
-        if self._arriving is None:
+        """Queues the copy to the device, once; waits for unfinished images, and raises their errors."""
+        if self._upload is None:
             for row in self._rows:
                 row.result()
-            there = [staged for staged in (self._pixels_VNHWC, self._labels_NHW) if staged is not None]
-            with on(self._copies):
-                copies = [staged.to(self._device, non_blocking=True) for staged in there]
-                self._arriving = Arriving(*copies, stream=self._copies)
+            loaded = [staged for staged in (self._pixels_VNHWC, self._labels_NHW) if staged is not None]
+            with on_stream(self._copies):
+                copies = [staged.to(self._device, non_blocking=True) for staged in loaded]
+                self._upload = AsyncUpload(*copies, stream=self._copies)
 
     def take(self) -> Batch:
-        """The batch, on the device."""
+        """Returns the batch, on the device."""
         self.send()
-        pixels_VNHWC, *labels = self._arriving.take()
+        pixels_VNHWC, *labels = self._upload.take()
         return Batch(views=tuple(normalised(view).permute(0, 3, 1, 2) for view in pixels_VNHWC),
                      labels_NHW=labels[0] if labels else None, indices=self._micro.indices,
                      step=self._micro.step, epoch=self._micro.epoch,
@@ -208,28 +209,28 @@ class _Loading:
 
 def _pooled(stream: Stream, micro_batches: Iterable[MicroBatch], numbers: Callable, apply: Callable,
             threads: int, prefetch: int, device: torch.device) -> Iterator[Batch]:
-    """Loads batches in a pool of threads; yields them in order, `prefetch` of them being worked on.
+    """Loads batches in a pool of threads, `prefetch` ahead, and yields them in order.
 
-    PIL and NumPy release the interpreter's lock in most of what they do here, so threads are enough. A batch
-    that is loaded when the one before it is asked for is copied then, beside what the device computes; one
-    that is late or broken waits for its turn.
+    PIL and NumPy release the GIL in most operations used here, so threads suffice. If the next batch is
+    loaded when one is requested, its copy overlaps with the device's computation; a late or broken batch is
+    copied in its turn.
     """
     pool, copies = ThreadPoolExecutor(threads, thread_name_prefix="stpp-load"), copy_stream(device)
-    ahead: deque[_Loading] = deque()
+    loading: deque[_Loading] = deque()
 
-    def next_one() -> Batch:
-        taken = ahead.popleft().take()
-        if ahead and ahead[0].is_good():
-            ahead[0].send()
+    def next_batch() -> Batch:
+        taken = loading.popleft().take()
+        if loading and loading[0].is_good():
+            loading[0].send()
         return taken
 
     try:
         for micro in micro_batches:
             drawn = numbers(micro.indices, micro.positions, epoch=micro.epoch)
-            ahead.append(_Loading(micro, drawn, stream, apply, pool, device, copies))
-            if len(ahead) > prefetch:
-                yield next_one()
-        while ahead:
-            yield next_one()
+            loading.append(_Loading(micro, drawn, stream, apply, pool, device, copies))
+            if len(loading) > prefetch:
+                yield next_batch()
+        while loading:
+            yield next_batch()
     finally:
         pool.shutdown(cancel_futures=True)

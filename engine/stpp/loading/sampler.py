@@ -1,6 +1,6 @@
-"""Which samples a step takes: a pure function of (seed, stage, step), the same on any number of ranks.
+"""Sampler: assigns samples to steps as a pure function of (seed, stage, step), for any number of ranks.
 
-Legend: n samples of a list, G global batch, position: a place in the epoch's order.
+Legend: n samples of a list, G global batch, position: index in the epoch's order.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,18 +11,18 @@ import numpy as np
 from stpp.loading.sample import Preference, Sample, Stream
 
 ORDER_STREAM, CLASS_STREAM = 0, 14
-"""Random streams of the epoch's order, and of the classes of the places that are filled by class. The
-augmentation's numbers come from other ones (see `philox`)."""
+"""Random streams of the epoch's order, and of the classes at positions filled by class; augmentation uses
+others (see `philox`)."""
 STREAMS_OF_LIST = 16
-"""Random streams that belong to each stream of samples: its order, and its views."""
+"""Random streams per stream of samples: its order, and its views."""
 
 
 def philox(stream: int, *, seed: int, stage: int, epoch: int,
            counter: tuple[int, int] = (0, 0)) -> np.random.Philox:
-    """A counter-based bit generator: what it yields depends on the arguments alone.
+    """Makes a counter-based bit generator; its output depends on the arguments alone.
 
     Args:
-        stream: 0..255, one number for each use, so that two uses never share random bits.
+        stream: 0..255, a different number for each use, so that two uses never share random bits.
         seed, stage, epoch: non-negative; below 2^64, 2^24 and 2^32.
         counter: the low two of Philox's four 64-bit counter words. One count of the first word is four 64-bit
             numbers.
@@ -40,15 +40,14 @@ def philox(stream: int, *, seed: int, stage: int, epoch: int,
 
 def uniform_rows(positions: np.ndarray, width: int, *, stream: int, seed: int, stage: int, epoch: int,
                  block: int = 0) -> np.ndarray:
-    """float64 [N, width] in [0, 1): each row a function of its position, the block's number and the key.
+    """Draws float64 [N, width] in [0, 1): each row depends on its position, the block's number and the key.
 
     Args:
-        width: a multiple of 4, the numbers of one count.
+        width: multiple of 4, the numbers of one count.
         stream: see `philox`.
     """
     out = np.empty((len(positions), width), dtype=np.uint64)
-    # A run of consecutive positions (what the sampler yields) is one run of the counter: one generator serves
-    # it.
+    # Consecutive positions (as from the sampler) are consecutive counts: one generator draws them.
     breaks = np.flatnonzero(np.diff(positions) != 1) + 1
     for run in np.split(np.arange(len(positions)), breaks):
         if len(run):
@@ -59,58 +58,58 @@ def uniform_rows(positions: np.ndarray, width: int, *, stream: int, seed: int, s
 
 
 def epoch_order(n: int, *, seed: int, stage: int, epoch: int, number: int = 0) -> np.ndarray:
-    """The order of one epoch of stream `number`: an int64 [n] permutation of 0..n-1."""
+    """Draws the order of one epoch of stream `number`: an int64 [n] permutation of 0..n-1."""
     if n < 1:
         raise ValueError(f"n is {n}, expected at least one sample")
-    # Sorting raw bits, because what NumPy's own `permutation` makes of them may change between its versions.
+    # Sorting raw bits, because the result of NumPy's `permutation` may change between versions.
     bits = philox(ORDER_STREAM + STREAMS_OF_LIST * number, seed=seed, stage=stage, epoch=epoch)
     return np.argsort(bits.random_raw(n), kind="stable").astype(np.int64)
 
 
 def drawn_classes(preference: Preference, positions: np.ndarray, *, seed: int, stage: int, epoch: int,
                   number: int) -> tuple[np.ndarray, np.ndarray]:
-    """The class that each place of an epoch is filled by, int64 [n], -1 for none; and a uniform number for
+    """Draws the class of each position of an epoch, int64 [n], -1 for none; and a uniform number that selects
     its image."""
     u_place, u_class, u_image, _ = uniform_rows(
         positions, 4, stream=CLASS_STREAM + STREAMS_OF_LIST * number, seed=seed, stage=stage, epoch=epoch).T
     ends_C = preference.chances_C.cumsum()
-    ends_C /= ends_C[-1]  # or rounding would leave a little for a last class that has no chance
+    ends_C /= ends_C[-1]  # or rounding could select a last class of probability 0
     drawn = np.searchsorted(ends_C[:-1], u_class, side="right")
     return np.where(u_place < preference.share, drawn, -1).astype(np.int64), u_image
 
 
 def preferred(preference: Preference, positions: np.ndarray, order: np.ndarray, *, seed: int, stage: int,
               epoch: int, number: int) -> np.ndarray:
-    """An epoch's order with other images in the places that are filled by class: int64, as `order`."""
+    """Replaces the images at positions filled by class in an epoch's order: int64, as `order`."""
     classes, u_image = drawn_classes(preference, positions, seed=seed, stage=stage, epoch=epoch,
                                      number=number)
     order = order.copy()
     for place in np.flatnonzero(classes >= 0):
-        shown = preference.members[classes[place]]
-        order[place] = shown[int(u_image[place] * len(shown))]
+        members = preference.members[classes[place]]
+        order[place] = members[int(u_image[place] * len(members))]
     return order
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
-    """What one rank puts through the model at once: a part of one optimiser step's global batch."""
+    """Part of an optimiser step's global batch that one rank processes in one pass."""
 
     step: int
     """Optimiser step, counted over the whole stage from 0."""
     epoch: int
     positions: np.ndarray
-    """int64 [b]: places in the epoch's order. They key the augmentation."""
+    """int64 [b]: positions in the epoch's order; key of the augmentation."""
     indices: np.ndarray
-    """int64 [b]: positions in the list of samples."""
+    """int64 [b]: indices in the list of samples."""
 
 
 class StepSampler:
-    """Cuts every epoch's order into global batches, and these into ranks and accumulation pieces.
+    """Sampler that splits every epoch's order into global batches, ranks and accumulation passes.
 
     Step k of an epoch takes the positions [k G, (k + 1) G). Each rank takes a contiguous part of them, and
-    accumulation cuts that part into contiguous pieces, so the stream of a step does not depend on who
-    computes it. What is left at the end of an epoch (less than G) is dropped. A list shorter than G, or than
-    the longest list of the stage, is repeated.
+    accumulation splits that part into contiguous pieces, so the samples of a step do not depend on the number
+    of ranks. Fewer than G samples at the end of an epoch are dropped. A list shorter than G, or than the
+    longest list of the stage, is repeated.
     """
 
     def __init__(self, n_samples: int, batch_global: int, seed: int, stage: int, *, number: int = 0,
@@ -118,9 +117,9 @@ class StepSampler:
         """Args:
             n_samples: length of the list of samples, at least 1.
             batch_global: samples of one optimiser step over all ranks, at least 1.
-            seed, stage, number: key of the epochs' orders; the last is that of the stream.
-            longest: length of the stage's longest list, which sets the length of an epoch.
-            preference: of the stream; it puts other images in some places of an epoch's order.
+            seed, stage, number: key of the epochs' orders; `number` is that of the stream.
+            longest: length of the stage's longest list, which determines the length of an epoch.
+            preference: preference of the stream, which replaces images at some positions.
 
         Raises:
             ValueError: an empty list or batch.
@@ -130,8 +129,7 @@ class StepSampler:
                              "least 1")
         self.n_samples, self.batch_global, self.seed, self.stage = n_samples, batch_global, seed, stage
         self.number, self.preference = number, preference
-        # A list that is too short is repeated as a whole until it fills a batch; one beside a longer list as
-        # far as that goes.
+        # A list shorter than a batch is repeated as a whole; one shorter than `longest` up to that length.
         whole = n_samples * -(-batch_global // n_samples) if n_samples < batch_global else n_samples
         self.n_positions = max(whole, longest)
         self.steps_per_epoch = self.n_positions // batch_global
@@ -139,12 +137,12 @@ class StepSampler:
     def micro_batches(
         self, first_step: int, last_step: int, *, rank: int = 0, world: int = 1, accumulate: int = 1
     ) -> Iterator[MicroBatch]:
-        """Yields this rank's micro-batches of the steps first_step <= step < last_step, `accumulate` of them
-        a step.
+        """Yields this rank's micro-batches of the steps first_step <= step < last_step, `accumulate` per
+        step.
 
         Raises:
             ValueError: batch_global is not divisible by world x accumulate, or the rank or the steps are
-                impossible.
+                invalid.
         """
         if world < 1 or accumulate < 1 or self.batch_global % (world * accumulate):
             raise ValueError(
@@ -183,36 +181,34 @@ class StepSampler:
 
 def stage_samplers(streams: Sequence[Stream], batch_global: int, *, seed: int,
                    stage: int) -> list[StepSampler]:
-    """Samplers of the streams of a stage, in step: the longest list sets the steps of an epoch, shorter ones
-    are repeated.
+    """Makes the samplers of a stage's streams; the longest list determines the steps of an epoch, shorter
+    ones are repeated.
 
     Raises:
-        ValueError: two streams have one number, and so would have the same random numbers.
+        ValueError: two streams have the same number, and so the same random numbers.
     """
     if len({stream.number for stream in streams}) < len(streams):
         raise ValueError(f"streams have the numbers {[stream.number for stream in streams]}, expected each "
                          "once")
 
-    def made(longest: int) -> list[StepSampler]:
+    def samplers(longest: int) -> list[StepSampler]:
         return [StepSampler(len(stream.samples), batch_global, seed, stage, number=stream.number,
                             longest=longest, preference=stream.preference)
                 for stream in streams]
 
-    return made(max(sampler.n_positions for sampler in made(0)))
+    return samplers(max(sampler.n_positions for sampler in samplers(0)))
 
 
 def equal_size_batches(samples: Sequence[Sample], max_batch: int, *, rank: int = 0,
                        world: int = 1) -> list[list[int]]:
-    """Batches of images of one size, each sample in exactly one batch of one rank, for evaluation and
-    labelling.
+    """Groups samples into batches of one image size, each sample in one batch of one rank, for evaluation.
 
-    The batches themselves do not depend on rank and world, only their distribution does: largest batch first,
-    each to the rank with the fewest pixels so far. A size's samples are spread evenly over its batches (7
-    with at most 4 a
-    batch: 4 and 3).
+    The batches do not depend on rank and world, only their distribution does: largest batch first, each to
+    the rank with the fewest pixels so far. Samples of a size are spread evenly over its batches (7 with at
+    most 4 per batch: 4 and 3).
 
     Returns:
-        This rank's batches, each a list of positions in `samples`; largest batches (in pixels) first.
+        This rank's batches, each a list of indices in `samples`; largest batches (in pixels) first.
 
     Raises:
         ValueError: max_batch or world below 1, or rank outside 0..world-1.

@@ -1,5 +1,4 @@
-"""Methods: what is computed. One file each, with its step and its stages; `METHODS` has the facts about
-them."""
+"""Training methods, one file each with its step and its stages; `METHODS` is their registry."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,23 +9,24 @@ from stpp.methods.stages import Stages
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A method, and what others need to know of it."""
+    """Registry entry of a method."""
 
     run: Callable[[Stages], None]
-    """Its stages, in order."""
+    """Function that runs its stages, in order."""
     unlabelled: int = 1
-    """Unlabelled images that it needs at least; 0: it reads none."""
+    """Minimum number of unlabelled images; 0: the method uses none."""
     labels: bool = True
-    """Labels images, so that none may be larger than `--label.max-pixels`."""
+    """True if a stage labels images, so that `--label.max-pixels` applies."""
     predictors: int | None = None
-    """Networks that rank or label images in a run, which can share one compiled engine."""
+    """Number of networks that rank or label images in a run, which may share one compiled engine."""
     pairs: bool = False
-    """Mixes neighbours of a pass, so that a pass holds an even number of images of each list."""
+    """True if neighbours of a pass are mixed, so that a pass needs an even number of images of each list."""
     advice: str = ""
-    """What else to try where a class goes missing: the end of a list of flags."""
+    """Further flags to try for missing classes, appended to a list of flags."""
     checkpoints: int
-    """Networks on the disk at the end: a stage that trains keeps its best one and, to resume from, its last
-    one with momentum (two), and writes one more before an old one goes; thirds come on top."""
+    """Networks on the disk at the end, for the disk check: a training stage keeps its best network and, for
+    resuming, its last one with momentum (counts as two), and writes a new file before it deletes the old one;
+    thirds count extra."""
 
 
 _OFFLINE = ", --label.keep-share 0.5 (the surest pixels of every class), --label.min-confidence auto"
@@ -42,4 +42,4 @@ METHODS = {
     "fixmatch": Method(run=unimatch_v2.train_fixmatch, labels=False, pairs=True, advice=_ONLINE,
                        checkpoints=8),
 }
-"""By their names on the command line (`stpp.config.MethodName`)."""
+"""Methods by name on the command line (`stpp.config.MethodName`)."""

@@ -1,8 +1,8 @@
-"""What both UniMatches share: pseudo labels of a weak view, CutMix between neighbours, and streams of two
-lists.
+"""Functions shared by UniMatch and UniMatch-V2: pseudo labels of the weak view, CutMix between neighbours,
+and the streams of both lists.
 
-Pixels of which the network is unsure, and padding, are labelled 255 before labels are pasted: thresholding
-and pasting commute, so no map of confidence is carried along, and the operators for labels serve as they are.
+Pixels below the confidence threshold, and padding, become 255 before labels are pasted: thresholding and
+pasting commute, so no confidence map is passed on, and the label operators apply unchanged.
 
 Legend: N images of a pass (even), C classes, H W crop size, h w size of low-resolution logits.
 """
@@ -19,8 +19,8 @@ from stpp_kernels import upsample_argmax
 
 def weak_and_strong(labelled: Sequence[Sample], unlabelled: Sequence[Sample], *,
                     strong: int) -> tuple[Stream, Stream]:
-    """Streams of a labelled list, weakly augmented, and of an unlabelled one in a weak and `strong` strong
-    views."""
+    """Makes the streams of a labelled list, weakly augmented, and of an unlabelled list in a weak view and
+    `strong` strong views."""
     return (Stream(samples=labelled, views=("weak",)),
             Stream(samples=unlabelled, views=("weak", *["strong"] * strong), box="paste", masked=False,
                    number=1))
@@ -29,16 +29,16 @@ def weak_and_strong(labelled: Sequence[Sample], unlabelled: Sequence[Sample], *,
 @torch.no_grad()
 def pseudo_labels(logits_NChw: torch.Tensor, batch: Batch, confidence: float,
                   rules: ClassRules = NONE) -> torch.Tensor:
-    """Classes of the weak view: uint8 [N, H, W], 255 where the probability is below `confidence`, or the
-    class's own, and on padding."""
+    """Computes the pseudo labels of the weak view: uint8 [N, H, W], 255 on padding and where the probability
+    is below `confidence` or the threshold of the class."""
     size = batch.images_NCHW.shape[-2:]
     labels_NHW, probability_NHW = upsample_argmax(logits_NChw, size, confidence=True)
-    sure_NHW = rules.is_sure(labels_NHW, probability_NHW, confidence) & inside(batch.shown_N4, size)
-    return labels_NHW.masked_fill(~sure_NHW, IGNORE)
+    confident_NHW = rules.is_confident(labels_NHW, probability_NHW, confidence)
+    return labels_NHW.masked_fill(~(confident_NHW & inside(batch.shown_N4, size)), IGNORE)
 
 
 def inside(boxes_N4: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Pixels of an image of `size` that lie in each box (y, x, height, width): bool [N, H, W]."""
+    """Rasterises boxes (y, x, height, width) in images of `size`: bool [N, H, W], True inside."""
     (y, x, height, width), device = boxes_N4[:, :, None].unbind(1), boxes_N4.device
     rows_1H, columns_1W = (torch.arange(side, device=device)[None] for side in size)
     in_rows_NH = (rows_1H >= y) & (rows_1H < y + height)
@@ -47,7 +47,7 @@ def inside(boxes_N4: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def swapped(tensor: torch.Tensor) -> torch.Tensor:
-    """Neighbours exchanged along the first axis: 0 with 1, 2 with 3, ... The same pairs on any number of
+    """Swaps neighbours along the first axis: 0 with 1, 2 with 3, ... The pairs do not depend on the number of
     ranks."""
     pairs = tensor.reshape(-1, 2, *tensor.shape[1:])
     mixed = pairs.flip(1).reshape(tensor.shape)
@@ -55,26 +55,26 @@ def swapped(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def pasted(tensor: torch.Tensor, boxes_N4: torch.Tensor) -> torch.Tensor:
-    """Images [N, 3, H, W], or labels or flags [N, H, W], with the neighbour's pixels inside each box:
-    CutMix."""
+    """Applies CutMix to images [N, 3, H, W], or labels or flags [N, H, W]: the neighbour's pixels inside each
+    box."""
     in_box = inside(boxes_N4, tensor.shape[-2:])
     return torch.where(in_box[:, None] if tensor.dim() == 4 else in_box, swapped(tensor), tensor)
 
 
 def mixed_views(batch: Batch) -> torch.Tensor:
-    """Strong views, each pasted by its own boxes, one after the other: [V N, 3, H, W]."""
+    """Concatenates the strong views, each mixed with its own boxes: [V N, 3, H, W]."""
     return torch.cat([pasted(view, boxes) for view,
                       boxes in zip(batch.views[1:], batch.boxes_VN4[1:], strict=True)])
 
 
 def mixed_losses(logits: Sequence[torch.Tensor], labels_NHW: torch.Tensor, batch: Batch,
                  rules: ClassRules = NONE) -> list[torch.Tensor]:
-    """Sums of the cross-entropy of each strong view with labels that are pasted as its images were."""
+    """Sums the cross-entropy of each strong view with labels that are mixed like its images."""
     return [rules.cross_entropy(logits_NChw, pasted(labels_NHW, boxes))[0]
             for logits_NChw, boxes in zip(logits, batch.boxes_VN4[1:], strict=True)]
 
 
 def shown_pixels(batch: Batch) -> list[torch.Tensor]:
-    """Pixels that are no padding: of the weak view, then of each strong view after pasting. int64 scalars."""
+    """Counts the pixels without padding, of the weak view and of each mixed strong view: int64 scalars."""
     shown_NHW = inside(batch.shown_N4, batch.images_NCHW.shape[-2:])
     return [shown_NHW.sum(), *(pasted(shown_NHW, boxes).sum() for boxes in batch.boxes_VN4[1:])]

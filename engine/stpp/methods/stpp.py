@@ -1,16 +1,16 @@
-"""ST++: ST in two rounds, the images first whose predictions were stable while the first network trained.
+"""ST++: ST in two rounds, first on images whose predictions were stable while the first network trained.
 
 Source: ST++ (arXiv 2106.05095), section 3.3.
 """
 
 from stpp.methods.st import joint
 from stpp.methods.stages import Stages
-from stpp.methods.supervised import Supervised, few_twice
+from stpp.methods.supervised import Supervised, repeat_few
 
 
 def train(run: Stages) -> None:
-    """Six stages; each training starts from the pre-trained weights."""
-    first = run.train("1-supervised", Supervised, few_twice(run.labelled), supervised=True, keep_thirds=True)
+    """Runs six stages; each training starts from the pretrained weights."""
+    first = run.train("1-supervised", Supervised, repeat_few(run.labelled), supervised=True, keep_thirds=True)
     reliable, rest = run.select("2-select", first.thirds, run.unlabelled)
     easy = run.label("3-label", first.best, reliable)
     second = run.train("4-retrain", Supervised, joint(run, easy), teacher=first.best)

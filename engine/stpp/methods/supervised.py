@@ -1,5 +1,5 @@
-"""Supervised training: cross-entropy on masks, which may be pseudo labels. Every stage of ST and ST++ that
-trains is this.
+"""Supervised training: cross-entropy on masks, which may be pseudo labels; the training stages of ST and
+ST++.
 
 Source: ST++ (arXiv 2106.05095).
 """
@@ -16,12 +16,12 @@ from stpp.training.loss import labelled_loss
 from stpp.training.step import Step
 
 FEW_LABELS = 200
-"""A labelled list shorter than this is repeated twice."""
+"""Length below which a labelled list is repeated twice."""
 
 
 class Supervised(Step):
-    """Cross-entropy, summed over the counted pixels of a pass; `Trainer.train_step` divides the sums by their
-    number in the global batch, and goes backward."""
+    """Cross-entropy, summed over the counted pixels of a pass; `Trainer.train_step` divides the sums by the
+    pixels of the global batch, and runs the backward pass."""
 
     weights = {"loss": 1.0}
 
@@ -38,10 +38,10 @@ class Supervised(Step):
 
 
 def train(run: Stages) -> None:
-    """Trains on the labels alone."""
-    run.train("1-supervised", Supervised, few_twice(run.labelled), supervised=True)
+    """Runs one stage on the labels alone."""
+    run.train("1-supervised", Supervised, repeat_few(run.labelled), supervised=True)
 
 
-def few_twice(labelled: Sequence[Sample]) -> list[Sample]:
-    """The labelled samples, twice if they are few."""
+def repeat_few(labelled: Sequence[Sample]) -> list[Sample]:
+    """Repeats the labelled samples twice if there are fewer than `FEW_LABELS`."""
     return list(labelled) * (2 if len(labelled) < FEW_LABELS else 1)

@@ -1,5 +1,5 @@
-"""UniMatch: one network that labels the weak view of an unlabelled image and learns from its strong views,
-and from the weak view with half of its features dropped.
+"""UniMatch: the network labels the weak view of an unlabelled image, and learns from two strong views and
+from the weak view with half of its features dropped.
 
 Source: "Revisiting Weak-to-Strong Consistency" (CVPR 2023, arXiv 2208.09910). Departures are in
 docs/unimatch.md.
@@ -20,7 +20,7 @@ from stpp.training.step import Step
 
 
 class UniMatch(Step):
-    """(labelled + (strong 1 + strong 2) / 4 + dropped / 2) / 2, each a mean over the global batch."""
+    """Loss (labelled + (strong 1 + strong 2) / 4 + dropped / 2) / 2, each a mean over the global batch."""
 
     weights = {"loss_labelled": 0.5, "loss_strong_1": 0.125, "loss_strong_2": 0.125, "loss_dropped": 0.25,
                "confident_share": 0.0}
@@ -38,7 +38,7 @@ class UniMatch(Step):
         n, m = len(x.images_NCHW), len(u.images_NCHW)
         maps = self.network.features(torch.cat([x.images_NCHW, u.images_NCHW]))
         both = [torch.cat([each, F.dropout2d(each, 0.5)]) for each in maps]
-        # Dropped features of labelled images count for the decoder's batch norm alone.
+        # Dropped features of labelled images only enter the decoder's batch norm.
         logits_x, logits_w, _, logits_d = self.network.decode(*both).split([n, m, n, m])
         labels_NHW = pseudo_labels(logits_w, u, self.config.consistency.confidence, self.rules)
         self.confident.add(labels_NHW)
@@ -49,5 +49,5 @@ class UniMatch(Step):
 
 
 def train(run: Stages) -> None:
-    """One stage, from end to end."""
+    """Runs the single stage."""
     run.train("1-unimatch", UniMatch, run.labelled, run.unlabelled)

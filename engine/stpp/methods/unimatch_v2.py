@@ -1,5 +1,5 @@
 """UniMatch-V2: a moving average of the network labels the weak view; the network learns from two strong views
-of which each sees the channels that the other lacks. FixMatch, with and without the average, is its ablation.
+with complementary feature channels. FixMatch, with or without the average, is its ablation.
 
 Source: "UniMatch V2: Pushing the Limit of Semi-Supervised Semantic Segmentation" (arXiv 2410.10777).
 Departures are in docs/unimatch.md.
@@ -21,7 +21,7 @@ from stpp.training.step import Step
 
 
 class UniMatchV2(Step):
-    """(labelled + (strong 1 + strong 2) / 2) / 2, each a mean over the global batch."""
+    """Loss (labelled + (strong 1 + strong 2) / 2) / 2, each a mean over the global batch."""
 
     weights = {"loss_labelled": 0.5, "loss_strong_1": 0.25, "loss_strong_2": 0.25, "confident_share": 0.0}
 
@@ -54,12 +54,13 @@ class UniMatchV2(Step):
         return torch.stack([labelled, *losses, confident])
 
     def dropped(self, maps: Sequence[torch.Tensor], n: int, m: int) -> list[torch.Tensor]:
-        """Maps of n labelled images as they are, and of 2 m strong views with complementary channels."""
+        """Applies complementary dropout to the maps of 2 m strong views; those of n labelled images are
+        unchanged."""
         factors = complementary_dropout(m, [each.shape[1] for each in maps], maps[0].device)
         return [torch.cat([each[:n], each[n:] * factor[:, :, None, None].to(each.dtype)]) for each, factor in
                 zip(maps, factors, strict=True)]
 
-    def after(self, step: int) -> None:
+    def after_step(self, step: int) -> None:
         self.average.update(self.network, step)
 
     @property
@@ -72,7 +73,7 @@ class UniMatchV2(Step):
 
 
 class FixMatch(UniMatchV2):
-    """(labelled + strong) / 2: one strong view, all channels, labels by the moving average."""
+    """Loss (labelled + strong) / 2: one strong view, all channels, labels by the moving average."""
 
     weights = {"loss_labelled": 0.5, "loss_strong": 0.5, "confident_share": 0.0}
 
@@ -86,31 +87,31 @@ class FixMatch(UniMatchV2):
 
 
 def complementary_dropout(n: int, channels: Sequence[int], device: torch.device) -> list[torch.Tensor]:
-    """Factors of the channels of two views of n images: float32 [2 n, D] for each map.
+    """Draws channel factors for two views of n images: float32 [2 n, D] for each map.
 
-    Each channel of an image is kept, and doubled, in exactly one view; floor(n / 2) images, drawn at random,
-    keep all channels in both. Maps of equal depth, as a ViT has them, share one draw; others have their own.
+    Each channel of an image is kept, and doubled, in exactly one view; floor(n / 2) random images keep all
+    channels in both. Maps of equal depth, as in a ViT, share one draw; others have their own.
     """
     whole_N = torch.zeros(n, dtype=torch.bool, device=device)
     whole_N[torch.randperm(n, device=device)[: n // 2]] = True
     drawn: dict[int, torch.Tensor] = {}
     shared = len(set(channels)) == 1
-    found = []
+    factors = []
     for level, depth in enumerate(channels):
         key = 0 if shared else level
         if key not in drawn:
             kept_ND = 2.0 * (torch.rand(n, depth, device=device) < 0.5)
             drawn[key] = torch.cat([kept_ND.masked_fill(whole_N[:, None], 1.0),
                                     (2 - kept_ND).masked_fill(whole_N[:, None], 1.0)])
-        found.append(drawn[key])
-    return found
+        factors.append(drawn[key])
+    return factors
 
 
 def train(run: Stages) -> None:
-    """One stage, from end to end."""
+    """Runs the single stage."""
     run.train("1-unimatch-v2", UniMatchV2, run.labelled, run.unlabelled)
 
 
 def train_fixmatch(run: Stages) -> None:
-    """One stage, from end to end."""
+    """Runs the single stage."""
     run.train("1-fixmatch", FixMatch, run.labelled, run.unlabelled)

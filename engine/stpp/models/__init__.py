@@ -1,2 +1,2 @@
-"""Segmentation networks with the public implementation's state-dict keys. They return low-resolution
+"""Segmentation networks with the state-dict keys of the public implementation; they return low-resolution
 logits."""

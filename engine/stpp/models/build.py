@@ -1,5 +1,4 @@
-"""Networks and backbones by name, which of them go together, and a network's parameters split into backbone
-and head."""
+"""Registry of networks and backbones, construction by name, and parameter groups of backbone and head."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,27 +23,27 @@ OUTPUT_STRIDES = (8, 16, 32)
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneRecipe:
-    """A backbone as recipes name it."""
+    """Registry entry of a backbone."""
 
     make: Callable[..., network.Backbone]
-    """(name, output stride, **settings) -> backbone; (name, **settings) where the stride is fixed."""
+    """Constructor (name, output stride, **settings); (name, **settings) if the stride is fixed."""
     output_stride: int | None
-    """Taken where none is asked for; None: fixed by the patches of a transformer."""
+    """Default output stride; None: fixed by the patches of a transformer."""
     published_stride: int | None = None
-    """That of all published networks on it, whose files do not tell it; None: such a file needs the user's
-    word."""
+    """Output stride of all published networks on it, which their files do not record; None: the user must
+    give it."""
     optional: frozenset[str] = frozenset()
     """Settings of the backbone that a recipe may change."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A network as recipes name it."""
+    """Registry entry of a network."""
 
     make: Callable[..., network.Network]
-    """(backbone, number of classes, **settings) -> network."""
+    """Constructor (backbone, number of classes, **settings)."""
     backbones: Mapping[str, Settings]
-    """What it is made on, by name, and with which settings there."""
+    """Settings of the network by backbone name."""
     optional: frozenset[str] = frozenset()
     """Settings of the network that a recipe may change."""
 
@@ -67,7 +66,7 @@ NETWORKS: dict[str, Architecture] = {
         optional=DROPOUT,
         backbones={
             **dict.fromkeys(PLAIN, {}),
-            **dict.fromkeys(DEEP_STEM, {"dropout": False}),  # as UniMatch trains it
+            **dict.fromkeys(DEEP_STEM, {"dropout": False}),  # as in UniMatch
             **dict.fromkeys(LITE, {"width": 128, "decoder_width": 128}),
         },
     ),
@@ -94,77 +93,80 @@ def build_model(
     dropout: bool | None = None,
     checkpoint_activations: bool | None = None,
 ) -> network.Network:
-    """Makes a network with fresh weights, in fp32 on the CPU.
+    """Builds a network with random weights, in fp32 on the CPU.
 
-    `model(images_NCHW)` gives low-resolution logits [N, num_classes, h, w]: a quarter of the input's size for
-    DeepLabV3+, 8 / 14 for DPT, 1 / output_stride for PSPNet and DeepLabV2, rounded up. In training mode every
-    rank needs at least two images where there is global pooling (DeepLabV3+ and PSPNet).
+    `model(images_NCHW)` returns low-resolution logits [N, num_classes, h, w]: a quarter of the input size for
+    DeepLabV3+, 8 / 14 for DPT, 1 / output_stride for PSPNet and DeepLabV2, rounded up. In training mode,
+    networks with global pooling (DeepLabV3+ and PSPNet) need at least two images per rank.
 
     Args:
-        name: a key of `NETWORKS`.
-        backbone: a key of `NETWORKS[name].backbones`.
+        name: key of `NETWORKS`.
+        backbone: key of `NETWORKS[name].backbones`.
         num_classes: at least 2.
         output_stride: 8, 16 or 32; None: see `stride_of`.
-        dropout: in the head of DeepLabV3+ and PSPNet; None: as the published network has it.
-        checkpoint_activations: of a DINOv2; None: no.
+        dropout: dropout in the head of DeepLabV3+ and PSPNet; None: as in the published network.
+        checkpoint_activations: activation checkpointing of a DINOv2; None: off.
 
     Raises:
-        UserError: naming the argument, its value, and what is allowed.
+        UserError: an argument is invalid; gives its value, and what is allowed.
     """
     if name not in NETWORKS:
         raise UserError(f"--model.name {name!r} is unknown; choose one of {', '.join(NETWORKS)}")
-    whole = NETWORKS[name]
-    if backbone not in whole.backbones:
+    architecture = NETWORKS[name]
+    if backbone not in architecture.backbones:
         pairs = "; ".join(f"{other} on {', '.join(NETWORKS[other].backbones)}" for other in NETWORKS)
-        raise UserError(f"--model.backbone {backbone!r} is none of --model.name {name!r}; there is {pairs}")
+        raise UserError(f"--model.backbone {backbone!r} does not work with --model.name {name!r}; available: "
+                        f"{pairs}")
     if num_classes < 2:
         raise UserError(f"num_classes is {num_classes}; segmentation needs at least 2")
-    part = BACKBONES[backbone]
+    recipe = BACKBONES[backbone]
     stride = stride_of(backbone, output_stride)
-    encoder = part.make(
+    encoder = recipe.make(
         backbone,
         *([] if stride is None else [stride]),
-        **_allowed(backbone, part.optional, checkpoint_activations=checkpoint_activations),
+        **_allowed(backbone, recipe.optional, checkpoint_activations=checkpoint_activations),
     )
-    return whole.make(
+    return architecture.make(
         encoder,
         num_classes,
-        **{**whole.backbones[backbone], **_allowed(name, whole.optional, dropout=dropout)},
+        **{**architecture.backbones[backbone], **_allowed(name, architecture.optional, dropout=dropout)},
     )
 
 
-def _allowed(name: str, optional: frozenset[str], **asked: bool | None) -> Settings:
-    """The settings that were asked for.
+def _allowed(name: str, optional: frozenset[str], **settings: bool | None) -> Settings:
+    """Drops settings that are None, and checks the others.
 
     Raises:
         UserError: there is no such setting.
     """
-    given = {key: value for key, value in asked.items() if value is not None}
-    if refused := given.keys() - optional:
+    chosen = {key: value for key, value in settings.items() if value is not None}
+    if refused := chosen.keys() - optional:
         raise UserError(f"--model.{min(refused).replace('_', '-')}: {name} has no such setting; leave it out")
-    return given
+    return chosen
 
 
-def stride_of(backbone: str, asked: int | None = None) -> int | None:
-    """Output stride of a backbone: the one that was asked for, or its own; None where patches fix it.
+def stride_of(backbone: str, requested: int | None = None) -> int | None:
+    """Output stride of a backbone: `requested`, or its default; None if patches fix it.
 
     Raises:
-        UserError: it cannot have this one.
+        UserError: the backbone does not support this stride.
     """
     own = BACKBONES[backbone].output_stride
-    if asked is None:
+    if requested is None:
         return own
     if own is None:
-        raise UserError(f"output stride {asked}: {backbone} has patches and no output stride; leave it out")
-    if asked not in OUTPUT_STRIDES:
+        raise UserError(f"output stride {requested}: {backbone} has patches and no output stride; leave it "
+                        "out")
+    if requested not in OUTPUT_STRIDES:
         raise UserError(
-            f"output_stride {asked!r} is not possible; choose one of {', '.join(map(str, OUTPUT_STRIDES))}"
+            f"output_stride {requested!r} is not possible; choose one of "
+            f"{', '.join(map(str, OUTPUT_STRIDES))}"
         )
-    return asked
+    return requested
 
 
 def network_of(model: ModelConfig, num_classes: int) -> network.Network:
-    """The network of a recipe, as `build_model` makes it."""
+    """Builds the network of a model config."""
     return build_model(
         model.name,
         model.backbone,
@@ -176,8 +178,7 @@ def network_of(model: ModelConfig, num_classes: int) -> network.Network:
 
 
 def architecture_of(model: ModelConfig, view_px: int | None = None) -> dict[str, str | int | None]:
-    """What a checkpoint says of its network: name, backbone, output stride, and the longer side at which it
-    sees whole images where that is not their own."""
+    """Describes a network for its checkpoint: name, backbone, output stride, and `view_px` if set."""
     return {
         "name": model.name,
         "backbone": model.backbone,
@@ -186,8 +187,7 @@ def architecture_of(model: ModelConfig, view_px: int | None = None) -> dict[str,
 
 
 def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(backbone parameters, head parameters) that are trained: together all that take a gradient, each
-    once."""
+    """Splits the trainable parameters into (backbone parameters, head parameters)."""
     in_backbone = {id(parameter) for parameter in model.backbone.parameters()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return (

@@ -1,8 +1,8 @@
 """DeepLabV2: four dilated classifiers on c4, summed. Logits have c4's size.
 
 Source: Chen et al., "DeepLab: Semantic Image Segmentation with Deep Convolutional Nets, Atrous Convolution,
-and Fully Connected CRFs", arXiv 1606.00915. It is meant to start from weights trained on COCO, whose head is
-loaded too: hence the head's learning rate is the backbone's.
+and Fully Connected CRFs", arXiv 1606.00915. The usual initial weights, trained on COCO, include the head, so
+the head has the backbone's learning rate.
 """
 
 from torch import Tensor, nn
@@ -14,10 +14,10 @@ DILATIONS = (6, 12, 18, 24)
 
 
 class DeepLabV2(Network):
-    """DeepLabV2 on a backbone whose last map it classifies.
+    """DeepLabV2 on the last map of a backbone.
 
     Args:
-        backbone: its output stride leaves the dilations of the head as they are.
+        backbone: any; the dilations of the head do not depend on its output stride.
         num_classes: channels of the logits.
     """
 

@@ -24,16 +24,16 @@ REDUCED = 48
 
 
 class GlobalAverage(nn.Module):
-    """`global_average` as a module: published state dicts count it as the first of four layers."""
+    """Module of `global_average`: the first of four layers in the numbering of published state dicts."""
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         return global_average(x_NCHW)
 
 
 class PooledContext(nn.Module):
-    """One vector an image, spread over the map: [N, in_channels, H, W] to [N, out_channels, H, W].
+    """Image-level features, spread over the map: [N, in_channels, H, W] to [N, out_channels, H, W].
 
-    In training mode batch norm sees one value per channel and image, so it needs at least two images.
+    In training mode batch norm has one value per channel and image, so it needs at least two images.
     """
 
     def __init__(self, in_channels: int, out_channels: int):
@@ -45,13 +45,13 @@ class PooledContext(nn.Module):
 
 
 class ASPP(nn.Module):
-    """Five views of c4 at different ranges, joined: [N, in_channels, H, W] to [N, width, H, W].
+    """Atrous spatial pyramid pooling of c4, five branches: [N, in_channels, H, W] to [N, width, H, W].
 
     Args:
         in_channels: channels of c4.
         rates: dilations of the three 3x3 branches.
         width: channels of each branch and of the output.
-        dropout: of whole channels of the output, in training.
+        dropout: channel dropout of the output in training.
     """
 
     def __init__(self, in_channels: int, rates: tuple[int, int, int], *, width: int, dropout: bool):
@@ -69,15 +69,14 @@ class ASPP(nn.Module):
 
 
 class DeepLabV3Plus(Network):
-    """DeepLabV3+ on a backbone whose last map has a stride of 8, 16 or 32, which chooses the rates of the
-    pyramid.
+    """DeepLabV3+ on a backbone of output stride 8, 16 or 32, which determines the rates of the pyramid.
 
     Args:
         backbone: its first map has a stride of 4.
         num_classes: channels of the logits.
         width: channels of the pyramid; None: an eighth of c4's.
         decoder_width: channels of the two convolutions before the classifier.
-        dropout: after the pyramid and before the classifier, in training.
+        dropout: dropout after the pyramid and before the classifier, in training.
     """
 
     head_lr_multiplier = 10.0

@@ -1,11 +1,11 @@
-"""DINOv2's vision transformers with the published state-dict keys: small, base, large and giant, without
-registers.
+"""DINOv2 vision transformers (small, base, large and giant, without registers) with the published state-dict
+keys.
 
-The encoder gives four maps of one size, a cell for each patch of 14 pixels: outputs of four blocks, each
-through the last norm, without the class token.
+The encoder returns four maps of one size, a cell for each patch of 14 pixels: outputs of four blocks, each
+normalised by the last norm, without the class token.
 
-Source: Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", arXiv 2304.07193. Which
-blocks are tapped: UniMatch V2 (Yang et al., arXiv 2410.10777).
+Source: Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", arXiv 2304.07193; choice
+of the blocks: UniMatch V2 (Yang et al., arXiv 2410.10777).
 """
 
 import contextlib
@@ -20,15 +20,15 @@ from stpp.models.network import Backbone
 
 PATCH_PX = 14
 GRID = 37
-"""Side of the grid of position embeddings, patches: of images of 518 pixels."""
+"""Side of the grid of position embeddings, in patches: trained on images of 518 pixels."""
 HEAD_WIDTH = 64
 NORM_EPS = 1e-6
 LAYER_SCALE = 1e-5
-"""At which the branches of a network from scratch start, as in the published training."""
+"""Initial layer scale of a network from scratch, as in the published training."""
 SURPLUS = 0.1
-"""What the published code adds to a size before it divides it by the trained one."""
+"""Offset that the published code adds to a size before dividing it by the trained one."""
 CUBIC = -0.75
-"""The free coefficient of bicubic interpolation, as PyTorch has it."""
+"""Free coefficient of bicubic interpolation, as in PyTorch."""
 
 
 class DINOv2Variant(NamedTuple):
@@ -37,7 +37,7 @@ class DINOv2Variant(NamedTuple):
     width: int
     depth: int
     tapped: tuple[int, int, int, int]
-    """Blocks whose outputs are the maps, counted from 0."""
+    """Blocks whose outputs are returned as maps, counted from 0."""
     swiglu: bool = False
 
 
@@ -50,7 +50,7 @@ VARIANTS = {
 
 
 class Attention(nn.Module):
-    """Self-attention with heads of 64 channels: [N, T, D] to [N, T, D]."""
+    """Multi-head self-attention, heads of 64 channels: [N, T, D] to [N, T, D]."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -92,7 +92,7 @@ class SwiGLU(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A factor for each channel."""
+    """Learned factor for each channel."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -103,7 +103,7 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a perceptron, each after a norm and beside a shortcut: [N, T, D] to [N, T, D]."""
+    """Transformer block: attention and MLP, each with pre-norm and a shortcut: [N, T, D] to [N, T, D]."""
 
     def __init__(self, width: int, swiglu: bool):
         super().__init__()
@@ -120,7 +120,7 @@ class Block(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """A token for each patch: [N, 3, H, W] to [N, H / 14 * W / 14, D]."""
+    """Embedding of each patch as a token: [N, 3, H, W] to [N, H / 14 * W / 14, D]."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -131,12 +131,12 @@ class PatchEmbedding(nn.Module):
 
 
 class DINOv2(Backbone):
-    """A DINOv2 encoder.
+    """DINOv2 encoder.
 
     Args:
-        name: a key of `VARIANTS`.
-        checkpoint_activations: computes the blocks' insides again in the backward pass instead of keeping
-            them: less memory, about a third more time.
+        name: key of `VARIANTS`.
+        checkpoint_activations: recompute the blocks' activations in the backward pass: less memory, about a
+            third more time.
     """
 
     def __init__(self, name: str, *, checkpoint_activations: bool = False):
@@ -146,16 +146,15 @@ class DINOv2(Backbone):
         self.checkpoint_activations = checkpoint_activations
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + GRID**2, width))
-        self.mask_token = nn.Parameter(
-            torch.zeros(1, width), requires_grad=False
-        )  # of the published training, unused here
+        # part of the published checkpoint; unused here
+        self.mask_token = nn.Parameter(torch.zeros(1, width), requires_grad=False)
         self.patch_embed = PatchEmbedding(width)
         self.blocks = nn.ModuleList(Block(width, swiglu) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws weights for training from scratch, as for the published training."""
+        """Draws random weights, as for the published training."""
         nn.init.normal_(self.cls_token, std=1e-6)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():
@@ -167,14 +166,14 @@ class DINOv2(Backbone):
         """Images whose sides are multiples of 14 to four maps [N, D, H / 14, W / 14], channels_last."""
         rows, columns = (side // PATCH_PX for side in images_NCHW.shape[2:])
         class_N1D = (self.cls_token + self.pos_embed[:, :1]).expand(images_NCHW.shape[0], -1, -1)
-        # Under autocast the stream of tokens is float32, as the parameters that are added to it.
+        # Under autocast the residual stream is float32, like the parameters added to it.
         x_NTD = torch.cat([class_N1D, self.patch_embed(images_NCHW) + self._positions(rows, columns)], dim=1)
         maps = []
         for i, block in enumerate(self.blocks):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x_NTD = checkpoint(
                     block, x_NTD, use_reentrant=False, preserve_rng_state=False
-                )  # nothing in it is drawn
+                )  # blocks have no dropout
             else:
                 x_NTD = block(x_NTD)
             if i in self.tapped:
@@ -182,11 +181,11 @@ class DINOv2(Backbone):
         return tuple(maps)
 
     def _positions(self, rows: int, columns: int) -> Tensor:
-        """Position embeddings of a grid, [1, rows columns, D]: bicubic from the 37x37 that were trained.
+        """Interpolates the trained 37x37 position embeddings to a grid, bicubic: [1, rows columns, D].
 
         The published rule samples at steps of 37 / (n + 0.1), not 37 / n, with weights in float32, and leaves
-        a grid of 37x37 as it is. Here two matrix products do it: their backward is deterministic on CUDA, and
-        they follow any size in an exported graph.
+        a grid of 37x37 unchanged. Here it is two matrix products: their backward is deterministic on CUDA,
+        and they allow any size in an exported graph.
         """
         grid_1TD = self.pos_embed[:, 1:]
         if torch.compiler.is_compiling():
@@ -203,18 +202,18 @@ class DINOv2(Backbone):
 
 
 def published_matrix(size: int, device: torch.device) -> Tensor:
-    """PyTorch's own weights [size, 37] of a bicubic interpolation, which the published code calls: what it
-    makes of an identity."""
+    """Computes the weights [size, 37] of PyTorch's bicubic interpolation, used by the published code, by
+    interpolating an identity matrix."""
     cells = torch.eye(GRID, device=device)[None, :, :, None]
     return F.interpolate(cells, scale_factor=((size + SURPLUS) / GRID, 1.0), mode="bicubic")[0, :, :, 0].T
 
 
 def cubic_matrix(size: int, surplus: Tensor) -> Tensor:
-    """The same weights by their formula, for graphs in which `size` is not known: half-pixel centres,
-    repeated borders.
+    """Computes the same weights by formula, for graphs with a dynamic `size`: half-pixel centres, repeated
+    borders.
 
     Args:
-        surplus: added to the size, float32 scalar; the axis stays as it is where it is 0 and the size 37.
+        surplus: offset of the size, float32 scalar; with 0 and size 37 the weights are the identity.
     """
     device = surplus.device
     centres = (torch.arange(size, device=device) + 0.5) * (
@@ -230,13 +229,13 @@ def cubic_matrix(size: int, surplus: Tensor) -> Tensor:
 
 
 def _surplus(rows: int, columns: int, device: torch.device) -> Tensor:
-    """0 for the trained grid, else what the published code adds to the sizes."""
+    """Returns 0 for the trained grid, else `SURPLUS`, as a float32 scalar."""
     high, wide = (torch.full((), side, dtype=torch.float32, device=device) == GRID
                   for side in (rows, columns))
     return torch.where(high & wide, 0.0, SURPLUS)
 
 
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """Autocast off where it is on; nothing where it is not, as in a graph that is exported."""
+    """Disables autocast inside the block if it is on; else does nothing, for example in export."""
     on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()

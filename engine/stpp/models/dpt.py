@@ -1,11 +1,11 @@
-"""DPT on a vision transformer, as UniMatch V2 has it: four maps of one size, spread over four scales and
-fused from coarse to fine.
+"""DPT on a vision transformer, as in UniMatch V2: four maps of one size are resized to four scales and fused
+from coarse to fine.
 
 Logits have 8 cells for 14 pixels of the input. There is no batch norm.
 
 Source: Ranftl et al., "Vision Transformers for Dense Prediction", arXiv 2103.13413; sizes as in UniMatch V2
-(Yang et al., arXiv 2410.10777). The 1x1 convolution after a fusion runs before its upsampling, where there
-are a quarter of the cells: bilinear weights sum to 1, so the function is the same.
+(Yang et al., arXiv 2410.10777). The 1x1 convolution after a fusion runs before its upsampling, on a quarter
+of the cells: bilinear weights sum to 1, so the function is the same.
 """
 
 import torch
@@ -17,7 +17,7 @@ from stpp.models.network import Backbone, Network
 
 
 class ResidualUnit(nn.Module):
-    """Two 3x3 convolutions, each after a ReLU, and a shortcut: [N, C, H, W] to the same."""
+    """Residual unit of two 3x3 convolutions, each after a ReLU: [N, C, H, W] to [N, C, H, W]."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -29,12 +29,12 @@ class ResidualUnit(nn.Module):
 
 
 class Fusion(nn.Module):
-    """A map joined with what came of the coarser ones, and upsampled.
+    """Fusion of a map with the result of the coarser ones, and upsampling.
 
     Args:
         width: channels of all maps.
-        coarsest: there is nothing to join. Published files have the weights of that branch all the same; they
-            are never trained.
+        coarsest: there is no coarser result. Published files still have the weights of that branch; they are
+            not trained.
     """
 
     def __init__(self, width: int, *, coarsest: bool = False):
@@ -44,17 +44,17 @@ class Fusion(nn.Module):
         self.resConfUnit2 = ResidualUnit(width)
 
     def forward(self, x_NCHW: Tensor, fine_NCHW: Tensor | None, size: tuple[int, int]) -> Tensor:
-        """What came of the coarser maps, and the map of the same size, to [N, width, *size]."""
+        """Fuses the result of the coarser maps with the map of the same size, to [N, width, *size]."""
         if fine_NCHW is not None:
             x_NCHW = x_NCHW + self.resConfUnit1(fine_NCHW)
         return upsample(self.out_conv(self.resConfUnit2(x_NCHW)), size)
 
 
 class DPTHead(nn.Module):
-    """Four maps [N, in_channels, h, w] to logits [N, num_classes, 8 h, 8 w].
+    """DPT head: four maps [N, in_channels, h, w] to logits [N, num_classes, 8 h, 8 w].
 
     Args:
-        in_channels: of the maps.
+        in_channels: channels of the maps.
         widths: channels of the four scales, from fine to coarse.
         width: channels of the fused maps.
     """
@@ -84,13 +84,13 @@ class DPTHead(nn.Module):
             resize(project(x))
             for project, resize, x in zip(self.projects, self.resize_layers, maps, strict=True)
         ]
-        one, two, three, four = (
+        x1, x2, x3, x4 = (
             self.scratch.get_submodule(f"layer{i}_rn")(x) for i, x in enumerate(scales, 1)
         )
-        x = self.scratch.refinenet4(four, None, three.shape[2:])
-        x = self.scratch.refinenet3(x, three, two.shape[2:])
-        x = self.scratch.refinenet2(x, two, one.shape[2:])
-        x = self.scratch.refinenet1(x, one, (2 * one.shape[2], 2 * one.shape[3]))
+        x = self.scratch.refinenet4(x4, None, x3.shape[2:])
+        x = self.scratch.refinenet3(x, x3, x2.shape[2:])
+        x = self.scratch.refinenet2(x, x2, x1.shape[2:])
+        x = self.scratch.refinenet1(x, x1, (2 * x1.shape[2], 2 * x1.shape[3]))
         return self.scratch.output_conv(x)
 
 
@@ -98,7 +98,7 @@ class DPT(Network):
     """DPT on an encoder whose four maps have one cell for each patch.
 
     Args:
-        backbone: all its strides are the side of its patches.
+        backbone: encoder whose strides all equal the side of its patches.
         num_classes: channels of the logits.
         widths, width: see `DPTHead`.
     """
@@ -116,25 +116,24 @@ class DPT(Network):
 
     @property
     def least_px(self) -> int:
-        """Smallest side of images in an exported graph: three patches, because the coarsest map halves
+        """Minimum side of images in an exported graph: three patches, because the coarsest map halves
         them."""
         patch = self.backbone.strides[0]
         return 3 * patch - patch // 2
 
     @property
     def crop_multiple(self) -> int:
-        """Side of a patch: crops of other sides would have to be resized, every one of them."""
+        """Divisor of the crop side: the side of a patch; other crops would have to be resized."""
         return self.backbone.strides[0]
 
     def features(self, images_NCHW: Tensor) -> tuple[Tensor, ...]:
-        """Normalised images [N, 3, H, W] to four maps [N, D, h, w] with a cell for each patch.
+        """Computes four maps [N, D, h, w], with a cell for each patch, of normalised images [N, 3, H, W].
 
-        Sides that are no multiple of the patch are resized to the nearest, in evaluation as the public one
-        does: bilinear with corners aligned. Logits that are upsampled with corners aligned to the image's own
-        size lie on it as they should.
+        In evaluation, sides are resized to the nearest multiple of the patch, as in the public code: bilinear
+        with aligned corners. Logits upsampled to the original size with aligned corners thus match the image.
 
         Raises:
-            ValueError: such a side in training, where a crop of the right size costs nothing.
+            ValueError: a side in training is no multiple of the patch; choose another crop size.
         """
         patch = self.backbone.strides[0]
         size = tuple(max(1, (side + patch // 2) // patch) * patch for side in images_NCHW.shape[2:])
@@ -149,5 +148,5 @@ class DPT(Network):
         return self.backbone(images_NCHW)
 
     def decode(self, *maps: Tensor) -> Tensor:
-        """Logits from the four maps: [N, D, h, w] each to [N, num_classes, 8 h, 8 w]."""
+        """Computes logits [N, num_classes, 8 h, 8 w] of the four maps, [N, D, h, w] each."""
         return self.head(*maps)

@@ -1,22 +1,22 @@
 """EfficientNet-Lite 0, 1 and 2 with the state-dict keys of the published PyTorch weights, and dilation in
 place of late strides.
 
-Inverted residual blocks with ReLU6, without squeeze and excitation. There is no classifier: four feature maps
-come out. The published training dropped whole blocks at random; that is left out.
+Inverted residual blocks with ReLU6, without squeeze-and-excitation and without a classifier: the result is
+four feature maps. The stochastic depth of the published training is left out.
 
-Padding is "same" as TensorFlow has it: at stride 2 it depends on the size whether the first row is padded, so
-that output i has its centre in row 2 i + 1 where the number of rows is even, and in row 2 i where it is odd.
+Padding is TensorFlow's "same": at stride 2 the padding of the first row depends on the size. Output i is
+centred on row 2 i + 1 if the number of rows is even, and on row 2 i if it is odd.
 
-Dilation. An `output_stride` of 16 or 8 takes the stride away from the last, or the last two, of the strided
-blocks, and dilates the depthwise convolutions after it. As for the ResNets, a dilated network equals the
-strided one wherever the latter has a value.
+Dilation: an `output_stride` of 16 or 8 removes the stride of the last, or the last two, of the strided
+blocks, and dilates the later depthwise convolutions. As for the ResNets, a dilated network equals the strided
+one wherever the latter has a value.
 
-Inputs are normalised as everywhere here; the published weights want (x - 127) / 128 of bytes x. `forward`
-converts one to the other, so that the weights are used as they are, and mean the same at the border, where
-the padding is a zero of theirs.
+Inputs have ImageNet normalisation; the published weights expect (x - 127) / 128 of bytes x. `forward`
+converts the inputs rather than the weights, so that zero padding has the same meaning as in the published
+network.
 
 Source: Tan and Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks", arXiv
-1905.11946; the lite variants are of TensorFlow's repository (efficientnet/lite).
+1905.11946; lite variants: TensorFlow's repository (efficientnet/lite).
 """
 
 from typing import NamedTuple
@@ -28,13 +28,13 @@ from stpp.models.layers import DepthwiseConv, SameConv
 from stpp.models.network import Backbone
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet, by which the inputs are normalised."""
+"""ImageNet mean and standard deviation, by which the inputs are normalised."""
 EPS = 1e-3
-"""Of batch norm, as published."""
+"""Epsilon of batch norm, as published."""
 
 
 class Blocks(NamedTuple):
-    """Blocks with one map size; the first has the stride."""
+    """Blocks of one stage; the first has the stride."""
 
     depth: int
     width: int
@@ -56,16 +56,16 @@ VARIANTS = {
 STEM = 32
 """Channels after the first convolution."""
 TAPPED = (1, 2, 4, 6)
-"""Stages whose outputs are c1, c2, c3 and c4: the last of each stride."""
+"""Stages whose outputs are c1, c2, c3 and c4: the last stage of each stride."""
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, depthwise convolution, 1x1 projection, and a shortcut where input and output are alike.
+    """Inverted residual block: 1x1 expansion, depthwise convolution, 1x1 projection, optional shortcut.
 
     Args:
         in_channels, out_channels: channels of the input and of the output.
-        expansion: of the channels between; at 1 there is no expansion.
-        kernel, stride, dilation: of the depthwise convolution.
+        expansion: factor of the inner channels; at 1 there is no expansion.
+        kernel, stride, dilation: parameters of the depthwise convolution.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class InvertedResidual(nn.Module):
         self.expands, self.shortcut = expansion != 1, shortcut
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """[N, in_channels, H, W] to [N, out_channels, H / stride, W / stride], rounded up."""
+        """Maps [N, in_channels, H, W] to [N, out_channels, H / stride, W / stride], rounded up."""
         out_NCHW = self.relu(self._bn0(self._expand_conv(x_NCHW))) if self.expands else x_NCHW
         out_NCHW = self.relu(self._bn1(self._depthwise_conv(out_NCHW)))
         out_NCHW = self._bn2(self._project_conv(out_NCHW))
@@ -102,11 +102,11 @@ class InvertedResidual(nn.Module):
 
 
 class EfficientNetLite(Backbone):
-    """An EfficientNet-Lite without its classifier.
+    """EfficientNet-Lite without its classifier.
 
     Args:
-        name: a key of `VARIANTS`.
-        output_stride: 8, 16 or 32: size of the input over the size of c4.
+        name: key of `VARIANTS`.
+        output_stride: 8, 16 or 32: ratio of the input size to that of c4.
     """
 
     classifier_keys = ("_conv_head.", "_bn1.", "_fc.")
@@ -127,7 +127,7 @@ class EfficientNetLite(Backbone):
         self.ends: tuple[int, ...] = ()
         in_channels, stride, dilation = STEM, 2, 1
         for i, stage in enumerate(stages):
-            kept = stage.stride if stride * stage.stride <= output_stride else 1
+            stage_stride = stage.stride if stride * stage.stride <= output_stride else 1
             for first in (True,) + (False,) * (stage.depth - 1):
                 self._blocks.append(
                     InvertedResidual(
@@ -135,21 +135,20 @@ class EfficientNetLite(Backbone):
                         stage.width,
                         expansion=stage.expansion,
                         kernel=stage.kernel,
-                        stride=kept if first else 1,
+                        stride=stage_stride if first else 1,
                         dilation=dilation,
                         shortcut=in_channels == stage.width and not (first and stage.stride > 1),
                     )
                 )
-                if first:  # the one that lost its stride sees its neighbours as before
-                    stride, dilation = stride * kept, dilation * stage.stride // kept
+                if first:  # the block that lost its stride keeps the previous dilation
+                    stride, dilation = stride * stage_stride, dilation * stage.stride // stage_stride
                 in_channels = stage.width
             if i in TAPPED:
                 self.ends += (len(self._blocks) - 1,)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws weights for training from scratch: He's normal over the outputs of a group; batch norm starts
-        as the identity."""
+        """Draws random weights: He normal over the outputs of a group; batch norm starts as the identity."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 fan_out = module.out_channels // module.groups * module.weight[0, 0].numel()
@@ -158,7 +157,7 @@ class EfficientNetLite(Backbone):
                 module.reset_parameters()
 
     def forward(self, images_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Feature maps c1 (a quarter of the input's size), c2 (an eighth), c3, c4 (1 / output_stride),
+        """Computes feature maps c1 (a quarter of the input size), c2 (an eighth), c3, c4 (1 / output_stride),
         rounded up."""
         x_NCHW = self.relu(self._bn0(self._conv_stem(images_NCHW * self.scale_1C11 + self.shift_1C11)))
         maps = []

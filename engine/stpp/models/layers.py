@@ -1,4 +1,4 @@
-"""Small building blocks that more than one network uses.
+"""Layers that more than one network uses.
 
 Shapes: N images, C channels, H and W rows and columns of a feature map.
 """
@@ -11,17 +11,17 @@ from stpp_kernels import depthwise_conv, dilated_conv3x3
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution without bias, `padding == dilation`, that is one matrix product where the map is
-    smaller than its weights.
+    """3x3 convolution without bias, `padding == dilation`, computed as one matrix product if the map is
+    smaller than the weights.
 
-    It is an `nn.Conv2d` (same parameters, same function, same state-dict keys). On a CPU, a convolution lays
-    its weights out anew in every call. For 512 to 512 channels on eight maps of 2x2 that takes nine tenths of
-    29 ms, forward and backward; gathering what each output reads and multiplying takes 5
+    It is an `nn.Conv2d` (same parameters, same function, same state-dict keys). On a CPU, a convolution
+    reorders its weights in every call. For 512 to 512 channels on eight maps of 2x2 that takes nine tenths of
+    29 ms, forward and backward; gathering the inputs of each output and multiplying takes 5 ms
     (benchmarks/NOTES.md).
 
     Args:
         in_channels, out_channels: channels of the input and of the output.
-        stride: of both axes.
+        stride: stride of both axes.
         dilation: distance between taps in cells, at least 1.
     """
 
@@ -31,7 +31,7 @@ class Conv3x3(nn.Conv2d):
         )
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """[N, in_channels, H, W] to [N, out_channels, H / stride, W / stride], rounded up."""
+        """Maps [N, in_channels, H, W] to [N, out_channels, H / stride, W / stride], rounded up."""
         num_images, _, height, width = x_NCHW.shape
         rows, columns = -(-height // self.stride[0]), -(-width // self.stride[0])
         small = self.training and x_NCHW.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -50,17 +50,16 @@ class Conv3x3(nn.Conv2d):
 
 
 class DilatedConv3x3(nn.Conv2d):
-    """A 3x3 convolution, stride 1, `padding == dilation`, that skips the taps lying in the padding.
+    """3x3 convolution, stride 1, `padding == dilation`, that skips taps in the padding.
 
-    It is an `nn.Conv2d` (same parameters, same function, same state-dict keys); only the way to the result
-    differs. At dilation 36 on a 41x41 map most of the nine taps touch nothing but zeros, and the operator
-    does not multiply those. Set `fused` to False where a plain convolution is wanted, as in a graph for
-    ONNX.
+    It is an `nn.Conv2d` (same parameters, same function, same state-dict keys). At dilation 36 on a 41x41 map
+    most of the nine taps read only zeros, which the operator does not multiply. Set `fused` to False for a
+    plain convolution, for example in a graph for ONNX.
 
     Args:
         in_channels, out_channels: channels of the input and of the output.
         dilation: distance between taps in cells, at least 1.
-        bias: adds one number per output channel.
+        bias: add a bias per output channel.
     """
 
     fused = True
@@ -69,12 +68,12 @@ class DilatedConv3x3(nn.Conv2d):
         super().__init__(in_channels, out_channels, 3, padding=dilation, dilation=dilation, bias=bias)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """[N, in_channels, H, W] to [N, out_channels, H, W], in autocast's dtype where autocast is on."""
+        """Maps [N, in_channels, H, W] to [N, out_channels, H, W], in autocast's dtype if autocast is on."""
         if not self.fused:
             return super().forward(x_NCHW)
         weight, bias = self.weight, self.bias
         device = x_NCHW.device.type
-        # A custom operator is unknown to autocast, which would have cast these for a plain convolution.
+        # Autocast casts the inputs of a plain convolution, but not those of a custom operator.
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             x_NCHW, weight = x_NCHW.to(dtype), weight.to(dtype)
@@ -83,12 +82,12 @@ class DilatedConv3x3(nn.Conv2d):
 
 
 class SameConv(nn.Conv2d):
-    """A convolution without bias whose output has the size of the input over the stride, rounded up, as
-    TensorFlow pads.
+    """Convolution without bias, with TensorFlow's "same" padding: the output has the size of the input over
+    the stride, rounded up.
 
-    The padding is split in two, and what cannot be split comes last. At stride 1, where an odd kernel has
-    nothing that cannot, it is the symmetric one of `nn.Conv2d`; at stride 2 the first row is padded by one
-    less where the number of rows is even.
+    The padding is split evenly, with an odd rest at the end. At stride 1 an odd kernel has no rest, so it is
+    the symmetric padding of `nn.Conv2d`; at stride 2 there is one padding row less at the top if the number
+    of rows is even.
 
     Args:
         in_channels, out_channels: channels of the input and of the output.
@@ -120,13 +119,13 @@ class SameConv(nn.Conv2d):
         )
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """[N, in_channels, H, W] to [N, out_channels, H / stride, W / stride], rounded up."""
+        """Maps [N, in_channels, H, W] to [N, out_channels, H / stride, W / stride], rounded up."""
         if self.stride[0] == 1:
             return super().forward(x_NCHW)
         return super().forward(F.pad(x_NCHW, self.same(x_NCHW)))
 
     def same(self, x_NCHW: Tensor) -> tuple[int, int, int, int]:
-        """Padding of a map: columns to the left and to the right, rows above and below."""
+        """Computes the padding of a map: columns left and right, rows above and below."""
         after = self.dilation[0] * (self.kernel_size[0] // 2)
         if self.stride[0] == 1:
             return after, after, after, after
@@ -135,14 +134,14 @@ class SameConv(nn.Conv2d):
 
 
 class DepthwiseConv(SameConv):
-    """A convolution of every channel with a kernel of its own, padded as `SameConv`.
+    """Depthwise convolution, padded as `SameConv`.
 
-    Where gradients are taken on a CPU it is the operator `depthwise_conv`: the same function, with a backward
-    pass that takes a fraction of the time. Set `fused` to False where a plain convolution is wanted.
+    With gradients on a CPU it uses the operator `depthwise_conv`: the same function, with a much faster
+    backward pass. Set `fused` to False for a plain convolution.
 
     Args:
-        channels: of the input and of the output.
-        kernel, stride, dilation: as of `SameConv`.
+        channels: channels of the input and of the output.
+        kernel, stride, dilation: see `SameConv`.
     """
 
     fused = True
@@ -151,7 +150,7 @@ class DepthwiseConv(SameConv):
         super().__init__(channels, channels, kernel, stride=stride, dilation=dilation, groups=channels)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """[N, C, H, W] to [N, C, H / stride, W / stride], rounded up."""
+        """Maps [N, C, H, W] to [N, C, H / stride, W / stride], rounded up."""
         on_cpu = x_NCHW.device.type == "cpu" and not torch.compiler.is_exporting()
         if not (self.fused and on_cpu and torch.is_grad_enabled()):
             return super().forward(x_NCHW)
@@ -160,7 +159,7 @@ class DepthwiseConv(SameConv):
 
 
 def conv1x1_bn_relu(in_channels: int, out_channels: int) -> list[nn.Module]:
-    """A 1x1 convolution without bias, batch norm and ReLU, as a list to put into `nn.Sequential`."""
+    """Makes a 1x1 convolution without bias, batch norm and ReLU, as a list for `nn.Sequential`."""
     return [
         nn.Conv2d(in_channels, out_channels, 1, bias=False),
         nn.BatchNorm2d(out_channels),
@@ -169,17 +168,18 @@ def conv1x1_bn_relu(in_channels: int, out_channels: int) -> list[nn.Module]:
 
 
 def conv3x3_bn_relu(in_channels: int, out_channels: int, stride: int = 1) -> list[nn.Module]:
-    """A 3x3 convolution without bias, batch norm and ReLU, as a list to put into `nn.Sequential`."""
+    """Makes a 3x3 convolution without bias, batch norm and ReLU, as a list for `nn.Sequential`."""
     return [Conv3x3(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
 
 
 def global_average(x_NCHW: Tensor) -> Tensor:
-    """Mean over H and W: [N, C, H, W] to [N, C, 1, 1]. Unlike adaptive pooling it exports with any size."""
+    """Averages over H and W: [N, C, H, W] to [N, C, 1, 1]; unlike adaptive pooling, it exports with any
+    size."""
     half = x_NCHW.dtype in (torch.bfloat16, torch.float16)
     if torch.compiler.is_compiling() or not half or x_NCHW.device.type != "cpu":
         return x_NCHW.mean(dim=(2, 3), keepdim=True)
     # On a CPU, PyTorch's mean of channels_last maps in bfloat16 takes ten times as long as this product. The
-    # factor is a power of two, hence exact, and keeps sums in float16's range.
+    # factor is a power of two, hence exact, and keeps sums in the range of float16.
     width = x_NCHW.shape[3]
     factor = 2.0 ** -width.bit_length()
     x_NH1C = torch.full((1, width), factor, dtype=x_NCHW.dtype) @ x_NCHW.permute(0, 2, 3, 1)
@@ -188,15 +188,14 @@ def global_average(x_NCHW: Tensor) -> Tensor:
 
 
 def spread(x_NC11: Tensor, size: tuple[int, int]) -> Tensor:
-    """Repeats the only cell of a map `size` (rows, columns) times, which is what bilinear upsampling does
-    with it.
+    """Repeats the only cell of a map `size` (rows, columns) times, the result of bilinear upsampling.
 
-    A copy, because a view of stride 0 among the inputs of `torch.cat` turns its output from channels_last to
-    NCHW.
+    It is a copy, because with a view of stride 0 among its inputs `torch.cat` returns NCHW, not
+    channels_last.
     """
     return x_NC11.expand(-1, -1, *size).contiguous(memory_format=torch.channels_last)
 
 
 def upsample(x_NCHW: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear interpolation with aligned corners to `size` (rows, columns)."""
+    """Resizes a map to `size` (rows, columns), bilinear with aligned corners."""
     return F.interpolate(x_NCHW, size=size, mode="bilinear", align_corners=True)

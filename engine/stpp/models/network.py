@@ -1,34 +1,33 @@
-"""Interface that all networks share: a backbone gives maps, and a head decodes them."""
+"""Interface of all networks: a backbone computes feature maps, and a head decodes them."""
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class Backbone(nn.Module):
-    """An encoder: normalised images [N, 3, H, W] to four maps [N, C, h, w], from near the image to far from
-    it."""
+    """Encoder: normalised images [N, 3, H, W] to four maps [N, C, h, w], from early to late stages."""
 
     channels: tuple[int, int, int, int]
-    """Of the maps."""
+    """Channels of the maps."""
     strides: tuple[int, int, int, int]
     """Input pixels per cell of the maps."""
     classifier_keys: tuple[str, ...] = ()
-    """Beginnings of the keys that a published file has besides the backbone's."""
+    """Prefixes of a published file's keys that do not belong to the backbone."""
 
 
 class Network(nn.Module):
-    """A network of segmentation: `decode(*features(images))` gives low-resolution logits.
+    """Segmentation network: `decode(*features(images))` returns low-resolution logits.
 
     Between the two, a method may drop or scale channels of the maps.
     """
 
     head_lr_multiplier: float
-    """Learning rate of the other parameters over the backbone's, where a recipe names none."""
+    """Default ratio of the other parameters' learning rate to the backbone's."""
     classifier_name: str
-    """The module that gives the logits: its parameters have one row a class."""
+    """Name of the module that computes the logits; its parameters have one row per class."""
     backbone: Backbone
     unused: tuple[str, ...] = ()
-    """Modules and parameters that published files have and no pass reads."""
+    """Modules and parameters in published files that no pass uses."""
     frozen = False
     frozen_norms = False
     pretrained: dict | None = None
@@ -36,41 +35,40 @@ class Network(nn.Module):
     if unknown), and `pretrained`, the file's own record if it has one; None: from scratch or unknown."""
 
     def features(self, images_NCHW: Tensor) -> tuple[Tensor, ...]:
-        """Normalised images [N, 3, H, W] to the maps [N, C, h, w] that `decode` takes."""
+        """Computes the maps [N, C, h, w] for `decode` from normalised images [N, 3, H, W]."""
         raise NotImplementedError
 
     def decode(self, *maps: Tensor) -> Tensor:
-        """The maps of `features`, as they are or perturbed, to logits [N, num_classes, h, w]."""
+        """Computes logits [N, num_classes, h, w] from the maps of `features`, possibly perturbed."""
         raise NotImplementedError
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
-        """Normalised images [N, 3, H, W] to logits [N, num_classes, h, w]."""
+        """Computes logits [N, num_classes, h, w] from normalised images [N, 3, H, W]."""
         return self.decode(*self.features(images_NCHW))
 
     @property
     def least_px(self) -> int:
-        """Smallest side of images in an exported graph, whose maps need two cells a side."""
+        """Minimum side of images in an exported graph, whose maps need two cells a side."""
         return max(self.backbone.strides) + 1
 
     @property
     def crop_multiple(self) -> int:
-        """Pixels that the side of training crops is a multiple of."""
+        """Divisor of the side of training crops, in pixels."""
         return 1
 
     def freeze_backbone(self) -> None:
-        """Keeps the backbone as it is: no gradients, and batch norms that use and keep their stored
-        statistics."""
+        """Freezes the backbone: no gradients, and fixed batch-norm statistics."""
         self.frozen = True
         self.backbone.requires_grad_(False)
         self.train(self.training)
 
     def freeze_batch_norm(self) -> None:
-        """Keeps the statistics of the backbone's batch norms as they are, and uses them."""
+        """Freezes the statistics of the backbone's batch norms."""
         self.frozen_norms = True
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "Network":
-        """Sets the mode of the whole network; what is frozen stays in evaluation mode."""
+        """Sets the mode of the network; frozen parts stay in evaluation mode."""
         super().train(mode)
         for part in self.backbone.modules() if self.frozen or self.frozen_norms else ():
             if self.frozen or isinstance(part, _BatchNorm):

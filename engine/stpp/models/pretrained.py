@@ -1,5 +1,5 @@
-"""Weights to start from: published ones, in the cache that every program with PyTorch shares or in an
-installed package, or a file."""
+"""Pretrained weights: published files, in PyTorch's download cache or an installed package, or the user's
+file."""
 
 import contextlib
 import http.client
@@ -21,31 +21,31 @@ from stpp.models.weights import load_backbone_state, load_state, read_checkpoint
 
 @dataclass(frozen=True, kw_only=True)
 class Download:
-    """A file in PyTorch's cache."""
+    """File in PyTorch's download cache."""
 
     url: str
-    """Where it is downloaded from, if it is not there."""
+    """Address to download the file from, if it is not cached."""
     sha256: str | None
-    """The first digits of its SHA-256, or all; None: not known."""
+    """SHA-256 of the file, or its first digits; None: unknown."""
     licence: str | None = None
     """SPDX identifier; None: unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Packaged:
-    """A file in a package of PyPI, which is installed and not imported."""
+    """File in an installed PyPI package, which is not imported."""
 
     package: str
     """Name on PyPI."""
     file: str
-    """Below the package's folder."""
+    """Path below the package's folder."""
     sha256: str
     licence: str | None = None
     """SPDX identifier; None: unknown."""
 
 
 def _torchvision(name: str) -> Download:
-    """A file whose name ends in the first digits of its SHA-256."""
+    """Describes a torchvision file, whose name ends in the first digits of its SHA-256."""
     return Download(
         url=f"https://download.pytorch.org/models/{name}", sha256=Path(name).stem.rpartition("-")[2],
         licence="BSD-3-Clause",
@@ -71,7 +71,7 @@ def _lite(number: int, sha256: str) -> Packaged:
 
 PUBLISHED: dict[str, dict[str, Download | Packaged]] = {
     "imagenet": {
-        # The files that the public code of ST++ starts from (torchvision's V1), and ResNet-18's.
+        # Initial weights of the public code of ST++ (torchvision's V1), and ResNet-18.
         "resnet18": _torchvision("resnet18-f37072fd.pth"),
         "resnet50": _torchvision("resnet50-0676ba61.pth"),
         "resnet101": _torchvision("resnet101-63fe2227.pth"),
@@ -80,26 +80,26 @@ PUBLISHED: dict[str, dict[str, Download | Packaged]] = {
         "efficientnet-lite2": _lite(2, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
     },
     "dinov2": {
-        # Hashes of copies on Hugging Face that people independent of each other uploaded, and that agree.
+        # Hashes of copies on Hugging Face by independent uploaders, which agree.
         "dinov2-small": _dinov2("s", "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9"),
         "dinov2-base": _dinov2("b", "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73"),
         "dinov2-large": _dinov2("l", "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428"),
         "dinov2-giant": _dinov2("g", None),
     },
 }
-"""`--model.pretrained` -> `--model.backbone` -> file."""
+"""Published files by `--model.pretrained` and `--model.backbone`."""
 RECORDED = ("source", "sha256", "licence")
 """Keys of `Network.pretrained` with text."""
 SILENCE_S = 60.0
-"""A server that sends nothing for so long is given up."""
+"""Socket timeout of downloads."""
 
 
 def start_from(network: Network, model: ModelConfig, classes: Sequence[str]) -> None:
-    """Loads `--model.pretrained` into a new network: a whole network if the file holds one, else its
+    """Loads `--model.pretrained` into a new network: the whole network if the file holds one, else the
     backbone.
 
     Raises:
-        UserError: the file is unfit or cannot be had, or a run of this project wrote it for other classes.
+        UserError: the file does not fit or is not available, or it is a checkpoint for other classes.
     """
     if model.pretrained == "none":
         return
@@ -109,10 +109,10 @@ def start_from(network: Network, model: ModelConfig, classes: Sequence[str]) -> 
         else model.pretrained
     )
     content = read_checkpoint(path)
-    theirs = content.get("classes")
-    if isinstance(theirs, list) and theirs != list(classes):
+    in_file = content.get("classes")
+    if isinstance(in_file, list) and in_file != list(classes):
         raise UserError(
-            f"--model.pretrained {path} has {len(theirs)} classes ({', '.join(map(str, theirs))}), this "
+            f"--model.pretrained {path} has {len(in_file)} classes ({', '.join(map(str, in_file))}), this "
             f"data set {len(classes)} ({', '.join(classes)}); "
             "give a checkpoint of the same classes, or a backbone alone"
         )
@@ -154,36 +154,35 @@ def describe(record: dict) -> str:
 
 
 def published_file(name: str, backbone: str) -> Path:
-    """Path of published weights for a backbone, checked: downloaded unless a whole file is in the cache, or
-    of an installed package.
+    """Returns the path of published weights for a backbone, verified: in the cache, downloaded once, or in an
+    installed package.
 
-    Of the processes of a machine one downloads and the others wait for it.
+    One process per machine downloads while the others wait.
 
     Args:
-        name: a key of `PUBLISHED`.
+        name: key of `PUBLISHED`.
 
     Raises:
-        UserError: there are none, or they cannot be had. It names the file, and where to put it by hand, or
-            the package to install.
+        UserError: there are none, or they are not available; names the file and the path for a manual
+            download, or the package to install.
     """
     known = PUBLISHED[name]
     if backbone not in known:
         raise UserError(
             f"--model.pretrained {name}: there is no such file for {backbone}, only for {', '.join(known)}; "
-            "give the path of "
-            "one, or none"
+            "give the path of one, or none"
         )
     source = known[backbone]
     return _packaged(source, name) if isinstance(source, Packaged) else _downloaded(source, name)
 
 
 def _packaged(source: Packaged, name: str) -> Path:
-    found = importlib.util.find_spec(source.package.replace("-", "_"))
-    if found is None:
+    spec = importlib.util.find_spec(source.package.replace("-", "_"))
+    if spec is None:
         raise UserError(
             f"--model.pretrained {name}: needs the package {source.package}; pip install {source.package}"
         )
-    path = Path(found.submodule_search_locations[0]) / source.file
+    path = Path(spec.submodule_search_locations[0]) / source.file
     if not _is_whole(path, source.sha256):
         raise UserError(
             f"--model.pretrained {name}: {path} is missing or damaged; "
@@ -204,24 +203,24 @@ def _downloaded(source: Download, name: str) -> Path:
                             source.url, str(path), source.sha256, progress=sys.stderr.isatty()
                         )
         if source.sha256 is None:
-            log.say(f"  {path}: no hash is known for it; its own is {files.sha256(path)}")
+            log.say(f"  {path}: no hash is known for this file; its SHA-256 is {files.sha256(path)}")
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
-            f"--model.pretrained {name}: {source.url} cannot be had ({reason}); fetch it on another machine "
-            f"and put it at {path}, or give its path in place of {name}"
+            f"--model.pretrained {name}: {source.url} cannot be downloaded ({reason}); download it on "
+            f"another machine and put it at {path}, or give its path in place of {name}"
         ) from None
     return path
 
 
 def _is_whole(path: Path, sha256: str | None) -> bool:
-    """Whether the file is there and has the hash that is known of it."""
+    """Checks that a file exists and has its known hash."""
     return path.is_file() and (sha256 is None or files.sha256(path).startswith(sha256))
 
 
 @contextlib.contextmanager
 def _limited_silence() -> Iterator[None]:
-    """New connections of this process give up after a while: PyTorch's download has no limit of its own."""
+    """Sets a socket timeout for new connections inside the block: PyTorch's download has none."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SILENCE_S)
     try:

@@ -1,4 +1,4 @@
-"""PSPNet: c4 beside its averages over 1, 4, 9 and 36 regions. Logits have c4's size.
+"""PSPNet: c4 joined with its averages over 1, 4, 9 and 36 regions. Logits have c4's size.
 
 Source: Zhao et al., "Pyramid Scene Parsing Network", arXiv 1612.01105, without the auxiliary loss.
 """
@@ -13,7 +13,7 @@ BINS = (1, 2, 3, 6)
 
 
 def pooling_matrix(size: int, bins: int, device: torch.device) -> Tensor:
-    """The matrix [bins, size] whose product with a signal averages it as adaptive average pooling does, fp32.
+    """Computes the fp32 matrix [bins, size] of adaptive average pooling along one axis.
 
     Bin i covers cells floor(i size / bins) up to, not including, ceil((i + 1) size / bins).
     """
@@ -26,12 +26,11 @@ def pooling_matrix(size: int, bins: int, device: torch.device) -> Tensor:
 
 
 def average_pool(x_NCHW: Tensor, bins: int) -> Tensor:
-    """Adaptive average pooling to `bins` x `bins` regions: [N, C, H, W] to [N, C, bins, bins], kept in
-    channels_last.
+    """Pools adaptively to `bins` x `bins` regions: [N, C, H, W] to [N, C, bins, bins], channels_last.
 
-    Two matrix products, columns first, so that W is a plain number when it is joined with another axis and
-    split again: export follows that with any H and W. Unlike the backward of adaptive pooling, theirs is
-    deterministic on CUDA.
+    It is two matrix products, columns first, so that W is fixed when it is merged with another axis and split
+    again: this exports with any H and W. Unlike that of adaptive pooling, the backward is deterministic on
+    CUDA.
     """
     height, width = x_NCHW.shape[2:]
     rows = pooling_matrix(height, bins, x_NCHW.device).to(x_NCHW.dtype)
@@ -42,10 +41,10 @@ def average_pool(x_NCHW: Tensor, bins: int) -> Tensor:
 
 
 class PyramidPooling(nn.Module):
-    """c4 with its pyramid of averages appended: [N, C, H, W] to [N, 2 C, H, W].
+    """Pyramid pooling: c4 joined with its averages, [N, C, H, W] to [N, 2 C, H, W].
 
-    In training mode batch norm of the 1x1 level sees one value per channel and image, so it needs at least
-    two images.
+    In training mode batch norm of the 1x1 level has one value per channel and image, so it needs at least two
+    images.
     """
 
     def __init__(self, channels: int):
@@ -79,12 +78,12 @@ class PSPHead(nn.Module):
 
 
 class PSPNet(Network):
-    """PSPNet on a backbone whose last map it pools.
+    """PSPNet on the last map of a backbone.
 
     Args:
         backbone: channels of its last map are a multiple of 4.
         num_classes: channels of the logits.
-        dropout: before the classifier, in training.
+        dropout: dropout before the classifier, in training.
     """
 
     head_lr_multiplier = 10.0

@@ -1,16 +1,16 @@
 """ResNet-18, -50 and -101 with torchvision's layout and state-dict keys, and dilation in place of late
 strides.
 
-Those with a deep stem, and its keys, are UniMatch's. The stride of a bottleneck is in its 3x3 convolution
-("v1.5"). There is no classifier: four feature maps come out.
+The variants with a deep stem, and its keys, are UniMatch's. The stride of a bottleneck is in its 3x3
+convolution ("v1.5"). There is no classifier: the result is four feature maps.
 
-Dilation. An `output_stride` of 16 or 8 takes the stride away from layer 4, or from layers 3 and 4. A 3x3
-convolution is then dilated by the product of the strides taken away *before* it; the one that lost its stride
-is not itself affected. For bottlenecks this is torchvision's rule: the first block of a dilated stage keeps
-the previous dilation. Basic blocks, which torchvision cannot dilate, have two 3x3 convolutions: in the first
-block of a dilated stage the first keeps the previous dilation and the second already has the new one. So
-defined, a dilated network equals the strided one wherever the latter has a value (c4 at stride 8, every
-fourth row and column, is c4 at stride 32), and ImageNet weights keep their meaning.
+Dilation: an `output_stride` of 16 or 8 removes the stride of layer 4, or of layers 3 and 4. A 3x3 convolution
+is then dilated by the product of the strides removed *before* it; the convolution that lost its stride is not
+affected. For bottlenecks this is torchvision's rule: the first block of a dilated stage keeps the previous
+dilation. Basic blocks, which torchvision cannot dilate, have two 3x3 convolutions: in the first block of a
+dilated stage the first keeps the previous dilation and the second has the new one. With this rule a dilated
+network equals the strided one wherever the latter has a value (c4 at stride 8, every fourth row and column,
+is c4 at stride 32), and ImageNet weights remain valid.
 """
 
 from typing import NamedTuple
@@ -22,14 +22,15 @@ from stpp.models.network import Backbone
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut: [N, in_channels, H, W] to [N, width, H / stride, W / stride].
+    """Basic block: two 3x3 convolutions and a shortcut, [N, in_channels, H, W] to [N, width, H / stride, W /
+    stride].
 
     Args:
         in_channels: channels of the input.
         width: channels of both convolutions and of the output.
-        stride: of the first convolution.
-        dilation_before, dilation: see the top of this file; they differ in the first block of a dilated stage
-            only.
+        stride: stride of the first convolution.
+        dilation_before, dilation: see the top of this file; different only in the first block of a dilated
+            stage.
         downsample: the shortcut's projection, or None for the identity.
     """
 
@@ -61,15 +62,15 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions and a shortcut: [N, in_channels, H, W] to [N, 4 width, H / stride, W /
-    stride].
+    """Bottleneck: 1x1, 3x3, 1x1 convolutions and a shortcut, [N, in_channels, H, W] to [N, 4 width, H /
+    stride, W / stride].
 
     Args:
         in_channels: channels of the input.
         width: channels of the 3x3 convolution; the output has four times as many.
-        stride: of the 3x3 convolution.
+        stride: stride of the 3x3 convolution.
         dilation_before: dilation of the 3x3 convolution.
-        dilation: of the stage; unused here, because nothing after the 3x3 convolution looks at neighbours.
+        dilation: dilation of the stage; unused, because only 1x1 convolutions follow.
         downsample: the shortcut's projection, or None for the identity.
     """
 
@@ -104,12 +105,12 @@ class Bottleneck(nn.Module):
 
 
 class ResNetVariant(NamedTuple):
-    """Blocks of a ResNet."""
+    """Layout of a ResNet."""
 
     block: type[BasicBlock] | type[Bottleneck]
     depths: tuple[int, int, int, int]
     deep_stem: bool = False
-    """Three 3x3 convolutions, 64, 64 and 128 channels, in place of one of 7x7 with 64."""
+    """Deep stem: three 3x3 convolutions of 64, 64 and 128 channels instead of one 7x7 of 64."""
 
 
 VARIANTS = {
@@ -122,14 +123,14 @@ VARIANTS = {
 
 
 class ResNet(Backbone):
-    """A residual network without its classifier.
+    """ResNet without its classifier.
 
     Args:
-        name: a key of `VARIANTS`.
-        output_stride: 8, 16 or 32: size of the input over the size of c4.
+        name: key of `VARIANTS`.
+        output_stride: 8, 16 or 32: ratio of the input size to that of c4.
 
     Attributes:
-        channels, strides: of c1, c2, c3 and c4.
+        channels, strides: those of c1, c2, c3 and c4.
 
     Source: He et al., "Deep Residual Learning for Image Recognition", arXiv 1512.03385.
     """
@@ -171,8 +172,7 @@ class ResNet(Backbone):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws weights for training from scratch: He's normal over the outputs; batch norm starts as the
-        identity."""
+        """Draws random weights: He normal over the outputs; batch norm starts as the identity."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -180,7 +180,7 @@ class ResNet(Backbone):
                 module.reset_parameters()
 
     def forward(self, images_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Feature maps c1 (a quarter of the input's size), c2 (an eighth), c3, c4 (1 / output_stride),
+        """Computes feature maps c1 (a quarter of the input size), c2 (an eighth), c3, c4 (1 / output_stride),
         rounded up."""
         x_NCHW = self.maxpool(self.relu(self.bn1(self.conv1(images_NCHW))))
         c1 = self.layer1(x_NCHW)
@@ -198,8 +198,8 @@ def _deep_stem(out_channels: int) -> nn.Sequential:
 def _stage(
     block: type, depth: int, in_channels: int, width: int, stride: int, dilation_before: int, dilation: int
 ) -> nn.Sequential:
-    """`depth` blocks; the first has the stride, the projection where shapes change, and the previous
-    dilation."""
+    """Makes a stage of `depth` blocks; the first has the stride, the projection (if shapes change), and the
+    previous dilation."""
     out_channels = width * block.expansion
     downsample = None
     if stride != 1 or in_channels != out_channels:

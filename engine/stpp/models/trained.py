@@ -1,5 +1,5 @@
-"""Networks from checkpoints: those of a training run, and state dicts of others, which do not say what they
-are."""
+"""Loading of trained networks: checkpoints of a run, and third-party state dicts, which do not record their
+architecture."""
 
 import functools
 from collections.abc import Sequence
@@ -16,49 +16,48 @@ from stpp.models.pretrained import record_of
 from stpp.models.weights import load_state, named_keys, read_checkpoint, state_dict_of
 
 MAX_CLASSES = 255
-"""Ids that a mask holds besides 255, which is "ignore"."""
+"""Maximum classes of a mask: 255 is "ignore"."""
 UNCOUNTED = ".num_batches_tracked"
-"""Files of older batch norms lack these, and nothing uses them."""
+"""Suffix of ignored keys: files of older batch norms lack them, and nothing uses them."""
 
 
 class LoadedNetwork(NamedTuple):
-    """A network with its weights, on the CPU, and what it is."""
+    """Network with its weights, on the CPU, and its description."""
 
     network: nn.Module
     classes: list[str]
-    """Names in the order of their ids; numbers where they are not known."""
+    """Class names in the order of their ids; numbers if unknown."""
     architecture: dict
-    """Its name, backbone and output_stride, which is None where patches fix it; and view_px where it sees
-    whole images at another size than their own."""
+    """Name, backbone and output_stride (None if patches fix it); and view_px if set."""
 
 
 def load_network(
     path: str | Path, *, output_stride: int | None = None, view_px: int | None = None,
     class_names: Sequence[str] = ()
 ) -> LoadedNetwork:
-    """The network of a checkpoint: one of a training run, or a state dict with the public keys of ST++,
+    """Loads the network of a checkpoint: of a training run, or a state dict with the public keys of ST++,
     UniMatch or UniMatch V2.
 
-    What network a state dict is of is seen in its keys and shapes; wrappers and prefixes are as in
+    The network of a state dict is identified by its keys and shapes; wrappers and prefixes are as in
     `load_model`.
 
     Args:
-        output_stride: of a state dict, whose weights do not depend on it; None: that of all published
-            networks on such a backbone, if there is one. A run's checkpoint tells its own.
-        view_px: longer side at which the network is to see whole images, pixels; None: as its checkpoint
-            tells, or their own size.
-        class_names: for a state dict of as many classes.
+        output_stride: output stride of a state dict, whose weights do not depend on it; None: that of all
+            published networks on the backbone, if it is unique. A run's checkpoint records its own.
+        view_px: longer side, in pixels, to which whole images are resized; None: as recorded in the
+            checkpoint, else original size.
+        class_names: class names for a state dict with the same number of classes.
 
     Raises:
-        UserError: the file is unfit (see `read_checkpoint`), holds no such network, a run's of another
-            stride, or one whose stride nobody told.
+        UserError: the file is invalid (see `read_checkpoint`), holds no such network, or one with another
+            or an unknown stride.
     """
     content = read_checkpoint(path)
-    seen = {"view_px": view_px} if view_px else {}
+    view = {"view_px": view_px} if view_px else {}
     if "format" not in content:
         network, classes, architecture = _published(state_dict_of(content), path, output_stride, class_names)
-        return LoadedNetwork(network, classes, architecture | seen)
-    saved = checkpoint.ours(content, path)
+        return LoadedNetwork(network, classes, architecture | view)
+    saved = checkpoint.require_own(content, path)
     try:
         architecture, classes = saved["architecture"], list(saved["classes"])
         network = build_model(
@@ -73,21 +72,21 @@ def load_network(
     if output_stride not in (None, architecture["output_stride"]):
         stride_of(architecture["backbone"], output_stride)
         raise UserError(
-            f"--output-stride {output_stride}: {path} was trained at {architecture['output_stride']} and "
-            "tells so; leave the flag out"
+            f"--output-stride {output_stride}: {path} was trained at {architecture['output_stride']}; leave "
+            "the flag out"
         )
     network.pretrained = record_of(saved)
-    told = architecture.get("view_px")
-    if not (told is None or type(told) is int and told > 0):
-        raise UserError(f"{path}: holds no network of this version (view_px is {told!r}); give a best.pt or "
-                        "third-*.pt")
-    return LoadedNetwork(network, classes, architecture | seen)
+    recorded = architecture.get("view_px")
+    if not (recorded is None or type(recorded) is int and recorded > 0):
+        raise UserError(f"{path}: holds no network of this version (view_px is {recorded!r}); give a best.pt "
+                        "or third-*.pt")
+    return LoadedNetwork(network, classes, architecture | view)
 
 
 def _published(
     state: dict[str, object], path: str | Path, output_stride: int | None, class_names: Sequence[str]
 ) -> LoadedNetwork:
-    """The network of a state dict."""
+    """Loads the network of a state dict."""
     name, backbone = _nearest(state, path)
     known = _known_shapes()[name, backbone]
     classifier = NETWORKS[name].make.classifier_name
@@ -95,44 +94,45 @@ def _published(
     count = biases[0].numel() if isinstance(biases[0], Tensor) else 0
     if not 2 <= count <= MAX_CLASSES:
         raise UserError(f"{path}: its classifier has {count} classes; 2 to {MAX_CLASSES} are possible")
-    asked = output_stride or BACKBONES[backbone].published_stride
-    if asked is None and BACKBONES[backbone].output_stride is not None:
+    requested = output_stride or BACKBONES[backbone].published_stride
+    if requested is None and BACKBONES[backbone].output_stride is not None:
         raise UserError(
-            f"{path}: {name} on {backbone}, by its keys, which do not tell the output stride; "
-            f"say it with --output-stride ({BACKBONES[backbone].output_stride} is usual)"
+            f"{path}: {name} on {backbone}, by its keys, which do not determine the output stride; "
+            f"give it with --output-stride ({BACKBONES[backbone].output_stride} is usual)"
         )
-    stride = stride_of(backbone, asked)
+    stride = stride_of(backbone, requested)
     network = build_model(name, backbone, count, stride)
     load_state(network, state, path)
-    shown = f"; output stride {stride} (--output-stride sets it)" if stride else ""
-    log.say(f"{path}: {name} on {backbone}, {count} classes, by its keys{shown}")
+    note = f"; output stride {stride} (--output-stride sets it)" if stride else ""
+    log.say(f"{path}: {name} on {backbone}, {count} classes, by its keys{note}")
     names = list(class_names) if len(class_names) == count else [str(i) for i in range(count)]
     return LoadedNetwork(network, names, {"name": name, "backbone": backbone, "output_stride": stride})
 
 
 def _nearest(state: dict[str, object], path: str | Path) -> tuple[str, str]:
-    """Name and backbone of the known network with the keys of a state dict and, of several, with its shapes.
+    """Name and backbone of the known network with the keys of a state dict; of several, with the nearest
+    shapes.
 
     Raises:
-        UserError: none has these keys.
+        UserError: no known network has these keys.
     """
-    found = {
+    in_file = {
         key: getattr(value, "shape", None) for key, value in state.items() if not key.endswith(UNCOUNTED)
     }
 
     def distance(shapes: dict[str, torch.Size]) -> tuple[int, int]:
-        return len(shapes.keys() ^ found.keys()), sum(
-            found.get(key) != shape for key, shape in shapes.items()
+        return len(shapes.keys() ^ in_file.keys()), sum(
+            in_file.get(key) != shape for key, shape in shapes.items()
         )
 
     (name, backbone), nearest = min(_known_shapes().items(), key=lambda known: distance(known[1]))
-    if nearest.keys() != found.keys():
+    if nearest.keys() != in_file.keys():
         misfits = {
-            "missing": sorted(nearest.keys() - found.keys()),
-            "superfluous": sorted(found.keys() - nearest.keys()),
+            "missing": sorted(nearest.keys() - in_file.keys()),
+            "superfluous": sorted(in_file.keys() - nearest.keys()),
         }
         raise UserError(
-            f"{path}: holds no network that is known here; nearest is {name} on {backbone} "
+            f"{path}: holds no known network; nearest is {name} on {backbone} "
             f"({named_keys(misfits)})"
         )
     return name, backbone
@@ -140,7 +140,7 @@ def _nearest(state: dict[str, object], path: str | Path) -> tuple[str, str]:
 
 @functools.cache
 def _known_shapes() -> dict[tuple[str, str], dict[str, torch.Size]]:
-    """What a state dict has to hold, by name and backbone; the classifier is for two classes."""
+    """Shapes of state dicts by name and backbone, with classifiers for two classes."""
     with torch.device("meta"):  # shapes without memory
         networks = {
             (name, backbone): build_model(name, backbone, 2)

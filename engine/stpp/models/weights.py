@@ -1,6 +1,6 @@
-"""Weights from files: published backbones, published networks, and our own checkpoints.
+"""Loading of weights: published backbones, published networks, and checkpoints of this package.
 
-Files come from strangers, so nothing but tensors and plain containers is ever unpickled.
+Files are untrusted, so only tensors and plain containers are unpickled.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from stpp.errors import UserError
 from stpp.models.network import Network
 
 WRAPPERS = ("model_ema", "model", "state_dict")
-"""Keys under which a file may hold a state dict; of several the first is read. UniMatch V2 scores its
+"""Keys under which a file may hold a state dict; the first one present is read. UniMatch V2 evaluates its
 `model_ema`."""
 PREFIXES = ("module.", "_orig_mod.")
 SHOWN = 5
@@ -24,36 +24,36 @@ SHOWN = 5
 
 @dataclass(frozen=True, kw_only=True)
 class LoadReport:
-    """What of a file went into a network."""
+    """Result of loading a file into a network."""
 
     path: str
-    wanted: int
-    """Tensors the network (or its backbone) has."""
+    total: int
+    """Number of tensors of the network (or its backbone)."""
     loaded: int
-    """Tensors copied from the file."""
+    """Number of tensors copied from the file."""
     left_out: tuple[str, ...] = ()
-    """Keys of the file for which there is no place."""
+    """Keys of the file that the network lacks."""
     missing: tuple[str, ...] = ()
-    """Keys of the network that the file lacks; they keep the values they had."""
+    """Keys of the network that the file lacks; their tensors are unchanged."""
     mismatched: tuple[str, ...] = ()
-    """Keys of other shapes, each with the file's and the network's shape; they keep the values they had."""
+    """Keys with different shapes, each with the file's and the network's; their tensors are unchanged."""
 
     def summary(self) -> str:
-        """One line: how much was loaded, and what did not fit."""
-        loaded = f"{self.loaded} of {self.wanted} tensors loaded from {Path(self.path).name}"
+        """Formats the counts and the keys that did not fit, in one line."""
+        loaded = f"{self.loaded} of {self.total} tensors loaded from {Path(self.path).name}"
         misfits = {"missing in the file": self.missing, "of another shape": self.mismatched,
                    "left out": self.left_out}
         return "; ".join(filter(None, (loaded, named_keys(misfits))))
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:
-    """Reads a checkpoint onto the CPU without running any code in it.
+    """Reads a checkpoint onto the CPU without running code in it.
 
-    Of a file with several networks, `model` and the mean `model_ema` of its weights, the mean is read and the
-    other left out, which is said; `best.pth#model` asks for the other.
+    Of a file with `model` and its moving average `model_ema`, the average is read, which is logged;
+    `best.pth#model` selects the other.
 
     Returns:
-        The dict in the file: a state dict, or a dict that holds one under a key of `WRAPPERS`.
+        Dict in the file: a state dict, or a dict that holds one under a key of `WRAPPERS`.
 
     Raises:
         UserError: the file is missing, unreadable or damaged, holds objects other than tensors and plain
@@ -72,20 +72,20 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
 
 
 def _one_network(content: dict, file: Path, part: str | None) -> dict:
-    """The content without the networks that are not read."""
-    found = [key for key in WRAPPERS if isinstance(content.get(key), dict)]
-    if part is not None and part not in found:
-        raise UserError(f"checkpoint {file} holds no {part!r}; it has {', '.join(found) or 'one state dict'}")
-    if part is None and len(found) > 1:
-        log.say(f"{file}: {found[0]} is read; {' or '.join(f'{file.name}#{key}' for key in found[1:])} names "
-                "the other")
-    read = part or next(iter(found), None)
-    return {key: value for key, value in content.items() if key == read or key not in found}
+    """Removes the networks that are not selected."""
+    wrapped = [key for key in WRAPPERS if isinstance(content.get(key), dict)]
+    if part is not None and part not in wrapped:
+        raise UserError(f"checkpoint {file} holds no {part!r}; it has "
+                        f"{', '.join(wrapped) or 'one state dict'}")
+    if part is None and len(wrapped) > 1:
+        others = " or ".join(f"{file.name}#{key}" for key in wrapped[1:])
+        log.say(f"{file}: {wrapped[0]} is read; {others} selects the other")
+    read = part or next(iter(wrapped), None)
+    return {key: value for key, value in content.items() if key == read or key not in wrapped}
 
 
 def state_dict_of(content: dict) -> dict[str, object]:
-    """The state dict in what `read_checkpoint` gave, free of its wrapper and of "module." before every
-    key."""
+    """Extracts the state dict from the content of `read_checkpoint`, without wrapper and key prefixes."""
     state = {str(key): value for key, value in _unwrapped(content).items()}
     while state and (common := [prefix for prefix in PREFIXES
                                 if all(key.startswith(prefix) for key in state)]):
@@ -96,17 +96,17 @@ def state_dict_of(content: dict) -> dict[str, object]:
 def load_backbone(model: Network, path: str | os.PathLike) -> LoadReport:
     """Loads `model.backbone` from a published file, or from a whole network with keys `backbone.*`.
 
-    The file's classifier, or whatever of a network is not backbone, is left out and reported.
+    Other tensors of the file, for example its classifier, are left out and reported.
 
     Raises:
-        UserError: the file is unfit (see `read_checkpoint`), lacks a tensor of the backbone, has one in
+        UserError: the file is invalid (see `read_checkpoint`), lacks a tensor of the backbone, has one with
             another shape, or has tensors of another backbone.
     """
     return load_backbone_state(model, state_dict_of(read_checkpoint(path)), path)
 
 
 def load_backbone_state(model: Network, state: dict[str, object], path: str | os.PathLike) -> LoadReport:
-    """As `load_backbone`, with what `state_dict_of` found in the file `path`."""
+    """Loads `model.backbone`, as `load_backbone`, from the state dict of the file `path`."""
     prefix = "backbone." if any(key.startswith("backbone.") for key in state) else ""
     classifier = model.backbone.classifier_keys
     inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
@@ -115,31 +115,31 @@ def load_backbone_state(model: Network, state: dict[str, object], path: str | os
     fitting, report = _compare(model.backbone, inside, path)
     _refuse_unfit(report, "the backbone")
     _copy(model.backbone, fitting, path)
-    return LoadReport(path=str(path), wanted=report.wanted, loaded=report.loaded, left_out=head)
+    return LoadReport(path=str(path), total=report.total, loaded=report.loaded, left_out=head)
 
 
 def load_model(model: nn.Module, path: str | os.PathLike, strict: bool = True) -> LoadReport:
-    """Loads a whole network: a state dict, plain or under a key of `WRAPPERS`, "module." before its keys or
-    not.
+    """Loads a whole network from a state dict, plain or under a key of `WRAPPERS`; key prefixes (`PREFIXES`)
+    are removed.
 
     Args:
-        model: a network from `build_model`.
-        path: the file.
-        strict: refuse a file that does not fit in every key and shape. Otherwise only the backbone has to
-            fit; what else does not keeps its values and stands in the report, so a network for other classes
-            can start from a published one.
+        model: network from `build_model`.
+        path: path of the file.
+        strict: require that all keys and shapes match. Otherwise only the backbone must match; other tensors
+            that do not are unchanged and reported, so that a network for other classes can start from a
+            published one.
 
     Raises:
-        UserError: the file is unfit (see `read_checkpoint`), or does not fit: the numbers of classes are
-            named if these differ (and strict), else up to five of the missing and superfluous keys and
-            differing shapes.
+        UserError: the file is invalid (see `read_checkpoint`), or does not match; names the numbers of
+            classes if they differ (and strict), else up to five missing and superfluous keys and differing
+            shapes.
     """
     return load_state(model, state_dict_of(read_checkpoint(path)), path, strict)
 
 
 def load_state(model: nn.Module, state: dict[str, object], path: str | os.PathLike,
                strict: bool = True) -> LoadReport:
-    """As `load_model`, with what `state_dict_of` found in the file `path`."""
+    """Loads a whole network, as `load_model`, from the state dict of the file `path`."""
     fitting, report = _compare(model, state, path)
     if strict:
         _refuse_other_classes(model, state, path)
@@ -160,10 +160,9 @@ def _unwrapped(content: dict) -> dict:
 def _compare(
     module: nn.Module, state: dict[str, object], path: str | os.PathLike
 ) -> tuple[dict[str, Tensor], LoadReport]:
-    """The tensors of `state` that fit `module`, and the report as it will be once they are copied.
+    """Selects the tensors of `state` that fit `module`, and makes the report of copying them.
 
-    Files older than batch norm's `num_batches_tracked` lack it; nothing here uses it, so it does not count as
-    missing.
+    Batch norm's `num_batches_tracked`, which old files lack and nothing uses, does not count as missing.
     """
     own = module.state_dict()
     fitting, mismatched = {}, []
@@ -178,7 +177,7 @@ def _compare(
     left_out = [key for key in state if key not in own]
     report = LoadReport(
         path=str(path),
-        wanted=len(own),
+        total=len(own),
         loaded=len(fitting),
         left_out=tuple(left_out),
         missing=tuple(missing),
@@ -193,8 +192,8 @@ def _copy(module: nn.Module, fitting: dict[str, Tensor], path: str | os.PathLike
     except RuntimeError as error:  # sparse, quantised or complex tensors of the right shape
         line = " ".join(str(error).split())[:200]
         raise UserError(
-            f"checkpoint {path} holds tensors of a kind that cannot be copied ({line}); save it as plain "
-            "float tensors"
+            f"checkpoint {path} holds tensors that cannot be copied ({line}); save it as plain float "
+            "tensors"
         ) from error
 
 
@@ -217,24 +216,24 @@ def _refuse_unfit(report: LoadReport, what: str) -> None:
 def _refuse_other_classes(model: nn.Module, state: dict[str, object], path: str | os.PathLike) -> None:
     for key, own in model.state_dict().items():
         value = state.get(key)
-        if not key.startswith(model.classifier_name
-                              + ".") or not isinstance(value, Tensor) or value.dim() != own.dim():
+        in_classifier = key.startswith(model.classifier_name + ".")
+        if not in_classifier or not isinstance(value, Tensor) or value.dim() != own.dim():
             continue
         if value.shape[1:] == own.shape[1:] and len(value) != len(own):
             raise UserError(
                 f"checkpoint {path} has {len(value)} classes, but the recipe has {len(own)}; "
-                "name as many classes as the checkpoint knows, or take another checkpoint"
+                "give as many classes as the checkpoint has, or another checkpoint"
             )
 
 
 def named_keys(kinds: Mapping[str, Sequence[str]]) -> str:
-    """The kinds that have keys, each with up to five, on one line.
+    """Formats the non-empty kinds, each with up to five keys, in one line.
 
-    Keys are the file's: what could upset a terminal is escaped, and none is endless.
+    Keys come from untrusted files: unprintable characters are escaped, and long keys are cut.
     """
     return "; ".join(f"{kind}: {_some(keys)}" for kind, keys in kinds.items() if keys)
 
 
 def _some(keys: Sequence[str]) -> str:
-    shown = ", ".join((key if key.isprintable() else ascii(key))[:150] for key in keys[:SHOWN])
-    return shown + (f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")
+    text = ", ".join((key if key.isprintable() else ascii(key))[:150] for key in keys[:SHOWN])
+    return text + (f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")

@@ -1,1 +1,1 @@
-"""One run on disk: its folder, its lease, its stages."""
+"""Run on disk: folder, lease and stages."""

@@ -1,4 +1,4 @@
-"""Calibrations beside the checkpoints that they are of: made once, and read after that."""
+"""Calibrations of checkpoints, stored next to them and reused."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,60 +15,61 @@ from stpp.loading.sample import Sample
 from stpp.models.trained import load_network
 
 
-def calibrated(here: World, checkpoint: Path, predictor: Callable[[Path], Predictor],
-               samples: Sequence[Sample], data: DataConfig, *, tta: str, classes: Sequence[str],
-               wanted: float) -> Calibration:
-    """The calibration of a checkpoint on held-out samples, written beside it; every rank must call it.
+def ensure_calibration(world: World, checkpoint: Path, predictor: Callable[[Path], Predictor],
+                       samples: Sequence[Sample], data: DataConfig, *, tta: str, classes: Sequence[str],
+                       precision: float) -> Calibration:
+    """Reads, or measures and writes, the calibration of a checkpoint on held-out samples; every rank must
+    call it.
 
     Args:
         predictor: opens the checkpoint.
-        wanted: precision that the file has proposals for.
+        precision: target precision for the proposals in the file.
     """
     weights, path = weights_sha256(load_network(checkpoint)[0].state_dict()), _path(checkpoint)
-    kept = distributed.gather(_kept(path, weights, tta, samples))[0]  # as rank 0 found it
-    if kept is not None:
-        return kept
+    stored = distributed.gather(_stored(path, weights, tta, samples))[0]  # as read by rank 0
+    if stored is not None:
+        return stored
     log.say(f"  calibrating {checkpoint.parent.name} on {len(samples)} held-out images, {tta} views")
-    found = calibration.measure(predictor(checkpoint), samples, here, data, tta=tta, classes=classes,
-                                weights=weights)
-    distributed.on_main(here, lambda: calibration.write(path, found, [wanted]))
-    return found
+    measured = calibration.measure(predictor(checkpoint), samples, world, data, tta=tta, classes=classes,
+                                   weights=weights)
+    distributed.on_main(world, lambda: calibration.write(path, measured, [precision]))
+    return measured
 
 
 def _path(checkpoint: Path) -> Path:
     return checkpoint.parent / calibration.NAME
 
 
-def _kept(path: Path, weights: str, tta: str, samples: Sequence[Sample]) -> Calibration | None:
-    """The calibration in a file, if it is that of these weights, views and images."""
+def _stored(path: Path, weights: str, tta: str, samples: Sequence[Sample]) -> Calibration | None:
+    """Reads a calibration, if it is of these weights, views and images."""
     try:
-        found = calibration.read(path)
+        stored = calibration.read(path)
     except UserError:
         return None
-    same = (found.weights, found.tta, found.held_out) == (weights, tta, calibration.digest(samples))
-    return found if same else None
+    same = (stored.weights, stored.tta, stored.held_out) == (weights, tta, calibration.digest(samples))
+    return stored if same else None
 
 
-def floors_of(found: Calibration, precision: float) -> tuple[float, ...]:
-    """Least confidence of every class for the wanted precision; says which.
+def floors_of(measured: Calibration, precision: float) -> tuple[float, ...]:
+    """Confidence threshold of every class for the target precision; logs them.
 
     Raises:
-        UserError: no class reaches it.
+        UserError: no class reaches the precision.
     """
-    floors = found.floors(precision)
+    floors = measured.floors(precision)
     if set(floors) == {NEVER}:
-        best = max(found.proposal(precision, i).precision for i in range(len(floors)))
-        raise UserError(f"a precision of {precision:g} is reached by no class at any confidence (the best "
-                        f"has {best:.2f} on {found.images} held-out images); lower it, or train the teacher "
+        best = max(measured.proposal(precision, i).precision for i in range(len(floors)))
+        raise UserError(f"no class reaches a precision of {precision:g} at any confidence (the best has "
+                        f"{best:.2f} on {measured.images} held-out images); lower it, or train the teacher "
                         "longer")
-    log.say(_chosen(found, floors, precision))
+    log.say(_line(measured.classes, floors, precision))
     return floors
 
 
-def _chosen(found: Calibration, floors: Sequence[float], precision: float) -> str:
-    kept = ", ".join(f"{name} {floor:.3f}" for name, floor in zip(found.classes, floors, strict=True)
-                     if floor != NEVER)
-    never = [name for name, floor in zip(found.classes, floors, strict=True) if floor == NEVER]
-    nowhere = f"; {', '.join(never)} {'does' if len(never) == 1 else 'do'} not reach it and " \
-              f"{'is' if len(never) == 1 else 'are'} left out of the labels" if never else ""
-    return f"  least confidence for a precision of {precision:g}: {kept or 'none'}{nowhere}"
+def _line(classes: Sequence[str], floors: Sequence[float], precision: float) -> str:
+    reached = ", ".join(f"{name} {floor:.3f}" for name, floor in zip(classes, floors, strict=True)
+                        if floor != NEVER)
+    never = [name for name, floor in zip(classes, floors, strict=True) if floor == NEVER]
+    unreached = f"; {', '.join(never)} {'does' if len(never) == 1 else 'do'} not reach it and " \
+                f"{'is' if len(never) == 1 else 'are'} left out of the labels" if never else ""
+    return f"  confidence thresholds for a precision of {precision:g}: {reached or 'none'}{unreached}"

@@ -1,4 +1,4 @@
-"""The run directory: whose it is, and what its run is made of."""
+"""Run folder: its config, and the provenance of the run."""
 
 import json
 import platform
@@ -13,42 +13,42 @@ from stpp.versions import version_of
 
 
 def claim(config: Config) -> None:
-    """Takes the run directory for this config.
+    """Claims the run folder for this config.
 
     Raises:
-        UserError: it holds a run of another config; the keys that differ are named.
+        UserError: the folder holds a run of another config; names the differing keys.
     """
-    path, ours = config.out / "config.json", to_dict(config)
+    path, current = config.out / "config.json", to_dict(config)
     began = any(config.out.glob("stages/*/*"))
     if began and not path.exists():
         raise UserError(f"--out {config.out} holds stages of a run without config.json; choose another --out")
     if began:
-        # What the version that began the run did not know has its default.
-        theirs = flatten(to_dict(Config())) | flatten(_table(path))
-        differing = differing_keys(ours, theirs)
+        # Settings unknown to the version that began the run have their defaults.
+        recorded = flatten(to_dict(Config())) | flatten(_json_object(path))
+        differing = differing_keys(current, recorded)
         if differing:
             raise UserError(f"--out {config.out} holds a run of another config ({'; '.join(differing)}); "
                             "choose another --out, or the old settings")
-    files.write_json(path, ours)
+    files.write_json(path, current)
 
 
 def record_provenance(out: Path, fingerprint: str, classes: Sequence[str]) -> None:
-    """Writes what the run is made of beside its config.
+    """Writes `provenance.json`: data set, classes, package versions and Git commit.
 
     Args:
-        fingerprint: of the data set's index.
+        fingerprint: fingerprint of the data set's index.
 
     Raises:
         UserError: the run began with other data.
     """
     path = out / "provenance.json"
     began = any(out.glob("stages/*/*")) and path.exists()
-    if began and _table(path).get("data") != fingerprint:
+    if began and _json_object(path).get("data") != fingerprint:
         raise UserError(f"--out {out}: the data set changed since this run began; choose another --out")
     files.write_json(path, {"data": fingerprint, "classes": list(classes), **_provenance()})
 
 
-def _table(path: Path) -> dict:
+def _json_object(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

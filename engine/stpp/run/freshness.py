@@ -1,4 +1,4 @@
-"""Freshness: an index keeps copies of masks, and what is scored must be the masks of today."""
+"""Refresh of an index before scoring: an index holds copies of masks, which may be out of date."""
 
 from pathlib import Path
 
@@ -12,25 +12,24 @@ from stpp.errors import UserError
 from stpp.run import lease
 
 
-def of_today(folder: Path, listed: Path, here: World) -> Index:
-    """The index in `folder`; made anew, by rank 0, where files of the images in a list changed since it was
-    made.
+def fresh_index(folder: Path, listed: Path, world: World) -> Index:
+    """Loads the index in `folder`; rank 0 first rebuilds it if files of listed images have changed.
 
     Args:
-        folder: of the index.
-        listed: lines `image mask`.
+        folder: folder of the index.
+        listed: list with lines `image mask`.
 
     Raises:
-        UserError: no index, a list that does not fit it; files changed, and they cannot be used, the index
-            cannot be written, or a run that goes on trains on it.
+        UserError: there is no index, or the list does not fit it; or files have changed, and they are
+            invalid, the index cannot be written, or a running training uses it.
     """
-    distributed.on_main(here, lambda: _renew(folder, listed))
+    distributed.on_main(world, lambda: _renew(folder, listed))
     return indices.load(folder)
 
 
 def _renew(folder: Path, listed: Path) -> None:
     if indices.is_unfinished(folder):
-        what = f"{folder} was being made and is not whole"
+        what = f"{folder} is incomplete"
     else:
         known = indices.load(folder)
         entries = splits.read_split(listed, known, labelled=True, notes=Notes(quiet=True))
@@ -38,10 +37,10 @@ def _renew(folder: Path, listed: Path) -> None:
         if not changed:
             return
         what = (f"{counted(len(changed), 'file')} of {listed} changed since {folder} was made, "
-                f"{changed[0]} the first")
+                f"the first: {changed[0]}")
     try:
-        lease.refuse_living(folder.parent)
+        lease.require_free(folder.parent)
     except UserError as error:
         raise UserError(f"{what}, and a run trains on it ({error})") from None
-    log.say(f"{what}: reading the files again")
+    log.say(f"{what}; preparing the index again")
     indices.renewed(folder)

@@ -1,8 +1,7 @@
-"""One run directory, one run: a lease that the running process renews, so that a dead one does not hold it
-for ever.
+"""Lease of a run folder: at most one process runs in it.
 
-`lease.json` names the holder, and its time of change is the heartbeat. A holder on this machine that is not
-running any more is replaced at once, one elsewhere when its heart has not beaten for `EXPIRY_S`.
+`lease.json` names the holder, and its modification time is the heartbeat. The lease of a dead process on this
+machine is void immediately, one of another machine after `EXPIRY_S` without a heartbeat.
 """
 
 import contextlib
@@ -25,20 +24,20 @@ NAME = "lease.json"
 
 @contextlib.contextmanager
 def held(folder: Path, *, beat_s: float = BEAT_S, expiry_s: float = EXPIRY_S) -> Iterator[None]:
-    """Holds the lease of `folder`, which is made if missing, during the block.
+    """Holds the lease of `folder`, which is created if missing, during the block.
 
     Raises:
-        UserError: another process holds it (its host and number are named), or the folder cannot be written.
+        UserError: another process holds it (named by host and PID), or the folder cannot be written.
     """
-    path, mine = folder / NAME, {**_me(), "token": secrets.token_hex(8)}
+    path, own = folder / NAME, {**_me(), "token": secrets.token_hex(8)}
     try:
         with files.locked(folder / ".lease.lock"):
-            refuse_living(folder, expiry_s)
-            files.write_json(path, mine)
+            require_free(folder, expiry_s)
+            files.write_json(path, own)
     except OSError as error:
-        raise UserError(f"--out {folder}: {error.strerror}; choose a folder that can be written") from None
+        raise UserError(f"--out {folder}: {error.strerror}; choose a writable folder") from None
     ended = threading.Event()
-    heart = threading.Thread(target=_beat, args=(path, mine, ended, beat_s), name="stpp-lease", daemon=True)
+    heart = threading.Thread(target=_beat, args=(path, own, ended, beat_s), name="stpp-lease", daemon=True)
     heart.start()
     try:
         yield
@@ -46,12 +45,12 @@ def held(folder: Path, *, beat_s: float = BEAT_S, expiry_s: float = EXPIRY_S) ->
         ended.set()
         heart.join()
         with contextlib.suppress(OSError):
-            if _read(path) == mine:
+            if _read(path) == own:
                 path.unlink()
 
 
-def refuse_living(folder: Path, expiry_s: float = EXPIRY_S) -> None:
-    """Refuses a folder that a living process holds.
+def require_free(folder: Path, expiry_s: float = EXPIRY_S) -> None:
+    """Checks that no running process holds the lease of a folder.
 
     Raises:
         UserError: names the process and its host.
@@ -61,7 +60,7 @@ def refuse_living(folder: Path, expiry_s: float = EXPIRY_S) -> None:
         return
     age_s, holder = _age_s(path), _read(path)
     if holder is None:
-        return  # damaged: a lease is written whole
+        return  # damaged, so no valid lease: leases are written atomically
     if age_s > expiry_s or (holder.get("machine") == _me()["machine"] and not _running(holder.get("pid"))):
         return
     raise UserError(f"--out {path.parent} is in use by process {holder.get('pid')} on {holder.get('host')} "
@@ -69,21 +68,21 @@ def refuse_living(folder: Path, expiry_s: float = EXPIRY_S) -> None:
                     f"for {expiry_s:.0f} s is void")
 
 
-def _beat(path: Path, mine: dict, ended: threading.Event, beat_s: float) -> None:
+def _beat(path: Path, own: dict, ended: threading.Event, beat_s: float) -> None:
     while not ended.wait(beat_s):
         try:
-            if _read(path) != mine:
-                print(f"stpp: {path.parent} was taken over by another process ({_read(path)}), after this "
-                      "one had been held up for too long; it ends here and loses "
-                      "nothing", file=sys.stderr, flush=True)
+            if _read(path) != own:
+                print(f"stpp: {path.parent} was taken over by another process ({_read(path)}), because this "
+                      "one was suspended for too long; it exits, and no work is "
+                      "lost", file=sys.stderr, flush=True)
                 os._exit(1)  # nothing more may be written
             os.utime(path)
         except OSError:
-            continue  # a file server that is away for a moment
+            continue  # the file server may be briefly unavailable
 
 
 def _age_s(path: Path) -> float:
-    """Seconds since the heart beat, by the clock of the file system."""
+    """Seconds since the last heartbeat, by the clock of the file system."""
     probe = path.with_name(f".{path.name}.{secrets.token_hex(4)}.now")
     files.plain(probe).close()
     try:
@@ -101,8 +100,7 @@ def _read(path: Path) -> dict | None:
 
 
 def _me() -> dict:
-    """This process, and a name of what its number is unique in: a boot of a machine and, for containers, a
-    name space."""
+    """Identity of this process: host, PID, and the scope of the PID (boot id and PID namespace)."""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return {"host": socket.gethostname(), "pid": os.getpid(),
@@ -111,8 +109,7 @@ def _me() -> dict:
 
 
 def _running(pid: object) -> bool:
-    """Whether a process of this machine lives; one that has ended and whose parent has not looked does
-    not."""
+    """Checks that a process of this machine is running; a zombie is not."""
     if not isinstance(pid, int) or pid < 1:
         return False
     try:

@@ -1,4 +1,4 @@
-"""The lists of a run: which images are labelled, which are not, and on which it is validated."""
+"""Lists of a run: labelled, unlabelled, validation and held-out images."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,56 +14,55 @@ from stpp.loading.sample import Sample
 from stpp.methods import METHODS
 
 HELD_OUT = "held-out.txt"
-"""In the run's folder: the labelled images of `--advise.share`, which are not trained on."""
+"""File in the run folder that lists the labelled images held out by `--advise.share`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lists:
-    """Samples of the lists."""
+    """Samples of a run's lists."""
 
     folder: Path
     """Folder of labeled.txt and unlabeled.txt."""
     labelled: list[Sample]
     unlabelled: list[Sample]
-    """Empty where the method reads none."""
+    """Unlabelled samples; empty if the method uses none."""
     val: list[Sample]
-    """Empty without a validation list."""
+    """Validation samples; empty without a validation list."""
     held_out: list[Sample]
-    """Labelled and not trained on, to judge confidences by: those of `--advise.share`, or those of
-    validation."""
+    """Labelled samples for calibration: those held out by `--advise.share`, or the validation samples."""
 
     def check(self, method: str, index: Index) -> None:
-        """Refuses lists that the method cannot use.
+        """Checks that the method can use the lists.
 
         Raises:
-            UserError: too few unlabelled images, or labels or validation masks without a counted pixel.
+            UserError: too few unlabelled images, or labelled or validation masks without a counted pixel.
         """
-        least = METHODS[method].unlabelled
-        if len(self.unlabelled) < least:
+        needed = METHODS[method].unlabelled
+        if len(self.unlabelled) < needed:
             raise UserError(f"{self.folder / 'unlabeled.txt'}: {counted(len(self.unlabelled), 'image')}, and "
-                            f"--method {method} needs {least}; add images, or choose another method")
+                            f"--method {method} needs {needed}; add images, or choose another method")
         for name, samples in (("labeled.txt", self.labelled), ("val.txt", self.val)):
             if samples and not any(map(any, index.class_pixels(samples))):
                 raise UserError(f"{self.folder / name}: every pixel of its masks is 255 (ignore); nothing "
                                 "can be learned or scored")
 
 
-def read(config: Config, here: World, index: Index, notes: Notes) -> Lists:
+def read(config: Config, world: World, index: Index, notes: Notes) -> Lists:
     """Reads the lists of `--data.split`, or of a split that rank 0 draws into the run's folder.
 
     Raises:
-        UserError: a list is missing, or names what the index does not hold.
+        UserError: a list is missing, or names an image that is not in the index.
     """
     folder = config.data.split or config.out / "split"
     if config.data.split is None:
-        distributed.on_main(here, lambda: splits.make_split(
+        distributed.on_main(world, lambda: splits.make_split(
             index, folder, fraction=config.data.fraction, seed=config.data.split_seed, val=config.data.val,
             notes=notes))
     labelled = splits.read_split(folder / "labeled.txt", index, labelled=True, notes=notes)
     held_out: list[Sample] = []
     if config.advise.share:
         labelled, held_out = splits.held_out(labelled, config.advise.share, config.seed)
-        distributed.on_main(here, lambda: _write(config.out / HELD_OUT, held_out, index))
+        distributed.on_main(world, lambda: _write(config.out / HELD_OUT, held_out, index))
     unlabelled: list[Sample] = []
     if METHODS[config.method].unlabelled:
         unlabelled = splits.read_split(folder / "unlabeled.txt", index, labelled=False, notes=notes)
@@ -75,7 +74,7 @@ def read(config: Config, here: World, index: Index, notes: Notes) -> Lists:
             log.say(f"validation list: {listed}")
         val = splits.read_split(listed, index, labelled=True, notes=notes)
     else:
-        log.say(f"{folder} has no val.txt: no mIoU is known, and the last checkpoint of a stage is the "
+        log.say(f"{folder} has no val.txt: no mIoU is computed, and the last checkpoint of a stage is the "
                 "teacher")
     return Lists(folder=folder, labelled=labelled, unlabelled=unlabelled, val=val, held_out=held_out or val)
 
@@ -85,7 +84,7 @@ def _write(path: Path, samples: list[Sample], index: Index) -> None:
 
 
 def _warn_of_unused(folder: Path, unlabelled: list[Sample], index: Index, notes: Notes) -> None:
-    """Names folders of unlabelled images that a list of the user's passes over."""
+    """Warns of folders of unlabelled images of which a user's list names no image."""
     used = {sample.key.partition("/")[0] for sample in unlabelled}
     for name in sorted(index.unlabelled.keys() - used):
         notes.warn(f"{folder / 'unlabeled.txt'} names no image of --data.unlabelled "

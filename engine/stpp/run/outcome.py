@@ -1,10 +1,10 @@
-"""What stages ended with, in words."""
+"""Results of stages as text."""
 
 from stpp import log
 
 
 def summary(results: dict) -> str:
-    """The final table: what each stage ended with."""
+    """Formats the final table of the stages' results."""
     rows = [("stage", "mIoU", "steps", "seconds")]
     for stage in results["stages"] + [results[key] for key in ("control",) if key in results]:
         miou = "" if stage["miou"] is None else f"{stage['miou']:.2f}"
@@ -15,7 +15,7 @@ def summary(results: dict) -> str:
 
 
 def outcome(record: dict) -> str:
-    """One line about a stage, from its DONE.json."""
+    """Formats the result of a stage in one line, from its DONE.json."""
     parts = []
     if record["miou"] is not None:
         parts.append(f"mIoU {record['miou']:.2f} at step {record['best_step']}")

@@ -1,6 +1,6 @@
-"""A run: its lists, its folder, and the stages that a method asks of it.
+"""Run: lists, folder, and the stages that a method requests.
 
-A stage that has its DONE.json is not done again.
+Stages with a DONE.json are skipped.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from stpp.dataset.entries import Index
 from stpp.dataset.notes import Notes
 from stpp.distributed import World, threads_per_rank
 from stpp.errors import UserError
-from stpp.inference import several
+from stpp.inference import predictors
 from stpp.inference.evaluate import evaluate, write_scores
 from stpp.inference.open import EagerPredictor
 from stpp.inference.views import view_size
@@ -32,7 +32,7 @@ from stpp.loading.sample import Sample, Stream
 from stpp.loading.sampler import stage_samplers
 from stpp.methods import METHODS
 from stpp.methods.stages import Trained
-from stpp.methods.supervised import Supervised, few_twice
+from stpp.methods.supervised import Supervised, repeat_few
 from stpp.metrics import iou_per_class, mean_iou
 from stpp.models.build import network_of
 from stpp.models.pretrained import start_from
@@ -42,8 +42,8 @@ from stpp.report.build import write_report
 from stpp.report.examples import Watch, write_examples
 from stpp.report.run import SCORES
 from stpp.run import lists, preflight
-from stpp.run.calibrated import calibrated, floors_of
-from stpp.run.class_watch import ClassWatch, pseudo_pixels
+from stpp.run.calibrated import ensure_calibration, floors_of
+from stpp.run.class_monitor import ClassMonitor, pseudo_pixels
 from stpp.run.outcome import outcome
 from stpp.training import class_rules
 from stpp.training.assemble import fresh_network
@@ -52,37 +52,37 @@ from stpp.training.step import Step
 from stpp.training.trainer import Schedule, Scores, Trainer
 
 EXAMPLES = 6
-"""Validation images in `examples.png`, at most."""
+"""Maximum validation images in `examples.png`."""
 WATCHED = 4
-"""Validation images that TensorBoard shows, at most; they are the same in every validation."""
+"""Maximum validation images in TensorBoard; the same in every validation."""
 PICTURES = 120
-"""Images that the report at the end of a run draws; `stpp report` draws more."""
+"""Images in the report at the end of a run; `stpp report` draws more."""
 CONTROL = 7
-"""Key of the control's random numbers; the stages use their own numbers, 1 to 6."""
+"""Key of the control's random numbers; the stages have the keys 1 to 6."""
 
 
 @dataclass
 class Run:
-    """The lists of a run, its folder, and the stages done so far."""
+    """Lists and folder of a run, and its finished stages."""
 
     config: Config
-    here: World
+    world: World
     index: Index
 
     def __post_init__(self):
         self.notes = Notes()
-        self.lists = lists.read(self.config, self.here, self.index, self.notes)
+        self.lists = lists.read(self.config, self.world, self.index, self.notes)
         self.labelled, self.unlabelled, self.val = self.lists.labelled, self.lists.unlabelled, self.lists.val
         self.labelled_ratio = self.config.train.labelled_ratio
-        self.watch = ClassWatch.of(self.index, self.labelled, self.val,
-                                   advice=METHODS[self.config.method].advice)
+        self.class_monitor = ClassMonitor.of(self.index, self.labelled, self.val,
+                                             advice=METHODS[self.config.method].advice)
         self.stages: list[dict] = []
         self.controlled: dict | None = None
 
     def preflight(self) -> None:
-        """Refuses what would fail only after hours of training."""
+        """Checks for problems that would stop the run only after hours of training."""
         model = self.config.model
-        self.watch.name_scarce(self.lists.folder / splits.LABELED, self.notes)
+        self.class_monitor.warn_scarce(self.lists.folder / splits.LABELED, self.notes)
         network = network_of(model, len(self.index.classes))
         preflight.preflight(
             self.config,
@@ -96,24 +96,23 @@ class Run:
 
     def _check_by_class(self) -> None:
         config, classes = self.config, self.index.classes
-        class_rules.of_run(config, classes, self.watch.labelled, self.here.device)
+        class_rules.for_run(config, classes, self.class_monitor.labelled, self.world.device)
         by_class.filled(config.label.class_confidence, "label.class-confidence", classes, 0.0)
         if config.label.min_confidence == "auto" and not self.lists.held_out:
-            raise UserError("--label.min-confidence auto judges confidences by labels that are not trained "
-                            "on, and there is no validation list; give --advise.share 0.1, which keeps a "
-                            "part of the labelled images for it")
+            raise UserError("--label.min-confidence auto calibrates confidences on labels that are not "
+                            "trained on, and there is no validation list; give --advise.share 0.1, which "
+                            "holds out a part of the labelled images")
 
     def refuse_warnings(self) -> None:
-        """Refuses what the preparation, the lists and the checks warned of."""
+        """Turns the warnings of the preparation, the lists and the checks into an error (`--strict`)."""
         Notes(warnings=list(dict.fromkeys([*indices.warned(self.index), *self.notes.warnings]))).refuse()
 
-    def given(self) -> list[Sample]:
-        """The unlabelled samples that have a mask in `--pseudo-labels`, with it."""
+    def provided_masks(self) -> list[Sample]:
+        """See `Stages`."""
         config, out = self.config, self.config.out / "given"
         began = any(self._folder("1-retrain").glob("*"))
-        distributed.on_main(self.here,
-                            lambda: given_labels.check(self.unlabelled, config.pseudo_labels, self.index, out,
-                                                           exclude=config.exclude, began=began))
+        distributed.on_main(self.world, lambda: given_labels.check(
+            self.unlabelled, config.pseudo_labels, self.index, out, exclude=config.exclude, began=began))
         return given_labels.attach(self.unlabelled, out)
 
     def train(self, name: str, step: type[Step], *lists: Sequence[Sample], teacher: Path | None = None,
@@ -125,7 +124,7 @@ class Run:
         per_epoch = stage_samplers(streams, train.batch_global, seed=self.config.seed,
                                    stage=key)[0].steps_per_epoch
         steps = train.stage_steps(per_epoch, supervised=supervised)
-        whole = 1 if steps % per_epoch else per_epoch  # thirds are of whole epochs where they can be
+        whole = 1 if steps % per_epoch else per_epoch  # thirds end with an epoch if possible
         thirds = tuple(max(1, number * steps // whole // 3) * whole for number in (1, 2, 3))
         validate_epochs = max(train.validate_every, math.ceil(train.validate_min_steps / per_epoch))
         schedule = Schedule(steps=steps, validate_steps=validate_epochs * per_epoch,
@@ -139,14 +138,14 @@ class Run:
                        thirds=tuple(place / f"third-{i}.pt" for i in (1, 2, 3)) if keep_thirds else ())
 
     def control(self) -> None:
-        """Trains on the labels alone for as many steps, validated as often, as the last stage."""
+        """Trains the control: on labels alone, with the steps and validation interval of the last stage."""
         trained = [stage for stage in self.stages if "validate_steps" in stage]
         last = trained[-1]
         teacher = self._folder(trained[0]["name"]) / "best.pt" if len(trained) > 1 else None
         schedule = Schedule(steps=last["steps"], validate_steps=last["validate_steps"])
         what = f"train on the labels alone for as many steps as {last['name']}"
         self.controlled = self._once("control", what, lambda: self._fit(
-            "control", Supervised, (few_twice(self.labelled),), schedule, CONTROL, teacher=teacher))
+            "control", Supervised, (repeat_few(self.labelled),), schedule, CONTROL, teacher=teacher))
 
     def select(self, name: str, checkpoints: Sequence[Path],
                samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
@@ -155,7 +154,7 @@ class Run:
 
         def do() -> dict:
             lines = [splits.line(entry) for entry in self.index.entries_of(samples)]
-            mean = reliability.select(self._opening(checkpoints, samples, "none"), samples, lines, self.here,
+            mean = reliability.select(self._opening(checkpoints, samples, "none"), samples, lines, self.world,
                                       out=place, title=name, config=self.config.label, data=self.config.data)
             return {"mean_reliability": mean}
 
@@ -171,9 +170,9 @@ class Run:
         def do() -> dict:
             floors = self._floors(checkpoint)
             opening = self._opening([checkpoint], samples, config.label.tta)
-            labelled = labels.label(opening, samples, self.here, config=config.label, data=config.data,
+            labelled = labels.label(opening, samples, self.world, config=config.label, data=config.data,
                                     out=place, title=name, floors=lambda _: floors)
-            self.watch.missing(labelled.class_pixels, f"pixels that {name} labelled")
+            self.class_monitor.warn_missing(labelled.class_pixels, f"pixels that {name} labelled")
             return {"images": labelled.images, "pseudo_label_miou": labelled.miou}
 
         what = (f"label {len(samples)} images with the teacher of {checkpoint.parent.name}, "
@@ -183,19 +182,19 @@ class Run:
                 for sample in samples]
 
     def finish(self, results: dict) -> None:
-        """Writes `results.json`, `examples.png` (what the first and the last network make of a few images)
-        and the report."""
+        """Writes `results.json`, `examples.png` (predictions of the first and the last network) and the
+        report."""
         files.write_json(self.config.out / "results.json", results)
         if self.val:
             trained = [stage["name"] for stage in self.stages if stage["steps"]]
             teachers = {name: self._teacher(self._folder(name) / "best.pt")
                         for name in (trained[0], trained[-1])}
             spread = self.val[:: math.ceil(len(self.val) / EXAMPLES)]
-            write_examples(self.config.out / "examples.png", spread, teachers, self.here.device)
+            write_examples(self.config.out / "examples.png", spread, teachers, self.world.device)
         out = self.config.out
         try:
             write_report(out, out / "report", most_pictures=PICTURES)
-        except Exception as error:  # a page about the run is no reason to lose the run
+        except Exception as error:  # a failed report must not fail the run
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             log.say(f"no report was written ({reason}); `stpp report {out}` tries again")
         else:
@@ -203,88 +202,91 @@ class Run:
 
     def _fit(self, name: str, step: type[Step], lists: Sequence[Sequence[Sample]], schedule: Schedule,
              key: int, *, teacher: Path | None = None) -> dict:
-        network = fresh_network(self.config, self.here, self.index.classes, stage=key)
+        network = fresh_network(self.config, self.world, self.index.classes, stage=key)
         if teacher is not None and self.config.train.from_teacher:
             network.load_state_dict(load_network(teacher).network.state_dict())
         built = step(network, self.config)
-        built.rules = class_rules.of_run(self.config, self.index.classes, self.watch.labelled,
-                                         self.here.device)
-        trainer = Trainer(self.config, self.here, built, self._preferring(step.streams(self.config, *lists)),
-                          key=key, title=name, classes=self.index.classes, folder=self._folder(name),
-                          schedule=schedule, validate=self._validated if self.val else None,
+        built.rules = class_rules.for_run(self.config, self.index.classes, self.class_monitor.labelled,
+                                          self.world.device)
+        streams = self._with_preferences(step.streams(self.config, *lists))
+        trainer = Trainer(self.config, self.world, built, streams, key=key, title=name,
+                          classes=self.index.classes, folder=self._folder(name), schedule=schedule,
+                          validate=self._validated if self.val else None,
                           meter=self._meter(name, built, lists))
         result = trainer.run()
-        if self.here.is_main and result.iou:
+        if self.world.is_main and result.iou:
             write_scores(self._folder(name) / SCORES, images=len(self.val), miou=result.miou, iou=result.iou)
-        self.watch.lost(name, result.iou)
+        self.class_monitor.warn_lost(name, result.iou)
         return {"miou": result.miou, "last_miou": result.last_miou, "best_step": result.step,
-                "steps": result.steps,
-                "validate_steps": schedule.validate_steps, "seconds": round(result.seconds, 1)}
+                "steps": result.steps, "validate_steps": schedule.validate_steps,
+                "seconds": round(result.seconds, 1)}
 
-    def _preferring(self, streams: Sequence[Stream]) -> list[Stream]:
-        """Streams that prefer images with rare classes, where the settings ask for it and masks tell."""
-        config, threads = self.config, threads_per_rank(self.here, self.config.data.threads)
+    def _with_preferences(self, streams: Sequence[Stream]) -> list[Stream]:
+        """Adds the preference for rare classes to streams with masks, if `--rare.sampling` is set."""
+        config, threads = self.config, threads_per_rank(self.world, self.config.data.threads)
         return [dataclasses.replace(stream, preference=rare_images.preference(
-            stream.samples, len(self.index.classes), config.rare, self.here, threads))
+            stream.samples, len(self.index.classes), config.rare, self.world, threads))
                 if stream.masked else stream for stream in streams]
 
     def _meter(self, name: str, step: Step, lists: Sequence[Sequence[Sample]]) -> ClassMeter:
-        samples = [sample for one in lists for sample in one]
+        samples = [sample for listed in lists for sample in listed]
         out = self.config.out
         pseudo = pseudo_pixels(samples, out / "stages", out / "given" / given_labels.NAME)
-        return ClassMeter(name, step.confident, classes=self.index.classes, labelled=self.watch.labelled,
-                          pseudo=pseudo, tell=self.watch.tell)
+        return ClassMeter(name, step.confident, classes=self.index.classes,
+                          labelled=self.class_monitor.labelled, pseudo=pseudo, warn=self.class_monitor.warn)
 
     def _validated(self, network: torch.nn.Module) -> Scores:
-        """Scores of a network on the validation list."""
-        watch = Watch(self.val, self._watched(), len(self.index.classes))
+        """Scores a network on the validation list."""
+        examples = Watch(self.val, self._watched(), len(self.index.classes))
         train = self.config.train
-        matrix = evaluate(self._eager(network), self.val, self.here, self.config.data,
+        matrix = evaluate(self._eager(network), self.val, self.world, self.config.data,
                           crop_px=train.validate_window, edges=train.validate_window_edges,
-                          seen=watch.see if self.here.is_main else None)
+                          on_batch=examples.see if self.world.is_main else None)
         iou = dict(zip(self.index.classes, (100 * iou_per_class(matrix)).tolist(), strict=True))
-        return Scores(miou=mean_iou(matrix), iou=iou, pictures=watch.pictures)
+        return Scores(miou=mean_iou(matrix), iou=iou, pictures=examples.pictures)
 
     def _watched(self) -> list[int]:
-        """Positions of a few validation images, spread over those that this rank evaluates anyway."""
-        mine = sorted(position for batch in loader.native_share(self.val, self.here) for position in batch)
-        return mine[:: math.ceil(len(mine) / WATCHED) or 1]
+        """Chooses a few validation images of this rank, by position."""
+        positions = sorted(position for batch in loader.native_share(self.val, self.world)
+                           for position in batch)
+        return positions[:: math.ceil(len(positions) / WATCHED) or 1]
 
     def _floors(self, teacher: Path) -> tuple[float, ...]:
-        """Least confidence by class of the labels of a teacher; empty where all have one."""
+        """Confidence thresholds of a teacher's labels by class; empty if all classes have the same."""
         label, classes = self.config.label, self.index.classes
-        least = label.min_confidence
-        if least == "auto":
-            found = calibrated(self.here, teacher, self._teacher, self.lists.held_out, self.config.data,
-                               tta=label.tta, classes=classes, wanted=label.precision)
-            least = floors_of(found, label.precision)
+        thresholds = label.min_confidence
+        if thresholds == "auto":
+            measured = ensure_calibration(self.world, teacher, self._teacher, self.lists.held_out,
+                                          self.config.data, tta=label.tta, classes=classes,
+                                          precision=label.precision)
+            thresholds = floors_of(measured, label.precision)
         elif not label.class_confidence:
             return ()
-        return by_class.filled(label.class_confidence, "label.class-confidence", classes, least)
+        return by_class.filled(label.class_confidence, "label.class-confidence", classes, thresholds)
 
-    def _opening(self, paths: list[Path], samples: list[Sample], mode: str) -> several.Open:
+    def _opening(self, paths: list[Path], samples: list[Sample], mode: str) -> predictors.PredictorOpener:
         backend = self.config.label.backend
         if backend == "auto" and self.config.deterministic:
-            backend = "eager"  # the choice depends on the threads, and so on the number of ranks
+            backend = "eager"  # the choice depends on the number of threads, and so of ranks
         sizes = (view_size(sample.height, sample.width, self.config.data.view_px) for sample in samples)
         pixels = sum(height * width for height, width in sizes) // len(samples)
-        return several.from_paths(paths, self.here.device, mode=mode, backend=backend,
-                                   precision=self.config.train.precision, image_px=pixels,
-                                   predictors=METHODS[self.config.method].predictors)
+        return predictors.from_paths(paths, self.world.device, mode=mode, backend=backend,
+                                     precision=self.config.train.precision, image_px=pixels,
+                                     predictors=METHODS[self.config.method].predictors)
 
     def _teacher(self, path: Path) -> EagerPredictor:
         return self._eager(load_network(path)[0])
 
     def _eager(self, network: torch.nn.Module) -> EagerPredictor:
-        return EagerPredictor(network, num_classes=len(self.index.classes), device=self.here.device,
-                              dtype=autocast_dtype(self.config.train.precision, self.here.device),
+        return EagerPredictor(network, num_classes=len(self.index.classes), device=self.world.device,
+                              dtype=autocast_dtype(self.config.train.precision, self.world.device),
                               view_px=self.config.data.view_px)
 
     def _folder(self, name: str) -> Path:
         return self.config.out / "stages" / name
 
     def _once(self, name: str, what: str, do: Callable[[], dict]) -> dict:
-        """The record of a stage: read if it is done, else made by `do` and written as DONE.json."""
+        """Returns the record of a stage: read if the stage is done, else made by `do` and written."""
         done = self._folder(name) / "DONE.json"
         if done.exists():
             record = json.loads(done.read_text(encoding="utf-8"))
@@ -298,9 +300,9 @@ class Run:
             what = str(error).splitlines()[0][:120]
             raise UserError(f"[{name}] out of memory on the device ({what}); --train.accumulate "
                             f"{2 * self.config.train.accumulate} halves the images of a training pass, a "
-                            "lower --label.batch-pixels those of a labelling pass; begin again with another "
+                            "lower --label.batch-pixels those of a labelling batch; start again with another "
                             "--out") from error
         record["seconds"] = record["seconds"] or round(time.monotonic() - started, 1)
-        distributed.on_main(self.here, lambda: files.write_json(done, record))
+        distributed.on_main(self.world, lambda: files.write_json(done, record))
         log.say(f"[{name}] {outcome(record)}")
         return record

@@ -1,5 +1,5 @@
-"""A whole run, from a config to results.json: its folder claimed, its data set indexed, its method's
-stages."""
+"""Start of a run from a config: claims the folder, prepares the index, runs the method's stages, writes
+results.json."""
 
 import contextlib
 import os
@@ -18,59 +18,59 @@ from stpp.run import folder, lease
 from stpp.run.outcome import summary
 from stpp.run.run import Run
 from stpp.training.assemble import images_per_pass
-from stpp_kernels import described
+from stpp_kernels import describe_implementations
 
 
-def start(config: Config, here: World) -> dict:
-    """Runs every stage of `config.method` that is not done yet.
+def start(config: Config, world: World) -> dict:
+    """Runs all unfinished stages of `config.method`.
 
     Returns:
-        What `results.json` holds:
+        Content of `results.json`:
         `{"method", "stages": [{"name", "miou", "steps", "seconds"}, ...], "control"}`, mIoU in percent.
 
     Raises:
-        UserError: the data, the recipe or the run directory do not allow the run.
+        UserError: the data, the recipe or the run folder are invalid.
     """
     if config.deterministic:
-        # cuBLAS refuses to be deterministic without
+        # required by cuBLAS for determinism
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    per_pass = images_per_pass(config.train, here)
+    per_pass = images_per_pass(config.train, world)
     if METHODS[config.method].pairs and per_pass % 2:
-        raise UserError(f"--train.batch-global {config.train.batch_global} gives {per_pass} images a rank "
+        raise UserError(f"--train.batch-global {config.train.batch_global} gives {per_pass} images per rank "
                         f"and pass, and --method {config.method} mixes pairs; choose a multiple of "
-                        f"{2 * here.size * config.train.accumulate}")
+                        f"{2 * world.size * config.train.accumulate}")
     with contextlib.ExitStack() as stack:
-        distributed.on_main(here, lambda: stack.enter_context(lease.held(config.out)))
-        return _run(config, here)
+        distributed.on_main(world, lambda: stack.enter_context(lease.held(config.out)))
+        return _run(config, world)
 
 
-def _run(config: Config, here: World) -> dict:
-    distributed.on_main(here, lambda: folder.claim(config))
-    index = _prepared_index(config, here)
-    distributed.on_main(here, lambda: folder.record_provenance(
+def _run(config: Config, world: World) -> dict:
+    distributed.on_main(world, lambda: folder.claim(config))
+    index = _prepared_index(config, world)
+    distributed.on_main(world, lambda: folder.record_provenance(
         config.out, index.fingerprint, index.classes))
-    run = Run(config, here, index)
-    log.say(f"{config.method} in {config.out}: {here.size} x {here.device.type}, "
-            f"{str(autocast_dtype(config.train.precision, here.device)).removeprefix('torch.')}, "
+    run = Run(config, world, index)
+    log.say(f"{config.method} in {config.out}: {world.size} x {world.device.type}, "
+            f"{str(autocast_dtype(config.train.precision, world.device)).removeprefix('torch.')}, "
             f"{len(run.labelled)} labelled, {len(run.unlabelled)} unlabelled, {len(run.val)} validation "
             "images")
-    log.say(f"operators: {described(here.device.type)}")
-    distributed.on_main(here, run.preflight)
+    log.say(f"operators: {describe_implementations(world.device.type)}")
+    distributed.on_main(world, run.preflight)
     if config.strict:
-        distributed.on_main(here, run.refuse_warnings)
+        distributed.on_main(world, run.refuse_warnings)
     METHODS[config.method].run(run)
     if config.control or (config.out / "stages" / "control" / "DONE.json").exists():
         run.control()
     results = {"method": config.method,
                "stages": run.stages} | ({"control": run.controlled} if run.controlled else {})
-    distributed.on_main(here, lambda: run.finish(results))
+    distributed.on_main(world, lambda: run.finish(results))
     log.say(summary(results))
     return results
 
 
-def _prepared_index(config: Config, here: World) -> Index:
-    """The index of the data set, made or renewed by rank 0 where it is missing or stale."""
+def _prepared_index(config: Config, world: World) -> Index:
+    """Loads the index of the data set; rank 0 first prepares it if it is missing or stale."""
     data = config.data
     folder = data.index or config.out / "index"
     settings = data.prepare_options()
@@ -80,5 +80,5 @@ def _prepared_index(config: Config, here: World) -> Index:
             log.say(f"prepare: reading {data.root}")
             indices.prepare(data.root, folder, strict=config.strict, **settings)
 
-    distributed.on_main(here, renew)
+    distributed.on_main(world, renew)
     return indices.load(folder)

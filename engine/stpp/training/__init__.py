@@ -1,1 +1,1 @@
-"""The training loop that every method shares."""
+"""Training loop, shared by all methods."""

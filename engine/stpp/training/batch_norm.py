@@ -1,5 +1,5 @@
-"""Batch-norm statistics recomputed on weakly augmented images: running averages follow strongly augmented
-crops and weights of some steps ago, and a network is used on whole images as they are.
+"""Recomputation of batch-norm statistics on weakly augmented images: running averages follow strongly
+augmented crops and older weights, but the network is applied to whole, plain images.
 
 N images, H W crop size.
 """
@@ -16,25 +16,25 @@ from stpp.distributed import World
 
 
 @contextlib.contextmanager
-def recalibrated(network: nn.Module, batches: Callable[[], Iterable[torch.Tensor]], here: World, *,
+def recalibrated(network: nn.Module, batches: Callable[[], Iterable[torch.Tensor]], world: World, *,
                  autocast: contextlib.AbstractContextManager) -> Iterator[None]:
-    """Puts statistics of some images in place of the running averages, which come back at the end.
+    """Replaces the running averages by statistics of some images inside the block, and restores them after.
 
-    A layer's statistics are the means over batches of their mean and variance, over all ranks. Layers that
-    are frozen keep theirs.
+    A layer's statistics are the averages of its batches' means and variances, over all ranks. Frozen layers
+    are not changed.
 
     Args:
-        network: left in the mode that it is in; dropout is off meanwhile.
-        batches: makes this rank's images, float32 [N, 3, H, W], as many batches on every rank.
-        here: this rank.
-        autocast: the types to compute in.
+        network: its mode is kept; dropout is off during the recomputation.
+        batches: makes this rank's images, float32 [N, 3, H, W]; the same number of batches on every rank.
+        world: this rank.
+        autocast: autocast context to compute in.
     """
     was_training = network.training
     network.train()
     layers = [layer for layer in network.modules()
               if isinstance(layer, _BatchNorm) and layer.track_running_stats and layer.training]
     network.eval()
-    kept = [([buffer.clone() for buffer in layer.buffers()], layer.momentum) for layer in layers]
+    saved = [([buffer.clone() for buffer in layer.buffers()], layer.momentum) for layer in layers]
     try:
         for layer in layers:
             layer.reset_running_stats()
@@ -45,12 +45,12 @@ def recalibrated(network: nn.Module, batches: Callable[[], Iterable[torch.Tensor
                 network(images_NCHW)
         for layer in layers:
             for statistics in (layer.running_mean, layer.running_var):
-                distributed.sum_over_ranks(statistics).div_(here.size)
+                distributed.sum_over_ranks(statistics).div_(world.size)
             layer.eval()
         network.train(was_training)
         yield
     finally:
-        for layer, (buffers, momentum) in zip(layers, kept, strict=True):
+        for layer, (buffers, momentum) in zip(layers, saved, strict=True):
             for buffer, value in zip(layer.buffers(), buffers, strict=True):
                 buffer.copy_(value)
             layer.momentum = momentum

@@ -1,54 +1,53 @@
-"""Shares of the classes among labelled and among pseudo-labelled pixels, and the lines about classes that go
-missing."""
+"""Class shares among labelled and pseudo-labelled pixels, and warnings about missing classes."""
 
 import math
 from collections.abc import Mapping, Sequence
 
 ABSENT = 0.1
-"""A class is nearly absent where its share is less than this part of its share of the labelled pixels."""
+"""Ratio of a class's share to its share of the labelled pixels, below which it is nearly absent."""
 REMEDIES = "--rare.weights inverse-sqrt, --rare.sampling 0.5, --rare.logit-adjustment 1"
-"""What may help a class that is there and is not learned."""
-GUIDE = "docs/rare-classes.md has what they do and cost"
+"""Remedies for a class that is labelled but not learned."""
+GUIDE = "docs/rare-classes.md describes their effects and costs"
 
 
 def percent(pixels_C: Sequence[int]) -> list[float]:
-    """Share of each class in percent; zeros where nothing was counted."""
+    """Computes the share of each class in percent; zeros if there are no pixels."""
     total = max(sum(pixels_C), 1)
     return [100 * count / total for count in pixels_C]
 
 
-def ratios(labelled_C: Sequence[int], found_C: Sequence[int]) -> list[float]:
-    """Share of each class among the found pixels over that among the labelled ones; NaN without a labelled
-    pixel, or where nothing was found at all."""
-    if not any(found_C):
+def ratios(labelled_C: Sequence[int], pseudo_C: Sequence[int]) -> list[float]:
+    """Computes the ratio of each class's share of pseudo-labelled pixels to its share of labelled ones; NaN
+    without a labelled pixel of the class, or without any pseudo-labelled pixel."""
+    if not any(pseudo_C):
         return [math.nan] * len(labelled_C)
-    return [theirs / ours if ours else math.nan
-            for ours, theirs in zip(percent(labelled_C), percent(found_C), strict=True)]
+    return [pseudo / labelled if labelled else math.nan
+            for labelled, pseudo in zip(percent(labelled_C), percent(pseudo_C), strict=True)]
 
 
-def by_name(classes: Sequence[str], labelled_C: Sequence[int], found_C: Sequence[int],
-            found: str) -> dict[str, Mapping[str, float]]:
-    """The columns of a row of the metrics: percent by class, and their ratio.
+def by_name(classes: Sequence[str], labelled_C: Sequence[int], pseudo_C: Sequence[int],
+            kind: str) -> dict[str, Mapping[str, float]]:
+    """Makes the columns of a metrics row: percent by class, and their ratio.
 
     Args:
-        found: name of the found pixels: "pseudo" or "confident".
+        kind: kind of pseudo-labelled pixels, "pseudo" or "confident", for the column names.
     """
-    columns = {"labelled_pct": percent(labelled_C), f"{found}_pct": percent(found_C),
-               f"{found}_ratio": ratios(labelled_C, found_C)}
+    columns = {"labelled_pct": percent(labelled_C), f"{kind}_pct": percent(pseudo_C),
+               f"{kind}_ratio": ratios(labelled_C, pseudo_C)}
     return {name: dict(zip(classes, values, strict=True)) for name, values in columns.items()}
 
 
-def missing(classes: Sequence[str], labelled_C: Sequence[int], found_C: Sequence[int],
+def missing(classes: Sequence[str], labelled_C: Sequence[int], pseudo_C: Sequence[int],
             what: str) -> dict[str, str]:
-    """Lines about classes that are in the labels and nearly absent from what was found, by class.
+    """Makes warnings, by class, about classes that are labelled but nearly absent from pseudo labels.
 
     Args:
-        what: the found pixels in words, "pseudo-labelled pixels".
+        what: name of the pseudo-labelled pixels, for example "confident pixels of this epoch".
     """
     lines = {}
-    columns = zip(classes, percent(labelled_C), percent(found_C), ratios(labelled_C, found_C), strict=True)
-    for name, ours, theirs, ratio in columns:
+    columns = zip(classes, percent(labelled_C), percent(pseudo_C), ratios(labelled_C, pseudo_C), strict=True)
+    for name, labelled, pseudo, ratio in columns:
         if ratio < ABSENT:
-            lines[name] = (f"class {name} has {ours:.3g} % of the labelled pixels and {theirs:.3g} % of the "
-                           f"{what}, {ratio:.2g} times as much")
+            lines[name] = (f"class {name} has {labelled:.3g} % of the labelled pixels and {pseudo:.3g} % of "
+                           f"the {what}, {ratio:.2g} times as much")
     return lines

@@ -1,4 +1,4 @@
-"""A moving average of a network's weights, in float32 beside it."""
+"""Exponential moving average (EMA) of a network's weights, in float32."""
 
 import copy
 
@@ -9,14 +9,14 @@ from stpp import distributed
 
 
 class MovingAverage(nn.Module):
-    """Network whose weights and statistics follow those of another; always in evaluation mode, never trained.
+    """Network whose weights and statistics are averages of another's; always in evaluation mode, not trained.
 
     After step t, counted from 0, average = a average + (1 - a) network with a = min(1 - 1 / (t + 1), decay):
-    the first step copies the network. Integers, such as batch norm's counter, are copied.
+    the first step copies the network. Integers, for example batch norm's counter, are copied.
 
     Args:
-        network: to start from; copied.
-        decay: largest share of the average itself, below 1.
+        network: initial network; copied.
+        decay: maximum of a, below 1.
 
     Source: UniMatch-V2 (arXiv 2410.10777).
     """
@@ -35,19 +35,18 @@ class MovingAverage(nn.Module):
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
-        """Takes in the weights of `network` after optimiser step number `step`; one fused call, no wait for
-        the device.
+        """Updates the average with the weights of `network` after optimiser step number `step`, in one fused
+        call that does not wait for the device.
 
-        Statistics of batch norm, which each rank has of its own images, are those of rank 0 on all of them:
-        every rank labels alike, and a checkpoint, which has these, goes on to the same bits.
+        Batch-norm statistics, which differ between ranks, are broadcast from rank 0: all ranks label alike,
+        and training resumed from a checkpoint is bitwise identical.
         """
-        kept = min(1 - 1 / (step + 1), self.decay)
-        pairs = [(mine, theirs) for mine,
-                 theirs in zip(self.network.state_dict().values(), network.state_dict().values(),
-                                                        strict=True)]
+        decay = min(1 - 1 / (step + 1), self.decay)
+        pairs = list(zip(self.network.state_dict().values(), network.state_dict().values(), strict=True))
         floating = [pair for pair in pairs if pair[0].is_floating_point()]
-        torch._foreach_lerp_([mine for mine, _ in floating], [theirs for _, theirs in floating], 1 - kept)
-        for mine, theirs in pairs:
-            if not mine.is_floating_point():
-                mine.copy_(theirs)
+        torch._foreach_lerp_([average for average, _ in floating], [weight for _, weight in floating],
+                             1 - decay)
+        for average, weight in pairs:
+            if not average.is_floating_point():
+                average.copy_(weight)
         distributed.broadcast_buffers(self.network)

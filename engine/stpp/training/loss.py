@@ -1,4 +1,4 @@
-"""The loss of labelled pixels: cross-entropy, of all of them or of the hardest.
+"""Loss of labelled pixels: cross-entropy of all pixels, or of the hardest (OHEM).
 
 Legend: N images, C classes, h w size of low-resolution logits, H W crop size.
 """
@@ -11,26 +11,26 @@ from stpp.training.class_rules import NONE, ClassRules
 from stpp_kernels import label_probability
 
 OHEM_PROBABILITY, OHEM_KEPT = 0.7, 200_000
-"""Pixels are dropped whose label is more probable than this, as long as so many of the pass are kept.
+"""OHEM: pixels whose label has a higher probability are dropped; minimum number of pixels kept in a pass.
 
 Source: UniMatch's Cityscapes settings.
 """
 OHEM_IMAGE = 8
-"""With `ohem-image`, one pixel in so many of an image is kept at least. 200,000 pixels are one in 6.4 of a
-pass of two crops of 801."""
+"""OHEM by image: at least one pixel in so many is kept. (200,000 pixels are one in 6.4 of two crops of
+801.)"""
 
 
 def labelled_loss(logits_NChw: torch.Tensor, labels_NHW: torch.Tensor, train: TrainConfig,
                   rules: ClassRules = NONE) -> torch.Tensor:
-    """Sum of the cross-entropy over the counted pixels of a pass: float32 scalar.
+    """Sums the cross-entropy over the counted pixels of a pass: float32 scalar.
 
-    With `--train.loss ohem`, the mean over the hardest pixels of the pass times the counted ones, so that it
-    is divided by the same number; with `ohem-image` so image by image, which makes the sum independent of how
-    images are dealt to passes and ranks.
+    With `--train.loss ohem`, the mean over the hardest pixels of the pass times the number of counted pixels,
+    because the caller divides by that number; with `ohem-image` the same image by image, so that the sum does
+    not depend on the distribution of images over passes and ranks.
     """
     if train.loss == "ohem-image":
         kept_NHW = hardest_of_images(rules.adjusted(logits_NChw), labels_NHW)
-        return rules.cross_entropy(logits_NChw, kept_NHW, evened(kept_NHW, labels_NHW))[0]
+        return rules.cross_entropy(logits_NChw, kept_NHW, balancing_weights(kept_NHW, labels_NHW))[0]
     kept_NHW = hardest(rules.adjusted(logits_NChw), labels_NHW) if train.loss == "ohem" else labels_NHW
     loss, kept = rules.cross_entropy(logits_NChw, kept_NHW)
     if train.loss == "ce":
@@ -40,11 +40,11 @@ def labelled_loss(logits_NChw: torch.Tensor, labels_NHW: torch.Tensor, train: Tr
 
 @torch.no_grad()
 def hardest(logits_NChw: torch.Tensor, labels_NHW: torch.Tensor) -> torch.Tensor:
-    """Labels with 255 in place of easy ones: those more probable than 0.7 and than the 200,000th least
-    probable of the pass."""
+    """Replaces easy labels by 255: those with a probability above 0.7 and above the 200,000th lowest of the
+    pass."""
     if labels_NHW.numel() < OHEM_KEPT:
         return labels_NHW
-    # Pixels without a label have probability 2: where too few have one, the threshold lies above all.
+    # Pixels without a label have probability 2: if too few have one, no label exceeds the threshold.
     probability_NHW = label_probability(logits_NChw, labels_NHW, ignore_index=IGNORE)
     threshold = probability_NHW.flatten().kthvalue(OHEM_KEPT).values.clamp(min=OHEM_PROBABILITY)
     return labels_NHW.masked_fill(probability_NHW > threshold, IGNORE)
@@ -52,8 +52,8 @@ def hardest(logits_NChw: torch.Tensor, labels_NHW: torch.Tensor) -> torch.Tensor
 
 @torch.no_grad()
 def hardest_of_images(logits_NChw: torch.Tensor, labels_NHW: torch.Tensor) -> torch.Tensor:
-    """Labels with 255 in place of easy ones: those more probable than 0.7 and than the least probable eighth
-    of their own image."""
+    """Replaces easy labels by 255: those with a probability above 0.7 and above the lowest eighth of their
+    image."""
     probability_NHW = label_probability(logits_NChw, labels_NHW, ignore_index=IGNORE)
     per_image = labels_NHW[0].numel()
     threshold_N = probability_NHW.flatten(1).kthvalue(-(-per_image // OHEM_IMAGE), dim=1).values
@@ -62,8 +62,8 @@ def hardest_of_images(logits_NChw: torch.Tensor, labels_NHW: torch.Tensor) -> to
 
 
 @torch.no_grad()
-def evened(kept_NHW: torch.Tensor, labels_NHW: torch.Tensor) -> torch.Tensor:
-    """Factors of pixels that make the kept ones of an image count for all its labelled ones: float32
-    [N, H, W]."""
+def balancing_weights(kept_NHW: torch.Tensor, labels_NHW: torch.Tensor) -> torch.Tensor:
+    """Computes pixel weights by which the kept pixels of an image weigh as much as all its labelled ones:
+    float32 [N, H, W]."""
     kept_N, all_N = ((masks != IGNORE).flatten(1).sum(1) for masks in (kept_NHW, labels_NHW))
     return (all_N / kept_N.clamp(min=1)).float()[:, None, None].expand(kept_NHW.shape).contiguous()

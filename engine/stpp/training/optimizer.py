@@ -1,4 +1,4 @@
-"""The optimiser of a run."""
+"""Optimisers: fused SGD and AdamW, and apex's FusedSGD."""
 
 import torch
 from torch import nn
@@ -10,18 +10,18 @@ from stpp.config import TrainConfig
 from stpp.errors import UserError
 
 REFERENCE_BATCH = 16
-"""Global batch that `--train.lr` is meant for."""
+"""Global batch size that `--train.lr` refers to."""
 
 
 def make_optimizer(backbone: list[nn.Parameter], head: list[nn.Parameter], train: TrainConfig, *,
                    default_multiplier: float) -> Optimizer:
-    """Fused SGD over two groups, each with its `base_lr` before the schedule.
+    """Makes the optimiser, with two parameter groups that hold their `base_lr` before the schedule.
 
     Args:
-        default_multiplier: learning rate of the head over that of the backbone where the recipe names none.
+        default_multiplier: default ratio of the head's learning rate to the backbone's.
 
     Raises:
-        UserError: apex asked for, and missing or not NVIDIA's.
+        UserError: apex is requested, but missing or not NVIDIA's.
     """
     base_lr = train.lr * train.batch_global / REFERENCE_BATCH
     multiplier = default_multiplier if train.head_lr_multiplier is None else train.head_lr_multiplier
@@ -40,19 +40,18 @@ def make_optimizer(backbone: list[nn.Parameter], head: list[nn.Parameter], train
 
 
 class _InOrder:
-    """A fused optimiser of PyTorch that on a CPU is given channels_last tensors in the order of the weight's
-    memory.
+    """Fused PyTorch optimiser that, on a CPU, passes channels_last tensors in the memory order of the weight.
 
-    PyTorch 2.13 copies each of them to rows and back (six times the step of ResNet-18), and mixes numbers up
-    where weight, gradient and state are not laid out alike. `self.found_inf`, a tensor on the device, passes
-    over the step where it is not zero.
+    PyTorch 2.13 copies each of them to row-major and back (six times the step time of ResNet-18), and
+    permutes values if weight, gradient and state have different layouts. A step is skipped if
+    `self.found_inf`, a tensor on the device, is not zero.
     """
 
     state_names: tuple[str, ...]
-    """Tensors of the state that are shaped as their weight."""
+    """Names of state tensors with the shape of their weight."""
 
     def _begin(self) -> None:
-        # zeros: made by a first step that is passed over they would hold anything
+        # zeros now: if the first step is skipped, PyTorch leaves the state uninitialised
         for weight in self._weights():
             self.state[weight] |= {name: torch.zeros_like(weight) for name in self.state_names}
 
@@ -64,7 +63,7 @@ class _InOrder:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One step; passed over, on the device, where `self.found_inf` holds a tensor that is not zero."""
+        """Takes one step; skipped, on the device, if `self.found_inf` is not zero."""
         if any(weight.device.type != "cpu" for weight in self._weights()):
             super().step()
             return
@@ -97,7 +96,7 @@ class SGD(_InOrder, torch.optim.SGD):
 
 
 class AdamW(_InOrder, torch.optim.AdamW):
-    """Fused AdamW, with the published betas 0.9 and 0.999."""
+    """Fused AdamW with betas 0.9 and 0.999."""
 
     state_names = ("exp_avg", "exp_avg_sq")
 
@@ -117,15 +116,15 @@ class AdamW(_InOrder, torch.optim.AdamW):
 
 
 def _memory_order(weight: torch.Tensor) -> list[int]:
-    """The permutation of its axes after which a dense tensor is contiguous."""
+    """Permutation of axes that makes a dense tensor contiguous."""
     return sorted(range(weight.ndim), key=weight.stride, reverse=True)
 
 
 def step_unless(bad: torch.Tensor, optimizer: Optimizer) -> None:
-    """One step, or none where `bad` (bool scalar on the device) holds; PyTorch's fused optimisers decide on
+    """Takes one step unless `bad` (bool scalar on the device) is True; PyTorch's fused optimisers decide on
     the device."""
     if isinstance(optimizer, _InOrder):
         optimizer.grad_scale, optimizer.found_inf = None, bad.float()
         optimizer.step()
-    elif not bad:  # apex cannot: one wait for the device a step
+    elif not bad:  # apex cannot decide on the device: one wait per step
         optimizer.step()

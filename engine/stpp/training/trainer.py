@@ -1,5 +1,4 @@
-"""The training loop that every method shares: the step of one stage, again and again, saved so that it
-resumes exactly.
+"""Training loop of a stage, shared by all methods, with exact resume from checkpoints.
 
 Legend: T terms of the loss. A pass is one forward and backward call; a step is `accumulate` passes and one
 optimiser step.
@@ -37,33 +36,33 @@ from stpp.training.window import Window
 
 POLY_POWER = 0.9
 CALIBRATION = 15
-"""Number of the stream of images from which batch-norm statistics are computed: above those of any step."""
-LOOK_STEPS = 10
-"""Steps between two looks at the device: for the log, for what was not finite, and for whether to stop."""
+"""Number of the image stream for batch-norm statistics; above those of any step."""
+LOG_STEPS = 10
+"""Steps between two reads from the device: losses for the log, non-finite steps, and stop requests."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How long a run trains and when it looks up."""
+    """Length of a stage, and its validations."""
 
     steps: int
-    """Optimiser steps in all."""
+    """Total optimiser steps."""
     validate_steps: int
-    """Steps between two validations; the last step is always validated."""
+    """Steps between validations; the last step is always validated."""
     keep_steps: tuple[int, ...] = ()
-    """Steps after which the weights are kept as `third-1.pt`, `third-2.pt`, ..."""
+    """Steps after which the weights are saved as `third-1.pt`, `third-2.pt`, ..."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a training run ended with."""
+    """Result of a training stage."""
 
     miou: float | None
-    """Validation mIoU of the chosen weights, percent; None without a validation list."""
+    """Validation mIoU of the chosen weights, in percent; None without a validation list."""
     iou: Mapping[str, float]
-    """Percent by class, of the chosen weights; empty where it is not known."""
+    """Validation IoU of the chosen weights, in percent by class; empty if unknown."""
     last_miou: float | None
-    """Validation mIoU of the last weights, percent."""
+    """Validation mIoU of the last weights, in percent."""
     step: int
     """Step of the chosen weights."""
     steps: int
@@ -72,60 +71,61 @@ class Result:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What a validation found."""
+    """Scores of a validation."""
 
     miou: float
-    """Percent, the same on every rank."""
+    """Mean IoU in percent, the same on every rank."""
     iou: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """Percent, by class."""
+    """IoU in percent, by class."""
     pictures: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    """What the network makes of a few images, uint8 [H, W, 3] by their names; on rank 0."""
+    """Pictures of a few predictions, uint8 [H, W, 3] by name; on rank 0."""
 
 
 class Trainer:
-    """Trains one stage in `folder` and leaves the deployed network there as `best.pt`."""
+    """Trainer of one stage in `folder`; writes the deployed network to `best.pt`."""
 
-    def __init__(self, config: Config, here: World, step: Step, streams: Sequence[Stream], *, key: int,
+    def __init__(self, config: Config, world: World, step: Step, streams: Sequence[Stream], *, key: int,
                  title: str, classes: Sequence[str], folder: Path, schedule: Schedule,
                  validate: Callable[[nn.Module], Scores] | None, meter: ClassMeter | None = None):
         """
         Args:
-            step: what is computed, its network on the device of `here`.
-            streams: what it is fed.
-            key: of the random numbers, so that no two stages share them.
-            validate: network in evaluation mode -> its scores; None: no validation list.
-            meter: of the step's counter; None: nothing is told by class.
+            step: step of the method, with its network on the device of `world`.
+            streams: input streams of the step.
+            key: key of the random numbers, different for each stage.
+            validate: function from a network in evaluation mode to its scores; None: no validation list.
+            meter: meter of the step's counter; None: no class metrics.
         """
-        self.config, self.here, self.step, self.streams = config, here, step, streams
+        self.config, self.world, self.step, self.streams = config, world, step, streams
         self.key, self.title = key, title
         self.classes, self.folder, self.schedule, self.validate = classes, folder, schedule, validate
         self.samplers = stage_samplers(streams, config.train.batch_global, seed=config.seed, stage=key)
         self.optimizer = make_optimizer(*parameter_groups(step.network), config.train,
                                         default_multiplier=step.network.head_lr_multiplier)
-        self.autocast_dtype = autocast_dtype(config.train.precision, here.device)
-        self.scaler = torch.amp.GradScaler(here.device.type, enabled=self.autocast_dtype == torch.float16)
-        self.model = over_ranks(step, here, accumulate=config.train.accumulate)
-        self.weights_T = torch.tensor(list(step.weights.values()), dtype=torch.float32, device=here.device)
+        self.autocast_dtype = autocast_dtype(config.train.precision, world.device)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.autocast_dtype == torch.float16)
+        self.model = over_ranks(step, world, accumulate=config.train.accumulate)
+        self.weights_T = torch.tensor(list(step.weights.values()), dtype=torch.float32, device=world.device)
         self.steps_done, self.best_step, self.best_miou, self.seconds = 0, 0, -1.0, 0.0
         self.best_iou: Mapping[str, float] = {}
         self.last_miou: float | None = None
         self.started = self.saved_at = time.monotonic()
         self.saved_step = 0
-        self.bottleneck = BottleneckMeter(title, self.model, here.device)
+        self.bottleneck = BottleneckMeter(title, self.model, world.device)
         self.meter = meter or ClassMeter(title, step.confident)
 
     def train_step(self, passes: Sequence[tuple[Batch, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes one optimiser step on the rank's share of the global batch.
 
         Args:
-            passes: `accumulate` times one batch a stream.
+            passes: `accumulate` passes, each one batch per stream.
 
         Returns:
-            On the device: float32 [T], this rank's part of each term's mean over the global batch (the parts
-            of all ranks add up to it); bool scalar, whether loss or gradient were not finite. Such a gradient
-            changes no weight.
+            On the device: float32 [T], this rank's part of each term's mean over the global batch (the sum
+            over ranks is the mean); bool scalar, True if the loss or the gradient was not finite, in which
+            case no weight is changed.
         """
-        torch.manual_seed(stream_seed(self.config.seed, self.key, self.steps_done, self.here.rank))  # dropout
+        # for dropout
+        torch.manual_seed(stream_seed(self.config.seed, self.key, self.steps_done, self.world.rank))
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * self._rate()
         pixels_T = torch.stack([self.step.pixels(*batches) for batches in passes]).sum(0)
@@ -138,11 +138,11 @@ class Trainer:
                     sums_T = self.model(*batches)
                 share_T = sums_T / pixels_T
                 # DDP averages gradients over ranks; the loss is a sum over ranks.
-                self.scaler.scale((self.weights_T * share_T).sum() * self.here.size).backward()
+                self.scaler.scale((self.weights_T * share_T).sum() * self.world.size).backward()
             terms_T += share_T.detach()
 
         nonfinite = self._optimise(~terms_T.isfinite().all())
-        self.step.after(self.steps_done)
+        self.step.after_step(self.steps_done)
         self.steps_done += 1
         return terms_T, nonfinite
 
@@ -153,10 +153,10 @@ class Trainer:
         return rising * (1 - self.steps_done / self.schedule.steps) ** POLY_POWER
 
     def _optimise(self, nonfinite: torch.Tensor) -> torch.Tensor:
-        """Takes the optimiser's step unless a gradient is not finite; returns whether it, or the loss, was
-        not."""
+        """Takes an optimiser step unless a gradient is not finite; returns True (on the device) if it, or the
+        loss, was not."""
         if self.scaler.is_enabled():
-            # looks itself: fp16 overflows now and then, until the scale fits
+            # checks gradients itself: fp16 overflows occasionally, until the scale fits
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
@@ -168,11 +168,11 @@ class Trainer:
         return nonfinite
 
     def run(self) -> Result:
-        """Trains from wherever `folder` left off to the last step.
+        """Trains to the last step, resuming from the checkpoint in `folder` if there is one.
 
         Raises:
             UserError: a file cannot be read or written, or the training diverges.
-            SystemExit: told to stop by a signal, after saving.
+            SystemExit: after a stop signal, when the checkpoint is saved.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._resume()
@@ -188,9 +188,9 @@ class Trainer:
                 window.add(*self.train_step(passes), wait_s)
                 if profile is not None:
                     profile.step(wait_s)
-                told_to_stop, validating = self._told_to_stop(stop), self._validating()
-                saving = told_to_stop or validating or self._saving()
-                if saving or window.steps == LOOK_STEPS:
+                stopping, validating = self._stop_requested(stop), self._validating()
+                saving = stopping or validating or self._saving()
+                if saving or window.steps == LOG_STEPS:
                     self._log(window, bar)
                     saving |= time.monotonic() - self.saved_at >= 60 * self.config.train.checkpoint_minutes
                     window = Window()
@@ -199,59 +199,59 @@ class Trainer:
                 self._keep_thirds()
                 if validating:
                     self._validate()
-                    window = Window()  # its time does not count
+                    window = Window()  # validation time does not count
                 if saving:
                     self._save()
-                if told_to_stop:
+                if stopping:
                     self.writer.wait()
-                    log.say(f"  {self.title}: stopped at step {self.steps_done}, saved; the same command "
-                            "goes on")
+                    log.say(f"  {self.title}: stopped at step {self.steps_done}, saved; to resume, run the "
+                            "same command again")
                     stop.leave()
         return Result(miou=self.best_miou if self.validate else None, iou=self.best_iou,
                       last_miou=self.last_miou, step=self.best_step, steps=self.schedule.steps,
                       seconds=time.monotonic() - self.started)
 
     def _passes(self) -> Iterator[tuple[list[tuple[Batch, ...]], float]]:
-        """The passes of each remaining step, and the seconds spent waiting for them."""
+        """Yields the passes of each remaining step, and the seconds spent waiting for them."""
         together = zip(*(self._batches(stream, sampler, self.steps_done, self.schedule.steps)
                          for stream, sampler in zip(self.streams, self.samplers, strict=True)), strict=True)
         while True:
-            asked = time.monotonic()
+            requested_at = time.monotonic()
             passes = list(islice(together, self.config.train.accumulate))
             if not passes:
                 return
-            yield passes, time.monotonic() - asked
+            yield passes, time.monotonic() - requested_at
 
     def _batches(self, stream: Stream, sampler: StepSampler, first_step: int,
                  last_step: int) -> Iterator[Batch]:
-        """This rank's batches of a stream in the steps first_step <= step < last_step."""
+        """Loads this rank's batches of a stream in the steps first_step <= step < last_step."""
         data = self.config.data
         return loader.pick(data.loader).train_batches(
             stream,
-            sampler.micro_batches(first_step, last_step, rank=self.here.rank, world=self.here.size,
+            sampler.micro_batches(first_step, last_step, rank=self.world.rank, world=self.world.size,
                                   accumulate=self.config.train.accumulate),
-            augment=self.config.augment, seed=self.config.seed, stage=self.key, device=self.here.device,
-            threads=distributed.threads_per_rank(self.here, data.threads))
+            augment=self.config.augment, seed=self.config.seed, stage=self.key, device=self.world.device,
+            threads=distributed.threads_per_rank(self.world, data.threads))
 
     def _recalibrated(self, network: nn.Module) -> contextlib.AbstractContextManager:
-        """Batch-norm statistics of weakly augmented images of the stage, always the same ones, if the config
-        asks for them."""
-        asked = self.config.train.recalibrate_bn
-        if not asked:
+        """Recomputes batch-norm statistics inside the block, on a fixed set of weakly augmented images, if
+        `recalibrate_bn` is set."""
+        num_images = self.config.train.recalibrate_bn
+        if not num_images:
             return contextlib.nullcontext()
         unique = {sample.key: sample for stream in self.streams for sample in stream.samples}
         stream = Stream(samples=list(unique.values()), views=("weak",), masked=False, number=CALIBRATION)
         (sampler,) = stage_samplers([stream], self.config.train.batch_global, seed=self.config.seed,
                                     stage=self.key)
-        steps = max(1, min(asked, len(unique)) // sampler.batch_global)
+        steps = max(1, min(num_images, len(unique)) // sampler.batch_global)
 
         def images() -> Iterator[torch.Tensor]:
             return (batch.images_NCHW for batch in self._batches(stream, sampler, 0, steps))
 
-        return batch_norm.recalibrated(network, images, self.here, autocast=self._autocast())
+        return batch_norm.recalibrated(network, images, self.world, autocast=self._autocast())
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.here.device.type, self.autocast_dtype,
+        return torch.autocast(self.world.device.type, self.autocast_dtype,
                               enabled=self.autocast_dtype != torch.float32)
 
     def _gradient_sync(self, *, last: bool) -> contextlib.AbstractContextManager:
@@ -261,15 +261,15 @@ class Trainer:
     def _profile(self) -> contextlib.AbstractContextManager[Profile | None]:
         if not self.config.profile:
             return contextlib.nullcontext()
-        return Profile(self.folder / "profile", self.here, self.step.network, self.title)
+        return Profile(self.folder / "profile", self.world, self.step.network, self.title)
 
-    def _told_to_stop(self, stop: signals.Stop) -> bool:
-        """Whether a rank was told to stop; asking waits for the device, so on a GPU it is done once in a
-        while."""
-        if self.here.device.type == "cuda" and self.steps_done % LOOK_STEPS:
+    def _stop_requested(self, stop: signals.Stop) -> bool:
+        """Checks for a stop request on any rank; this waits for the device, so on a GPU it is done every
+        `LOG_STEPS`."""
+        if self.world.device.type == "cuda" and self.steps_done % LOG_STEPS:
             return False
-        told = torch.tensor(float(stop.signal is not None), device=self.here.device)
-        return distributed.sum_over_ranks(told).item() > 0  # sync: seldom
+        requested = torch.tensor(float(stop.signal is not None), device=self.world.device)
+        return distributed.sum_over_ranks(requested).item() > 0  # sync: seldom
 
     def _validating(self) -> bool:
         return self.steps_done == self.schedule.steps or self.steps_done % self.schedule.validate_steps == 0
@@ -278,13 +278,13 @@ class Trainer:
         return self.steps_done - self.saved_step >= self.config.train.checkpoint_steps
 
     def _log(self, window: Window, bar: log.Progress) -> None:
-        """Writes down what the last steps were like.
+        """Logs the last steps.
 
         Raises:
-            UserError: one was not finite, and `--train.on-nonfinite` is stop.
+            UserError: a step was not finite, and `--train.on-nonfinite` is stop.
         """
         interval = window.close(self.steps_done, self.step.weights)
-        self.meter.look()
+        self.meter.collect()
         self.bottleneck.add(window.steps, interval.step_s * window.steps, interval.data_wait_pct)
         images = sum(sampler.batch_global for sampler in self.samplers)
         self.metrics.write(self.steps_done, **{"loss": interval.loss} | interval.terms,
@@ -296,24 +296,24 @@ class Trainer:
             log.note(path, {"step": step, "keys": self._keys(step)})
         if interval.nonfinite and self.config.train.on_nonfinite == "stop":
             raise UserError(f"{self.title}: loss or gradient is not finite at step {interval.nonfinite[0]} "
-                            f"({path} names its images); lower --train.lr, look at the images, or pass over "
-                            "such steps with --train.on-nonfinite skip")
+                            f"({path} names its images); lower --train.lr, check the images, or skip "
+                            "non-finite steps with --train.on-nonfinite skip")
         if interval.nonfinite:
-            log.say(f"  {self.title}: step {interval.nonfinite[0]} was not finite and is passed over, see "
+            log.say(f"  {self.title}: step {interval.nonfinite[0]} was not finite and is skipped, see "
                     f"{path}")
 
     def _keys(self, step: int) -> list[str]:
         """Keys of the images of a step, stream after stream."""
-        found = []
+        keys = []
         for stream, sampler in zip(self.streams, self.samplers, strict=True):
             (whole,) = sampler.micro_batches(step, step + 1)
-            found += [stream.samples[i].key for i in whole.indices]
-        return found
+            keys += [stream.samples[i].key for i in whole.indices]
+        return keys
 
     def _end_of_epoch(self) -> None:
         if self.steps_done % self.samplers[0].steps_per_epoch == 0:
-            self.bottleneck.epoch()
-            self.meter.epoch(self.metrics, self.steps_done, self.schedule.steps)
+            self.bottleneck.end_epoch()
+            self.meter.end_epoch(self.metrics, self.steps_done, self.schedule.steps)
 
     def _keep_thirds(self) -> None:
         for i, step in enumerate(self.schedule.keep_steps, 1):
@@ -322,7 +322,7 @@ class Trainer:
                     self._keep(f"third-{i}.pt")
 
     def _validate(self) -> None:
-        """Scores the current weights and keeps them as `best.pt` if they are to be the teacher."""
+        """Validates the current weights, and saves them as `best.pt` if they become the teacher."""
         distributed.broadcast_buffers(self.step)
         with self._recalibrated(self.step.deployed):
             self._score_and_keep()
@@ -330,18 +330,18 @@ class Trainer:
     def _score_and_keep(self) -> None:
         scores = self._scores(self.step.deployed)
         if scores is not None:
-            rivals = {prefix: self._scores(network).miou for prefix, network in self.step.compared.items()}
+            others = {prefix: self._scores(network).miou for prefix, network in self.step.compared.items()}
             self.metrics.write(self.steps_done, miou_pct=scores.miou,
-                               **{f"{prefix}_miou_pct": miou for prefix, miou in rivals.items()})
+                               **{f"{prefix}_miou_pct": miou for prefix, miou in others.items()})
             self.metrics.show(self.steps_done,
                               values={f"iou_pct/{name}": iou for name, iou in scores.iou.items()},
                               pictures={f"validation/{name}": picture for name,
                                         picture in scores.pictures.items()})
             epoch = self.steps_done / self.samplers[0].steps_per_epoch
-            beside = "".join(f", {prefix} {miou:.2f}" for prefix, miou in rivals.items())
+            compared = "".join(f", {prefix} {miou:.2f}" for prefix, miou in others.items())
             log.say(f"  {self.title}: step {self.steps_done}/{self.schedule.steps}, epoch {epoch:.0f}, mIoU "
                     f"{scores.miou:.2f}"
-                    + beside)
+                    + compared)
         self.last_miou = scores and scores.miou
         at_end = self.steps_done == self.schedule.steps
         if at_end if self.config.train.select == "last" or scores is None else scores.miou > self.best_miou:
@@ -360,20 +360,20 @@ class Trainer:
             network.train(training)
 
     def _keep(self, name: str, **scores) -> None:
-        """Writes the deployed weights, with what is needed to use them and their scores, as `name`."""
+        """Writes the deployed weights, with classes, architecture, EXIF rule and scores, as `name`."""
         deployed = self.step.deployed
         distributed.broadcast_buffers(deployed)
-        if self.here.is_main:
+        if self.world.is_main:
             self.writer.save(self.folder / name, model=deployed.state_dict(), classes=list(self.classes),
                              architecture=architecture_of(self.config.model, self.config.data.view_px),
                              step=self.steps_done, pretrained=getattr(deployed, "pretrained", None),
                              reading={"exif": self.config.data.exif}, **scores)
 
     def _save(self) -> None:
-        """Writes everything that the next step depends on."""
+        """Writes the checkpoint for resuming: everything that the next step depends on."""
         self.seconds = time.monotonic() - self.started
         self.saved_step, self.saved_at = self.steps_done, time.monotonic()
-        if self.here.is_main:
+        if self.world.is_main:
             self.writer.save(self.folder / "last.pt", model=self.step.state_dict(),
                              optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
                              step=self.steps_done, best_step=self.best_step, best_miou=self.best_miou,
@@ -387,7 +387,7 @@ class Trainer:
             return
         saved = checkpoint.load(path)
         weights = saved["model"]
-        if not any(name.startswith("network.") for name in weights):  # as version 0.1 wrote them
+        if not any(name.startswith("network.") for name in weights):  # checkpoints of version 0.1
             weights = {f"network.{name}": value for name, value in weights.items()}
         self.step.load_state_dict(weights)
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -401,7 +401,7 @@ class Trainer:
         self.best_iou, self.last_miou = saved.get("best_iou", {}), saved.get("last_miou")
         self.meter.load(saved.get("by_class"))
         best = self.folder / "best.pt"
-        if best.exists():  # written later than `last.pt`, if the run died between the two
-            kept = checkpoint.load(best)
-            self.best_step, self.best_miou, self.best_iou = kept["step"], kept["miou"], kept.get("iou", {})
-        log.say(f"  {self.title}: going on from step {self.steps_done}")
+        if best.exists():  # newer than `last.pt` if the run died between the two writes
+            state = checkpoint.load(best)
+            self.best_step, self.best_miou, self.best_iou = state["step"], state["miou"], state.get("iou", {})
+        log.say(f"  {self.title}: resuming from step {self.steps_done}")

@@ -1,4 +1,4 @@
-"""The last few steps of training, read from the device once for all of them."""
+"""Window of the last training steps, read from the device in one transfer."""
 
 import dataclasses
 import math
@@ -12,10 +12,10 @@ from stpp import distributed
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Interval:
-    """What a window's steps were like, over all ranks."""
+    """Statistics of a window's steps, over all ranks."""
 
     terms: dict[str, float]
-    """Mean of each term of the loss over the steps that were finite, by its key."""
+    """Mean of each term of the loss over the finite steps, by key."""
     loss: float
     """Mean of the weighted sum of the terms."""
     data_wait_pct: float
@@ -26,7 +26,7 @@ class Interval:
 
 
 class Window:
-    """Terms of the loss and time of the last few steps."""
+    """Loss terms and times of the last steps."""
 
     def __init__(self):
         self._wait_s, self._since = 0.0, time.monotonic()
@@ -38,13 +38,18 @@ class Window:
         return len(self._terms_T)
 
     def add(self, terms_T: torch.Tensor, nonfinite: torch.Tensor, wait_s: float) -> None:
-        """Counts one step: what `Trainer.train_step` returned, and the seconds that it waited for data."""
+        """Adds a step: the results of `Trainer.train_step`, and the seconds that it waited for data."""
         self._terms_T.append(terms_T)
         self._nonfinite.append(nonfinite)
         self._wait_s += wait_s
 
     def close(self, step: int, weights: dict[str, float] | Sequence[tuple[str, float]]) -> Interval:
-        """The steps of the window, of which `step` would be the next; `weights` name the terms."""
+        """Computes the statistics of the window.
+
+        Args:
+            step: number of the step after the window.
+            weights: weights of the terms, by key.
+        """
         weights = dict(weights)
         both = torch.cat([torch.stack(self._terms_T), torch.stack(self._nonfinite).float()[:, None]], dim=1)
         rows = distributed.sum_over_ranks(both).tolist()  # sync: the one wait for the device

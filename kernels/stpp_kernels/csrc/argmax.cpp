@@ -1,8 +1,9 @@
-// upsample_argmax on the CPU: class and confidence of the bilinearly resized logits, one output row at a time.
+// upsample_argmax on the CPU: class and confidence of the bilinearly resized logits, one output row at a
+// time.
 //
-// Per output pixel and class the kernel blends two rows that are already resized along their width (rows.h) and keeps
-// the running maximum and its class in registers, so nothing of size [N, C, H, W] exists. The confidence, the largest
-// softmax probability, is 1 / sum_c exp(v_c - max v): a second walk over the classes.
+// Per output pixel and class the kernel blends two rows that are already resized along their width (rows.h)
+// and keeps the running maximum and its class in registers, so nothing of size [N, C, H, W] is stored. The
+// confidence, the largest softmax probability, is 1 / sum_c exp(v_c - max v): a second pass over the classes.
 #include <torch/library.h>
 
 #include "rows.h"
@@ -19,7 +20,8 @@ struct Blend {
   vfloat at(int64_t offset) const { return load(a + offset) * wa + load(b + offset) * wb; }
 };
 
-void argmax_row(const Blend& rows, int64_t channels, int64_t stride, int64_t width, uint8_t* mask, float* confidence) {
+void argmax_row(const Blend& rows, int64_t channels, int64_t stride, int64_t width, uint8_t* mask,
+                float* confidence) {
   for (int64_t x = 0; x < width; x += kLanes) {
     vfloat best = rows.at(x);
     vint arg = {};
@@ -40,11 +42,14 @@ void argmax_row(const Blend& rows, int64_t channels, int64_t stride, int64_t wid
   }
 }
 
-std::tuple<at::Tensor, at::Tensor> upsample_argmax(const at::Tensor& logits, at::IntArrayRef size, bool confidence) {
+std::tuple<at::Tensor, at::Tensor> upsample_argmax(const at::Tensor& logits, at::IntArrayRef size,
+                                                   bool confidence) {
   const int64_t batch = logits.size(0), height = size[0], width = size[1];
-  at::Tensor mask = at::empty({batch, height, width}, logits.options().dtype(at::kByte), at::MemoryFormat::Contiguous);
-  at::Tensor probability = at::empty(confidence ? std::vector<int64_t>{batch, height, width} : std::vector<int64_t>{0},
-                                     logits.options().dtype(at::kFloat), at::MemoryFormat::Contiguous);
+  at::Tensor mask =
+      at::empty({batch, height, width}, logits.options().dtype(at::kByte), at::MemoryFormat::Contiguous);
+  at::Tensor probability =
+      at::empty(confidence ? std::vector<int64_t>{batch, height, width} : std::vector<int64_t>{0},
+                logits.options().dtype(at::kFloat), at::MemoryFormat::Contiguous);
   const Map map(logits);
   const Columns columns(map.width, width, false);
   const Taps taps = make_taps(map.height, height, false);

@@ -1,7 +1,8 @@
-// Shared by the C++ operators: 16-lane vectors, exp and log, the interpolation grid in blocks of 16 outputs, the task loop.
+// Shared code of the C++ operators: 16-lane vectors, exp and log, the interpolation grid in blocks of 16
+// outputs, the task loop.
 //
-// Vectors use the GCC/Clang extension, so one source serves AVX-512, AVX2 and NEON; only the lane permutation has a
-// special form. Shape suffixes as in reference.py: C classes, h w low-resolution size, H W full size.
+// Vectors use the GCC/Clang extension, so one source serves AVX-512, AVX2 and NEON; only some operations have
+// an AVX-512 form. Shape suffixes as in reference.py: C classes, h w low-resolution size, H W full size.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -24,7 +25,7 @@ typedef float vfloat __attribute__((vector_size(64)));
 typedef float vfloat_unaligned __attribute__((vector_size(64), aligned(4)));
 typedef int32_t vint __attribute__((vector_size(64)));
 #ifdef __AVX512F__
-constexpr __mmask16 kAll = 0xffff;  // GCC warns of its own header in the unmasked forms of some intrinsics
+constexpr __mmask16 kAll = 0xffff;  // the unmasked forms of some intrinsics give warnings in GCC's own header
 #endif
 
 inline vfloat splat(float value) { return value - vfloat{}; }
@@ -45,7 +46,9 @@ inline vfloat vmax(vfloat a, vfloat b) {
 #endif
 }
 
-inline vfloat select(vint mask, vfloat yes, vfloat no) { return (vfloat)(((vint)yes & mask) | ((vint)no & ~mask)); }
+inline vfloat select(vint mask, vfloat yes, vfloat no) {
+  return (vfloat)(((vint)yes & mask) | ((vint)no & ~mask));
+}
 
 template <typename Vector>
 auto sum_lanes(Vector value) {
@@ -65,13 +68,14 @@ inline vfloat permute(vfloat table, vint index) {
 #endif
 }
 
-// The same of a table of two vectors; indices in 0..31.
+// table[index[lane]] for a table of two vectors; indices in 0..31.
 inline vfloat permute(vfloat low, vfloat high, vint index) {
 #ifdef __AVX512F__
   return (vfloat)_mm512_maskz_permutex2var_ps(kAll, (__m512)low, (__m512i)index, (__m512)high);
 #else
   vfloat out;
-  for (int lane = 0; lane < kLanes; ++lane) out[lane] = index[lane] < kLanes ? low[index[lane]] : high[index[lane] - kLanes];
+  for (int lane = 0; lane < kLanes; ++lane)
+    out[lane] = index[lane] < kLanes ? low[index[lane]] : high[index[lane] - kLanes];
   return out;
 #endif
 }
@@ -87,10 +91,11 @@ inline vfloat gather(const float* table, vint index) {
 #endif
 }
 
-// exp(x) for x <= 0 (softmax after its maximum is taken off); relative error about 2e-7; below -87 it stays at exp(-87).
-// exp(x) = 2^n 2^r with n = round(x log2 e) and r in [-1/2, 1/2]; 2^r by the Taylor polynomial of degree 6 (error 1.2e-8 there).
+// exp(x) for x <= 0 (softmax after subtracting the maximum); relative error about 2e-7; exp(-87) below -87.
+// exp(x) = 2^n 2^r with n = round(x log2 e) and r in [-1/2, 1/2]; 2^r by the Taylor polynomial of degree 6
+// (error 1.2e-8 there).
 inline vfloat exp_nonpositive(vfloat x) {
-  const vfloat magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low mantissa bits
+  const vfloat magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   x = vmax(splat(-87.f), x);  // in this order NaN stays NaN
   const vfloat shifted = x * 1.44269504f + magic;
   const vfloat r = x * 1.44269504f - (shifted - magic);
@@ -101,12 +106,13 @@ inline vfloat exp_nonpositive(vfloat x) {
   p = p * r + 2.4022651e-1f;
   p = p * r + 6.9314718e-1f;
   p = p * r + 1.f;
-  const vint exponent = ((vint)shifted) << 23;  // the magic number's own bits leave at the top
+  const vint exponent = ((vint)shifted) << 23;  // the shift drops the magic number's own bits
   return (vfloat)((vint)p + exponent);
 }
 
-// log(x) for positive normal x, error below 1e-7 + 1e-7 |log x|. x = 2^n m with m in [sqrt 1/2, sqrt 2); log m from the series
-// of atanh: log m = 2 (s + s^3/3 + s^5/5 + ...), s = (m - 1) / (m + 1), |s| < 0.172, whose next term is below 1e-9.
+// log(x) for positive normal x, error below 1e-7 + 1e-7 |log x|. x = 2^n m with m in [sqrt 1/2, sqrt 2); log
+// m from the series of atanh: log m = 2 (s + s^3/3 + s^5/5 + ...), s = (m - 1) / (m + 1), |s| < 0.172; the
+// first omitted term is below 1e-9.
 inline vfloat log_positive(vfloat x) {
   const vint bits = (vint)x - splat_int(0x3f3504f3);  // bits of sqrt(1/2)
   const vint exponent = bits >> 23;
@@ -119,12 +125,13 @@ inline vfloat log_positive(vfloat x) {
   return __builtin_convertvector(exponent, vfloat) * 0.69314718f + (p * t * s + 2.f * s);
 }
 
-// Interpolation along one axis with align_corners: output i reads inputs low[i] and low[i] + 1 with weights 1 - frac, frac.
-// low is at most in - 2, so that low + 1 exists (frac is 1 at the end); a single input has low 0 and frac 0 everywhere.
+// Interpolation along one axis with align_corners: output i reads inputs low[i] and low[i] + 1 with weights
+// 1 - frac, frac. low is at most in - 2, so that low + 1 exists (frac is 1 at the end); a single input has
+// low 0 and frac 0 everywhere.
 struct Axis {
   std::vector<int32_t> low;
   std::vector<float> frac;
-  std::vector<int64_t> begin;  // outputs of cell i are begin[i] .. begin[i + 1]; there are max(in - 1, 1) cells
+  std::vector<int64_t> begin;  // outputs of cell i: begin[i] .. begin[i + 1]; there are max(in - 1, 1) cells
 
   Axis(int64_t in, int64_t out) : low(out), frac(out), begin(std::max<int64_t>(in - 1, 1) + 1, out) {
     const float scale = out > 1 ? static_cast<float>(in - 1) / static_cast<float>(out - 1) : 0.f;
@@ -132,7 +139,8 @@ struct Axis {
     begin[0] = 0;
     for (int64_t i = 0; i < out; ++i) {
       const float position = scale * static_cast<float>(i);
-      low[i] = static_cast<int32_t>(std::max<int64_t>(std::min<int64_t>(static_cast<int64_t>(position), in - 2), 0));
+      low[i] = static_cast<int32_t>(
+          std::max<int64_t>(std::min<int64_t>(static_cast<int64_t>(position), in - 2), 0));
       frac[i] = in > 1 ? std::min(position - static_cast<float>(low[i]), 1.f) : 0.f;
       while (cell < low[i]) begin[++cell] = i;
     }
@@ -140,14 +148,14 @@ struct Axis {
   int64_t cells() const { return static_cast<int64_t>(begin.size()) - 1; }
 };
 
-// Sixteen neighbouring outputs of an axis, and how they read its inputs.
+// Sixteen neighbouring outputs of an axis, and their interpolation weights.
 struct Block {
   vint index;      // low - base
   vfloat frac, rest;  // weights of low + 1 and of low
   int32_t base;    // first input read
-  int32_t lanes;   // outputs that exist; the others repeat the last one
-  bool narrow;     // all inputs read lie within base .. base + 15, so that one load and two permutations serve
-  vfloat weights[kLanes];  // if narrow: weights[output][input - base], the two of an output among zeros
+  int32_t lanes;   // number of existing outputs; further lanes repeat the last one
+  bool narrow;     // all inputs are within base .. base + 15: one load and two permutations suffice
+  vfloat weights[kLanes];  // if narrow: weights[output][input - base], two nonzero per output
 
   Block(const Axis& axis, int64_t first) {
     const int64_t out = static_cast<int64_t>(axis.low.size());
@@ -167,7 +175,7 @@ struct Block {
     }
   }
 
-  // Interpolates one row of inputs at the sixteen outputs. The row must be readable kLanes past its end.
+  // Interpolates one row of inputs at the sixteen outputs; the row must be readable kLanes past its end.
   vfloat interpolate(const float* row) const {
     if (narrow) {
       const vfloat window = load(row + base);
@@ -207,8 +215,8 @@ inline std::vector<Block> blocks_of(const Axis& axis) {
   return blocks;
 }
 
-// Runs task(0, scratch) .. task(count - 1, scratch), each once, on all threads; a thread takes the next as it becomes free, and
-// has one Scratch(problem) for all of its tasks.
+// Runs task(0, scratch) .. task(count - 1, scratch), each once, on all threads; a free thread takes the next
+// task. Each thread has one Scratch(problem) for all its tasks.
 template <typename Scratch, typename Problem, typename Task>
 void run_tasks(int64_t count, const Problem& problem, const Task& task) {
   std::atomic<int64_t> next{0};

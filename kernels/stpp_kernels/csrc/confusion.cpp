@@ -1,10 +1,10 @@
 // confusion on the CPU: int64 counts of (truth, prediction) pairs, in total or per image.
 //
-// A block of pixels is first turned into cell numbers truth * C + prediction, a loop without branches that vectorises;
-// the pixels that do not count get the cell number C * C. The histogram then looks at 16 cells at a time: in masks
-// they are mostly one run, counted by one addition. Otherwise four tables take turns, so that equal neighbours do not
-// wait for one another. Sums of integers do not depend on their order, so the result is the same for any number of
-// threads.
+// A block of pixels is first converted to cell numbers truth * C + prediction, in a branch-free loop that
+// vectorises; uncounted pixels get the cell number C * C. The histogram then reads 16 cells at a time: in
+// masks they are mostly one run, counted by one addition. Otherwise four tables take turns, so that equal
+// neighbours do not wait for one another. Sums of integers do not depend on their order, so the result is the
+// same for any number of threads.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -16,18 +16,18 @@
 namespace stpp {
 namespace {
 
-constexpr int64_t kBlock = 1024;     // pixels turned into cell numbers at a time: 4 KiB
+constexpr int64_t kBlock = 1024;     // pixels converted to cell numbers at a time: 4 KiB
 constexpr int64_t kChunk = 1 << 16;  // pixels handed to a thread at a time
 constexpr int64_t kRun = 16;
-constexpr int64_t kSmall = 64;       // classes up to which four tables fit into the cache
+constexpr int64_t kSmall = 64;       // maximum classes for which four tables fit into the cache
 
 struct Rule {
   int64_t classes, ignore;
   bool ignore_both;  // a prediction equal to `ignore` does not count either
 };
 
-// Cell numbers of n pixels; true if one that counts lies outside the classes. Flags are integers of the width of the
-// arithmetic, or the compiler would not vectorise the loop.
+// Computes the cell numbers of n pixels; returns true if a counted value is outside the classes. Flags are
+// integers of the width of the arithmetic, or the compiler would not vectorise the loop.
 template <typename P, typename T>
 bool find_cells(const P* pred, const T* target, int64_t n, const Rule& rule, int32_t* cells) {
   constexpr bool narrow = sizeof(P) == 1 && sizeof(T) == 1;
@@ -40,8 +40,8 @@ bool find_cells(const P* pred, const T* target, int64_t n, const Rule& rule, int
   for (int64_t i = 0; i < n; ++i) {
     const Int p = static_cast<Int>(pred[i]), t = static_cast<Int>(target[i]);
     const Int skipped = Int(t == ignore) | (both & Int(p == ignore));
-    const Int outside =
-        Int(static_cast<Unsigned>(p) >= Unsigned(classes)) | Int(static_cast<Unsigned>(t) >= Unsigned(classes));
+    const Int outside = Int(static_cast<Unsigned>(p) >= Unsigned(classes)) |
+                        Int(static_cast<Unsigned>(t) >= Unsigned(classes));
     wrong |= outside & (skipped ^ 1);
     cells[i] = static_cast<int32_t>((outside | skipped) != 0 ? nowhere : t * classes + p);
   }
@@ -60,7 +60,7 @@ void report_outside(const P* pred, const T* target, int64_t n, const Rule& rule)
   }
 }
 
-// Adds the cells to the tables, last_turn + 1 (one or four) of `span` counters each.
+// Counts the cells in last_turn + 1 (one or four) tables of `span` counters each.
 void count_cells(const int32_t* cells, int64_t n, int64_t span, int64_t last_turn, int64_t* tables) {
   int64_t i = 0;
   for (; i + kRun <= n; i += kRun) {
@@ -91,7 +91,8 @@ at::Tensor confusion_of(const at::Tensor& pred, const at::Tensor& target, const 
     const auto flush = [&](int64_t image) {
       const std::lock_guard<std::mutex> lock(merging);
       for (int64_t turn = 0; turn < turns; ++turn)
-        for (int64_t cell = 0; cell < squared; ++cell) sums[image * squared + cell] += tables[turn * span + cell];
+        for (int64_t cell = 0; cell < squared; ++cell)
+          sums[image * squared + cell] += tables[turn * span + cell];
       std::fill(tables.begin(), tables.end(), 0);
     };
     for (int64_t item = begin; item < end; ++item) {
@@ -109,8 +110,8 @@ at::Tensor confusion_of(const at::Tensor& pred, const at::Tensor& target, const 
   return per_image ? matrix : matrix[0];
 }
 
-at::Tensor confusion(const at::Tensor& pred, const at::Tensor& target, int64_t classes, int64_t ignore, bool per_image,
-                     bool ignore_both) {
+at::Tensor confusion(const at::Tensor& pred, const at::Tensor& target, int64_t classes, int64_t ignore,
+                     bool per_image, bool ignore_both) {
   const Rule rule{classes, ignore, ignore_both};
   const at::Tensor p = pred.contiguous(), t = target.contiguous();
   const bool narrow_p = p.scalar_type() == at::kByte, narrow_t = t.scalar_type() == at::kByte;

@@ -1,11 +1,17 @@
-// upsample_cross_entropy on the CPU: loss, count and gradient of the low-resolution logits in one pass. Derivation: cross_entropy.py.
+// upsample_cross_entropy on the CPU: loss, count and gradient of the low-resolution logits in one pass.
+// Derivation: cross_entropy.py.
 //
-// An image is cut into bands of cell rows; a task is one band of one image, so results do not depend on the thread count. A band
-// goes through its columns in blocks of 16 pixels, and through a block from top to bottom, one cell row after another:
-//   - the two corner rows, interpolated along x, are 16 lanes a class (the lower one serves the next cell row again);
-//   - each pixel row: logits = their mix along y, softmax over classes, gradient added to two 16-lane sums a class;
-//   - the sum of a finished corner row is spread along x into the band's gradient, by 16 multiply-adds a class.
-// Everything a block touches stays in the nearest caches. Corner rows shared by two bands are added at the end, in fixed order.
+// An image is split into bands of cell rows; a task is one band of one image, so results do not depend on the
+// thread count. A band is processed in blocks of 16 pixel columns, and a block from top to bottom, one cell
+// row after another:
+//   - the two corner rows, interpolated along x, are 16 lanes per class (the lower one is reused as the upper
+//     one of the next cell row);
+//   - each pixel row: logits = their blend along y, softmax over classes, gradient added to two 16-lane sums
+//     per class;
+//   - the sum of a finished corner row is spread along x into the band's gradient, by 16 multiply-adds per
+//     class.
+// A block's data stays in the nearest caches. Corner rows shared by two bands are added at the end, in fixed
+// order.
 
 #include <torch/library.h>
 
@@ -18,7 +24,8 @@ namespace {
 constexpr int32_t kIgnored = -1, kInvalid = -2;
 
 struct Problem {
-  const at::Tensor logits, labels, class_weight, pixel_weight;  // the weights: float32, contiguous, or undefined
+  const at::Tensor logits, labels;
+  const at::Tensor class_weight, pixel_weight;  // float32, contiguous, or undefined
   const int64_t ignore_index;
   const bool with_gradient;
   const rows::Map map;
@@ -27,30 +34,33 @@ struct Problem {
   const int64_t classes, pitch, row_size;  // a row of scratch is [C][pitch]
   int64_t cells_per_band, bands;
 
-  Problem(const at::Tensor& logits, const at::Tensor& labels, at::Tensor class_weight, at::Tensor pixel_weight,
-          int64_t ignore_index, bool with_gradient)
+  Problem(const at::Tensor& logits, const at::Tensor& labels, at::Tensor class_weight,
+          at::Tensor pixel_weight, int64_t ignore_index, bool with_gradient)
       : logits(logits), labels(labels.contiguous()), class_weight(class_weight), pixel_weight(pixel_weight),
-        ignore_index(ignore_index), with_gradient(with_gradient), map(logits), rows(logits.size(2), labels.size(1)),
-        columns(logits.size(3), labels.size(2)), blocks(blocks_of(columns)), classes(logits.size(1)),
+        ignore_index(ignore_index), with_gradient(with_gradient), map(logits),
+        rows(logits.size(2), labels.size(1)), columns(logits.size(3), labels.size(2)),
+        blocks(blocks_of(columns)), classes(logits.size(1)),
         pitch(rows::plane_stride(logits.size(3) + kLanes)), row_size(classes * pitch) {
-    // About 64 tasks, and a band's logits and gradient within a second-level cache. By shape alone: see above.
+    // About 64 tasks, and a band's logits and gradient fit into the second-level cache; by shape alone.
     const int64_t cells = rows.cells(), fitting = (1 << 20) / (2 * row_size * sizeof(float)) - 1;
-    cells_per_band = std::max<int64_t>(1, std::min({int64_t{16}, std::max<int64_t>(fitting, 4), cells * map_images() / 64}));
+    cells_per_band = std::max<int64_t>(
+        1, std::min({int64_t{16}, std::max<int64_t>(fitting, 4), cells * map_images() / 64}));
     bands = (cells + cells_per_band - 1) / cells_per_band;
   }
   int64_t map_images() const { return logits.size(0); }
   int64_t band_begin(int64_t band) const { return std::min(band * cells_per_band, rows.cells()); }
 };
 
-// What a thread needs for a band.
+// Buffers of a thread for a band.
 struct Scratch {
   rows::Scratch logits, gradient;                                  // [cells + 1][C][pitch]
   std::vector<vfloat> upper, lower, prob, grad_upper, grad_lower;  // [C], lanes are pixels
 
   explicit Scratch(const Problem& problem)
       : logits((problem.cells_per_band + 1) * problem.row_size),
-        gradient(problem.with_gradient ? (problem.cells_per_band + 1) * problem.row_size : 0), upper(problem.classes),
-        lower(problem.classes), prob(problem.classes), grad_upper(problem.classes), grad_lower(problem.classes) {}
+        gradient(problem.with_gradient ? (problem.cells_per_band + 1) * problem.row_size : 0),
+        upper(problem.classes), lower(problem.classes), prob(problem.classes), grad_upper(problem.classes),
+        grad_lower(problem.classes) {}
 };
 
 struct Totals {
@@ -75,13 +85,16 @@ bool read_labels(const T* source, int32_t lanes, int64_t ignore, int64_t classes
   return all != kIgnored;
 }
 
-// Labels (kIgnored where a pixel does not count) and weights of 16 pixels of row y from x on; false if none counts.
-inline bool read_pixels(const Problem& problem, int64_t n, int64_t y, int64_t x, int32_t lanes, vint& labels, vfloat& weight,
-                        bool& invalid) {
+// Reads the labels (kIgnored for uncounted pixels) and weights of 16 pixels of row y from x on; returns false
+// if none counts.
+inline bool read_pixels(const Problem& problem, int64_t n, int64_t y, int64_t x, int32_t lanes, vint& labels,
+                        vfloat& weight, bool& invalid) {
   const int64_t at = (n * problem.labels.size(1) + y) * problem.labels.size(2) + x;
   const bool any = problem.labels.scalar_type() == at::kByte
-      ? read_labels(problem.labels.const_data_ptr<uint8_t>() + at, lanes, problem.ignore_index, problem.classes, labels)
-      : read_labels(problem.labels.const_data_ptr<int64_t>() + at, lanes, problem.ignore_index, problem.classes, labels);
+      ? read_labels(problem.labels.const_data_ptr<uint8_t>() + at, lanes, problem.ignore_index,
+                    problem.classes, labels)
+      : read_labels(problem.labels.const_data_ptr<int64_t>() + at, lanes, problem.ignore_index,
+                    problem.classes, labels);
   if (!any) return false;
   for (int lane = 0; lane < kLanes; ++lane) invalid |= labels[lane] == kInvalid;
   labels = labels < 0 ? splat_int(kIgnored) : labels;
@@ -92,14 +105,17 @@ inline bool read_pixels(const Problem& problem, int64_t n, int64_t y, int64_t x,
   }
   if (problem.pixel_weight.defined()) {
     const float* pixel_weight = problem.pixel_weight.const_data_ptr<float>() + at;
-    for (int lane = 0; lane < lanes; ++lane) weight[lane] = labels[lane] < 0 ? 0.f : weight[lane] * pixel_weight[lane];
+    for (int lane = 0; lane < lanes; ++lane)
+      weight[lane] = labels[lane] < 0 ? 0.f : weight[lane] * pixel_weight[lane];
   }
   return true;
 }
 
-// One row of 16 pixels: adds its loss to `loss`, and its gradient to the sums of the two corner rows.
+// Processes one row of 16 pixels: adds its loss to `loss`, and its gradient to the sums of the two corner
+// rows.
 template <bool with_gradient>
-inline void pixel_row(Scratch& scratch, int64_t classes, float frac, vint labels, vfloat weight, vfloat& loss) {
+inline void pixel_row(Scratch& scratch, int64_t classes, float frac, vint labels, vfloat weight,
+                      vfloat& loss) {
   const vfloat* upper = scratch.upper.data();
   const vfloat* lower = scratch.lower.data();
   vfloat* prob = scratch.prob.data();
@@ -122,14 +138,14 @@ inline void pixel_row(Scratch& scratch, int64_t classes, float frac, vint labels
   vfloat* grad_upper = scratch.grad_upper.data();
   vfloat* grad_lower = scratch.grad_lower.data();
   const vfloat scale = weight / sum, s0 = scale * w0, s1 = scale * w1;
-  for (int64_t c = 0; c < classes; ++c) {  // scale * sum is the pixel's weight: this subtracts its one-hot label
+  for (int64_t c = 0; c < classes; ++c) {  // scale * sum is the pixel's weight: subtracts the one-hot label
     const vfloat residual = select(labels == static_cast<int32_t>(c), prob[c] - sum, prob[c]);
     grad_upper[c] += residual * s0;
     grad_lower[c] += residual * s1;
   }
 }
 
-// Adds the gradient of 16 pixels of every class to a row of the band's gradient, and clears it.
+// Adds the gradient of 16 pixels of every class to a row of the band's gradient, and clears `pixels`.
 void spread(const Block& block, std::vector<vfloat>& pixels, float* row, int64_t pitch) {
   for (size_t c = 0; c < pixels.size(); ++c) block.spread(pixels[c], row + c * pitch);
   std::fill(pixels.begin(), pixels.end(), vfloat{});
@@ -140,7 +156,8 @@ Totals run_band(const Problem& problem, int64_t n, int64_t band, Scratch& scratc
   const int64_t classes = problem.classes, row_size = problem.row_size;
   const int64_t first = problem.band_begin(band), last = problem.band_begin(band + 1);
   for (int64_t y = first; y <= last; ++y)
-    problem.map.read(n, std::min(y, problem.map.height - 1), scratch.logits.data() + (y - first) * row_size, problem.pitch);
+    problem.map.read(n, std::min(y, problem.map.height - 1), scratch.logits.data() + (y - first) * row_size,
+                     problem.pitch);
   if (with_gradient) std::fill_n(scratch.gradient.data(), (last - first + 1) * row_size, 0.f);
 
   Totals totals;
@@ -174,10 +191,12 @@ Totals run_band(const Problem& problem, int64_t n, int64_t band, Scratch& scratc
   return totals;
 }
 
-// Writes a scratch row as row y of image n of `gradient`; `more`, if any, is added first.
+// Writes a scratch row, plus `more` if not null, to row y of image n of `gradient`.
 template <typename T>
-void write_row(at::Tensor& gradient, int64_t n, int64_t y, const float* row, const float* more, int64_t pitch) {
-  const int64_t classes = gradient.size(1), width = gradient.size(3), sc = gradient.stride(1), sx = gradient.stride(3);
+void write_row(at::Tensor& gradient, int64_t n, int64_t y, const float* row, const float* more,
+               int64_t pitch) {
+  const int64_t classes = gradient.size(1), width = gradient.size(3), sc = gradient.stride(1),
+                sx = gradient.stride(3);
   T* target = gradient.mutable_data_ptr<T>() + n * gradient.stride(0) + y * gradient.stride(2);
   const auto value = [&](int64_t at) { return static_cast<T>(more ? row[at] + more[at] : row[at]); };
   if (sx == 1) {
@@ -192,8 +211,8 @@ void write_row(at::Tensor& gradient, int64_t n, int64_t y, const float* row, con
 void run(const Problem& problem, at::Tensor& gradient, std::vector<Totals>& totals) {
   const int64_t tasks = problem.map_images() * problem.bands, size = problem.row_size;
   const auto write = [&](int64_t n, int64_t y, const float* row, const float* more) {
-    (gradient.scalar_type() == at::kFloat ? write_row<float> : write_row<at::BFloat16>)(gradient, n, y, row, more,
-                                                                                          problem.pitch);
+    (gradient.scalar_type() == at::kFloat ? write_row<float> : write_row<at::BFloat16>)(gradient, n, y, row,
+                                                                                        more, problem.pitch);
   };
   const bool with_gradient = problem.with_gradient;
   rows::Scratch shared(with_gradient ? tasks * 2 * size : 0);  // first and last row of every band
@@ -203,7 +222,8 @@ void run(const Problem& problem, at::Tensor& gradient, std::vector<Totals>& tota
     if (!with_gradient) return;
     const int64_t first = problem.band_begin(band), count = problem.band_begin(band + 1) - first;
     std::memcpy(shared.data() + task * 2 * size, scratch.gradient.data(), size * sizeof(float));
-    std::memcpy(shared.data() + (task * 2 + 1) * size, scratch.gradient.data() + count * size, size * sizeof(float));
+    std::memcpy(shared.data() + (task * 2 + 1) * size, scratch.gradient.data() + count * size,
+                size * sizeof(float));
     for (int64_t y = 1; y < count; ++y) write(n, first + y, scratch.gradient.data() + y * size, nullptr);
   });
   if (!with_gradient) return;
@@ -212,7 +232,8 @@ void run(const Problem& problem, at::Tensor& gradient, std::vector<Totals>& tota
       const int64_t n = task / problem.bands, band = task % problem.bands;
       const float* own = shared.data() + task * 2 * size;
       write(n, problem.band_begin(band), own, band > 0 ? own - size : nullptr);
-      if (band == problem.bands - 1 && problem.map.height > 1) write(n, problem.map.height - 1, own + size, nullptr);
+      if (band == problem.bands - 1 && problem.map.height > 1)
+        write(n, problem.map.height - 1, own + size, nullptr);
     }
   });
 }
@@ -220,23 +241,25 @@ void run(const Problem& problem, at::Tensor& gradient, std::vector<Totals>& tota
 std::tuple<at::Tensor, at::Tensor, at::Tensor> upsample_cross_entropy(
     const at::Tensor& logits, const at::Tensor& labels, const std::optional<at::Tensor>& class_weight,
     const std::optional<at::Tensor>& pixel_weight, int64_t ignore_index, bool with_gradient) {
-  const auto weights = [](const std::optional<at::Tensor>& given) {
-    return given.has_value() ? given->to(at::kFloat).contiguous() : at::Tensor();
+  const auto weights = [](const std::optional<at::Tensor>& weight) {
+    return weight.has_value() ? weight->to(at::kFloat).contiguous() : at::Tensor();
   };
-  const Problem problem(logits, labels, weights(class_weight), weights(pixel_weight), ignore_index, with_gradient);
-  const auto options = logits.options().dtype(logits.scalar_type() == at::kBFloat16 ? at::kBFloat16 : at::kFloat);
+  const Problem problem(logits, labels, weights(class_weight), weights(pixel_weight), ignore_index,
+                        with_gradient);
+  const auto options =
+      logits.options().dtype(logits.scalar_type() == at::kBFloat16 ? at::kBFloat16 : at::kFloat);
   at::Tensor gradient = with_gradient ? at::empty_like(logits, options) : at::empty({0}, options);
   std::vector<Totals> totals(problem.map_images() * problem.bands);
   run(problem, gradient, totals);
 
   Totals all;
-  for (const Totals& one : totals) {
-    all.loss += one.loss;
-    all.counted += one.counted;
-    all.invalid |= one.invalid;
+  for (const Totals& task : totals) {
+    all.loss += task.loss;
+    all.counted += task.counted;
+    all.invalid |= task.invalid;
   }
-  TORCH_CHECK_VALUE(!all.invalid, "a label lies outside [0, ", problem.classes, ") and is not the ignore index ",
-                    ignore_index, "; check the masks");
+  TORCH_CHECK_VALUE(!all.invalid, "a label lies outside [0, ", problem.classes,
+                    ") and is not the ignore index ", ignore_index, "; check the masks");
   return {at::scalar_tensor(all.loss, logits.options().dtype(at::kFloat)),
           at::scalar_tensor(all.counted, logits.options().dtype(at::kLong)), gradient};
 }

@@ -1,13 +1,14 @@
-// The backward pass of depthwise_conv on the CPU. Derivation: depthwise_conv.py.
+// Backward pass of depthwise_conv on the CPU. Derivation: depthwise_conv.py.
 //
-// Channels are taken in blocks of 16, one vector of fp32; a task is some rows of some images, for a chunk of blocks. It walks
-// down the rows and keeps the last few of both maps as fp32 planes [block][column][16], between columns of zeros that stand for
-// the padding: so a row is widened once, no tap needs a test for the border, and all that the inner loops touch is contiguous
-// and lies in the second-level cache. These loops are two:
-//   - gather: neighbouring input gradients, added up over the taps that reach them;
-//   - add_products: rows of taps of the weight gradient, added up over a row of outputs.
-// Each task has sums of the weight gradient to itself, which are added in the order of the tasks; tasks follow from the shape
-// alone, so results do not depend on the number of threads.
+// Channels are processed in blocks of 16, one vector of fp32; a task is some rows of some images, for a chunk
+// of blocks. It iterates down the rows and keeps the last few of both maps as fp32 planes
+// [block][column][16], between columns of zeros for the padding: a row is widened once, no tap needs a border
+// test, and the data of the inner loops is contiguous and in the second-level cache. There are two inner
+// loops:
+//   - gather: neighbouring input gradients, summed over the taps that reach them;
+//   - add_products: rows of taps of the weight gradient, summed over a row of outputs.
+// Each task has its own sums of the weight gradient, which are added in the order of the tasks; tasks depend
+// on the shape alone, so results do not depend on the number of threads.
 #include <torch/library.h>
 
 #include <numeric>
@@ -20,13 +21,13 @@ namespace {
 
 using namespace depthwise;
 
-constexpr int64_t kTasks = 64;          // about as many are made; by shape alone
-constexpr int64_t kPlanes = 256 << 10;  // bytes of planes that a chunk of channels should not exceed
-constexpr int64_t kLeastBlocks = 4;     // of a chunk that is made small to have enough tasks: two cache lines of 16-bit values
-constexpr int64_t kLeastRows = 8;       // of a band: a smaller one reads more rows of its neighbours than of its own
+constexpr int64_t kTasks = 64;          // approximate number of tasks; depends on the shape alone
+constexpr int64_t kPlanes = 256 << 10;  // maximum bytes of planes of a chunk of channels
+constexpr int64_t kLeastBlocks = 4;     // minimum blocks of a chunk: two cache lines of 16-bit values
+constexpr int64_t kLeastRows = 8;       // minimum rows of a band: smaller ones reread too many rows
 
-// Cuts the work: chunks of blocks, and for each of them groups of images or, where that gives few tasks, bands of rows, which
-// read some of their neighbours' rows again.
+// Splits the work into chunks of blocks, and each of them into groups of images or, if that gives few tasks,
+// into bands of rows, which read some of their neighbours' rows again.
 struct Plan {
   int64_t chunk, chunks, bands, group, groups;  // chunk: blocks; group: images
 
@@ -50,12 +51,12 @@ struct Problem {
   const Geometry g;
   const Plan plan;
   const Map<const T> input, grad;
-  const Map<T> grad_input;  // without data where it is not needed
+  const Map<T> grad_input;  // without data if not needed
   const float* weights;     // [block][tap][16]
-  float* sums;              // of the weight gradient, [slot][block][tap][16]; null where it is not needed
+  float* sums;              // of the weight gradient, [slot][block][tap][16]; null if not needed
 };
 
-// What a task covers: images, rows of outputs, blocks of channels.
+// Range of a task: images, rows of outputs, blocks of channels.
 struct Part {
   int64_t first_image, last_image, first_row, last_row, block, count, slot;
 
@@ -83,7 +84,9 @@ class Worker {
       for (int64_t row = part.first_row; row < part.last_row; ++row) {
         if (p_.sums) weight_gradient_row(part, image, row);
         if (!p_.grad_input.data) continue;
-        const auto reached = [&](int64_t first) { return std::clamp<int64_t>(first * g_.stride - g_.top, 0, g_.height); };
+        const auto reached = [&](int64_t first) {
+          return std::clamp<int64_t>(first * g_.stride - g_.top, 0, g_.height);
+        };
         const int64_t end = row + 1 == g_.rows ? g_.height : reached(row + 1);
         for (int64_t y = reached(row); y < end; ++y) input_gradient_row(part, image, y);
       }
@@ -97,19 +100,24 @@ class Worker {
   const float* grad_row(const Part& part, int64_t image, int64_t row) {
     return grad_.get(p_.grad, image, row, part.block, part.count);
   }
-  const float* weight(int64_t block, int64_t tap) const { return p_.weights + (block * g_.taps() + tap) * kLanes; }
+  const float* weight(int64_t block, int64_t tap) const {
+    return p_.weights + (block * g_.taps() + tap) * kLanes;
+  }
 
-  // Input y has the taps ky with y + top - ky dilation = stride * row of the output, and likewise along x: columns whose x + left
-  // leave the same remainder have the same taps, every `step`th of a row, which read outputs `gap` apart.
+  // Input y has the taps ky with y + top - ky dilation = stride * row of the output, and the same holds along
+  // x: columns whose x + left have the same remainder have the same taps, every `step`th of a row, which read
+  // outputs `gap` apart.
   void input_gradient_row(const Part& part, int64_t image, int64_t y) {
-    const int64_t common = std::gcd(g_.stride, g_.dilation), step = g_.stride / common, gap = g_.dilation / common;
+    const int64_t common = std::gcd(g_.stride, g_.dilation), step = g_.stride / common,
+                  gap = g_.dilation / common;
     for (int64_t remainder = 0; remainder < g_.stride; ++remainder) {
       const int64_t x = ((remainder - g_.left) % g_.stride + g_.stride) % g_.stride;
       if (x >= g_.width) continue;
       int64_t first = 0;  // tap
       while (first < step && (x + g_.left - first * g_.dilation) % g_.stride != 0) ++first;
       const int64_t taps = first < step ? divide_up(std::max<int64_t>(g_.kernel - first, 0), step) : 0;
-      const bool at_once = (gap == 1 && (taps == 2 || taps == 3 || taps == 5)) || (gap == 2 && (taps == 3 || taps == 5));
+      const bool at_once =
+          (gap == 1 && (taps == 2 || taps == 3 || taps == 5)) || (gap == 2 && (taps == 3 || taps == 5));
       taps_.clear();
       for (int64_t ky = 0; ky < g_.kernel; ++ky) {
         const int64_t at = y + g_.top - ky * g_.dilation;
@@ -125,15 +133,18 @@ class Worker {
     }
   }
 
-  // The collected rows of `taps` taps, for all blocks of the part.
-  void gather_row(const Part& part, int64_t taps, int64_t gap, int64_t weight_step, int64_t count, T* target) {
+  // Gathers the collected rows of `taps` taps, for all blocks of the part.
+  void gather_row(const Part& part, int64_t taps, int64_t gap, int64_t weight_step, int64_t count,
+                  T* target) {
     const int64_t apart = g_.stride * g_.channels;
     for (int64_t block = part.block; block < part.block + part.count; ++block, target += kLanes) {
       const int64_t lanes = p_.grad_input.lanes(block);
-      if (lanes == kLanes) {  // a loop of its own: in one with the other call, the sums would leave their registers
-        gather_taps(taps, gap, weight_step, count, [=](int64_t j, vfloat sum) { store_lanes(target + j * apart, sum); });
+      if (lanes == kLanes) {  // a separate loop, so that the sums stay in registers
+        gather_taps(taps, gap, weight_step, count,
+                    [=](int64_t j, vfloat sum) { store_lanes(target + j * apart, sum); });
       } else {
-        gather_taps(taps, gap, weight_step, count, [=](int64_t j, vfloat sum) { store_part(target + j * apart, sum, lanes); });
+        gather_taps(taps, gap, weight_step, count,
+                    [=](int64_t j, vfloat sum) { store_part(target + j * apart, sum, lanes); });
       }
       for (TapRow& row : taps_) row.source += grad_.stride(), row.weight += g_.taps() * kLanes;
     }
@@ -174,14 +185,16 @@ class Worker {
   std::vector<WeightRow> rows_;
 };
 
-Geometry geometry_of(const at::Tensor& x, const at::Tensor& weight, int64_t stride, int64_t dilation, at::IntArrayRef padding) {
-  Geometry g{x.size(0), x.size(1), x.size(2), x.size(3), weight.size(2), stride, dilation, padding[2], padding[0], 0, 0};
+Geometry geometry_of(const at::Tensor& x, const at::Tensor& weight, int64_t stride, int64_t dilation,
+                     at::IntArrayRef padding) {
+  Geometry g{x.size(0), x.size(1), x.size(2), x.size(3), weight.size(2), stride,
+             dilation, padding[2], padding[0], 0, 0};
   g.rows = (g.height + padding[2] + padding[3] - g.span() - 1) / stride + 1;
   g.columns = (g.width + padding[0] + padding[1] - g.span() - 1) / stride + 1;
   return g;
 }
 
-// The weights [C, 1, K, K] as [block][tap][16].
+// Rearranges the weights [C, 1, K, K] to [block][tap][16].
 rows::Scratch blocked(const at::Tensor& weight, const Geometry& g) {
   const at::Tensor plain = weight.to(at::kFloat).contiguous();
   const float* source = plain.const_data_ptr<float>();
@@ -192,10 +205,11 @@ rows::Scratch blocked(const at::Tensor& weight, const Geometry& g) {
   return weights;
 }
 
-// Adds the sums of all slots, in their order.
+// Adds the sums of all slots, in order.
 void add_slots(const float* sums, int64_t slots, const Geometry& g, const at::Tensor& grad_weight) {
   const int64_t size = g.blocks() * g.taps() * kLanes;
-  at::Tensor total = at::empty({g.channels, g.taps()}, grad_weight.options().dtype(at::kFloat), at::MemoryFormat::Contiguous);
+  at::Tensor total = at::empty({g.channels, g.taps()}, grad_weight.options().dtype(at::kFloat),
+                               at::MemoryFormat::Contiguous);
   float* out = total.data_ptr<float>();
   for (int64_t block = 0; block < g.blocks(); ++block) {
     for (int64_t tap = 0; tap < g.taps(); ++tap) {
@@ -219,11 +233,13 @@ void with_type(at::ScalarType type, const Body& body) {
 
 at::Tensor channels_last(const at::Tensor& t) { return t.contiguous(at::MemoryFormat::ChannelsLast); }
 
-std::tuple<at::Tensor, at::Tensor> depthwise_conv_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight,
-                                                           int64_t stride, int64_t dilation, at::IntArrayRef padding,
+std::tuple<at::Tensor, at::Tensor> depthwise_conv_backward(const at::Tensor& grad, const at::Tensor& x,
+                                                           const at::Tensor& weight, int64_t stride,
+                                                           int64_t dilation, at::IntArrayRef padding,
                                                            bool need_x, bool need_weight) {
   const Geometry g = geometry_of(x, weight, stride, dilation, padding);
-  at::Tensor grad_x = need_x ? at::empty(x.sizes(), x.options(), at::MemoryFormat::ChannelsLast) : x.new_empty({0});
+  at::Tensor grad_x =
+      need_x ? at::empty(x.sizes(), x.options(), at::MemoryFormat::ChannelsLast) : x.new_empty({0});
   at::Tensor grad_weight = need_weight ? at::zeros_like(weight) : weight.new_empty({0});
   if (grad.numel() == 0) return {grad_x.zero_(), grad_weight};
   const at::Tensor input = channels_last(x), output = channels_last(grad);

@@ -1,9 +1,9 @@
-// label_probability on the CPU: softmax probability of each pixel's own label in the bilinearly resized logits, one output row
-// at a time.
+// label_probability on the CPU: softmax probability of each pixel's label in the bilinearly resized logits,
+// one output row at a time.
 //
-// Per output pixel the kernel blends two rows that are already resized along their width (rows.h), walks the classes once for
-// the maximum m and the own logit l, and once more for the sum: p = exp(l - m) / sum_c exp(v_c - m). Nothing of size
-// [N, C, H, W] exists.
+// Per output pixel the kernel blends two rows that are already resized along their width (rows.h), with one
+// pass over the classes for the maximum m and the label's logit l, and another for the sum: p = exp(l - m) /
+// sum_c exp(v_c - m). Nothing of size [N, C, H, W] is stored.
 #include <torch/library.h>
 
 #include "rows.h"
@@ -15,8 +15,8 @@ using namespace rows;
 
 constexpr float kIgnored = 2.0f;  // above every probability
 
-void probability_row(const float* a, const float* b, float wa, float wb, int64_t channels, int64_t stride, int64_t width,
-                     const uint8_t* labels, int64_t ignore_index, float* out) {
+void probability_row(const float* a, const float* b, float wa, float wb, int64_t channels, int64_t stride,
+                     int64_t width, const uint8_t* labels, int64_t ignore_index, float* out) {
   for (int64_t x = 0; x < width; x += kLanes) {
     const int64_t n = std::min(kLanes, width - x);
     int32_t own[kLanes] = {};
@@ -38,14 +38,16 @@ void probability_row(const float* a, const float* b, float wa, float wb, int64_t
     for (int64_t c = 0; c < channels; ++c) sum += exp_nonpositive(at(c) - best);
     const vfloat nothing = {};
     const vfloat probability = select(known, exp_nonpositive(logit - best) / sum, nothing);
-    const vfloat result = select(label == splat_int(static_cast<int32_t>(ignore_index)), nothing + kIgnored, probability);
+    const vfloat result =
+        select(label == splat_int(static_cast<int32_t>(ignore_index)), nothing + kIgnored, probability);
     std::memcpy(out + x, &result, n * sizeof(float));
   }
 }
 
 at::Tensor label_probability(const at::Tensor& logits, const at::Tensor& labels, int64_t ignore_index) {
   const int64_t batch = labels.size(0), height = labels.size(1), width = labels.size(2);
-  at::Tensor probability = at::empty({batch, height, width}, logits.options().dtype(at::kFloat), at::MemoryFormat::Contiguous);
+  at::Tensor probability =
+      at::empty({batch, height, width}, logits.options().dtype(at::kFloat), at::MemoryFormat::Contiguous);
   if (probability.numel() == 0) return probability;
   const Map map(logits);
   const Columns columns(map.width, width, false);
@@ -58,8 +60,8 @@ at::Tensor label_probability(const at::Tensor& logits, const at::Tensor& labels,
       const int64_t n = i / height, y = i % height;
       const float* a = cache.get(n, taps.first[y]);
       const float* b = taps.right[y] == 0.0f ? a : cache.get(n, taps.first[y] + 1);
-      probability_row(a, b, taps.left[y], taps.right[y], map.channels, cache.stride(), width, classes + i * width, ignore_index,
-                      out + i * width);
+      probability_row(a, b, taps.left[y], taps.right[y], map.channels, cache.stride(), width,
+                      classes + i * width, ignore_index, out + i * width);
     }
   });
   return probability;

@@ -1,4 +1,4 @@
-// Sixteen values of fp32, bf16 or fp16 in memory as one vector of fp32, and back.
+// Loads and stores of sixteen fp32, bf16 or fp16 values as one vector of fp32.
 #pragma once
 
 #include <algorithm>
@@ -42,7 +42,7 @@ inline void store_lanes(at::Half* target, vfloat value) {
   for (int lane = 0; lane < kLanes; ++lane) target[lane] = static_cast<at::Half>(value[lane]);
 }
 
-// The first `lanes` (1..16); the others are zero.
+// Loads the first `lanes` (1..16) values; the others are zero.
 template <typename T>
 vfloat load_part(const T* source, int64_t lanes) {
   if (lanes >= kLanes) return load_lanes(source);

@@ -1,11 +1,11 @@
-// Rows of a low-resolution map as fp32 planes, and bilinear resizing (align_corners=True) of such rows.
-// Shared by the operators that look at full resolution one row at a time: argmax and softmax_accumulate.
+// Rows of a low-resolution map as fp32 planes, and their bilinear resizing (align_corners=True). Shared by
+// the operators that process full resolution one row at a time: argmax and softmax_accumulate.
 //
-// A "plane row" is one image row of all C channels, laid out [C][stride] in fp32, with pixels contiguous. Arithmetic
-// runs over pixels, so that C need not be a multiple of anything and softmax needs no reduction inside a vector.
-// Resizing is separable: a source row is resized along its width once, when it enters the cache, and output rows
-// between two source rows then cost one contiguous blend. The order (width first, then height) and the fp32 index
-// arithmetic are those of PyTorch's CPU interpolate, so both pick the same source pixels.
+// A "plane row" is one image row of all C channels, laid out [C][stride] in fp32, with pixels contiguous.
+// Arithmetic runs over pixels, so C may have any value and softmax needs no reduction inside a vector.
+// Resizing is separable: a source row is resized along its width once, when it enters the cache, and output
+// rows between two source rows then cost one contiguous blend. The order (width first, then height) and the
+// fp32 index arithmetic are those of PyTorch's CPU interpolate, so both select the same source pixels.
 #pragma once
 
 #include <c10/core/CPUAllocator.h>
@@ -18,10 +18,11 @@
 namespace stpp {
 namespace rows {
 
-// fp32 scratch memory, aligned to a cache line, with slack for whole vectors read past the end.
+// fp32 scratch memory, aligned to a cache line, with slack for vectors read past the end.
 class Scratch {
  public:
-  explicit Scratch(int64_t count) : memory_(c10::GetCPUAllocator()->allocate((count + 2 * kLanes) * sizeof(float))) {
+  explicit Scratch(int64_t count)
+      : memory_(c10::GetCPUAllocator()->allocate((count + 2 * kLanes) * sizeof(float))) {
     std::memset(memory_.get(), 0, (count + 2 * kLanes) * sizeof(float));
   }
   float* data() const { return static_cast<float*>(memory_.get()); }
@@ -30,14 +31,15 @@ class Scratch {
   at::DataPtr memory_;
 };
 
-// Distance between the planes of a row: an odd number of cache lines, or planes of a width of 1024 would all fall into
-// the same cache set.
+// Distance between the planes of a row: an odd number of cache lines, or planes of width 1024 would all fall
+// into the same cache set.
 inline int64_t plane_stride(int64_t width) {
   const int64_t lines = (width + 15) / 16;
   return (lines | 1) * 16;
 }
 
-// out[i] = left[i] * in[first[i]] + right[i] * in[first[i] + 1]; where right[i] is 0, `first` may be the last index.
+// Weights of out[i] = left[i] * in[first[i]] + right[i] * in[first[i] + 1]; if right[i] is 0, `first` may be
+// the last index.
 struct Taps {
   std::vector<int32_t> first;
   std::vector<float> left, right;
@@ -91,13 +93,13 @@ class Columns {
   int64_t out() const { return out_; }
   bool copies() const { return copy_; }
 
-  // Values of output pixels [chunk * kLanes, (chunk + 1) * kLanes) of one plane; src is readable 2 * kLanes past its
-  // end.
+  // Values of output pixels [chunk * kLanes, (chunk + 1) * kLanes) of one plane; src is readable 2 * kLanes
+  // past its end.
   vfloat get(const float* src, int64_t chunk) const {
     const float* window = src + base_[chunk];
     const vint ia = load(&a_[chunk * kLanes]), ib = load(&b_[chunk * kLanes]);
     const vfloat wa = load(&left_[chunk * kLanes]), wb = load(&right_[chunk * kLanes]);
-    // Neighbouring outputs read neighbouring inputs: two loads and two permutations stand for 32 gathered values.
+    // Neighbouring outputs read neighbouring inputs: two loads and two permutations replace 32 gathers.
     if (near_[chunk]) {
       const vfloat low = load(window), high = load(window + kLanes);
       return wa * permute(low, high, ia) + wb * permute(low, high, ib);
@@ -105,7 +107,7 @@ class Columns {
     return wa * gather(window, ia) + wb * gather(window, ib);
   }
 
-  // dst[0, out) = resized src; dst is writable to a whole number of vectors.
+  // Resizes src to dst[0, out); dst is writable to a whole number of vectors.
   void resize(const float* src, float* dst) const {
     for (int64_t chunk = 0; chunk * kLanes < out_; ++chunk) store(dst + chunk * kLanes, get(src, chunk));
   }
@@ -118,15 +120,16 @@ class Columns {
   std::vector<float> left_, right_;
 };
 
-// A map [N, C, h, w] of any strides, in fp32, bf16 or fp16.
+// Map [N, C, h, w] of any strides, in fp32, bf16 or fp16.
 struct Map {
   const void* data;
   at::ScalarType dtype;
   int64_t channels, height, width, stride_n, stride_c, stride_h, stride_w;
 
   explicit Map(const at::Tensor& t)
-      : data(t.const_data_ptr()), dtype(t.scalar_type()), channels(t.size(1)), height(t.size(2)), width(t.size(3)),
-        stride_n(t.stride(0)), stride_c(t.stride(1)), stride_h(t.stride(2)), stride_w(t.stride(3)) {}
+      : data(t.const_data_ptr()), dtype(t.scalar_type()), channels(t.size(1)), height(t.size(2)),
+        width(t.size(3)), stride_n(t.stride(0)), stride_c(t.stride(1)), stride_h(t.stride(2)),
+        stride_w(t.stride(3)) {}
 
   // Writes row y of image n as planes into dst.
   void read(int64_t n, int64_t y, float* dst, int64_t stride) const {
@@ -154,12 +157,14 @@ struct Map {
   }
 };
 
-// The last two rows asked for, resized along their width by `columns`. Rows y and y + 1 never displace each other.
+// Cache of the last two rows requested, resized along their width by `columns`. Rows y and y + 1 never
+// displace each other.
 class RowCache {
  public:
   RowCache(const Map& map, const Columns& columns)
-      : map_(map), columns_(columns), raw_stride_(plane_stride(map.width)), stride_(plane_stride(columns.out())),
-        raw_(map.channels * raw_stride_), even_(map.channels * stride_), odd_(map.channels * stride_) {}
+      : map_(map), columns_(columns), raw_stride_(plane_stride(map.width)),
+        stride_(plane_stride(columns.out())), raw_(map.channels * raw_stride_), even_(map.channels * stride_),
+        odd_(map.channels * stride_) {}
 
   int64_t stride() const { return stride_; }
 

@@ -1,1 +1,1 @@
-"""Triton kernels, one a file; `import triton` inside them is the compiler's package, not this folder."""
+"""Triton kernels, one per file; `import triton` in them imports the compiler's package, not this folder."""

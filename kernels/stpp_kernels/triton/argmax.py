@@ -1,8 +1,8 @@
-"""`upsample_argmax` on CUDA: one program makes a piece of one output row, walking the classes once.
+"""`upsample_argmax` on CUDA: one program computes a segment of one output row, in one pass over the classes.
 
 Per pixel and class the kernel blends the four corner logits, which neighbouring pixels share through the
-cache, and keeps the running maximum, its class and, for the confidence, the sum of exponentials below it
-(rescaled whenever the maximum moves, as in online softmax). Nothing of size [N, C, H, W] exists.
+cache, and keeps the running maximum, its class and, for the confidence, the sum of exponentials relative to
+it (rescaled whenever the maximum changes, as in online softmax). Nothing of size [N, C, H, W] is stored.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stpp_kernels.triton.resize import block_width, logit, source, step
 
-# Images differ in size: one compiled variant for all of them.
+# One compiled variant for all image sizes.
 SIZES = ["stride_n", "stride_c", "stride_h", "stride_w", "in_height", "in_width", "height", "width",
          "classes"]
 
@@ -51,7 +51,7 @@ def _argmax_kernel(
 
 
 def upsample_argmax(logits: Tensor, size: list[int], confidence: bool) -> tuple[Tensor, Tensor]:
-    """Arguments and results as those of the operator; see `stpp_kernels.argmax`."""
+    """Implements the operator; see `stpp_kernels.argmax`."""
     batch, classes, in_height, in_width = logits.shape
     height, width = size
     mask = torch.empty((batch, height, width), dtype=torch.uint8, device=logits.device)

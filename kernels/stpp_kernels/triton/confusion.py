@@ -1,14 +1,13 @@
 """`confusion` on CUDA: int64 counts of (truth, prediction) pairs.
 
-Up to `HISTOGRAM_CLASSES` classes each program counts its pixels in a histogram of its own and adds what it
-found to the result. Above, the histogram would be too large, and a program adds runs of equal pairs instead,
-which masks are made of: from a pixel a where a run begins to b where it ends it has (b + 1) - a pixels, so
-every end adds its position plus one and every beginning takes its position off, at most two atomic additions
-a run, of whatever length. Sums of integers do not depend on their order, so both give the same bits in every
-run.
+Up to `HISTOGRAM_CLASSES` classes each program counts its pixels in its own histogram and adds that to the
+result. Above, the histogram would be too large, and a program adds runs of equal pairs, of which masks mostly
+consist: a run from pixel a to pixel b has (b + 1) - a pixels, so every end adds its position plus one and
+every beginning subtracts its position, at most two atomic additions per run of any length. Sums of integers
+do not depend on their order, so both are deterministic.
 
-A value outside the classes is counted nowhere and raises a flag, which fails an assert on the stream: nothing
-waits.
+A value outside the classes is not counted and sets a flag, which fails an asynchronous assertion on the
+stream.
 """
 
 import torch
@@ -23,8 +22,8 @@ RUNS_BLOCK = 1024
 
 @triton.jit
 def _cell(pred, target, pixel, inside, ignore, classes, IGNORE_BOTH: tl.constexpr):
-    """(pair of the pixels, or classes * classes where they do not count; whether a value is outside the
-    classes)."""
+    """Computes (pair number of the pixels, or classes * classes if not counted; True if a value is outside
+    the classes)."""
     p = tl.load(pred + pixel, mask=inside, other=0).to(tl.int64)
     t = tl.load(target + pixel, mask=inside, other=0).to(tl.int64)
     counts = inside & (t != ignore)
@@ -49,9 +48,9 @@ def _confusion_kernel(
     cells = classes * classes
     image = matrix + n * cells
     if BINS > 0:
-        found = tl.histogram(cell, BINS)
+        sums = tl.histogram(cell, BINS)
         bins = tl.arange(0, BINS)
-        tl.atomic_add(image + bins, found.to(tl.int64), mask=(bins < cells) & (found > 0), sem="relaxed")
+        tl.atomic_add(image + bins, sums.to(tl.int64), mask=(bins < cells) & (sums > 0), sem="relaxed")
     else:
         before, _ = _cell(pred, target, at - 1, (at > 0) & (at < length), ignore, classes, IGNORE_BOTH)
         after, _ = _cell(pred, target, at + 1, at + 1 < length, ignore, classes, IGNORE_BOTH)
@@ -63,7 +62,7 @@ def _confusion_kernel(
 def confusion(
     pred: Tensor, target: Tensor, num_classes: int, ignore_index: int, per_image: bool, ignore_both: bool
 ) -> Tensor:
-    """Arguments and result as those of the operator; see `stpp_kernels.confusion`."""
+    """Implements the operator; see `stpp_kernels.confusion`."""
     pred, target = pred.contiguous(), target.contiguous()
     images = target.shape[0] if per_image else 1
     matrix = torch.zeros((images, num_classes, num_classes), dtype=torch.int64, device=target.device)

@@ -1,38 +1,38 @@
-"""upsample_cross_entropy for CUDA: loss, count and gradient of the low-resolution logits. Derivation:
+"""`upsample_cross_entropy` on CUDA: loss, count and gradient of the low-resolution logits. Derivation:
 ../cross_entropy.py.
 
-A program owns a block of neighbouring cells along x and walks down a band of cell rows. Its tiles are
+A program processes a block of neighbouring cells along x, down a band of cell rows. Its tiles are
 [classes, cells] in registers: four corners' logits, four corners' gradients. For every pixel position inside
-a cell, one pixel of each cell is computed at once. The lower corners of one cell row are the upper ones of
-the next, so a corner row is read and written once a band.
+a cell, one pixel of each cell is computed in parallel. The lower corners of one cell row are the upper ones
+of the next, so a corner row is read and written once per band.
 
-Layout. Logits and workspace are [N, C, h, w], so that cells lie next to each other in memory, and everything
-that a cell has once is [1, cells]. Then Triton gives tiles and vectors one layout, lanes over the cells first
-and over groups of classes with what is left: for 21 classes and 256 elements of one warp, 8 cells x 4 lanes
-of 8 classes each. A sum over the classes is 7 additions and 2 shuffles for 8 pixels, nothing changes its
-layout, and one warp needs no barrier. Logits in channels_last are copied first: a few microseconds, where
-lanes over the classes cost five shuffles a pixel and a barrier wherever a vector meets a tile.
+Layout. Logits and workspace are [N, C, h, w], so that cells are adjacent in memory, and values per cell are
+[1, cells]. Triton then gives tiles and vectors one layout, lanes over the cells first, the remaining ones
+over groups of classes: for 21 classes and 256 elements of one warp, 8 cells x 4 lanes of 8 classes each. A
+sum over the classes is 7 additions and 2 shuffles for 8 pixels, no layout is converted, and one warp needs no
+barrier. Logits in channels_last are copied first: a few microseconds, whereas lanes over the classes would
+cost five shuffles per pixel and a barrier wherever a vector meets a tile.
 
 Shift of the exponentials. Softmax may subtract any number; the largest logit of a pixel p would take a
-reduction for every pixel. Let m_k = max_c x_k[c] be the largest logit of corner k, found once a cell. The
-bound b_p = sum_k w_pk m_k >= max_c z_p[c] needs none. With the shortfalls d_k[c] = m_k - x_k[c] >= 0 it lies
-above the largest logit by
+reduction per pixel. Let m_k = max_c x_k[c] be the largest logit of corner k, computed once per cell. The
+bound b_p = sum_k w_pk m_k >= max_c z_p[c] needs none. With the shortfalls d_k[c] = m_k - x_k[c] >= 0 it
+exceeds the largest logit by
 
     b_p - max_c z_p[c] = min_c sum_k w_pk d_k[c] <= min_c max_k d_k[c] = G,
 
-one number a cell, 0 where one class is the largest at all four corners. Corners that disagree strongly make
-it large: with (1e4, -1e4) and (-1e4, 1e4) the middle has z = (0, 0) and b = 1e4, and all exponentials would
-be 0. So where G exceeds MAX_GAP = 44 in any cell of the program's row, the largest logits are searched after
-all. Below it the largest exponential is at least e^-44 > 2^-64, those that underflow (below 2^-126) are less
-than 2^-62 of it, and 1 / total is finite. The subtraction then rounds to 2^-24 of at most 44 nats, which are
-a part of the corners' spread; interpolating them rounds as much. Rounding may also put b below a logit by a
-few units of the last place of the largest corner, which is less than 1 nat up to MAX_BOUND = 2^20; beyond,
-and for NaN, the search is taken too.
+one number per cell, 0 if one class is the largest at all four corners. It is large if corners disagree
+strongly: with (1e4, -1e4) and (-1e4, 1e4) the middle has z = (0, 0) and b = 1e4, and all exponentials would
+be 0. So if G exceeds MAX_GAP = 44 in any cell of the program's row, the largest logits are searched. Below
+it the largest exponential is at least e^-44 > 2^-64, those that underflow (below 2^-126) are less than 2^-62
+of it, and 1 / total is finite. The subtraction then rounds to 2^-24 of at most 44 nats, which are a part of
+the corners' spread; their interpolation has the same rounding error. Rounding may also put b below a logit by
+a few units in the last place of the largest corner, which is less than 1 nat up to MAX_BOUND = 2^20; beyond,
+and for NaN, the logits are searched too.
 
-No atomics, hence the same bits every run, whether or not deterministic algorithms were asked for: a cell's
-sums for its left and its right corners go to separate planes of a float32 workspace (2 times the logits),
-rows shared by two bands to a second one, and a second kernel adds what belongs to each corner in fixed order.
-It also adds up the programs' losses and counts.
+There are no atomics, hence the result is bitwise reproducible, with or without deterministic algorithms: a
+cell's sums for its left and its right corners go to separate planes of a float32 workspace (2 times the
+logits), rows shared by two bands to a second one, and a second kernel adds the parts of each corner in fixed
+order. It also sums the programs' losses and counts.
 """
 
 from dataclasses import dataclass
@@ -48,33 +48,33 @@ from stpp_kernels.triton.resize import begin, step
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """Launch settings of the forward kernel; results differ in the last bits only. The defaults are what
-    registers suggest (benchmarks/NOTES.md) and wait for a measurement on a GPU."""
+    """Launch settings of the forward kernel; results differ in the last bits only. The defaults follow from
+    register use (benchmarks/NOTES.md) and are not yet measured on a GPU."""
 
     tile: int = 256
-    """Elements of a [classes, cells] tile: the classes, filled up to a power of two, times the cells of a
-    program, of which there are at least 1 and at most 64."""
+    """Elements of a [classes, cells] tile: classes, padded to a power of two, times cells of a program, from
+    1 to 64."""
     warps: int = 1
-    """Warps of a program. `tile / (32 * warps)` elements a thread: 8 take 95 to 230 registers, 16 all of
-    them. Two warps or more share out the classes where a warp has fewer than 32 cells; reductions then pass
-    through shared memory."""
+    """Warps per program. `tile / (32 * warps)` elements per thread: 8 take 95 to 230 registers, 16 all of
+    them. Two or more warps split the classes if a warp has fewer than 32 cells; reductions then use shared
+    memory."""
     programs: int = 4096
-    """Programs above which bands grow beyond one row of cells. A band reads and writes its border rows
-    twice."""
+    """Number of programs above which bands have more than one row of cells. A band reads and writes its
+    border rows twice."""
 
 
-FAR_BELOW = tl.constexpr(-1e30)  # logit of the classes that fill a tile up to a power of two
+FAR_BELOW = tl.constexpr(-1e30)  # logit of the classes that pad a tile to a power of two
 MAX_GAP = tl.constexpr(44.0)  # nats; see above
 MAX_BOUND = tl.constexpr(2.0**20)
 MAX_ELEMENTS = 2**31 - 1  # of an image's logits: offsets within an image are 32-bit
-# One compiled variant for all sizes: none of them is a stride that a compiler could use.
+# One compiled variant for all sizes: specialising would not help, as none of them is a stride.
 SIZES = ["images", "h", "w", "height", "width", "ignore_index", "programs", "cells_per_band", "bands"]
 GRADIENT_STRIDES = ["grad_n", "grad_c", "grad_y", "grad_x"]
 
 
 @triton.jit
 def _corner(tile, exists, is_class):
-    """(logits [classes, cells] of one corner of every cell, the largest of each cell [1, cells])."""
+    """Loads (logits [classes, cells] of one corner of every cell, the largest of each cell [1, cells])."""
     logits = tl.where(is_class, tl.load(tile, mask=exists & is_class, other=0.0).to(tl.float32), FAR_BELOW)
     return logits, tl.max(logits, 0, keep_dims=True)
 
@@ -86,8 +86,8 @@ def _blend(near, a, b):
 
 @triton.jit
 def _bound_fails(ul, ur, ll, lr, top_ul, top_ur, top_ll, top_lr):
-    """Scalar: some pixel of these cells may lie further below the bound than its exponentials keep their
-    accuracy."""
+    """Returns a scalar: True if a pixel of these cells may lie too far below the bound for accurate
+    exponentials."""
     above = tl.maximum(tl.maximum(top_ul - ul, top_ur - ur), tl.maximum(top_ll - ll, top_lr - lr))
     gap = tl.min(above, 0, keep_dims=True)
     largest = tl.maximum(tl.maximum(tl.abs(top_ul), tl.abs(top_ur)),
@@ -120,7 +120,7 @@ def _forward(
     base = logits + n * C * plane
     work_left = work + n * C * plane
     work_right = work_left + tl.cast(images, tl.int64) * C * plane
-    tile = c * plane + x  # below 2^31, as upsample_cross_entropy sees to
+    tile = c * plane + x  # below 2^31, as upsample_cross_entropy checks
     y_first = band * cells_per_band
     y_last = tl.minimum(y_first + cells_per_band, cells_y)
 
@@ -152,7 +152,7 @@ def _forward(
             for j in range(0, most_x):
                 pixel = begin_x + j
                 exists = j < count_x
-                # Clamped below for cells without this pixel: outside the cell the bound is none, and inf * 0
+                # Clamped for cells without this pixel: outside the cell the bound does not hold, and inf * 0
                 # would be NaN.
                 across = tl.maximum(tl.minimum(pixel.to(tl.float32) * scale_x - x.to(tl.float32), 1.0), 0.0)
                 label = tl.load(labels + row + pixel, mask=exists, other=0).to(tl.int64)
@@ -167,8 +167,7 @@ def _forward(
                     weight *= tl.load(class_weight + label, mask=counts, other=0.0)
                 if HAS_PIXEL_WEIGHT:
                     weight *= tl.load(pixel_weight + row + pixel, mask=counts, other=0.0)
-                # The label's own logit from its four corners: a sum over the classes to pick it would cost
-                # more.
+                # The label's logit from its four corners: selecting it by a sum over the classes costs more.
                 own = label * plane + x
                 own_ul = tl.load(base + upper + own, mask=counts, other=0.0).to(tl.float32)
                 own_ll = tl.load(base + lower + own, mask=counts, other=0.0).to(tl.float32)
@@ -256,10 +255,10 @@ def upsample_cross_entropy(
     with_gradient: bool,
     launch: Launch = Launch(),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As reference.upsample_cross_entropy, for float32, bfloat16 and float16; no host sync.
+    """Implements reference.upsample_cross_entropy for float32, bfloat16 and float16, without host syncs.
 
     Args:
-        launch: settings of the forward kernel, for measurements; the operator takes the defaults.
+        launch: settings of the forward kernel, for benchmarks; the operator uses the defaults.
 
     Raises:
         ValueError: an image with 2^31 or more low-resolution logits.
@@ -286,8 +285,8 @@ def upsample_cross_entropy(
     if logits.numel() == 0 or labels.numel() == 0:
         return loss.zero_(), counted.zero_(), gradient.zero_()
     if num_classes * h * w > MAX_ELEMENTS:
-        raise ValueError(f"logits have {num_classes * h * w} elements an image; on CUDA at most "
-                         f"{MAX_ELEMENTS} will do")
+        raise ValueError(f"logits have {num_classes * h * w} elements per image; on CUDA at most "
+                         f"{MAX_ELEMENTS} are supported")
     partials = [torch.empty(programs, dtype=t, device=device)
                 for t in (torch.float32, torch.int32, torch.int32)]
     work = shared = loss
@@ -304,7 +303,7 @@ def upsample_cross_entropy(
             ignore_index, cells_per_band, bands,
             C=num_classes, CELLS=cells, CLASSES=classes, HAS_CLASS_WEIGHT=class_weight is not None,
             HAS_PIXEL_WEIGHT=pixel_weight is not None, WITH_GRADIENT=with_gradient, num_warps=launch.warps,
-            maxnreg=255 if classes == 256 else None,  # or ptxas spills some to fit in more programs
+            maxnreg=255 if classes == 256 else None,  # or ptxas spills registers to fit more programs
         )  # fmt: skip
         block = 512
         grid = (num_images * h, triton.cdiv(num_classes * w, block)) if with_gradient else (1, 1)

@@ -1,8 +1,9 @@
-"""`label_probability` on CUDA: one program makes a piece of one output row, walking the classes once.
+"""`label_probability` on CUDA: one program computes a segment of one output row, in one pass over the
+classes.
 
-Per pixel and class the kernel blends the four corner logits and keeps the running maximum m with the sum of
-exponentials below it (rescaled whenever the maximum moves, as in online softmax), and the logit l of the
-pixel's own label: p = exp(l - m) / sum.
+Per pixel and class the kernel blends the four corner logits and keeps the running maximum m, the sum of
+exponentials relative to it (rescaled whenever the maximum changes, as in online softmax), and the logit l of
+the pixel's label: p = exp(l - m) / sum.
 """
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from stpp_kernels.triton.resize import block_width, logit, source, step
 
-# Images differ in size: one compiled variant for all of them.
+# One compiled variant for all image sizes.
 SIZES = ["stride_n", "stride_c", "stride_h", "stride_w", "in_height", "in_width", "height", "width",
          "classes", "ignore_index"]
 IGNORED = tl.constexpr(2.0)
@@ -45,12 +46,12 @@ def _probability_kernel(
         total = total * tl.exp(best - most) + tl.exp(value - most)
         best = most
         own = tl.where(label == c, value, own)
-    found = tl.exp(own - best) / total
-    tl.store(probability + out, tl.where(label == ignore_index, IGNORED, found), mask=inside)
+    own_probability = tl.exp(own - best) / total
+    tl.store(probability + out, tl.where(label == ignore_index, IGNORED, own_probability), mask=inside)
 
 
 def label_probability(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """Arguments and results as those of the operator; see `stpp_kernels.label_probability`."""
+    """Implements the operator; see `stpp_kernels.label_probability`."""
     batch, height, width = labels.shape
     classes, in_height, in_width = logits.shape[1:]
     probability = torch.empty((batch, height, width), dtype=torch.float32, device=logits.device)

@@ -9,8 +9,8 @@ import triton.language as tl
 
 @triton.jit
 def source(position, step_size, length):
-    """(first source index, second, weight of the second) of output indices `position` on an axis of `length`
-    pixels."""
+    """Computes (first source index, second, weight of the second) of output indices `position` on an axis of
+    `length` pixels."""
     at = position.to(tl.float32) * step_size
     first = tl.minimum(at.to(tl.int32), length - 1)
     second = tl.minimum(first + 1, length - 1)
@@ -20,8 +20,8 @@ def source(position, step_size, length):
 
 @triton.jit
 def logit(row_top, row_bottom, low, left, right, near, inside):
-    """One class's logit between four, float32: pointers to two rows, weight of the lower; offsets of two
-    columns, weight of the right."""
+    """Blends one class's logit from four corners, float32: pointers to two rows, weight of the lower; offsets
+    of two columns, weight of the right."""
     a = tl.load(row_top + left, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(row_top + right, mask=inside, other=0.0).to(tl.float32)
     d = tl.load(row_bottom + left, mask=inside, other=0.0).to(tl.float32)
@@ -36,8 +36,8 @@ def _low(index, cells, scale):
 
 @triton.jit
 def begin(cell, cells, out, scale, inverse):
-    """First output that reads `cell` or a later one. The guess from the inverse scale is off by less than
-    two."""
+    """Computes the first output that reads `cell` or a later one. The guess from the inverse scale is off by
+    less than two."""
     first = tl.minimum(tl.cast(tl.cast(cell, tl.float32) * inverse, tl.int32) + 2, out)
     for _ in tl.static_range(4):
         first = tl.where((first > 0) & (_low(first - 1, cells, scale) >= cell), first - 1, first)
@@ -46,14 +46,14 @@ def begin(cell, cells, out, scale, inverse):
 
 
 def step(length: int, out_length: int) -> float:
-    """Source pixels from one output pixel to the next, rounded to fp32 as PyTorch does.
+    """Computes the step in source pixels between output pixels, rounded to fp32 as in PyTorch.
 
-    The quotient of two integers below 2^24 in fp64, rounded to fp32, is their quotient in fp32: 53 bits are
-    more than twice 24.
+    The quotient of two integers below 2^24 in fp64, rounded to fp32, equals their quotient in fp32, because
+    53 bits are more than twice 24.
     """
     return ctypes.c_float((length - 1) / (out_length - 1)).value if out_length > 1 else 0.0
 
 
 def block_width(width: int) -> int:
-    """Pixels of one program: a power of two that wastes little of a short row."""
+    """Number of pixels per program: a power of two that wastes little of a short row."""
     return min(512, max(32, triton.next_power_of_2(width)))

@@ -1,14 +1,14 @@
 """`softmax_accumulate` and `finalize` on CUDA.
 
-Accumulating takes two kernels. The first computes, for every pixel at the scaled size, the maximum over the
-classes and the inverse of the sum of exponentials below it: 2 / C of what the eager form stores. The second
-makes pieces of output rows: an output pixel blends four pixels of the scaled size, whose probability of a
-class is exp(logit - maximum) times that inverse, with the logit blended from low resolution on the fly. It
-recomputes up to four exponentials per element, which cost less than the memory traffic they save; where
-`size` equals the scaled size one is left. A view and its mirror image are added in one pass: the sums are
-read and written once for both.
+Accumulation takes two kernels. The first computes, for every pixel at the scaled size, the maximum over the
+classes and the inverse of the sum of exponentials relative to it: 2 / C of the memory of the eager form. The
+second computes segments of output rows: an output pixel blends four pixels of the scaled size, whose
+probability of a class is exp(logit - maximum) times that inverse, with the logit blended from low resolution
+on the fly. It recomputes up to four exponentials per element, which cost less than the memory traffic they
+save, and only one if `size` equals the scaled size. A view and its mirror image are added in one pass: the
+sums are read and written once for both.
 
-No atomics on floating-point numbers: the result is the same, bit for bit, in every run.
+There are no atomics on floating-point numbers, so the result is bitwise reproducible.
 """
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stpp_kernels.triton.resize import block_width, logit, source, step
 
-# Images and views differ in size: one compiled variant for all of them.
+# One compiled variant for all sizes of images and views.
 LOGIT_SIZES = ["stride_n", "stride_c", "stride_h", "stride_w", "in_height", "in_width", "classes"]
 SCALED_SIZES = [*LOGIT_SIZES, "height", "width"]
 SUM_SIZES = [*LOGIT_SIZES, "images", "acc_n", "acc_c", "acc_h", "acc_w", "scaled_height", "scaled_width",
@@ -45,8 +45,8 @@ def _logsumexp_kernel(
         most = tl.maximum(best, value)
         total = total * tl.exp(best - most) + tl.exp(value - most)
         best = most
-    # The two apart, not as one log-sum-exp: beside a logit of 1e4 the logarithm of the total would be rounded
-    # away.
+    # Stored separately, not as one log-sum-exp: next to a logit of 1e4 the logarithm of the total would be
+    # rounded away.
     out = (n * height + y) * width + x
     tl.store(plane + 2 * out, best, mask=inside)
     tl.store(plane + 2 * out + 1, 1.0 / total, mask=inside)
@@ -56,9 +56,9 @@ def _logsumexp_kernel(
 def _columns(
     row0, row1, x0, x1, low, near, inside, logit_step_x, in_width, stride_w, SAME: tl.constexpr
 ):  # fmt: skip
-    """What the two columns x0 and x1 at the scaled size need in every class: where their logits lie, the
-    maxima of the (up to) four pixels, and the inverse sums of exponentials times their weights in the resized
-    probability."""
+    """Computes the class-independent values of the two columns x0 and x1 at the scaled size: offsets and
+    weights of their logits, the maxima of the (up to) four pixels, and the inverse sums of exponentials times
+    their weights in the resized probability."""
     left0, right0, near0 = source(x0, logit_step_x, in_width)
     left1, right1, near1 = source(x1, logit_step_x, in_width)
     most00 = tl.load(row0 + 2 * x0, mask=inside, other=0.0)
@@ -80,7 +80,7 @@ def _columns(
 
 @triton.jit
 def _add(sums, a, b, d, e, low0, low1, columns, inside, SAME: tl.constexpr):
-    """`sums` of a class plus its probability; a, b and d, e are the rows of logits around the two scaled
+    """Adds the probability of a class to `sums`; a, b and d, e are the rows of logits around the two scaled
     rows."""
     (left0, right0, near0, left1, right1, near1,
      most00, most01, most10, most11, scale00, scale01, scale10, scale11) = columns  # fmt: skip
@@ -140,7 +140,7 @@ def _accumulate_kernel(
 def softmax_accumulate(
     acc: Tensor, logits: Tensor, scaled_size: list[int], size: list[int], flip: bool, pair: bool
 ) -> None:
-    """Arguments as those of the operator; see `stpp_kernels.softmax_accumulate`."""
+    """Implements the operator; see `stpp_kernels.softmax_accumulate`."""
     maps, classes, in_height, in_width = logits.shape
     images = acc.shape[0]
     (scaled_height, scaled_width), (height, width) = scaled_size, size
@@ -185,15 +185,15 @@ def _finalize_kernel(
         total += value
     tl.store(mask + n * pixels + first + pixel, arg.to(tl.uint8), mask=inside)
     tl.store(shares + n * blocks + block, tl.sum(tl.where(inside, best / total, 0.0)))
-    # Pixels past the end fall into the bin behind the last class. Atomic sums of integers do not depend on
-    # their order.
-    found = tl.histogram(tl.where(inside, arg, classes), BINS).to(tl.int64)
+    # Pixels past the end are counted in an extra bin after the last class. Atomic sums of integers do not
+    # depend on their order.
+    sums = tl.histogram(tl.where(inside, arg, classes), BINS).to(tl.int64)
     bins = tl.arange(0, BINS)
-    tl.atomic_add(counts + n * classes + bins, found, mask=(bins < classes) & (found > 0), sem="relaxed")
+    tl.atomic_add(counts + n * classes + bins, sums, mask=(bins < classes) & (sums > 0), sem="relaxed")
 
 
 def finalize(acc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Arguments and results as those of the operator; see `stpp_kernels.softmax_accumulate`."""
+    """Implements the operator; see `stpp_kernels.softmax_accumulate`."""
     batch, classes, height, width = acc.shape
     block = 1024
     blocks = triton.cdiv(height * width, block)
@@ -201,7 +201,7 @@ def finalize(acc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     shares = torch.zeros((batch, blocks), dtype=torch.float32, device=acc.device)
     counts = torch.zeros((batch, classes), dtype=torch.int64, device=acc.device)
     if batch > 0:
-        # a copy only where rows do not follow one another; no pixel's row is searched by a division
+        # copies only if rows are not adjacent; flat indices avoid a division per pixel
         flat_NCP = acc.flatten(2)
         with torch.cuda.device_of(acc):
             _finalize_kernel[(blocks, batch)](

@@ -1,4 +1,4 @@
-"""Monitoring of a run's classes: messages before training and after stages, and about pseudo labels."""
+"""Monitor of a run's classes: warnings before training, after stages, and about pseudo labels."""
 
 import json
 from pathlib import Path
@@ -10,23 +10,23 @@ from stpp.dataset import splits
 from stpp.dataset.notes import Notes
 from stpp.errors import UserError
 from stpp.loading.sample import Sample
-from stpp.run import class_watch
-from stpp.run.class_watch import ClassWatch, pseudo_pixels
+from stpp.run import class_monitor
+from stpp.run.class_monitor import ClassMonitor, pseudo_pixels
 
 CLASSES = ("background", "leaf", "stem")
 
 
-def watch(tmp_path: Path, masks: dict) -> ClassWatch:
+def monitor(tmp_path: Path, masks: dict) -> ClassMonitor:
     known = prepare(data_set(tmp_path / "root", masks), **GLOBS)
     samples = [known.sample(image) for image in sorted(known.entries)]
-    return ClassWatch.of(known, samples[:3], samples[3:], advice=", --more")
+    return ClassMonitor.of(known, samples[:3], samples[3:], advice=", --more")
 
 
 def test_scarce_classes_are_named_before_training(tmp_path):
-    ours = watch(tmp_path, {"a": ids(1), "b": ids(1), "c": ids(), "d": ids(2)})
-    assert ours.images == [3, 2, 0] and ours.labelled[1] == 2 * 80 and ours.validated[2] == 80
+    monitored = monitor(tmp_path, {"a": ids(1), "b": ids(1), "c": ids(), "d": ids(2)})
+    assert monitored.images == [3, 2, 0] and monitored.labelled[1] == 2 * 80 and monitored.validated[2] == 80
     notes = Notes(quiet=True)
-    ours.name_scarce(Path("labeled.txt"), notes)
+    monitored.warn_scarce(Path("labeled.txt"), notes)
     (warning,) = notes.warnings
     assert warning == ("labeled.txt: no labelled pixel of stem: it cannot be learned; label an image that "
                        "shows it")
@@ -34,53 +34,55 @@ def test_scarce_classes_are_named_before_training(tmp_path):
 
 
 def test_class_in_a_single_image_is_named(tmp_path):
-    ours = watch(tmp_path, {"a": ids(1), "b": ids(1, 2), "c": ids(1), "d": ids(2)})
+    monitored = monitor(tmp_path, {"a": ids(1), "b": ids(1, 2), "c": ids(1), "d": ids(2)})
     notes = Notes(quiet=True)
-    ours.name_scarce(Path("labeled.txt"), notes)
+    monitored.warn_scarce(Path("labeled.txt"), notes)
     assert notes.warnings == []
-    assert notes.lines == ["labeled.txt: one image alone shows stem: what is learned of it is that image; "
-                           "label more that do"]
+    assert notes.lines == ["labeled.txt: only one image shows stem: the network learns it from that image "
+                           "alone; label more images that do"]
 
 
 def test_single_labelled_image_names_no_class(tmp_path):
     known = prepare(data_set(tmp_path / "root", {"a": ids(1, 2), "b": ids(1)}), **GLOBS)
-    ours = ClassWatch.of(known, [known.sample("photos/a.jpg")], [], advice="")
-    ours.name_scarce(Path("labeled.txt"), notes := Notes(quiet=True))
+    monitored = ClassMonitor.of(known, [known.sample("photos/a.jpg")], [], advice="")
+    monitored.warn_scarce(Path("labeled.txt"), notes := Notes(quiet=True))
     assert notes.lines == notes.warnings == []
 
 
-def made(**changes) -> ClassWatch:
-    return ClassWatch(**{"classes": CLASSES, "labelled": [900, 95, 5], "images": [9, 7, 2],
-                         "validated": [100, 10, 1], "advice": ", --more"} | changes)
+def made(**changes) -> ClassMonitor:
+    return ClassMonitor(**{"classes": CLASSES, "labelled": [900, 95, 5], "images": [9, 7, 2],
+                           "validated": [100, 10, 1], "advice": ", --more"} | changes)
 
 
 def test_a_lost_class_is_named_once_with_its_figures(capsys):
-    ours = made()
-    ours.lost("1-supervised", {"background": 90.0, "leaf": 1.5, "stem": 0.25})
+    monitored = made()
+    monitored.warn_lost("1-supervised", {"background": 90.0, "leaf": 1.5, "stem": 0.25})
     said = capsys.readouterr().err
     assert ("warning: class stem has an IoU of 0.25 % after 1-supervised; it has 0.5 % of the labelled "
             "pixels, in 2 images") in said
     assert "leaf" not in said and "--rare.weights inverse-sqrt" in said and ", --more; docs/" in said
-    ours.missing([90, 10, 0], "pseudo-labelled pixels")
+    monitored.warn_missing([90, 10, 0], "pseudo-labelled pixels")
     assert capsys.readouterr().err == ""  # it was named
-    ours.missing([100, 0, 0], "pixels that 2-label labelled")
+    monitored.warn_missing([100, 0, 0], "pixels that 2-label labelled")
     assert "class leaf has 9.5 % of the labelled pixels and 0 % of the pixels that" in capsys.readouterr().err
 
 
 def test_classes_absent_from_validation_or_labels_are_not_lost(capsys):
-    made(validated=[100, 10, 0]).lost("s", {"background": 90.0, "leaf": 50.0, "stem": 0.0})
-    made(images=[9, 7, 0], labelled=[900, 95, 0]).lost("s", {"background": 90.0, "leaf": 50.0, "stem": 0.0})
-    made().lost("s", {})  # no validation list
-    made().lost("s", {"background": 90.0, "leaf": 50.0, "stem": float("nan")})
+    made(validated=[100, 10, 0]).warn_lost("s", {"background": 90.0, "leaf": 50.0, "stem": 0.0})
+    made(images=[9, 7, 0], labelled=[900, 95, 0]).warn_lost(
+        "s", {"background": 90.0, "leaf": 50.0, "stem": 0.0})
+    made().warn_lost("s", {})  # no validation list
+    made().warn_lost("s", {"background": 90.0, "leaf": 50.0, "stem": float("nan")})
     assert capsys.readouterr().err == ""
 
 
 def test_many_lost_classes_are_summarised(capsys):
     names = tuple(f"c{i}" for i in range(20))
-    ours = ClassWatch(classes=names, labelled=[1] * 20, images=[2] * 20, validated=[1] * 20)
-    ours.lost("s", dict.fromkeys(names, 0.0))
+    monitored = ClassMonitor(classes=names, labelled=[1] * 20, images=[2] * 20, validated=[1] * 20)
+    monitored.warn_lost("s", dict.fromkeys(names, 0.0))
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == class_watch.SHOWN + 2 and lines[-2] == f"warning: and so {', '.join(names[8:])}"
+    assert len(lines) == class_monitor.SHOWN + 2
+    assert lines[-2] == f"warning: the same holds for {', '.join(names[8:])}"
 
 
 def sample(mask: Path, strong: bool = True) -> Sample:

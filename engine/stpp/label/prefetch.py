@@ -1,4 +1,4 @@
-"""Preparing the next of something while the present one is used."""
+"""Iterator that prepares the next item in a thread."""
 
 import queue
 import threading
@@ -9,9 +9,9 @@ T = TypeVar("T")
 _END = object()
 
 
-def ahead(items: Iterator[T]) -> Iterator[T]:
-    """Yields `items`, each prepared in a thread while the one before is used; what it raises is raised
-    here."""
+def prefetch(items: Iterator[T]) -> Iterator[T]:
+    """Yields `items`, preparing each in a thread while the previous one is used; re-raises the thread's
+    errors."""
     prepared: queue.SimpleQueue = queue.SimpleQueue()
     room, stopped = threading.Semaphore(1), threading.Event()
 
@@ -22,11 +22,11 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
                 if stopped.is_set():
                     return
                 prepared.put((next(items, _END), None))
-        except BaseException as error:  # for whoever waits
+        except BaseException as error:  # for the consumer
             prepared.put((_END, error))
 
-    # A daemon: it may hang in a read when the run ends by an error.
-    threading.Thread(target=prepare, name="stpp-ahead", daemon=True).start()
+    # A daemon: it may hang in a read when the run ends with an error.
+    threading.Thread(target=prepare, name="stpp-prefetch", daemon=True).start()
     try:
         while True:
             item, error = prepared.get()
