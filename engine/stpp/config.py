@@ -532,7 +532,7 @@ def parse(cls: type[T], args: Sequence[str], *, prog: str, default: T | None = N
             error: BaseException | None = exit_
     while error is not None and not isinstance(error, UserError):  # of `__post_init__`, which tyro caught
         error = error.__context__
-    raise UserError(str(error) if error else settings.mistake(cls, args)) from None
+    raise UserError(str(error) if error else settings.argument_error(cls, args)) from None
 
 
 def load_recipe(cls: type[T], path: Path) -> T:
@@ -554,6 +554,6 @@ def load_recipe(cls: type[T], path: Path) -> T:
     if not isinstance(values, dict):
         raise UserError(f"--recipe {path}: expected a table of settings, found {type(values).__name__}")
     try:
-        return settings.filled(cls, values)
+        return settings.from_values(cls, values)
     except UserError as error:
         raise UserError(f"--recipe {path}: {error}") from None

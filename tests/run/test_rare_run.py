@@ -141,7 +141,7 @@ def test_a_corpus_is_labelled_with_the_calibration_of_its_teacher(run, synthetic
                      "--calibration", best.parent / "calibration.json")
     assert "calibration.json is of other weights" in errors
     errors = refused(capsys, *begin, "--class-confidence", "pole=0.5", "--out", tmp_path / "b")
-    assert "--class-confidence names pole, which is no class" in errors
+    assert "--class-confidence: unknown class pole" in errors
 
 
 def test_thresholds_by_precision_need_labels_that_are_not_trained_on(synthetic, synthetic_index, tmp_path,
@@ -158,7 +158,7 @@ def test_thresholds_by_precision_need_labels_that_are_not_trained_on(synthetic, 
     assert "there is no validation list; give --advise.share 0.1" in errors
     errors = refused(capsys, *begin, "--data.split", split, "--label.class-confidence", "pole=0.5", "--out",
                      tmp_path / "b")
-    assert "--label.class-confidence names pole, which is no class" in errors
+    assert "--label.class-confidence: unknown class pole" in errors
     errors = refused(capsys, *begin, "--label.min-confidence", "auto", "--out", tmp_path / "c")
     assert "--label.precision" in errors
 

@@ -131,5 +131,5 @@ def test_pairs_that_are_none_are_refused(given_pairs, said):
 
 def test_a_class_that_does_not_exist_is_refused():
     config = Config(consistency=ConsistencyConfig(class_confidence=("d=0.5",)))
-    with pytest.raises(UserError, match="names d, which is no class; the classes are a, b, c"):
+    with pytest.raises(UserError, match="unknown class d; the classes are a, b, c"):
         of_run(config, CLASSES, [1, 1, 1], torch.device("cpu"))
