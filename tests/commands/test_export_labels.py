@@ -485,7 +485,7 @@ def test_names_of_classes_are_asked_for(tmp_path, capsys):
             ["--format", "yolo", "--out", "x", "--classes", "a", "b", "b"],
             "expected up to 254 different names, got 3",
         ),
-        (["--format", "cvat", "--out", "."], "is there already"),
+        (["--format", "cvat", "--out", "."], "already exists"),
         (["--format", "cvat", "--out", "x", "--only", "nowhere"], "cannot be read as a list"),
         (["--format", "cvat", "--out", "x", "--run", "nowhere"], "is no run that knows its classes"),
         (["--format", "nothing", "--out", "x"], "--format"),
