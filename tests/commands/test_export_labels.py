@@ -91,7 +91,7 @@ def test_shapes_out_and_in_give_the_same_masks_but_for_ignored_pixels(tmp_path, 
     out = tmp_path / ("out.json" if form == "coco" else "out")
     ignored = sum(int((mask == 255).sum()) for mask in MASKS.values())
     said = export(capsys, labels, form, out, *flags)
-    assert f"{ignored} pixels of 6 images are ignored (255), which {form} cannot hold" in said
+    assert f"{ignored} pixels of 6 images are ignored (255), which {form} cannot store" in said
     made = in_again(tmp_path / "data", form, out, MASKS, unlisted="background")
     folder = "images" if form == "yolo" else "photos"
     assert made.classes == cases.NAMES
@@ -447,7 +447,7 @@ def test_small_objects_are_left_out(tmp_path, capsys, form):
 def test_names_of_classes_are_asked_for(tmp_path, capsys):
     labels = cases.labels(tmp_path / "labels", MASKS, classes=())
     command = ["export-labels", labels, "--format", "coco", "--workers", "1", "--out"]
-    assert "the names of the classes are not known; give --classes" in refused(
+    assert "the class names are unknown; give --classes" in refused(
         capsys, *command, tmp_path / "a.json"
     )
     assert ended(capsys, *command, tmp_path / "a.json", "--classes", "a", "b", "c")[0] == 0
@@ -470,24 +470,24 @@ def test_names_of_classes_are_asked_for(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--format", "coco", "--out", "x"], "a COCO file ends in .json"),
-        (["--format", "cvat", "--out", "x", "--polygons"], "--polygons: goes with --format coco"),
+        (["--format", "coco", "--out", "x"], "a COCO file must end in .json"),
+        (["--format", "cvat", "--out", "x", "--polygons"], "--polygons: needs --format coco"),
         (
             ["--format", "cvat", "--out", "x", "--image-prefix", "y"],
-            "--image-prefix: goes with --format label-studio",
+            "--image-prefix: needs --format label-studio",
         ),
         (["--format", "cvat", "--out", "x", "--min-area", "-1"], "--min-area is -1"),
         (
             ["--format", "cvat", "--out", "x", "--classes", "a", "b:c", "d"],
-            "'b:c' is no name that cvat can hold",
+            "cvat cannot store the name 'b:c'",
         ),
         (
             ["--format", "yolo", "--out", "x", "--classes", "a", "b", "b"],
-            "expected up to 254 different names, got 3",
+            "expected up to 254 distinct names, got 3",
         ),
         (["--format", "cvat", "--out", "."], "already exists"),
         (["--format", "cvat", "--out", "x", "--only", "nowhere"], "cannot be read as a list"),
-        (["--format", "cvat", "--out", "x", "--run", "nowhere"], "is no run that knows its classes"),
+        (["--format", "cvat", "--out", "x", "--run", "nowhere"], "not a run that records its classes"),
         (["--format", "nothing", "--out", "x"], "--format"),
     ],
 )

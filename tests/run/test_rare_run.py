@@ -135,7 +135,7 @@ def test_a_corpus_is_labelled_with_the_calibration_of_its_teacher(run, synthetic
     errors = refused(capsys, *begin, *auto[:-1], "none", "--out", tmp_path / "b")
     assert "calibration.json is of flip views" in errors and "--tta none" in errors
     errors = refused(capsys, *begin, "--min-confidence", "auto", "--out", tmp_path / "b")
-    assert "--min-confidence auto and --target-precision go together" in errors
+    assert "--min-confidence auto and --target-precision require each other" in errors
     other = run / "stages" / "3-retrain" / "best.pt"
     errors = refused(capsys, "label", "--teacher", other, *begin[3:], *auto, "--out", tmp_path / "b",
                      "--calibration", best.parent / "calibration.json")
