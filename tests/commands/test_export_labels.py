@@ -553,4 +553,4 @@ def test_labels_of_a_teacher_know_its_classes(tmp_path, capsys, output):
             == read_index_mask((tmp_path / "plain" / "masks" / name).with_suffix(".png"))
         ).all()
     export(capsys, tmp_path / "labels", "yolo", tmp_path / "yolo")
-    assert class_files.of_tools(tmp_path / "yolo")[0] == ["sky", "road", "tree", "car"]
+    assert class_files.from_tools(tmp_path / "yolo")[0] == ["sky", "road", "tree", "car"]

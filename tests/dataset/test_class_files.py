@@ -131,7 +131,7 @@ def test_texts_that_are_no_lists_of_names_are_refused(tmp_path, text):
 
 def test_names_that_differ_by_spaces_are_one(tmp_path):
     (tmp_path / "classes.json").write_text('["background", "leaf", "leaf "]')
-    with pytest.raises(UserError, match="different class names"):
+    with pytest.raises(UserError, match="distinct class names"):
         class_list(tmp_path, "globs")
 
 

@@ -205,7 +205,7 @@ def test_images_are_found_by_the_names_that_tools_write(tmp_path, capsys):
         made = prepare(root, layout="coco", masks=file, unlisted="background")
         assert (drawn(made, "photos/0.jpg") == square(1)).all()
         by_end = (name, file) == ("0.jpg", "annotations.json")
-        assert ("found by the end of the path alone" in capsys.readouterr().err) == by_end
+        assert ("matched only by the end of the path" in capsys.readouterr().err) == by_end
 
 
 def test_a_name_of_two_images_is_refused(tmp_path):
@@ -222,10 +222,10 @@ def test_listed_images_without_annotations_or_files_are_said(tmp_path, capsys):
     made = prepare(coco_set(tmp_path / "data", coco(images, NAMES)), **COCO)
     said = capsys.readouterr().err
     assert (
-        "1 image that it lists without an annotation, taken as unlabelled" in said and "photos/1.jpg" in said
+        "1 listed image without an annotation, treated as unlabelled" in said and "photos/1.jpg" in said
     )
     assert (
-        "warning: annotations.json: 1 image that it lists is not there, for example photos/gone.jpg" in said
+        "warning: annotations.json: 1 listed image missing, for example photos/gone.jpg" in said
     )
     assert made.entries["photos/1.jpg"].mask is None
     with pytest.raises(UserError, match="none of its 1 images is below"):
@@ -358,13 +358,13 @@ def test_links_out_of_the_root_are_followed_only_when_asked(tmp_path):
     ("options", "says"),
     [
         ({"layout": "coco", "unlisted": "ignore"}, "needs --data.masks"),
-        ({"layout": "voc", "unlisted": "ignore"}, "--data.unlisted ignore: goes with --data.layout coco"),
+        ({"layout": "voc", "unlisted": "ignore"}, "--data.unlisted ignore: needs --data.layout coco"),
         (
             {"layout": "yolo", "unlisted": "ignore", "crowds": "class"},
-            "--data.crowds class: goes with --data.layout coco",
+            "--data.crowds class: needs --data.layout coco",
         ),
         ({"layout": "yolo", "unlisted": "ignore", "images": "a/*"}, "give both patterns"),
-        (COCO | {"annotated": "upright", "exif": False}, "goes not with --data.no-exif"),
+        (COCO | {"annotated": "upright", "exif": False}, "conflicts with --data.no-exif"),
         (COCO | {"mask_map": ("leaf",)}, "expected LABEL=CLASS"),
         (COCO | {"mask_map": ("leaf=tree",)}, "the right side names no class"),
     ],
@@ -513,7 +513,7 @@ def test_any_text_is_drawn_or_refused_in_one_line(tmp_path, text):
 def test_two_texts_of_one_image_are_refused(tmp_path):
     root = yolo_set(tmp_path / "data", {"a": ""})
     (root / "images" / "train" / "a.txt").write_text("0 0.1 0.1 0.5 0.1 0.5 0.9")
-    with pytest.raises(UserError, match=r"a\.txt and .*a\.txt are both of images/train/a\.jpg"):
+    with pytest.raises(UserError, match=r"a\.txt and .*a\.txt both belong to images/train/a\.jpg"):
         prepare(root, layout="yolo", unlisted="background")
 
 
@@ -597,7 +597,7 @@ def test_a_json_of_no_image_is_warned_of_and_one_nested_deeply_refused(tmp_path,
     root = labelme_set(tmp_path / "data", {})
     (root / "photos" / "9.json").write_text("{}")
     prepare(root, layout="labelme", unlisted="background")
-    assert "files of shapes that belong to no image: 1, for example photos/9.json" in capsys.readouterr().err
+    assert "1 shape file without an image, for example photos/9.json" in capsys.readouterr().err
     (root / "photos" / "0.json").write_text('{"shapes": ' + "[" * 100_000)
     with pytest.raises(
         UserError,

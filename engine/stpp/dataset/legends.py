@@ -131,7 +131,7 @@ def _background(names: Sequence[str]) -> int | None:
 
 
 def _yolo_names(root: Path) -> tuple[list[str], str]:
-    found = class_files.of_tools(root)
+    found = class_files.from_tools(root)
     if found is None:
         raise UserError(f"{root}: no file names the classes that the texts number; write data.yaml with "
                         "`names: [...]`")
