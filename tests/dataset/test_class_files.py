@@ -51,7 +51,7 @@ def test_json_in_the_forms_of_tools(tmp_path, value, encoding):
         ({"leaf": 1, "stem": 2}, "--data.mask-map"),
         ({"1": "leaf", "3": "stem"}, "once each"),
         ({"a": 0, "b": 0}, "once each"),
-        ({"classes": [{"title": "a", "id": 5812}, {"title": "b", "id": 5813}]}, "from 0"),
+        ({"classes": [{"title": "a", "id": 5812}, {"title": "b", "id": 5813}]}, "as class ids must be"),
         ([{"name": "a"}, {"colour": "b"}], "list of class names"),
         ({"names": 3}, "once each"),
         ({"names": "a b"}, "list of class names"),

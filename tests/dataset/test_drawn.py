@@ -348,7 +348,7 @@ def test_links_out_of_the_root_are_followed_only_when_asked(tmp_path):
     with pytest.raises(UserError, match="is a link out of .*--data.follow-links"):
         prepare(root, **COCO)
     assert (drawn(prepare(root, **COCO, follow_links=True), "photos/0.jpg") == square(1)).all()
-    with pytest.raises(UserError, match="lies outside"):
+    with pytest.raises(UserError, match="is outside"):
         prepare(root, **COCO | {"masks": str(tmp_path / "outside.json")})
     with pytest.raises(UserError, match="no such file under"):
         prepare(root, **COCO | {"masks": "gone.json"})
@@ -653,7 +653,7 @@ def test_images_may_lie_where_the_export_has_none(tmp_path):
     [
         ("background:0,0,0::\nleaf:1,2,3::\nstem:1,2,3::\n", {}, "share the colour"),
         ("background:0,0,0::\nleaf:1,2,300::\n", {}, "values end at 255"),
-        ("background:0,0,0::\nleaf:::\n", {"layout": "cvat"}, "is not there, or has no colours"),
+        ("background:0,0,0::\nleaf:::\n", {"layout": "cvat"}, "is missing or has no colours"),
         ("background:0,0,0::\nleaf:9,9,9::\n", {}, "not in the mask map"),
         (None, {"classes": ("background", "leaf")}, "'stem' is no class"),
     ],

@@ -320,7 +320,7 @@ def test_names_with_spaces_accents_and_dots(tmp_path):
         ("kitti", None, "", "unknown; allowed: auto, voc"),
         ("auto", None, "", "neither JPEGImages/ .* nor images/"),
         ("globs", None, "", "--data.images"),
-        ("voc", "a/*.jpg", "", "goes with --data.layout globs"),
+        ("voc", "a/*.jpg", "", "needs --data.layout globs"),
         ("voc", None, "", "no image found; looked for JPEGImages"),
         ("globs", "a/*.png", "", "no image found; looked for a/"),
         ("globs", "../*.png", "", r"without '\.\.'"),

@@ -85,7 +85,7 @@ def test_masks_of_a_pattern_are_mapped_by_their_name(tmp_path):
     root = city(tmp_path / "data", "labelTrainIds labelIds")
     made = index.prepare(root, tmp_path / "index", masks=cityscapes.LABEL_IDS, progress=False)
     assert made.counts["converted"] == 6
-    with pytest.raises(UserError, match="--data.images .* goes with --data.layout globs, not cityscapes"):
+    with pytest.raises(UserError, match="--data.images .* needs --data.layout globs, not cityscapes"):
         layouts.find(root, "cityscapes", "a/*.png")
 
 

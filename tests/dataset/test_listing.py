@@ -148,9 +148,9 @@ def test_masks_beside_images_are_no_images(tmp_path, images, masks, capsys):
     assert found == [(f"a/x ({i}).png", f"a/x ({i}){ending}.png") for i in range(3)]
     said = capsys.readouterr().err
     assert (
-        "match the patterns of both: 3 files" in said
+        "match both patterns: 3 files" in said
         and f"further masks of images that have one; draw all objects of an image into "
-        f"one mask: 1 file, for example a/x (1){ending}_1.png beside a/x (1).png"
+        f"one mask: 1 file, for example a/x (1){ending}_1.png next to a/x (1).png"
         in said
     )
 
@@ -180,7 +180,7 @@ def test_masks_beside_unlabelled_images_are_no_images(root, tmp_path, capsys):
         photo(tmp_path / "more" / name, hash(name) % 99)
     made = prepare(root, unlabelled=[tmp_path / "more"])
     assert [image for image in made.entries if image.startswith("more")] == ["more/u.jpg", "more/v.jpg"]
-    assert "masks of images beside them" in capsys.readouterr().err
+    assert "masks of images next to them" in capsys.readouterr().err
 
 
 def test_a_folder_of_masks_among_unlabelled_images_holds_no_images(root, tmp_path, capsys):
@@ -190,7 +190,7 @@ def test_a_folder_of_masks_among_unlabelled_images_holds_no_images(root, tmp_pat
     made = prepare(root, unlabelled=[tmp_path / "field"])
     assert [image for image in made.entries
             if image.startswith("field")] == [f"field/images/{i}.jpg" for i in range(3)]
-    assert "masks of images beside them; name masks" in capsys.readouterr().err
+    assert "masks of images next to them; give --data.masks" in capsys.readouterr().err
 
 
 def test_two_masks_of_one_image_name_the_newer(root):
@@ -226,7 +226,7 @@ def test_a_known_layout_without_any_mask_is_warned_of(tmp_path):
     (tmp_path / "data" / "labels").mkdir()
     (tmp_path / "data" / "labels" / "0.txt").write_text("0 0.5 0.5 1 1")
     made = index.prepare(tmp_path / "data", tmp_path / "index", classes=("a", "b"), progress=False)
-    assert any("no mask is in masks/; labels/ holds text files" in text for text in made.warnings)
+    assert any("masks/ contains no mask; labels/ holds text files" in text for text in made.warnings)
 
 
 def test_voc_masks_are_taken_from_both_folders(tmp_path, capsys):
@@ -370,7 +370,7 @@ def test_strict_refuses_what_is_warned_of(root):
     (root / "photos" / "a.heic").write_bytes(b"x")
     made = prepare(root)
     assert len(made.warnings) == 1
-    with pytest.raises(UserError, match=r"--strict: passed over: 1 \.heic"):
+    with pytest.raises(UserError, match=r"--strict: skipped: 1 \.heic"):
         prepare(root, strict=True)
     assert not (made.out / "index.json").exists()
     (root / "photos" / "a.heic").unlink()

@@ -51,7 +51,7 @@ def test_formats_that_are_not_read_are_counted_by_extension(tmp_path):
 
 def test_a_folder_with_nothing_to_read_says_what_is_there(tmp_path):
     folder = cases.as_folder(tmp_path / "in", {"a.heic": b"", "b.heic": b""})
-    with pytest.raises(UserError, match=r"no image in it \(passed over: 2 \.heic"):
+    with pytest.raises(UserError, match=r"no image in it \(skipped: 2 \.heic"):
         cases.run(folder, tmp_path / "out")
 
 

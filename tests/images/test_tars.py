@@ -170,7 +170,7 @@ def test_masks_beside_their_images_are_passed_over(tmp_path):
     source = open_source(str(tmp_path / "s.tar"))
     found = {item.source.partition("::")[2]: item.read() for item in source.items()}
     assert found == {name: data for name, data in samples.items() if data == b"image"}
-    assert source.passed.line() == ("passed over: 3 .json: not image formats that are read; "
+    assert source.passed.line() == ("skipped: 3 .json: not image formats that are read; "
                                     "9 masks of images beside them")
 
 

@@ -105,7 +105,7 @@ def test_predict_says_what_it_passed_over_and_why_images_have_no_mask(predict, t
         "d.jfif": cases.encoded(cases.picture(2)), "@eaDir/a.jpg/x.jpg": b""})
     code, output, errors = predict(source, tmp_path / "out")
     assert code == 2 and "2 masks" in output and "b.jpg: the file is empty" in last_line(errors)
-    assert "passed over: 1 .heic: not image formats that are read; 1 @eaDir" in errors
+    assert "skipped: 1 .heic: not image formats that are read; 1 @eaDir" in errors
 
 
 def test_an_output_that_may_not_be_written_is_said_in_one_line(label, predict, tmp_path):

@@ -137,7 +137,8 @@ def _of_files(search: Search, layout: str, images: str | None, masks: str | None
         elif masks is not None or _is_of_shapes(path, layout):
             orphans.append(path)
     if orphans and shapes:
-        notes.warn(f"{search.root}: {counted(len(orphans), 'shape file')} without an image, for example {orphans[0]}")
+        notes.warn(f"{search.root}: {counted(len(orphans), 'shape file')} without an image, for example "
+                   f"{orphans[0]}")
     return shapes
 
 

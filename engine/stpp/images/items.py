@@ -63,7 +63,7 @@ class Passed(PassedOver):
         found = self.lines()
         found += [f"{self.masks} masks of images beside them"] if self.masks else []
         found += [f"{self.repeated} lines that repeat one before"] if self.repeated else []
-        return f"passed over: {'; '.join(found)}" if found else None
+        return f"skipped: {'; '.join(found)}" if found else None
 
 
 def content_hash(data: bytes) -> int:
