@@ -185,12 +185,12 @@ def test_data_of_ones_own_in_vocs_layout_are_not_called_vocs_in_silence(tmp_path
     root = own_voc(tmp_path / "data")
     made = index.prepare(root, tmp_path / "index", progress=False)
     assert len(made.classes) == 21 and any(
-        "masks here hold ids up to 2; for data of your own" in text for text in made.warnings
+        "these masks hold ids up to 2; for your own data" in text for text in made.warnings
     )
     (root / "class_names.txt").write_text("_background_\nleaf\nstem\n")
     made = index.prepare(root, tmp_path / "index", progress=False)
     assert made.classes == ("_background_", "leaf", "stem") and not any(
-        "data of your own" in text for text in made.warnings
+        "your own data" in text for text in made.warnings
     )
 
 

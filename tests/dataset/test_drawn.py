@@ -164,7 +164,7 @@ def test_doubtful_shapes_can_be_ignored(tmp_path, capsys):
     found = drawn(one(tmp_path, bow, point, box, doubtful="ignore"), "photos/0.jpg")
     assert set(np.unique(found)) == {0, 255} and 150 < np.count_nonzero(found == 255) < 260
     assert (found[20:23, 26:30] == 255).all()
-    assert "shapes that may not be what was meant: 3" in capsys.readouterr().err
+    assert "3 doubtful shapes" in capsys.readouterr().err
     with pytest.raises(UserError, match="no numeric category_id"):
         one(tmp_path, {"category_id": None}, doubtful="ignore")
 
@@ -251,7 +251,7 @@ def test_several_files_are_one_data_set_with_its_official_validation(tmp_path):
     assert len(splits.read_split(tmp_path / "lists" / "labeled.txt", made, labelled=True)) == 2
     path = root / "annotations" / "instances_val2017.json"
     path.write_text(path.read_text().replace('"stem"', '"stalk"'))
-    with pytest.raises(UserError, match="category 7 is 'stalk', and 'stem' in another file"):
+    with pytest.raises(UserError, match="category 7 is 'stalk', but 'stem' in another file"):
         prepare(root, layout="coco", masks="annotations/instances_*.json", unlisted="background")
 
 
@@ -366,7 +366,7 @@ def test_links_out_of_the_root_are_followed_only_when_asked(tmp_path):
         ({"layout": "yolo", "unlisted": "ignore", "images": "a/*"}, "give both patterns"),
         (COCO | {"annotated": "upright", "exif": False}, "conflicts with --data.no-exif"),
         (COCO | {"mask_map": ("leaf",)}, "expected LABEL=CLASS"),
-        (COCO | {"mask_map": ("leaf=tree",)}, "the right side names no class"),
+        (COCO | {"mask_map": ("leaf=tree",)}, "unknown class"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(tmp_path, options, says):
@@ -406,7 +406,7 @@ def test_shapes_are_drawn_on_the_upright_image_or_on_the_stored_one(tmp_path, ca
     turned(root / "photos" / "0.jpg", 3)  # upside down: the size does not tell
     assert (drawn(prepare(root, **COCO), "photos/0.jpg") == square(1)).all()
     said = capsys.readouterr().err
-    assert "EXIF turns 1 labelled image" in said and "--data.annotated stored" in said
+    assert "EXIF rotates 1 labelled image" in said and "--data.annotated stored" in said
     assert (drawn(prepare(root, **COCO, annotated="stored"), "photos/0.jpg") == square(1)[::-1, ::-1]).all()
     assert (drawn(prepare(root, **COCO, exif=False), "photos/0.jpg") == square(1)).all()
     assert "--data.annotated upright" not in capsys.readouterr().err.splitlines()[-1]
@@ -520,7 +520,7 @@ def test_two_texts_of_one_image_are_refused(tmp_path):
 def test_numbers_without_names_are_refused(tmp_path):
     root = yolo_set(tmp_path / "data", {"a": ""})
     (root / "data.yaml").unlink()
-    with pytest.raises(UserError, match="no file names the classes that the texts number"):
+    with pytest.raises(UserError, match="no file names the numbered classes"):
         prepare(root, layout="yolo", unlisted="background", classes=("background", "leaf"))
 
 
@@ -655,7 +655,7 @@ def test_images_may_lie_where_the_export_has_none(tmp_path):
         ("background:0,0,0::\nleaf:1,2,300::\n", {}, "values end at 255"),
         ("background:0,0,0::\nleaf:::\n", {"layout": "cvat"}, "is missing or has no colours"),
         ("background:0,0,0::\nleaf:9,9,9::\n", {}, "not in the mask map"),
-        (None, {"classes": ("background", "leaf")}, "'stem' is no class"),
+        (None, {"classes": ("background", "leaf")}, "'stem' is not a class"),
     ],
 )
 def test_labelmaps_that_do_not_fit_are_refused(tmp_path, labelmap, options, says):

@@ -156,5 +156,5 @@ def test_corrected_masks_of_cvat_win_over_those_beside_them(known, unlabelled, t
     mask = read_index_mask(found["photos/town 0/4"])
     assert (mask[:2] == 1).all() and mask[2, 0] == 255 and (mask[3] == 0).all()
     (folder / "labelmap.txt").write_text("background:0,0,0::\ntree:10,20,30::\nignore:224,224,192::\n")
-    with pytest.raises(UserError, match=r"labelmap\.txt: 'tree' is no class"):
+    with pytest.raises(UserError, match=r"labelmap\.txt: 'tree' is not a class"):
         given_labels.check(unlabelled, folder, known, tmp_path / "again")

@@ -491,7 +491,7 @@ def test_class_lists(tmp_path):
 def test_the_index_may_not_lie_among_the_data(tmp_path, where):
     root = voc(tmp_path)
     before = tree(root)
-    with pytest.raises(UserError, match="among the user's"):
+    with pytest.raises(UserError, match="among the images or masks"):
         prepare(root, root / where)
     assert tree(root) == before
 

@@ -361,8 +361,9 @@ def test_folders_that_are_called_nearly_like_splits_are_named(tmp_path):
     made = prepare(data_set(tmp_path / "data", {name: ids(1, 2) for name in names}))
     assert official.validation(made) == set() == official.test(made)
     assert made.warnings == (
-        "folders called TestSet, dev, val 2, val_images are no official splits, and their 4 images are taken "
-        "like any other; for splits call them train, val or test; if they are none, give them other names",
+        "folders called TestSet, dev, val 2, val_images are not official splits, so their 4 images are used "
+        "like any other; to make them splits, rename them to train, val or test; otherwise choose other "
+        "names",
     )
 
 

@@ -110,7 +110,7 @@ def test_folders_that_cannot_be_used_are_refused_by_name(root, field, tmp_path, 
     (tmp_path / "renamed").symlink_to(taken)
     made = prepare(root, out, tmp_path / "renamed")
     assert made.sample("renamed/0.jpg").image == str(tmp_path / "renamed" / "0.jpg")
-    with pytest.raises(UserError, match="the index may not lie among"):
+    with pytest.raises(UserError, match="the index must not be among"):
         prepare(root, field / "index", field)
     assert prepare(root, out, picture(root / "more" / "0.jpg").parent).sample("more/0.jpg")
 

@@ -234,7 +234,7 @@ def test_a_strict_run_refuses_a_data_set_that_was_warned_of(known, tmp_path, cap
                     str(tmp_path / f"run{again}"),
                 ]
             )
-        assert ended.value.code == 2 and "--strict: not read" in capsys.readouterr().err
+        assert ended.value.code == 2 and "--strict: skipped" in capsys.readouterr().err
         if not again:
             prepare(known.root)
 
