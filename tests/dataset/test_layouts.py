@@ -158,7 +158,7 @@ def test_a_mask_of_another_image_is_no_name_of_this_one(tmp_path):
     path = tmp_path / "labeled.txt"
     for mask in ("SegmentationClass/2007_000001.png", "SegmentationObject/2007_000000.png"):
         path.write_text(f"JPEGImages/2007_000000.jpg {mask}\n")
-        with pytest.raises(UserError, match=r"labeled\.txt, line 1: .* is not the mask that the index has"):
+        with pytest.raises(UserError, match=r"labeled\.txt, line 1: .* is not the index's mask"):
             splits.read_split(path, made, labelled=True)
 
 

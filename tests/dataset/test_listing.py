@@ -284,7 +284,7 @@ def test_one_file_with_two_masks_that_differ_is_refused(tmp_path):
     root = data_set(tmp_path / "data", {"0": ids(1, 2), "1": ids(2, 1)})
     (root / "photos" / "1.jpg").unlink()
     (root / "photos" / "1.jpg").symlink_to("0.jpg")
-    with pytest.raises(UserError, match="are one file, through a link, and their masks .* differ"):
+    with pytest.raises(UserError, match="are one file, through a link, but their masks .* differ"):
         prepare(root)
 
 
@@ -300,11 +300,12 @@ def test_copies_are_found_by_their_bytes_and_leaks_are_warned_of(tmp_path, where
     made = prepare(root, unlabelled=[tmp_path / "more"] if where != "in the root" else [])
     copy = next(image for image in made.entries if image.endswith("copy.jpg"))
     assert made.twins == {copy: 0, "photos/val/v.jpg": 0} == index.load(made.out).twins
-    assert any("copies of other images, byte for byte: 1 image" in text for text in made.warnings)
+    assert any("exact copies of other images: 1 image" in text for text in made.warnings)
     notes = Notes()
     splits.make_split(made, tmp_path / "split", fraction="1/1", notes=notes)
     assert any(
-        f"copies of validation images that are trained on: 1 image, for example {copy} of photos/val/v.jpg"
+        "training images that are copies of validation images: 1 image, for example "
+        f"{copy} of photos/val/v.jpg"
         in text
         for text in notes.warnings
     )

@@ -147,7 +147,7 @@ def test_impossible_settings_are_refused_before_the_first_step(train, capsys, tm
 
 
 @pytest.mark.parametrize("unlabelled, said", [("", "unlabeled.txt: lists no image"),
-                                              (None, "unlabeled.txt: there is no such split file")])
+                                              (None, "unlabeled.txt: no such split file")])
 def test_a_list_without_unlabelled_images_is_refused(train, synthetic, capsys, tmp_path, unlabelled, said):
     split = tmp_path / "split"
     split.mkdir()

@@ -26,7 +26,7 @@ from stpp.dataset import cityscapes, drawn, legends
 from stpp.dataset.classes import ClassList, counts_nowhere
 from stpp.dataset.notes import Notes, counted
 from stpp.dataset.patterns import Side, parsed
-from stpp.dataset.search import Found, Search
+from stpp.dataset.search import FoundImage, Search
 from stpp.dataset.walk import walk
 from stpp.errors import UserError
 from stpp.images.folders import PassedOver, folders_of, image_of_mask, image_of_mask_in_folder
@@ -135,7 +135,7 @@ def find(
     flag: str = "--data.root",
     follow_links: bool = False,
     notes: Notes | None = None,
-) -> list[Found]:
+) -> list[FoundImage]:
     """Lists the images of a data set, sorted by path, each with its mask if any; reports skipped files.
 
     Args:
@@ -183,7 +183,7 @@ def find(
             raise UserError(f"{path}: duplicate key {key}: {keys[key]} and {image}; rename or remove one")
         mask = mask_of.pop(name, None)
         num_paired += mask is not None
-        found_images.append(Found(key, image, *shapes.get(image, (mask, None))))
+        found_images.append(FoundImage(key, image, *shapes.get(image, (mask, None))))
     passed.extensions.pop(drawn.ENDINGS.get(layout), None)
     _say_passed(passed, notes)
     if not found_images:

@@ -15,7 +15,7 @@ from stpp.images.image_file import IMAGE_EXTENSIONS
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FoundImage:
     """An image of a data set; paths are relative to the root, with forward slashes."""
 
     key: str
