@@ -164,16 +164,16 @@ def _bad_masks() -> dict[str, tuple[bytes, str]]:
         "empty": (b"", "0 bytes"),
         "text": (b"not an image at all, " * 9, "not a PNG"),
         "jpeg": (jpeg.getvalue(), "JPEG"),
-        "short": (good[:20], "cut short"),
+        "short": (good[:20], "truncated"),
         "truncated": (good[:-24], "cannot be read"),
         "bad crc": (good[:40] + b"\xff" + good[41:], "cannot be read"),
-        "bomb": (bomb + chunk(b"IDAT", zlib.compress(b"")), "cannot be read|pixels are more"),
-        "wide": (wide + chunk(b"IDAT", zlib.compress(b"")), "pixels are more"),
+        "bomb": (bomb + chunk(b"IDAT", zlib.compress(b"")), "cannot be read|pixels exceed"),
+        "wide": (wide + chunk(b"IDAT", zlib.compress(b"")), "pixels exceed"),
         "colours": (png(np.arange(288).reshape(8, 12, 3) % 256, 8, 2),
                     r"colours \(first \(0, 1, 2\) at x 0, y 0\)"),
         "ids above 255": (png(np.full((8, 12), 300), 16, 0), r"300 \(96 pixels\)"),
-        "16 bits of colour": (png(np.ones((8, 12, 3), int), 16, 2), "16 bits"),
-        "16 bits and alpha": (png(np.ones((8, 12, 2), int), 16, 4), "16 bits"),
+        "16 bits of colour": (png(np.ones((8, 12, 3), int), 16, 2), "16-bit"),
+        "16 bits and alpha": (png(np.ones((8, 12, 2), int), 16, 4), "16-bit"),
     }
 
 

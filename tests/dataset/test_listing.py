@@ -124,7 +124,7 @@ def test_leftovers_are_passed_over_and_counted(root, capsys):
     made = prepare(root)
     assert len(made.entries) == 6 and {"photos/saved.jfif", "photos/other.JPE"} < set(made.entries)
     said = capsys.readouterr().err
-    assert "2 .heic, 1 .dng, 1 .txt, 1 without an extension: not image formats that are read" in said
+    assert "2 .heic, 1 .dng, 1 .txt, 1 without an extension: unsupported formats" in said
     for name in ("@eaDir", "#recycle", "lost+found", "$RECYCLE.BIN", "Thumbs.db", "Icon", "._*"):
         assert f"1 {name}" in said
     assert any(".heic" in text for text in made.warnings)

@@ -130,7 +130,7 @@ def test_colours_without_a_map_say_how_to_name_them(tmp_path):
 
 def test_sixteen_bits_have_no_colours(tmp_path):
     path = saved(tmp_path / "mask.png", np.array([[1, 300]], dtype=np.uint16))
-    with pytest.raises(UserError, match=r"mask\.png: .*16 bits"):
+    with pytest.raises(UserError, match=r"mask\.png: .*16-bit"):
         mapped(path, "#000000=road")
 
 

@@ -129,7 +129,7 @@ def test_what_is_passed_over_is_counted_and_named():
         passed.unread(name)
     assert taken == ["a.jpg"] and passed.pictures() == 4
     assert passed.lines() == [
-        "2 .heic, 1 .avif, 1 .txt, 1 without an extension: not image formats that are read",
-        "1 ._*, 1 @eaDir, 1 Thumbs.db: left by systems and file servers",
+        "2 .heic, 1 .avif, 1 .txt, 1 without an extension: unsupported formats",
+        "1 ._*, 1 @eaDir, 1 Thumbs.db: system files",
         "1 hidden (names that begin with a dot)",
     ]

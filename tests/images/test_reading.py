@@ -193,7 +193,7 @@ def test_masks_among_the_images_are_named_by_what_they_hold(capsys, tmp_path):
     words = said(capsys, tmp_path,
                  {"plain (object).png": zoo.png(flat, 8, 0), "b.png": zoo.png(flat * 80, 8, 0)})
     assert (
-        "warning: 2 images without a mask hold at most 16 flat colours, as masks do (the first: photos/b.png)"
+        "warning: 2 images without a mask have at most 16 flat colours, as masks do (the first: photos/b.png)"
         in words
     )
 

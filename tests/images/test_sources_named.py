@@ -44,7 +44,7 @@ def test_formats_that_are_not_read_are_counted_by_extension(tmp_path):
     source = open_source(str(folder))
     assert names(source) == sorted(read)
     for words in ("2 .heic", "1 .avif", "1 .gif", "1 .jp2", "1 without an extension", "1 .json",
-                  "not image formats"):
+                  "unsupported formats"):
         assert words in source.passed.line()
     assert open_source(str(cases.as_folder(tmp_path / "plain", {"x.jpg": JPEG}))).passed.line() is None
 
@@ -97,8 +97,8 @@ def test_masks_after_images_with_spaces_in_their_names(tmp_path):
 
 
 @pytest.mark.parametrize(("line", "reason"), [
-    ("image,mask", "no table"), ("a.jpg,m/a.png", "no table"), ("a.jpg;1", "no table"),
-    ('"a.jpg"', "in quotes"), ("'a b.jpg'", "in quotes"), ("sub\\a.jpg", "backslash"),
+    ("image,mask", "not tables"), ("a.jpg,m/a.png", "not tables"), ("a.jpg;1", "not tables"),
+    ('"a.jpg"', "is quoted"), ("'a b.jpg'", "is quoted"), ("sub\\a.jpg", "backslash"),
     ("../up.jpg", "outside")])
 def test_lines_of_another_form_are_bad_with_the_reason(tmp_path, line, reason):
     cases.as_folder(tmp_path, {"a.jpg": JPEG, "b.jpg": JPEG})
@@ -121,7 +121,7 @@ def test_repeated_lines_are_dropped_and_counted(tmp_path, capsys):
     (tmp_path / "list.txt").write_text("\n".join(lines))
     summary = cases.run(tmp_path / "list.txt", tmp_path / "out", root=folder)
     assert (summary.images, summary.bad) == (8, 1)
-    assert "4 lines that repeat one before" in capsys.readouterr().err
+    assert "4 repeated lines" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
@@ -134,7 +134,7 @@ def test_a_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refusing)
-    with pytest.raises(UserError, match="in/closed: cannot be read .*left out"):
+    with pytest.raises(UserError, match="in/closed: cannot be read .*be missing"):
         names(open_source(str(folder)))
 
 

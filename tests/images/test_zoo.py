@@ -300,7 +300,7 @@ def test_a_file_that_pil_decodes_and_that_broke_is_named(tmp_path, name):
         device="cpu",
         threads=1,
     )
-    with pytest.raises(UserError, match=r"lossless_webp\.webp: none of the formats .*prepare"):
+    with pytest.raises(UserError, match=r"lossless_webp\.webp: not one of the formats .*prepare"):
         list(stream)
 
 

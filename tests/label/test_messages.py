@@ -84,14 +84,14 @@ def test_the_first_reasons_of_bad_images_are_said(label, tmp_path):
     source = cases.as_folder(tmp_path / "in", cases.good_files(3) | bad)
     code, _, errors = label(source, tmp_path / "out")
     assert code == 1 and "7 of 10 images are bad" in last_line(errors)
-    assert "the first: 0.jpg: none of the formats" in last_line(errors)
+    assert "the first: 0.jpg: not one of the formats" in last_line(errors)
     assert errors.count("no mask: ") == 6 and "no mask: 2 more" in errors
     code, _, errors = label(source, tmp_path / "out", "--max-bad-fraction", "1")
-    assert code == 0 and "no mask: 0.jpg: none of the formats" in errors
+    assert code == 0 and "no mask: 0.jpg: not one of the formats" in errors
 
 
 @pytest.mark.parametrize(("form", "reason"), [
-    ("sub\\{}", "backslash"), ('"{}"', "in quotes"), ("{},m.png", "no table"), ("../in/{}", "outside")])
+    ("sub\\{}", "backslash"), ('"{}"', "is quoted"), ("{},m.png", "not tables"), ("../in/{}", "outside")])
 def test_the_reason_of_every_form_of_list_is_said(label, tmp_path, form, reason):
     source = cases.as_folder(tmp_path / "in", {"a.jpg": cases.encoded(cases.picture(1))})
     (source / "list.txt").write_text(form.format("a.jpg") + "\n")
@@ -105,7 +105,7 @@ def test_predict_says_what_it_passed_over_and_why_images_have_no_mask(predict, t
         "d.jfif": cases.encoded(cases.picture(2)), "@eaDir/a.jpg/x.jpg": b""})
     code, output, errors = predict(source, tmp_path / "out")
     assert code == 2 and "2 masks" in output and "b.jpg: the file is empty" in last_line(errors)
-    assert "skipped: 1 .heic: not image formats that are read; 1 @eaDir" in errors
+    assert "skipped: 1 .heic: unsupported formats; 1 @eaDir" in errors
 
 
 def test_an_output_that_may_not_be_written_is_said_in_one_line(label, predict, tmp_path):

@@ -85,14 +85,14 @@ def test_bad_headers_say_why(tmp_path):
     found = {path.name: planning.examine(Item(key=path.name, source=path.name, file=str(path)), CUT).error
              for path in (tmp_path / "bad").iterdir()}
     assert found["empty.jpg"] == "the file is empty (0 bytes)"
-    assert found["text.jpg"].startswith("none of the formats JPEG, PNG")
+    assert found["text.jpg"].startswith("not one of the formats JPEG, PNG")
     assert found["bomb.png"].startswith("it declares more than")
     assert found["huge.png"] == "20000x1000 pixels are more than --max-pixels 1048576"
     assert "cut_header.jpg" in found and found["cut_header.jpg"] is not None
     # their pixels will tell
     assert found["truncated.jpg"] is found["half.png"] is found["floats.tif"] is None
     absent = planning.examine(Item(key="x", source="x", file=str(tmp_path / "absent.jpg")), CUT)
-    assert absent.error == "there is no such file" and absent.batch == -1
+    assert absent.error == "no such file" and absent.batch == -1
 
 
 def test_what_every_decoder_reads_alike():

@@ -134,7 +134,7 @@ def test_the_page_asks_no_network_and_names_are_never_markup(report):
 
 def test_failed_images_stand_there_with_their_reasons(report):
     page = Page(report / "index.html")
-    assert "<b>bad</b>.jpg" in page.text and "none of the formats" in page.text
+    assert "<b>bad</b>.jpg" in page.text and "not one of the formats" in page.text
 
 
 def test_archives_of_masks_are_drawn_alike(labels, report, tmp_path):

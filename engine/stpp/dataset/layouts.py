@@ -270,7 +270,7 @@ def _leave_out_masks(image_of: dict[str, str], mask_of: dict[str, str], notes: N
 def _say_passed(passed: PassedOver, notes: Notes) -> None:
     for line in passed.lines():
         # Only skipped pictures need a warning; lists and notes are often kept with images.
-        missed = passed.pictures() and line.endswith("formats that are read")
+        missed = passed.pictures() and line.endswith("unsupported formats")
         (notes.warn if missed else notes.line)(f"skipped: {line}")
 
 
