@@ -67,7 +67,7 @@ def test_a_run_logs_every_term_and_its_control_takes_as_many_steps(train, tmp_pa
     assert ("loss of dropped features" in page) == (method == "unimatch")
     best = next(row for row in scored if row["step"] == stage["best_step"])
     assert (f"(student {best.get('student_miou_pct', 0):.2f})" in page) == averaged
-    assert f"<td>{stage['last_miou']:.2f}</td>" in page and "at the end, %" in page
+    assert f"<td>{stage['last_miou']:.2f}</td>" in page and "final, %" in page
 
 
 def test_images_of_every_stream_are_named_where_a_step_is_not_finite(synthetic_index, tmp_path):

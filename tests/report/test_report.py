@@ -147,7 +147,7 @@ def test_archives_of_masks_are_drawn_alike(labels, report, tmp_path):
 
 def test_a_run_shows_stages_curves_scores_and_the_threshold(of_run):
     page = Page(of_run / "index.html")
-    assert "61.50" in page.text and "12" in page.text and "not done yet" in page.text
+    assert "61.50" in page.text and "12" in page.text and "unfinished" in page.text
     assert "<i>sky" in page.text and "71.25" in page.text
     facts = json.loads(page.facts)
     found = listed(of_run)
@@ -227,7 +227,7 @@ def test_the_command_names_the_page_and_refuses_what_is_no_report(labels, tmp_pa
     cli.main(["report", str(labels), "--out", str(tmp_path / "page"), "--pictures", "2"])
     (tmp_path / "mine").mkdir()
     for args, words in ((["absent"], "absent"), ([str(tmp_path / "mine")], "neither a run"),
-                        ([str(labels), "--out", str(tmp_path / "mine")], "no report"),
+                        ([str(labels), "--out", str(tmp_path / "mine")], "not a report"),
                         ([str(labels), "--run", "absent"], "--run"),
                         ([str(labels), "--pictures", "-1"], "--pictures")):
         with pytest.raises(SystemExit) as ended:

@@ -270,7 +270,7 @@ def _failed(out: Path) -> list[tuple[str, str]]:
     from stpp.label import rows
 
     path = out / "failed.parquet"
-    table = rows.read(path, ("source", "error"), most=REASONS) if path.exists() else []
+    table = rows.read(path, ("source", "error"), limit=REASONS) if path.exists() else []
     return [(row["source"], row["error"]) for row in table]
 
 
