@@ -154,7 +154,7 @@ def read_text(path: str | os.PathLike) -> str:
     return data.decode("utf-16" if wide else "utf-8-sig").replace("\r\n", "\n")
 
 
-def why(error: OSError) -> str:
+def describe_error(error: OSError) -> str:
     """Short reason of a read or write error, with the file if the error names one."""
     words = error.strerror or " ".join(str(error).split())[:200] or type(error).__name__
     return f"{words} ({os.fsdecode(error.filename)})" if isinstance(error.filename, (str, bytes)) else words

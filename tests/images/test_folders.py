@@ -4,7 +4,7 @@ their images."""
 import pytest
 
 from stpp.images.folders import (
-    PassedOver,
+    SkippedFiles,
     folders_of,
     image_of_mask,
     image_of_mask_in_folder,
@@ -119,7 +119,7 @@ def test_folders_of_masks_beside_folders_of_images(keys, found):
 
 
 def test_what_is_passed_over_is_counted_and_named():
-    passed = PassedOver()
+    passed = SkippedFiles()
     taken = [
         name
         for name in ("a.jpg", ".DS_Store", "._a.jpg", "Thumbs.db", "@eaDir")

@@ -113,7 +113,7 @@ def test_masks_beside_the_images_of_a_folder_are_passed_over(tmp_path):
     assert [item.source for item in source.items()] == ["a/7.JPG", "a/7_label.jpg", "a/8_mask.png",
                                                         "b/7_mask.png",
                                                         "img_1.webp"]
-    assert source.passed.masks == 3 and "3 masks of listed images" in source.passed.line()
+    assert source.skipped.masks == 3 and "3 masks of listed images" in source.skipped.line()
     assert source.stamp()["files"] == 5
 
 
@@ -137,7 +137,7 @@ def test_folders_of_masks_beside_folders_of_images_are_passed_over(tmp_path, kin
         spec = f"memory://{tmp_path.name}"
     source = open_source(spec)
     assert sorted(item.key for item in source.items()) == sorted(name.rpartition(".")[0] for name in images)
-    assert source.passed.masks == 4 and "4 masks of listed images" in source.passed.line()
+    assert source.skipped.masks == 4 and "4 masks of listed images" in source.skipped.line()
 
 
 def test_tars_give_members_where_they_lie(tmp_path):

@@ -26,7 +26,7 @@ def test_leftovers_are_passed_over_and_counted(tmp_path):
     folder = cases.as_folder(tmp_path / "in", dict.fromkeys(kept + left, JPEG))
     source = open_source(str(folder))
     assert sorted(names(source)) == sorted(kept)
-    line = source.passed.line()
+    line = source.skipped.line()
     for words in ("2 @eaDir", "1 #recycle", "1 $RECYCLE.BIN", "1 #snapshot", "1 Thumbs.db", "1 desktop.ini",
                   "1 ._*", "1 Icon", "1 hidden"):
         assert words in line, line
@@ -34,7 +34,7 @@ def test_leftovers_are_passed_over_and_counted(tmp_path):
     archive = cases.as_tar(tmp_path / "s.tar", dict.fromkeys(kept + left, JPEG))
     source = open_source(str(archive))
     assert sorted(names(source)) == sorted(f"s.tar::{name}" for name in kept)
-    assert "2 @eaDir" in source.passed.line()
+    assert "2 @eaDir" in source.skipped.line()
 
 
 def test_formats_that_are_not_read_are_counted_by_extension(tmp_path):
@@ -45,8 +45,8 @@ def test_formats_that_are_not_read_are_counted_by_extension(tmp_path):
     assert names(source) == sorted(read)
     for words in ("2 .heic", "1 .avif", "1 .gif", "1 .jp2", "1 without an extension", "1 .json",
                   "unsupported formats"):
-        assert words in source.passed.line()
-    assert open_source(str(cases.as_folder(tmp_path / "plain", {"x.jpg": JPEG}))).passed.line() is None
+        assert words in source.skipped.line()
+    assert open_source(str(cases.as_folder(tmp_path / "plain", {"x.jpg": JPEG}))).skipped.line() is None
 
 
 def test_a_folder_with_nothing_to_read_says_what_is_there(tmp_path):

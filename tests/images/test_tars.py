@@ -170,7 +170,7 @@ def test_masks_beside_their_images_are_passed_over(tmp_path):
     source = open_source(str(tmp_path / "s.tar"))
     found = {item.source.partition("::")[2]: item.read() for item in source.items()}
     assert found == {name: data for name, data in samples.items() if data == b"image"}
-    assert source.passed.line() == ("skipped: 3 .json: unsupported formats; "
+    assert source.skipped.line() == ("skipped: 3 .json: unsupported formats; "
                                     "9 masks of listed images")
 
 

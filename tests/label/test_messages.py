@@ -160,7 +160,8 @@ def test_predict_that_fails_while_it_writes_leaves_whole_files_only(predict, tmp
 
 
 def test_the_reason_of_a_failed_write_never_says_none():
-    assert files.why(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) == "No space left on device"
-    assert files.why(OSError(errno.EROFS, os.strerror(errno.EROFS),
-                             "/out/x")) == "Read-only file system (/out/x)"
-    assert files.why(OSError("broken\npipe")) == "broken pipe" and files.why(OSError()) == "OSError"
+    assert files.describe_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) == "No space left on device"
+    assert files.describe_error(
+        OSError(errno.EROFS, os.strerror(errno.EROFS), "/out/x")) == "Read-only file system (/out/x)"
+    assert files.describe_error(OSError("broken\npipe")) == "broken pipe"
+    assert files.describe_error(OSError()) == "OSError"

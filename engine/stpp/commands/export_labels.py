@@ -65,7 +65,7 @@ def export_labels(args: Sequence[str]) -> None:
     try:
         done = export(options.labels, writer, encode, scheme, only=options.only, workers=options.workers)
     except OSError as error:
-        raise UserError(f"--out {options.out}: {files.why(error)}; make room, or choose another "
+        raise UserError(f"--out {options.out}: {files.describe_error(error)}; make room, or choose another "
                         f"--out") from None
     _say(options, done)
 

@@ -231,7 +231,7 @@ def _run(options: CorpusOptions, paths: Sequence[Path], mode: str, work: Callabl
             summary = work(opened, task, world)
         except OSError as error:
             if error.errno in _UNWRITABLE:
-                reason = files.why(error)
+                reason = files.describe_error(error)
                 raise UserError(f"--out {options.out}: {reason}; choose a writable folder") from None
             if error.errno not in _DISK_FULL:
                 raise

@@ -77,8 +77,8 @@ def predict(args: Sequence[str]) -> None:
         try:
             bad = _write_all(predictor, items, options.out)
         except OSError as error:
-            raise UserError(f"--out {options.out}: {files.why(error)}; make room, or choose another "
-                            "--out") from None
+            raise UserError(f"--out {options.out}: {files.describe_error(error)}; make room, or choose "
+                            "another --out") from None
     print(f"{options.out}: {len(items) - len(bad)} masks")
     for line in bad[1:]:
         log.say(line)
@@ -95,7 +95,7 @@ def _items(options: Predict) -> Iterator["Item"]:
     """
     from stpp import log
     from stpp.commands.label import refuse_inside
-    from stpp.images.items import named, require_readable_name
+    from stpp.images.items import item_of, require_readable_name
     from stpp.images.sources import FolderSource
 
     require_readable_name(str(options.out.absolute()), "--out")
@@ -104,11 +104,11 @@ def _items(options: Predict) -> Iterator["Item"]:
         if path.is_dir():
             refuse_inside(options.out, str(path), "the folder")
             source = FolderSource(str(path.absolute()))
-            items, passed = list(source.items()), source.passed.line()
-            if passed:
-                log.say(f"  {path}: {passed}")
+            items, skipped = list(source.items()), source.skipped.line()
+            if skipped:
+                log.say(f"  {path}: {skipped}")
         elif path.is_file():
-            items = [named(path.name, str(path), str(path.absolute()))]
+            items = [item_of(path.name, str(path), str(path.absolute()))]
         else:
             raise UserError(f"{path}: no such image or folder")
         if not items:

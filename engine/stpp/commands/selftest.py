@@ -19,7 +19,7 @@ from stpp.distributed import World
 from stpp.errors import UserError
 from stpp.images import pixels
 from stpp.images.planning import Planned
-from stpp.images.reading import look
+from stpp.images.reading import read_header
 from stpp.images.sources import Item
 from stpp.inference import build, choose, export, fold, tensorrt
 from stpp.inference.record import Shapes
@@ -66,7 +66,7 @@ def decode(device: torch.device, *, dali: bool) -> str:
         from stpp.images.decode_dali import DaliDecoder
 
         planned = Planned(item=Item(key="a", source="a.jpg", file="a.jpg"), position=0,
-                          reading=look(data, exif=False), batch=0, error=None)
+                          reading=read_header(data, exif=False), batch=0, error=None)
         with ThreadPoolExecutor(1) as pool:
             (decoded,) = DaliDecoder(device, 1, 1, pool).images([planned], [data])
         if not isinstance(decoded, torch.Tensor):  # DALI's failures fall back to PIL

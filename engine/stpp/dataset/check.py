@@ -20,7 +20,7 @@ from stpp.images.containers import looks_whole
 from stpp.images.image_file import DECODE_ERRORS, upright, upright_size
 from stpp.images.masks import IGNORE, Stored, count_indices, read_mask, write_index_png
 from stpp.images.pixels import BadImage
-from stpp.images.reading import Proof, Reading, prove
+from stpp.images.reading import DecodeFindings, Reading, check_decodable
 
 _CHUNK = 32
 """Images per message to a worker process: large enough for cheap messages, small enough to keep all cores
@@ -53,9 +53,9 @@ class Checked:
     reading: Reading | None = None
     """None if there are problems."""
     used_bits: int = 0
-    """Bits that the image uses; see `stpp.images.reading.prove`."""
+    """Bits that the image uses; see `stpp.images.reading.check_decodable`."""
     like_mask: bool = False
-    """True if the image looks like a mask; see `stpp.images.reading.prove`."""
+    """True if the image looks like a mask; see `stpp.images.reading.check_decodable`."""
     orientation: int = 1
     """EXIF orientation of the image file, 1 to 8, whether applied or not."""
     converted: str | None = None
@@ -205,7 +205,7 @@ def _mask_problems(path: str, stored: Stored, counts: np.ndarray, classes: int) 
     return problems
 
 
-def _look(path: str, digested: bool) -> tuple[Reading, Proof, str | None]:
+def _look(path: str, digested: bool) -> tuple[Reading, DecodeFindings, str | None]:
     """Reading of an image (rotated upright), findings from decoding it completely, and its digest.
 
     Headers alone would accept truncated files.
@@ -213,7 +213,7 @@ def _look(path: str, digested: bool) -> tuple[Reading, Proof, str | None]:
     try:
         with open(path, "rb") as file:
             data = file.read()
-        reading, proof = prove(data)
+        reading, proof = check_decodable(data)
     except BadImage as bad:
         raise UserError(f"{path}: cannot be read as an image ({bad}); replace or remove it") from None
     except DECODE_ERRORS as error:

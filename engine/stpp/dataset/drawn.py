@@ -20,7 +20,7 @@ from stpp.dataset.patterns import Side
 from stpp.dataset.search import Search
 from stpp.dataset.walk import FOLLOW, walk
 from stpp.errors import UserError
-from stpp.images.folders import PassedOver
+from stpp.images.folders import SkippedFiles
 
 FORMATS = ("coco", "yolo", "labelme")
 ENDINGS = {"coco": ".json", "yolo": ".txt", "labelme": ".json"}
@@ -121,10 +121,10 @@ def _of_files(search: Search, layout: str, images: str | None, masks: str | None
     if masks is not None:
         sides = [patterns.parsed(images, "images", search.root), patterns.parsed(masks, "masks", search.root)]
         alike = sides[0].pattern.groups == sides[1].pattern.groups
-        pairs = search.named(sides[1], "shapes", alike, PassedOver())
+        pairs = search.named_files(sides[1], "shapes", alike, SkippedFiles())
         image_of = taken
     else:
-        pairs = search.named(Side("", None, (ENDINGS[layout],)), "shapes", False, PassedOver())
+        pairs = search.named_files(Side("", None, (ENDINGS[layout],)), "shapes", False, SkippedFiles())
         pairs = ((_image_name(name) if layout == "yolo" else name, path) for name, path in pairs)
         image_of = {unicodedata.normalize("NFC", os.path.splitext(path)[0]): path for path in taken.values()}
     shapes, orphans = {}, []

@@ -33,7 +33,7 @@ class Entry:
     alpha: bool
     bits: int
     used_bits: int
-    """Bits that the image uses; see stpp.images.reading.prove."""
+    """Bits that the image uses; see stpp.images.reading.check_decodable."""
     class_pixels: list[int] | None
     """Pixels of each class in the mask; None without a mask."""
     bytes: int

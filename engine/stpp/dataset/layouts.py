@@ -29,7 +29,7 @@ from stpp.dataset.patterns import Side, parsed
 from stpp.dataset.search import FoundImage, Search
 from stpp.dataset.walk import walk
 from stpp.errors import UserError
-from stpp.images.folders import PassedOver, folders_of, image_of_mask, image_of_mask_in_folder
+from stpp.images.folders import SkippedFiles, folders_of, image_of_mask, image_of_mask_in_folder
 from stpp.images.image_file import IMAGE_EXTENSIONS
 
 LAYOUTS = ("auto", "voc", "cvat", "cityscapes", "camvid", "globs", *drawn.FORMATS)
@@ -164,12 +164,14 @@ def find(
 
     patterns = [side.pattern for side in (image_side, mask_side) if side and side.pattern]
     have_equal_groups = len(patterns) == 2 and patterns[0].groups == patterns[1].groups
-    mask_of = dict(search.named(mask_side, "masks", have_equal_groups, PassedOver())) if mask_side else {}
+    mask_of = {}
+    if mask_side:
+        mask_of = dict(search.named_files(mask_side, "masks", have_equal_groups, SkippedFiles()))
     if layout == "voc" and masks == VOC_AUGMENTED_MASKS:
         mask_of = _with_original(search, mask_of, notes)
-    passed = PassedOver()
-    image_of = dict(search.named(image_side, "images", have_equal_groups, passed,
-                                 apart=set(mask_of.values())))
+    skipped = SkippedFiles()
+    image_of = dict(search.named_files(image_side, "images", have_equal_groups, skipped,
+                                       apart=set(mask_of.values())))
     _leave_out_masks(image_of, mask_of, notes)
     if mask_side and not image_of.keys() & mask_of.keys():
         image_of, mask_of = image_side.without_lead(image_of), mask_side.without_lead(mask_of)
@@ -184,11 +186,11 @@ def find(
         mask = mask_of.pop(name, None)
         num_paired += mask is not None
         found_images.append(FoundImage(key, image, *shapes.get(image, (mask, None))))
-    passed.extensions.pop(drawn.ENDINGS.get(layout), None)
-    _say_passed(passed, notes)
+    skipped.extensions.pop(drawn.ENDINGS.get(layout), None)
+    _say_passed(skipped, notes)
     if not found_images:
         searched = images or f"{image_side.prefix}/** ({' '.join(IMAGE_EXTENSIONS)})"
-        unread = f"; {passed.lines()[0]}" if passed.extensions else ""
+        unread = f"; {skipped.lines()[0]}" if skipped.extensions else ""
         raise UserError(f"{flag} {path}: no image found; looked for {searched}{unread}")
     if mask_of and not num_paired:
         mask = next(iter(mask_of.values()))
@@ -225,7 +227,7 @@ def _sides(layout: str, images: str | None, masks: str | None, root: Path | None
 
 def _with_original(search: Search, augmented: dict[str, str], notes: Notes) -> dict[str, str]:
     """Adds masks of VOC's own folder where the augmented folder has none, as in some mirrors."""
-    original = dict(search.named(Side(_VOC[1], None, (".png",)), "masks", False, PassedOver()))
+    original = dict(search.named_files(Side(_VOC[1], None, (".png",)), "masks", False, SkippedFiles()))
     missing = {name: path for name, path in original.items() if name not in augmented}
     if missing:
         notes.line(
@@ -267,10 +269,10 @@ def _leave_out_masks(image_of: dict[str, str], mask_of: dict[str, str], notes: N
         del image_of[named[key]]
 
 
-def _say_passed(passed: PassedOver, notes: Notes) -> None:
-    for line in passed.lines():
+def _say_passed(skipped: SkippedFiles, notes: Notes) -> None:
+    for line in skipped.lines():
         # Only skipped pictures need a warning; lists and notes are often kept with images.
-        missed = passed.pictures() and line.endswith("unsupported formats")
+        missed = skipped.pictures() and line.endswith("unsupported formats")
         (notes.warn if missed else notes.line)(f"skipped: {line}")
 
 

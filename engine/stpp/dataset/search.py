@@ -10,7 +10,7 @@ from stpp.annotations.shapes import ShapeSource
 from stpp.dataset.patterns import Side
 from stpp.dataset.walk import refuse_unlistable, walk
 from stpp.errors import UserError
-from stpp.images.folders import PassedOver
+from stpp.images.folders import SkippedFiles
 from stpp.images.image_file import IMAGE_EXTENSIONS
 
 
@@ -37,8 +37,8 @@ class Search:
     follow_links: bool
     """Follow links out of the root."""
 
-    def named(
-        self, side: Side, kind: str, have_equal_groups: bool, passed: PassedOver, *,
+    def named_files(
+        self, side: Side, kind: str, have_equal_groups: bool, skipped: SkippedFiles, *,
         apart: Set[str] = frozenset()
     ) -> Iterator[tuple[str, str]]:
         """Yields (pairing name, path) for each file of a side, rejecting duplicate names.
@@ -47,22 +47,22 @@ class Search:
             kind: "images" or "masks", for messages.
             have_equal_groups: both patterns have the same number of fixed folders between wildcards, which
                 are then excluded from the name.
-            passed: counts skipped files.
+            skipped: counts skipped files.
             apart: paths to yield under their own path: neither counted as skipped, nor rejected as
                 duplicates.
         """
         seen: dict[str, str] = {}
-        for path in walk(self.root, side.prefix, self.skip, follow_links=self.follow_links, passed=passed):
+        for path in walk(self.root, side.prefix, self.skip, follow_links=self.follow_links, skipped=skipped):
             below = path[len(side.prefix) + 1 :] if side.prefix else path
             if not below.lower().endswith(side.extensions):
-                passed.unread(below)
+                skipped.unread(below)
                 continue
             # Systems differ in Unicode normalisation, so an image and its mask can differ too.
             below = unicodedata.normalize("NFC", below)
             match = side.pattern.fullmatch(below) if side.pattern else None
             if side.pattern and not match:
                 if path not in apart and not below.lower().endswith(IMAGE_EXTENSIONS):
-                    passed.unread(below)
+                    skipped.unread(below)
                 continue
             refuse_unlistable(self.root, path)
             name = (

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stpp.errors import UserError
-from stpp.images.folders import PassedOver
+from stpp.images.folders import SkippedFiles
 
 FOLLOW = "--data.follow-links"
 _UNLISTABLE = {"Cc", "Cs", "Zl", "Zp"}
@@ -20,19 +20,19 @@ def walk(
     skip: Path | None = None,
     *,
     follow_links: bool = False,
-    passed: PassedOver | None = None,
+    skipped: SkippedFiles | None = None,
 ) -> Iterator[str]:
     """Yields relative paths of all files below root/prefix, folder by folder.
 
     Args:
         skip: a folder to skip.
         follow_links: follow links that lead out of the root; other links are always followed.
-        passed: counts skipped files and folders.
+        skipped: counts skipped files and folders.
 
     Raises:
         UserError: an unreadable folder, or a link that leads out of the root.
     """
-    passed = PassedOver() if passed is None else passed
+    skipped = SkippedFiles() if skipped is None else skipped
     top = os.path.join(root, prefix)
     if prefix and not follow_links:
         _inside(root, Path(top))
@@ -48,7 +48,7 @@ def walk(
             raise UserError(f"{folder}: cannot be listed ({error.strerror})") from error
         for entry in entries:
             is_folder = entry.is_dir()
-            if passed.add(entry.name, is_folder=is_folder):
+            if skipped.add(entry.name, is_folder=is_folder):
                 continue
             path = f"{relative}/{entry.name}" if relative else entry.name
             if entry.is_symlink() and not follow_links:

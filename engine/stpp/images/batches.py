@@ -156,7 +156,7 @@ def _read(planned: Planned, clock: Clock) -> tuple[bytes | BadImage, int | None]
         try:
             data = planned.item.read()
         except OSError as error:
-            return BadImage(storage.why(error)), None
+            return BadImage(storage.describe_error(error)), None
         digest = content_hash(data)
     if 0 <= planned.item.bytes != len(data):
         return BadImage(f"truncated: {len(data)} of {planned.item.bytes} bytes are present"), digest

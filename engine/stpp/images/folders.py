@@ -134,7 +134,7 @@ def folders_of(keys: Iterable[str]) -> Callable[[str], Iterable[str]]:
 
 
 @dataclass
-class PassedOver:
+class SkippedFiles:
     """Counts of files and folders skipped in a listing."""
 
     system: Counter[str] = field(default_factory=Counter)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from stpp.errors import UserError
 from stpp.images import storage
-from stpp.images.folders import PassedOver
+from stpp.images.folders import SkippedFiles
 from stpp.images.names import mask_key, printable, quoted
 
 
@@ -50,7 +50,7 @@ class Item:
 
 
 @dataclass
-class Passed(PassedOver):
+class SkippedItems(SkippedFiles):
     """Counts of files and lines skipped in a corpus."""
 
     masks: int = 0
@@ -71,7 +71,7 @@ def content_hash(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big", signed=True)
 
 
-def named(name: str, source: str, file: str, *, offset: int = -1, length: int = -1, mark: str = "") -> Item:
+def item_of(name: str, source: str, file: str, *, offset: int = -1, length: int = -1, mark: str = "") -> Item:
     """Item of an image called `name`; with an error if the name cannot be a path below the output.
 
     Raises:
@@ -83,12 +83,12 @@ def named(name: str, source: str, file: str, *, offset: int = -1, length: int = 
         printable_file = file.encode().decode()
     except ValueError as error:
         reason = "its name is not UTF-8" if isinstance(error, UnicodeError) else str(error)
-        return unnamed(source, file, reason, mark)
+        return failed_item(source, file, reason, mark)
     return Item(key=key, source=printable(source), file=printable_file, offset=offset, bytes=length,
                 mark=mark)
 
 
-def unnamed(source: str, file: str, reason: str, mark: str = "") -> Item:
+def failed_item(source: str, file: str, reason: str, mark: str = "") -> Item:
     """Item of an image that cannot have a mask; its key only identifies it."""
     return Item(key=quoted(source), source=printable(source), file=printable(file), error=reason, mark=mark)
 

@@ -11,7 +11,7 @@ from typing import IO
 from stpp.errors import UserError
 from stpp.images import storage, tars
 from stpp.images.image_file import IMAGE_EXTENSIONS
-from stpp.images.items import Item, Passed, named, unnamed
+from stpp.images.items import Item, SkippedItems, failed_item, item_of
 
 _IMAGE_END = rf"({'|'.join(map(re.escape, IMAGE_EXTENSIONS))})\s+(?=\S)"
 
@@ -25,10 +25,10 @@ class ListSource:
 
     def __init__(self, path: str, root: str):
         self._path, self._root = path, root
-        self.passed = Passed()
+        self.skipped = SkippedItems()
 
     def items(self) -> Iterator[Item]:
-        self.passed = Passed()
+        self.skipped = SkippedItems()
         with storage.opened(self._path) as file:
             for text in _lines(file, self._path):
                 if text := _plain(text.strip()):
@@ -36,7 +36,7 @@ class ListSource:
 
     def _item(self, text: str) -> Item:
         if storage.is_url(text):
-            return named(text.partition("://")[2].lstrip("/"), text, text)
+            return item_of(text.partition("://")[2].lstrip("/"), text, text)
         mark = self._mark(text)
         if mark == storage.ABSENT and len(text.split()) > 1:
             # `image mask`: names may hold spaces, so the image is an existing file with an image extension.
@@ -44,11 +44,11 @@ class ListSource:
             text = next((cut for cut in cuts if self._mark(cut) != storage.ABSENT), cuts[0] if cuts else text)
             mark = self._mark(text)
         name = text.lstrip("/") if os.path.isabs(text) else text
-        item = named(name, text, self._file(text), mark=mark)
+        item = item_of(name, text, self._file(text), mark=mark)
         if item.error is not None:
-            return unnamed(text, self._file(text), item.error + _remedy(text), mark)
+            return failed_item(text, self._file(text), item.error + _remedy(text), mark)
         if mark == storage.ABSENT and (problem := _other_form(text)):
-            return unnamed(text, self._file(text), problem, mark)
+            return failed_item(text, self._file(text), problem, mark)
         return item
 
     def _file(self, text: str) -> str:

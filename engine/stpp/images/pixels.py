@@ -43,7 +43,7 @@ def decode(data: bytes) -> np.ndarray:
         with opened_bytes(data) as image:
             return colours(image)
     except DECODE_ERRORS as error:
-        raise BadImage(why(error)) from None
+        raise BadImage(describe_error(error)) from None
 
 
 def colours(image: Image.Image) -> np.ndarray:
@@ -117,7 +117,7 @@ def _from_deep(values_HW: np.ndarray, bits: int) -> np.ndarray:
     return np.repeat((values_HW >> bits - 8).astype(np.uint8)[..., None], 3, axis=2)
 
 
-def why(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Short reason of Pillow's failure on a file."""
     if isinstance(error, Image.UnidentifiedImageError):
         return f"not one of the formats {', '.join(IMAGE_FORMATS)}, or damaged at its beginning"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from stpp.images import storage
 from stpp.images.containers import PNG_SIGNATURE
 from stpp.images.pixels import BadImage
-from stpp.images.reading import Reading, look
+from stpp.images.reading import Reading, read_header
 from stpp.images.sources import Item
 
 HEAD_BYTES = 1 << 14
@@ -17,7 +17,7 @@ TAIL_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
+class BatchLimits:
     """Limits by which shards are cut into batches."""
 
     max_batch: int
@@ -50,34 +50,36 @@ class Planned:
         return self.reading.size
 
 
-def examine(item: Item, cut: Cut) -> Planned:
+def examine(item: Item, limits: BatchLimits) -> Planned:
     """Determines the reading of an image; its batch is not assigned yet (0), or will never be (-1)."""
     reading, error = None, item.error
     if error is None:
         try:
-            reading = _read_header(item, cut)
-            if reading.width * reading.height > cut.max_pixels:
-                error = f"{reading.width}x{reading.height} pixels are more than --max-pixels {cut.max_pixels}"
+            reading = _reading_of(item, limits)
+            if reading.width * reading.height > limits.max_pixels:
+                error = (f"{reading.width}x{reading.height} pixels are more than --max-pixels "
+                         f"{limits.max_pixels}")
         except BadImage as bad:
             error = str(bad)
         except OSError as failed:
-            error = storage.why(failed)
+            error = storage.describe_error(failed)
     return Planned(item=item, position=-1, reading=reading, batch=-1 if error else 0, error=error)
 
 
-def _read_header(item: Item, cut: Cut) -> Reading:
+def _reading_of(item: Item, limits: BatchLimits) -> Reading:
     head = item.read(HEAD_BYTES)
     whole = len(head) < HEAD_BYTES
     try:
-        tail = item.read_end(TAIL_BYTES) if cut.exif and not whole and head.startswith(PNG_SIGNATURE) else b""
-        return look(head, exif=cut.exif, tail=tail)
+        needs_tail = limits.exif and not whole and head.startswith(PNG_SIGNATURE)
+        tail = item.read_end(TAIL_BYTES) if needs_tail else b""
+        return read_header(head, exif=limits.exif, tail=tail)
     except BadImage:
         if whole:
             raise
-        return look(item.read(), exif=cut.exif)
+        return read_header(item.read(), exif=limits.exif)
 
 
-def cut_batches(examined: Sequence[Planned], cut: Cut) -> list[Planned]:
+def cut_batches(examined: Sequence[Planned], limits: BatchLimits) -> list[Planned]:
     """Assigns positions and batches to the images of a shard: largest images first, images of one size split
     evenly."""
     groups: dict[tuple[int, int], list[tuple[int, Planned]]] = {}
@@ -90,7 +92,7 @@ def cut_batches(examined: Sequence[Planned], cut: Cut) -> list[Planned]:
     planned, batch = [], 0
     for (height, width), members in sorted(groups.items(),
                                            key=lambda group: (-group[0][0] * group[0][1], group[0])):
-        batch_images = min(cut.max_batch, max(1, cut.batch_pixels // (height * width)))
+        batch_images = min(limits.max_batch, max(1, limits.batch_pixels // (height * width)))
         count = -(-len(members) // batch_images)
         for number in range(count):
             start, stop = (len(members) * i // count for i in (number, number + 1))

@@ -29,10 +29,10 @@ from stpp.images.pixels import (
     BadImage,
     colours,
     decode,
+    describe_error,
     opened_bytes,
     range_bits,
     stored_bits,
-    why,
 )
 
 SPARE_BITS = 2
@@ -78,7 +78,7 @@ class Reading(NamedTuple):
         return self._replace(width=width, height=height, orientation=1)
 
 
-def look(data: bytes, *, exif: bool, tail: bytes = b"") -> Reading:
+def read_header(data: bytes, *, exif: bool, tail: bytes = b"") -> Reading:
     """Determines the reading of a file from its bytes or its beginning.
 
     Args:
@@ -93,7 +93,7 @@ def look(data: bytes, *, exif: bool, tail: bytes = b"") -> Reading:
         with opened_bytes(data) as image:
             reading = _reading(image, data, tail)
     except DECODE_ERRORS as error:
-        raise BadImage(why(error)) from None
+        raise BadImage(describe_error(error)) from None
     return reading if exif else reading.as_stored()
 
 
@@ -138,7 +138,7 @@ def require_size(size: tuple[int, int], reading: Reading) -> None:
         )
 
 
-class Proof(NamedTuple):
+class DecodeFindings(NamedTuple):
     """Findings from decoding a whole file."""
 
     used_bits: int
@@ -147,7 +147,7 @@ class Proof(NamedTuple):
     """True for images of few flat colours, see `FEW_COLOURS`; never for JPEGs."""
 
 
-def prove(data: bytes) -> tuple[Reading, Proof]:
+def check_decodable(data: bytes) -> tuple[Reading, DecodeFindings]:
     """Decodes a whole file as a check; a JPEG at an eighth of its size, which reads all data with little
     arithmetic.
 
@@ -155,7 +155,7 @@ def prove(data: bytes) -> tuple[Reading, Proof]:
         the reading, rotated upright, and the findings.
 
     Raises:
-        BadImage: see `look` and `decode`.
+        BadImage: see `read_header` and `decode`.
     """
     try:
         with opened_bytes(data) as image:
@@ -167,9 +167,9 @@ def prove(data: bytes) -> tuple[Reading, Proof]:
             else:
                 pixels_HWC = colours(image)
                 num_used_bits, image = used_bits(pixels_HWC, reading), Image.fromarray(pixels_HWC)
-            return reading, Proof(num_used_bits, _is_like_mask(image, reading))
+            return reading, DecodeFindings(num_used_bits, _is_like_mask(image, reading))
     except DECODE_ERRORS as error:
-        raise BadImage(why(error)) from None
+        raise BadImage(describe_error(error)) from None
 
 
 def _is_like_mask(image: Image.Image, reading: Reading) -> bool:

@@ -25,7 +25,7 @@ from stpp.images.folders import (
     is_passed_over,
 )
 from stpp.images.image_file import IMAGE_EXTENSIONS
-from stpp.images.items import Item, Passed, named, require_readable_name, unnamed
+from stpp.images.items import Item, SkippedItems, failed_item, item_of, require_readable_name
 from stpp.images.lists import ListSource
 from stpp.images.names import printable
 
@@ -39,7 +39,7 @@ _MOST_BRACES = 10_000_000
 class Source(Protocol):
     """A corpus of images."""
 
-    passed: Passed
+    skipped: SkippedItems
     """Files skipped by the last pass through `items`."""
 
     def items(self) -> Iterator[Item]:
@@ -90,12 +90,12 @@ class FolderSource:
     def __init__(self, folder: str):
         self._folder = folder.rstrip("/") if not folder.endswith("://") else folder
         self._below = _ImagesBelow(self._folder)
-        self.passed = Passed()
+        self.skipped = SkippedItems()
 
     def items(self) -> Iterator[Item]:
-        self.passed = Passed()
+        self.skipped = SkippedItems()
         for name, mark in self._names(""):
-            yield named(name, name, f"{self._folder}/{name}", mark=mark)
+            yield item_of(name, name, f"{self._folder}/{name}", mark=mark)
 
     def stamp(self) -> dict:
         """Digest of names, sizes and modification times; walks the folder."""
@@ -120,19 +120,20 @@ class FolderSource:
                 else:
                     yield f"{below}{name}", mark
         except OSError as error:
-            raise UserError(f"{folder}: {storage.why(error)}; its images would be missing") from None
+            reason = storage.describe_error(error)
+            raise UserError(f"{folder}: {reason}; its images would be missing") from None
 
     def _taken(self, folder: str) -> Iterator[tuple[str, bool, str]]:
         siblings = _ImagesInFolder(folder)
         for child in storage.children(folder):
-            if self.passed.add(child.name, is_folder=child.is_folder):
+            if self.skipped.add(child.name, is_folder=child.is_folder):
                 continue
             if not child.is_folder and self._is_mask(folder, child.name, siblings):
-                self.passed.masks += 1
+                self.skipped.masks += 1
             elif child.is_folder or _is_image(child.name):
                 yield tuple(child)
             else:
-                self.passed.unread(child.name)
+                self.skipped.unread(child.name)
 
     def _is_mask(self, folder: str, name: str, siblings: "_ImagesInFolder") -> bool:
         """True for a PNG that, by its name, is the mask of an image in its folder or in a sibling folder."""
@@ -189,20 +190,20 @@ class TarSource:
 
     def __init__(self, spec: str, paths: Sequence[str], folders: bool):
         self._spec, self._paths, self._folders = spec, paths, folders
-        self.passed = Passed()
+        self.skipped = SkippedItems()
 
     def items(self) -> Iterator[Item]:
-        self.passed = Passed()
+        self.skipped = SkippedItems()
         for path in self._paths:
             mark, images = self._mark(path), _ArchiveImages(path)
             for member in tars.members(path):
                 leftover = _leftover(member.name)
                 if leftover is not None:
-                    self.passed.add(leftover[0], is_folder=leftover[1])
+                    self.skipped.add(leftover[0], is_folder=leftover[1])
                 elif not _is_image(member.name):
-                    self.passed.unread(member.name.rpartition("/")[2])
+                    self.skipped.unread(member.name.rpartition("/")[2])
                 elif images.is_mask(member.name):
-                    self.passed.masks += 1
+                    self.skipped.masks += 1
                 else:
                     yield self._item(path, member, mark)
 
@@ -211,10 +212,10 @@ class TarSource:
         place = {"offset": member.offset, "length": member.bytes, "mark": mark}
         source = f"{archive}::{member.name}"
         if member.problem is not None:
-            return unnamed(source, path, member.problem, mark)
-        item = named(member.name, source, path, **place)
+            return failed_item(source, path, member.problem, mark)
+        item = item_of(member.name, source, path, **place)
         if self._folders and item.error is None:  # checked alone first: a prefix would hide a drive letter
-            item = named(f"{archive.removesuffix('.tar')}/{member.name}", source, path, **place)
+            item = item_of(f"{archive.removesuffix('.tar')}/{member.name}", source, path, **place)
         return item
 
     def stamp(self) -> dict:
@@ -228,7 +229,7 @@ class TarSource:
         try:
             return storage.mark(path)
         except OSError as error:
-            raise UserError(f"--source {self._spec}: {path}: {storage.why(error)}") from None
+            raise UserError(f"--source {self._spec}: {path}: {storage.describe_error(error)}") from None
 
 
 class _ArchiveImages:

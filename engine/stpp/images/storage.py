@@ -134,7 +134,7 @@ def read(path: str, offset: int = -1, length: int = -1) -> bytes:
         raise
 
 
-def why(error: OSError) -> str:
+def describe_error(error: OSError) -> str:
     """Short reason of a failed read."""
     if isinstance(error, FileNotFoundError):
         return "no such file"
@@ -175,7 +175,7 @@ def _query(url: str, ask: Callable[[], T]) -> T:
     try:
         return _retried(ask)
     except OSError as error:
-        raise UserError(f"{url}: {why(error)}; check the address and your access to it") from None
+        raise UserError(f"{url}: {describe_error(error)}; check the address and your access to it") from None
 
 
 def _retried(call: Callable[[], T]) -> T:

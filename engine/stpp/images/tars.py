@@ -70,7 +70,7 @@ def _entries(path: str) -> Iterator[tarfile.TarInfo]:
     except tarfile.TarError as error:
         raise UserError(f"{path}: incomplete tar archive ({error}); download or write it again") from None
     except OSError as error:
-        raise UserError(f"{path}: {storage.why(error)}") from None
+        raise UserError(f"{path}: {storage.describe_error(error)}") from None
 
 
 def compression(head: bytes) -> str | None:
