@@ -31,7 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("report", "write an HTML report of a run or of pseudo labels"),
     "doctor": ("doctor", "check this machine's hardware and packages, and suggest fixes"),
 }
-"""By command name: the module of `stpp.commands` with the function of that name, and a line of help."""
+"""Module of `stpp.commands` and help text by command name; the module has a function of that name."""
 
 
 def run(name: str, args: list[str]) -> None:

@@ -457,7 +457,7 @@ def test_all_problems_are_reported(tmp_path, capsys):
     for name in ("JPEGImages/27.jpg", "JPEGImages/28.jpg", "SegmentationClass/29.png"):
         assert f"{name}: " in text
     assert str(root) not in text
-    with pytest.raises(UserError, match="its preparation did not end; run"):
+    with pytest.raises(UserError, match="its preparation is unfinished; run"):
         index.load(out)
 
 

@@ -117,7 +117,7 @@ def test_evaluation_goes_on_after_a_kill_while_it_read_again(known, here):
     for moment in ("before", "behind"):
         done = subprocess.run([sys.executable, "-c", code, str(known.out), moment])
         assert done.returncode == -signal.SIGKILL and not (known.out / "index.json").exists()
-        with pytest.raises(UserError, match="its preparation did not end; run `stpp prepare`"):
+        with pytest.raises(UserError, match="its preparation is unfinished; run `stpp prepare`"):
             index.load(known.out)
     fresh = of_today(known.out, path, here)
     assert (read_index_mask(fresh.sample("photos/1.jpg").mask) == ids(2)).all()

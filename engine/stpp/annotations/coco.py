@@ -67,9 +67,9 @@ class _ListingBuilder:
     categories: dict[int, str] = field(default_factory=dict)
     images: list[tuple[str, tuple[int, int] | None]] = field(default_factory=list)
     numbers: dict[int | str, int] = field(default_factory=dict)
-    """Image id -> number, in order of first occurrence."""
+    """Image id -> image number, in order of first occurrence."""
     listed: dict[int, int] = field(default_factory=dict)
-    """That number -> position in `images`."""
+    """Image number -> position in `images`."""
     counts: dict[str, int] = field(default_factory=lambda: {"images": 0, "annotations": 0, "categories": 0})
 
     def __post_init__(self):

@@ -154,5 +154,5 @@ class _Reader:
         self._ended = not block
         self._text += block.decode("latin-1")
 
-    def _refusal(self, what: str) -> UserError:
-        return UserError(f"{self._path}: {what}, at byte {self._start + self._at}")
+    def _refusal(self, problem: str) -> UserError:
+        return UserError(f"{self._path}: {problem}, at byte {self._start + self._at}")

@@ -15,7 +15,7 @@ def polygon(mask_HW: np.ndarray) -> np.ndarray:
     outer, holes = None, []
     for ring in _rings(mask_HW):
         if _clockwise(ring):
-            assert outer is None, "the pixels do not hang together"
+            assert outer is None, "the pixels are not connected"
             outer = ring
         else:
             holes.append(ring)

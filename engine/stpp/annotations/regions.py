@@ -41,7 +41,7 @@ class Region(Protocol):
     """Approximate area in pixels."""
 
     def patch(self, height: int, width: int) -> Patch:
-        """Its pixels in an image of this size."""
+        """Pixels of the region in an image of this size."""
         ...
 
     def doubt(self, height: int, width: int) -> str | None:

@@ -17,7 +17,7 @@ class Shape(NamedTuple):
     """A shape as stored in a file."""
 
     where: str
-    """Its location in the file for messages, such as "annotation 7"."""
+    """Location in the file for messages, such as "annotation 7"."""
     label: int | str
     region: Region | None
     """None where the file stores nothing that covers pixels; `doubt` then describes its content."""

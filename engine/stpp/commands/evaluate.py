@@ -85,7 +85,7 @@ class ReadyCheckpoint:
     predictor: "EagerPredictor"
     classes: Sequence[str]
     weights: str
-    """See `stpp.inference.record.weights_sha256`."""
+    """Digest of the weights, see `stpp.inference.record.weights_sha256`."""
     samples: "Sequence[Sample]"
     data: DataConfig
 

@@ -35,7 +35,7 @@ class Task:
     image: str
     mask: str | None
     bytes: int
-    """Size of the image; -1 if it is not a readable file. The other stamps likewise."""
+    """Size of the image; -1 if it is not a readable file. The same holds for the other stamps."""
     mtime_ns: int
     mask_bytes: int | None = None
     mask_mtime_ns: int | None = None

@@ -19,7 +19,7 @@ MOST_NAMES = 40
 
 
 def spread(images: Sequence[str]) -> Sequence[str]:
-    """Up to eight images, evenly spaced over the list."""
+    """Selects up to eight images, evenly spaced over the list."""
     return images[:: math.ceil(len(images) / IMAGES) or 1][:IMAGES]
 
 

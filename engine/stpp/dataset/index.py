@@ -114,27 +114,27 @@ def _described(index: Index, tally: card.Tally, notes: Notes) -> Index:
 
 
 def load(out: str | os.PathLike) -> Index:
-    """Reads an index that `prepare` wrote.
+    """Reads an index written by `prepare`.
 
     Raises:
-        UserError: there is none, or its files are damaged, foreign, of another version, or name paths outside
+        UserError: no index, or an index that is damaged, foreign, of another version, or with paths outside
             the root.
     """
     out = Path(out).expanduser().absolute()
     stored = table.read_json(out)
     if stored is None:
-        state = "its preparation did not end" if is_unfinished(out) else "holds no index (index.json)"
+        state = "its preparation is unfinished" if is_unfinished(out) else "holds no index (index.json)"
         raise UserError(f"{out}: {state}; run `stpp prepare`")
     if stored["version"] != table.VERSION:
         raise UserError(
             f"{out / 'index.json'}: index version {stored['version']}, not {table.VERSION}; run `stpp "
-            f"prepare` again"
+            "prepare` again"
         )
     return _opened(out, stored)
 
 
 def _opened(out: Path, stored: dict) -> Index:
-    """The index that index.json, whose form was checked, describes."""
+    """Index described by a validated index.json."""
     return Index(
         out=out,
         root=Path(stored["root"]),
@@ -154,13 +154,12 @@ def _opened(out: Path, stored: dict) -> Index:
 
 
 def is_stale(out: str | os.PathLike, root: str | os.PathLike, **options) -> bool:
-    """Whether `prepare` with these options would find other files (path, size, time) or settings than the
-    index in `out`.
-
-    True if there is no index.
+    """Compares files (path, size, time) and settings with the index in `out`; True if they differ or there is
+    no index.
 
     Raises:
-        UserError: as `prepare` before it looks into files; or `out` holds something that is no index.
+        UserError: as `prepare`, except for problems inside files; or `out` contains something else than an
+            index.
     """
     out = Path(out).expanduser().absolute()
     settings, _ = setting.resolved(root, **options)

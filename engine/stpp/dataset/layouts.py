@@ -1,6 +1,6 @@
 """Folder layouts of data sets: the pairing of images with masks.
 
-`voc`: `JPEGImages/**` and `SegmentationClassAug/**.png`, or, without such a folder,
+`voc`: `JPEGImages/**` and `SegmentationClassAug/**.png`, or, without that folder,
 `SegmentationClass/**.png`.
 `cityscapes`: `leftImg8bit/**/*_leftImg8bit.png` and `gtFine/**/*_gtFine_labelTrainIds.png`; or, if there are
 more original masks, `*_gtFine_labelIds.png`, whose ids are then mapped.
@@ -37,7 +37,7 @@ LAYOUTS = ("auto", "voc", "cvat", "cityscapes", "camvid", "globs", *drawn.FORMAT
 _VOC = ("JPEGImages", "SegmentationClass")
 _VOC_AUGMENTED = "SegmentationClassAug"
 VOC_AUGMENTED_MASKS = f"{_VOC_AUGMENTED}/**/*.png"
-"""Masks of a VOC root with such a folder; missing ones are taken from SegmentationClass."""
+"""Masks of a VOC root with augmented masks; missing ones are taken from SegmentationClass."""
 _CAMVID = ("images", "masks")
 
 
@@ -246,27 +246,27 @@ def _leave_out_masks(image_of: dict[str, str], mask_of: dict[str, str], notes: N
         del image_of[name]
     if both:
         notes.line(f"treated as masks, though they match both patterns: {counted(len(both), 'file')}")
-    named = {os.path.splitext(path)[0]: name for name, path in image_of.items()}
-    folders, beside = folders_of(named), {}
-    for key, name in named.items():
-        image = image_of_mask(key, named)
+    name_of = {os.path.splitext(path)[0]: name for name, path in image_of.items()}
+    folders, image_key_of = folders_of(name_of), {}
+    for key, name in name_of.items():
+        image = image_of_mask(key, name_of)
         if image is None and image_of[name].lower().endswith(".png"):
-            image = image_of_mask_in_folder(key, named, folders)
+            image = image_of_mask_in_folder(key, name_of, folders)
         if image is not None:
-            beside[key] = image
-    second = [key for key, image in beside.items() if named[image] in mask_of]
-    first = [key for key in beside if key not in second]
-    for kind, what in (
+            image_key_of[key] = image
+    second = [key for key, image in image_key_of.items() if name_of[image] in mask_of]
+    first = [key for key in image_key_of if key not in second]
+    for kind, meaning in (
         (second, "further masks of images that have one; draw all objects of an image into one mask"),
         (first, "masks of images next to them; give --data.masks, or rename these files"),
     ):
         if kind:
             notes.warn(
-                f"skipped, as their names mark them as {what}: {counted(len(kind), 'file')}, for example "
-                f"{image_of[named[kind[0]]]} next to {image_of[named[beside[kind[0]]]]}"
+                f"skipped, as their names mark them as {meaning}: {counted(len(kind), 'file')}, for example "
+                f"{image_of[name_of[kind[0]]]} next to {image_of[name_of[image_key_of[kind[0]]]]}"
             )
-    for key in beside:
-        del image_of[named[key]]
+    for key in image_key_of:
+        del image_of[name_of[key]]
 
 
 def _say_passed(skipped: SkippedFiles, notes: Notes) -> None:
@@ -289,12 +289,12 @@ def _look_for_masks(search: Search, layout: str, images: str, searched: str, not
         texts += [folder] * (
             bool(names) and all(name.lower().endswith(".txt") for name in names) and folder == "labels"
         )
-    what = f"{search.root}: {images}/ indicates the layout {layout}, but {searched} contains no mask"
+    finding = f"{search.root}: {images}/ indicates the layout {layout}, but {searched} contains no mask"
     if pngs:
         raise UserError(
-            f"{what}, and {' and '.join(f'{name}/' for name in pngs[:3])} holds PNGs: if they are the masks, "
-            f"give --data.layout globs --data.images '{images}/**/*' --data.masks '{pngs[0]}/**/*.png'; "
-            "otherwise omit --data.masks"
+            f"{finding}, and {' and '.join(f'{name}/' for name in pngs[:3])} holds PNGs: if they are the "
+            f"masks, give --data.layout globs --data.images '{images}/**/*' --data.masks "
+            f"'{pngs[0]}/**/*.png'; otherwise omit --data.masks"
         )
     polygons = "; labels/ holds text files (polygons or boxes), not masks" if texts else ""
-    notes.warn(f"{what}{polygons}; all images are unlabelled")
+    notes.warn(f"{finding}{polygons}; all images are unlabelled")

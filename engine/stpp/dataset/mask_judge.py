@@ -87,7 +87,7 @@ class Judge:
     """Bits of grayscale masks -> first mask of that depth with a value above 0."""
     _ids: Counter[int] = field(default_factory=Counter)
     _sets: dict[str, str] = field(default_factory=dict)
-    """Presence of 255 and of ids above 0 in a mask -> first such mask."""
+    """Presence of 255 and of ids above 0 in a mask -> first mask with it."""
     _edges: int = 0
     _soft: int = 0
     _solid: bool = False
@@ -192,8 +192,8 @@ class Judge:
         for index, colours in sorted(self._colours.items()):
             if len(colours) > 1:
                 (colour, first), (other, second) = list(colours.items())[:2]
-                what = f"index {index} is {_hex(colour)} in {first} and {_hex(other)} in {second}"
-                return self._palette_text(what)
+                difference = f"index {index} is {_hex(colour)} in {first} and {_hex(other)} in {second}"
+                return self._palette_text(difference)
         for colour, indices in self._indices.items():
             if len(indices) > 1:
                 (index, first), (other, second) = list(indices.items())[:2]

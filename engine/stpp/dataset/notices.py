@@ -90,7 +90,7 @@ class ShapeNotices:
             self._doubtful = count + len(checked.doubtful), first or checked.doubtful[0]
 
     def say(self, notes: Notes, legend: Legend, *, exif: bool) -> None:
-        """Prints how shapes were interpreted, and what may be wrong."""
+        """Prints how shapes were interpreted, and likely mistakes."""
         background = f"the background, class {legend.unlisted}"
         notes.line(f"pixels in no shape are {'ignored (255)' if legend.unlisted == IGNORE else background}")
         count, first = self._turned

@@ -2,7 +2,7 @@
 rest.
 
 `**/` any folders or none, `*` and `?` within a name, `[...]` a character set, `{a,b}` and `{1..3}`
-alternatives. A pattern part that is, brackets included, the name of an existing folder stands for that
+alternatives. A pattern part that is, brackets included, the name of an existing folder denotes that
 folder.
 """
 
@@ -36,9 +36,9 @@ class Side:
     lead: str = ""
     """Common beginning of all names: `img_` for `photos/img_*.jpg`."""
 
-    def without_lead(self, named: dict[str, str]) -> dict[str, str]:
+    def without_lead(self, path_of: dict[str, str]) -> dict[str, str]:
         """Paths by pairing name, with the common beginning removed from the names."""
-        parts = ((*name.rpartition("/"), path) for name, path in named.items())
+        parts = ((*name.rpartition("/"), path) for name, path in path_of.items())
         return {f"{folder}{slash}{last[len(self.lead):]}": path for folder, slash, last, path in parts}
 
 

@@ -22,7 +22,7 @@ class FoundImage:
     """Path of the image without its extension."""
     image: str
     mask: str | None
-    """Its mask, or the file with its shapes."""
+    """Mask of the image, or the file with its shapes."""
     shapes: ShapeSource | None = None
     """Location of the shapes in that file, for layouts with drawn masks."""
 

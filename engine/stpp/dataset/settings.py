@@ -74,7 +74,7 @@ def refuse_inside(root: Path, out: Path, settings: dict) -> None:
     allowed.
 
     Raises:
-        UserError: `out` is in such a folder.
+        UserError: `out` is in one of these folders.
     """
     data_folders = [
         root / prefix for prefix in layouts.folders(settings["layout"], settings["images"], settings["masks"])

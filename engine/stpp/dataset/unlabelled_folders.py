@@ -1,6 +1,6 @@
 """Folders of unlabelled images besides the data root: `--data.unlabelled DIR ...`.
 
-Every image below such a folder belongs to the data set. Its name is the folder's own name and its path below
+Every image below these folders belongs to the data set. Its name is the folder's own name and its path below
 the folder: 2023/1.jpg in /big/field is `field/2023/1.jpg`. All files are thus below one base folder, the
 folder's parent, and the names of the root's images do not depend on other folders.
 """

@@ -79,7 +79,7 @@ class Mask:
     plain: bool
     """True for 8-bit grayscale without rotation: any decoder reads the same pixels."""
     turn: int
-    """Its EXIF orientation, 1 to 8."""
+    """EXIF orientation of the mask file, 1 to 8."""
     stored: Stored
 
 

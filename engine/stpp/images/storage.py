@@ -28,7 +28,7 @@ class Child(NamedTuple):
     name: str
     is_folder: bool
     mark: str
-    """See `mark`; empty for folders."""
+    """Result of `mark`; empty for folders."""
 
 
 def is_url(path: str) -> bool:

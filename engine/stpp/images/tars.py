@@ -19,7 +19,7 @@ class Member(NamedTuple):
     """An entry of an archive."""
 
     name: str
-    """As stored; untrusted."""
+    """Stored name; untrusted."""
     offset: int
     bytes: int
     problem: str | None

@@ -51,7 +51,7 @@ class PictureRecorder:
     def __init__(self, samples: Sequence[Sample], selected: Collection[int], num_classes: int):
         self._samples, self._selected, self._num_classes = samples, frozenset(selected), num_classes
         self.pictures: dict[str, np.ndarray] = {}
-        """By sample key: image, truth and prediction side by side, uint8 [H, W, 3]."""
+        """Pictures by sample key: image, truth and prediction side by side, uint8 [H, W, 3]."""
 
     def record(self, batch: Batch, masks_NHW: torch.Tensor) -> None:
         """Records pictures with truth for the batch's selected samples."""

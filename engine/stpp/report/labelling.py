@@ -41,7 +41,7 @@ class Image:
     """(class id, fraction of the image's pixels) of the classes that occur."""
 
     @property
-    def lot(self) -> int:
+    def random_key(self) -> int:
         """Pseudo-random number of an image, always the same."""
         return zlib.crc32(self.key.encode())
 
@@ -125,7 +125,7 @@ def read(folder: Path, name: str, reliability: dict[str, float]) -> Labelling:
         raise UserError(f"{folder}: contains no labels (labels/part-*.parquet); give the --out of `stpp "
                         "label`, or a run")
     totals, failed = Totals(), []
-    selections = [Lowest(MOST_LISTED, lambda image: image.lot),
+    selections = [Lowest(MOST_LISTED, lambda image: image.random_key),
                   Lowest(MOST_WORST, lambda image: image.confidence),
                   Lowest(MOST_WORST, lambda image: -image.ignored), Lowest(MOST_WORST, rank)]
     for part in parts:
@@ -152,7 +152,7 @@ def rank(image: Image) -> float:
 def samples(images: list[Image], most: int) -> list[Image]:
     """Up to `most` images to draw: in turn a random one, the least confident, the most ignored and the least
     reliable."""
-    keys: list[Callable[[Image], float]] = [lambda image: image.lot, lambda image: image.confidence]
+    keys: list[Callable[[Image], float]] = [lambda image: image.random_key, lambda image: image.confidence]
     if any(image.ignored for image in images):
         keys.append(lambda image: -image.ignored)
     if any(image.reliability is not None for image in images):
