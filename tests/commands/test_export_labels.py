@@ -513,7 +513,7 @@ def test_damaged_labels_are_named_and_nothing_is_left(tmp_path, capsys):
     tar = cases.labels(tmp_path / "tar", MASKS, tar=True)
     (tar / "masks" / "shard-000000.tar").write_bytes(b"x" * 99)
     assert "incomplete tar archive" in refused(capsys, "export-labels", tar, *command[2:])
-    assert "contains no labels" in refused(capsys, "export-labels", tmp_path, *command[2:])
+    assert "holds no labels" in refused(capsys, "export-labels", tmp_path, *command[2:])
     assert "no such folder" in refused(capsys, "export-labels", tmp_path / "gone", *command[2:])
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
