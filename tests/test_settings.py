@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from stpp import config
 from stpp.config import Config
 from stpp.errors import UserError
-from stpp.settings import allowed, filled, fitted, flag, flatten, known, mistake
+from stpp.settings import allowed_values, argument_error, converted, flag, flatten, from_values, setting_types
 
 # A flag's value that starts with a dash must be joined with `=`, which a list cannot be.
 TEXT = st.text(min_size=1, max_size=6).filter(lambda text: not text.startswith("-"))
@@ -91,26 +91,26 @@ def outcome(action) -> object:
 @given(data=st.data())
 @settings(max_examples=100, deadline=None)
 def test_plain_values_and_flags_give_the_same_settings(cls, data):
-    types = known(cls)
+    types = setting_types(cls)
     key = data.draw(st.sampled_from(sorted(types)))
     value = data.draw(VALUES)
     try:
-        fitted(types[key], value)
+        converted(types[key], value)
     except ValueError:
         with pytest.raises(UserError, match=flag(key)):
-            filled(cls, nested(key, value))
+            from_values(cls, nested(key, value))
         return
-    told = outcome(lambda: filled(cls, nested(key, value)))
+    told = outcome(lambda: from_values(cls, nested(key, value)))
     assert told == outcome(lambda: config.parse(cls, as_flags(key, value), prog="stpp"))
 
 
 def test_every_boolean_setting_has_two_flags():
-    types = known(Config)
+    types = setting_types(Config)
     switches = [key for key in types if bool in (types[key], *get_args(types[key]))]
     assert "data.exif" in switches
     for key, value in itertools.product(switches, (False, True)):
         told = outcome(lambda: config.parse(Config, as_flags(key, value), prog="stpp"))  # noqa: B023
-        assert told == outcome(lambda: filled(Config, nested(key, value)))  # noqa: B023
+        assert told == outcome(lambda: from_values(Config, nested(key, value)))  # noqa: B023
 
 
 ARGUMENTS = ["--out", "--checkpoints", "--switch", "--no-switch", "--pair", "--out=x", "--switch=y",
@@ -122,7 +122,8 @@ ARGUMENTS = ["--out", "--checkpoints", "--switch", "--no-switch", "--pair", "--o
 @settings(max_examples=100, deadline=None)
 def test_any_arguments_are_accepted_or_refused_in_one_line(args):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stpp.settings.mistake", lambda *given: (asked.append(given), mistake(*given))[1])
+        patch.setattr("stpp.settings.argument_error",
+                      lambda *given: (asked.append(given), argument_error(*given))[1])
         asked = []
         try:
             found = config.parse(Tool, args, prog="stpp tool")
@@ -140,8 +141,8 @@ def test_any_arguments_are_accepted_or_refused_in_one_line(args):
     ([], "--out and --checkpoints are missing"),
     (["photo.png", "--out", "x"], "--checkpoints is missing"),
     (["x", "--checkpoints", "--out=x", "--switch=y"],
-     "--switch takes no value such as y: it is on; --no-switch is off"),
-    (["--outt", "x"], "there is no setting --outt; perhaps you meant --out"),
+     "--switch takes no value, got y; --no-switch turns it off"),
+    (["--outt", "x"], "there is no setting --outt; did you mean --out?"),
     (["--checkpoints", "a", "b", "--out", "x", "--zebra"], "there is no setting --zebra"),
 ])
 def test_mistakes_are_named(args, line):
@@ -154,44 +155,44 @@ def test_mistakes_are_named(args, line):
     ({"seed": "3"}, '--seed is "3": it must be a whole number'),
     ({"seed": 3.0}, "--seed is 3.0: it must be a whole number"),
     ({"seed": True}, "--seed is true: it must be a whole number"),
-    ({"seed": {"a": 1}}, "there is no setting --seed.a; perhaps you meant --seed"),
+    ({"seed": {"a": 1}}, "there is no setting --seed.a; did you mean --seed?"),
     ({"kitchen-sink": {"pair": [1]}}, "--kitchen-sink.pair is [1]: it must be 2 values, each a whole number"),
     ({"kitchen_sink": {"choice": "8"}}, '--kitchen-sink.choice is "8": it must be one of a, 8, b'),
     ({"kitchen_sink": {"words": "one"}}, '--kitchen-sink.words is "one": it must be a list, each text'),
     ({"kitchen_sink": {"perhaps": "low"}}, '--kitchen-sink.perhaps is "low": it must be a number'),
     ({"kitchen_sink": 3},
-     "--kitchen-sink is a section, not a setting; set what is in it, such as --kitchen-sink.whole"),
+     "--kitchen-sink is a section, not a setting; use a setting in it, such as --kitchen-sink.whole"),
     ({"kitchen": {"whole": 3}},
-     "there is no setting --kitchen.whole; perhaps you meant --kitchen-sink.whole or --kitchen-sink.choice"),
+     "there is no setting --kitchen.whole; did you mean --kitchen-sink.whole or --kitchen-sink.choice?"),
     ({"kitchen_sink": {"whole": 3}, "kitchen-sink": {"whole": 3}},
-     "--kitchen-sink.whole is there twice, spelled with - and with _; keep one"),
+     "--kitchen-sink.whole is set twice, spelled with - and with _; keep one"),
     ({"seed": "a\nb"}, '--seed is "a\\nb": it must be a whole number'),
     ({"x" * 500: 3}, f"there is no setting --{'x' * 78}..."),
 ])
 def test_values_of_wrong_type_are_named(values, line):
     with pytest.raises(UserError) as refused:
-        filled(House, values)
+        from_values(House, values)
     assert str(refused.value) == line
 
 
 def test_values_take_the_types_of_their_fields():
     values = {"number": 3, "text": 0.125, "path": "a b", "pair": [4, 5], "paths": ["x", "y"], "switch": False,
               "perhaps_text": None, "perhaps_choice": 16}
-    found = filled(House, {"kitchen-sink": values}).kitchen_sink
+    found = from_values(House, {"kitchen-sink": values}).kitchen_sink
     assert (found.number, found.text, found.path, found.pair) == (3.0, "0.125", Path("a b"), (4, 5.0))
     assert isinstance(found.number, float) and isinstance(found.pair[1], float)
     assert (found.paths, found.perhaps_text) == ((Path("x"), Path("y")), None)
     assert (found.perhaps_choice, found.switch) == (16, False)
-    assert filled(House, {}) == House()
+    assert from_values(House, {}) == House()
     with pytest.raises(ValueError):
-        fitted(float, 10**400)
-    assert math.isnan(fitted(float | None, math.nan))
+        converted(float, 10**400)
+    assert math.isnan(converted(float | None, math.nan))
 
 
 def test_every_setting_has_a_known_type():
-    types = known(Config)
+    types = setting_types(Config)
     assert types.keys() == flatten(config.to_dict(Config())).keys()
-    assert all(allowed(annotation) for annotation in types.values())
+    assert all(allowed_values(annotation) for annotation in types.values())
 
 
 def test_recipe_may_start_with_a_byte_order_mark(tmp_path):

@@ -96,7 +96,7 @@ def test_guide_leads_from_a_real_folder_to_masks(tmp_path, camvid, monkeypatch, 
     stpp(prepare)
     printed = capsys.readouterr()
     assert "12 images, 8 with a mask, 11 classes" in printed.out and "CMYK (1)" in printed.out
-    assert "1 .txt: not image formats that are read" in printed.err and "1 Thumbs.db" in printed.err
+    assert "1 .txt: unsupported formats" in printed.err and "1 Thumbs.db" in printed.err
     prepared = tmp_path / "runs" / "mine-index"
     made = {path.name: path.stat().st_mtime_ns for path in prepared.iterdir() if path.is_file()}
     assert {"card.txt", "card.json", "contact-sheet.png"} < made.keys()

@@ -1,4 +1,4 @@
-"""Settings by class: numbers written as CLASS=NUMBER, for the classes that differ from the others."""
+"""Per-class settings, written as CLASS=NUMBER for the classes that differ from the default."""
 
 from collections.abc import Sequence
 
@@ -6,47 +6,47 @@ from stpp.errors import UserError
 
 
 def check(pairs: Sequence[str], name: str) -> None:
-    """Refuses what is not CLASS=CONFIDENCE; whether the classes exist, nobody knows yet.
+    """Validates the syntax of CLASS=CONFIDENCE pairs, before the class names are known.
 
     Args:
-        name: of the setting, `label.class-confidence`.
+        name: setting name for messages, such as `label.class-confidence`.
 
     Raises:
-        UserError: a pair that is none, a number below 0 or from 1 on, a class that is there twice.
+        UserError: malformed pair, a confidence outside [0, 1), or a repeated class.
     """
     _parsed(pairs, name)
 
 
 def filled(pairs: Sequence[str], name: str, classes: Sequence[str],
            default: float | Sequence[float]) -> tuple[float, ...]:
-    """The confidence of every class, in the order of their ids.
+    """Confidence of every class, ordered by class id.
 
     Args:
-        default: of the classes that are not named: one for all, or one each.
+        default: confidence of classes without a pair: one value for all, or one per class.
 
     Raises:
-        UserError: as `check`, or a class that does not exist.
+        UserError: as `check`, or an unknown class.
     """
-    given = _parsed(pairs, name)
-    if unknown := [one for one in given if one not in classes]:
-        raise UserError(f"--{name} names {unknown[0]}, which is no class; the classes are "
-                        f"{', '.join(classes)}")
-    others = default if isinstance(default, Sequence) else [default] * len(classes)
-    return tuple(given.get(one, other) for one, other in zip(classes, others, strict=True))
+    confidences = _parsed(pairs, name)
+    if unknown := [class_name for class_name in confidences if class_name not in classes]:
+        raise UserError(f"--{name}: unknown class {unknown[0]}; the classes are {', '.join(classes)}")
+    defaults = default if isinstance(default, Sequence) else [default] * len(classes)
+    return tuple(confidences.get(class_name, value)
+                 for class_name, value in zip(classes, defaults, strict=True))
 
 
 def _parsed(pairs: Sequence[str], name: str) -> dict[str, float]:
-    found: dict[str, float] = {}
+    confidences: dict[str, float] = {}
     for pair in pairs:
-        one, _, number = pair.rpartition("=")
+        class_name, _, number = pair.rpartition("=")
         try:
             value = float(number)
         except ValueError:
             value = -1.0
-        if not one or not 0 <= value < 1:
+        if not class_name or not 0 <= value < 1:
             raise UserError(f"--{name} is {pair}: it must be CLASS=CONFIDENCE with a confidence from 0 to "
                             "below 1, for example pole=0.6")
-        if one in found:
-            raise UserError(f"--{name} names {one} twice; keep one")
-        found[one] = value
-    return found
+        if class_name in confidences:
+            raise UserError(f"--{name} names {class_name} twice; keep one")
+        confidences[class_name] = value
+    return confidences

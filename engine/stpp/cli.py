@@ -1,6 +1,6 @@
 """The command line: `stpp COMMAND ...`, also `python -m stpp COMMAND ...` under torchrun.
 
-Nothing heavy is imported before a command runs, so that `--help` is instant.
+Heavy packages are imported only when a command runs, so `--help` is instant.
 """
 
 import errno
@@ -14,31 +14,31 @@ from stpp import signals
 from stpp.errors import UserError
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("demo", "make a small synthetic data set and run ST++ or UniMatch on it"),
+    "demo": ("demo", "generate a small synthetic data set and run ST++ or UniMatch on it"),
     "prepare": ("prepare", "check a data set and write its index"),
-    "split": ("prepare", "draw which images keep their labels"),
+    "split": ("prepare", "draw the images that keep their labels"),
     "recipes": ("recipes", "list the recipes that come with stpp"),
     "train": ("train", "run supervised training, ST, ST++, UniMatch or UniMatch-V2"),
     "evaluate": ("evaluate", "score a checkpoint at native size"),
-    "calibrate": ("calibrate", "measure how far confidences can be trusted, and propose thresholds"),
-    "predict": ("predict", "write masks of a few images, and pictures of them"),
-    "export": ("export", "write a checkpoint as ONNX"),
+    "calibrate": ("calibrate", "measure the calibration of confidences and propose thresholds"),
+    "predict": ("predict", "write masks and overlays for a few images"),
+    "export": ("export", "export a checkpoint to ONNX"),
     "compile": ("compile", "compile a checkpoint into an engine that labels faster"),
-    "label": ("label", "write pseudo labels of any number of images"),
+    "label": ("label", "write pseudo labels for any number of images"),
     "select": ("label", "rank images by the agreement of several checkpoints"),
-    "export-labels": ("export_labels", "write labels for CVAT, Label Studio or as COCO or YOLO"),
-    "serve": ("serve", "answer Label Studio with predictions while people annotate"),
-    "report": ("report", "write a page about a run or about pseudo labels"),
-    "doctor": ("doctor", "say what this machine has, whether it works, and what to do"),
+    "export-labels": ("export_labels", "export labels to CVAT, Label Studio, COCO or YOLO"),
+    "serve": ("serve", "serve predictions to Label Studio during annotation"),
+    "report": ("report", "write an HTML report of a run or of pseudo labels"),
+    "doctor": ("doctor", "check this machine's hardware and packages, and suggest fixes"),
 }
-"""By name: the module of `stpp.commands` whose function of that name runs it; and one line of help."""
+"""Module of `stpp.commands` and help text by command name; the module has a function of that name."""
 
 
 def run(name: str, args: list[str]) -> None:
     """Runs a command in this process.
 
     Raises:
-        UserError: no such command, or what the command refuses.
+        UserError: the command is unknown, or rejects its arguments.
     """
     if name not in COMMANDS:
         raise UserError(f"no command {name!r}; choose one of {', '.join(COMMANDS)}")
@@ -46,16 +46,15 @@ def run(name: str, args: list[str]) -> None:
     getattr(module, name.replace("-", "_"))(args)
 
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""Failures that no command can foresee, and that a user can mend: a full disk, one that may not be written
-to."""
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Write errors that a user can fix: a full disk or quota, or a read-only file system."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs a command; exits with 0 when done, 1 when failed, 2 for a mistake, 130 or 143 when stopped."""
+    """Runs a command. Exit codes: 0 success, 1 failure, 2 user error, 130 or 143 interrupted."""
     if argv is None:
-        _in_utf8()
-        faulthandler.enable()  # a crash in native code says where each thread was
+        _restart_in_utf8()
+        faulthandler.enable()  # a crash in native code prints all stacks
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help"):
         names = "\n".join(f"  {name:<13} {text}" for name, (_, text) in COMMANDS.items())
@@ -72,50 +71,48 @@ def main(argv: list[str] | None = None) -> None:
         with signals.ending_on_term():
             run(args[0], args[1:])
     except UserError as error:
-        if _is_heard():
+        if _prints_errors():
             print(f"stpp: {error}", file=sys.stderr)
-        _tell_torchrun(error.with_traceback(None))  # the line alone
+        _record_for_torchrun(error.with_traceback(None))  # only the line
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+    except BrokenPipeError:  # the reader closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        if error.errno not in _NO_ROOM:
-            _tell_torchrun(error)
+        if error.errno not in _UNWRITABLE:
+            _record_for_torchrun(error)
             raise
         refusal = UserError(f"{error.filename or 'a file'}: cannot be written ({error.strerror}); make room, "
                             "or choose another --out")
-        if _is_heard():
+        if _prints_errors():
             print(f"stpp: {refusal}", file=sys.stderr)
-        _tell_torchrun(refusal)
+        _record_for_torchrun(refusal)
         sys.exit(2)
     except Exception as error:
-        _tell_torchrun(error)
+        _record_for_torchrun(error)
         raise
 
 
-def _in_utf8() -> None:
-    """Starts this program again in UTF-8 where the locale has another encoding for names of files: images
-    have names of any kind."""
+def _restart_in_utf8() -> None:
+    """Restarts this program in UTF-8 mode where the locale cannot encode every file name."""
     if sys.getfilesystemencoding().lower().replace("-", "") != "utf8" and os.environ.get("PYTHONUTF8") != "1":
         sys.stdout.flush()
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"PYTHONUTF8": "1"})
 
 
-def _is_heard() -> bool:
-    """Whether this rank prints the user's mistakes: most are found by all ranks, and torchrun's closing
-    report names any."""
+def _prints_errors() -> bool:
+    """True on the rank that prints user errors: all ranks find most of them."""
     return os.environ.get("LOCAL_RANK", "0") == "0" or "TORCHELASTIC_ERROR_FILE" not in os.environ
 
 
-def _tell_torchrun(error: Exception) -> None:
-    """Leaves the error for torchrun's closing report, which is long and would else not say it."""
+def _record_for_torchrun(error: Exception) -> None:
+    """Records the error for torchrun's closing report, which otherwise omits the message."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         try:
             get_error_handler().record_exception(error)
-        except OSError:  # as on a full disk: torchrun cannot read half a file
+        except OSError:  # a full disk: torchrun cannot read a partial file
             Path(os.environ["TORCHELASTIC_ERROR_FILE"]).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Where the time of a labelling went: seconds of every part, added over threads."""
+"""Labelling time by activity: seconds, summed over threads."""
 
 import contextlib
 import threading
@@ -6,13 +6,13 @@ import time
 from collections.abc import Iterator
 
 PARTS = ("plan", "read", "decode", "wait", "compute", "encode", "write")
-"""plan: a thread that reads the headers of the next shard. read, decode: threads that load. wait: the main
-thread, for an image to come or a mask to go. compute: the main thread, the network and its views. encode,
-write: threads that store, and the closing of shards."""
+"""plan: the thread that reads the headers of the next shard. read, decode: loader threads. wait: the main
+thread, idle until an image arrives or a mask is taken. compute: the main thread, for the network and its
+views. encode, write: storage threads, and closing shards."""
 
 
 class Clock:
-    """Seconds by part."""
+    """Accumulated seconds by part."""
 
     def __init__(self):
         self.seconds = dict.fromkeys(PARTS, 0.0)
@@ -20,7 +20,7 @@ class Clock:
 
     @contextlib.contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """Adds what the block takes to `part`."""
+        """Adds the duration of the block to `part`."""
         start = time.perf_counter()
         try:
             yield

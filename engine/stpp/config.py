@@ -506,7 +506,7 @@ def parse(cls: type[T], args: Sequence[str], *, prog: str, default: T | None = N
             error: BaseException | None = exit_
     while error is not None and not isinstance(error, UserError):  # raised in `__post_init__`, under tyro
         error = error.__context__
-    raise UserError(str(error) if error else settings.mistake(cls, args)) from None
+    raise UserError(str(error) if error else settings.argument_error(cls, args)) from None
 
 
 def load_recipe(cls: type[T], path: Path) -> T:
@@ -528,6 +528,6 @@ def load_recipe(cls: type[T], path: Path) -> T:
     if not isinstance(values, dict):
         raise UserError(f"--recipe {path}: expected a table of settings, found {type(values).__name__}")
     try:
-        return settings.filled(cls, values)
+        return settings.from_values(cls, values)
     except UserError as error:
         raise UserError(f"--recipe {path}: {error}") from None

@@ -1,9 +1,9 @@
-"""The one exception that means: the user can mend this."""
+"""The exception for errors that the user can fix."""
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: a file, a flag, a recipe.
+    """An error in the user's input: a file, a flag or a recipe.
 
-    The message is one line. It names the file or the flag, says what was found, and what to do.
-    The command line prints it without a traceback and exits with code 2.
+    The message is one line: the file or flag, the value found, and what to do. The command line prints it
+    without a traceback and exits with code 2.
     """

@@ -1,9 +1,8 @@
-"""The one place where files are opened for writing. There are two kinds.
+"""Writing files safely; the one module that opens files for writing.
 
-A file that counts as soon as it exists (checkpoint, index, DONE.json, marker) is written whole or not at all:
-`atomic`. A file that a marker covers (mask, archive) is written plainly, because the marker comes later and
-holds its size and
-checksum: `plain`, `renamed`. A reader never takes half a file for a whole.
+A file that counts as soon as it exists (checkpoint, index, DONE.json, marker) is written completely or not at
+all: `atomic`. A file covered by a marker (mask, archive) is written plainly, because the later marker records
+its size and checksum: `plain`, `renamed`. Readers never accept a partial file.
 """
 
 import codecs
@@ -22,16 +21,16 @@ from typing import IO, Any
 def atomic(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     """Opens a temporary file that becomes `path` when the block ends without an exception.
 
-    The data and the folder are synced, so after a crash `path` holds either the old or the new content, never
-    a part.
+    The data and the folder are synced, so after a crash `path` holds the old or the new content, never a
+    part.
 
     Args:
-        path: the final name. Its folder is made if missing.
+        path: the final name; missing parent folders are created.
         mode: "wb" or "w" (UTF-8).
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path)
+    temporary = _temporary_name(path)
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
@@ -42,16 +41,15 @@ def atomic(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError) and error.filename == str(temporary):
-            error.filename = str(path)  # the name that the user gave
+            error.filename = str(path)  # the user's name for it
         raise
     sync_folder(path.parent)
 
 
 def create_once(path: Path, data: bytes) -> None:
-    """Writes `path` whole, readable by its owner alone, unless another process was faster: its file then
-    stays."""
+    """Writes `path` atomically with owner-only permissions, unless another process already created it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path)
+    temporary = _temporary_name(path)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -59,23 +57,24 @@ def create_once(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         with contextlib.suppress(FileExistsError):
-            os.link(temporary, path)  # unlike a rename it replaces nothing
+            os.link(temporary, path)  # unlike a rename, never replaces a file
     finally:
         os.unlink(temporary)
 
 
 def plain(path: str | os.PathLike) -> IO[bytes]:
-    """Opens a file that counts only by what is written later: a marker, or a renaming."""
+    """Opens a file that becomes valid only through a later write: a marker or a rename."""
     return open(path, "wb")
 
 
 @contextlib.contextmanager
 def renamed(path: str | os.PathLike, temporary: str | os.PathLike | None = None) -> Iterator[IO[bytes]]:
-    """Opens `temporary` (unset: a hidden file beside `path`), which takes its name when the block ends well.
+    """Opens `temporary` (None: a hidden file in the folder of `path`) and renames it to `path` when the block
+    succeeds.
 
     Nothing is synced.
     """
-    temporary = _beside(Path(path)) if temporary is None else temporary
+    temporary = _temporary_name(Path(path)) if temporary is None else temporary
     try:
         with plain(temporary) as file:
             yield file
@@ -87,21 +86,22 @@ def renamed(path: str | os.PathLike, temporary: str | os.PathLike | None = None)
 
 
 def append(path: str | os.PathLike, row: dict) -> None:
-    """Adds a JSON line; a crash may cut the last line short, so readers pass over a line without an end."""
+    """Appends a JSON line; a crash may truncate the last line, so readers skip a line without a line
+    break."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def and_part(path: str | os.PathLike) -> tuple[Path, str | None]:
-    """File and part of a name such as `best.pth#model`; no part where a file or folder has the whole name, or
-    there is no `#`."""
+    """Splits a name such as `best.pth#model` into file and part; the part is None if the whole name exists or
+    has no `#`."""
     path = Path(path)
     name, _, part = path.name.rpartition("#")
     return (path.with_name(name), part) if name and part and not path.exists() else (path, None)
 
 
 def sha256(path: str | os.PathLike) -> str:
-    """Hash of a file's bytes, in hexadecimal."""
+    """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -111,11 +111,11 @@ def sha256(path: str | os.PathLike) -> str:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Waits until no other process of this machine (or file server, where it has locks) holds the lock
-    file."""
+    """Holds an exclusive lock on a file: against processes of this machine and, if supported, of its file
+    server."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
-        with contextlib.suppress(ImportError):  # Windows has no such locks
+        with contextlib.suppress(ImportError):  # no fcntl on Windows
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -123,7 +123,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder last."""
+    """Syncs a folder's entries to disk."""
     if os.name != "nt":  # Windows cannot open a folder
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -132,31 +132,30 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def replace_folder(made: Path, folder: Path) -> None:
-    """Gives the folder `made` the name `folder`; one that is there goes away."""
+def replace_folder(source: Path, folder: Path) -> None:
+    """Renames the folder `source` to `folder`, replacing an existing one."""
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.replace(folder, old)
-    os.replace(made, folder)
+    os.replace(source, folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """The text of a file in UTF-8, or in what its byte order mark says: editors of Windows write one, and
-    UTF-16.
+    """Text of a file in UTF-8, or in the encoding of its byte order mark (Windows editors write UTF-16).
 
     Raises:
-        OSError: it cannot be read.
-        UnicodeError: it is no such text.
+        OSError: the file cannot be read.
+        UnicodeError: the file is not text in that encoding.
     """
     data = Path(path).read_bytes()
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return data.decode("utf-16" if wide else "utf-8-sig").replace("\r\n", "\n")
 
 
-def why(error: OSError) -> str:
-    """The reason of a failed reading or writing in a few words, and the file if the error names one."""
+def describe_error(error: OSError) -> str:
+    """Short reason of a read or write error, with the file if the error names one."""
     words = error.strerror or " ".join(str(error).split())[:200] or type(error).__name__
     return f"{words} ({os.fsdecode(error.filename)})" if isinstance(error.filename, (str, bytes)) else words
 
@@ -172,6 +171,6 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def _beside(path: Path) -> Path:
-    """A name for a temporary file; processes of two machines may have the same number."""
+def _temporary_name(path: Path) -> Path:
+    """Unique name for a temporary file; process ids repeat across machines."""
     return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")

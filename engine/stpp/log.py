@@ -1,4 +1,4 @@
-"""What a run says: lines and a progress bar on rank 0, metrics in JSONL and TensorBoard."""
+"""Output of a run: messages and a progress bar on rank 0, metrics in JSONL and TensorBoard."""
 
 import json
 import math
@@ -19,13 +19,13 @@ _speaks = True
 
 
 def set_speaker(speaks: bool) -> None:
-    """Only the process that speaks (rank 0) prints."""
+    """Enables output in this process; only rank 0 prints."""
     global _speaks
     _speaks = speaks
 
 
 def say(message: str) -> None:
-    """Prints a line on rank 0, above a progress bar if there is one."""
+    """Prints a line on rank 0, above the progress bar if one is active."""
     if _speaks:
         tqdm.write(message, file=sys.stderr)
 
@@ -37,7 +37,7 @@ def note(path: str | Path, row: dict) -> None:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a plain line every `every_s` seconds."""
+    """A progress bar on a terminal; elsewhere a plain line every `every_s` seconds."""
 
     def __init__(self, title: str, total: int, *, unit: str = "images", done: int = 0, every_s: float = 10.0):
         self._title, self._total, self._unit, self._every_s = title, total, unit, every_s
@@ -49,7 +49,7 @@ class Progress:
                              leave=False)
 
     def advance(self, count: int, **values: str) -> None:
-        """Counts `count` more units; `values` stand at the end of the line, for example loss="0.31"."""
+        """Counts `count` more units; `values` are appended to the line, for example loss="0.31"."""
         self._count += count
         if self._bar is not None:
             self._bar.set_postfix(values, refresh=False)
@@ -76,32 +76,32 @@ class Progress:
 class Metrics:
     """`metrics.jsonl` and TensorBoard events of one stage, written by rank 0.
 
-    A run that is resumed at step k drops the rows from k on, so that every step stands in the file once.
+    A run resumed at step k drops the rows from k on, so each step occurs once in the file.
     """
 
     def __init__(self, folder: Path, *, first_step: int):
-        self._path, self._board = folder / "metrics.jsonl", None
+        self._path, self._events = folder / "metrics.jsonl", None
         if not _speaks:
             return
-        # What stands before the first step is written again.
+        # Rows up to the first step are kept and rewritten.
         kept = [line for line in _lines(self._path) if first_step and json.loads(line)["step"] <= first_step]
         files.write_text(self._path, "".join(line + "\n" for line in kept))
         from torch.utils.tensorboard import SummaryWriter
 
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, **values: float) -> None:
         """Adds one row; keys carry their unit, for example `images_per_s`."""
-        if self._board is None:
+        if self._events is None:
             return
         note(self._path, {"step": step, **values})
         for key, value in values.items():
-            self._board.add_scalar(key, value, step)
+            self._events.add_scalar(key, value, step)
 
     def by_class(self, step: int, columns: Mapping[str, Mapping[str, float]]) -> None:
-        """Adds a row of values by class, as `{"confident_pct": {"road": 31.0}}`; what is not a number is
-        null, and no scalar."""
-        if self._board is None:
+        """Adds a row of per-class values, such as `{"confident_pct": {"road": 31.0}}`; non-finite values are
+        null and not plotted."""
+        if self._events is None:
             return
         note(self._path, {"step": step} | {
             key: {name: round(value, 6) if math.isfinite(value) else None for name, value in values.items()}
@@ -110,30 +110,30 @@ class Metrics:
                                 for name, value in values.items()}, pictures={})
 
     def show(self, step: int, *, values: Mapping[str, float], pictures: "Mapping[str, np.ndarray]") -> None:
-        """Adds to TensorBoard alone what would be too much for a row.
+        """Adds values and pictures to TensorBoard only, without a row in the file.
 
         Args:
-            values: by name; what is not a number is left out.
+            values: by name; non-finite ones are skipped.
             pictures: uint8 [H, W, 3] by name.
         """
-        if self._board is None:
+        if self._events is None:
             return
         for name, value in values.items():
             if math.isfinite(value):
-                self._board.add_scalar(name, value, step)
+                self._events.add_scalar(name, value, step)
         for name, picture_HWC in pictures.items():
-            self._board.add_image(name, picture_HWC, step, dataformats="HWC")
+            self._events.add_image(name, picture_HWC, step, dataformats="HWC")
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        if self._board is not None:
-            self._board.close()  # or the events of the last two minutes are lost
+        if self._events is not None:
+            self._events.close()  # otherwise the last two minutes of events are lost
 
 
 def _lines(path: Path) -> list[str]:
-    """Complete lines of a JSONL file; a last line cut short by a crash is left out."""
+    """Complete lines of a JSONL file; a last line truncated by a crash is skipped."""
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")

@@ -1,6 +1,6 @@
-"""Tables on disk as Parquet files: the one module that imports pyarrow, when the first table is met.
+"""Parquet tables; the one module that imports pyarrow, lazily.
 
-A table is described by the kinds of its columns, by name: "string", "int64", "list<int64>", "bool", ...
+A table is described by its column types by name: "string", "int64", "list<int64>", "bool", ...
 """
 
 import io
@@ -16,10 +16,10 @@ ROWS_PER_GROUP = 8192
 
 
 def pyarrow() -> ModuleType:
-    """The package, with its Parquet part.
+    """The pyarrow package with `pyarrow.parquet` loaded.
 
     Raises:
-        UserError: it is not installed.
+        UserError: pyarrow is not installed.
     """
     try:
         import pyarrow
@@ -30,22 +30,22 @@ def pyarrow() -> ModuleType:
 
 
 def compute() -> ModuleType:
-    """Its functions on columns."""
+    """The `pyarrow.compute` module."""
     import pyarrow.compute
 
     return pyarrow.compute
 
 
 def schema(columns: Mapping[str, str], required: Collection[str] = ()):
-    """The Arrow schema of a table; columns that are not `required` may hold nothing."""
+    """Arrow schema of a table; columns that are not `required` are nullable."""
     pa = pyarrow()
-    kinds = {"list<int64>": pa.list_(pa.int64()), "bool": pa.bool_()}
-    return pa.schema([pa.field(name, kinds.get(kind) or getattr(pa, kind)(), nullable=name not in required)
+    types = {"list<int64>": pa.list_(pa.int64()), "bool": pa.bool_()}
+    return pa.schema([pa.field(name, types.get(kind) or getattr(pa, kind)(), nullable=name not in required)
                       for name, kind in columns.items()])
 
 
 class TableWriter:
-    """Writes rows as they come, a group for every few thousand: memory does not grow with the table."""
+    """Writes rows one at a time in groups of a few thousand, so memory does not grow with the table."""
 
     def __init__(self, file: IO[bytes], columns: Mapping[str, str], required: Collection[str] = ()):
         self._pa, self._schema = pyarrow(), schema(columns, required)
@@ -53,7 +53,7 @@ class TableWriter:
         self._rows: list[dict] = []
 
     def add(self, row: dict) -> None:
-        """Appends a row; columns that it lacks hold nothing."""
+        """Appends a row; missing columns are null."""
         self._rows.append(row)
         if len(self._rows) == ROWS_PER_GROUP:
             self._flush()
@@ -73,7 +73,7 @@ class TableWriter:
 
 
 def write(path: Path, rows: Iterable[dict], columns: Mapping[str, str]) -> None:
-    """Writes rows as a Parquet file, atomically: the same bytes for the same rows."""
+    """Writes rows as a Parquet file, atomically and reproducibly."""
     with files.atomic(path) as file:
         _write(file, rows, columns)
 
@@ -85,24 +85,24 @@ def encoded(rows: Iterable[dict], columns: Mapping[str, str]) -> bytes:
     return file.getvalue()
 
 
-def read(path: Path, columns: Iterable[str] | None = None, *, most: int | None = None) -> list[dict]:
-    """The rows of a Parquet file.
+def read(path: Path, columns: Iterable[str] | None = None, *, limit: int | None = None) -> list[dict]:
+    """Rows of a Parquet file.
 
     Args:
-        columns: of those that are there, the ones to read; None: all.
-        most: read only so many, the first; None: all.
+        columns: columns to read; missing ones are ignored; None: all.
+        limit: number of rows to read from the start; None: all.
 
     Raises:
-        UserError: missing or damaged.
+        UserError: the file is missing or damaged.
     """
     pa = pyarrow()
     try:
         with pa.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             wanted = names if columns is None else [name for name in names if name in columns]
-            if most is None:
+            if limit is None:
                 return file.read(wanted).to_pylist()
-            batch = next(file.iter_batches(batch_size=most, columns=wanted), None)
+            batch = next(file.iter_batches(batch_size=limit, columns=wanted), None)
             return [] if batch is None else batch.to_pylist()
     except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: text that is not UTF-8
         raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None

@@ -1,4 +1,4 @@
-"""Work in several processes of this machine, its results in order and its memory bounded."""
+"""Ordered parallel work in several local processes with bounded memory."""
 
 import multiprocessing
 import os
@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -54,31 +54,31 @@ class OtherLoad:
 
 def in_order(work: Callable[..., Result], chunks: Iterable[Chunk], arguments: tuple, workers: int, *,
              died: str) -> Iterator[Result]:
-    """Yields `work(chunk, *arguments)` of each chunk, in order.
+    """Yields `work(chunk, *arguments)` for each chunk, in order.
 
     Args:
-        work: a function of a module, which other processes can import.
-        workers: processes; 1: this one.
-        died: what to say where one is killed.
+        work: a module-level function, importable by other processes.
+        workers: number of processes; 1 runs in this process.
+        died: error message if a worker process is killed.
 
     Raises:
-        RuntimeError: a process died.
+        RuntimeError: a worker process died.
     """
     chunks = iter(chunks)
     if workers == 1:
         yield from (work(chunk, *arguments) for chunk in chunks)
         return
-    # spawn: a fork of a process that runs threads, as torch does, can lock up.
+    # spawn: forking a process with threads, as torch has, can deadlock.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        # A few chunks in flight only, so that memory does not grow with their number.
-        flying = deque(pool.submit(work, chunk, *arguments) for chunk in islice(chunks, 4 * workers))
+        # Few chunks in flight, so that memory stays bounded.
+        pending = deque(pool.submit(work, chunk, *arguments) for chunk in islice(chunks, 4 * workers))
         try:
-            while flying:
-                done = flying.popleft().result()
-                flying.extend(pool.submit(work, chunk, *arguments) for chunk in islice(chunks, 1))
+            while pending:
+                done = pending.popleft().result()
+                pending.extend(pool.submit(work, chunk, *arguments) for chunk in islice(chunks, 1))
                 yield done
         except BrokenProcessPool as error:
             raise RuntimeError(died) from error
         finally:
-            for future in flying:
+            for future in pending:
                 future.cancel()

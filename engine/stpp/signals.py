@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: a run that is told to stop saves first, and ends with 143 or 130."""
+"""SIGTERM and SIGINT: a run that is told to stop saves first and exits with 143 or 130."""
 
 import contextlib
 import signal
@@ -9,24 +9,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 PATIENCE_S = 3.0
-"""A signal that comes again within this time is the same one."""
+"""Window in seconds in which a repeated signal counts as the same one."""
 
 
 @dataclass
 class Stop:
-    """Whether this process was told to stop."""
+    """Stop request of this process."""
 
     signal: int | None = None
     since: float = 0.0
 
     def leave(self) -> None:
-        """Ends the process with 128 + the signal; where another rank was told, as for SIGTERM."""
+        """Exits with 128 + the signal; with SIGTERM's code if another rank received the signal."""
         sys.exit(128 + (self.signal or signal.SIGTERM))
 
 
 @contextlib.contextmanager
 def ending_on_term() -> Iterator[None]:
-    """Within the block SIGTERM ends the process with 143, and what is open is closed on the way out."""
+    """Exits with 143 on SIGTERM within the block, closing open files on the way out."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -39,10 +39,10 @@ def ending_on_term() -> Iterator[None]:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[Stop]:
-    """Within the block SIGTERM and SIGINT are only noted; a SIGINT seconds later ends at once.
+    """Records SIGTERM and SIGINT within the block; a SIGINT seconds after the first interrupts immediately.
 
-    Not the very next one: Ctrl-C reaches every process of the terminal, and torchrun then passes it on once
-    more.
+    Repeats within `PATIENCE_S` are ignored: Ctrl-C reaches every process of the terminal, and torchrun
+    forwards it once more.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():

@@ -4,7 +4,7 @@ from importlib import metadata
 
 
 def version_of(name: str) -> str | None:
-    """Version of an installed distribution; None where there is none of that name."""
+    """Version of an installed distribution; None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

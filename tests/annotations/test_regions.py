@@ -54,9 +54,9 @@ def test_self_crossing_outlines_are_doubtful(wide, tall, x, y):
 @pytest.mark.parametrize(
     ("points", "says"),
     [
-        ([1, 1, 5, 5], "2 different points"),
-        ([4, 4] * 5, "1 different point,"),
-        ([1, 1, 5, 5, 1, 1], "2 different"),
+        ([1, 1, 5, 5], "2 distinct points"),
+        ([4, 4] * 5, "1 distinct point;"),
+        ([1, 1, 5, 5, 1, 1], "2 distinct"),
     ],
 )
 def test_outlines_without_an_area_are_refused(points, says):
@@ -67,16 +67,16 @@ def test_outlines_without_an_area_are_refused(points, says):
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ([1, 2, 3], "x and y in turn"),
-        ([], "x and y in turn"),
-        ([[1, 2, 3]], "x and y in turn"),
+        ([1, 2, 3], "alternating x and y"),
+        ([], "alternating x and y"),
+        ([[1, 2, 3]], "alternating x and y"),
         ("ab", "x and y"),
         ([[1, 2], [3]], "x and y"),
         ({"a": 1}, "x and y"),
         (None, "x and y"),
-        ([1, float("nan")], "no number"),
-        ([1, float("inf")], "no number"),
-        ([1, 1e300], "no number, or that no image has"),
+        ([1, float("nan")], "invalid or out-of-range"),
+        ([1, float("inf")], "invalid or out-of-range"),
+        ([1, 1e300], "invalid or out-of-range coordinate"),
         ([10**400, 1], "x and y"),
         ([["1", "x"]], "x and y"),
     ],

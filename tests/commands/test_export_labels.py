@@ -92,7 +92,7 @@ def test_shapes_export_and_import_give_the_same_masks_except_ignored_pixels(tmp_
     out = tmp_path / ("out.json" if form == "coco" else "out")
     ignored = sum(int((mask == 255).sum()) for mask in MASKS.values())
     said = export(capsys, labels, form, out, *flags)
-    assert f"{ignored} pixels of 6 images are ignored (255), which {form} cannot hold" in said
+    assert f"{ignored} pixels of 6 images are ignored (255), which {form} cannot store" in said
     made = in_again(tmp_path / "data", form, out, MASKS, unlisted="background")
     folder = "images" if form == "yolo" else "photos"
     assert made.classes == cases.NAMES
@@ -448,7 +448,7 @@ def test_small_objects_are_left_out(tmp_path, capsys, form):
 def test_class_names_are_required(tmp_path, capsys):
     labels = cases.labels(tmp_path / "labels", MASKS, classes=())
     command = ["export-labels", labels, "--format", "coco", "--workers", "1", "--out"]
-    assert "the names of the classes are not known; give --classes" in refused(
+    assert "the class names are unknown; give --classes" in refused(
         capsys, *command, tmp_path / "a.json"
     )
     assert ended(capsys, *command, tmp_path / "a.json", "--classes", "a", "b", "c")[0] == 0
@@ -471,24 +471,24 @@ def test_class_names_are_required(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--format", "coco", "--out", "x"], "a COCO file ends in .json"),
-        (["--format", "cvat", "--out", "x", "--polygons"], "--polygons: goes with --format coco"),
+        (["--format", "coco", "--out", "x"], "a COCO file must end in .json"),
+        (["--format", "cvat", "--out", "x", "--polygons"], "--polygons: needs --format coco"),
         (
             ["--format", "cvat", "--out", "x", "--image-prefix", "y"],
-            "--image-prefix: goes with --format label-studio",
+            "--image-prefix: needs --format label-studio",
         ),
         (["--format", "cvat", "--out", "x", "--min-area", "-1"], "--min-area is -1"),
         (
             ["--format", "cvat", "--out", "x", "--classes", "a", "b:c", "d"],
-            "'b:c' is no name that cvat can hold",
+            "cvat cannot store the name 'b:c'",
         ),
         (
             ["--format", "yolo", "--out", "x", "--classes", "a", "b", "b"],
-            "expected up to 254 different names, got 3",
+            "expected up to 254 distinct names, got 3",
         ),
-        (["--format", "cvat", "--out", "."], "is there already"),
+        (["--format", "cvat", "--out", "."], "already exists"),
         (["--format", "cvat", "--out", "x", "--only", "nowhere"], "cannot be read as a list"),
-        (["--format", "cvat", "--out", "x", "--run", "nowhere"], "is no run that knows its classes"),
+        (["--format", "cvat", "--out", "x", "--run", "nowhere"], "not a run that records its classes"),
         (["--format", "nothing", "--out", "x"], "--format"),
     ],
 )
@@ -513,7 +513,7 @@ def test_damaged_labels_are_named_and_leave_no_output(tmp_path, capsys):
     mask.write_bytes(held)
     tar = cases.labels(tmp_path / "tar", MASKS, tar=True)
     (tar / "masks" / "shard-000000.tar").write_bytes(b"x" * 99)
-    assert "not a whole tar archive" in refused(capsys, "export-labels", tar, *command[2:])
+    assert "incomplete tar archive" in refused(capsys, "export-labels", tar, *command[2:])
     assert "holds no labels" in refused(capsys, "export-labels", tmp_path, *command[2:])
     assert "no such folder" in refused(capsys, "export-labels", tmp_path / "gone", *command[2:])
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
@@ -544,7 +544,7 @@ def test_labels_of_a_teacher_know_its_classes(tmp_path, capsys, output):
         source, tmp_path / "labels", output=output, classes=("sky", "road", "tree", "car"), min_confidence=0.7
     )
     said = export(capsys, tmp_path / "labels", "cvat", tmp_path / "out")
-    assert "5 images" in said and "not finished" not in said
+    assert "5 images" in said and "unfinished" not in said
     shutil.copytree(source, tmp_path / "out" / "JPEGImages")
     made = prepare(tmp_path / "out", classes=("sky", "road", "tree", "car"))
     label_cases.run(source, tmp_path / "plain", min_confidence=0.7)
@@ -554,4 +554,4 @@ def test_labels_of_a_teacher_know_its_classes(tmp_path, capsys, output):
             == read_index_mask((tmp_path / "plain" / "masks" / name).with_suffix(".png"))
         ).all()
     export(capsys, tmp_path / "labels", "yolo", tmp_path / "yolo")
-    assert class_files.of_tools(tmp_path / "yolo")[0] == ["sky", "road", "tree", "car"]
+    assert class_files.from_tools(tmp_path / "yolo")[0] == ["sky", "road", "tree", "car"]

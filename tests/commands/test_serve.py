@@ -154,15 +154,15 @@ def test_no_address_is_fetched(address, network, image):
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        (b"{", "no JSON"),
-        (b"[]", "no JSON object"),
-        (b"[" * 100_000, "no JSON"),
+        (b"{", "not a JSON"),
+        (b"[]", "not a JSON object"),
+        (b"[" * 100_000, "not a JSON"),
         ({}, "tasks"),
         ({"tasks": []}, "tasks"),
         ({"tasks": [1] * 65}, "tasks"),
         ({"tasks": [1]}, "no image"),
         ({"tasks": [{"data": []}]}, "no image"),
-        (b"\xff\xfe", "no JSON"),
+        (b"\xff\xfe", "not a JSON"),
         (task("a b/7.jpg") | {"label_config": "<View/>"}, "no <BrushLabels>"),
         (task("a b/7.jpg") | {"label_config": "<BrushLabels><Image>"}, "lacks a name"),
         (task("broken.jpg"), "broken.jpg: it is cut short"),
@@ -186,9 +186,9 @@ def test_oversized_and_cross_origin_requests_are_not_read(address):
 
 def test_unservable_checkpoints_are_refused(tmp_path, capsys):
     said = refused(capsys, "serve", "--checkpoint", tmp_path / "gone.pt", "--root", tmp_path)
-    assert "there is no such checkpoint" in said
+    assert "no such checkpoint" in said
     (tmp_path / "best.pt").write_bytes(b"")
-    assert "there is no such folder" in refused(
+    assert "no such folder" in refused(
         capsys, "serve", "--checkpoint", tmp_path / "best.pt", "--root", tmp_path / "gone"
     )
 

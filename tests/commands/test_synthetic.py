@@ -86,7 +86,7 @@ def test_the_palette_is_vocs():
 
 def test_nothing_is_overwritten(tmp_path):
     synthetic.generate(tmp_path, train=1, val=0)
-    with pytest.raises(UserError, match="holds a data set already"):
+    with pytest.raises(UserError, match="already contains a data set"):
         synthetic.generate(tmp_path, train=1, val=0)
     with pytest.raises(ValueError, match="train, val"):
         synthetic.generate(tmp_path / "other", train=0)

@@ -80,7 +80,7 @@ def test_prepare_prints_the_card(root, tmp_path, capsys):
     )
     with pytest.raises(SystemExit) as ended:
         cli.main(["prepare", "--strict", *flags])
-    assert ended.value.code == 2 and "stpp: --strict: passed over: 1 .heic" in capsys.readouterr().err
+    assert ended.value.code == 2 and "stpp: --strict: skipped: 1 .heic" in capsys.readouterr().err
 
 
 def test_report_finds_the_card_of_a_run(root, tmp_path):

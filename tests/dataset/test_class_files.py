@@ -51,7 +51,7 @@ def test_json_forms_of_tools_are_read(tmp_path, value, encoding):
         ({"leaf": 1, "stem": 2}, "--data.mask-map"),
         ({"1": "leaf", "3": "stem"}, "once each"),
         ({"a": 0, "b": 0}, "once each"),
-        ({"classes": [{"title": "a", "id": 5812}, {"title": "b", "id": 5813}]}, "from 0"),
+        ({"classes": [{"title": "a", "id": 5812}, {"title": "b", "id": 5813}]}, "as class ids must be"),
         ([{"name": "a"}, {"colour": "b"}], "list of class names"),
         ({"names": 3}, "once each"),
         ({"names": "a b"}, "list of class names"),
@@ -131,7 +131,7 @@ def test_texts_without_class_names_are_refused(tmp_path, text):
 
 def test_names_that_differ_by_spaces_are_equal(tmp_path):
     (tmp_path / "classes.json").write_text('["background", "leaf", "leaf "]')
-    with pytest.raises(UserError, match="different class names"):
+    with pytest.raises(UserError, match="distinct class names"):
         class_list(tmp_path, "globs")
 
 
@@ -185,12 +185,12 @@ def test_own_data_in_voc_layout_causes_a_warning(tmp_path, capsys):
     root = own_voc(tmp_path / "data")
     made = index.prepare(root, tmp_path / "index", progress=False)
     assert len(made.classes) == 21 and any(
-        "masks here hold ids up to 2; for data of your own" in text for text in made.warnings
+        "these masks hold ids up to 2; for your own data" in text for text in made.warnings
     )
     (root / "class_names.txt").write_text("_background_\nleaf\nstem\n")
     made = index.prepare(root, tmp_path / "index", progress=False)
     assert made.classes == ("_background_", "leaf", "stem") and not any(
-        "data of your own" in text for text in made.warnings
+        "your own data" in text for text in made.warnings
     )
 
 

@@ -92,14 +92,14 @@ def test_bad_masks_are_named(known, unlabelled, tmp_path, options, said):
     written(tmp_path / "in", "town 0/2", "town 1/3", **options)
     with pytest.raises(UserError, match=said) as refused:
         given_labels.check(unlabelled, tmp_path / "in", known, tmp_path / "out")
-    assert str(tmp_path / "in") in str(refused.value) and "1 more such mask" in str(refused.value)
+    assert str(tmp_path / "in") in str(refused.value) and "1 more mask" in str(refused.value)
     assert "\n" not in str(refused.value) and not (tmp_path / "out" / given_labels.NAME).exists()
 
 
 def test_folders_without_masks_are_named(known, unlabelled, tmp_path):
     (tmp_path / "in").mkdir()
-    for name, said in (("absent", "absent: there is no such folder"),
-                       ("in", "in: no mask of an unlabelled image")):
+    for name, said in (("absent", "absent: no such folder"),
+                       ("in", "in: contains no mask of an unlabelled image")):
         with pytest.raises(UserError, match=said):
             given_labels.check(unlabelled, tmp_path / name, known, tmp_path / "out")
 
@@ -156,5 +156,5 @@ def test_corrected_cvat_masks_override_the_others(known, unlabelled, tmp_path):
     mask = read_index_mask(found["photos/town 0/4"])
     assert (mask[:2] == 1).all() and mask[2, 0] == 255 and (mask[3] == 0).all()
     (folder / "labelmap.txt").write_text("background:0,0,0::\ntree:10,20,30::\nignore:224,224,192::\n")
-    with pytest.raises(UserError, match=r"labelmap\.txt: 'tree' is no class"):
+    with pytest.raises(UserError, match=r"labelmap\.txt: 'tree' is not a class"):
         given_labels.check(unlabelled, folder, known, tmp_path / "again")

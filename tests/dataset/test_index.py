@@ -164,16 +164,16 @@ def _bad_masks() -> dict[str, tuple[bytes, str]]:
         "empty": (b"", "0 bytes"),
         "text": (b"not an image at all, " * 9, "not a PNG"),
         "jpeg": (jpeg.getvalue(), "JPEG"),
-        "short": (good[:20], "cut short"),
+        "short": (good[:20], "truncated"),
         "truncated": (good[:-24], "cannot be read"),
         "bad crc": (good[:40] + b"\xff" + good[41:], "cannot be read"),
-        "bomb": (bomb + chunk(b"IDAT", zlib.compress(b"")), "cannot be read|pixels are more"),
-        "wide": (wide + chunk(b"IDAT", zlib.compress(b"")), "pixels are more"),
+        "bomb": (bomb + chunk(b"IDAT", zlib.compress(b"")), "cannot be read|pixels exceed"),
+        "wide": (wide + chunk(b"IDAT", zlib.compress(b"")), "pixels exceed"),
         "colours": (png(np.arange(288).reshape(8, 12, 3) % 256, 8, 2),
                     r"colours \(first \(0, 1, 2\) at x 0, y 0\)"),
         "ids above 255": (png(np.full((8, 12), 300), 16, 0), r"300 \(96 pixels\)"),
-        "16 bits of colour": (png(np.ones((8, 12, 3), int), 16, 2), "16 bits"),
-        "16 bits and alpha": (png(np.ones((8, 12, 2), int), 16, 4), "16 bits"),
+        "16 bits of colour": (png(np.ones((8, 12, 3), int), 16, 2), "16-bit"),
+        "16 bits and alpha": (png(np.ones((8, 12, 2), int), 16, 4), "16-bit"),
     }
 
 
@@ -320,7 +320,7 @@ def test_names_with_spaces_accents_and_dots(tmp_path):
         ("kitti", None, "", "unknown; allowed: auto, voc"),
         ("auto", None, "", "neither JPEGImages/ .* nor images/"),
         ("globs", None, "", "--data.images"),
-        ("voc", "a/*.jpg", "", "goes with --data.layout globs"),
+        ("voc", "a/*.jpg", "", "needs --data.layout globs"),
         ("voc", None, "", "no image found; looked for JPEGImages"),
         ("globs", "a/*.png", "", "no image found; looked for a/"),
         ("globs", "../*.png", "", r"without '\.\.'"),
@@ -457,7 +457,7 @@ def test_all_problems_are_reported(tmp_path, capsys):
     for name in ("JPEGImages/27.jpg", "JPEGImages/28.jpg", "SegmentationClass/29.png"):
         assert f"{name}: " in text
     assert str(root) not in text
-    with pytest.raises(UserError, match="its preparation did not end; run"):
+    with pytest.raises(UserError, match="its preparation is unfinished; run"):
         index.load(out)
 
 
@@ -491,7 +491,7 @@ def test_class_lists(tmp_path):
 def test_index_among_the_data_is_refused(tmp_path, where):
     root = voc(tmp_path)
     before = tree(root)
-    with pytest.raises(UserError, match="among the user's"):
+    with pytest.raises(UserError, match="among the images or masks"):
         prepare(root, root / where)
     assert tree(root) == before
 

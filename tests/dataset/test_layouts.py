@@ -84,7 +84,7 @@ def test_masks_of_a_pattern_are_mapped_by_name(tmp_path):
     root = city(tmp_path / "data", "labelTrainIds labelIds")
     made = index.prepare(root, tmp_path / "index", masks=cityscapes.LABEL_IDS, progress=False)
     assert made.counts["converted"] == 6
-    with pytest.raises(UserError, match="--data.images .* goes with --data.layout globs, not cityscapes"):
+    with pytest.raises(UserError, match="--data.images .* needs --data.layout globs, not cityscapes"):
         layouts.find(root, "cityscapes", "a/*.png")
 
 
@@ -157,7 +157,7 @@ def test_mask_of_another_image_is_refused(tmp_path):
     path = tmp_path / "labeled.txt"
     for mask in ("SegmentationClass/2007_000001.png", "SegmentationObject/2007_000000.png"):
         path.write_text(f"JPEGImages/2007_000000.jpg {mask}\n")
-        with pytest.raises(UserError, match=r"labeled\.txt, line 1: .* is not the mask that the index has"):
+        with pytest.raises(UserError, match=r"labeled\.txt, line 1: .* is not the index's mask"):
             splits.read_split(path, made, labelled=True)
 
 

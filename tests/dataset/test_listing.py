@@ -124,7 +124,7 @@ def test_leftovers_are_skipped_and_counted(root, capsys):
     made = prepare(root)
     assert len(made.entries) == 6 and {"photos/saved.jfif", "photos/other.JPE"} < set(made.entries)
     said = capsys.readouterr().err
-    assert "2 .heic, 1 .dng, 1 .txt, 1 without an extension: not image formats that are read" in said
+    assert "2 .heic, 1 .dng, 1 .txt, 1 without an extension: unsupported formats" in said
     for name in ("@eaDir", "#recycle", "lost+found", "$RECYCLE.BIN", "Thumbs.db", "Icon", "._*"):
         assert f"1 {name}" in said
     assert any(".heic" in text for text in made.warnings)
@@ -148,9 +148,9 @@ def test_masks_next_to_images_are_no_images(tmp_path, images, masks, capsys):
     assert found == [(f"a/x ({i}).png", f"a/x ({i}){ending}.png") for i in range(3)]
     said = capsys.readouterr().err
     assert (
-        "match the patterns of both: 3 files" in said
+        "match both patterns: 3 files" in said
         and f"further masks of images that have one; draw all objects of an image into "
-        f"one mask: 1 file, for example a/x (1){ending}_1.png beside a/x (1).png"
+        f"one mask: 1 file, for example a/x (1){ending}_1.png next to a/x (1).png"
         in said
     )
 
@@ -180,7 +180,7 @@ def test_masks_next_to_unlabelled_images_are_no_images(root, tmp_path, capsys):
         photo(tmp_path / "more" / name, hash(name) % 99)
     made = prepare(root, unlabelled=[tmp_path / "more"])
     assert [image for image in made.entries if image.startswith("more")] == ["more/u.jpg", "more/v.jpg"]
-    assert "masks of images beside them" in capsys.readouterr().err
+    assert "masks of images next to them" in capsys.readouterr().err
 
 
 def test_a_folder_of_masks_among_unlabelled_images_holds_no_images(root, tmp_path, capsys):
@@ -190,7 +190,7 @@ def test_a_folder_of_masks_among_unlabelled_images_holds_no_images(root, tmp_pat
     made = prepare(root, unlabelled=[tmp_path / "field"])
     assert [image for image in made.entries
             if image.startswith("field")] == [f"field/images/{i}.jpg" for i in range(3)]
-    assert "masks of images beside them; name masks" in capsys.readouterr().err
+    assert "masks of images next to them; give --data.masks" in capsys.readouterr().err
 
 
 def test_two_masks_of_one_image_name_the_newer(root):
@@ -226,7 +226,7 @@ def test_layout_without_any_mask_causes_a_warning(tmp_path):
     (tmp_path / "data" / "labels").mkdir()
     (tmp_path / "data" / "labels" / "0.txt").write_text("0 0.5 0.5 1 1")
     made = index.prepare(tmp_path / "data", tmp_path / "index", classes=("a", "b"), progress=False)
-    assert any("no mask is in masks/; labels/ holds text files" in text for text in made.warnings)
+    assert any("masks/ contains no mask; labels/ holds text files" in text for text in made.warnings)
 
 
 def test_voc_masks_are_taken_from_both_folders(tmp_path, capsys):
@@ -284,7 +284,7 @@ def test_one_file_with_two_masks_that_differ_is_refused(tmp_path):
     root = data_set(tmp_path / "data", {"0": ids(1, 2), "1": ids(2, 1)})
     (root / "photos" / "1.jpg").unlink()
     (root / "photos" / "1.jpg").symlink_to("0.jpg")
-    with pytest.raises(UserError, match="are one file, through a link, and their masks .* differ"):
+    with pytest.raises(UserError, match="are one file, through a link, but their masks .* differ"):
         prepare(root)
 
 
@@ -300,11 +300,12 @@ def test_copies_are_found_by_bytes_and_leaks_cause_warnings(tmp_path, where):
     made = prepare(root, unlabelled=[tmp_path / "more"] if where != "in the root" else [])
     copy = next(image for image in made.entries if image.endswith("copy.jpg"))
     assert made.twins == {copy: 0, "photos/val/v.jpg": 0} == index.load(made.out).twins
-    assert any("copies of other images, byte for byte: 1 image" in text for text in made.warnings)
+    assert any("exact copies of other images: 1 image" in text for text in made.warnings)
     notes = Notes()
     splits.make_split(made, tmp_path / "split", fraction="1/1", notes=notes)
     assert any(
-        f"copies of validation images that are trained on: 1 image, for example {copy} of photos/val/v.jpg"
+        "training images that are copies of validation images: 1 image, for example "
+        f"{copy} of photos/val/v.jpg"
         in text
         for text in notes.warnings
     )
@@ -361,8 +362,9 @@ def test_folders_named_similarly_to_splits_are_reported(tmp_path):
     made = prepare(data_set(tmp_path / "data", {name: ids(1, 2) for name in names}))
     assert official.validation(made) == set() == official.test(made)
     assert made.warnings == (
-        "folders called TestSet, dev, val 2, val_images are no official splits, and their 4 images are taken "
-        "like any other; for splits call them train, val or test; if they are none, give them other names",
+        "folders called TestSet, dev, val 2, val_images are not official splits, so their 4 images are used "
+        "like any other; to make them splits, rename them to train, val or test; otherwise choose other "
+        "names",
     )
 
 
@@ -370,7 +372,7 @@ def test_strict_turns_warnings_into_errors(root):
     (root / "photos" / "a.heic").write_bytes(b"x")
     made = prepare(root)
     assert len(made.warnings) == 1
-    with pytest.raises(UserError, match=r"--strict: passed over: 1 \.heic"):
+    with pytest.raises(UserError, match=r"--strict: skipped: 1 \.heic"):
         prepare(root, strict=True)
     assert not (made.out / "index.json").exists()
     (root / "photos" / "a.heic").unlink()

@@ -77,7 +77,7 @@ def test_palette_of_other_grays_is_refused_with_both_remedies(tmp_path, grays):
     values = ids(*range(1, len(grays)))
     root = data_set(tmp_path / "data", {"a": paletted(values, *grays), "b": paletted(values, *grays)})
     said = refused(root, r"labels/a\.png: its palette shows index \d as gray \d+")
-    assert "2 such masks" in said
+    assert "2 masks of this kind" in said
     entries = [f"#{gray[0]:02x}{gray[0]:02x}{gray[0]:02x}={i}" for i, gray in enumerate(grays)]
     made = prepare(root, mask_map=entries)
     assert (read_index_mask(made.sample("photos/a.jpg").mask) == values).all()
@@ -163,13 +163,13 @@ def test_masks_of_0_and_255_are_refused_unless_mapped(tmp_path):
     assert prepare(root, mask_map=["0=0", "255=1"]).entries["photos/a.jpg"].class_pixels[1] == 80
     assert prepare(root, mask_map=["0=0", "255=ignore"]).entries["photos/a.jpg"].class_pixels == [688, 0]
     (root.parent / "index" / "index.json").unlink()
-    refused(root, "0 and 255 alone", mask_map=["0=0", "1=1"])
+    refused(root, "only 0 and 255", mask_map=["0=0", "1=1"])
 
 
 def test_masks_of_0_and_255_among_masks_of_0_and_1_are_refused(tmp_path):
     refused(
         data_set(tmp_path / "data", {"a": ids(255), "b": ids(1)}, ("background", "lesion")),
-        "255 is ignore: if it means 'lesion' too",
+        "255 is ignore: if it also means 'lesion'",
     )
     root = data_set(
         tmp_path / "voc", {"a": ids(255), "b": ids(1), "c": ids(1, 255)}, ("background", "lesion")
@@ -229,7 +229,7 @@ def test_soft_edges_of_three_classes_are_named(tmp_path, how, capsys):
         of_size(mask, root, name)
     try:
         prepare(root)
-        assert "soft edges and JPEG noise" in capsys.readouterr().err
+        assert "soft edges or JPEG noise" in capsys.readouterr().err
     except UserError as error:
         assert "soft edges or JPEG noise" in str(error)
 

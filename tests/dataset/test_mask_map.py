@@ -130,7 +130,7 @@ def test_colours_without_a_map_are_refused_with_the_remedy(tmp_path):
 
 def test_sixteen_bits_have_no_colours(tmp_path):
     path = saved(tmp_path / "mask.png", np.array([[1, 300]], dtype=np.uint16))
-    with pytest.raises(UserError, match=r"mask\.png: .*16 bits"):
+    with pytest.raises(UserError, match=r"mask\.png: .*16-bit"):
         mapped(path, "#000000=road")
 
 
@@ -153,15 +153,15 @@ def test_ranges_names_and_blanks():
     (["65536=road"], "expected STORED=CLASS"),
     (["#80408=road"], "expected STORED=CLASS"),
     (["1,2,256=road"], "expected STORED=CLASS"),
-    (["7=lorry"], "7=lorry: the right side names no class; the classes are road, car, sky, and ignore"),
-    (["7="], "names no class"),
-    (["7=3"], r"class id 3 is none; the class list has ids 0 to 2"),
-    (["7=254"], "class id 254 is none"),
-    (["7-9=0-1"], "3 ids become 2"),
-    (["7=0-1"], "1 ids become 2"),
-    (["7=0", "5-9=1"], "5-9=1: 7=0 names that already"),
-    (["#000000=0", "0,0,0=1"], "names that already"),
-    (["7=0", "#000000=1"], "7=0 is of ids and #000000=1 of colours"),
+    (["7=lorry"], "7=lorry: unknown class; the classes are road, car, sky, and ignore"),
+    (["7="], "unknown class"),
+    (["7=3"], r"unknown class id 3; the class list has ids 0 to 2"),
+    (["7=254"], "unknown class id 254"),
+    (["7-9=0-1"], "maps 3 ids to 2"),
+    (["7=0-1"], "maps 1 ids to 2"),
+    (["7=0", "5-9=1"], "5-9=1: 7=0 already maps this"),
+    (["#000000=0", "0,0,0=1"], "already maps this"),
+    (["7=0", "#000000=1"], "7=0 maps ids and #000000=1 maps colours"),
 ])
 def test_bad_entries_are_refused_in_one_line(entries, said):
     with pytest.raises(UserError, match=said) as refused:

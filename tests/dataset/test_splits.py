@@ -74,7 +74,7 @@ def test_unlabelled_images_need_no_mask(tmp_path, odd, capsys):
     )
     assert [sample.mask for sample in samples] == [None, None, str(odd.root / "masks/plain.png")]
     assert (
-        "2 masks of unlabelled images are not in the index, nor needed (line 2: masks/bare.png)"
+        "ignoring 2 masks of unlabelled images that are not in the index (line 2: masks/bare.png)"
         in capsys.readouterr().err
     )
 
@@ -95,13 +95,13 @@ def test_repeated_images_are_skipped_with_a_warning(tmp_path, odd, capsys):
         (b"\x00", "line 1: .*no such image"),
         (
             "images/plain.jpg\nimages/gone.jpg masks/gone.png",
-            "line 2: images/gone.jpg masks/gone.png: there is no such image",
+            "line 2: images/gone.jpg masks/gone.png: no such image",
         ),
         ("images/no mask.jpg", r"line 1: images/no mask\.jpg: has no mask"),
         ("images/bare.jpg masks/bare.png", "line 1: .*the mask masks/bare.png is not in the index"),
         (
             "images/plain.jpg masks/with.png",
-            r"masks/with\.png is not the mask that the index has for .*masks/plain\.png",
+            r"masks/with\.png is not the index's mask of .*masks/plain\.png",
         ),
         ("/images/plain.jpg masks/plain.png", r"line 1: .*relative to the data root, without '\.\.'"),
         ("../data/images/plain.jpg masks/plain.png", r"without '\.\.'"),
@@ -119,7 +119,7 @@ def test_bad_lists_are_refused_with_file_and_line(tmp_path, odd, text, said):
 
 
 def test_a_missing_list_is_named(tmp_path, odd):
-    with pytest.raises(UserError, match="list.txt: there is no such split file"):
+    with pytest.raises(UserError, match="list.txt: no such split file"):
         splits.read_split(tmp_path / "list.txt", odd, labelled=True)
     with pytest.raises(UserError, match="cannot be read"):
         splits.read_split(tmp_path, odd, labelled=True)
@@ -309,7 +309,7 @@ def test_impossible_options(tmp_path, official, options):
 
 def test_set_without_masks_cannot_be_split(tmp_path):
     made = prepared(data_set(tmp_path / "data", ["a", "b"], masks=0), tmp_path / "index")
-    with pytest.raises(UserError, match="no image that could be drawn has a mask"):
+    with pytest.raises(UserError, match="no training image has a mask"):
         splits.make_split(made, tmp_path / "split")
 
 

@@ -99,18 +99,18 @@ def test_unusable_folders_are_refused_with_their_name(root, field, tmp_path, tmp
     refused("is not a folder", field / "0.jpg")
     (tmp_path / "empty").mkdir()
     refused("no image found", tmp_path / "empty")
-    refused("lies in it", root)
-    refused("lies in it", tmp_path)
-    refused("masks/0.png of .* lies in it", root / "masks")
-    refused("hold the same images", field, field / "val")
+    refused("contains .* of --data.root", root)
+    refused("contains .* of --data.root", tmp_path)
+    refused("contains masks/0.png of", root / "masks")
+    refused("contain the same images", field, field / "val")
     other = picture(tmp_path / "other" / "field" / "0.jpg").parent
-    refused("both are field", field, other)
+    refused("both are called field", field, other)
     taken = picture(tmp_path / "other" / "images" / "0.jpg").parent
-    refused("images/0.jpg of .* begins with it too; give a link", taken)
+    refused("as does images/0.jpg of .*; give a link", taken)
     (tmp_path / "renamed").symlink_to(taken)
     made = prepare(root, out, tmp_path / "renamed")
     assert made.sample("renamed/0.jpg").image == str(tmp_path / "renamed" / "0.jpg")
-    with pytest.raises(UserError, match="the index may not lie among"):
+    with pytest.raises(UserError, match="the index must not be among"):
         prepare(root, field / "index", field)
     assert prepare(root, out, picture(root / "more" / "0.jpg").parent).sample("more/0.jpg")
 

@@ -3,7 +3,7 @@
 import pytest
 
 from stpp.images.folders import (
-    PassedOver,
+    SkippedFiles,
     folders_of,
     image_of_mask,
     image_of_mask_in_folder,
@@ -118,7 +118,7 @@ def test_folders_of_masks_next_to_folders_of_images(keys, found):
 
 
 def test_skipped_files_are_counted_and_named():
-    passed = PassedOver()
+    passed = SkippedFiles()
     taken = [
         name
         for name in ("a.jpg", ".DS_Store", "._a.jpg", "Thumbs.db", "@eaDir")
@@ -128,7 +128,7 @@ def test_skipped_files_are_counted_and_named():
         passed.unread(name)
     assert taken == ["a.jpg"] and passed.pictures() == 4
     assert passed.lines() == [
-        "2 .heic, 1 .avif, 1 .txt, 1 without an extension: not image formats that are read",
-        "1 ._*, 1 @eaDir, 1 Thumbs.db: left by systems and file servers",
+        "2 .heic, 1 .avif, 1 .txt, 1 without an extension: unsupported formats",
+        "1 ._*, 1 @eaDir, 1 Thumbs.db: system files",
         "1 hidden (names that begin with a dot)",
     ]

@@ -14,11 +14,11 @@ from stpp.dataset import index
 from stpp.images import containers, planning
 from stpp.images.image_file import upright
 from stpp.images.pixels import BadImage, decode, normalised
-from stpp.images.planning import Cut
-from stpp.images.reading import look, prove, upright_pixels, used_bits, uses_few
+from stpp.images.planning import BatchLimits
+from stpp.images.reading import check_decodable, read_header, upright_pixels, used_bits, uses_few
 from stpp.images.sources import Item
 
-CUT = Cut(max_batch=1, batch_pixels=1, max_pixels=1 << 24, exif=True)
+CUT = BatchLimits(max_batch=1, batch_pixels=1, max_pixels=1 << 24, exif=True)
 EXIF_CHUNK = zoo.chunk(b"eXIf", zoo.exif_block(6, prefix=b""))
 
 
@@ -40,11 +40,11 @@ def test_orientation_behind_the_pixels_of_a_long_png_is_found(tmp_path, behind):
     alone = Item(key="b", source="b", file=str(tmp_path / "b.png"))
     for item in (inside, alone):
         found = planning.examine(item, CUT)
-        assert found.reading == look(data, exif=True) and (found.reading.orientation, found.size) == (
+        assert found.reading == read_header(data, exif=True) and (found.reading.orientation, found.size) == (
             6,
             (120, 90),
         )
-        assert planning.examine(item, Cut(**{**CUT.__dict__, "exif": False})).size == (90, 120)
+        assert planning.examine(item, BatchLimits(**{**CUT.__dict__, "exif": False})).size == (90, 120)
 
 
 def test_pixels_that_look_like_a_chunk_are_no_orientation():
@@ -64,7 +64,7 @@ def test_hostile_bytes_give_no_image(data, start):
     containers.png_header(found), containers.jpeg_frame(found), containers.png_exif(found, found)
     list(containers.png_chunks(found))
     with pytest.raises(BadImage) as caught:
-        look(found, exif=True)
+        read_header(found, exif=True)
         decode(found)
     assert "\n" not in str(caught.value)
 
@@ -77,7 +77,7 @@ def test_changed_byte_never_ends_the_program(place, byte, form):
     )
     data[place % len(data)] = byte
     try:
-        reading = look(bytes(data), exif=True)
+        reading = read_header(bytes(data), exif=True)
         pixels = upright_pixels(bytes(data), reading)
     except BadImage as bad:
         assert "\n" not in str(bad)
@@ -100,7 +100,7 @@ def test_number_of_used_bits():
     for top, bits in ((4095, 12), (16383, 14), (16384, 15), (65535, 16), (200, 8)):
         values = np.full((3, 4), top, np.uint16)
         data = zoo.png(values, 16, 0)
-        reading = look(data, exif=True)
+        reading = read_header(data, exif=True)
         assert reading.bits == 16 and used_bits(decode(data), reading) == bits
         assert uses_few(bits, reading) == (bits <= 14)
 
@@ -111,8 +111,8 @@ def test_32_bit_images_that_use_few_bits_are_named(kind):
     values = zoo.gray().astype(np.int32)
     for factor, dark in ((1, True), (16, True), (257, False)):
         data = zoo.tiff(values * factor, sample_format=2 if kind.startswith("int") else 1)
-        reading = look(data, exif=True)
-        assert reading.bits == 32 and uses_few(prove(data)[1].used_bits, reading) == dark
+        reading = read_header(data, exif=True)
+        assert reading.bits == 32 and uses_few(check_decodable(data)[1].used_bits, reading) == dark
 
 
 def test_twelve_bits_are_read_by_their_range():
@@ -124,9 +124,9 @@ def test_twelve_bits_are_read_by_their_range():
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
     data = b"II*\0" + struct.pack("<I", 8 + packed.size) + packed.tobytes()
     data += struct.pack("<H", len(tags)) + entries + bytes(4)
-    reading = look(data, exif=True)
+    reading = read_header(data, exif=True)
     assert reading.bits == 12 and np.array_equal(upright_pixels(data, reading), zoo.repeated(zoo.gray()))
-    assert prove(data)[1].used_bits == 12 and not uses_few(12, reading) and uses_few(10, reading)
+    assert check_decodable(data)[1].used_bits == 12 and not uses_few(12, reading) and uses_few(10, reading)
 
 
 def test_images_of_few_flat_colours_are_distinguished_from_photographs():
@@ -134,11 +134,11 @@ def test_images_of_few_flat_colours_are_distinguished_from_photographs():
     for data in (zoo.png(flat, 8, 0), zoo.png(flat > 1, 1, 0), zoo.png(np.dstack([flat] * 3), 8, 2),
                  zoo.saved(Image.fromarray(flat * 80).convert("P"), "PNG"), zoo.saved(flat, "TIFF"),
                  zoo.saved(flat, "BMP")):
-        assert prove(data)[1].like_mask
+        assert check_decodable(data)[1].like_mask
     photograph = noise(40, 40)
     for data in (zoo.png(photograph, 8, 2), zoo.png(flat * 0, 8, 0), zoo.png(flat[:9, :20], 8, 0),
                  zoo.saved(flat, "JPEG")):
-        assert not prove(data)[1].like_mask
+        assert not check_decodable(data)[1].like_mask
 
 
 def said(capsys, folder: Path, files: dict[str, bytes]) -> str:
@@ -193,7 +193,7 @@ def test_masks_among_the_images_are_named_by_content(capsys, tmp_path):
     words = said(capsys, tmp_path,
                  {"plain (object).png": zoo.png(flat, 8, 0), "b.png": zoo.png(flat * 80, 8, 0)})
     assert (
-        "warning: 2 images without a mask hold at most 16 flat colours, as masks do (the first: photos/b.png)"
+        "warning: 2 images without a mask have at most 16 flat colours, as masks do (the first: photos/b.png)"
         in words
     )
 
@@ -214,7 +214,8 @@ def test_tiff_with_an_odd_tag_type_is_turned_once():
         (struct.pack("<HHIHH", zoo.ORIENTATION, 3, 1, 12, 0), 1),
     ):
         data = zoo.tiff(zoo.TURNS[turn](zoo.picture()), orientation=entry)
-        reading = look(data, exif=True)
+        reading = read_header(data, exif=True)
         assert reading.orientation == turn
         assert np.array_equal(upright_pixels(data, reading), zoo.picture())
-        assert np.array_equal(upright_pixels(data, look(data, exif=False)), zoo.TURNS[turn](zoo.picture()))
+        stored = upright_pixels(data, read_header(data, exif=False))
+        assert np.array_equal(stored, zoo.TURNS[turn](zoo.picture()))

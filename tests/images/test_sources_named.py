@@ -26,7 +26,7 @@ def test_leftovers_are_skipped_and_counted(tmp_path):
     folder = cases.as_folder(tmp_path / "in", dict.fromkeys(kept + left, JPEG))
     source = open_source(str(folder))
     assert sorted(names(source)) == sorted(kept)
-    line = source.passed.line()
+    line = source.skipped.line()
     for words in ("2 @eaDir", "1 #recycle", "1 $RECYCLE.BIN", "1 #snapshot", "1 Thumbs.db", "1 desktop.ini",
                   "1 ._*", "1 Icon", "1 hidden"):
         assert words in line, line
@@ -34,7 +34,7 @@ def test_leftovers_are_skipped_and_counted(tmp_path):
     archive = cases.as_tar(tmp_path / "s.tar", dict.fromkeys(kept + left, JPEG))
     source = open_source(str(archive))
     assert sorted(names(source)) == sorted(f"s.tar::{name}" for name in kept)
-    assert "2 @eaDir" in source.passed.line()
+    assert "2 @eaDir" in source.skipped.line()
 
 
 def test_unsupported_formats_are_counted_by_extension(tmp_path):
@@ -44,14 +44,14 @@ def test_unsupported_formats_are_counted_by_extension(tmp_path):
     source = open_source(str(folder))
     assert names(source) == sorted(read)
     for words in ("2 .heic", "1 .avif", "1 .gif", "1 .jp2", "1 without an extension", "1 .json",
-                  "not image formats"):
-        assert words in source.passed.line()
-    assert open_source(str(cases.as_folder(tmp_path / "plain", {"x.jpg": JPEG}))).passed.line() is None
+                  "unsupported formats"):
+        assert words in source.skipped.line()
+    assert open_source(str(cases.as_folder(tmp_path / "plain", {"x.jpg": JPEG}))).skipped.line() is None
 
 
 def test_folder_without_images_lists_its_contents(tmp_path):
     folder = cases.as_folder(tmp_path / "in", {"a.heic": b"", "b.heic": b""})
-    with pytest.raises(UserError, match=r"contains no image \(passed over: 2 \.heic"):
+    with pytest.raises(UserError, match=r"contains no image \(skipped: 2 \.heic"):
         cases.run(folder, tmp_path / "out")
 
 
@@ -97,8 +97,8 @@ def test_masks_after_images_with_spaces_in_their_names(tmp_path):
 
 
 @pytest.mark.parametrize(("line", "reason"), [
-    ("image,mask", "no table"), ("a.jpg,m/a.png", "no table"), ("a.jpg;1", "no table"),
-    ('"a.jpg"', "in quotes"), ("'a b.jpg'", "in quotes"), ("sub\\a.jpg", "backslash"),
+    ("image,mask", "not tables"), ("a.jpg,m/a.png", "not tables"), ("a.jpg;1", "not tables"),
+    ('"a.jpg"', "is quoted"), ("'a b.jpg'", "is quoted"), ("sub\\a.jpg", "backslash"),
     ("../up.jpg", "outside")])
 def test_malformed_lines_are_bad_images_with_the_reason(tmp_path, line, reason):
     cases.as_folder(tmp_path, {"a.jpg": JPEG, "b.jpg": JPEG})
@@ -121,7 +121,7 @@ def test_repeated_lines_are_dropped_and_counted(tmp_path, capsys):
     (tmp_path / "list.txt").write_text("\n".join(lines))
     summary = cases.run(tmp_path / "list.txt", tmp_path / "out", root=folder)
     assert (summary.images, summary.bad) == (8, 1)
-    assert "4 lines that repeat one before" in capsys.readouterr().err
+    assert "4 repeated lines" in capsys.readouterr().err
 
 
 def test_unreadable_folder_is_refused(tmp_path, monkeypatch):
@@ -134,7 +134,7 @@ def test_unreadable_folder_is_refused(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refusing)
-    with pytest.raises(UserError, match="in/closed: cannot be read .*left out"):
+    with pytest.raises(UserError, match="in/closed: cannot be read .*be missing"):
         names(open_source(str(folder)))
 
 

@@ -75,7 +75,7 @@ def test_archive_truncated_anywhere_is_complete_or_refused(tmp_path_factory, len
         assert read(path) == FILES
         assert set(whole[length:]) <= {0}  # only zeros of its end were lost
     except UserError as error:
-        assert "not a whole tar archive" in str(error) and "\n" not in str(error)
+        assert "incomplete tar archive" in str(error) and "\n" not in str(error)
 
 
 @settings(deadline=None, max_examples=100)
@@ -99,10 +99,10 @@ def test_truncated_and_extended_archives_give_the_reason(tmp_path):
     with tarfile.open(fileobj=io.BytesIO(whole)) as opened:
         third = opened.getmembers()[3].offset
     path = tmp_path / "a.tar"
-    assert f"stops after {third} bytes without the zeros" in refused(path, whole[:third])
-    assert "'02.jpg' is cut short" in refused(path, whole[: third - 600])
-    assert "goes on at byte" in refused(path, whole + b"<html>an error of the server</html>" * 20)
-    assert "goes on at byte" in refused(path, whole + b"\x1f\x8b" + bytes(range(256)) * 8)
+    assert f"ends after {third} bytes without the zeros" in refused(path, whole[:third])
+    assert "'02.jpg' is truncated" in refused(path, whole[: third - 600])
+    assert "on are not an archive" in refused(path, whole + b"<html>an error of the server</html>" * 20)
+    assert "on are not an archive" in refused(path, whole + b"\x1f\x8b" + bytes(range(256)) * 8)
     assert "without the zeros" in refused(path, whole + archive(FILES)[:third])
 
 
@@ -170,8 +170,8 @@ def test_masks_next_to_images_are_skipped(tmp_path):
     source = open_source(str(tmp_path / "s.tar"))
     found = {item.source.partition("::")[2]: item.read() for item in source.items()}
     assert found == {name: data for name, data in samples.items() if data == b"image"}
-    assert source.passed.line() == ("passed over: 3 .json: not image formats that are read; "
-                                    "9 masks of images beside them")
+    assert source.skipped.line() == ("skipped: 3 .json: unsupported formats; "
+                                    "9 masks of listed images")
 
 
 def test_images_named_like_masks_without_image_are_images(tmp_path):

@@ -23,7 +23,7 @@ from stpp.distributed import World
 from stpp.errors import UserError
 from stpp.images.batches import has_dali
 from stpp.images.image_file import IMAGE_EXTENSIONS, IMAGENET_MEAN, IMAGENET_STD
-from stpp.images.reading import look
+from stpp.images.reading import read_header
 from stpp.inference import single_images
 from stpp.inference.evaluate import evaluate
 from stpp.inference.protocol import Identity
@@ -92,7 +92,7 @@ class Zoo:
     prepared: index.Index
     samples: list[Sample]
     seen: list[np.ndarray]
-    """Expected pixels of each file: uint8 [H, W, 3], by the PIL decoder and the reading of `look`."""
+    """What is expected of each: uint8 [H, W, 3], by the PIL decoder and `read_header`."""
     exif: bool
 
 
@@ -103,7 +103,7 @@ def build(folder: Path, names: list[str], *, exif: bool = True) -> Zoo:
     for name in names:
         kind = KINDS[name]
         (folder / "data" / "photos" / name).write_bytes(kind.data)
-        shown = kind.truth if exif else zoo.TURNS[look(kind.data, exif=True).orientation](kind.truth)
+        shown = kind.truth if exif else zoo.TURNS[read_header(kind.data, exif=True).orientation](kind.truth)
         Image.fromarray(np.zeros(shown.shape[:2], np.uint8)).save(
             folder / "data" / "labels" / f"{Path(name).stem}.png"
         )
@@ -152,7 +152,7 @@ def test_zoo_is_large():
 def test_pixels_match_the_picture(made):
     for sample, seen in zip(made.samples, made.seen, strict=True):
         kind = KINDS[Path(sample.image).name]
-        stored = zoo.TURNS[look(kind.data, exif=True).orientation](kind.truth)
+        stored = zoo.TURNS[read_header(kind.data, exif=True).orientation](kind.truth)
         expected = kind.truth if made.exif else stored
         assert seen.shape == expected.shape, kind.name
         assert np.abs(seen.astype(int) - expected).mean() <= kind.near, kind.name
@@ -300,7 +300,7 @@ def test_file_broken_after_preparation_is_named(tmp_path, name):
         device="cpu",
         threads=1,
     )
-    with pytest.raises(UserError, match=r"lossless_webp\.webp: none of the formats .*prepare"):
+    with pytest.raises(UserError, match=r"lossless_webp\.webp: not one of the formats .*prepare"):
         list(stream)
 
 

@@ -22,7 +22,7 @@ from stpp.errors import UserError
 from stpp.images.masks import read_index_mask
 from stpp.inference import views
 from stpp.models.trained import load_network
-from stpp.settings import filled
+from stpp.settings import from_values
 
 VIEW_PX, CLASSES = 64, 6
 
@@ -152,7 +152,7 @@ def test_view_size_flag_applies_to_published_networks(network, best, photographs
 @pytest.mark.parametrize("value", [0, -5, 15, 40000])
 def test_impossible_view_size_is_named(best, photographs, tmp_path, capsys, value):
     with pytest.raises(UserError, match=f"--data.view-px is {value}: it must be from 16 to 32768"):
-        filled(Config, {"data": {"view_px": value}})
+        from_values(Config, {"data": {"view_px": value}})
     code, _, said = ended(capsys, "predict", str(photographs), "--checkpoint", str(best), "--out",
                           str(tmp_path / "x"), "--view-px", str(value))
     assert code == 2 and f"--view-px is {value}" in said and len(said.strip().splitlines()) == 1

@@ -185,7 +185,7 @@ def test_file_changed_after_planning_is_bad(tmp_path):
     out = tmp_path / "out"
     cases.run(source, out, teacher=Changing(), shard_size=9, batch_per_rank=1, tta="none")
     (row,) = rows.read(out / "failed.parquet")
-    assert row["key"] == "8" and "64x64 pixels where it had 64x48" in row["error"]
+    assert row["key"] == "8" and "64x64 pixels but had 64x48" in row["error"]
 
 
 def test_pixels_of_low_confidence_are_ignored(corpus, whole, tmp_path):

@@ -84,14 +84,14 @@ def test_first_reasons_of_bad_images_are_printed(label, tmp_path):
     source = cases.as_folder(tmp_path / "in", cases.good_files(3) | bad)
     code, _, errors = label(source, tmp_path / "out")
     assert code == 1 and "7 of 10 images are bad" in last_line(errors)
-    assert "the first: 0.jpg: none of the formats" in last_line(errors)
+    assert "the first: 0.jpg: not one of the formats" in last_line(errors)
     assert errors.count("no mask: ") == 6 and "no mask: 2 more" in errors
     code, _, errors = label(source, tmp_path / "out", "--max-bad-fraction", "1")
-    assert code == 0 and "no mask: 0.jpg: none of the formats" in errors
+    assert code == 0 and "no mask: 0.jpg: not one of the formats" in errors
 
 
 @pytest.mark.parametrize(("form", "reason"), [
-    ("sub\\{}", "backslash"), ('"{}"', "in quotes"), ("{},m.png", "no table"), ("../in/{}", "outside")])
+    ("sub\\{}", "backslash"), ('"{}"', "is quoted"), ("{},m.png", "not tables"), ("../in/{}", "outside")])
 def test_reason_is_printed_for_every_form_of_list(label, tmp_path, form, reason):
     source = cases.as_folder(tmp_path / "in", {"a.jpg": cases.encoded(cases.picture(1))})
     (source / "list.txt").write_text(form.format("a.jpg") + "\n")
@@ -105,7 +105,7 @@ def test_predict_reports_skipped_files_and_failed_images(predict, tmp_path):
         "d.jfif": cases.encoded(cases.picture(2)), "@eaDir/a.jpg/x.jpg": b""})
     code, output, errors = predict(source, tmp_path / "out")
     assert code == 2 and "2 masks" in output and "b.jpg: the file is empty" in last_line(errors)
-    assert "passed over: 1 .heic: not image formats that are read; 1 @eaDir" in errors
+    assert "skipped: 1 .heic: unsupported formats; 1 @eaDir" in errors
 
 
 def test_read_only_output_is_reported_in_one_line(label, predict, tmp_path):
@@ -160,7 +160,8 @@ def test_failed_write_of_predict_leaves_only_complete_files(predict, tmp_path, m
 
 
 def test_reason_of_a_failed_write_is_never_none():
-    assert files.why(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) == "No space left on device"
-    assert files.why(OSError(errno.EROFS, os.strerror(errno.EROFS),
-                             "/out/x")) == "Read-only file system (/out/x)"
-    assert files.why(OSError("broken\npipe")) == "broken pipe" and files.why(OSError()) == "OSError"
+    assert files.describe_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) == "No space left on device"
+    assert files.describe_error(
+        OSError(errno.EROFS, os.strerror(errno.EROFS), "/out/x")) == "Read-only file system (/out/x)"
+    assert files.describe_error(OSError("broken\npipe")) == "broken pipe"
+    assert files.describe_error(OSError()) == "OSError"

@@ -11,13 +11,13 @@ from PIL import Image
 import label_cases as cases
 from stpp.images import pixels, planning
 from stpp.images.pixels import BadImage
-from stpp.images.planning import Cut, Planned
-from stpp.images.reading import Reading, look
+from stpp.images.planning import BatchLimits, Planned
+from stpp.images.reading import Reading, read_header
 from stpp.images.sources import Item, open_source
 from stpp.label import plan
 from stpp.label.plan import Plan
 
-CUT = Cut(max_batch=4, batch_pixels=10_000, max_pixels=1 << 20, exif=True)
+CUT = BatchLimits(max_batch=4, batch_pixels=10_000, max_pixels=1 << 20, exif=True)
 
 
 def examined(size, error=None) -> Planned:
@@ -30,7 +30,7 @@ def examined(size, error=None) -> Planned:
                 max_size=40),
        st.integers(1, 9))
 def test_batches_hold_every_good_image_once(sizes, most):
-    cut = Cut(max_batch=most, batch_pixels=10_000, max_pixels=1 << 30, exif=True)
+    cut = BatchLimits(max_batch=most, batch_pixels=10_000, max_pixels=1 << 30, exif=True)
     planned = planning.cut_batches([examined(size[:2], "bad" if size[2] else None) for size in sizes], cut)
     assert sorted(one.position for one in planned) == list(range(len(sizes)))
     cut_again = list(planning.batches(planned))
@@ -64,7 +64,7 @@ def test_header_longer_than_the_first_read(tmp_path):
     long = cases.encoded(picture, icc_profile=b"x" * 200_000)
     path = cases.as_folder(tmp_path, {"long.jpg": long}) / "long.jpg"
     with pytest.raises(BadImage):
-        look(long[: planning.HEAD_BYTES], exif=True)
+        read_header(long[: planning.HEAD_BYTES], exif=True)
     found = planning.examine(Item(key="long", source="long", file=str(path)), CUT)
     assert found.error is None and found.size == (48, 64)
 
@@ -74,10 +74,10 @@ def test_size_is_that_of_the_upright_image(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = cases.encoded(cases.picture(1, (40, 56)), exif=exif)
-    turned = look(data, exif=True)
+    turned = read_header(data, exif=True)
     assert (turned.width, turned.height) == ((40, 56) if orientation >= 5 else (56, 40))
     assert turned.orientation == orientation
-    assert look(data, exif=False)[:3] == (56, 40, 1)
+    assert read_header(data, exif=False)[:3] == (56, 40, 1)
 
 
 def test_bad_headers_give_the_reason(tmp_path):
@@ -85,14 +85,14 @@ def test_bad_headers_give_the_reason(tmp_path):
     found = {path.name: planning.examine(Item(key=path.name, source=path.name, file=str(path)), CUT).error
              for path in (tmp_path / "bad").iterdir()}
     assert found["empty.jpg"] == "the file is empty (0 bytes)"
-    assert found["text.jpg"].startswith("none of the formats JPEG, PNG")
+    assert found["text.jpg"].startswith("not one of the formats JPEG, PNG")
     assert found["bomb.png"].startswith("it declares more than")
     assert found["huge.png"] == "20000x1000 pixels are more than --max-pixels 1048576"
     assert "cut_header.jpg" in found and found["cut_header.jpg"] is not None
     # their pixels will reveal it
     assert found["truncated.jpg"] is found["half.png"] is found["floats.tif"] is None
     absent = planning.examine(Item(key="x", source="x", file=str(tmp_path / "absent.jpg")), CUT)
-    assert absent.error == "there is no such file" and absent.batch == -1
+    assert absent.error == "no such file" and absent.batch == -1
 
 
 def test_images_that_all_decoders_read_alike():
@@ -105,9 +105,9 @@ def test_images_that_all_decoders_read_alike():
                                (picture, "BMP", False), (picture, "WEBP", False),
                                (picture.convert("1"), "PNG", False)):
         data = cases.encoded(image, kind)
-        assert look(data, exif=True).plain is plain
+        assert read_header(data, exif=True).plain is plain
     clear = cases.encoded(picture.convert("L"), "PNG", transparency=3)
-    assert not look(clear, exif=True).plain
+    assert not read_header(clear, exif=True).plain
 
 
 def test_deep_images_keep_their_upper_bits():

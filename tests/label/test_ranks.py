@@ -152,7 +152,7 @@ def test_bad_images_and_mistakes_have_their_exit_codes(source, tmp_path, monkeyp
     for more, words in ((["--min-confidence", "1.5"], "--min-confidence is 1.5"),
                         (["--part", "3/2"], "--part 3/2"), (["--tta", "flip"], "tta: none -> flip"),
                         (["--source", str(tmp_path / "no")], "no such folder"),
-                        (["--out", str(source / "masks")], "lies in --source"),
+                        (["--out", str(source / "masks")], "is inside --source"),
                         (["--teacher", "no.pt"], "no.pt"),
                         (["--max-bad-fraction", "2"], "--max-bad-fraction"),
                         (["--out", RANK], "choose another --out")):

@@ -24,7 +24,7 @@ from stpp.images import batches
 from stpp.images.batches import has_dali
 from stpp.images.image_file import IMAGENET_MEAN, IMAGENET_STD
 from stpp.images.pixels import normalised
-from stpp.images.reading import look
+from stpp.images.reading import read_header
 from stpp.loading import loader, reference
 from stpp.loading.augment import Appearance, Augmentation, draw
 from stpp.loading.native import native_batches
@@ -99,7 +99,7 @@ def write(
 ) -> Sample:
     """Writes an image file and a mask of blocks of 16 pixels."""
     image.save(folder / name, **options)
-    reading = look((folder / name).read_bytes(), exif=turned)
+    reading = read_header((folder / name).read_bytes(), exif=turned)
     width, height = reading.width, reading.height
     blocks = np.random.default_rng(len(name)).integers(0, 5, (height // 16 + 1, width // 16 + 1),
                                                        dtype=np.uint8)

@@ -67,7 +67,7 @@ def test_run_logs_every_term_and_control_takes_as_many_steps(train, tmp_path, ca
     assert ("loss of dropped features" in page) == (method == "unimatch")
     best = next(row for row in scored if row["step"] == stage["best_step"])
     assert (f"(student {best.get('student_miou_pct', 0):.2f})" in page) == averaged
-    assert f"<td>{stage['last_miou']:.2f}</td>" in page and "at the end, %" in page
+    assert f"<td>{stage['last_miou']:.2f}</td>" in page and "final, %" in page
 
 
 def test_non_finite_step_names_images_of_every_stream(synthetic_index, tmp_path):
@@ -147,7 +147,7 @@ def test_impossible_settings_are_refused_before_the_first_step(train, capsys, tm
 
 
 @pytest.mark.parametrize("unlabelled, said", [("", "unlabeled.txt: lists no image"),
-                                              (None, "unlabeled.txt: there is no such split file")])
+                                              (None, "unlabeled.txt: no such split file")])
 def test_list_without_unlabelled_images_is_refused(train, synthetic, capsys, tmp_path, unlabelled, said):
     split = tmp_path / "split"
     split.mkdir()

@@ -11,7 +11,7 @@ from stpp.distributed import World
 from stpp.inference import evaluate
 from stpp.inference.open import EagerPredictor
 from stpp.models.build import build_model
-from stpp.report.examples import GAP_PX, PICTURE_PX, Watch
+from stpp.report.examples import GAP_PX, PICTURE_PX, PictureRecorder
 
 HERE = World(device=torch.device("cpu"))
 
@@ -28,13 +28,13 @@ def test_recording_pictures_keeps_scores_and_random_numbers(samples):
                              device=HERE.device,
                            dtype=torch.float32)
     alone = evaluate.evaluate(teacher, samples, HERE, DataConfig(threads=1))
-    watch = Watch(samples, [1, 4], 6)
+    recorder = PictureRecorder(samples, [1, 4], 6)
     before, numpys = torch.get_rng_state(), np.random.get_state()[1].copy()
-    seen = evaluate.evaluate(teacher, samples, HERE, DataConfig(threads=1), on_batch=watch.see)
+    seen = evaluate.evaluate(teacher, samples, HERE, DataConfig(threads=1), on_batch=recorder.record)
     assert torch.equal(alone, seen) and torch.equal(before, torch.get_rng_state())
     np.testing.assert_array_equal(numpys, np.random.get_state()[1])
-    assert set(watch.pictures) == {samples[1].key, samples[4].key}
-    for picture in watch.pictures.values():
+    assert set(recorder.pictures) == {samples[1].key, samples[4].key}
+    for picture in recorder.pictures.values():
         assert picture.dtype == np.uint8 and max(picture.shape[0],
                                                  (picture.shape[1] - 2 * GAP_PX) // 3) <= PICTURE_PX
 

@@ -134,7 +134,7 @@ def test_page_needs_no_network_and_names_are_never_markup(report):
 
 def test_failed_images_are_listed_with_their_reasons(report):
     page = Page(report / "index.html")
-    assert "<b>bad</b>.jpg" in page.text and "none of the formats" in page.text
+    assert "<b>bad</b>.jpg" in page.text and "not one of the formats" in page.text
 
 
 def test_archives_of_masks_give_the_same_pictures(labels, report, tmp_path):
@@ -147,7 +147,7 @@ def test_archives_of_masks_give_the_same_pictures(labels, report, tmp_path):
 
 def test_run_page_shows_stages_curves_scores_and_threshold(of_run):
     page = Page(of_run / "index.html")
-    assert "61.50" in page.text and "12" in page.text and "not done yet" in page.text
+    assert "61.50" in page.text and "12" in page.text and "unfinished" in page.text
     assert "<i>sky" in page.text and "71.25" in page.text
     facts = json.loads(page.facts)
     found = listed(of_run)
@@ -227,7 +227,7 @@ def test_command_prints_the_page_and_refuses_foreign_folders(labels, tmp_path, c
     cli.main(["report", str(labels), "--out", str(tmp_path / "page"), "--pictures", "2"])
     (tmp_path / "mine").mkdir()
     for args, words in ((["absent"], "absent"), ([str(tmp_path / "mine")], "neither a run"),
-                        ([str(labels), "--out", str(tmp_path / "mine")], "no report"),
+                        ([str(labels), "--out", str(tmp_path / "mine")], "not a report"),
                         ([str(labels), "--run", "absent"], "--run"),
                         ([str(labels), "--pictures", "-1"], "--pictures")):
         with pytest.raises(SystemExit) as ended:

@@ -44,7 +44,7 @@ def page(tmp_path_factory) -> str:
 
 
 def test_page_shows_the_last_shares_and_marks_missing_classes(page):
-    assert "Classes of <bdi>1-supervised</bdi>: labelled pixels and confident ones, %, at step 900" in page
+    assert "Classes of <bdi>1-supervised</bdi>: labelled and confident pixels, %, at step 900" in page
     rows = re.findall(r"<tr><th scope=\"row\"><bdi>(\S+?)</bdi></th><td>([\d.]+)</td><td>([\d.]+)</td>\s*"
                       r"<td( class=\"drift\")?>([\d.]+)( ▼)?</td></tr>", page)
     assert rows == [("&lt;i&gt;sky", "60.000", "70.000", "", "1.17", ""),

@@ -13,7 +13,7 @@ from stpp import checkpoint
 from stpp.config import Config
 from stpp.errors import UserError
 from stpp.methods.st import joint
-from stpp.settings import filled
+from stpp.settings import from_values
 
 
 @pytest.mark.parametrize(("labelled", "pseudo", "ratio", "times"), [
@@ -29,7 +29,7 @@ def test_labelled_entries_are_repeated_by_the_ratio(labelled, pseudo, ratio, tim
     ({"steps": 8}, 5, 8, 8), ({"steps": 8, "supervised_epochs": 2}, 5, 10, 8),
     ({"epochs": 2, "supervised_steps": 9}, 5, 9, 10), ({"steps": 8, "supervised_steps": 9}, 5, 9, 8)])
 def test_steps_of_a_stage(train, per_epoch, first, others):
-    config = filled(Config, {"train": train}).train
+    config = from_values(Config, {"train": train}).train
     assert (config.stage_steps(per_epoch, supervised=True), config.stage_steps(per_epoch)) == (first, others)
 
 
@@ -41,7 +41,7 @@ def test_steps_of_a_stage(train, per_epoch, first, others):
     ({"recalibrate_bn": -1}, "--train.recalibrate-bn is -1")])
 def test_impossible_budgets_are_named(train, said):
     with pytest.raises(UserError, match=said):
-        filled(Config, {"train": train})
+        from_values(Config, {"train": train})
 
 
 @pytest.mark.slow

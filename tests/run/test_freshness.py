@@ -116,7 +116,7 @@ def test_evaluation_resumes_after_a_kill_while_rereading(known, here):
     for moment in ("before", "behind"):
         done = subprocess.run([sys.executable, "-c", code, str(known.out), moment])
         assert done.returncode == -signal.SIGKILL and not (known.out / "index.json").exists()
-        with pytest.raises(UserError, match="its preparation did not end; run `stpp prepare`"):
+        with pytest.raises(UserError, match="its preparation is unfinished; run `stpp prepare`"):
             index.load(known.out)
     fresh = fresh_index(known.out, path, here)
     assert (read_index_mask(fresh.sample("photos/1.jpg").mask) == ids(2)).all()
@@ -233,7 +233,7 @@ def test_strict_run_refuses_a_data_set_with_warnings(known, tmp_path, capsys):
                     str(tmp_path / f"run{again}"),
                 ]
             )
-        assert ended.value.code == 2 and "--strict: not read" in capsys.readouterr().err
+        assert ended.value.code == 2 and "--strict: skipped" in capsys.readouterr().err
         if not again:
             prepare(known.root)
 

@@ -134,13 +134,13 @@ def test_corpus_is_labelled_with_its_teachers_calibration(run, synthetic, tmp_pa
     errors = refused(capsys, *begin, *auto[:-1], "none", "--out", tmp_path / "b")
     assert "calibration.json is of flip views" in errors and "--tta none" in errors
     errors = refused(capsys, *begin, "--min-confidence", "auto", "--out", tmp_path / "b")
-    assert "--min-confidence auto and --target-precision go together" in errors
+    assert "--min-confidence auto and --target-precision require each other" in errors
     other = run / "stages" / "3-retrain" / "best.pt"
     errors = refused(capsys, "label", "--teacher", other, *begin[3:], *auto, "--out", tmp_path / "b",
                      "--calibration", best.parent / "calibration.json")
     assert "calibration.json is of other weights" in errors
     errors = refused(capsys, *begin, "--class-confidence", "pole=0.5", "--out", tmp_path / "b")
-    assert "--class-confidence names pole, which is no class" in errors
+    assert "--class-confidence: unknown class pole" in errors
 
 
 def test_thresholds_by_precision_need_held_out_labels(synthetic, synthetic_index, tmp_path, capsys):
@@ -156,7 +156,7 @@ def test_thresholds_by_precision_need_held_out_labels(synthetic, synthetic_index
     assert "there is no validation list; give --advise.share 0.1" in errors
     errors = refused(capsys, *begin, "--data.split", split, "--label.class-confidence", "pole=0.5", "--out",
                      tmp_path / "b")
-    assert "--label.class-confidence names pole, which is no class" in errors
+    assert "--label.class-confidence: unknown class pole" in errors
     errors = refused(capsys, *begin, "--label.min-confidence", "auto", "--out", tmp_path / "c")
     assert "--label.precision" in errors
 

@@ -94,7 +94,7 @@ def test_results_name_every_stage(run):
     assert (
         "5-label" in page
         and "6-retrain" in page
-        and "IoU of every class" in page
+        and "IoU per class" in page
         and "Not compared" not in page
     )
     assert len(json.loads((run / "stages" / "6-retrain" / "scores.json").read_text())["iou"]) == 6

@@ -131,5 +131,5 @@ def test_malformed_pairs_are_refused(given_pairs, said):
 
 def test_unknown_class_is_refused():
     config = Config(consistency=ConsistencyConfig(class_confidence=("d=0.5",)))
-    with pytest.raises(UserError, match="names d, which is no class; the classes are a, b, c"):
+    with pytest.raises(UserError, match="unknown class d; the classes are a, b, c"):
         for_run(config, CLASSES, [1, 1, 1], torch.device("cpu"))

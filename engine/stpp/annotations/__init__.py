@@ -1,1 +1,1 @@
-"""The files of annotation tools: one file a format, its shapes to masks, or masks to it."""
+"""Annotation-tool formats, one module per format: reading shapes into masks and exporting masks."""

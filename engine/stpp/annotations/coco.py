@@ -1,7 +1,7 @@
-"""COCO's JSON of objects in images: `images`, `annotations` with polygons or run lengths, `categories`.
+"""COCO JSON: `images`, `annotations` with polygons or run lengths, `categories`.
 
-A file is read once from its beginning to its end, to learn which bytes speak of which image; its shapes are
-read image by image, from those bytes, when the image is looked at.
+A file is scanned once to map byte ranges of annotations to images; each image's shapes are then parsed from
+those ranges on demand.
 """
 
 import functools
@@ -21,30 +21,30 @@ from stpp.errors import UserError
 
 
 class Listed(NamedTuple):
-    """An image, as the file lists it."""
+    """An image entry of the file."""
 
     name: str
     """`file_name`."""
     size: tuple[int, int] | None
-    """(width, height), if it is there."""
+    """(width, height); None if the file omits them."""
     parts: bytes
-    """Where its annotations lie: pairs of first byte and length, int64; empty where it has none."""
+    """Byte ranges of its annotations: pairs of first byte and length, int64; empty without annotations."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """What a file lists."""
+    """Categories and images of a file."""
 
     categories: dict[int, str]
-    """Names by id, in the order of the ids."""
+    """Names by category id, sorted by id."""
     images: tuple[Listed, ...]
 
 
 def listing(path: Path) -> Listing:
-    """Reads a whole file; again only when it has changed.
+    """Indexes a whole file; cached until the file changes.
 
     Raises:
-        UserError: it is no such file; names it, and the annotation.
+        UserError: not a COCO file; names the file and the annotation.
     """
     try:
         status = os.stat(path)
@@ -55,21 +55,21 @@ def listing(path: Path) -> Listing:
 
 @functools.lru_cache(maxsize=16)
 def _listing(path: Path, *_stamp: int) -> Listing:
-    found = _Found(path)
+    builder = _ListingBuilder(path)
     for element in json_stream.elements(path):
-        found.add(element)
-    return found.listing()
+        builder.add(element)
+    return builder.listing()
 
 
 @dataclass
-class _Found:
+class _ListingBuilder:
     path: Path
     categories: dict[int, str] = field(default_factory=dict)
     images: list[tuple[str, tuple[int, int] | None]] = field(default_factory=list)
     numbers: dict[int | str, int] = field(default_factory=dict)
-    """Image id -> a number, in the order in which ids were met."""
+    """Image id -> image number, in order of first occurrence."""
     listed: dict[int, int] = field(default_factory=dict)
-    """That number -> place in `images`."""
+    """Image number -> position in `images`."""
     counts: dict[str, int] = field(default_factory=lambda: {"images": 0, "annotations": 0, "categories": 0})
 
     def __post_init__(self):
@@ -94,7 +94,7 @@ class _Found:
         if element.name == "categories":
             if type(key) is not int or key in self.categories:
                 raise UserError(f"{where}: its id {key!r} is "
-                                f"{'no number' if type(key) is not int else 'taken'}")
+                                f"{'not a number' if type(key) is not int else 'not unique'}")
             self.categories[key] = name.strip()
             return
         number = self._number(key)
@@ -109,14 +109,14 @@ class _Found:
     def listing(self) -> Listing:
         if not self.counts["images"] or not self.categories:
             lacking = "images" if not self.counts["images"] else "categories"
-            raise UserError(f"{self.path}: is no COCO JSON: it has no list `{lacking}`")
+            raise UserError(f"{self.path}: not a COCO JSON: it has no list `{lacking}`")
         owners = np.frombuffer(self._owner, dtype=np.int64)
         unlisted = np.flatnonzero(~np.isin(owners, list(self.listed)))
         if unlisted.size:
             ids = list(self.numbers)
             raise UserError(f"{self.path}: annotations[{unlisted[0]}]: its image_id "
-                            f"{ids[owners[unlisted[0]]]!r} is none of `images` ({unlisted.size} such "
-                            "annotations)")
+                            f"{ids[owners[unlisted[0]]]!r} is not in `images` ({unlisted.size} annotations "
+                            "of this kind)")
         order = np.argsort(owners, kind="stable")
         places = np.column_stack((np.frombuffer(self._offset, dtype=np.int64),
                                   np.frombuffer(self._bytes, dtype=np.int64)))[order]
@@ -128,17 +128,18 @@ class _Found:
 
 
 def read(path: str | os.PathLike, parts: bytes, size: tuple[int, int] | None) -> Annotated:
-    """The shapes of one image.
+    """Reads the shapes of one image.
 
     Args:
-        parts, size: of `Listed`.
+        path: the COCO file.
+        parts, size: from its `Listed`.
     """
     shapes, problems = [], []
     for value in _values(path, parts):
         where = f"annotation {_shown(value.get('id'))}"
         label = value.get("category_id")
         if type(label) is not int:
-            problems.append(f"{where}: has no category_id that is a number")
+            problems.append(f"{where}: has no numeric category_id")
             continue
         try:
             region, doubt = _region(value)
@@ -165,25 +166,25 @@ def _values(path: str | os.PathLike, parts: bytes) -> Iterator[dict]:
 
 
 def _region(value: dict) -> tuple[Region | None, str | None]:
-    found = value.get("segmentation")
-    if isinstance(found, dict):
-        size, counts = found.get("size"), found.get("counts")
-        if not isinstance(size, list) or [type(one) for one in size] != [int, int]:
+    segmentation = value.get("segmentation")
+    if isinstance(segmentation, dict):
+        size, counts = segmentation.get("size"), segmentation.get("counts")
+        if not isinstance(size, list) or [type(side) for side in size] != [int, int]:
             raise ValueError("its run lengths have no size [height, width]")
         if isinstance(counts, str):
             return Runs(runs.from_text(counts), tuple(size)), None
-        if not isinstance(counts, list) or not all(type(one) is int and 0 <= one < 1 << 40 for one in counts):
-            raise ValueError("its run lengths have no counts, a list of numbers or a text")
+        if not isinstance(counts, list) or not all(type(n) is int and 0 <= n < 1 << 40 for n in counts):
+            raise ValueError("its run lengths have no counts: expected a list of numbers or a string")
         return Runs(np.array(counts, dtype=np.int64), tuple(size)), None
-    if isinstance(found, list) and found:
-        if not all(isinstance(one, list) for one in found):
-            raise ValueError("its segmentation is no list of polygons [[x, y, x, y, ...], ...]")
-        return Outline(tuple(map(ring, found))), None
+    if isinstance(segmentation, list) and segmentation:
+        if not all(isinstance(polygon, list) for polygon in segmentation):
+            raise ValueError("its segmentation is not a list of polygons [[x, y, x, y, ...], ...]")
+        return Outline(tuple(map(ring, segmentation))), None
     return _box(value.get("bbox")), "it has no polygon and no mask"
 
 
 def _box(value: object) -> Region | None:
-    """The box [x, y, width, height] of an annotation, whose object lies somewhere in it."""
+    """Region of an annotation's box [x, y, width, height], which contains the object."""
     try:
         (x, y), (wide, high) = ring(value)
     except ValueError:
@@ -192,19 +193,19 @@ def _box(value: object) -> Region | None:
 
 
 def _id(value: dict, name: str, where: str) -> int | str:
-    found = value.get(name)
-    if type(found) not in (int, str):
+    identifier = value.get(name)
+    if type(identifier) not in (int, str):
         raise UserError(f"{where}: has no {name}")
-    return found
+    return identifier
 
 
 def _size(value: dict, where: str) -> tuple[int, int] | None:
-    found = value.get("width"), value.get("height")
-    if found in ((None, None), (0, 0)):
+    size = value.get("width"), value.get("height")
+    if size in ((None, None), (0, 0)):
         return None
-    if any(type(one) is not int or not 0 < one < 1 << 31 for one in found):
-        raise UserError(f"{where}: its width and height are no numbers of pixels")
-    return found
+    if any(type(side) is not int or not 0 < side < 1 << 31 for side in size):
+        raise UserError(f"{where}: its width and height are not pixel counts")
+    return size
 
 
 def _shown(value: object) -> str:

@@ -1,5 +1,5 @@
-"""CVAT's "Segmentation mask 1.1": VOC's folders, masks in colours, and `labelmap.txt`, which says what they
-mean."""
+"""CVAT's "Segmentation mask 1.1": VOC's folders, colour masks, and `labelmap.txt`, which maps colours to
+labels."""
 
 import re
 from pathlib import Path
@@ -13,23 +13,24 @@ _LINE = re.compile(r"([^:]+):(?:(\d{1,3}),(\d{1,3}),(\d{1,3}))?:[^:]*:[^:]*")
 
 
 class LabelColour(NamedTuple):
-    """A line of a labelmap."""
+    """Name and colour of a label in a labelmap."""
 
     name: str
     colour: tuple[int, int, int] | None
 
 
 def parsed(lines: list[str]) -> list[LabelColour] | None:
-    """Lines `name:r,g,b:parts:actions`, without comments and empty lines; None where one is none."""
-    found = [_LINE.fullmatch(line) for line in lines]
-    if not lines or not all(found):
+    """Parses lines `name:r,g,b:parts:actions` without comments and empty lines; None if any line is
+    malformed."""
+    matches = [_LINE.fullmatch(line) for line in lines]
+    if not lines or not all(matches):
         return None
-    return [LabelColour(one[1].strip(), tuple(map(int, one.groups()[1:])) if one[2] else None)
-            for one in found]
+    return [LabelColour(match[1].strip(), tuple(map(int, match.groups()[1:])) if match[2] else None)
+            for match in matches]
 
 
 def labels_in(folder: Path) -> list[LabelColour] | None:
-    """The labels of the labelmap in a folder; None without one that has colours.
+    """Labels of a folder's labelmap; None if there is none or it has no colours.
 
     Raises:
         UserError: see `labels`.
@@ -38,23 +39,24 @@ def labels_in(folder: Path) -> list[LabelColour] | None:
 
 
 def labels(path: Path) -> list[LabelColour] | None:
-    """The labels of a file with their colours; None where it is no labelmap, or one without colours.
+    """Labels of a labelmap with their colours; None if the file is not a labelmap or has no colours.
 
     Raises:
-        UserError: it cannot be read, has one colour twice, or one that is none.
+        UserError: unreadable file, one colour for two labels, or an invalid colour.
     """
     try:
         lines = [line.strip() for line in files.read_text(path).splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a labelmap ({error})") from None
-    found = parsed([line for line in lines if line and not line.startswith("#")])
-    if found is None or any(label.colour is None for label in found):
+    entries = parsed([line for line in lines if line and not line.startswith("#")])
+    if entries is None or any(label.colour is None for label in entries):
         return None
     names: dict[tuple[int, int, int], str] = {}
-    for label in found:
+    for label in entries:
         if max(label.colour) > 255:
-            raise UserError(f"{path}: the colour {label.colour} of {label.name!r} is none: numbers go to 255")
+            raise UserError(f"{path}: the colour {label.colour} of {label.name!r} is invalid: values end at "
+                            "255")
         if names.setdefault(label.colour, label.name) != label.name:
-            raise UserError(f"{path}: {names[label.colour]!r} and {label.name!r} have one colour, "
+            raise UserError(f"{path}: {names[label.colour]!r} and {label.name!r} share the colour "
                             f"{label.colour}; give each its own in the tool, and export again")
-    return found
+    return entries

@@ -1,4 +1,5 @@
-"""JSON files of any length, read an element of their lists at a time: memory does not grow with the file."""
+"""Streaming reader of JSON files: yields list elements one at a time, so memory does not grow with the
+file."""
 
 import json
 import os
@@ -9,16 +10,16 @@ from stpp.errors import UserError
 
 BLOCK_BYTES = 1 << 20
 MOST_BYTES = 1 << 26
-"""Of one element."""
+"""Largest element that is read."""
 _SPACE = " \t\n\r"
 _BOM = b"\xef\xbb\xbf"
 
 
 class Element(NamedTuple):
-    """A part of the object that a file holds."""
+    """Element of a list in the file's top-level object."""
 
     name: str
-    """Of the entry of that object."""
+    """Key of the list in that object."""
     offset: int
     """First byte in the file."""
     bytes: int
@@ -26,12 +27,11 @@ class Element(NamedTuple):
 
 
 def elements(path: str | os.PathLike) -> Iterator[Element]:
-    """The elements of every list in the object that the file holds, one after the other; entries that are no
-    lists are passed over.
+    """Yields the elements of every list in the file's top-level object; entries that are not lists are
+    skipped.
 
     Raises:
-        UserError: it cannot be read, is no such file, or an element is larger than `MOST_BYTES`; names the
-            file.
+        UserError: unreadable file, malformed JSON, or an element larger than `MOST_BYTES`; names the file.
     """
     try:
         with open(path, "rb") as file:
@@ -41,10 +41,10 @@ def elements(path: str | os.PathLike) -> Iterator[Element]:
 
 
 def loads(data: bytes) -> object:
-    """The value of JSON text.
+    """Decodes JSON text.
 
     Raises:
-        ValueError: it is none; in one line.
+        ValueError: invalid JSON; the message is one line.
     """
     try:
         return json.loads(data.decode("utf-8-sig"))
@@ -55,7 +55,7 @@ def loads(data: bytes) -> object:
 
 
 class _Reader:
-    """A file as text of which each letter is a byte, so that places in it are places in the file."""
+    """The file as text with one character per byte, so that text positions are byte offsets."""
 
     def __init__(self, file, path):
         self._file, self._path, self._text, self._at, self._start = file, path, "", 0, 0
@@ -63,35 +63,35 @@ class _Reader:
         self._ended = False
 
     def elements(self) -> Iterator[Element]:
-        self._more()
+        self._read_block()
         if self._text.startswith(_BOM.decode("latin-1")):
             self._at = len(_BOM)
-        if self._sign() != "{":
+        if self._next_character() != "{":
             raise self._refusal("does not begin with an object {...}")
         self._at += 1
-        while self._sign() != "}":
+        while self._next_character() != "}":
             name = self._value()
             self._expect(":")
-            if self._sign() == "[":
+            if self._next_character() == "[":
                 self._at += 1
                 yield from self._list(name)
             else:
                 self._value()
-            self._comma("}")
+            self._skip_comma("}")
 
     def _list(self, name: str) -> Iterator[Element]:
-        while self._sign() != "]":
-            self._drop()
+        while self._next_character() != "]":
+            self._discard_read()
             before = self._start + self._at
             value = self._value()
             yield Element(name, before, self._start + self._at - before, value)
-            self._comma("]")
+            self._skip_comma("]")
         self._at += 1
 
     def _value(self) -> object:
-        """The value that begins here; `_at` is then behind it."""
-        self._sign()
-        self._drop()
+        """Decodes the value at the current position and advances past it."""
+        self._next_character()
+        self._discard_read()
         while True:
             try:
                 value, end = self._decode(self._text, self._at)
@@ -100,39 +100,39 @@ class _Reader:
             except ValueError as error:
                 failure = " ".join(str(error).split("(char")[0].split())[:200]
             else:
-                # A number may go on behind what has been read.
+                # A number at the end of the buffer may continue in the file.
                 if end < len(self._text) or self._ended:
                     part, self._at = self._text[self._at : end], end
                     return value if part.isascii() else self._in_utf8(part)
                 failure = "is cut short"
             if self._ended:
-                raise self._refusal(f"is no JSON ({failure})")
+                raise self._refusal(f"invalid JSON ({failure})")
             if len(self._text) - self._at > MOST_BYTES:
-                raise self._refusal(f"holds an element of more than {MOST_BYTES >> 20} MiB, or is no JSON")
-            self._more(len(self._text))  # twice as much each time: a value is tried few times
+                raise self._refusal(f"an element exceeds {MOST_BYTES >> 20} MiB, or the JSON is invalid")
+            self._read_block(len(self._text))  # doubles the buffer, so that a value is retried few times
 
     def _in_utf8(self, part: str) -> object:
         try:
             return loads(part.encode("latin-1"))
         except ValueError as error:
-            raise self._refusal(f"is no JSON in UTF-8 ({error})") from None
+            raise self._refusal(f"invalid UTF-8 JSON ({error})") from None
 
-    def _comma(self, end: str) -> None:
-        if self._sign() == ",":
+    def _skip_comma(self, end: str) -> None:
+        if self._next_character() == ",":
             self._at += 1
-            if self._sign() != end:
+            if self._next_character() != end:
                 return
-        elif self._sign() == end:
+        elif self._next_character() == end:
             return
-        raise self._refusal(f"is no JSON (expected ',' or '{end}')")
+        raise self._refusal(f"invalid JSON (expected ',' or '{end}')")
 
     def _expect(self, sign: str) -> None:
-        if self._sign() != sign:
-            raise self._refusal(f"is no JSON (expected '{sign}')")
+        if self._next_character() != sign:
+            raise self._refusal(f"invalid JSON (expected '{sign}')")
         self._at += 1
 
-    def _sign(self) -> str:
-        """The next letter that is no space, at `_at`; "" at the end of the file."""
+    def _next_character(self) -> str:
+        """Next non-space character, at `_at`; rejects the end of the file."""
         while True:
             while self._at < len(self._text):
                 if self._text[self._at] not in _SPACE:
@@ -140,19 +140,19 @@ class _Reader:
                 self._at += 1
             if self._ended:
                 raise self._refusal("is cut short")
-            self._drop()
-            self._more()
+            self._discard_read()
+            self._read_block()
 
-    def _drop(self) -> None:
-        """Lets go of text that has been read, once it is much."""
+    def _discard_read(self) -> None:
+        """Discards text that has been read, once it fills a block."""
         if self._at >= BLOCK_BYTES:
             self._start += self._at
             self._text, self._at = self._text[self._at :], 0
 
-    def _more(self, count: int = BLOCK_BYTES) -> None:
+    def _read_block(self, count: int = BLOCK_BYTES) -> None:
         block = self._file.read(max(count, BLOCK_BYTES))
         self._ended = not block
         self._text += block.decode("latin-1")
 
-    def _refusal(self, what: str) -> UserError:
-        return UserError(f"{self._path}: {what}, at byte {self._start + self._at}")
+    def _refusal(self, problem: str) -> UserError:
+        return UserError(f"{self._path}: {problem}, at byte {self._start + self._at}")

@@ -1,5 +1,4 @@
-"""What goes out to annotation tools: a labelled image, the classes by the names they have there, and its
-objects."""
+"""Labelled images for export: image metadata, the classes to export, and the objects of a mask."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,12 +13,12 @@ IGNORED = "ignore"
 
 
 class LabelledImage(NamedTuple):
-    """A labelled image, without its pixels."""
+    """Metadata of a labelled image."""
 
     key: str
-    """Its name below its source, without the extension."""
+    """Image name below its source, without the extension."""
     name: str
-    """The same with the extension."""
+    """Image name below its source, with the extension."""
     width: int
     height: int
     score: float
@@ -27,47 +26,47 @@ class LabelledImage(NamedTuple):
 
 
 class Object(NamedTuple):
-    """Pixels of one class that hang together by their edges."""
+    """Edge-connected pixels of one class."""
 
     class_id: int
-    """255: ignored."""
+    """Class id; 255: ignored."""
     patch: Patch
     area: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """The classes, and which of their pixels go out."""
+    """Classes to export and the smallest object."""
 
     names: tuple[str, ...]
     min_area: int = 0
-    """Objects of fewer pixels are left out."""
+    """Smallest exported object, in pixels."""
 
     @property
     def background(self) -> int | None:
-        """The class that tools know as no object; None without one."""
+        """Id of the background class, which tools store as no object; None without one."""
         return next((i for i, name in enumerate(self.names) if is_background(name)), None)
 
     @property
     def foreground(self) -> list[int]:
-        """The classes whose pixels are objects."""
+        """Ids of the classes whose pixels form objects."""
         return [i for i in range(len(self.names)) if i != self.background]
 
 
 def is_background(name: str) -> bool:
-    """True for `background`, as tools write it: labelme has `_background_`."""
+    """True for `background` in any tool's spelling, such as labelme's `_background_`."""
     return name.strip("_ ").lower() == BACKGROUND
 
 
 def objects(mask_HW: np.ndarray, scheme: Scheme, *, ignored: bool = False) -> list[Object]:
-    """The objects of a mask, uint8 [H, W], the largest first.
+    """Objects of a mask, uint8 [H, W], largest first.
 
     Args:
-        ignored: pixels that are 255 are objects too.
+        ignored: treat ignored pixels (255) as objects too.
     """
     from scipy import ndimage
 
-    found = []
+    components = []
     classes = scheme.foreground + [IGNORE] * ignored
     present = np.bincount(mask_HW.ravel(), minlength=256)
     for class_id in classes:
@@ -78,16 +77,16 @@ def objects(mask_HW: np.ndarray, scheme: Scheme, *, ignored: bool = False) -> li
         for number, place in enumerate(ndimage.find_objects(numbers), 1):
             if areas[number] >= scheme.min_area:
                 rows, columns = place
-                pixels = numbers[place] == number
-                found.append(Object(class_id, Patch(columns.start, rows.start, pixels), int(areas[number])))
-    return sorted(found, key=lambda one: -one.area)
+                patch = Patch(columns.start, rows.start, numbers[place] == number)
+                components.append(Object(class_id, patch, int(areas[number])))
+    return sorted(components, key=lambda component: -component.area)
 
 
-def kept(mask_HW: np.ndarray, found: list[Object], *, empty: int) -> np.ndarray:
-    """A mask that holds objects alone, and `empty` elsewhere."""
+def kept(mask_HW: np.ndarray, components: list[Object], *, empty: int) -> np.ndarray:
+    """Mask of the given objects only, uint8 [H, W]; `empty` elsewhere."""
     out = np.full_like(mask_HW, empty)
-    for one in found:
-        tall, wide = one.patch.pixels.shape
-        part = out[one.patch.y : one.patch.y + tall, one.patch.x : one.patch.x + wide]
-        part[one.patch.pixels] = one.class_id
+    for component in components:
+        tall, wide = component.patch.pixels.shape
+        part = out[component.patch.y : component.patch.y + tall, component.patch.x : component.patch.x + wide]
+        part[component.patch.pixels] = component.class_id
     return out

@@ -1,4 +1,4 @@
-"""labelme's JSON: a file for each image, with its shapes by the names of their labels."""
+"""labelme JSON: one file per image, with shapes by label name."""
 
 import base64
 import binascii
@@ -17,29 +17,29 @@ from stpp.errors import UserError
 from stpp.images.image_file import DECODE_ERRORS, MAX_PIXELS
 
 MOST_BYTES = 1 << 28
-"""Of a file: it may hold the image itself."""
+"""Largest file that is read; a file may embed the image."""
 _CORNERS = 64
-"""Of the polygon that stands for a circle."""
+"""Corners of the polygon that approximates a circle."""
 
 
 def read(path: str | os.PathLike) -> Annotated:
-    """The shapes of an image.
+    """Reads the shapes of an image.
 
     Raises:
-        UserError: it is no such file.
+        UserError: not a labelme file.
     """
     value = _loaded(path)
     shapes, problems = [], []
-    for number, one in enumerate(value["shapes"]):
+    for number, shape in enumerate(value["shapes"]):
         where = f"shapes[{number}]"
         try:
-            shapes.append(_shape(one, where))
+            shapes.append(_shape(shape, where))
         except ValueError as error:
             problems.append(f"{where}: {error}")
     size = value.get("imageWidth"), value.get("imageHeight")
-    if not all(type(one) is int and one > 0 for one in size):
+    if not all(type(side) is int and side > 0 for side in size):
         size = None
-    return Annotated(size, shapes, problems + _other_image(value.get("imagePath"), path))
+    return Annotated(size, shapes, problems + _name_mismatch(value.get("imagePath"), path))
 
 
 def _loaded(path: str | os.PathLike) -> dict:
@@ -50,19 +50,19 @@ def _loaded(path: str | os.PathLike) -> dict:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as labelme's JSON ({error})") from None
     if not isinstance(value, dict) or not isinstance(value.get("shapes"), list):
-        raise UserError(f"{path}: is no JSON of labelme: it has no list `shapes`")
+        raise UserError(f"{path}: not a labelme JSON: it has no list `shapes`")
     return value
 
 
-def _other_image(named: object, path: str | os.PathLike) -> list[str]:
-    """A problem, where the file says that it is of an image of another name."""
-    if not isinstance(named, str) or not named:
+def _name_mismatch(image_path: object, path: str | os.PathLike) -> list[str]:
+    """A problem if the file's imagePath names another image."""
+    if not isinstance(image_path, str) or not image_path:
         return []
-    stem = os.path.splitext(re.split(r"[/\\]", named)[-1])[0]
+    stem = os.path.splitext(re.split(r"[/\\]", image_path)[-1])[0]
     own = os.path.splitext(os.path.basename(path))[0]
     if stem == own:
         return []
-    return [f"its imagePath names {named[:120]!r}, another image; give the file the image's name"]
+    return [f"its imagePath names another image, {image_path[:120]!r}; name the file like its image"]
 
 
 def _shape(value: object, where: str) -> Shape:
@@ -80,7 +80,7 @@ def _outline(kind: str, points: np.ndarray) -> Region:
     if kind == "polygon":
         return Outline((points,))
     if len(points) not in ((2, 4) if kind == "rectangle" else (2,)):
-        raise ValueError(f"a {kind} has two points, and it has {len(points)}")
+        raise ValueError(f"a {kind} needs two points, got {len(points)}")
     if kind == "rectangle":
         (left, top), (right, low) = points.min(0), points.max(0)
         return Outline((ring([left, top, right, top, right, low, left, low]),))
@@ -91,8 +91,8 @@ def _outline(kind: str, points: np.ndarray) -> Region:
 
 
 def _bitmap(value: dict) -> Bitmap:
-    """A shape of the type mask: a PNG in base64, whose upper left corner is the first of two points."""
-    (x, y), _ = _two(ring(value.get("points")))
+    """Decodes a mask shape: a base64 PNG whose upper left corner is the first of two points."""
+    (x, y), _ = _two_points(ring(value.get("points")))
     try:
         data = base64.b64decode(value["mask"], validate=True)
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
@@ -103,7 +103,7 @@ def _bitmap(value: dict) -> Bitmap:
         raise ValueError(f"its mask cannot be read ({type(error).__name__})") from None
 
 
-def _two(points: np.ndarray) -> np.ndarray:
+def _two_points(points: np.ndarray) -> np.ndarray:
     if len(points) != 2:
-        raise ValueError(f"a mask has two points, and it has {len(points)}")
+        raise ValueError(f"a mask needs two points, got {len(points)}")
     return points

@@ -1,4 +1,4 @@
-"""The shapes of an image, whatever the format of the file that holds them."""
+"""Reading the shapes of an image in any supported format."""
 
 import os
 
@@ -7,10 +7,10 @@ from stpp.annotations.shapes import Annotated, ShapeSource
 
 
 def read(source: ShapeSource, path: str | os.PathLike, width: int, height: int) -> Annotated:
-    """The shapes that a file has of an image of this size.
+    """Reads the shapes that a file stores for an image of this size.
 
     Raises:
-        UserError: it is no such file.
+        UserError: the file is not in the source's format.
     """
     if source.format == "coco":
         return coco.read(path, source.parts, source.size)

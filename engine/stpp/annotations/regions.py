@@ -1,7 +1,7 @@
-"""Outlines, run lengths and bitmaps as pixels of an image: the one module that imports pycocotools.
+"""Rasterising outlines, run lengths and bitmaps; the one module that imports pycocotools.
 
-Its fill is the one that people of this field expect: the outline is drawn five times as large and its columns
-are filled between its edges. Legend: x and y count pixels from the upper left corner of the image.
+Polygons are filled as COCO tools do: drawn at five times the size, and filled column by column between their
+edges. Legend: x and y in pixels from the upper left corner of the image.
 """
 
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ from stpp.annotations import runs
 from stpp.errors import UserError
 
 SLACK_PX = 2.0
-"""How far points may lie outside their image: rounding, and tools that draw its frame outside of it."""
+"""Distance that points may lie outside their image: rounding, and tools that draw image frames outside."""
 LONGEST_PX = 1 << 22
-"""Longest outline that is filled: memory for it grows with its length."""
+"""Longest outline that is filled: memory grows with its length."""
 _FARTHEST = 1e7
 _CROSSED = 0.25
-"""Pixels by which what is filled and what an outline encloses may differ, per pixel of its length; of
-outlines that do not cross themselves it is below a tenth."""
+"""Tolerated difference between filled and enclosed pixels per pixel of outline length; below 0.1 for outlines
+that do not cross themselves."""
 
 
 class Patch(NamedTuple):
-    """A part of an image."""
+    """A rectangular part of an image."""
 
     x: int
     """Left column."""
@@ -35,41 +35,41 @@ class Patch(NamedTuple):
 
 
 class Region(Protocol):
-    """What one shape covers."""
+    """Pixels covered by one shape."""
 
     area: float
-    """In pixels, about."""
+    """Approximate area in pixels."""
 
     def patch(self, height: int, width: int) -> Patch:
-        """Its pixels in an image of this size."""
+        """Pixels of the region in an image of this size."""
         ...
 
     def doubt(self, height: int, width: int) -> str | None:
-        """Why it may cover other pixels than was meant; None where nothing speaks for that.
+        """Reason why the region may differ from the intended pixels; None without one.
 
         Raises:
-            ValueError: it covers no pixels that can be told, with the reason.
+            ValueError: the covered pixels cannot be determined; the message is the reason.
         """
         ...
 
 
 def pycocotools() -> ModuleType:
-    """The package's functions on masks.
+    """The `pycocotools.mask` module.
 
     Raises:
-        UserError: it is not installed.
+        UserError: pycocotools is not installed.
     """
     try:
         import pycocotools.mask
     except ImportError as error:
-        raise UserError(f"shapes are filled by pycocotools ({error}); install it with `pip install "
+        raise UserError(f"filling shapes needs pycocotools ({error}); install it with `pip install "
                         "pycocotools`") from error
     return pycocotools.mask
 
 
 @dataclass(frozen=True, eq=False)
 class Outline:
-    """Polygons; what any of them covers belongs to it."""
+    """Polygons; the region is their union."""
 
     rings: tuple[np.ndarray, ...]
     """float64 [N, 2]: x, y."""
@@ -79,7 +79,7 @@ class Outline:
         return sum(abs(_enclosed(ring)) for ring in self.rings)
 
     def patch(self, height: int, width: int) -> Patch:
-        x, y, wide, high, rings = self._cut(height, width)
+        x, y, wide, high, rings = self._bounded(height, width)
         if not wide or not high:
             return Patch(0, 0, np.zeros((0, 0), bool))
         coco = pycocotools()
@@ -89,8 +89,8 @@ class Outline:
     def doubt(self, height: int, width: int) -> str | None:
         for ring in self.rings:
             if (count := _corners(ring)) < 3:
-                raise ValueError(f"it has {count} different {'point' if count == 1 else 'points'}, and a "
-                                 "polygon needs three")
+                raise ValueError(f"it has {count} distinct {'point' if count == 1 else 'points'}; a polygon "
+                                 "needs three")
             if (length := _length(ring)) > LONGEST_PX:
                 raise ValueError(f"its outline is {length:.0f} pixels long")
         outside = max(_outside(ring, height, width) for ring in self.rings)
@@ -99,8 +99,8 @@ class Outline:
         return self._crossed(height, width)
 
     def _crossed(self, height: int, width: int) -> str | None:
-        """Whether an outline crosses itself: then what it encloses and what is filled differ."""
-        _, _, wide, high, rings = self._cut(height, width)
+        """A message if an outline crosses itself: enclosed and filled areas then differ."""
+        _, _, wide, high, rings = self._bounded(height, width)
         if not wide or not high:
             return None
         coco = pycocotools()
@@ -108,11 +108,11 @@ class Outline:
         for ring, count in zip(self.rings, filled.tolist(), strict=True):
             off = _CROSSED + _outside(ring, height, width)
             if abs(abs(_enclosed(ring)) - count) > off * _length(ring) + 4:
-                return "its outline crosses itself, so what it covers is not plain"
+                return "its outline crosses itself, so the covered area is ambiguous"
         return None
 
-    def _cut(self, height: int, width: int) -> tuple[int, int, int, int, list[list[float]]]:
-        """(x, y, width, height) of the part of the image that it may cover, and its points from there."""
+    def _bounded(self, height: int, width: int) -> tuple[int, int, int, int, list[list[float]]]:
+        """(x, y, width, height) of the bounding box inside the image, and the rings relative to it."""
         points = np.concatenate(self.rings)
         low = np.maximum(np.floor(points.min(0)).astype(np.int64) - 1, 0)
         high = np.minimum(np.ceil(points.max(0)).astype(np.int64) + 2, (width, height))
@@ -122,10 +122,10 @@ class Outline:
 
 @dataclass(frozen=True, eq=False)
 class Runs:
-    """Run lengths of a whole image, column by column."""
+    """Column-major run lengths of a whole image."""
 
     counts: np.ndarray
-    """int64 [N], off first."""
+    """int64 [N]; the first run is off."""
     size: tuple[int, int]
     """(height, width)."""
 
@@ -146,7 +146,7 @@ class Runs:
 
 @dataclass(frozen=True, eq=False)
 class Bitmap:
-    """A picture of the pixels."""
+    """Mask pixels at an offset."""
 
     x: int
     y: int
@@ -171,26 +171,26 @@ class Bitmap:
 
 
 def ring(values: object) -> np.ndarray:
-    """An outline, float64 [N, 2], from numbers x, y, x, y, ... or pairs of them.
+    """An outline, float64 [N, 2], from numbers x, y, x, y, ... or pairs.
 
     Raises:
-        ValueError: it is none, with the reason.
+        ValueError: not an outline; the message is the reason.
     """
     try:
-        found = np.array(values, dtype=np.float64)
+        points = np.array(values, dtype=np.float64)
     except (ValueError, TypeError, OverflowError):
-        found = np.zeros((1, 3))
-    if found.ndim == 1 and found.size % 2 == 0:
-        found = found.reshape(-1, 2)
-    if found.ndim != 2 or found.shape[1] != 2 or not found.size:
-        raise ValueError("its polygon is no list of x and y in turn")
-    if not (np.abs(found) < _FARTHEST).all():
-        raise ValueError("its polygon has a coordinate that is no number, or that no image has")
-    return found
+        points = np.zeros((1, 3))
+    if points.ndim == 1 and points.size % 2 == 0:
+        points = points.reshape(-1, 2)
+    if points.ndim != 2 or points.shape[1] != 2 or not points.size:
+        raise ValueError("its polygon is not a list of alternating x and y")
+    if not (np.abs(points) < _FARTHEST).all():
+        raise ValueError("its polygon has an invalid or out-of-range coordinate")
+    return points
 
 
 def _corners(ring: np.ndarray) -> int:
-    """Different points of an outline, 3 where it has more."""
+    """Number of distinct points of an outline, at most 3."""
     seen: set[tuple[float, ...]] = set()
     for point in ring.tolist():
         seen.add(tuple(point))
@@ -200,13 +200,13 @@ def _corners(ring: np.ndarray) -> int:
 
 
 def _outside(ring: np.ndarray, height: int, width: int) -> float:
-    """Pixels by which an outline leaves its image."""
+    """Largest distance in pixels by which an outline leaves its image."""
     return max(0.0, float(-ring.min()), float((ring - (width, height)).max()))
 
 
 def _enclosed(ring: np.ndarray) -> float:
-    """Area that an outline [N, 2] goes around, negative against the clock."""
-    x, y = (ring - ring[0]).T  # from its first corner, which then adds nothing
+    """Signed area that an outline [N, 2] encloses, negative if counterclockwise."""
+    x, y = (ring - ring[0]).T  # relative to the first corner, whose terms vanish
     return 0.5 * float(np.dot(x[:-1], y[1:]) - np.dot(y[:-1], x[1:]))
 
 

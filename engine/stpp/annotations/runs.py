@@ -1,87 +1,87 @@
-"""Run lengths of masks: COCO's, plain and compressed, and those of Label Studio's brush.
+"""Run lengths of masks: COCO's, plain and compressed, and Label Studio's brush format.
 
-COCO counts column by column, pixels that are off first. Its compressed form writes each count, less the one
-two places before it, in characters of five bits (lowest first, 48 added, bit 5 says that more follow).
+COCO run lengths are column-major and start with an off run. The compressed form stores each count, minus the
+count two places before it, in 5-bit characters (lowest first, offset 48, bit 5: more characters follow).
 """
 
 import numpy as np
 
 _LONGEST = 7
-"""Characters of one count: 35 bits are more than any mask has."""
+"""Maximum characters of one count: 35 bits exceed any mask."""
 
 
 def from_text(text: str) -> np.ndarray:
-    """The counts of COCO's compressed form, int64 [N]; they may be senseless, see `checked`.
+    """Decodes COCO's compressed form to counts, int64 [N]; counts may be inconsistent, see `checked`.
 
     Raises:
-        ValueError: no such text, with the reason.
+        ValueError: malformed text; the message is the reason.
     """
     try:
         signs = np.frombuffer(text.encode("ascii"), dtype=np.uint8).astype(np.int64) - 48
     except UnicodeEncodeError:
-        raise ValueError("its counts hold characters that run lengths do not have") from None
+        raise ValueError("its counts hold characters that are not run lengths") from None
     if signs.size == 0 or signs.min() < 0 or signs.max() > 63:
-        raise ValueError("its counts hold characters that run lengths do not have")
+        raise ValueError("its counts hold characters that are not run lengths")
     ends = np.flatnonzero((signs & 32) == 0)
     if ends.size == 0 or ends[-1] != signs.size - 1:
         raise ValueError("its counts are cut short")
     starts = np.concatenate(([0], ends[:-1] + 1))
     lengths = ends - starts + 1
     if lengths.max() > _LONGEST:
-        raise ValueError("its counts hold a number that no mask has")
+        raise ValueError("its counts hold a number too large for any mask")
     place = np.arange(signs.size) - np.repeat(starts, lengths)
     values = np.add.reduceat((signs & 31) << (5 * place), starts)
     negative = (signs[ends] & 16) != 0
     values[negative] -= np.int64(1) << (5 * lengths[negative])
-    for first in (1, 2):  # each is less the one two places before it, from the fourth on
+    for first in (1, 2):  # from the fourth count on, counts are differences over two places
         values[first::2] = np.cumsum(values[first::2])
     return values
 
 
 def checked(counts: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The counts, if they are those of a mask of this size.
+    """Returns the counts if they describe a mask of this size.
 
     Raises:
-        ValueError: they are not, with the reason.
+        ValueError: they do not; the message is the reason.
     """
     if counts.size == 0 or counts.min() < 0 or counts.max() > height * width:
-        raise ValueError("its counts hold a number that no mask of this size has")
+        raise ValueError("its counts hold a number too large for a mask of this size")
     if (total := int(counts.sum())) != height * width:
         raise ValueError(f"its counts add up to {total} pixels, not to {width}x{height}")
     return counts
 
 
 def pixels(counts: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Checked counts as bool [H, W]."""
+    """Pixels of validated counts, bool [H, W]."""
     return np.repeat(np.arange(counts.size) % 2 == 1, counts).reshape(width, height).T
 
 
 def of_part(x: int, y: int, part: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The counts of an image [height, width] that is on where a part of it, bool [h, w] with its corner at x,
-    y, is."""
+    """COCO counts of an image [height, width] that is on in `part`, bool [h, w] with its upper left corner at
+    x, y."""
     change = np.diff(np.pad(part, ((1, 1), (0, 0))).astype(np.int8), axis=0).T
-    columns, rows = np.nonzero(change)  # by columns, and in each by turns on and off
+    columns, rows = np.nonzero(change)  # column by column, alternately on and off
     places = (columns + x) * height + rows + y
-    # A run that reaches the lower edge goes on in the next column where that begins with one.
-    same = np.flatnonzero(places[1:-1:2] == places[2::2]) * 2 + 1
-    places = np.delete(places, np.concatenate((same, same + 1)))
+    # A run that reaches the lower edge continues in the next column if that begins with a run.
+    continued = np.flatnonzero(places[1:-1:2] == places[2::2]) * 2 + 1
+    places = np.delete(places, np.concatenate((continued, continued + 1)))
     return np.diff(places, prepend=0, append=height * width)
 
 
 def brush(mask_HW: np.ndarray) -> list[int]:
-    """The bytes with which Label Studio writes a brush: bool [H, W], row by row, four channels of 255 where
-    it is on.
+    """Bytes of a Label Studio brush region, from bool [H, W]: row-major RGBA, 255 in all four channels where
+    on.
 
-    A head (number of values in 32 bits, bits a value less 1 in 5, and the four widths in which runs are
-    counted less 1, 4 bits each), then for each run: 1, which of the widths in 2 bits, its length less 1, and
-    the value. Source: the format of thi.ng/rle-pack, which the tool uses.
+    The header stores the number of values (32 bits), bits per value - 1 (5) and the four run-length widths -
+    1 (4 each); each run stores a 1, the width index (2 bits), length - 1, and the value. Source: the
+    thi.ng/rle-pack format, which the tool uses.
     """
     flat = mask_HW.ravel()
     edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     starts = np.concatenate(([0], edges))
     lengths = 4 * np.diff(np.concatenate((starts, [flat.size])))
     values = np.where(flat[starts], 255, 0)
-    # Longer runs are cut: the widest field counts 2^16.
+    # Longer runs are split: the widest field counts to 2^16.
     pieces = -(-lengths // _RUN)
     values = np.repeat(values, pieces)
     cut = np.full(values.size, _RUN)
@@ -102,7 +102,7 @@ _RUN = _MOST[-1]
 
 
 def _packed(words: np.ndarray, widths: np.ndarray) -> list[int]:
-    """Numbers of so many bits each, one after the other, as bytes; zeros fill the last."""
+    """Concatenates numbers of the given bit widths into bytes, zero-padded at the end."""
     shift = np.repeat(np.cumsum(widths), widths) - 1 - np.arange(widths.sum())
     bits = (np.repeat(words, widths) >> shift) & 1
     return np.packbits(bits.astype(np.uint8)).tolist()

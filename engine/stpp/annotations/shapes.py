@@ -1,4 +1,4 @@
-"""Shapes of an image to one mask of class ids."""
+"""Drawing the shapes of an image into one mask of class ids."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,78 +10,78 @@ from stpp.annotations.regions import Region
 from stpp.images.masks import IGNORE
 
 SHOWN = 5
-"""Problems of one image that are listed."""
+"""Problems listed per image."""
 
 
 class Shape(NamedTuple):
-    """One shape, as a file has it."""
+    """A shape as stored in a file."""
 
     where: str
-    """Its place there, as people find it: "annotation 7"."""
+    """Location in the file for messages, such as "annotation 7"."""
     label: int | str
     region: Region | None
-    """None where the file says nothing that covers pixels; `doubt` then says what it has."""
+    """None where the file stores nothing that covers pixels; `doubt` then describes its content."""
     crowd: bool = False
     """True for a region of many objects (COCO's `iscrowd`)."""
     doubt: str | None = None
-    """Why it may cover other pixels than was meant, where the file tells."""
+    """Reason, known from the file, why the shape may differ from the intended pixels."""
 
 
 class ShapeSource(NamedTuple):
-    """Where the shapes of one image stand."""
+    """Location of the shapes of one image."""
 
     format: str
     """ "coco", "yolo" or "labelme"."""
     parts: bytes = b""
     size: tuple[int, int] | None = None
-    """This and `parts`: of COCO, see `coco.Listed`."""
+    """`size` and `parts` apply to COCO only, see `coco.Listed`."""
 
 
 class Annotated(NamedTuple):
-    """What a file says of one image."""
+    """Annotations of one image."""
 
     size: tuple[int, int] | None
-    """(width, height) of the image, if the file says so."""
+    """(width, height) of the image, if the file records it."""
     shapes: Sequence[Shape]
     problems: Sequence[str] = ()
-    """What cannot be read, a line each."""
+    """Unreadable shapes, a line each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Legend:
-    """The meaning of shapes."""
+    """Interpretation of shapes as classes."""
 
     classes: Mapping[int | str, int]
     """Label -> class id, or 255."""
     names: Mapping[int | str, str]
-    """Names of labels that are numbers, for messages."""
+    """Names of numeric labels, for messages."""
     unlisted: int
     """Class id of pixels in no shape, or 255."""
     stored: bool = False
-    """True where shapes were drawn on images as they are stored, not as their EXIF orientation turns them."""
+    """True where shapes refer to the stored image, not to the image rotated by its EXIF orientation."""
     smallest_on_top: bool = True
-    """True: larger areas are drawn first; else the order of the file counts."""
+    """True: larger areas are drawn first; False: in file order."""
     crowds: bool = True
-    """True: crowds are drawn as their class; else as 255."""
+    """True: crowds are drawn as their class; False: as 255."""
     lenient: bool = False
-    """True: pixels of shapes that may mean others become 255; else such shapes are problems."""
+    """True: doubtful shapes become 255; False: they are problems."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drawn:
-    """A mask that was drawn."""
+    """A mask drawn from shapes."""
 
     mask_HW: np.ndarray
-    """uint8 class ids."""
+    """Class ids, uint8 [H, W]."""
     problems: tuple[str, ...]
     doubtful: tuple[str, ...]
-    """Shapes whose pixels became 255, in words."""
+    """Descriptions of the shapes whose pixels became 255."""
     crowds: int
-    """How many shapes are crowds."""
+    """Number of crowd shapes."""
 
 
 def draw(annotated: Annotated, height: int, width: int, legend: Legend) -> Drawn:
-    """Draws all shapes of an image of [height, width], the frame they were drawn in."""
+    """Draws the shapes of an image of [height, width] pixels, in the orientation they were drawn on."""
     mask_HW = np.full((height, width), legend.unlisted, dtype=np.uint8)
     problems, doubtful = list(annotated.problems), []
     shapes = list(annotated.shapes)
@@ -94,7 +94,7 @@ def draw(annotated: Annotated, height: int, width: int, legend: Legend) -> Drawn
             continue
         try:
             doubt = shape.region.doubt(height, width) if shape.region else None
-        except ValueError as error:  # it covers nothing that could be drawn
+        except ValueError as error:  # nothing that can be drawn
             (doubtful if legend.lenient else problems).append(f"{shape.where}: {error}")
             continue
         doubt = shape.doubt or doubt
@@ -114,8 +114,8 @@ def draw(annotated: Annotated, height: int, width: int, legend: Legend) -> Drawn
 def _unknown(label: int | str, legend: Legend) -> str:
     name = legend.names.get(label, label)
     if isinstance(name, int):
-        return f"its class {name} is none of the file's own list"
-    return (f"the label {name[:80]!r} is no class; name it in --data.classes, or say what it means: "
+        return f"its class {name} is not in the file's own list"
+    return (f"the label {name[:80]!r} is not a class; add it to --data.classes, or map it: "
             f"--data.mask-map '{name[:80]}=CLASS' (or ignore)")
 
 

@@ -1,4 +1,4 @@
-"""Masks as COCO's JSON: an annotation for each object, as compressed run lengths or as polygons, both
+"""Export to COCO JSON: one annotation per object, as compressed run lengths or as polygons; both are
 exact."""
 
 import contextlib
@@ -15,38 +15,40 @@ from stpp.annotations.outlines import polygon
 from stpp.annotations.regions import pycocotools
 
 Parts = list[dict]
-"""The annotations of an image, without ids."""
+"""Annotations of an image, without ids."""
 
 
-def encode(one: LabelledImage, mask_HW: np.ndarray, scheme: Scheme) -> Parts:
-    """The annotations of a mask, uint8 [H, W], as run lengths."""
-    return [_part(each, scheme, _runs(each, *mask_HW.shape)) for each in objects(mask_HW, scheme)]
+def encode(image: LabelledImage, mask_HW: np.ndarray, scheme: Scheme) -> Parts:
+    """Annotations of a mask, uint8 [H, W], as run lengths."""
+    return [_part(component, scheme, _runs(component, *mask_HW.shape))
+            for component in objects(mask_HW, scheme)]
 
 
-def encode_polygons(one: LabelledImage, mask_HW: np.ndarray, scheme: Scheme) -> Parts:
-    """The same as polygons."""
-    return [_part(each, scheme, [outline(each).ravel().tolist()]) for each in objects(mask_HW, scheme)]
+def encode_polygons(image: LabelledImage, mask_HW: np.ndarray, scheme: Scheme) -> Parts:
+    """Annotations of a mask, uint8 [H, W], as polygons."""
+    return [_part(component, scheme, [outline(component).ravel().tolist()])
+            for component in objects(mask_HW, scheme)]
 
 
-def outline(one: Object) -> np.ndarray:
-    """The outline of an object in its image, int64 [N, 2]."""
-    return polygon(one.patch.pixels) + (one.patch.x, one.patch.y)
+def outline(component: Object) -> np.ndarray:
+    """Outline of an object in image coordinates, int64 [N, 2]."""
+    return polygon(component.patch.pixels) + (component.patch.x, component.patch.y)
 
 
-def _runs(one: Object, height: int, width: int) -> dict:
-    counts = runs.of_part(*one.patch, height, width)
+def _runs(component: Object, height: int, width: int) -> dict:
+    counts = runs.of_part(*component.patch, height, width)
     found = pycocotools().frPyObjects({"counts": counts.tolist(), "size": [height, width]}, height, width)
     return {"size": [height, width], "counts": found["counts"].decode()}
 
 
-def _part(one: Object, scheme: Scheme, segmentation: dict | list) -> dict:
-    tall, wide = one.patch.pixels.shape
-    return {"category_id": scheme.foreground.index(one.class_id) + 1, "segmentation": segmentation,
-            "area": one.area, "bbox": [one.patch.x, one.patch.y, wide, tall], "iscrowd": 0}
+def _part(component: Object, scheme: Scheme, segmentation: dict | list) -> dict:
+    tall, wide = component.patch.pixels.shape
+    return {"category_id": scheme.foreground.index(component.class_id) + 1, "segmentation": segmentation,
+            "area": component.area, "bbox": [component.patch.x, component.patch.y, wide, tall], "iscrowd": 0}
 
 
 class CocoWriter:
-    """Writes a JSON file; what it holds in memory does not grow with the images."""
+    """Writes a JSON file; memory does not grow with the number of images."""
 
     def __init__(self, out: Path, scheme: Scheme):
         self._out, self._scheme = out, scheme
@@ -55,7 +57,7 @@ class CocoWriter:
     def __enter__(self) -> "CocoWriter":
         with contextlib.ExitStack() as stack:
             self._file = stack.enter_context(files.atomic(self._out))
-            # The annotations come behind all images in the file.
+            # COCO files store the annotations after all images.
             self._later = stack.enter_context(tempfile.TemporaryFile(dir=self._out.absolute().parent))
             self._begin()
             self._stack = stack.pop_all()
@@ -68,11 +70,11 @@ class CocoWriter:
         head = {"info": info, "licenses": [], "categories": categories}
         self._file.write(json.dumps(head, ensure_ascii=False)[:-1].encode() + b', "images": [')
 
-    def add(self, one: LabelledImage, parts: Parts) -> None:
-        """Takes an image."""
+    def add(self, image: LabelledImage, parts: Parts) -> None:
+        """Adds an image."""
         self._images += 1
-        image = {"id": self._images, "file_name": one.name, "width": one.width, "height": one.height}
-        self._put(self._file, self._images, image)
+        record = {"id": self._images, "file_name": image.name, "width": image.width, "height": image.height}
+        self._put(self._file, self._images, record)
         for part in parts:
             self._annotations += 1
             ids = {"id": self._annotations, "image_id": self._images}

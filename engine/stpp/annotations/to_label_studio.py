@@ -1,4 +1,4 @@
-"""Masks as Label Studio's predictions: a task for each image, and in it a brush region for each class."""
+"""Export to Label Studio predictions: one task per image, with a brush region per class."""
 
 import json
 import re
@@ -13,24 +13,24 @@ from stpp.annotations import runs, trees
 from stpp.annotations.labelled import LabelledImage, Scheme, kept, objects
 
 FROM_NAME, TO_NAME, DATA = "label", "image", "image"
-"""Names of the tags in the project's labelling setup, and of the entry that names the image."""
+"""Tag names in the project's labelling setup, and the task field that holds the image address."""
 CONFIG = "label-config.xml"
 LOCAL_FILES = "/data/local-files/?d="
-"""Before the names of images that Label Studio serves from its own disk."""
+"""Prefix of images that Label Studio serves from its own disk."""
 PART_BYTES = 100 << 20
-"""Of one file of tasks: an import of more takes long, or is refused."""
+"""Size of one task file; larger imports are slow or rejected."""
 
 
-def encode(one: LabelledImage, mask_HW: np.ndarray, scheme: Scheme) -> str:
-    """The regions of a mask, uint8 [H, W], as JSON."""
+def encode(image: LabelledImage, mask_HW: np.ndarray, scheme: Scheme) -> str:
+    """Regions of a mask, uint8 [H, W], as JSON."""
     if scheme.min_area > 1:
         empty = scheme.background if scheme.background is not None else 255
         mask_HW = kept(mask_HW, objects(mask_HW, scheme), empty=empty)
-    return json.dumps(result(mask_HW, scheme, one.score))
+    return json.dumps(result(mask_HW, scheme, image.score))
 
 
 def result(mask_HW: np.ndarray, scheme: Scheme, score: float) -> list[dict]:
-    """The regions of a mask: `result` of a prediction."""
+    """Regions of a mask: `result` of a prediction."""
     height, width = mask_HW.shape
     regions = []
     for class_id in scheme.foreground:
@@ -44,36 +44,36 @@ def result(mask_HW: np.ndarray, scheme: Scheme, score: float) -> list[dict]:
 
 
 def config(scheme: Scheme) -> str:
-    """The labelling setup of a project that takes the predictions."""
+    """Labelling setup of a project that accepts the predictions."""
     labels = "\n".join(f"    <Label value={quoteattr(scheme.names[i])}/>" for i in scheme.foreground)
     return (f'<View>\n  <Image name="{TO_NAME}" value="${DATA}" zoom="true"/>\n'
             f'  <BrushLabels name="{FROM_NAME}" toName="{TO_NAME}">\n{labels}\n  </BrushLabels>\n</View>\n')
 
 
 def tags(setup: object) -> tuple[str, str, str]:
-    """(name of the brush labels, of the image, entry of a task's data with its address) of a labelling setup,
-    which is not trusted; those of `config` where there is none.
+    """(brush label tag, image tag, task field with the image address) of an untrusted labelling setup; those
+    of `config` if the setup is empty.
 
     Raises:
-        ValueError: it has no brush labels or no image, with the reason.
+        ValueError: no brush labels or no image tag; the message is the reason.
     """
     if not isinstance(setup, str) or not setup.strip():
         return FROM_NAME, TO_NAME, DATA
     brush, image = (re.search(rf"<{tag}\b[^>]*>", setup) for tag in ("BrushLabels", "Image"))
     if brush is None or image is None:
         raise ValueError("the labelling setup has no <BrushLabels> or no <Image>")
-    found = [re.search(rf"\b{name}=[\"']\$?([^\"']+)[\"']", tag[0])
+    matches = [re.search(rf"\b{name}=[\"']\$?([^\"']+)[\"']", tag[0])
              for tag, name in ((brush, "name"), (brush, "toName"), (image, "value"))]
-    if not all(found):
+    if not all(matches):
         raise ValueError("the labelling setup's <BrushLabels> or <Image> lacks a name")
-    return found[0][1], found[1][1], found[2][1]
+    return matches[0][1], matches[1][1], matches[2][1]
 
 
 class LabelStudioWriter:
-    """Writes a JSON file, or a folder of files of some hundred MB and the labelling setup.
+    """Writes a JSON file, or a folder of task files with the labelling setup.
 
     Args:
-        prefix: before the names of images, which are quoted as in a URL.
+        prefix: prepended to image names, which are URL-quoted.
     """
 
     def __init__(self, out: Path, scheme: Scheme, prefix: str = LOCAL_FILES):
@@ -87,10 +87,11 @@ class LabelStudioWriter:
         self._target = self._opened.__enter__()
         return self
 
-    def add(self, one: LabelledImage, regions: str) -> None:
-        """Takes an image."""
-        data = json.dumps({DATA: self._prefix + urllib.parse.quote(one.name)})
-        prediction = f'{{"model_version": "stpp {__version__}", "score": {one.score!r}, "result": {regions}}}'
+    def add(self, image: LabelledImage, regions: str) -> None:
+        """Adds an image."""
+        data = json.dumps({DATA: self._prefix + urllib.parse.quote(image.name)})
+        prediction = (f'{{"model_version": "stpp {__version__}", "score": {image.score!r}, '
+                      f'"result": {regions}}}')
         task = f'{{"data": {data}, "predictions": [{prediction}]}}'.encode()
         if self._one_file:
             self._target.write((b"[\n" if not self._count else b",\n") + task)

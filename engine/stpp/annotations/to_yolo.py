@@ -1,4 +1,4 @@
-"""Masks as YOLO's texts of polygons, one text an image, and `data.yaml` with the names."""
+"""Export to YOLO polygons: one text per image, and `data.yaml` with the class names."""
 
 import json
 from pathlib import Path
@@ -10,13 +10,13 @@ from stpp.annotations.labelled import LabelledImage, Scheme, objects
 from stpp.annotations.to_coco import outline
 
 
-def encode(one: LabelledImage, mask_HW: np.ndarray, scheme: Scheme) -> str:
-    """The text of a mask, uint8 [H, W]."""
+def encode(image: LabelledImage, mask_HW: np.ndarray, scheme: Scheme) -> str:
+    """Text of a mask, uint8 [H, W]."""
     lines = []
-    for each in objects(mask_HW, scheme):
-        shares = (outline(each) / mask_HW.shape[::-1]).ravel().tolist()
+    for component in objects(mask_HW, scheme):
+        shares = (outline(component) / mask_HW.shape[::-1]).ravel().tolist()
         words = (f"{share:.7f}".rstrip("0").rstrip(".") for share in shares)
-        lines.append(f"{scheme.foreground.index(each.class_id)} {' '.join(words)}\n")
+        lines.append(f"{scheme.foreground.index(component.class_id)} {' '.join(words)}\n")
     return "".join(lines)
 
 
@@ -30,13 +30,13 @@ class YoloWriter:
         self._tree = self._opened.__enter__()
         return self
 
-    def add(self, one: LabelledImage, text: str) -> None:
-        """Takes an image."""
-        self._tree.add(f"labels/{one.key}.txt", text.encode())
+    def add(self, image: LabelledImage, text: str) -> None:
+        """Adds an image."""
+        self._tree.add(f"labels/{image.key}.txt", text.encode())
 
     def __exit__(self, *raised: object) -> bool | None:
         if raised[0] is None:
-            # A JSON text is one of YAML too.
+            # JSON strings are valid YAML.
             names = {number: self._scheme.names[i] for number, i in enumerate(self._scheme.foreground)}
             lines = [f"  {number}: "
                      f"{json.dumps(name, ensure_ascii=False)}\n" for number, name in names.items()]

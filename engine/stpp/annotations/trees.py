@@ -1,4 +1,4 @@
-"""Where exported files go: a folder or a zip archive, which appears whole or not at all."""
+"""Output trees for exported files: a folder or a zip archive, created atomically."""
 
 import contextlib
 import os
@@ -13,10 +13,10 @@ from stpp.errors import UserError
 
 
 class Tree(Protocol):
-    """Takes files by their paths."""
+    """Receives files by path."""
 
     def add(self, path: str, data: bytes) -> None:
-        """Writes a file; `path` has forward slashes and leads nowhere else."""
+        """Writes a file; `path` uses forward slashes and stays inside the tree."""
         ...
 
 
@@ -40,13 +40,13 @@ class _ZipTree:
         self._archive = archive
 
     def add(self, path: str, data: bytes) -> None:
-        # One time for all: the same files make the same archive.
+        # Fixed timestamp: the same files give the same archive.
         self._archive.writestr(zipfile.ZipInfo(path), data)
 
 
 @contextlib.contextmanager
 def opened(out: Path) -> Iterator[Tree]:
-    """A tree that becomes `out`, an archive if its name ends in `.zip`, when the block ends well."""
+    """A tree that becomes `out` when the block succeeds; a zip archive if the name ends in `.zip`."""
     if out.suffix.lower() == ".zip":
         with files.atomic(out) as file, zipfile.ZipFile(file, "w") as archive:
             yield _ZipTree(archive)
@@ -63,10 +63,10 @@ def opened(out: Path) -> Iterator[Tree]:
 
 
 def refuse_existing(out: Path) -> None:
-    """Refuses an output that is there.
+    """Rejects an existing output.
 
     Raises:
-        UserError: it is.
+        UserError: `out` exists.
     """
     if out.exists() or out.is_symlink():
-        raise UserError(f"--out {out} is there already; remove it, or choose another name")
+        raise UserError(f"--out {out} already exists; remove it, or choose another name")

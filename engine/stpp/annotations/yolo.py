@@ -1,5 +1,4 @@
-"""YOLO's texts of polygons: a text for each image, and in each line a class and x, y, x, y, ... as shares of
-the image's width and height."""
+"""YOLO polygons: one text per image, and per line a class and x, y, ... as fractions of width and height."""
 
 import os
 
@@ -12,10 +11,10 @@ MOST_BYTES = 1 << 26
 
 
 def read(path: str | os.PathLike, width: int, height: int) -> Annotated:
-    """The shapes of an image of this size, in pixels.
+    """Reads the shapes of an image of this size, in pixels.
 
     Raises:
-        UserError: it cannot be read as text.
+        UserError: the file cannot be read as text.
     """
     try:
         if os.path.getsize(path) > MOST_BYTES:
@@ -36,17 +35,17 @@ def read(path: str | os.PathLike, width: int, height: int) -> Annotated:
 
 def _shape(words: list[str], where: str, width: int, height: int) -> Shape:
     if not words[0].isascii() or not words[0].isdecimal() or len(words[0]) > 6:
-        raise ValueError(f"begins with {words[0][:40]!r}, which is no number of a class")
+        raise ValueError(f"begins with {words[0][:40]!r}, which is not a class number")
     try:
         values = [float(word) for word in words[1:]]
     except ValueError:
-        raise ValueError("holds what is no number") from None
+        raise ValueError("holds a value that is not a number") from None
     if len(values) == 4:
         x, y, wide, high = values
         corners = [x - wide / 2, y - high / 2, x + wide / 2, y - high / 2, x + wide / 2, y + high / 2,
                    x - wide / 2, y + high / 2]
         return Shape(where, int(words[0]), _outline(corners, width, height),
-                     doubt="it has four numbers, which is a box, no polygon")
+                     doubt="it has four numbers: a box, not a polygon")
     return Shape(where, int(words[0]), _outline(values, width, height))
 
 

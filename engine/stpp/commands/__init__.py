@@ -1,1 +1,1 @@
-"""Commands: one file each, with its flags and what runs them."""
+"""Commands of the command line, one module each, with their flags."""

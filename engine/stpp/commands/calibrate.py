@@ -1,5 +1,5 @@
-"""`stpp calibrate`: how far a checkpoint's confidence can be trusted, and the thresholds that follow. Nothing
-heavy is imported before it runs."""
+"""`stpp calibrate`: calibration of a checkpoint's confidences, and thresholds from it. Heavy imports are
+deferred."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stpp import config
-from stpp.commands.evaluate import OnLabels, of_run, opened, run_of
+from stpp.commands.evaluate import ScoringOptions, index_and_list, open_checkpoint, run_of
 from stpp.config import Config, Views
 from stpp.errors import UserError
 
@@ -17,32 +17,32 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibrate(OnLabels):
-    """Measure how often pixels of a confidence are right on labels that a checkpoint was not trained on, and
-    propose the least confidence for a wanted precision, in all and by class."""
+class Calibrate(ScoringOptions):
+    """Measure the accuracy of a checkpoint's confidences on held-out labels, and propose confidence
+    thresholds for target precisions, overall and per class."""
 
     tta: Views | None = None
-    """Views, as the labels will have; unset: those of the run that the checkpoint lies in (one view for
-    UniMatch, which labels while it trains), or one view."""
+    """Test-time views, the same as for labelling; default: those of the checkpoint's run (one view for
+    UniMatch, which labels during training), or one view."""
     target_precision: tuple[float, ...] = (0.8, 0.9, 0.95, 0.99)
-    """Shares of the pixels that are to be right; the last line of the output is for the first that is 0.95 or
-    more, else for the largest."""
+    """Target shares of correct pixels. The flags printed last are for the lowest target of at least 0.95,
+    otherwise for the highest."""
     out: Path | None = None
-    """The JSON file; by default calibration.json beside the checkpoint, where `stpp label`, the report and
-    the run look for it. A plot goes beside it, as SVG."""
+    """JSON file; default: calibration.json in the checkpoint's folder, where `stpp label`, the report and the
+    run look for it. An SVG plot is written next to it."""
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.target_precision or not all(0 < one < 1 for one in self.target_precision):
-            given = " ".join(map(str, self.target_precision))
-            raise UserError(f"--target-precision is {given or 'empty'}: each must be between 0 and 1")
+        if not self.target_precision or not all(0 < target < 1 for target in self.target_precision):
+            targets = " ".join(map(str, self.target_precision))
+            raise UserError(f"--target-precision is {targets or 'empty'}: each must be between 0 and 1")
 
 
 def calibrate(args: Sequence[str]) -> None:
     """Runs `stpp calibrate`.
 
     Raises:
-        UserError: no such checkpoint, index or list, classes that do not match, or labels without a pixel.
+        UserError: missing checkpoint, index or list, mismatched classes, or labels without a pixel.
     """
     options = config.parse(Calibrate, args, prog="stpp calibrate")
     from stpp import distributed, files, log
@@ -53,20 +53,20 @@ def calibrate(args: Sequence[str]) -> None:
     run = run_of(options.checkpoint)
     if run and options.list is None and (run / HELD_OUT).is_file():
         options = dataclasses.replace(options, list=run / HELD_OUT)
-    folder, listed = of_run(options, run)
+    folder, list_path = index_and_list(options, run)
     tta = options.tta or (_labelled_with(run) if run else "none")
     out = options.out or options.checkpoint.parent / calibration.NAME
 
-    with distributed.world(options.compute.device) as here:
-        log.set_speaker(here.is_main)
-        ready = opened(options, folder, listed, here)
-        found = calibration.measure(ready.predictor, ready.samples, here, ready.data, tta=tta,
-                                    classes=ready.classes, weights=ready.weights)
-        if here.is_main:
-            print(report(found, options.target_precision, listed))
-            calibration.write(out, found, options.target_precision)
+    with distributed.world(options.compute.device) as world:
+        log.set_speaker(world.is_main)
+        checkpoint = open_checkpoint(options, folder, list_path, world)
+        measured = calibration.measure(checkpoint.predictor, checkpoint.samples, world, checkpoint.data,
+                                       tta=tta, classes=checkpoint.classes, weights=checkpoint.weights)
+        if world.is_main:
+            print(report(measured, options.target_precision, list_path))
+            calibration.write(out, measured, options.target_precision)
             picture = out.with_suffix(".svg")
-            files.write_text(picture, plot(found, title=str(options.checkpoint)))
+            files.write_text(picture, plot(measured, title=str(options.checkpoint)))
             print(f"written: {out}, {picture}")
 
 
@@ -74,49 +74,51 @@ def _labelled_with(run: Path) -> str:
     """Views that a run labels with."""
     from stpp.methods import METHODS
 
-    asked = config.load_recipe(Config, run / "config.json")
-    return asked.label.tta if METHODS[asked.method].labels else "none"
+    recipe = config.load_recipe(Config, run / "config.json")
+    return recipe.label.tta if METHODS[recipe.method].labels else "none"
 
 
-def report(found: "Calibration", wanted: Sequence[float], listed: Path) -> str:
-    """What a calibration says, in lines of text."""
+def report(measured: "Calibration", targets: Sequence[float], list_path: Path) -> str:
+    """Calibration table and proposed flags as text."""
     from stpp import log
 
-    pixels = int(found.all_CB.sum())
-    lines = [f"{found.images} images of {listed}, {pixels} labelled pixels, views: {found.tta}", ""]
-    heads = [f"for {100 * one:g} %" for one in wanted]
-    rows = [("predicted", "pixels", "right", "ECE", *heads)]
-    for class_id, name in [(None, "all"), *enumerate(found.classes)]:
-        accuracy, error = found.accuracy(class_id), found.error(class_id)
-        count = pixels if class_id is None else int(found.all_CB[class_id].sum())
-        cells = [_cell(found.proposal(one, class_id)) for one in wanted] if count else ["-"] * len(wanted)
+    pixels = int(measured.all_CB.sum())
+    lines = [f"{measured.images} images of {list_path}, {pixels} labelled pixels, views: {measured.tta}", ""]
+    headings = [f"for {100 * target:g} %" for target in targets]
+    rows = [("predicted", "pixels", "right", "ECE", *headings)]
+    for class_id, name in [(None, "all"), *enumerate(measured.classes)]:
+        accuracy, error = measured.accuracy(class_id), measured.error(class_id)
+        count = pixels if class_id is None else int(measured.all_CB[class_id].sum())
+        cells = ["-"] * len(targets)
+        if count:
+            cells = [_cell(measured.proposal(target, class_id)) for target in targets]
         rows.append((name, str(count), "-" if accuracy is None else f"{100 * accuracy:.1f} %",
                      "-" if error is None else f"{error:.3f}", *cells))
-    chosen = next((one for one in sorted(wanted) if one >= 0.95), max(wanted))
-    lines += [log.table(rows), "", "ECE: expected calibration error, of 15 bins. A cell: least confidence, "
-              "and the share of the class's pixels that it keeps; (!): the precision is not reached, the "
-              "closest is shown; (?): too few pixels to tell.", "", *_flags(found, chosen)]
+    flag_target = next((target for target in sorted(targets) if target >= 0.95), max(targets))
+    lines += [log.table(rows), "", "ECE: expected calibration error (15 bins). Cells: confidence threshold, "
+              "share of the class's pixels kept; (!): target not reached, closest precision shown; "
+              "(?): too few pixels.", "", *_flags(measured, flag_target)]
     return "\n".join(lines)
 
 
-def _cell(one: "Proposal") -> str:
-    mark = " (?)" if one.few else "" if one.reached else f" (!) {100 * one.precision:.0f} %"
-    return f"{one.confidence:.3f}, {100 * one.coverage:.0f} %{mark}"
+def _cell(proposal: "Proposal") -> str:
+    mark = " (?)" if proposal.few else "" if proposal.reached else f" (!) {100 * proposal.precision:.0f} %"
+    return f"{proposal.confidence:.3f}, {100 * proposal.coverage:.0f} %{mark}"
 
 
-def _flags(found: "Calibration", precision: float) -> list[str]:
-    """The proposals for a precision as flags."""
-    overall = found.proposal(precision)
-    own = {name: found.proposal(precision, i) for i, name in enumerate(found.classes)}
-    pairs = " ".join(f"'{name}={one.confidence:g}'" if " " in name else f"{name}={one.confidence:g}"
-                     for name, one in own.items() if one.reached and not one.few)
-    unreached = [name for name, one in own.items() if not one.reached and not one.few]
+def _flags(measured: "Calibration", precision: float) -> list[str]:
+    """Proposed thresholds for a precision, as flags."""
+    overall = measured.proposal(precision)
+    by_class = {name: measured.proposal(precision, i) for i, name in enumerate(measured.classes)}
+    pairs = " ".join(f"'{name}={proposal.confidence:g}'" if " " in name else f"{name}={proposal.confidence:g}"
+                     for name, proposal in by_class.items() if proposal.reached and not proposal.few)
+    unreached = [name for name, proposal in by_class.items() if not proposal.reached and not proposal.few]
     lines = [f"for a precision of {100 * precision:g} %:"]
     for flag, of_class in (("--label.min-confidence", "--label.class-confidence"),
                            ("--consistency.confidence", "--consistency.class-confidence")):
-        both = [f"{flag} {overall.confidence:g}"] * overall.reached + [f"{of_class} {pairs}"] * bool(pairs)
-        if both and (flag.startswith("--label") or found.tta == "none"):
-            lines.append("  " + " ".join(both))
+        flags = [f"{flag} {overall.confidence:g}"] * overall.reached + [f"{of_class} {pairs}"] * bool(pairs)
+        if flags and (flag.startswith("--label") or measured.tta == "none"):
+            lines.append("  " + " ".join(flags))
     if unreached:
         lines.append(f"  not reached by: {', '.join(unreached)}")
     return lines

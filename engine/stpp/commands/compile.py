@@ -1,4 +1,4 @@
-"""`stpp compile`: an engine made of a checkpoint. Nothing heavy is imported before it runs."""
+"""`stpp compile`: builds an engine from a checkpoint. Heavy imports are deferred."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,21 +13,22 @@ from stpp.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Compile:
-    """Compile a checkpoint into an engine that labels faster: see docs/engines.md."""
+    """Compile a checkpoint into an engine for faster labelling; see docs/engines.md."""
 
     checkpoint: Path
     """A best.pt or third-*.pt of a run, or a published state dict."""
     out: Path
-    """Folder of the engine; an engine that is there is replaced."""
+    """Folder of the engine; an existing engine is replaced."""
     output_stride: OutputStride = None
     view_px: ViewPx = None
     backend: BackendName = "auto"
-    """Compiler; auto: the fastest that is installed."""
+    """Compiler; auto: the fastest one installed."""
     shapes: tuple[str, ...] = ()
-    """Smallest, typical and largest input as NxHxW, for example 1x32x32 4x360x480 16x1024x2048; views for
-    test-time augmentation are up to twice as large as the images. By default any (inductor), or these."""
+    """Smallest, typical and largest input as NxHxW, for example 1x32x32 4x360x480 16x1024x2048; test-time
+    views are up to twice as large as the images. Default: any (inductor), or these."""
     sample: Path | None = None
-    """Folder of images on which the engine must agree with eager; unset: the first images that it labels."""
+    """Folder of images on which the engine is compared with eager; default: the first images that it
+    labels."""
     compute: Compute = ComputeConfig()
 
     def __post_init__(self):
@@ -38,7 +39,7 @@ def compile(args: Sequence[str]) -> None:
     """Runs `stpp compile`.
 
     Raises:
-        UserError: no such checkpoint, or the backend cannot be had, or cannot compile it.
+        UserError: missing checkpoint, unavailable backend, or a failed compilation.
     """
     options = config.parse(Compile, args, prog="stpp compile")
     if not files.and_part(options.checkpoint)[0].is_file():
@@ -50,12 +51,12 @@ def compile(args: Sequence[str]) -> None:
     from stpp.models.trained import load_network
 
     shapes = Shapes.parse(options.shapes) if options.shapes else None
-    with distributed.world(options.compute.device) as here:
-        if here.size > 1:
+    with distributed.world(options.compute.device) as world:
+        if world.size > 1:
             raise UserError("stpp compile runs in one process; start it without torchrun")
         rule = exif_rule.resolve([options.checkpoint])
-        sample = options.sample and sample_images(options.sample, here.device, exif=rule)
+        sample = options.sample and sample_images(options.sample, world.device, exif=rule)
         load = partial(load_network, output_stride=options.output_stride, view_px=options.view_px)
-        compile_predictor(options.checkpoint, options.out, load=load, device=here.device, shapes=shapes,
+        compile_predictor(options.checkpoint, options.out, load=load, device=world.device, shapes=shapes,
                         backend=options.backend, precision=options.compute.precision, sample=sample)
     print(options.out)

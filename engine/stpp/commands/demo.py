@@ -1,5 +1,4 @@
-"""`stpp demo`: a synthetic data set, and ST++ or another method on it under torchrun. Nothing heavy is
-imported before it runs."""
+"""`stpp demo`: a synthetic data set, and a training run on it under torchrun. Heavy imports are deferred."""
 
 import dataclasses
 import shutil
@@ -32,38 +31,38 @@ DEMO = Config(
     train=TrainConfig(epochs=12, supervised_epochs=160, batch_global=16, lr=0.05, head_lr_multiplier=1.0,
                       validate_every=160),
 )
-"""Few labels, many steps of a small network: what two cores can do in five minutes."""
+"""Few labels and many steps of a small network: five minutes on two cores."""
 ONE_STAGE = dataclasses.replace(
     DEMO, consistency=ConsistencyConfig(confidence=0.95),
     train=dataclasses.replace(DEMO.train, epochs=9, supervised_epochs=None, batch_global=8, validate_every=9))
-"""The same pictures and network. A step sees each of its unlabelled crops in three views, so it takes half as
-many as one of ST++."""
+"""The same images and network. Each unlabelled crop is seen in three views per step, so this recipe has half
+as many steps as ST++."""
 DEMOS = {"stpp": DEMO} | {method: dataclasses.replace(ONE_STAGE, method=method)
                           for method in ("unimatch", "unimatch-v2", "fixmatch")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Make a small synthetic data set and run ST++, or another method, on it with two processes."""
+    """Generate a small synthetic data set and train ST++, or another method, on it with two processes."""
 
     out: Path
     """Folder of the run."""
     method: Literal["stpp", "unimatch", "unimatch-v2", "fixmatch"] = "stpp"
-    """ST++ in six stages, or a method of one stage: docs/unimatch.md."""
+    """ST++ in six stages, or a single-stage method; see docs/unimatch.md."""
     seed: int = 0
     """Seed of the data, the split and the training."""
     small: bool = False
     """A tenth of the training, to try an installation in a minute; its scores mean nothing."""
     control: bool = False
-    """Also train on the labels alone for as many steps as the last stage has."""
+    """Also train on the labels only, for as many steps as the last stage."""
 
 
 def demo(args: Sequence[str]) -> None:
-    """Runs `stpp demo`: generates the data below `out/data` and trains in `out/run`.
+    """Runs `stpp demo`: generates the data in `out/data` and trains in `out/run`.
 
     Raises:
         UserError: `out` holds another demo.
-        SystemExit: with torchrun's exit code, when the training failed.
+        SystemExit: torchrun's exit code, if the training failed.
     """
     options = config.parse(Demo, args, prog="stpp demo")
     out, seed = options.out, options.seed
@@ -77,7 +76,7 @@ def demo(args: Sequence[str]) -> None:
     if not root.exists():
         from stpp.commands import synthetic
 
-        print(f"demo: drawing a data set in {root}", file=sys.stderr)
+        print(f"demo: generating a data set in {root}", file=sys.stderr)
         partial = out / "data.partial"
         shutil.rmtree(partial, ignore_errors=True)
         synthetic.generate(partial, seed=seed)
@@ -96,8 +95,7 @@ def smaller(recipe: Config) -> Config:
 
 
 def torchrun(train: list[str]) -> int:
-    """Runs `python TRAIN` on two ranks, but never on more than there are GPUs where there are any; returns
-    torchrun's exit code."""
+    """Runs `python TRAIN` on two ranks, or one per GPU if there are fewer; returns torchrun's exit code."""
     import torch
 
     ranks = min(RANKS, torch.cuda.device_count() or RANKS)

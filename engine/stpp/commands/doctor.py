@@ -1,6 +1,6 @@
-"""`stpp doctor`: what this machine has, whether it works, and what to do; a line for each part.
+"""`stpp doctor`: checks of this machine's hardware and packages, one line each, with advice.
 
-Nothing heavy is imported before it runs; what is broken is said, not raised.
+Heavy imports are deferred; failures are reported, not raised.
 """
 
 import importlib.util
@@ -18,37 +18,36 @@ from stpp.versions import version_of
 
 LEAST_DISK_GIB, LEAST_SHARED_GIB, LEAST_FILES = 10.0, 1.0, 4096
 STALE_S = 60.0
-"""Sources newer than the built operators by this much were changed since: installing writes both within
-seconds."""
+"""Seconds by which sources may be newer than the built operators; installing writes both within seconds."""
 TORCH = ((2, 11), (2, 14))
-"""The versions of PyTorch that are supported: from, to below."""
-REBUILD = ("build the operators again: pip install --no-build-isolation --no-deps -e . "
+"""Supported PyTorch versions: from (inclusive), to (exclusive)."""
+REBUILD = ("rebuild the operators: pip install --no-build-isolation --no-deps -e . "
            "(in a checkout: make clean setup)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor:
-    """Say what this machine has for training and labelling, whether it works, and what to do."""
+    """Check this machine's hardware and packages for training and labelling, and suggest fixes."""
 
     json: bool = False
     """Print the findings as JSON."""
     self_test: bool = True
-    """Also try each part: decode one image, one training step, one engine; half a minute."""
+    """Also try each part: decode an image, one training step, one engine; takes half a minute."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is known of one part."""
+    """Result of checking one part."""
 
     part: str
     state: str
-    """ "ok"; "warn": works, but slower or not everywhere; "fail": needed, and broken."""
+    """ "ok"; "warn": works, but slower or with limits; "fail": required and broken."""
     text: str
     advice: str = ""
-    """What to do; empty where there is nothing to do."""
+    """Suggested fix; empty if none is needed."""
 
     def line(self) -> str:
-        """For people."""
+        """The finding as a line of text."""
         return f"{self.state:<5} {self.part:<15} {self.text}" + (f" -> {self.advice}" if self.advice else "")
 
 
@@ -56,7 +55,7 @@ def doctor(args: Sequence[str]) -> None:
     """Runs `stpp doctor`.
 
     Raises:
-        SystemExit: 1 where a part that is needed fails.
+        SystemExit: 1 if a required part fails.
     """
     options = config.parse(Doctor, args, prog="stpp doctor")
     found = []
@@ -72,14 +71,14 @@ def doctor(args: Sequence[str]) -> None:
 
 
 def findings(*, self_test: bool) -> Iterator[Finding]:
-    """Looks at every part, one after the other."""
+    """Checks every part in turn."""
     yield machine()
     yield torch_package()
     if importlib.util.find_spec("torch") is None:
-        return  # nothing else can be asked
-    for look in (processor, gpu, collectives, dali, tensorrt_package, torch_tensorrt, triton, apex, operators,
-                 disk, open_files, shared_memory):
-        yield _asked(look.__name__, look)
+        return  # all other checks need torch
+    for check in (processor, gpu, collectives, dali, tensorrt_package, torch_tensorrt, triton, apex,
+                  operators, disk, open_files, shared_memory):
+        yield _asked(check.__name__, check)
     if self_test:
         yield from _trials()
 
@@ -92,7 +91,7 @@ def machine() -> Finding:
 
 
 def torch_package() -> Finding:
-    """PyTorch and what it was built for."""
+    """PyTorch version and build."""
     if importlib.util.find_spec("torch") is None:
         return Finding("torch", "fail", "not installed", "pip install torch, then stpp again")
     import torch
@@ -101,12 +100,12 @@ def torch_package() -> Finding:
                                                  else "CPUs")
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if not TORCH[0] <= version < TORCH[1]:
-        return Finding("torch", "warn", text, "stpp is made for torch>=2.11,<2.14")
+        return Finding("torch", "warn", text, "stpp supports torch>=2.11,<2.14")
     return _ok("torch", text)
 
 
 def processor() -> Finding:
-    """What the CPU can compute in."""
+    """CPU capabilities and the compute type chosen."""
     import torch
 
     from stpp.inference.record import Device
@@ -114,7 +113,7 @@ def processor() -> Finding:
 
     cpu = torch.device("cpu")
     units = {"bf16": torch.cpu._is_avx512_bf16_supported(), "AMX": torch.cpu._is_amx_tile_supported()}
-    has = ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in units.items())
+    has = ", ".join(f"{name} {'yes' if supported else 'no'}" for name, supported in units.items())
     chosen = str(autocast_dtype("auto", cpu)).removeprefix("torch.")
     return _ok("processor",
                f"{Device.of(cpu).name}: {torch.backends.cpu.get_cpu_capability()}, {has}; computes in "
@@ -137,11 +136,11 @@ def gpu() -> Finding:
         if torch.version.cuda is None
         else "check `nvidia-smi`: the driver may be too old"
     )
-    return Finding("gpu", "warn", f"a driver is there ({driver}), but PyTorch sees no GPU", advice)
+    return Finding("gpu", "warn", f"driver found ({driver}), but PyTorch sees no GPU", advice)
 
 
 def collectives() -> Finding:
-    """What ranks talk through."""
+    """Communication backend between ranks."""
     import torch
     import torch.distributed as dist
 
@@ -155,7 +154,7 @@ def collectives() -> Finding:
 
 
 def dali() -> Finding:
-    """The fast loader."""
+    """DALI, the fast loader."""
     from stpp.images import batches
 
     names = [name for name in ("nvidia-dali-cuda120", "nvidia-dali-cuda130") if version_of(name)]
@@ -164,7 +163,7 @@ def dali() -> Finding:
                        "pip install stpp[cuda12] or stpp[cuda13]; it needs no GPU")
     text = ", ".join(f"{name} {version_of(name)}" for name in names) or "of an unknown version"
     if len(names) > 1:
-        return Finding("dali", "warn", text, f"both are the same package: pip uninstall {names[0]}")
+        return Finding("dali", "warn", text, f"two builds of one package: pip uninstall {names[0]}")
     import torch
 
     if torch.cuda.is_available() and names == ["nvidia-dali-cuda120"] and not version_of("nvidia-npp-cu12"):
@@ -174,20 +173,20 @@ def dali() -> Finding:
 
 
 def tensorrt_package() -> Finding:
-    """TensorRT, and which of its two kinds."""
+    """TensorRT, and which of its two variants."""
     import torch
 
     from stpp.inference import tensorrt
 
-    found = tensorrt.installed()
-    if found is None:
+    package = tensorrt.installed()
+    if package is None:
         advice = (
             "for faster teachers: pip install stpp[tensorrt] or stpp[tensorrt-rtx]"
             if torch.cuda.is_available()
             else ""
         )
         return Finding("tensorrt", "ok", "not installed", advice)
-    name, module = found
+    name, module = package
     kind = "for GeForce and workstation GPUs" if name == "tensorrt-rtx" else "for all GPUs"
     missing = [other for other in ("onnx", "onnxscript") if importlib.util.find_spec(other) is None]
     if missing:
@@ -197,19 +196,19 @@ def tensorrt_package() -> Finding:
 
 
 def torch_tensorrt() -> Finding:
-    """Torch-TensorRT; not imported, because that fails beside a PyTorch for CPUs."""
+    """Torch-TensorRT; not imported, because importing fails with a CPU build of PyTorch."""
     import torch
 
     version = version_of("torch-tensorrt")
     if version and torch.version.cuda is None:
         return Finding("torch-tensorrt", "warn",
-                       f"{version}, beside a PyTorch for CPUs: it cannot be imported",
+                       f"{version}, with a CPU build of PyTorch: it cannot be imported",
                        "install a CUDA build of PyTorch, or pip uninstall torch-tensorrt")
     return _ok("torch-tensorrt", version or "not installed")
 
 
 def triton() -> Finding:
-    """The compiler of the operators for CUDA."""
+    """Triton, which compiles the CUDA operators."""
     import torch
 
     from stpp_kernels import dispatch
@@ -223,8 +222,8 @@ def triton() -> Finding:
 
 
 def apex() -> Finding:
-    """NVIDIA apex, or the unrelated package of that name, told by what is in it; not imported, because that
-    would run it."""
+    """NVIDIA apex, or the unrelated package of that name, told apart by content; not imported, because
+    importing runs its code."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return _ok("apex", "not installed; PyTorch's fused SGD is used")
@@ -238,7 +237,7 @@ def apex() -> Finding:
 
 
 def operators() -> Finding:
-    """The fused operators and what serves them."""
+    """The fused operators and their active implementations."""
     import stpp_kernels
     from stpp_kernels import dispatch
 
@@ -254,8 +253,7 @@ def operators() -> Finding:
 
 
 def stale_build(folder: Path) -> str | None:
-    """Why the C++ operators that lie in `folder` are not of its sources; None where they are, or none are
-    there."""
+    """Mismatch of the C++ operators in `folder` with their sources; None if current or not built."""
     libraries, sources = (
         sorted(folder.glob("_C*.so")) + sorted(folder.glob("_C*.pyd")),
         sorted(folder.glob("csrc/*")),
@@ -270,7 +268,7 @@ def stale_build(folder: Path) -> str | None:
 
 
 def disk() -> Finding:
-    """Room where runs are likely to go."""
+    """Free disk space in the current folder."""
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     short = free < LEAST_DISK_GIB
     return Finding("disk", "warn" if short else "ok", f"{free:.1f} GiB free in {Path.cwd()}",
@@ -278,7 +276,7 @@ def disk() -> Finding:
 
 
 def open_files() -> Finding:
-    """How many files a process may have open."""
+    """Limit of open files per process."""
     import resource
 
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -288,7 +286,7 @@ def open_files() -> Finding:
 
 
 def shared_memory() -> Finding:
-    """What processes on this machine exchange data through."""
+    """Shared memory, through which local processes exchange data."""
     path = Path("/dev/shm")
     if not path.is_dir():
         return _ok("shared memory", "no /dev/shm on this system")
@@ -299,7 +297,7 @@ def shared_memory() -> Finding:
 
 
 def _trials() -> Iterator[Finding]:
-    """Short trials of the parts that are there; those that everything needs must not fail."""
+    """Short trials of the installed parts; required parts must not fail."""
     import torch
 
     from stpp import log
@@ -307,15 +305,15 @@ def _trials() -> Iterator[Finding]:
     from stpp.images import batches
     from stpp.inference import tensorrt
 
-    log.set_speaker(False)  # what the parts say to users of their own
+    log.set_speaker(False)  # suppresses the parts' own messages
     try:
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        found = tensorrt.installed()
+        package = tensorrt.installed()
         trials: list[tuple[str, bool, Callable[[], str], str]] = [
-            ("PIL", True, lambda: selftest.decode(device, dali=False), "install Pillow again"),
+            ("PIL", True, lambda: selftest.decode(device, dali=False), "reinstall Pillow"),
             ("operators", True, lambda: selftest.operators(device),
              REBUILD + ", or set STPP_KERNELS=reference"),
-            ("train step", True, lambda: selftest.train_step(device), "look at the lines above"),
+            ("train step", True, lambda: selftest.train_step(device), "see the lines above"),
             ("engine", False, lambda: selftest.engine(device), "label with --backend eager"),
         ]
         if device.type == "cpu" and torch.get_num_threads() > 1:
@@ -324,8 +322,8 @@ def _trials() -> Iterator[Finding]:
         if batches.has_dali():
             trials.append(("dali", False, lambda: selftest.decode(device, dali=True),
                            "use --loader reference"))
-        if found and found[0] == "tensorrt-rtx" and device.type == "cpu":
-            trials.append(("tensorrt", False, selftest.tensorrt_build, "install tensorrt-rtx again"))
+        if package and package[0] == "tensorrt-rtx" and device.type == "cpu":
+            trials.append(("tensorrt", False, selftest.tensorrt_build, "reinstall tensorrt-rtx"))
         for part, needed, trial, advice in trials:
             yield _asked(f"try {part}", lambda part=part, trial=trial: _ok(f"try {part}", trial()),
                          state="fail" if needed else "warn", advice=advice)
@@ -333,12 +331,11 @@ def _trials() -> Iterator[Finding]:
         log.set_speaker(True)
 
 
-def _asked(part: str, look: Callable[[], Finding], *, state: str = "warn",
+def _asked(part: str, check: Callable[[], Finding], *, state: str = "warn",
            advice: str = "see the message") -> Finding:
-    """A finding, or what went wrong while looking: a doctor that dies of what it looks for would be of no
-    use."""
+    """A finding, or a finding of the failure: no error of a checked part may stop the doctor."""
     try:
-        return look()
+        return check()
     except Exception as error:
         text = " ".join(str(error).split())[:200] or type(error).__name__
         return Finding(part, state, f"failed: {text}", advice)

@@ -1,13 +1,13 @@
-"""The switches --exif and --no-exif of commands that follow the rule of a checkpoint."""
+"""The switches --exif and --no-exif of commands that follow the checkpoint's EXIF rule."""
 
 from stpp.errors import UserError
 
 
 def exif_asked(exif: bool, no_exif: bool) -> bool | None:
-    """The rule that the switches ask for; None where neither is given.
+    """EXIF rule given by the switches; None if neither is set.
 
     Raises:
-        UserError: both are given.
+        UserError: both are set.
     """
     if exif and no_exif:
         raise UserError(

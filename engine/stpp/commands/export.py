@@ -1,5 +1,4 @@
-"""`stpp export`: a trained network as ONNX, for programs without PyTorch. Nothing heavy is imported before it
-runs."""
+"""`stpp export`: a trained network as ONNX, for programs without PyTorch. Heavy imports are deferred."""
 
 import contextlib
 import json
@@ -16,27 +15,26 @@ from stpp.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write a checkpoint as ONNX, batch norm folded, for images of any number and size."""
+    """Export a checkpoint to ONNX with batch norm folded, for any number and size of images."""
 
     checkpoint: Path
     """A best.pt or third-*.pt of a run, or a published state dict."""
     out: Path
-    """The .onnx file; one that is there is replaced."""
+    """The .onnx file; an existing file is replaced."""
     output_stride: OutputStride = None
     precision: Literal["fp32", "fp16"] = "fp32"
-    """Type of weights, images and feature maps; the logits are fp32."""
+    """Type of weights, images and feature maps; logits are always fp32."""
 
 
 def export(args: Sequence[str]) -> None:
     """Runs `stpp export`.
 
-    The graph takes `images` [N, 3, H, W]: red, green and blue in 0..1, less ImageNet's mean, over its
-    deviation. It gives
-    `logits` [N, C, h, w] at the network's own resolution: resize them bilinearly to H, W with corners
-    aligned, and take the largest.
+    The graph takes `images` [N, 3, H, W]: RGB in 0..1, normalised with ImageNet's mean and deviation. It
+    returns `logits` [N, C, h, w] at the network's own resolution: resize them bilinearly to H, W with aligned
+    corners, and take the argmax.
 
     Raises:
-        UserError: no such checkpoint, a package is missing, or the file cannot be written.
+        UserError: missing checkpoint, missing package, or an unwritable file.
     """
     options = config.parse(Export, args, prog="stpp export")
     if options.out.is_dir():
@@ -52,10 +50,10 @@ def export(args: Sequence[str]) -> None:
 
     network, classes, architecture = load_network(options.checkpoint, output_stride=options.output_stride)
     dtype = PRECISIONS[options.precision]
-    ready = fold.ready(network, device=torch.device("cpu"), dtype=dtype)
+    folded = fold.ready(network, device=torch.device("cpu"), dtype=dtype)
     unfinished = options.out.with_name(f".{options.out.name}.{os.getpid()}.tmp")
     try:
-        graphs.onnx(ready, unfinished, shapes=DEFAULT_SHAPES, dtype=dtype,
+        graphs.onnx(folded, unfinished, shapes=DEFAULT_SHAPES, dtype=dtype,
                     metadata={"pretrained": json.dumps(network.pretrained)})
         os.replace(unfinished, options.out)
     except OSError as error:

@@ -1,5 +1,4 @@
-"""`stpp export-labels`: labels for annotation tools, to be looked at and corrected there. Nothing heavy is
-imported before it runs."""
+"""`stpp export-labels`: labels for review and correction in annotation tools. Heavy imports are deferred."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ _HOLD_IGNORED = ("cvat",)
 
 @dataclass(frozen=True, kw_only=True)
 class ExportLabels:
-    """Write labels in a format of an annotation tool."""
+    """Export labels to the format of an annotation tool."""
 
     labels: tyro.conf.Positional[Path]
     """The --out of `stpp label`, or a labelling stage of a run (RUN/stages/3-label)."""
@@ -29,30 +28,29 @@ class ExportLabels:
     """cvat: Segmentation mask 1.1; coco: JSON of objects; label-studio: predictions with brushes; yolo:
     polygons."""
     out: Path
-    """cvat, yolo: a folder, or an archive that ends in .zip; coco: a .json file; label-studio: a .json file,
-    or a folder of several."""
+    """cvat, yolo: a folder, or a .zip archive; coco: a .json file; label-studio: a .json file, or a folder of
+    several."""
     only: Path | None = None
-    """A list of images to take, such as the report's ticked ones; unset: all."""
+    """List of images to export, such as those ticked in the report; default: all."""
     min_area: int = 0
-    """Objects of fewer pixels are left out."""
+    """Smallest exported object, in pixels."""
     polygons: bool = False
-    """With coco: polygons along the edges of pixels instead of run lengths; both are exact."""
+    """With coco: polygons along pixel edges instead of run lengths; both are exact."""
     image_prefix: str | None = None
-    """With label-studio: what stands before the images' names, such as s3://bucket/; unset: its local
-    files."""
+    """With label-studio: prefix of image names, such as s3://bucket/; default: Label Studio's local files."""
     classes: tuple[str, ...] = ()
-    """Names in the order of the ids, where neither the labels nor their run know them."""
+    """Class names in id order, if neither the labels nor their run record them."""
     run: Path | None = None
-    """The run of the labels' teacher, for the names."""
+    """Run of the labels' teacher, for the class names."""
     workers: int | None = None
-    """Processes; unset: all cores."""
+    """Number of processes; default: all cores."""
 
 
 def export_labels(args: Sequence[str]) -> None:
     """Runs `stpp export-labels`.
 
     Raises:
-        UserError: the labels or the output are not what they should be.
+        UserError: invalid labels or output.
     """
     options = config.parse(ExportLabels, args, prog="stpp export-labels")
     _check(options)
@@ -67,26 +65,26 @@ def export_labels(args: Sequence[str]) -> None:
     try:
         done = export(options.labels, writer, encode, scheme, only=options.only, workers=options.workers)
     except OSError as error:
-        raise UserError(f"--out {options.out}: {files.why(error)}; make room, or choose another "
+        raise UserError(f"--out {options.out}: {files.describe_error(error)}; make room, or choose another "
                         f"--out") from None
     _say(options, done)
 
 
 def _check(options: ExportLabels) -> None:
     if not options.labels.is_dir():
-        raise UserError(f"{options.labels}: there is no such folder")
+        raise UserError(f"{options.labels}: no such folder")
     if options.min_area < 0:
         raise UserError(f"--min-area is {options.min_area}: it must be 0 or more")
     for flag, value, wanted in (("--polygons", options.polygons, "coco"),
                                 ("--image-prefix", options.image_prefix, "label-studio")):
         if value and options.format != wanted:
-            raise UserError(f"{flag}: goes with --format {wanted}, not {options.format}")
+            raise UserError(f"{flag}: needs --format {wanted}, not {options.format}")
     if options.format == "coco" and options.out.suffix.lower() != ".json":
-        raise UserError(f"--out {options.out}: a COCO file ends in .json")
+        raise UserError(f"--out {options.out}: a COCO file must end in .json")
 
 
 def _names(options: ExportLabels) -> tuple[str, ...]:
-    """The names of the classes: given ones, those of the run, or those that the labels hold."""
+    """Class names from the flag, the run or the labels, in this order."""
     from stpp.label import fingerprint
     from stpp.report import run as runs
 
@@ -94,18 +92,18 @@ def _names(options: ExportLabels) -> tuple[str, ...]:
     stored = fingerprint.read(options.labels) or {}
     names = options.classes or (run and runs.classes(run)) or stored.get("classes") or ()
     if options.run is not None and not runs.classes(options.run):
-        raise UserError(f"--run {options.run}: is no run that knows its classes")
+        raise UserError(f"--run {options.run}: not a run that records its classes")
     if not isinstance(names, (list, tuple)) or not names:
-        raise UserError(f"{options.labels}: the names of the classes are not known; give --classes, in the "
-                        "order of their ids, or --run")
+        raise UserError(f"{options.labels}: the class names are unknown; give --classes in id order, or "
+                        "--run")
     if len(set(names)) < len(names) or len(names) > MOST_CLASSES:
-        raise UserError(f"--classes: expected up to {MOST_CLASSES} different names, got {len(names)} "
-                        f"({len(set(names))} different)")
+        raise UserError(f"--classes: expected up to {MOST_CLASSES} distinct names, got {len(names)} "
+                        f"({len(set(names))} distinct)")
     odd = next((name for name in names if not str(name).isprintable() or not str(name).strip()), None)
     if options.format == "cvat":
         odd = next((name for name in names if ":" in name or name.startswith("#")), odd)
     if odd is not None:
-        raise UserError(f"--classes: {odd!r} is no name that {options.format} can hold; give another")
+        raise UserError(f"--classes: {options.format} cannot store the name {odd!r}; choose another")
     return tuple(names)
 
 
@@ -127,8 +125,8 @@ def _say(options: ExportLabels, done: "ExportCounts") -> None:
     from stpp import log
 
     if not (options.labels / "summary.json").exists():
-        log.say(f"warning: {options.labels}: its labelling is not finished; what is done was written")
+        log.say(f"warning: {options.labels}: labelling is unfinished; only finished images were exported")
     if done.ignored and options.format not in _HOLD_IGNORED:
         log.say(f"{done.ignored} pixels of {done.with_ignored} images are ignored (255), which "
-                f"{options.format} cannot hold: there they are in no object; --format cvat keeps them")
+                f"{options.format} cannot store: they belong to no object; --format cvat keeps them")
     print(f"{options.out}: {done.images} images")

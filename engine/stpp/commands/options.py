@@ -1,4 +1,4 @@
-"""Flags and checks that several commands share, so that they are spelled, explained and refused alike."""
+"""Flags and checks shared by several commands, with one spelling, help text and error each."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -10,21 +10,21 @@ from stpp.errors import UserError
 from stpp.settings import INLINE
 
 OutputStride = Annotated[Literal[8, 16, 32] | None, tyro.conf.arg(
-    help="Output stride of a checkpoint that does not tell it, such as a published one; unset: 8.")]
+    help="Output stride of checkpoints that do not store it, such as published ones; default: 8.")]
 ViewPx = Annotated[int | None, tyro.conf.arg(
-    help="Longer side in pixels at which the network sees whole images; masks have the images' own size. "
-         "Unset: as the checkpoint tells (--data.view-px of its run), or the images' own.")]
+    help="Longer side in pixels to which whole images are resized for the network; masks keep the images' "
+         "size. Default: the checkpoint's value (--data.view-px of its run), or no resizing.")]
 TrustEngine = Annotated[bool, tyro.conf.arg(
-    help="Run engines that you did not build on this machine: they are programs.")]
+    help="Run engines that you did not build on this machine; engines contain native code.")]
 
 
 TOOLS = ("cvat", "coco", "yolo", "labelme")
-"""Layouts of annotation tools, which may have a pattern of images."""
+"""Layouts of annotation tools, which accept an image pattern."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig(PrecisionConfig, DeviceConfig):
-    """Where and in which type a network computes."""
+    """Device and precision of a network's computation."""
 
 
 Compute = Annotated[ComputeConfig, INLINE]
@@ -34,14 +34,14 @@ Reading = Annotated[LoaderConfig, INLINE]
 
 
 def need_root(data: SourceConfig) -> None:
-    """Refuses a data set that is not there, or patterns without the layout that they belong to.
+    """Rejects a missing data root, and image patterns without the layout that uses them.
 
     Raises:
-        UserError: one of them.
+        UserError: one of these.
     """
     if data.layout not in TOOLS and (data.layout == "globs") != (data.images is not None):
-        raise UserError(f"--data.layout {data.layout} with --data.images {data.images}: patterns go with "
-                        "layout globs, and globs needs them")
+        raise UserError(f"--data.layout {data.layout} with --data.images {data.images}: patterns need "
+                        "layout globs, and globs needs patterns")
     if data.root is None:
         raise UserError("--data.root is missing: name the folder of the data set")
     if not data.root.is_dir():

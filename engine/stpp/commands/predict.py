@@ -1,5 +1,4 @@
-"""`stpp predict`: masks of a few images, and pictures of them over the images. Nothing heavy is imported
-before it runs."""
+"""`stpp predict`: masks and overlays of a few images. Heavy imports are deferred."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,27 +20,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Predict:
-    """Write the mask of every given image, and a picture of it over the image. For many images: stpp
-    label."""
+    """Write a mask and an overlay for each image. For many images use stpp label."""
 
     images: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Images, and folders of images with their sub-folders."""
     out: Path
-    """Folder for masks/, overlays/ and classes.json; what is there of the same name is replaced."""
+    """Folder for masks/, overlays/ and classes.json; existing files of the same name are replaced."""
     checkpoint: Path | None = None
     """A best.pt or third-*.pt of a run, or a published state dict."""
     engine: Path | None = None
-    """Instead of a checkpoint: the folder of an engine that `stpp compile` made."""
+    """Folder of an engine that `stpp compile` built, instead of a checkpoint."""
     output_stride: OutputStride = None
     view_px: ViewPx = None
     tta: Views = "none"
     exif: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Turn images upright by their EXIF orientation. Without this and --no-exif: as the network was trained,
-    which a checkpoint of a run tells; upright where it tells nothing."""
+    """Rotate images upright by their EXIF orientation. Without this and --no-exif: as in training, if the
+    checkpoint records it; otherwise upright."""
     no_exif: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Read images as they are stored."""
+    """Read images as stored, ignoring EXIF orientation."""
     max_pixels: int = 1 << 24
-    """Images of more pixels get no mask: they need much memory."""
+    """Largest accepted image; larger ones need much memory and get no mask."""
     trust_engine: TrustEngine = False
     compute: Compute = ComputeConfig()
 
@@ -53,58 +51,51 @@ def predict(args: Sequence[str]) -> None:
     """Runs `stpp predict`.
 
     Raises:
-        UserError: nothing to do, or no network to do it; images that could not be read, after all others are
-            done.
+        UserError: no images, no network, or unreadable images (raised after all others are processed).
     """
     options = config.parse(Predict, args, prog="stpp predict")
     network = options.checkpoint or options.engine
     if network is None or (options.checkpoint and options.engine):
         raise UserError("give either --checkpoint FILE or --engine DIR")
     if not (network.is_dir() if options.engine else files.and_part(network)[0].is_file()):
-        raise UserError(f"{network}: there is no such {'engine folder' if options.engine else 'checkpoint'}")
+        raise UserError(f"{network}: no such {'engine folder' if options.engine else 'checkpoint'}")
     if not options.images:
-        raise UserError("name an image or a folder: stpp predict IMAGE|FOLDER ... --checkpoint FILE --out "
-                        "DIR")
-    asked = exif_asked(options.exif, options.no_exif)
+        raise UserError("no images: give stpp predict IMAGE|FOLDER ... --checkpoint FILE --out DIR")
+    exif_rule = exif_asked(options.exif, options.no_exif)
     from stpp import distributed, log
     from stpp.inference.single_images import open_image_predictor
 
     items = list(_items(options))
-    with distributed.world(options.compute.device) as here:
-        if here.size > 1:
+    with distributed.world(options.compute.device) as world:
+        if world.size > 1:
             raise UserError("stpp predict runs in one process; start it without torchrun, or use stpp label")
-        predictor = open_image_predictor(network, mode=options.tta, device=here.device,
+        predictor = open_image_predictor(network, mode=options.tta, device=world.device,
                                          precision=options.compute.precision,
                                          max_pixels=options.max_pixels, trust=options.trust_engine,
                                          output_stride=options.output_stride, view_px=options.view_px,
-                                         exif=asked)
+                                         exif=exif_rule)
         try:
             bad = _write_all(predictor, items, options.out)
         except OSError as error:
-            raise UserError(f"--out {options.out}: {files.why(error)}; make room, or choose another "
-                            "--out") from None
+            raise UserError(f"--out {options.out}: {files.describe_error(error)}; make room, or choose "
+                            "another --out") from None
     print(f"{options.out}: {len(items) - len(bad)} masks")
     for line in bad[1:]:
         log.say(line)
     if bad:
-        more = (
-            f" ({len(bad)} of {len(items)} images have no mask, the others are named above)"
-            if len(bad) > 1
-            else ""
-        )
-        raise UserError(bad[0] + more)
+        others = f" ({len(bad)} of {len(items)} images have no mask, the others are named above)"
+        raise UserError(bad[0] + (others if len(bad) > 1 else ""))
 
 
 def _items(options: Predict) -> Iterator["Item"]:
-    """The images of all arguments.
+    """Yields the images of all arguments.
 
     Raises:
-        UserError: an argument that is not there, or a folder without an image; two images whose masks would
-            be one file.
+        UserError: a missing argument, a folder without images, or two images with the same mask file.
     """
     from stpp import log
     from stpp.commands.label import refuse_inside
-    from stpp.images.items import named, require_readable_name
+    from stpp.images.items import item_of, require_readable_name
     from stpp.images.sources import FolderSource
 
     require_readable_name(str(options.out.absolute()), "--out")
@@ -113,24 +104,24 @@ def _items(options: Predict) -> Iterator["Item"]:
         if path.is_dir():
             refuse_inside(options.out, str(path), "the folder")
             source = FolderSource(str(path.absolute()))
-            found, passed = list(source.items()), source.passed.line()
-            if passed:
-                log.say(f"  {path}: {passed}")
+            items, skipped = list(source.items()), source.skipped.line()
+            if skipped:
+                log.say(f"  {path}: {skipped}")
         elif path.is_file():
-            found = [named(path.name, str(path), str(path.absolute()))]
+            items = [item_of(path.name, str(path), str(path.absolute()))]
         else:
-            raise UserError(f"{path}: there is no such image or folder")
-        if not found:
+            raise UserError(f"{path}: no such image or folder")
+        if not items:
             raise UserError(f"{path}: no image in this folder")
-        for item in found:
+        for item in items:
             if seen.setdefault(item.key, item.file) != item.file:
-                raise UserError(f"{seen[item.key]} and {item.file} would both become {item.key}.png; give "
-                                "them to two --out")
+                raise UserError(f"{seen[item.key]} and {item.file} would both become {item.key}.png; write "
+                                "them to different --out folders")
             yield item
 
 
 def _write_all(predictor: "ImagePredictor", items: list["Item"], out: Path) -> list[str]:
-    """Writes masks, overlays and classes.json; returns a line for every image that has no mask."""
+    """Writes masks, overlays and classes.json; returns an error line for each image without a mask."""
     from PIL import Image
 
     from stpp import log
@@ -150,8 +141,8 @@ def _write_all(predictor: "ImagePredictor", items: list["Item"], out: Path) -> l
             bad.append(f"{item.file}: {error}")
             continue
         if is_dark(colours_HWC, reading):
-            log.say(f"warning: {item.file}: {reading.bits} bits a channel, of which it uses few: to the "
-                    "network it is nearly black; stretch it to the full range")
+            log.say(f"warning: {item.file}: uses few of its {reading.bits} bits per channel, so it looks "
+                    "nearly black to the network; stretch it to the full range")
         mask_HW = predictor.mask(colours_HWC)
         mask_path, overlay_path = (out / folder / f"{item.key}.png" for folder in ("masks", "overlays"))
         for path in (mask_path, overlay_path):

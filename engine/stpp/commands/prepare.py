@@ -1,6 +1,6 @@
-"""`stpp prepare` and `stpp split`: the index of a data set, and which of its images keep their labels.
+"""`stpp prepare` and `stpp split`: the index of a data set, and the draw of labelled images.
 
-Nothing heavy is imported before one runs.
+Heavy imports are deferred.
 """
 
 import json
@@ -21,51 +21,51 @@ class Prepare:
     """Folder for index.parquet, index.json and re-encoded masks."""
     data: SourceConfig = SourceConfig()
     workers: int | None = None
-    """Processes that read files; unset: all cores."""
+    """Number of reader processes; default: all cores."""
     strict: bool = False
-    """Refuse what else is warned of."""
+    """Treat warnings as errors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Draw which images keep their labels: labeled.txt, unlabeled.txt, val.txt."""
+    """Draw the images that keep their labels: labeled.txt, unlabeled.txt, val.txt."""
 
     index: Path
     """Folder of a prepared index."""
     out: Path
     """Folder for the three lists."""
     fraction: str = "1/8"
-    """Share (1/8, 0.125) or number (92) of the training images that keep their labels."""
+    """Fraction (1/8, 0.125) or number (92) of the training images that keep their labels."""
     seed: int = 0
-    """Equal seeds draw equal splits."""
+    """Random seed; equal seeds draw equal splits."""
     val: float | None = None
-    """Share of the training images drawn for validation; unset: the data set's own validation list."""
+    """Fraction of the training images drawn for validation; default: the data set's own validation list."""
 
 
 def prepare(args: Sequence[str]) -> None:
     """Runs `stpp prepare`.
 
     Raises:
-        UserError: the data set is not as its layout says, or a file cannot be used.
+        UserError: the data set does not match its layout, or a file is unusable.
     """
     options = config.parse(Prepare, args, prog="stpp prepare")
     data = options.data
     need_root(data)
     from stpp.dataset import card, index
 
-    made = index.prepare(data.root, options.out, workers=options.workers, strict=options.strict,
+    prepared = index.prepare(data.root, options.out, workers=options.workers, strict=options.strict,
                          **data.prepare_options())
     print(card.table(json.loads((options.out / card.JSON).read_text(encoding="utf-8"))))
-    with_mask = sum(entry.mask is not None for entry in made.entries.values())
-    print(f"{options.out}: {len(made.entries)} images, {with_mask} with a mask, "
-          f"{len(made.classes)} classes")
+    with_mask = sum(entry.mask is not None for entry in prepared.entries.values())
+    print(f"{options.out}: {len(prepared.entries)} images, {with_mask} with a mask, "
+          f"{len(prepared.classes)} classes")
 
 
 def split(args: Sequence[str]) -> None:
     """Runs `stpp split`.
 
     Raises:
-        UserError: no such index, or a fraction that it cannot give.
+        UserError: missing index, or an impossible fraction.
     """
     options = config.parse(Split, args, prog="stpp split")
     from stpp.dataset import index, splits

@@ -1,4 +1,4 @@
-"""`stpp recipes`: the recipes that come with stpp, which `stpp train --recipe NAME` finds by name."""
+"""`stpp recipes`: the built-in recipes, which `stpp train --recipe NAME` finds by name."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,33 +15,33 @@ FOLDER = next((folder for folder in (PACKAGE / "recipes", PACKAGE.parents[1] / "
 
 @dataclass(frozen=True, kw_only=True)
 class Recipes:
-    """List the recipes, with what each trains; `stpp train --recipe NAME --print-config` shows one."""
+    """List the built-in recipes with a description; `stpp train --recipe NAME --print-config` prints one."""
 
 
 def recipes(args: Sequence[str]) -> None:
     """Runs `stpp recipes`."""
     config.parse(Recipes, args, prog="stpp recipes")
-    found = _known()
-    if not found:
+    paths = _known()
+    if not paths:
         print(f"no recipes in {FOLDER}: install stpp again; "
-              "`stpp train --recipe` takes the path of any .toml file")
-    width = max(map(len, found), default=0)
-    for name, path in found.items():
+              "`stpp train --recipe` accepts the path of any .toml file")
+    width = max(map(len, paths), default=0)
+    for name, path in paths.items():
         print(f"{name:<{width}}  {_title(path)}")
 
 
 def find(recipe: str) -> Path:
-    """The file of a recipe: a path, else the name of one of ours.
+    """Path of a recipe, given a path or the name of a built-in recipe.
 
     Raises:
-        UserError: neither.
+        UserError: neither exists.
     """
-    path, found = Path(recipe), _known()
+    path, paths = Path(recipe), _known()
     if path.is_file():
         return path
-    if recipe in found:
-        return found[recipe]
-    names = f", or one of {', '.join(found)}" if found else ""
+    if recipe in paths:
+        return paths[recipe]
+    names = f", or one of {', '.join(paths)}" if paths else ""
     raise UserError(f"--recipe {recipe}: no such file; give the path of a .toml file{names}")
 
 
@@ -50,6 +50,6 @@ def _known() -> dict[str, Path]:
 
 
 def _title(path: Path) -> str:
-    """The first line of the comment that a recipe begins with."""
+    """First line of the comment at the top of a recipe."""
     with path.open(encoding="utf-8-sig") as file:
         return file.readline().lstrip("#").strip()

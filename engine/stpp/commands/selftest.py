@@ -1,6 +1,6 @@
-"""Short trials of what is installed: decode one image, one training step, one engine, every operator.
+"""Short trials of the installation: decode an image, one training step, one engine, every operator.
 
-Each returns what it did in a few words, and raises where it failed: `stpp doctor` says so.
+Each function returns a short description, or raises on failure; `stpp doctor` reports both.
 """
 
 import io
@@ -21,7 +21,7 @@ from stpp.distributed import World
 from stpp.errors import UserError
 from stpp.images import pixels
 from stpp.images.planning import Planned
-from stpp.images.reading import look
+from stpp.images.reading import read_header
 from stpp.images.sources import Item
 from stpp.inference import build, choose, export, fold, tensorrt
 from stpp.inference.record import Shapes
@@ -34,13 +34,14 @@ from stpp.training.trainer import Schedule, Trainer
 from stpp_kernels import reference
 
 TOLERANCE = 0.01
-"""Of operators, relative to the largest value: far above rounding (TF32 on GPUs), far below a wrong build."""
+"""Operator error relative to the largest value: far above rounding (TF32 on GPUs), far below a wrong
+build."""
 THREAD_ROUNDS = 15
 LEVELS = 4.0
-"""Grey levels of 255 by which a decoded JPEG may differ from what was encoded, on average."""
+"""Mean difference in grey levels (of 255) allowed between a decoded JPEG and its source."""
 SHAPES = Shapes.parse(["1x33x33", "2x65x97", "2x129x193"])
 ANY_RTX_GPU = "SM89"
-"""What TensorRT for RTX builds for where there is no GPU."""
+"""Target GPU of TensorRT for RTX on machines without a GPU."""
 
 
 class Tiny(nn.Module):
@@ -60,7 +61,7 @@ class Tiny(nn.Module):
 
 
 def decode(device: torch.device, *, dali: bool) -> str:
-    """Decodes a JPEG with DALI, or with PIL."""
+    """Decodes a JPEG with DALI or PIL."""
     truth_HWC = np.broadcast_to(np.linspace(0, 255, 96, dtype=np.uint8)[None, :, None], (64, 96, 3))
     file = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(truth_HWC)).save(file, "JPEG", quality=95)
@@ -69,17 +70,17 @@ def decode(device: torch.device, *, dali: bool) -> str:
         from stpp.images.decode_dali import DaliDecoder
 
         planned = Planned(item=Item(key="a", source="a.jpg", file="a.jpg"), position=0,
-                          reading=look(data, exif=False), batch=0, error=None)
+                          reading=read_header(data, exif=False), batch=0, error=None)
         with ThreadPoolExecutor(1) as pool:
-            (found,) = DaliDecoder(device, 1, 1, pool).images([planned], [data])
-        if not isinstance(found, torch.Tensor):  # it hands to PIL what it fails on
+            (decoded,) = DaliDecoder(device, 1, 1, pool).images([planned], [data])
+        if not isinstance(decoded, torch.Tensor):  # DALI's failures fall back to PIL
             raise UserError("DALI did not decode a plain JPEG")
-        found = found.cpu().numpy()
+        decoded = decoded.cpu().numpy()
     else:
-        found = pixels.decode(data)
-    off = float(np.abs(found.astype(int) - truth_HWC).mean())
+        decoded = pixels.decode(data)
+    off = float(np.abs(decoded.astype(int) - truth_HWC).mean())
     if off > LEVELS:
-        raise UserError(f"a decoded JPEG is off by {off:.1f} grey levels on average")
+        raise UserError(f"a decoded JPEG differs by {off:.1f} grey levels on average")
     return "decoded a JPEG"
 
 
@@ -114,13 +115,13 @@ def threads(count: int) -> str:
 
 
 def train_step(device: torch.device) -> str:
-    """One step of a small network on random pixels."""
+    """One training step of a small network on random pixels."""
     config = Config(model=ModelConfig(backbone="resnet18", output_stride=32),
                     train=TrainConfig(batch_global=2))
     samples = [Sample(key=name, image=name, mask=name, width=65, height=65) for name in "ab"]
-    here, classes = World(device=device), ("a", "b", "c")
-    step = Supervised(fresh_network(config, here, classes, stage=1), config)
-    trainer = Trainer(config, here, step, step.streams(config, samples), key=1, title="selftest",
+    world, classes = World(device=device), ("a", "b", "c")
+    step = Supervised(fresh_network(config, world, classes, stage=1), config)
+    trainer = Trainer(config, world, step, step.streams(config, samples), key=1, title="selftest",
                       classes=classes, folder=Path(), schedule=Schedule(steps=1, validate_steps=1),
                       validate=None)
     images_NCHW = torch.randn(2, 3, 65, 65, device=device).contiguous(memory_format=torch.channels_last)
@@ -129,35 +130,35 @@ def train_step(device: torch.device) -> str:
     loss, _ = trainer.train_step([(Batch(views=(images_NCHW,), labels_NHW=labels_NHW, indices=np.arange(2)),
                                    )])
     if not loss.isfinite() or torch.equal(before, next(step.network.parameters())):
-        raise UserError(f"a training step ended with loss {loss.item()} and did not move the weights")
+        raise UserError(f"a training step had loss {loss.item()} or did not change the weights")
     return f"one training step in {str(autocast_dtype('auto', device)).removeprefix('torch.')}"
 
 
 def engine(device: torch.device) -> str:
-    """Compiles a tiny network with the fastest backend that is there, and compares it with eager."""
+    """Compiles a tiny network with the fastest available backend, and compares it with eager."""
     backend = choose.fastest(build.available(device), device.type)
     if backend == "eager":
         return "no compiler for this device; teachers run in PyTorch"
     module, dtype = build.BACKENDS[backend], torch.float16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
-    ready = fold.ready(Tiny(), device=device, dtype=dtype)
+    folded = fold.ready(Tiny(), device=device, dtype=dtype)
     images_NCHW = torch.randn(2, 3, 65, 97, device=device,
                               dtype=dtype).contiguous(memory_format=torch.channels_last)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        module.build(ready, Path(folder), shapes=SHAPES, device=device, dtype=dtype, frozen=True)
-        ours, truth = module.load(Path(folder), device=device)(images_NCHW), ready(images_NCHW)
-        off = float((ours - truth).abs().max() / truth.abs().max())
+        module.build(folded, Path(folder), shapes=SHAPES, device=device, dtype=dtype, frozen=True)
+        compiled, eager = module.load(Path(folder), device=device)(images_NCHW), folded(images_NCHW)
+        off = float((compiled - eager).abs().max() / eager.abs().max())
     if not off <= 0.05:
-        raise UserError(f"an engine of {backend} is off by {off:.3g} of the largest logit")
+        raise UserError(f"an engine of {backend} differs by {off:.3g} of the largest logit")
     return f"compiled and ran a tiny engine with {backend}"
 
 
 def tensorrt_build() -> str:
-    """Builds an engine with TensorRT for RTX, which needs no GPU for it; runs none."""
-    ready = fold.ready(Tiny(), device=torch.device("cpu"), dtype=torch.float16)
+    """Builds an engine with TensorRT for RTX, which works without a GPU; does not run it."""
+    folded = fold.ready(Tiny(), device=torch.device("cpu"), dtype=torch.float16)
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder) / "tiny.onnx"
-        shapes = export.onnx(ready, graph, shapes=SHAPES, dtype=torch.float16)
+        shapes = export.onnx(folded, graph, shapes=SHAPES, dtype=torch.float16)
         tensorrt.compile_onnx(graph, graph.with_suffix(".plan"), shapes=shapes, device=torch.device("cuda"),
                               capabilities=(ANY_RTX_GPU,))
     return f"built a tiny engine for {ANY_RTX_GPU}"
@@ -197,12 +198,12 @@ def operators(device: torch.device) -> str:
             for backward in (ops.depthwise_conv_backward, reference.depthwise_conv_backward)
         ),
     }
-    for name, (ours, truth) in pairs.items():
-        ours, truth = ours.double(), truth.double()
-        if name == "upsample_argmax":  # a pixel may go to the other class of a tie
-            off = float((ours != truth).double().mean())
+    for name, (fused, plain) in pairs.items():
+        fused, plain = fused.double(), plain.double()
+        if name == "upsample_argmax":  # ties may resolve differently
+            off = float((fused != plain).double().mean())
         else:
-            off = float((ours - truth).abs().max() / truth.abs().max().clamp(min=1))
+            off = float((fused - plain).abs().max() / plain.abs().max().clamp(min=1))
         if not off <= TOLERANCE:
-            raise UserError(f"{name} is off by {off:.3g} from its plain PyTorch form")
+            raise UserError(f"{name} differs by {off:.3g} from its plain PyTorch form")
     return f"{len(pairs)} operators agree with their plain forms"

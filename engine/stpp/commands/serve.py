@@ -1,5 +1,4 @@
-"""`stpp serve`: Label Studio's ML backend, which answers with brushes. Nothing heavy is imported before it
-runs."""
+"""`stpp serve`: an ML backend for Label Studio that predicts brush regions. Heavy imports are deferred."""
 
 import contextlib
 import json
@@ -20,49 +19,49 @@ if TYPE_CHECKING:
     from stpp.inference.single_images import ImagePredictor
 
 MOST_BYTES, MOST_TASKS, MOST_LETTERS = 1 << 22, 64, 4096
-"""Of a request; the last of an image's address."""
+"""Limits of a request: bytes, tasks, and characters of an image address."""
 TIMEOUT_S = 60
-"""How long a client may keep a connection without a word."""
+"""Seconds after which an idle connection is closed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Serve:
-    """Answer Label Studio's requests for predictions of a project's images."""
+    """Serve predictions for a project's images to Label Studio."""
 
     checkpoint: Path
     """A best.pt or third-*.pt of a run, or a published state dict."""
     root: Path
-    """Folder of the images, Label Studio's document root; nothing outside it is opened."""
+    """Folder of the images, Label Studio's document root; files outside it are never opened."""
     host: str = "127.0.0.1"
-    """Address to listen at; the default is this machine alone. There is no password."""
+    """Address to listen on; default: this machine only. There is no password."""
     port: int = 9090
     output_stride: OutputStride = None
     tta: Views = "none"
     max_pixels: int = 1 << 24
-    """Images of more pixels get no mask: they need much memory."""
+    """Largest accepted image; larger ones need much memory and get no mask."""
     compute: Compute = ComputeConfig()
 
 
 class Refused(Exception):
-    """A request that is not answered; the text is for the client."""
+    """A rejected request; the message is sent to the client."""
 
 
 def serve(args: Sequence[str]) -> None:
     """Runs `stpp serve` until it is stopped.
 
     Raises:
-        UserError: no checkpoint or folder, or the address cannot be listened at.
+        UserError: missing checkpoint or folder, or an unavailable address.
     """
     options = config.parse(Serve, args, prog="stpp serve")
     if not files.and_part(options.checkpoint)[0].is_file():
-        raise UserError(f"{options.checkpoint}: there is no such checkpoint")
+        raise UserError(f"{options.checkpoint}: no such checkpoint")
     if not options.root.is_dir():
-        raise UserError(f"--root {options.root}: there is no such folder")
+        raise UserError(f"--root {options.root}: no such folder")
     from stpp import distributed
     from stpp.inference.single_images import open_image_predictor
 
-    with distributed.world(options.compute.device) as here:
-        predictor = open_image_predictor(options.checkpoint, mode=options.tta, device=here.device,
+    with distributed.world(options.compute.device) as world:
+        predictor = open_image_predictor(options.checkpoint, mode=options.tta, device=world.device,
                                          precision=options.compute.precision, max_pixels=options.max_pixels,
                                          trust=False, output_stride=options.output_stride)
         backend = LabelStudioBackend(predictor, options.root.resolve(), options.checkpoint.name)
@@ -77,19 +76,19 @@ def serve(args: Sequence[str]) -> None:
 
 
 def bound(backend: "LabelStudioBackend", host: str, port: int) -> ThreadingHTTPServer:
-    """A server that answers with a backend; port 0: a free one.
+    """HTTP server of a backend; port 0: any free port.
 
     Raises:
-        OSError: the address cannot be listened at.
+        OSError: the address is unavailable.
     """
     return ThreadingHTTPServer((host, port), type("BoundHandler", (_Handler,), {"backend": backend}))
 
 
 class LabelStudioBackend:
-    """What the requests ask for.
+    """Handlers of Label Studio's requests.
 
     Args:
-        root: absolute, without links.
+        root: absolute image folder, without links.
         version: name of the network.
     """
 
@@ -100,24 +99,24 @@ class LabelStudioBackend:
         self._scheme, self._lock = Scheme(names=predictor.classes), threading.Lock()
 
     def health(self) -> dict:
-        """The answer of `/health`."""
+        """Answer to `/health`."""
         return {"status": "UP", "model_class": "stpp"}
 
     def setup(self, _: dict) -> dict:
-        """The answer of `/setup`."""
+        """Answer to `/setup`."""
         return {"model_version": self._version}
 
     def predict(self, request: dict) -> dict:
-        """The answer of `/predict`: a prediction for each task.
+        """Answer to `/predict`: one prediction per task.
 
         Raises:
-            Refused: it is no such request, or names an image that is not below the root.
+            Refused: malformed request, or an image outside the root.
         """
         from stpp.annotations import to_label_studio
 
         tasks = request.get("tasks")
         if not isinstance(tasks, list) or not 0 < len(tasks) <= MOST_TASKS:
-            raise Refused(f"expected a list `tasks` of 1 to {MOST_TASKS}")
+            raise Refused(f"expected a list `tasks` with 1 to {MOST_TASKS} entries")
         try:
             tags = to_label_studio.tags(request.get("label_config"))
         except ValueError as error:
@@ -139,22 +138,22 @@ class LabelStudioBackend:
             raise Refused(f"{path.name}: {error}") from None
         regions = to_label_studio.result(mask_HW, self._scheme, confidence)
         return {"model_version": self._version, "score": confidence,
-                "result": [one | {"from_name": from_name, "to_name": to_name} for one in regions]}
+                "result": [region | {"from_name": from_name, "to_name": to_name} for region in regions]}
 
     def _image(self, address: Any) -> Path:
-        """The file that Label Studio serves at an address, or that a path from the root names."""
+        """File at a Label Studio address, or at a path relative to the root."""
         if not isinstance(address, str) or len(address) > MOST_LETTERS:
             raise Refused("a task has no image")
         before, served, named = address.partition("/local-files/?d=")
         if not served and "://" in address:
-            raise Refused("images are read from --root alone: serve them as local files of Label Studio")
+            raise Refused("only images below --root are read: serve them as local files of Label Studio")
         try:
             path = (self._root / urllib.parse.unquote(named if served else before).lstrip("/")).resolve()
-            there = path.is_relative_to(self._root) and path.is_file()
-        except (OSError, ValueError):  # a name that no file can have
-            there = False
-        if not there:
-            raise Refused("a task names an image that is not below --root")
+            is_readable = path.is_relative_to(self._root) and path.is_file()
+        except (OSError, ValueError):  # an impossible file name
+            is_readable = False
+        if not is_readable:
+            raise Refused("a task names an image outside --root")
         return path
 
 
@@ -171,17 +170,18 @@ class _Handler(BaseHTTPRequestHandler):
         action = {"/setup": self.backend.setup, "/predict": self.backend.predict,
                   "/webhook": lambda _: {}}.get(self.path.partition("?")[0])
         length = self.headers.get("Content-Length", "")
-        if action is None or "Origin" in self.headers:  # an origin: a page in a browser, not Label Studio
+        if action is None or "Origin" in self.headers:  # set by browsers, not by Label Studio
             return self._answer(403 if action else 404, {"error": "not answered"})
         if not length.isdecimal() or len(length) > 9 or int(length) > MOST_BYTES:
-            return self._answer(413, {"error": f"a request says its length, at most {MOST_BYTES} bytes"})
+            return self._answer(413, {"error": f"a request must declare a length of at most {MOST_BYTES} "
+                                               "bytes"})
         try:
             request = json.loads(self.rfile.read(int(length)) or b"{}")
         except (ValueError, RecursionError):
             request = None
         try:
             if not isinstance(request, dict):
-                raise Refused("the request is no JSON object")
+                raise Refused("the request is not a JSON object")
             self._answer(200, action(request))
         except Refused as error:
             self._answer(400, {"error": str(error)})
@@ -195,4 +195,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *_: object) -> None:
-        """Says nothing: names of images belong to the user."""
+        """Logs nothing: image names are private."""

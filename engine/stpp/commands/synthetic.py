@@ -1,12 +1,11 @@
-"""A made-up data set for demonstration and tests: pictures of five kinds of shapes, in the VOC layout.
+"""A synthetic data set for demos and tests: images of five kinds of shapes, in the VOC layout.
 
-A class has its shape, and a typical colour and texture. Light, shadow, noise and compression vary from
-picture to picture, and one picture in three is a poor photograph: black and white, faded, dim, out of focus
-or under coloured light. A few labelled pictures teach the task but not this breadth of appearances, which the
-unlabelled ones show.
+Each class has its own shape, and a typical colour and texture. Lighting, shadow, noise and compression vary
+between images, and one image in three is degraded: black and white, faded, dim, out of focus or tinted. A few
+labelled images teach the task but not this range of appearances; the unlabelled ones show it.
 
-Every number of a picture is drawn by a generator keyed by (seed, number of the picture). H, W: pixels;
-colours are float32 in 0..1.
+All random numbers of an image come from a generator keyed by (seed, image number). H, W: pixels; colours are
+float32 in 0..1.
 """
 
 import colorsys
@@ -32,7 +31,7 @@ _LOOKS = {
     "ring": (0.30, "light", "dots"),
 }
 """Typical hue in turns, brightness and texture of a class. The strong augmentation shifts hues by up to a
-quarter turn, so brightness against the ground, which it keeps, tells apart what hue may not."""
+quarter turn but keeps brightness relative to the background, which separates classes of ambiguous hue."""
 _TEXTURES = ("plain", "stripes", "checks", "speckle", "dots")
 _FAULTS = ("gray", "faded", "dim", "blurred", "tinted")
 _BACKGROUNDS = ("gradient", "clouds", "stripes", "blobs")
@@ -41,35 +40,35 @@ _SUPERSAMPLING = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difficulty:
-    """What makes the task hard. Pairs are ranges of uniform draws."""
+    """Difficulty of the task. Pairs are ranges of uniform draws."""
 
     side_px: tuple[int, int] = (48, 72)
     shapes: tuple[int, int] = (2, 5)
-    """Shapes in a picture, ends included."""
+    """Shapes per image, inclusive range."""
     radius: tuple[float, float] = (0.24, 0.42)
-    """Of a shape, as a part of the picture's shorter side; small ones are more frequent."""
+    """Shape radius as a fraction of the image's shorter side; small shapes are more frequent."""
     stretch: float = 1.5
-    """Largest ratio of a shape's two axes."""
+    """Maximum ratio of a shape's two axes."""
     hue_spread: float = 0.08
-    """Standard deviation of a shape's hue round that of its class, in turns."""
+    """Standard deviation of a shape's hue around its class's hue, in turns."""
     any_colour: float = 0.0
-    """Part of the shapes that take any hue and saturation."""
+    """Fraction of shapes with arbitrary hue and saturation."""
     typical_texture: float = 1.0
-    """Part of the shapes that take the texture of their class; the others take any."""
+    """Fraction of shapes with their class's texture; the others have any texture."""
     texture_period_px: tuple[float, float] = (4.5, 8)
     texture_strength: tuple[float, float] = (0.35, 0.6)
-    """How much darker a texture's dark parts are."""
+    """Relative darkness of a texture's dark parts."""
     saturation: tuple[float, float] = (0.6, 0.95)
     light_value: tuple[float, float] = (0.75, 1.0)
     dark_value: tuple[float, float] = (0.2, 0.45)
     background_value: tuple[float, float] = (0.35, 0.75)
     background_saturation: tuple[float, float] = (0.0, 0.3)
     background_contrast: tuple[float, float] = (0.05, 0.3)
-    """How far a background's colours lie apart."""
+    """Difference in value between a background's colours."""
     distractors: tuple[int, int] = (0, 3)
-    """Strokes in the colours of the shapes that belong to the background, ends included."""
+    """Strokes in shape colours that belong to the background, inclusive range."""
     light: float = 0.3
-    """Largest fall of light across a picture."""
+    """Maximum brightness gradient across an image."""
     shadow: float = 0.35
     """Probability of a soft-edged shadow."""
     cast: float = 0.05
@@ -77,15 +76,14 @@ class Difficulty:
     exposure: tuple[float, float] = (0.85, 1.15)
     blur_px: tuple[float, float] = (0.0, 0.6)
     poor: float = 0.35
-    """Part of the pictures that are poor photographs: black and white, faded, dim, out of focus or under
-    coloured light."""
+    """Fraction of degraded images: black and white, faded, dim, out of focus or tinted."""
     noise: tuple[float, float] = (0.0, 0.03)
     """Standard deviation of the sensor noise."""
     jpeg_quality: tuple[int, int] = (45, 95)
     seldom: str | None = None
-    """A class that is seldom: one small shape in some pictures, none in others; None: none is."""
+    """A rare class: one small shape in some images, none in the others; None: no rare class."""
     seldom_chance: float = 0.12
-    """Probability that a picture shows it."""
+    """Probability that an image contains the rare class."""
     seldom_radius: tuple[float, float] = (0.07, 0.09)
 
 
@@ -97,20 +95,20 @@ def generate(
     classes.json.
 
     Args:
-        out: its root.
-        seed: other seeds give other pictures of the same distribution.
-        train: pictures in train.txt; all have masks.
-        val: pictures in val.txt.
+        out: root of the data set.
+        seed: other seeds give other images of the same distribution.
+        train: number of images in train.txt; all have masks.
+        val: number of images in val.txt.
         difficulty: None for the defaults.
 
     Raises:
-        UserError: `out` holds something already.
+        UserError: `out` already contains a data set.
     """
     if train < 1 or val < 0:
-        raise ValueError(f"train, val: expected at least 1 and 0 pictures, got {train} and {val}")
+        raise ValueError(f"train, val: expected at least 1 and 0 images, got {train} and {val}")
     out = Path(out)
     if (out / "classes.json").exists() or (out / "JPEGImages").exists():
-        raise UserError(f"{out}: holds a data set already; choose another folder or remove it")
+        raise UserError(f"{out}: already contains a data set; choose another folder or remove it")
     for folder in ("JPEGImages", "SegmentationClass"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     difficulty = difficulty or Difficulty()
@@ -126,14 +124,14 @@ def generate(
     lists = out / "ImageSets" / "Segmentation"
     files.write_text(lists / "train.txt", "".join(name + "\n" for name in names[:train]))
     files.write_text(lists / "val.txt", "".join(name + "\n" for name in names[train:]))
-    # Last: a folder that has it is complete.
+    # Written last: it marks the folder as complete.
     files.write_json(out / "classes.json",
                      {"classes": list(CLASSES), "palette": colours[: len(CLASSES)].tolist(),
                       "ignore_index": IGNORE})
 
 
 def draw_picture(rng: np.random.Generator, difficulty: Difficulty) -> tuple[np.ndarray, np.ndarray]:
-    """A picture, uint8 [H, W, 3], and its mask, uint8 [H, W]."""
+    """An image, uint8 [H, W, 3], and its mask, uint8 [H, W]."""
     d = difficulty
     width, height = (int(side) for side in rng.integers(d.side_px[0], d.side_px[1] + 1, size=2))
     canvas = _background(rng, height, width, d)
@@ -154,7 +152,7 @@ def draw_picture(rng: np.random.Generator, difficulty: Difficulty) -> tuple[np.n
 
 def _draw_shape(rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray, label: int,
                 d: Difficulty) -> None:
-    """Draws one shape of a class over what is there."""
+    """Draws one shape of a class over the canvas."""
     coverage = _shape(rng, *mask.shape, label, d)
     canvas += coverage[..., None] * (_look(rng, *mask.shape, CLASSES[label], d) - canvas)
     mask[coverage >= 0.5] = label
@@ -168,7 +166,7 @@ def _smooth(rng: np.random.Generator, height: int, width: int, cells: float) -> 
 
 
 def _grid(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates of the pixels, turned by a random angle: two float32 [H, W], in pixels."""
+    """Pixel coordinates rotated by a random angle: two float32 [H, W], in pixels."""
     angle = rng.uniform(0, np.pi)
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     return x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
@@ -179,7 +177,7 @@ def _colour(hue: float, saturation: float, value: float) -> np.ndarray:
 
 
 def _background(rng: np.random.Generator, height: int, width: int, d: Difficulty) -> np.ndarray:
-    """One of several families of textured grounds, float32 [H, W, 3]."""
+    """A random textured background, float32 [H, W, 3]."""
     family = rng.choice(_BACKGROUNDS)
     u, _ = _grid(rng, height, width)
     if family == "gradient":
@@ -205,7 +203,7 @@ def _background(rng: np.random.Generator, height: int, width: int, d: Difficulty
 
 
 def _look(rng: np.random.Generator, height: int, width: int, name: str, d: Difficulty) -> np.ndarray:
-    """A fill that is typical of a class, more or less."""
+    """A fill typical of a class, with variation."""
     hue, brightness, texture = _LOOKS[name]
     hue += rng.normal(0, d.hue_spread)
     if rng.random() < d.any_colour:
@@ -219,7 +217,7 @@ def _look(rng: np.random.Generator, height: int, width: int, name: str, d: Diffi
 def _fill(
     rng: np.random.Generator, height: int, width: int, colour: np.ndarray, texture: str, d: Difficulty
 ) -> np.ndarray:
-    """A colour with a texture, float32 [H, W, 3]."""
+    """A textured colour, float32 [H, W, 3]."""
     strength, period = rng.uniform(*d.texture_strength), rng.uniform(*d.texture_period_px)
     u, v = _grid(rng, height, width)
     waves = 2 * np.pi / period
@@ -237,7 +235,7 @@ def _fill(
 
 
 def _shape(rng: np.random.Generator, height: int, width: int, label: int, d: Difficulty) -> np.ndarray:
-    """Part of each pixel that a shape covers, float32 [H, W]."""
+    """Pixel coverage of a shape, float32 [H, W]."""
     low, high = d.radius
     radius = (low + (high - low) * rng.random() ** 1.5) * min(height, width)
     centre = np.array([rng.uniform(0, width), rng.uniform(0, height)])
@@ -271,7 +269,7 @@ def _shape(rng: np.random.Generator, height: int, width: int, label: int, d: Dif
 
 
 def _stroke(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Coverage of a bent line that crosses part of the picture, float32 [H, W]."""
+    """Pixel coverage of a bent line across part of the image, float32 [H, W]."""
     start = np.array([rng.uniform(0, width), rng.uniform(0, height)])
     steps = rng.normal(0, 0.18 * min(height, width), size=(int(rng.integers(2, 6)), 2))
     points = np.concatenate([start[None], start + np.cumsum(steps, axis=0)]) * _SUPERSAMPLING
@@ -286,7 +284,7 @@ def _coverage(large: Image.Image) -> np.ndarray:
 
 
 def _photograph(rng: np.random.Generator, canvas: np.ndarray, d: Difficulty) -> np.ndarray:
-    """Light, shadow, colour cast, blur and noise; to uint8 [H, W, 3]."""
+    """Applies light, shadow, colour cast, blur and noise; returns uint8 [H, W, 3]."""
     height, width, _ = canvas.shape
     u, _ = _grid(rng, height, width)
     light = 1 - rng.uniform(0, d.light) * (u - u.min()) / (u.max() - u.min())

@@ -1,4 +1,4 @@
-"""`stpp train`: a whole run, from a recipe and flags. Nothing heavy is imported before it runs."""
+"""`stpp train`: a whole run, from a recipe and flags. Heavy imports are deferred."""
 
 import json
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ from stpp.settings import INLINE
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Run supervised training, ST, ST++, UniMatch or UniMatch-V2; the same command on the same --out goes on
-    where it stopped."""
+    """Run supervised training, ST, ST++, UniMatch or UniMatch-V2. To resume, run the same command again;
+    finished stages are skipped."""
 
     recipe: str | None = None
-    """Settings to begin with: a name that `stpp recipes` lists, or the path of a .toml or config.json."""
+    """Base settings: a name that `stpp recipes` lists, or the path of a .toml file or config.json."""
     print_config: bool = False
-    """Print all settings as JSON, and run nothing."""
+    """Print all settings as JSON and exit."""
     config: Annotated[Config, INLINE] = Config()
 
 
@@ -29,7 +29,7 @@ def train(args: Sequence[str]) -> None:
     """Runs `stpp train`.
 
     Raises:
-        UserError: the flags, the recipe, the data or the run's folder do not allow the run.
+        UserError: invalid flags, recipe, data or run folder.
     """
     options = parse(args)
     if options.print_config:
@@ -41,17 +41,17 @@ def train(args: Sequence[str]) -> None:
     from stpp import distributed, log
     from stpp.run.start import start
 
-    with distributed.world(options.config.device, timeout_minutes=options.config.timeout_minutes) as here:
-        log.set_speaker(here.is_main)
-        start(options.config, here)
+    with distributed.world(options.config.device, timeout_minutes=options.config.timeout_minutes) as world:
+        log.set_speaker(world.is_main)
+        start(options.config, world)
 
 
 def parse(args: Sequence[str]) -> Train:
-    """Reads the recipe, and then the flags, which win."""
+    """Reads the recipe, then the flags, which take precedence."""
     recipe = None
     for place, arg in enumerate(args, 1):
         name, is_joined, value = arg.partition("=")
         if name == "--recipe":
-            recipe = value if is_joined else next(iter(args[place:]), None)  # none: refused below
+            recipe = value if is_joined else next(iter(args[place:]), None)  # None is rejected below
     default = Train(config=config.load_recipe(Config, find(recipe))) if recipe is not None else None
     return config.parse(Train, args, prog="stpp train", default=default)

@@ -1,6 +1,6 @@
-"""The data card: what a data set was found to hold, as a table for people and as JSON for programs.
+"""The data card: a summary of a data set, as a table for people and as JSON for programs.
 
-`card.json`, `card.txt` and `contact-sheet.png` lie in the index's folder.
+`card.json`, `card.txt` and `contact-sheet.png` are in the index's folder.
 """
 
 from collections import Counter
@@ -16,51 +16,51 @@ JSON, TEXT, SHEET = "card.json", "card.txt", "contact-sheet.png"
 _SHOWN = 6
 
 
-def fields(one: Checked) -> dict[str, str]:
-    """How one image file stores its picture, by what the card counts."""
-    reading = one.reading
+def fields(checked: Checked) -> dict[str, str]:
+    """Storage properties of an image file, by the rows of the card."""
+    reading = checked.reading
     return {
         "format": reading.format,
         "colour model": reading.colours + ", alpha" * reading.alpha,
         "bits": str(reading.bits),
-        "orientation": str(one.orientation),
+        "orientation": str(checked.orientation),
     }
 
 
 @dataclass
 class Tally:
-    """Sums of the card over the files of a data set."""
+    """Totals of the card over all files."""
 
     classes: Sequence[str]
     images: dict[str, Counter[str]] = field(default_factory=dict)
-    """By the fields of images: how many have which value."""
+    """Counts by image property and value."""
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    """(width, height), upright."""
+    """(width, height) after EXIF rotation."""
     masks: Counter[str] = field(default_factory=Counter)
-    """How masks store their ids."""
+    """Counts by mask storage."""
     ignored: int = 0
 
     def __post_init__(self):
         self.pixels = [0] * len(self.classes)
         self.masks_with = [0] * len(self.classes)
 
-    def add(self, one: Checked) -> None:
-        """Takes an image with its mask."""
-        if one.reading is None:
+    def add(self, checked: Checked) -> None:
+        """Counts an image with its mask."""
+        if checked.reading is None:
             return
-        for name, value in fields(one).items():
+        for name, value in fields(checked).items():
             self.images.setdefault(name, Counter())[value] += 1
-        self.sizes[one.reading.width, one.reading.height] += 1
-        if one.class_pixels is not None:
-            stored = one.stored
+        self.sizes[checked.reading.width, checked.reading.height] += 1
+        if checked.class_pixels is not None:
+            stored = checked.stored
             self.masks[f"{stored.kind}, {stored.bits} bits" if stored else "drawn from shapes"] += 1
-            self.ignored += one.ignored
-            for i, count in enumerate(one.class_pixels):
+            self.ignored += checked.ignored
+            for i, count in enumerate(checked.class_pixels):
                 self.pixels[i] += count
                 self.masks_with[i] += count > 0
 
     def values(self) -> dict:
-        """The sums as JSON values."""
+        """The totals as JSON values."""
         sides = [side for size in self.sizes for side in size]
         total = max(sum(self.pixels) + self.ignored, 1)
         classes = [
@@ -86,19 +86,19 @@ def write(out: Path, tally: Tally, *, about: dict, splits: dict[str, int], notes
 
     Args:
         about: root, layout and counts, for the head of the card.
-        splits: images by what the data set's own lists and folders have them for.
+        splits: image counts by official split.
     """
     values = {**about, **tally.values(), "splits": splits, "notes": notes.lines, "warnings": notes.warnings}
     files.write_json(out / JSON, values)
-    said = [*notes.lines, *(f"warning: {text}" for text in notes.warnings)]
-    files.write_text(out / TEXT, "\n".join([table(values), *([""] if said else []), *said]) + "\n")
+    messages = [*notes.lines, *(f"warning: {text}" for text in notes.warnings)]
+    files.write_text(out / TEXT, "\n".join([table(values), *([""] if messages else []), *messages]) + "\n")
 
 
 def table(values: dict) -> str:
-    """The card as text, without what was said on the way to it.
+    """The card as text, without notes and warnings.
 
     Args:
-        values: what card.json holds.
+        values: content of card.json.
     """
     rows = [
         ("root", values["root"]),
@@ -122,8 +122,8 @@ def table(values: dict) -> str:
     if values["masks"]:
         classes = [("class", "pixels", "share", "images")]
         classes += [
-            (one["name"], str(one["pixels"]), f"{one['share_pct']:.2f} %", str(one["images"]))
-            for one in values["classes"]
+            (entry["name"], str(entry["pixels"]), f"{entry['share_pct']:.2f} %", str(entry["images"]))
+            for entry in values["classes"]
         ]
         classes.append(
             ("255 (ignore)", str(values["ignored"]["pixels"]), f"{values['ignored']['share_pct']:.2f} %", "")

@@ -1,4 +1,4 @@
-"""The work of the preparation: to look at one image and its mask, and at all of them on all cores.
+"""Checks of single images and masks, run in parallel on all cores.
 
 This module imports neither torch nor pyarrow, so that worker processes start quickly.
 """
@@ -20,86 +20,84 @@ from stpp.images.containers import looks_whole
 from stpp.images.image_file import DECODE_ERRORS, upright, upright_size
 from stpp.images.masks import IGNORE, Stored, count_indices, read_mask, write_index_png
 from stpp.images.pixels import BadImage
-from stpp.images.reading import Proof, Reading, prove
+from stpp.images.reading import DecodeFindings, Reading, check_decodable
 
 _CHUNK = 32
-"""Images passed to a process at once: enough to make passing them cheap, few enough that no core idles at the
-end."""
+"""Images per message to a worker process: large enough for cheap messages, small enough to keep all cores
+busy at the end."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What is to be looked at."""
+    """An image to check, with its mask."""
 
     key: str
     image: str
     mask: str | None
     bytes: int
-    """Of the image; -1 where it is no readable file. So in the other stamps."""
+    """Size of the image; -1 if it is not a readable file. The same holds for the other stamps."""
     mtime_ns: int
     mask_bytes: int | None = None
     mask_mtime_ns: int | None = None
     digest: bool = False
-    """Take a digest of the image's bytes: another file is as long."""
+    """Hash the image's bytes, because another file has the same size."""
     shapes: ShapeSource | None = None
-    """Where in the file `mask` the shapes stand that the mask is drawn from; None: it is a mask."""
+    """Location of the shapes in the file `mask`, from which the mask is drawn; None: `mask` is a mask."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What was found: an entry of the index, or problems."""
+    """Result of a check: an index entry, or problems."""
 
     task: Task
     reading: Reading | None = None
-    """None where there are problems."""
+    """None if there are problems."""
     used_bits: int = 0
-    """Bits that the image uses; see `stpp.images.reading.prove`."""
+    """Bits that the image uses; see `stpp.images.reading.check_decodable`."""
     like_mask: bool = False
-    """True if the image looks like a mask; see there."""
+    """True if the image looks like a mask; see `stpp.images.reading.check_decodable`."""
     orientation: int = 1
-    """EXIF orientation of the image file, 1 to 8, whether it is turned by it or not."""
+    """EXIF orientation of the image file, 1 to 8, whether applied or not."""
     converted: str | None = None
-    """The mask written anew, relative to the index's folder."""
+    """Path of the re-encoded mask, relative to the index's folder."""
     class_pixels: list[int] | None = None
     problems: tuple[str, ...] = ()
     ignored: int = 0
-    """Pixels of the mask that are 255."""
+    """Mask pixels that are 255."""
     stored: Stored | None = None
-    """How the mask stores its ids; None where it was drawn."""
+    """Storage of the ids in the mask; None for drawn masks."""
     doubtful: tuple[str, ...] = ()
-    """Shapes whose pixels became 255, in words."""
+    """Descriptions of the shapes whose pixels became 255."""
     crowds: int = 0
-    """Shapes that are crowds."""
+    """Number of crowd shapes."""
     edges: Edges | None = None
     digest: str | None = None
-    """Of the image's bytes, where the task asks for it."""
+    """SHA-256 of the image's bytes, if the task requests it."""
 
 
 def check_all(tasks: list[Task], arguments: tuple, workers: int | None = None) -> Iterator[list[Checked]]:
-    """Checks tasks on all cores and yields the results in chunks, in order.
+    """Checks tasks on all cores; yields results in chunks, in order.
 
     Args:
-        tasks: what to look at.
-        arguments: what `check` takes besides the task.
-        workers: processes; None: one a core. Few tasks are done in this process: starting others would take
-            longer.
+        tasks: images to check.
+        arguments: arguments of `check` after the task.
+        workers: number of processes; None: one per core. Small task lists run in this process, because
+            starting workers would take longer.
     """
     chunks = (tasks[start : start + _CHUNK] for start in range(0, len(tasks), _CHUNK))
     workers = min(workers or processes.cores(), max(1, len(tasks) // (4 * _CHUNK)))
-    died = ("a process that reads images died; if it was killed for lack of memory, fewer --data.threads "
-            "need less")
+    died = ("a process that reads images died; if it ran out of memory, use fewer --data.threads")
     yield from processes.in_order(check_many, chunks, arguments, workers, died=died)
 
 
 def check_many(tasks: list[Task], *arguments) -> list[Checked]:
-    """`check` for each task, in order."""
+    """Checks tasks in order."""
     return [check(task, *arguments) for task in tasks]
 
 
 def check(task: Task, root: str, out: str, classes: int, exif: bool,
           meaning: MaskMap | Legend | None = None) -> Checked:
-    """Decodes an image and its mask, compares them, and writes the mask anew below `out` where it is not
-    plain.
+    """Decodes an image and its mask, compares them, and re-encodes the mask below `out` unless it is plain.
 
     Args:
         task: paths relative to the root.
@@ -107,7 +105,8 @@ def check(task: Task, root: str, out: str, classes: int, exif: bool,
         out: the index's folder.
         classes: number of classes; a mask may hold 0 .. classes - 1 and 255.
         exif: the EXIF rule, see stpp.images.image_file.
-        meaning: what the numbers or colours of masks mean, or the labels of shapes; None: they are class ids.
+        meaning: mapping of mask values or colours, or of shape labels, to classes; None: values are class
+            ids.
     """
     if task.shapes is not None:
         return _check_drawn(task, root, out, classes, exif, meaning)
@@ -141,17 +140,17 @@ def check(task: Task, root: str, out: str, classes: int, exif: bool,
 
 
 def _check_drawn(task: Task, root: str, out: str, classes: int, exif: bool, legend: Legend) -> Checked:
-    """`check` of an image whose mask is drawn from shapes."""
+    """`check` for an image whose mask is drawn from shapes."""
     try:
         seen, proof, digest = _look(os.path.join(root, task.image), task.digest)
         frame = seen.as_stored() if legend.stored else seen
-        found = readers.read(task.shapes, os.path.join(root, task.mask), frame.width, frame.height)
+        annotated = readers.read(task.shapes, os.path.join(root, task.mask), frame.width, frame.height)
     except UserError as error:
         return Checked(task, problems=(_relative(error, root),))
-    if found.size is not None and found.size != (frame.width, frame.height):
+    if annotated.size is not None and annotated.size != (frame.width, frame.height):
         other = seen if legend.stored else seen.as_stored()
-        return Checked(task, problems=(_frame_problem(task, found.size, frame, other, seen.orientation),))
-    drawn = draw(found, frame.height, frame.width, legend)
+        return Checked(task, problems=(_frame_problem(task, annotated.size, frame, other, seen.orientation),))
+    drawn = draw(annotated, frame.height, frame.width, legend)
     if drawn.problems:
         return Checked(task, problems=tuple(f"{task.mask}: {task.image}: {text}" for text in drawn.problems))
     mask_HW = drawn.mask_HW
@@ -166,7 +165,7 @@ def _check_drawn(task: Task, root: str, out: str, classes: int, exif: bool, lege
 
 
 def _written(task: Task, out: str, mask_HW: np.ndarray) -> str:
-    """Writes the mask anew; its path relative to the index's folder."""
+    """Writes the re-encoded mask; returns its path relative to the index's folder."""
     converted = f"masks/{task.key}.png"
     target = os.path.join(out, converted)
     os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -175,66 +174,64 @@ def _written(task: Task, out: str, mask_HW: np.ndarray) -> str:
     return converted
 
 
-def _frame_problem(task: Task, said: tuple[int, int], frame: Reading, other: Reading, turn: int) -> str:
-    """Says that an image has another size than the file with its shapes says, and whether it would not the
-    other way round."""
+def _frame_problem(task: Task, stated: tuple[int, int], frame: Reading, other: Reading, turn: int) -> str:
+    """Message for an image size that differs from the annotation file, with a hint if the other EXIF rule
+    matches."""
     hint = ""
-    if said == (other.width, other.height):
+    if stated == (other.width, other.height):
         way = "upright" if frame == other.as_stored() and turn != 1 else "stored"
         hint = f"; they match with --data.annotated {way}, as the image's EXIF orientation is {turn}"
-    return (f"{task.mask}: it says that {task.image} has {said[0]}x{said[1]} pixels, but it has "
+    return (f"{task.mask}: it says that {task.image} has {stated[0]}x{stated[1]} pixels, but it has "
             f"{frame.width}x{frame.height}{hint or '; the shapes were drawn at another size'}")
 
 
 def _mask_problems(path: str, stored: Stored, counts: np.ndarray, classes: int) -> list[str]:
-    """What is wrong with one mask alone."""
-    found = []
+    """Problems of one mask alone."""
+    problems = []
     if stored.transparent:
-        found.append(f"{path}: {stored.transparent} pixels of the mask are transparent and others are not, "
-                     "so what they hold is not plain; flatten the image (without anti-aliasing) and save it "
-                     "without an alpha channel")
+        problems.append(f"{path}: {stored.transparent} pixels of the mask are transparent and others are "
+                        "not, so their class is ambiguous; flatten the image (without anti-aliasing) and "
+                        "save it without an alpha channel")
     wrong = [i for i in counts.nonzero()[0].tolist() if classes <= i != IGNORE]
     if len(wrong) > MANY:
-        found.append(f"{path}: {len(wrong)} ids from {wrong[0]} to {wrong[-1]} in {counts[wrong].sum()} "
-                     f"pixels are outside the class list (0 to {classes - 1}; 255 is ignore): soft edges or "
-                     "JPEG noise; save the mask as PNG without anti-aliasing, or give every pixel the "
-                     "nearest id in an image editor")
+        problems.append(f"{path}: {len(wrong)} ids from {wrong[0]} to {wrong[-1]} in {counts[wrong].sum()} "
+                        f"pixels are outside the class list (0 to {classes - 1}; 255 is ignore): soft edges "
+                        "or JPEG noise; save the mask as PNG without anti-aliasing, or replace these ids "
+                        "with the nearest class id in an image editor")
     elif wrong:
         ids = ", ".join(f"id {i} in {counts[i]} pixels" for i in wrong[:5]) + ", ..." * (len(wrong) > 5)
-        found.append(f"{path}: class {ids}; the class list has ids 0 to {classes - 1} (255 is ignore); "
-                     "--data.mask-map turns other ids into these")
-    return found
+        problems.append(f"{path}: class {ids}; the class list has ids 0 to {classes - 1} (255 is ignore); "
+                        "map other ids with --data.mask-map")
+    return problems
 
 
-def _look(path: str, digested: bool) -> tuple[Reading, Proof, str | None]:
-    """How an image is read, turned upright, what its data, decoded to the end, tell besides, and their
-    digest.
+def _look(path: str, digested: bool) -> tuple[Reading, DecodeFindings, str | None]:
+    """Reading of an image (rotated upright), findings from decoding it completely, and its digest.
 
-    Headers alone would pass files that are cut short.
+    Headers alone would accept truncated files.
     """
     try:
         with open(path, "rb") as file:
             data = file.read()
-        found, proof = prove(data)
+        reading, proof = check_decodable(data)
     except BadImage as bad:
         raise UserError(f"{path}: cannot be read as an image ({bad}); replace or remove it") from None
     except DECODE_ERRORS as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
         raise UserError(f"{path}: cannot be read as an image ({reason}); replace or remove it") from error
     digest = hashlib.sha256(data).hexdigest() if digested else None
-    return found._replace(plain=found.plain and looks_whole(data)), proof, digest
+    return reading._replace(plain=reading.plain and looks_whole(data)), proof, digest
 
 
 def _size_problem(task: Task, reading: Reading, other: Reading, mask_size: tuple[int, int], mask_turn: int,
                   exif: bool) -> str:
-    """Says that the sizes differ, and whether they would not under the other EXIF rule.
+    """Message for a mask size that differs from its image, with a hint if the other EXIF rule matches.
 
     Args:
         other: the reading under the other rule.
         mask_size: (width, height).
     """
-    # The mask has been turned under exif=True only; a turn by 90 degrees is its own inverse as far as the
-    # size goes.
+    # The mask was rotated under exif=True only; for sizes, a 90-degree rotation is its own inverse.
     mask_other = upright_size(*mask_size, mask_turn)
     hint = ""
     if (other.width, other.height) == mask_other:
@@ -249,5 +246,5 @@ def _size_problem(task: Task, reading: Reading, other: Reading, mask_size: tuple
 
 
 def _relative(error: UserError, root: str) -> str:
-    """The message with paths as the user wrote them in lists."""
+    """The message with paths relative to the root, as in list files."""
     return str(error).replace(root + os.sep, "", 1)

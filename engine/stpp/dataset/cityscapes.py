@@ -1,6 +1,6 @@
-"""Cityscapes: its 19 training classes, where its files lie, and what the ids of its original masks mean.
+"""Cityscapes: its 19 training classes, file locations, and the mapping of its original mask ids.
 
-Masks come as `*_labelTrainIds.png` (class ids as they are trained), or as `*_labelIds.png` (all 34 ids).
+Masks are `*_labelTrainIds.png` (training class ids) or `*_labelIds.png` (all 34 ids).
 """
 
 CLASSES = (
@@ -18,4 +18,4 @@ LABEL_IDS_MAP = (
     "29-30=ignore",
     "31-33=16-18",
 )  # fmt: skip
-"""See `stpp.dataset.mask_map`. Source: the labels of the data set's own tools."""
+"""Mask map of the original ids, see `stpp.dataset.mask_map`. Source: labels of the data set's own tools."""

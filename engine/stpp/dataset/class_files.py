@@ -1,7 +1,6 @@
-"""Files that name the classes of a data set, as tools write them: `classes.json`, lists of names in text,
-YOLO's `data.yaml`.
+"""Class-name files of annotation tools: `classes.json`, text lists, YOLO's `data.yaml`.
 
-Read where the order of the ids is plain; anything else is refused, as a guess would swap classes.
+Only files with an unambiguous id order are accepted; a wrong guess would swap classes.
 """
 
 import ast
@@ -18,26 +17,26 @@ TEXTS = ("labelmap.txt", "class_names.txt", "classes.txt", "labels.txt", "obj.na
 YAMLS = ("data.yaml", "dataset.yaml")
 _NUMBERED = re.compile(r"(\d{1,5})\s*[:=,;\t ]\s*(\S.*)")
 _SEPARATOR, _NO_NAME = re.compile(r"[:=,;\t]"), re.compile(r"[{}\[\]<>:=;\t]")
-"""Signs between an id and its name; signs of files that are written for programs."""
+"""Separators between an id and its name; characters that mark a line as code or markup."""
 _WANTED = "write a list of names in the order of their ids"
 
 
 def find(root: Path) -> tuple[list[str], str] | None:
-    """(names, file) of `classes.json`, else of the other files in the root; None without any.
+    """(names, file) of `classes.json`, otherwise of another class file in the root; None without any.
 
     Raises:
-        UserError: a file that cannot be read as a class list, or two that name different classes.
+        UserError: an unreadable class list, or two files with different classes.
     """
-    return of_json(root) or of_tools(root)
+    return from_json(root) or from_tools(root)
 
 
-def of_json(root: Path) -> tuple[list[str], str] | None:
+def from_json(root: Path) -> tuple[list[str], str] | None:
     """(names, file) of `classes.json`; None without one."""
     return (_json(root / JSON), str(root / JSON)) if (root / JSON).is_file() else None
 
 
-def of_tools(root: Path) -> tuple[list[str], str] | None:
-    """(names, file) of the other files; None without any."""
+def from_tools(root: Path) -> tuple[list[str], str] | None:
+    """(names, file) of the annotation tools' class files; None without any."""
     found = [(_text(root / name), str(root / name)) for name in TEXTS if (root / name).is_file()]
     found += [(_yaml(root / name), str(root / name)) for name in YAMLS if (root / name).is_file()]
     for names, path in found[1:]:
@@ -49,8 +48,7 @@ def of_tools(root: Path) -> tuple[list[str], str] | None:
 
 
 def _bare(name: str) -> str:
-    """A name in lower case without signs around it: labelme writes `_background_` where others write
-    `background`."""
+    """Lower-case name without surrounding signs: labelme writes `_background_` for `background`."""
     return name.strip("_ ").lower()
 
 
@@ -62,21 +60,22 @@ def _read(path: Path) -> str:
 
 
 def _json(path: Path) -> list[str]:
-    """A list of names; an object with it under "classes", "categories" or "names", names perhaps in objects
+    """A list of names; an object that holds one under "classes", "categories" or "names", possibly as objects
     with ids; or {id: name}, {name: id}."""
     value = _parsed(_read(path), path)
     if isinstance(value, dict):
         lists = (value[name] for name in ("classes", "categories", "names") if name in value)
         value = next((listed for listed in lists if isinstance(listed, (list, dict))), value)
-    if isinstance(value, dict) and value and all(type(one) is int for one in value.values()):
+    if isinstance(value, dict) and value and all(type(number) is int for number in value.values()):
         return _ordered([(number, name) for name, number in value.items()], path)
     if isinstance(value, dict) and value and all(key.isascii() and key.isdecimal() for key in value):
         return _ordered([(int(key), name) for key, name in value.items()], path)
     if not isinstance(value, list):
         raise UserError(f"{path}: expected a list of class names in the order of their ids")
-    if value and all(isinstance(one, dict) for one in value):
-        names = [next((one[key] for key in ("name", "title", "label") if key in one), None) for one in value]
-        ids = [one.get("id") for one in value]
+    if value and all(isinstance(entry, dict) for entry in value):
+        names = [next((entry[key] for key in ("name", "title", "label") if key in entry), None)
+                 for entry in value]
+        ids = [entry.get("id") for entry in value]
         if any(number is not None for number in ids):
             return _ordered(list(zip(ids, names, strict=True)), path)
         value = names
@@ -84,7 +83,7 @@ def _json(path: Path) -> list[str]:
 
 
 def _parsed(text: str, path: Path) -> object:
-    """JSON, or what people write for it by hand: single quotes, a comma behind the last name."""
+    """JSON, or hand-written variants of it: single quotes, a trailing comma."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -92,35 +91,34 @@ def _parsed(text: str, path: Path) -> object:
             return ast.literal_eval(text.strip())
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             raise UserError(
-                f"{path}: is not JSON ({' '.join(str(error).split())}); "
-                "write a list of class names in the order of "
-                'their ids: ["background", "leaf"]'
+                f"{path}: is not JSON ({' '.join(str(error).split())}); write a list of class names in the "
+                'order of their ids: ["background", "leaf"]'
             ) from error
 
 
 def _text(path: Path) -> list[str]:
-    """One name a line; or `id: name`, with a header perhaps; or CVAT's `name:r,g,b:parts:actions`. Lines that
-    begin with # say nothing."""
+    """One name per line; or `id: name`, optionally with a header; or CVAT's `name:r,g,b:parts:actions`. Lines
+    that begin with # are comments."""
     lines = [line.strip() for line in _read(path).splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]
     if labelled := cvat.parsed(lines):
         return _names([label.name for label in labelled], path)
     numbered = [_NUMBERED.fullmatch(line) for line in lines]
     if lines and all(numbered):
-        return _ordered([(int(found[1]), found[2].strip()) for found in numbered], path)
+        return _ordered([(int(match[1]), match[2].strip()) for match in numbered], path)
     if len(lines) > 2 and not numbered[0] and all(numbered[1:]) and _SEPARATOR.search(lines[0]):
-        return _ordered([(int(found[1]), found[2].strip()) for found in numbered[1:]], path)
-    if any(found and _SEPARATOR.search(line) for found, line in zip(numbered, lines, strict=True)):
-        raise UserError(f"{path}: some lines are `id: name` and others are not; {_WANTED}, one a line")
+        return _ordered([(int(match[1]), match[2].strip()) for match in numbered[1:]], path)
+    if any(match and _SEPARATOR.search(line) for match, line in zip(numbered, lines, strict=True)):
+        raise UserError(f"{path}: some lines are `id: name` and others are not; {_WANTED}, one per line")
     if form := next((line for line in lines if _NO_NAME.search(line)), None):
-        raise UserError(f"{path}: the line {form!r} is no class name; {_WANTED}, one a line")
+        raise UserError(f"{path}: the line {form!r} is not a class name; {_WANTED}, one per line")
     if lines[:1] == ["__ignore__"]:  # labelme's list gives it the id -1
         lines = lines[1:]
     return _names(lines, path)
 
 
 def _yaml(path: Path) -> list[str]:
-    """YOLO's: `names: [a, b]`, `names: {0: a}`, or a block of either."""
+    """YOLO class names: `names: [a, b]`, `names: {0: a}`, or either as a block."""
     import yaml
 
     try:
@@ -136,13 +134,13 @@ def _yaml(path: Path) -> list[str]:
 
 
 def _ordered(pairs: list[tuple[object, object]], path: Path) -> list[str]:
-    """The names of (id, name) by their ids, which must be 0, 1, 2, ..."""
+    """Names of (id, name) pairs sorted by id; ids must be 0, 1, 2, ..."""
     ids = [number for number, _ in pairs]
     if any(type(number) is not int for number in ids) or sorted(ids) != list(range(len(pairs))):
         shown = ", ".join(str(number) for number in ids[:5])
         raise UserError(
-            f"{path}: its ids ({shown}{', ...' * (len(ids) > 5)}) are not 0, 1, 2, ... once each, and masks "
-            f"hold class ids from 0; {_WANTED}, and turn the ids in the masks into these with --data.mask-map"
+            f"{path}: its ids ({shown}{', ...' * (len(ids) > 5)}) are not 0, 1, 2, ... once each, as class "
+            f"ids must be; {_WANTED}, and map the ids in the masks with --data.mask-map"
         )
     return _names([name for _, name in sorted(pairs, key=lambda pair: pair[0])], path)
 

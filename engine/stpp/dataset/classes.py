@@ -12,11 +12,10 @@ from stpp.errors import UserError
 VOC_CLASSES = tuple(
     (
         "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
-        "motorbike person "
-        "pottedplant sheep sofa train tvmonitor"
+        "motorbike person pottedplant sheep sofa train tvmonitor"
     ).split()
 )
-"""Of VOC 2012."""
+"""Classes of VOC 2012."""
 _OF_LAYOUT = {"voc": VOC_CLASSES, "cityscapes": cityscapes.CLASSES}
 _NOT_CLASSES = {
     "ignore",
@@ -29,67 +28,64 @@ _NOT_CLASSES = {
     "notlabelled",
     "dontcare",
 }
-"""What pixels that count nowhere are called, in lower case and letters alone."""
+"""Names of ignored pixels, in lower case and letters only."""
 _NOT_CLASS_WORDS = {"ignore", "void", "unlabeled", "unlabelled"}
-"""Words of longer names for these, such as `unlabelled area`."""
+"""Words that mark longer names of ignored pixels, such as `unlabelled area`."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClassList:
-    """Class names, and where they are from."""
+    """Class names and their source."""
 
     names: list[str]
     source: str
     """A flag, a file, or a layout."""
     of_layout: bool = False
-    """True where they are the public data set's, which has this layout."""
+    """True for the classes of the public data set with this layout."""
 
 
 def class_list(root: str | os.PathLike, layout: str, given: Sequence[str] = (),
                own: ClassList | None = None) -> ClassList:
-    """Finds the class names: `given`; else those of a file in the root (see stpp.dataset.class_files); else
-    VOC's and Cityscapes' in their layouts.
+    """Determines the class names: `given`; otherwise those of a file in the root (see
+    stpp.dataset.class_files); otherwise VOC's and Cityscapes' in their layouts.
 
     Args:
-        own: those that the files of a tool have, which its layout is for; `classes.json` wins over them.
+        own: names from the annotation tool's own files; `classes.json` takes precedence.
 
     Raises:
-        UserError: none of these; a file that cannot be read, or two that differ; no list of 2 to 255
-            different names; a name that pixels have which count nowhere.
+        UserError: no class names; an unreadable file, or two that differ; not 2 to 255 distinct names; a name
+            that denotes ignored pixels.
     """
     folder = Path(root).expanduser()
     if given:
-        found = ClassList([name.strip() for name in given], "--data.classes")
+        listed = ClassList([name.strip() for name in given], "--data.classes")
     elif own is not None and not (folder / class_files.JSON).is_file():
-        found = own
+        listed = own
     elif read := class_files.find(folder):
-        found = ClassList(*read)
+        listed = ClassList(*read)
     elif layout in _OF_LAYOUT:
         return ClassList(list(_OF_LAYOUT[layout]), f"the layout {layout}", of_layout=True)
     else:
         raise UserError(
-            f"--data.classes: the class names are not known; give them in the order of their ids, or write "
+            f"--data.classes: the class names are unknown; give them in the order of their ids, or write "
             f'{folder / class_files.JSON}: {{"classes": ["background", ...]}}'
         )
-    names, source = found.names, found.source
+    names, source = listed.names, listed.source
     if not 2 <= len(names) <= 255 or len(set(names)) != len(names):
-        raise UserError(
-            f"{source}: expected 2 to 255 different class names, got {len(names)} ({len(set(names))} "
-            f"different)"
-        )
+        raise UserError(f"{source}: expected 2 to 255 distinct class names, got {len(names)} "
+                        f"({len(set(names))} distinct)")
     _refuse_ignore(names, source)
-    return found
+    return listed
 
 
 def counts_nowhere(name: str) -> bool:
-    """True for what pixels that count nowhere are called, such as `ignore`, `Void` or `unlabelled area`."""
+    """True for names of ignored pixels, such as `ignore`, `Void` or `unlabelled area`."""
     parts = re.split(r"[\W_]+", name.lower())
     return "".join(parts) in _NOT_CLASSES or bool(_NOT_CLASS_WORDS & set(parts))
 
 
 def _refuse_ignore(names: list[str], source: str) -> None:
-    """A class of this name would be learned, where pixels that count nowhere are meant more often than
-    not."""
+    """Rejects class names that usually denote ignored pixels, as the class would be learned."""
     wrong = [i for i, name in enumerate(names) if counts_nowhere(name)]
     if not wrong:
         return
@@ -99,9 +95,8 @@ def _refuse_ignore(names: list[str], source: str) -> None:
     )
     more = " ..." * (len(names) > 12)
     raise UserError(
-        f"{source}: {names[wrong[0]]!r} is a class here, id {wrong[0]}, and would be learned like the "
-        f"others; if its pixels are to "
-        f"count nowhere, take it off the list and give what ids or colours mean it as ignore (where the "
-        f"masks hold the ids of this "
-        f"list: --data.mask-map {entries}{more}); if it is a class, give it another name, such as 'other'"
+        f"{source}: {names[wrong[0]]!r} is in the class list, id {wrong[0]}, and would be learned like the "
+        "others; to ignore its pixels, remove it from the list and map its ids or colours to ignore (if "
+        f"masks hold the ids of this list: --data.mask-map {entries}{more}); to keep it as a class, rename "
+        "it, for example to 'other'"
     )

@@ -1,4 +1,4 @@
-"""The contact sheet: a few images of a data set with their masks over them, as people look at it first."""
+"""The contact sheet: a few images of a data set overlaid with their masks, for visual inspection."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -19,12 +19,12 @@ MOST_NAMES = 40
 
 
 def spread(images: Sequence[str]) -> Sequence[str]:
-    """Up to eight, spread over the list."""
+    """Selects up to eight images, evenly spaced over the list."""
     return images[:: math.ceil(len(images) / IMAGES) or 1][:IMAGES]
 
 
 def write(path: Path, samples: Iterable[Sample], classes: Sequence[str]) -> None:
-    """Writes a PNG of samples and the colours of the classes; nothing without samples that can be read."""
+    """Writes a PNG of samples with a class legend; nothing if no sample can be read."""
     cells = [cell for sample in samples if (cell := _cell(sample, len(classes))) is not None]
     if not cells:
         return
@@ -59,7 +59,7 @@ def write(path: Path, samples: Iterable[Sample], classes: Sequence[str]) -> None
 
 
 def _cell(sample: Sample, num_classes: int) -> tuple[str, Image.Image] | None:
-    """Name and picture; None for an image that has no colours."""
+    """Name and picture of a sample; None if it cannot be read."""
     try:
         image = Image.fromarray(np.ascontiguousarray(image_of(sample)))
         mask = Image.fromarray(mask_of(sample)) if sample.mask else None
@@ -77,7 +77,7 @@ def _cell(sample: Sample, num_classes: int) -> tuple[str, Image.Image] | None:
     return _plain(sample.key, 38), picture
 
 
-def _plain(text: str, most: int) -> str:
-    """The end of a text in what the built-in font can draw."""
+def _plain(text: str, limit: int) -> str:
+    """The end of a text, restricted to the characters of the built-in font."""
     text = text.encode("latin-1", "replace").decode("latin-1")
-    return text if len(text) <= most else f"...{text[3 - most :]}"
+    return text if len(text) <= limit else f"...{text[3 - limit :]}"

@@ -1,9 +1,9 @@
 """Layouts whose masks are drawn from shapes: `coco`, `yolo` and `labelme`.
 
-`coco`: images anywhere below the root, or as `--data.images` says, and the JSON files that `--data.masks`
-names; an image is found by its `file_name`, from the root, from the JSON's folder, or by the end of its path
-if that is of one image alone. `yolo`: `images/**` and `labels/**/*.txt`, with any folders before them; or
-texts beside images. `labelme`: a JSON beside each image. For the last two, two patterns may say otherwise.
+`coco`: images anywhere below the root, or matching `--data.images`, and the JSON files of `--data.masks`; an
+image is found by its `file_name`, relative to the root or to the JSON's folder, or by a unique path ending.
+`yolo`: `images/**` and `labels/**/*.txt`, below any folders; or texts next to their images. `labelme`: a JSON
+next to each image. For the last two, a pair of patterns overrides these locations.
 """
 
 import os
@@ -20,7 +20,7 @@ from stpp.dataset.patterns import Side
 from stpp.dataset.search import Search
 from stpp.dataset.walk import FOLLOW, walk
 from stpp.errors import UserError
-from stpp.images.folders import PassedOver
+from stpp.images.folders import SkippedFiles
 
 FORMATS = ("coco", "yolo", "labelme")
 ENDINGS = {"coco": ".json", "yolo": ".txt", "labelme": ".json"}
@@ -29,127 +29,126 @@ _ABSOLUTE = re.compile(r"[/~]|[A-Za-z]:")
 
 def refuse_settings(layout: str, images: str | None, masks: str | None, options: Mapping[str, object], *,
                     exif: bool) -> None:
-    """Refuses settings that do not go with a layout.
+    """Rejects settings that do not apply to a layout.
 
     Args:
-        options: `unlisted`, `annotated`, `crowds` and `doubtful`; None where not given.
+        options: `unlisted`, `annotated`, `crowds` and `doubtful`; None if not given.
 
     Raises:
-        UserError: one of them.
+        UserError: one of them does not apply.
     """
     if layout not in FORMATS:
         for name, value in options.items():
             if value is not None:
-                raise UserError(f"--data.{name} {value}: goes with --data.layout {', '.join(FORMATS)}, not "
+                raise UserError(f"--data.{name} {value}: needs --data.layout {', '.join(FORMATS)}, not "
                                 f"{layout}")
         return
     if options["unlisted"] is None:
-        raise UserError(f"--data.layout {layout}: say what pixels in no shape are: --data.unlisted "
-                        "background, or --data.unlisted ignore where only some objects were drawn")
+        raise UserError(f"--data.layout {layout}: needs a class for pixels in no shape: --data.unlisted "
+                        "background, or --data.unlisted ignore if only some objects were drawn")
     if options["crowds"] is not None and layout != "coco":
-        raise UserError(f"--data.crowds {options['crowds']}: goes with --data.layout coco, not {layout}")
+        raise UserError(f"--data.crowds {options['crowds']}: needs --data.layout coco, not {layout}")
     if options["annotated"] == "upright" and not exif:
-        raise UserError("--data.annotated upright: goes not with --data.no-exif, which takes images and "
-                        "shapes as they are stored")
+        raise UserError("--data.annotated upright: conflicts with --data.no-exif, which reads images and "
+                        "shapes as stored")
     if layout == "coco" and not masks:
         raise UserError("--data.layout coco: needs --data.masks, the JSON file or a pattern of several, such "
                         "as annotations/instances_train2017.json or 'annotations/instances_*.json'")
     if layout != "coco" and (images is None) != (masks is None):
         raise UserError(f"--data.layout {layout}: give both patterns, --data.images and --data.masks, or "
-                        "none")
+                        "neither")
 
 
 def files_of(root: Path, layout: str, masks: str | None, *, follow_links: bool = False) -> list[str]:
-    """The JSON files of the layout coco, relative to the root; none of other layouts, whose files go with
-    images.
+    """JSON files of the layout coco, relative to the root; empty for other layouts, which have one file per
+    image.
 
     Raises:
-        UserError: no such file, or one outside the root.
+        UserError: no such file, or a file outside the root.
     """
     if layout != "coco":
         return []
     if set(masks) & set("*?[{") and not (root / masks).is_file():
         side = patterns.parsed(masks, "masks", root)
         below = len(side.prefix) + bool(side.prefix)
-        found = [path for path in walk(root, side.prefix, follow_links=follow_links)
+        paths = [path for path in walk(root, side.prefix, follow_links=follow_links)
                  if side.pattern.fullmatch(unicodedata.normalize("NFC", path[below:]))]
-        if not found:
+        if not paths:
             raise UserError(f"--data.masks {masks}: no file matches it under {root}")
-        return sorted(found)
+        return sorted(paths)
     return [_below(root, masks, follow_links)]
 
 
 def _below(root: Path, masks: str, follow_links: bool) -> str:
-    """A file that a flag names, from the root, or as the shell sees it, relative to the root."""
-    tried = (root / masks, Path(masks).expanduser().absolute())
-    path = next((Path(os.path.normpath(one)) for one in tried if one.is_file()), None)
+    """File named by a flag, relative to the root or to the working directory; returned relative to the
+    root."""
+    candidates = (root / masks, Path(masks).expanduser().absolute())
+    path = next((Path(os.path.normpath(candidate)) for candidate in candidates if candidate.is_file()), None)
     if path is None:
         raise UserError(f"--data.masks {masks}: no such file under {root}")
     for form in (path, path.parent.resolve() / path.name):
         if form.is_relative_to(root):
             if not follow_links and not path.resolve().is_relative_to(root):
-                raise UserError(f"--data.masks {masks}: is a link out of {root}; {FOLLOW} reads what links "
-                                "lead to")
+                raise UserError(f"--data.masks {masks}: is a link out of {root}; {FOLLOW} allows such links")
             return form.relative_to(root).as_posix()
-    raise UserError(f"--data.masks {masks}: lies outside {root}; put it, or a link to it, below the data "
+    raise UserError(f"--data.masks {masks}: is outside {root}; move it, or a link to it, below the data "
                     "root")
 
 
-def match(search: Search, layout: str, images: str | None, masks: str | None, taken: Mapping[str, str],
+def match(search: Search, layout: str, images: str | None, masks: str | None, image_of: Mapping[str, str],
           notes: Notes) -> dict[str, tuple[str, ShapeSource]]:
-    """The file of shapes of each image that has one, and where in it they stand.
+    """Shape file of each annotated image, with the location of the shapes in it.
 
     Args:
-        taken: images by their pairing names.
+        image_of: images by their pairing names.
 
     Raises:
-        UserError: a file that is none of the layout, a name in it that leads outside or is of several images,
-            or no image with shapes.
+        UserError: an invalid file, an image name that leads outside or is ambiguous, or no image with shapes.
     """
     if layout == "coco":
-        found = _of_coco(search, masks, list(taken.values()), notes)
+        shapes = _of_coco(search, masks, list(image_of.values()), notes)
     else:
-        found = _of_files(search, layout, images, masks, taken, notes)
-    if not found:
-        looked = masks or ("labels/**/*.txt" if layout == "yolo" else "a .json beside each image")
+        shapes = _of_files(search, layout, images, masks, image_of, notes)
+    if not shapes:
+        looked = masks or ("labels/**/*.txt" if layout == "yolo" else "a .json next to each image")
         raise UserError(f"{search.root}: no image has shapes (layout {layout}); looked for {looked}")
-    return found
+    return shapes
 
 
 def _of_files(search: Search, layout: str, images: str | None, masks: str | None, taken: Mapping[str, str],
               notes: Notes) -> dict[str, tuple[str, ShapeSource]]:
-    """A file for each image."""
+    """Shape files of layouts with one file per image."""
     if masks is not None:
         sides = [patterns.parsed(images, "images", search.root), patterns.parsed(masks, "masks", search.root)]
         alike = sides[0].pattern.groups == sides[1].pattern.groups
-        pairs = search.named(sides[1], "shapes", alike, PassedOver())
+        pairs = search.named_files(sides[1], "shapes", alike, SkippedFiles())
         image_of = taken
     else:
-        pairs = search.named(Side("", None, (ENDINGS[layout],)), "shapes", False, PassedOver())
+        pairs = search.named_files(Side("", None, (ENDINGS[layout],)), "shapes", False, SkippedFiles())
         pairs = ((_image_name(name) if layout == "yolo" else name, path) for name, path in pairs)
         image_of = {unicodedata.normalize("NFC", os.path.splitext(path)[0]): path for path in taken.values()}
-    found, alone = {}, []
+    shapes, orphans = {}, []
     for name, path in pairs:
         if (image := image_of.get(name)) is not None:
-            if image in found:
-                raise UserError(f"{search.root}: {found[image][0]} and {path} are both of {image}; remove "
-                                "one")
-            found[image] = (path, ShapeSource(layout))
+            if image in shapes:
+                raise UserError(f"{search.root}: {shapes[image][0]} and {path} both belong to {image}; "
+                                "remove one")
+            shapes[image] = (path, ShapeSource(layout))
         elif masks is not None or _is_of_shapes(path, layout):
-            alone.append(path)
-    if alone and found:
-        notes.warn(f"{search.root}: files of shapes that belong to no image: {len(alone)}, for example "
-                   f"{alone[0]}")
-    return found
+            orphans.append(path)
+    if orphans and shapes:
+        notes.warn(f"{search.root}: {counted(len(orphans), 'shape file')} without an image, for example "
+                   f"{orphans[0]}")
+    return shapes
 
 
 def _is_of_shapes(path: str, layout: str) -> bool:
-    """False for files that are of something else by their names."""
+    """False for files that, by their names, are not shape files."""
     return path != class_files.JSON if layout == "labelme" else "labels" in path.split("/")[:-1]
 
 
 def _image_name(name: str) -> str:
-    """The image of a text, without its extension: its last folder `labels` stands for `images`."""
+    """Image name of a YOLO text, without extension: its last folder `labels` becomes `images`."""
     parts = name.split("/")
     place = next((i for i in range(len(parts) - 2, -1, -1) if parts[i] == "labels"), None)
     return name if place is None else "/".join([*parts[:place], "images", *parts[place + 1 :]])
@@ -157,22 +156,22 @@ def _image_name(name: str) -> str:
 
 def _of_coco(search: Search, masks: str, images: Sequence[str],
              notes: Notes) -> dict[str, tuple[str, ShapeSource]]:
-    names = _Names(images)
-    found: dict[str, tuple[str, ShapeSource]] = {}
+    names = _ImageNames(images)
+    shapes: dict[str, tuple[str, ShapeSource]] = {}
     listed: dict[str, str] = {}
     missing, empty = [], []
     for file in files_of(search.root, "coco", masks, follow_links=search.follow_links):
-        for one in coco.listing(search.root / file).images:
-            image = names.find(one.name, file)
+        for record in coco.listing(search.root / file).images:
+            image = names.find(record.name, file)
             if image is None:
-                missing.append(one.name)
+                missing.append(record.name)
                 continue
             if image in listed:
-                raise UserError(f"{file}: {image} is listed twice, here as {one.name!r} and in "
-                                f"{listed[image]}; leave one of them out")
+                raise UserError(f"{file}: {image} is listed twice, here as {record.name!r} and in "
+                                f"{listed[image]}; remove one")
             listed[image] = file
-            if one.parts:
-                found[image] = (file, ShapeSource("coco", one.parts, one.size))
+            if record.parts:
+                shapes[image] = (file, ShapeSource("coco", record.parts, record.size))
             else:
                 empty.append(image)
     if missing and not listed:
@@ -180,33 +179,33 @@ def _of_coco(search: Search, masks: str, images: Sequence[str],
                         f"for example {missing[0][:120]!r}")
     if names.by_ends:
         name, image = next(iter(names.by_ends.items()))
-        notes.line(f"{masks}: {counted(len(names.by_ends), 'image')} found by the end of the path alone, for "
-                   f"example {name[:120]}, taken for {image}")
+        notes.line(f"{masks}: {counted(len(names.by_ends), 'image')} matched only by the end of the path, "
+                   f"for example {name[:120]} to {image}")
     if missing:
-        notes.warn(f"{masks}: {counted(len(missing), 'image')} that it lists "
-                   f"{'is' if len(missing) == 1 else 'are'} not there, for example {missing[0][:120]}")
+        notes.warn(f"{masks}: {counted(len(missing), 'listed image')} missing, for example "
+                   f"{missing[0][:120]}")
     if empty:
-        notes.line(f"{masks}: {counted(len(empty), 'image')} that it lists without an annotation, taken as "
-                   f"unlabelled: that may mean nothing to see or not looked at, for example {empty[0]}")
-    return found
+        notes.line(f"{masks}: {counted(len(empty), 'listed image')} without an annotation, treated as "
+                   f"unlabelled (no objects, or not annotated), for example {empty[0]}")
+    return shapes
 
 
-class _Names:
-    """Images by the names that other programs have for them."""
+class _ImageNames:
+    """Lookup of images by the names in annotation files."""
 
     def __init__(self, images: Sequence[str]):
         self._images = {unicodedata.normalize("NFC", image): image for image in images}
         self._ends: dict[str, list[str]] = {}
         self.by_ends: dict[str, str] = {}
-        """Names that stand for the end of a path alone, and whose they were taken for."""
+        """Names matched by a path ending only, and the images they were matched to."""
         for image in sorted(self._images):
             self._ends.setdefault(image.rpartition("/")[2], []).append(image)
 
     def find(self, name: str, file: str) -> str | None:
-        """The image that a file calls so; None if there is none.
+        """Image with this name in an annotation file; None if there is none.
 
         Raises:
-            UserError: the name leads outside, or means several.
+            UserError: the name leads outside the root, or is ambiguous.
         """
         plain = unicodedata.normalize("NFC", name.replace("\\", "/"))
         parts = [part for part in plain.split("/") if part not in ("", ".")]
@@ -221,7 +220,7 @@ class _Names:
         ends = [image for image in self._ends.get(parts[-1], ()) if image.endswith(f"/{plain}")]
         if len(ends) > 1:
             raise UserError(f"{file}: the file_name {name[:120]!r} may be {ends[0]} or {ends[1]}; write it "
-                            "from the data root, or say which images are meant with --data.images")
+                            "relative to the data root, or select the images with --data.images")
         if not ends:
             return None
         self.by_ends[name] = self._images[ends[0]]

@@ -1,4 +1,4 @@
-"""A prepared data set in memory: its images, where they lie, and what a loader reads for each."""
+"""A prepared data set in memory: its images, their files, and the samples that loaders read."""
 
 import os
 import unicodedata
@@ -14,33 +14,33 @@ from stpp.loading.sample import Sample
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """One image of an index; paths relative to the data root, or to what Index.place says."""
+    """An image of an index; paths are relative to the data root, or to the folder of `Index.place`."""
 
     key: str
     image: str
     mask: str | None
-    """The user's mask."""
+    """The user's mask file."""
     converted: str | None
-    """The mask written anew, relative to the index's folder; None where the user's own is plain."""
+    """Re-encoded mask, relative to the index's folder; None where the user's mask is plain."""
     width: int
-    """Pixels, after the EXIF rule."""
+    """In pixels, after the EXIF rule."""
     height: int
     orientation: int
-    """This and the next five: see stpp.images.reading.Reading."""
+    """`orientation` to `bits`: see stpp.images.reading.Reading."""
     plain: bool
     format: str
     colours: str
     alpha: bool
     bits: int
     used_bits: int
-    """Bits that the image uses; see stpp.images.reading.prove."""
+    """Bits that the image uses; see stpp.images.reading.check_decodable."""
     class_pixels: list[int] | None
     """Pixels of each class in the mask; None without a mask."""
     bytes: int
-    """Of the image file."""
+    """Size of the image file."""
     mtime_ns: int
     mask_bytes: int | None = None
-    """Of the user's mask."""
+    """Size of the user's mask file."""
     mask_mtime_ns: int | None = None
 
 
@@ -55,27 +55,27 @@ class Index:
     layout: str
     exif: bool
     fingerprint: str
-    """Changes when a file of the data set, or a setting, does; empty: files changed, and could not be
+    """Digest of files and settings; changes when one of them does; empty if files changed and could not be
     read."""
     counts: dict[str, int]
-    """images, masks, converted."""
+    """Number of images, masks and converted masks."""
     entries: Mapping[str, Entry]
-    """By the image's path relative to the root, sorted; behind them those of further folders."""
+    """Entries by image path relative to the root, sorted; images of further folders come last."""
     unlabelled: Mapping[str, Path] = field(default_factory=dict)
-    """Where images lie that are not below the root, by the first part of their paths."""
+    """Parent folders of images outside the root, by the first part of their paths."""
     settings: Mapping = field(default_factory=dict)
-    """What it was prepared with, resolved."""
+    """Resolved settings of the preparation."""
     twins: Mapping[str, int] = field(default_factory=dict)
-    """A number for each image that has copies; copies have the same."""
+    """Group number of each image that has copies; copies share it."""
     warnings: tuple[str, ...] = ()
-    """What the preparation warned of."""
+    """Warnings of the preparation."""
 
     def place(self, image: str) -> Path:
-        """The folder that an image's path is relative to."""
+        """Folder that an image's path is relative to."""
         return self.unlabelled.get(image.partition("/")[0], self.root)
 
     def find(self, image: str) -> Entry | None:
-        """The entry of an image, its accents written in any form; None if there is none."""
+        """Entry of an image, in any Unicode normalisation of its path; None if there is none."""
         return (
             self.entries.get(image)
             or self.entries.get(unicodedata.normalize("NFC", image))
@@ -83,9 +83,9 @@ class Index:
         )
 
     def changed(self, keys: Iterable[str]) -> list[str]:
-        """Paths of the images and masks of these keys that are not, or no longer, the files that were looked
-        at; all of an index that is known to be stale."""
-        wanted, found = set(keys), []
+        """Paths of these keys' images and masks that changed since the preparation; all of them if the index
+        is known to be stale."""
+        wanted, paths = set(keys), []
         for entry in self.entries.values():
             if entry.key in wanted:
                 for path, size, mtime_ns in (
@@ -96,34 +96,34 @@ class Index:
                         continue
                     now = stamp(self.place(entry.image), path)[1:3]
                     if not self.fingerprint or now != (size, mtime_ns):
-                        found.append(path)
-        return list(dict.fromkeys(found))  # one file may hold the shapes of many images
+                        paths.append(path)
+        return list(dict.fromkeys(paths))  # one file may hold shapes of many images
 
     def class_pixels(self, samples: Iterable[Sample]) -> list[list[int]]:
-        """Pixels of each class in the data set's masks of these samples, in their order; zeros without a
+        """Pixels per class in the data set's masks of these samples, in sample order; zeros without a
         mask."""
         return [entry.class_pixels or [0] * len(self.classes) for entry in self.entries_of(samples)]
 
     def entries_of(self, samples: Iterable[Sample]) -> list[Entry]:
-        """The entries of samples, in their order."""
+        """Entries of samples, in sample order."""
         by_key = {entry.key: entry for entry in self.entries.values()}
         return [by_key[sample.key] for sample in samples]
 
     def sample(self, image: str, *, strong: bool = False, mask: str | None | EllipsisType = ...) -> Sample:
-        """What a loader reads for an image.
+        """Sample that a loader reads for an image.
 
         Args:
             image: path relative to the root.
             strong: see Sample.
-            mask: path of another mask (a pseudo label), or None for none; left out: the data set's own, if it
-                has one.
+            mask: path of another mask (a pseudo label), or None for no mask; omitted: the data set's own
+                mask, if any.
 
         Raises:
-            UserError: the index has no such image.
+            UserError: the image is not in the index.
         """
         entry = self.find(image)
         if entry is None:
-            raise UserError(f"{image}: not in the index of {self.root}; is it named relative to --data.root?")
+            raise UserError(f"{image}: not in the index of {self.root}; paths are relative to --data.root")
         if mask is ...:
             mask = None
             if entry.mask is not None:

@@ -1,7 +1,7 @@
-"""Pseudo labels from a folder: masks that `stpp label` or a run made, that a person has looked at, and
-perhaps mended.
+"""Pseudo labels from a folder: masks of `stpp label` or of a run, reviewed and possibly corrected by a
+person.
 
-They are read and checked like the masks of a data set before they are trained on.
+They are read and checked like the masks of a data set before training.
 """
 
 import dataclasses
@@ -27,40 +27,40 @@ NAME = "given.json"
 
 def check(samples: Sequence[Sample], folder: Path, index: Index, out: Path, *, exclude: Path | None = None,
           began: bool = False) -> None:
-    """Finds and checks the masks of samples, and writes which they are to `out`.
+    """Finds and checks the masks of samples, and writes the list of them to `out`.
 
-    The mask of an image is the PNG in `folder`, or in its `masks`, with the image's path below the data root,
-    or below the first folder there (`stpp label --source DATA/photos` leaves `photos` out). Masks of CVAT in
-    its `SegmentationClass`, beside the `labelmap.txt` that says what their colours mean, win over the others:
-    an export of corrected masks is unpacked into the folder of the labels. Samples without a mask are left
-    out.
+    An image's mask is the PNG in `folder`, or in its `masks`, with the image's path below the data root, or
+    below its first folder (`stpp label --source DATA/photos` omits `photos`). CVAT masks in
+    `SegmentationClass`, with a `labelmap.txt` that maps their colours, take precedence, so an export of
+    corrected masks can be unpacked into the labels' folder. Samples without a mask are dropped.
 
     Args:
         samples: unlabelled images.
-        index: of their data set.
-        out: folder for the list, and for masks that had to be written anew.
-        exclude: a list of images that are left out, lines as in a split.
-        began: training on an earlier list has begun: another one is refused.
+        folder: folder of the masks.
+        index: the index of their data set.
+        out: folder for the list and for re-encoded masks.
+        exclude: list of images to drop, with lines as in a split.
+        began: training has begun on an earlier list; a different one is rejected.
 
     Raises:
-        UserError: no folder, no mask of any sample, a mask that is broken, of another size or with ids
+        UserError: missing folder, no mask for any sample, a mask that is broken, of another size or with ids
             outside the class list, a list with unknown images, or masks that changed.
     """
     if not folder.is_dir():
-        raise UserError(f"--pseudo-labels {folder}: there is no such folder")
+        raise UserError(f"--pseudo-labels {folder}: no such folder")
     excluded = {sample.key
                 for sample in splits.read_split(exclude, index, labelled=False)} if exclude else set()
-    wanted = [sample for sample in samples if sample.key not in excluded]
-    corrected, others = _found(wanted, folder.absolute())
-    found = others | corrected
+    candidates = [sample for sample in samples if sample.key not in excluded]
+    corrected, others = _find_masks(candidates, folder.absolute())
+    mask_files = others | corrected
     stamps = {}
-    for key, path in found.items():
+    for key, path in mask_files.items():
         status = os.stat(path)
         stamps[key] = [path, status.st_size, status.st_mtime_ns]
-    if began:  # they were checked then
+    if began:  # checked before training began
         if _read(out)["stamps"] != stamps:
-            raise UserError(f"--pseudo-labels {folder}: masks, or the excluded images, changed since this "
-                            "run began; choose another --out")
+            raise UserError(f"--pseudo-labels {folder}: masks or excluded images changed since this run "
+                            "began; choose another --out")
         return
     image_of = {sample.key: sample.image for sample in samples}
     masks, problems, pixels = {}, [], [0] * len(index.classes)
@@ -71,29 +71,30 @@ def check(samples: Sequence[Sample], folder: Path, index: Index, out: Path, *, e
         masks, problems = masks | written, problems + found_problems
         pixels = [a + b for a, b in zip(pixels, counted, strict=True)]
     if problems:
-        more = f" (and {len(problems) - 1} more such masks)" if len(problems) > 1 else ""
-        raise UserError(f"--pseudo-labels: {problems[0]}{more}; mend them, or name their images in --exclude")
+        more = f" (and {len(problems) - 1} more masks)" if len(problems) > 1 else ""
+        raise UserError(f"--pseudo-labels: {problems[0]}{more}; fix them, or list their images in --exclude")
     files.write_json(out / NAME, {"masks": masks, "stamps": stamps, "class_pixels": pixels})
 
 
 def _checked(tasks: list[Task], index: Index, out: Path,
              meaning: MaskMap | None) -> tuple[dict[str, str], list[str], list[int]]:
-    """Masks to train on by key, what is wrong with them, and the pixels of each class."""
+    """(training masks by key, problems, pixels per class) of the tasks' masks."""
     masks, problems, judge = {}, [], Judge(index.classes, meaning)
     pixels = [0] * len(index.classes)
     for chunk in check_all(tasks, (str(index.root), str(out), len(index.classes), index.exif, meaning)):
-        for one in chunk:
-            problems += one.problems
-            masks[one.task.key] = str(out / one.converted) if one.converted else one.task.mask
-            if one.class_pixels is not None:
-                pixels = [a + b for a, b in zip(pixels, one.class_pixels, strict=True)]
-                judge.add(one.task.mask, one.stored, [*one.class_pixels, one.ignored], one.edges)
-    # Of masks together, stored forms alone: teachers leave specks, and 255 where they are not sure.
+        for checked in chunk:
+            problems += checked.problems
+            masks[checked.task.key] = str(out / checked.converted) if checked.converted else checked.task.mask
+            if checked.class_pixels is not None:
+                pixels = [a + b for a, b in zip(pixels, checked.class_pixels, strict=True)]
+                judge.add(checked.task.mask, checked.stored, [*checked.class_pixels, checked.ignored],
+                          checked.edges)
+    # Only storage problems: teachers leave specks, and 255 where they are uncertain.
     return masks, problems + judge.stored_problems(), pixels
 
 
 def attach(samples: Sequence[Sample], out: Path) -> list[Sample]:
-    """The samples that have a mask in the list that `check` wrote, with it, to be augmented strongly."""
+    """Samples with a mask in the list written by `check`, with that mask, to be strongly augmented."""
     masks = _read(out)["masks"]
     return [dataclasses.replace(sample, mask=masks[sample.key], strong=True) for sample in samples
             if sample.key in masks]
@@ -107,51 +108,51 @@ def _read(out: Path) -> dict:
 
 
 def _meaning(folder: Path, classes: Sequence[str]) -> MaskMap:
-    """What the colours of CVAT's masks mean."""
+    """Mask map of CVAT's colours."""
     return mask_map.parse(legends.of_colours(folder, cvat.labels_in(folder), classes), classes)
 
 
-def _found(samples: Sequence[Sample], folder: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Masks by the samples' keys: those of CVAT, and the others."""
+def _find_masks(samples: Sequence[Sample], folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Mask files by sample key: (CVAT masks, other masks)."""
     corrected = _below(samples, folder, "SegmentationClass") if cvat.labels_in(folder) is not None else {}
     rest = [sample for sample in samples if sample.key not in corrected]
     others = _below(rest, folder, "masks") or _below(rest, folder, "")
     if corrected or others:
         return corrected, others
     example = f"{samples[0].key}.png" if samples else "the images that are not excluded"
-    raise UserError(f"--pseudo-labels {folder}: no mask of an unlabelled image is in it; looked for "
+    raise UserError(f"--pseudo-labels {folder}: contains no mask of an unlabelled image; looked for "
                     f"{example}")
 
 
 def _below(samples: Sequence[Sample], folder: Path, name: str) -> dict[str, str]:
-    """Masks in a folder below that of the labels, by the samples' keys."""
+    """Masks in the sub-folder `name`, by sample key."""
     for dropped in (0, 1):
         names = {sample.key: "/".join(sample.key.split("/")[dropped:]) for sample in samples}
-        found = {key: path for key, below in names.items()
+        mask_files = {key: path for key, below in names.items()
                  if (path := _mask_file(folder / name, below)) is not None}
-        if len(set(found.values())) < len(found):
-            raise UserError(f"--pseudo-labels {folder}: images of several folders share a mask there; keep "
-                            "the folders of the data root below it")
-        if found:
-            return found
+        if len(set(mask_files.values())) < len(mask_files):
+            raise UserError(f"--pseudo-labels {folder}: images of several folders share a mask; keep the "
+                            "folders of the data root in it")
+        if mask_files:
+            return mask_files
     return {}
 
 
 def _mask_file(folder: Path, name: str) -> str | None:
-    """The PNG of this name, its accents and its extension written in any form.
+    """PNG with this name, in any Unicode normalisation and case of its extension.
 
     Raises:
-        UserError: there are two: people save a mended mask beside the old one.
+        UserError: there are two, such as a corrected mask next to the old one.
     """
     forms = dict.fromkeys(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
     paths = [str(folder / f"{form}{ending}") for form in (name, *forms) for ending in (".png", ".PNG")]
-    # A file system may take several of these names for one file.
-    there = {(status.st_dev, status.st_ino): path for path in reversed(paths)
+    # On some file systems, several of these names are one file.
+    path_of = {(status.st_dev, status.st_ino): path for path in reversed(paths)
              if (status := _status(path)) is not None}
-    if len(there) > 1:
-        first, second = sorted(there.values())
+    if len(path_of) > 1:
+        first, second = sorted(path_of.values())
         raise UserError(f"--pseudo-labels: {first} and {second} are masks of one image; remove the old one")
-    return next(iter(there.values()), None)
+    return next(iter(path_of.values()), None)
 
 
 def _status(path: str) -> os.stat_result | None:

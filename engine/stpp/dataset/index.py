@@ -1,9 +1,9 @@
-"""The index of a data set: every image and mask looked at once, so that training meets no surprise.
+"""The index of a data set: every image and mask is checked once, so that training meets no broken file.
 
-`prepare` decodes all files on all cores and writes, below a folder of the index's own,
-`index.parquet` (one row an image), `masks/` (masks that had to be written anew as 8-bit grayscale) and, last,
-`index.json` (classes, settings, fingerprint). The index exists when `index.json` exists; until then
-`unfinished.json` keeps what it is made with. Nothing is written to the user's data.
+`prepare` decodes all files on all cores and writes to the index's own folder: `index.parquet` (one row per
+image), `masks/` (masks re-encoded as 8-bit grayscale) and, last, `index.json` (classes, settings,
+fingerprint). The index exists when `index.json` exists; until then `unfinished.json` records its settings.
+Nothing is written to the user's data.
 
 EXIF: one rule for images and masks, see stpp.images.image_file.
 """
@@ -20,7 +20,7 @@ from stpp.dataset.notes import Notes
 from stpp.errors import UserError
 
 _UNFINISHED = "unfinished.json"
-"""Root and settings of a preparation that was begun and not ended: killed, or refused."""
+"""Root and settings of an unfinished preparation: interrupted or rejected."""
 
 
 def prepare(
@@ -32,32 +32,32 @@ def prepare(
     strict: bool = False,
     **options,
 ) -> Index:
-    """Reads every image and mask of a data set and writes its index, and a data card (see stpp.dataset.card).
+    """Checks every image and mask of a data set and writes its index and data card (see stpp.dataset.card).
 
-    Images are decoded to the end (JPEG at an eighth of the size), because a damaged file found later would
+    Images are decoded completely (JPEG at an eighth of the size), because a damaged file found later would
     stop training.
 
     Args:
         root: the data root; nothing is written there.
         out: the index's folder.
-        workers: processes; None: one a core.
-        progress: show a bar on stderr.
-        strict: refuse what else is warned of.
-        options: of stpp.dataset.settings.resolved, all optional:
+        workers: number of processes; None: one per core.
+        progress: show a progress bar on stderr.
+        strict: treat warnings as errors.
+        options: arguments of stpp.dataset.settings.resolved, all optional:
             layout, images, masks: see stpp.dataset.layouts.
-            classes: names in the order of their ids; else those of a file in the root
-                (stpp.dataset.class_files); else VOC's and Cityscapes' in their layouts.
-            mask_map: what masks hold that is not class ids, see stpp.dataset.mask_map.
+            classes: names in id order; default: those of a file in the root (stpp.dataset.class_files), then
+                VOC's and Cityscapes' in their layouts.
+            mask_map: mapping of mask values that are not class ids, see stpp.dataset.mask_map.
             exif: see stpp.images.image_file.
             unlabelled: further folders of images, see stpp.dataset.unlabelled_folders.
             follow_links: follow links that lead out of the root.
-            unlisted, annotated, crowds, doubtful: of layouts whose masks are drawn, see
+            unlisted, annotated, crowds, doubtful: for layouts with drawn masks, see
                 stpp.annotations.shapes.Legend.
 
     Raises:
-        UserError: see stpp.dataset.layouts.find; or files have problems, all of which are listed in
-            `out/problems.txt` and the first ones printed: class ids outside the class list, sizes that
-            differ, unreadable files, masks that may be misread (stpp.dataset.mask_judge).
+        UserError: see stpp.dataset.layouts.find; or problems with files, all listed in `out/problems.txt` and
+            the first ones printed: class ids outside the class list, differing sizes, unreadable files,
+            ambiguous masks (stpp.dataset.mask_judge).
     """
     settings, classes = setting.resolved(root, **options)
     root, out, notes = layouts.checked_root(root), Path(out).expanduser().absolute(), Notes()
@@ -81,25 +81,25 @@ def prepare(
         files.write_json(out / _UNFINISHED, stored)
         for name in ("index.json", "problems.txt", card.JSON, card.TEXT, card.SHEET):
             (out / name).unlink(missing_ok=True)
-        found = survey.check_files(tasks, out, settings, notes, workers=workers, progress=progress)
-        stored |= {"counts": found.counts, "twins": found.twins}
-        setting.say_classes(classes, found.tally.pixels if found.counts["masks"] else (), root, notes)
-        made = _described(_opened(out, stored), found.tally, notes)
+        surveyed = survey.check_files(tasks, out, settings, notes, workers=workers, progress=progress)
+        stored |= {"counts": surveyed.counts, "twins": surveyed.twins}
+        setting.say_classes(classes, surveyed.tally.pixels if surveyed.counts["masks"] else (), root, notes)
+        prepared = _described(_opened(out, stored), surveyed.tally, notes)
         if strict:
             notes.refuse()
-        if found.counts["converted"]:
-            os.sync()  # masks are plain writes: they must be on the disk before index.json says so
+        if surveyed.counts["converted"]:
+            os.sync()  # masks are plain writes: they must be on disk before index.json exists
         files.write_json(out / "index.json", stored | {"warnings": notes.warnings})
         (out / _UNFINISHED).unlink()
     except OSError as error:
         raise UserError(
             f"{error.filename or out}: the index cannot be written ({error.strerror or error})"
         ) from error
-    return dataclasses.replace(made, warnings=tuple(notes.warnings))
+    return dataclasses.replace(prepared, warnings=tuple(notes.warnings))
 
 
 def _described(index: Index, tally: card.Tally, notes: Notes) -> Index:
-    """Says which images are in official splits, and writes the card and the contact sheet."""
+    """Reports the official splits, and writes the card and the contact sheet."""
     splits = official.say(index, notes)
     card.write(
         index.out,
@@ -114,27 +114,27 @@ def _described(index: Index, tally: card.Tally, notes: Notes) -> Index:
 
 
 def load(out: str | os.PathLike) -> Index:
-    """Reads an index that `prepare` wrote.
+    """Reads an index written by `prepare`.
 
     Raises:
-        UserError: there is none, or its files are damaged, foreign, of another version, or name paths outside
+        UserError: no index, or an index that is damaged, foreign, of another version, or with paths outside
             the root.
     """
     out = Path(out).expanduser().absolute()
     stored = table.read_json(out)
     if stored is None:
-        state = "its preparation did not end" if is_unfinished(out) else "holds no index (index.json)"
+        state = "its preparation is unfinished" if is_unfinished(out) else "holds no index (index.json)"
         raise UserError(f"{out}: {state}; run `stpp prepare`")
     if stored["version"] != table.VERSION:
         raise UserError(
             f"{out / 'index.json'}: index version {stored['version']}, not {table.VERSION}; run `stpp "
-            f"prepare` again"
+            "prepare` again"
         )
     return _opened(out, stored)
 
 
 def _opened(out: Path, stored: dict) -> Index:
-    """The index that index.json, whose form was checked, describes."""
+    """Index described by a validated index.json."""
     return Index(
         out=out,
         root=Path(stored["root"]),
@@ -154,13 +154,12 @@ def _opened(out: Path, stored: dict) -> Index:
 
 
 def is_stale(out: str | os.PathLike, root: str | os.PathLike, **options) -> bool:
-    """Whether `prepare` with these options would find other files (path, size, time) or settings than the
-    index in `out`.
-
-    True if there is no index.
+    """Compares files (path, size, time) and settings with the index in `out`; True if they differ or there is
+    no index.
 
     Raises:
-        UserError: as `prepare` before it looks into files; or `out` holds something that is no index.
+        UserError: as `prepare`, except for problems inside files; or `out` contains something else than an
+            index.
     """
     out = Path(out).expanduser().absolute()
     settings, _ = setting.resolved(root, **options)
@@ -173,33 +172,33 @@ def is_stale(out: str | os.PathLike, root: str | os.PathLike, **options) -> bool
 
 
 def warned(index: Index) -> list[str]:
-    """The warnings of the preparation, and those that its folders give cause to now: what is passed over is
-    in no fingerprint."""
+    """Warnings of the preparation, and those of the folders' current content: skipped files are in no
+    fingerprint."""
     notes = Notes(quiet=True)
     survey.tasks(index.root, dict(index.settings), index.out, notes)
     return list(dict.fromkeys([*index.warnings, *notes.warnings]))
 
 
 def is_unfinished(out: Path) -> bool:
-    """True for a folder whose index was being made, and is not."""
+    """True for a folder with an unfinished preparation."""
     return not (out / "index.json").exists() and (out / _UNFINISHED).exists()
 
 
 def renewed(out: Path) -> Index:
-    """The index made anew, with what it was prepared with, of the files as they are now.
+    """Prepares the index again, with its stored settings and the current files.
 
     Raises:
-        UserError: as `prepare`. The index is then unfinished: once the files are mended, the same command
-            makes it anew.
+        UserError: as `prepare`. The index is then unfinished: after fixing the files, run the same command
+            again.
     """
     stored = table.read_json(out, _UNFINISHED if is_unfinished(out) else "index.json")
     return prepare(stored["root"], out, progress=False, **stored["settings"])
 
 
 def _claim(out: Path) -> None:
-    """Makes the folder; refuses one whose masks/ somebody else made, because masks are written there."""
+    """Creates the index's folder; rejects a foreign folder masks/, because masks are written there."""
     out.mkdir(parents=True, exist_ok=True)
     mark = out / ".stpp-index"
     if not mark.exists() and (out / "masks").exists():
-        raise UserError(f"{out}: holds a folder masks/ that is not an index's; choose another folder")
+        raise UserError(f"{out}: contains a folder masks/ that is not an index's; choose another folder")
     mark.touch()

@@ -1,21 +1,20 @@
-"""Which image belongs to which mask: the folder layouts that data sets come in.
+"""Folder layouts of data sets: the pairing of images with masks.
 
-`voc`: `JPEGImages/**` and `SegmentationClassAug/**.png`, or, where there is no such folder,
+`voc`: `JPEGImages/**` and `SegmentationClassAug/**.png`, or, without that folder,
 `SegmentationClass/**.png`.
-`cityscapes`: `leftImg8bit/**/*_leftImg8bit.png` and `gtFine/**/*_gtFine_labelTrainIds.png`; or, where the
-original masks are more, `*_gtFine_labelIds.png`, whose ids are then mapped.
-`cvat`: VOC's folders, and `labelmap.txt`, which says what the colours of the masks mean.
+`cityscapes`: `leftImg8bit/**/*_leftImg8bit.png` and `gtFine/**/*_gtFine_labelTrainIds.png`; or, if there are
+more original masks, `*_gtFine_labelIds.png`, whose ids are then mapped.
+`cvat`: VOC's folders, and `labelmap.txt`, which maps the masks' colours to labels.
 `camvid`: `images/{train,val,...}/**` and `masks/<the same relative path>.png`.
-`globs`: two patterns, such as `photos/**/*.jpg` and `labels/**/*_mask.png`. An image and a mask belong
-together when what is left of their paths is equal, once the pattern's fixed folders and its fixed ending
-(`.jpg`, `_mask.png`) are taken away. Between wildcards too, if both patterns have fixed folders there:
-`*/photos/**/*` and `*/labels/**/*.png` pair
+`globs`: two patterns, such as `photos/**/*.jpg` and `labels/**/*_mask.png`. An image and a mask are paired if
+their paths are equal without the patterns' fixed folders and fixed ending (`.jpg`, `_mask.png`), and without
+fixed folders between wildcards if both patterns have them: `*/photos/**/*` and `*/labels/**/*.png` pair
 `a/photos/1.jpg` with `a/labels/1.png`.
 
-`coco`, `yolo`, `labelme`: shapes, of which masks are drawn; see stpp.dataset.drawn.
+`coco`, `yolo`, `labelme`: masks are drawn from shapes; see stpp.dataset.drawn.
 
-All paths here are relative to the root, with forward slashes. Hidden files, what systems leave behind, and
-masks among the images are passed over, and counted; extensions match in any case.
+All paths here are relative to the root, with forward slashes. Hidden files, system files, and masks among the
+images are skipped and counted; extensions match in any case.
 """
 
 import os
@@ -27,10 +26,10 @@ from stpp.dataset import cityscapes, drawn, legends
 from stpp.dataset.classes import ClassList, counts_nowhere
 from stpp.dataset.notes import Notes, counted
 from stpp.dataset.patterns import Side, parsed
-from stpp.dataset.search import Found, Search
+from stpp.dataset.search import FoundImage, Search
 from stpp.dataset.walk import walk
 from stpp.errors import UserError
-from stpp.images.folders import PassedOver, folders_of, image_of_mask, image_of_mask_in_folder
+from stpp.images.folders import SkippedFiles, folders_of, image_of_mask, image_of_mask_in_folder
 from stpp.images.image_file import IMAGE_EXTENSIONS
 
 LAYOUTS = ("auto", "voc", "cvat", "cityscapes", "camvid", "globs", *drawn.FORMATS)
@@ -38,28 +37,28 @@ LAYOUTS = ("auto", "voc", "cvat", "cityscapes", "camvid", "globs", *drawn.FORMAT
 _VOC = ("JPEGImages", "SegmentationClass")
 _VOC_AUGMENTED = "SegmentationClassAug"
 VOC_AUGMENTED_MASKS = f"{_VOC_AUGMENTED}/**/*.png"
-"""The masks of a VOC root with such a folder; those that it lacks are then taken from SegmentationClass."""
+"""Masks of a VOC root with augmented masks; missing ones are taken from SegmentationClass."""
 _CAMVID = ("images", "masks")
 
 
 def checked_root(root: str | os.PathLike, flag: str = "--data.root") -> Path:
-    """The data root, or what another flag gives, absolute and without links.
+    """Resolved data root, or the resolved folder of another flag.
 
     Raises:
         UserError: it does not exist or is not a folder.
     """
     path = Path(root).expanduser()
     if not path.is_dir():
-        what = "is not a folder" if path.exists() else "does not exist"
-        raise UserError(f"{flag} {path}: {what}; give the folder that holds the images")
+        problem = "is not a folder" if path.exists() else "does not exist"
+        raise UserError(f"{flag} {path}: {problem}; give the folder that holds the images")
     return path.resolve()
 
 
 def resolve(root: str | os.PathLike, layout: str, images: str | None = None) -> str:
-    """The name of the layout that `layout` stands for: for "auto", the one whose folders are there.
+    """Name of the layout; "auto" selects the one whose folders exist.
 
     Raises:
-        UserError: unknown layout, missing root, a pattern that is missing, or no layout fits.
+        UserError: unknown layout, missing root, missing pattern, or no matching layout.
     """
     if layout not in LAYOUTS:
         raise UserError(f"--data.layout {layout}: unknown; allowed: {', '.join(LAYOUTS)}")
@@ -67,9 +66,9 @@ def resolve(root: str | os.PathLike, layout: str, images: str | None = None) -> 
     if layout == "globs" and not images:
         raise UserError("--data.layout globs: needs --data.images, a pattern such as 'photos/**/*.jpg'")
     if images and layout in ("voc", "cityscapes", "camvid"):
-        raise UserError(f"--data.images {images}: goes with --data.layout globs, not {layout}")
+        raise UserError(f"--data.images {images}: needs --data.layout globs, not {layout}")
     if layout == "cvat" and cvat.labels_in(path) is None:
-        raise UserError(f"--data.layout cvat: {path / cvat.LABELMAP} is not there, or has no colours")
+        raise UserError(f"--data.layout cvat: {path / cvat.LABELMAP} is missing or has no colours")
     if layout != "auto":
         return layout
     if images:
@@ -81,13 +80,13 @@ def resolve(root: str | os.PathLike, layout: str, images: str | None = None) -> 
             return name
     raise UserError(
         f"--data.root {path}: no known layout: neither JPEGImages/ (voc), leftImg8bit/ (cityscapes) nor "
-        "images/ (camvid) is there; give --data.images and --data.masks, patterns such as 'photos/**/*.jpg' "
+        "images/ (camvid) exists; give --data.images and --data.masks, patterns such as 'photos/**/*.jpg' "
         "and 'labels/**/*.png'"
     )
 
 
 def own_classes(root: Path, layout: str) -> ClassList | None:
-    """The class names that the labelmap of the layout cvat has; None of other layouts."""
+    """Class names of the cvat layout's labelmap; None for other layouts."""
     if layout != "cvat":
         return None
     names = [label.name for label in cvat.labels_in(root) if not counts_nowhere(label.name)]
@@ -95,8 +94,7 @@ def own_classes(root: Path, layout: str) -> ClassList | None:
 
 
 def own_masks(root: str | os.PathLike, layout: str, *, follow_links: bool = False) -> str | None:
-    """The pattern of the masks that a resolved layout finds in this root; None: the first that the layout is
-    known for."""
+    """Mask pattern that a resolved layout uses in this root; None: the layout's default pattern."""
     root = checked_root(root)
     if layout == "voc" and (root / _VOC_AUGMENTED).is_dir():
         return VOC_AUGMENTED_MASKS
@@ -111,11 +109,11 @@ def own_masks(root: str | os.PathLike, layout: str, *, follow_links: bool = Fals
 
 
 def own_mask_map(root: Path, layout: str, masks: str | None, classes: Sequence[str]) -> tuple[str, ...]:
-    """What the ids or colours in the masks of a resolved layout mean, if they are not class ids: see
-    stpp.dataset.mask_map.
+    """Mask map of a resolved layout whose masks hold other ids or colours, see stpp.dataset.mask_map; else
+    empty.
 
     Raises:
-        UserError: a label of a labelmap is no class.
+        UserError: a labelmap's label is not a class.
     """
     if layout == "cityscapes" and (masks or "").endswith("_labelIds.png"):
         return cityscapes.LABEL_IDS_MAP
@@ -123,7 +121,7 @@ def own_mask_map(root: Path, layout: str, masks: str | None, classes: Sequence[s
 
 
 def folders(layout: str, images: str | None = None, masks: str | None = None) -> list[str]:
-    """The fixed folders in which a resolved layout looks; "" is the root."""
+    """Fixed folders that a resolved layout searches; "" is the root."""
     return [side.prefix for side in _sides(layout, images, masks, None) if side]
 
 
@@ -137,28 +135,27 @@ def find(
     flag: str = "--data.root",
     follow_links: bool = False,
     notes: Notes | None = None,
-) -> list[Found]:
-    """Lists the images of a data set, sorted by path, each with its mask if it has one; says what is passed
-    over.
+) -> list[FoundImage]:
+    """Lists the images of a data set, sorted by path, each with its mask if any; reports skipped files.
 
     Args:
         root: the data root.
         layout: one of `LAYOUTS`.
         images: pattern of images for "globs".
         masks: pattern of masks; for the other layouts it replaces their own.
-        exclude: a folder not to enter.
-        flag: what gave the root.
+        exclude: a folder to skip.
+        flag: the flag that set the root, for messages.
         follow_links: follow links out of the root.
-        notes: takes what there is to say.
+        notes: collects messages.
 
     Raises:
-        UserError: missing root, no layout fits, no image found, two images or two masks of one name, masks of
-            which none belongs to an image, a layout whose masks lie elsewhere, a path or a link that leaves
-            the root, a name that no list file could hold.
+        UserError: missing root, no matching layout, no image, two images or two masks of one name, masks
+            without any matching image, a layout whose masks are elsewhere, a path or link that leaves the
+            root, or a name that a list file cannot store.
     """
     path, notes = checked_root(root), notes or Notes()
     layout = resolve(path, layout, images)
-    given, given_images = masks, images
+    masks_flag, images_flag = masks, images
     images = cityscapes.IMAGES if layout == "cityscapes" else images
     is_drawn = layout in drawn.FORMATS
     masks = masks or own_masks(path, layout, follow_links=follow_links)
@@ -166,49 +163,54 @@ def find(
     search = Search(path, Path(exclude).resolve() if exclude is not None else None, follow_links)
 
     patterns = [side.pattern for side in (image_side, mask_side) if side and side.pattern]
-    alike = len(patterns) == 2 and patterns[0].groups == patterns[1].groups
-    mask_of = dict(search.named(mask_side, "masks", alike, PassedOver())) if mask_side else {}
+    have_equal_groups = len(patterns) == 2 and patterns[0].groups == patterns[1].groups
+    mask_of = {}
+    if mask_side:
+        mask_of = dict(search.named_files(mask_side, "masks", have_equal_groups, SkippedFiles()))
     if layout == "voc" and masks == VOC_AUGMENTED_MASKS:
         mask_of = _with_original(search, mask_of, notes)
-    passed = PassedOver()
-    taken = dict(search.named(image_side, "images", alike, passed, apart=set(mask_of.values())))
-    _leave_out_masks(taken, mask_of, notes)
-    if mask_side and not taken.keys() & mask_of.keys():
-        taken, mask_of = image_side.without_lead(taken), mask_side.without_lead(mask_of)
-    shapes = drawn.match(search, layout, given_images, given, taken, notes) if is_drawn and taken else {}
-    found, keys, matched = [], {}, 0
-    for name, image in taken.items():
+    skipped = SkippedFiles()
+    image_of = dict(search.named_files(image_side, "images", have_equal_groups, skipped,
+                                       apart=set(mask_of.values())))
+    _leave_out_masks(image_of, mask_of, notes)
+    if mask_side and not image_of.keys() & mask_of.keys():
+        image_of, mask_of = image_side.without_lead(image_of), mask_side.without_lead(mask_of)
+    shapes = {}
+    if is_drawn and image_of:
+        shapes = drawn.match(search, layout, images_flag, masks_flag, image_of, notes)
+    found_images, keys, num_paired = [], {}, 0
+    for name, image in image_of.items():
         key = os.path.splitext(image)[0]
         if keys.setdefault(key, image) != image:
             raise UserError(f"{path}: duplicate key {key}: {keys[key]} and {image}; rename or remove one")
         mask = mask_of.pop(name, None)
-        matched += mask is not None
-        found.append(Found(key, image, *shapes.get(image, (mask, None))))
-    passed.extensions.pop(drawn.ENDINGS.get(layout), None)
-    _say_passed(passed, notes)
-    if not found:
-        looked = images or f"{image_side.prefix}/** ({' '.join(IMAGE_EXTENSIONS)})"
-        unread = f"; {passed.lines()[0]}" if passed.extensions else ""
-        raise UserError(f"{flag} {path}: no image found; looked for {looked}{unread}")
-    if mask_of and not matched:
+        num_paired += mask is not None
+        found_images.append(FoundImage(key, image, *shapes.get(image, (mask, None))))
+    skipped.extensions.pop(drawn.ENDINGS.get(layout), None)
+    _say_passed(skipped, notes)
+    if not found_images:
+        searched = images or f"{image_side.prefix}/** ({' '.join(IMAGE_EXTENSIONS)})"
+        unread = f"; {skipped.lines()[0]}" if skipped.extensions else ""
+        raise UserError(f"{flag} {path}: no image found; looked for {searched}{unread}")
+    if mask_of and not num_paired:
         mask = next(iter(mask_of.values()))
         raise UserError(
-            f"{path}: no mask belongs to an image: for example {mask}, while images are named as "
-            f"{found[0].image}; give both one name, or patterns whose fixed folders, beginnings and endings "
-            "are all that differs, such as 'photos/**/*.jpg' and 'labels/**/*_mask.png'"
+            f"{path}: no mask belongs to an image: for example {mask}, while images are named like "
+            f"{found_images[0].image}; give both equal names, or patterns that differ only in fixed "
+            "folders, beginnings and endings, such as 'photos/**/*.jpg' and 'labels/**/*_mask.png'"
         )
     if is_drawn:
-        return sorted(found, key=lambda one: one.image)
-    if masks and not mask_of and not matched:
+        return sorted(found_images, key=lambda image: image.image)
+    if masks and not mask_of and not num_paired:
         raise UserError(f"--data.masks {masks}: no file matches it under {path}")
     if mask_of:
         notes.warn(
             f"{path}: masks that belong to no image: {len(mask_of)}, for example "
             f"{next(iter(mask_of.values()))}"
         )
-    if not matched and not given and layout != "globs":
+    if not num_paired and not masks_flag and layout != "globs":
         _look_for_masks(search, layout, image_side.prefix, f"{mask_side.prefix}/", notes)
-    return sorted(found, key=lambda one: one.image)
+    return sorted(found_images, key=lambda image: image.image)
 
 
 def _sides(layout: str, images: str | None, masks: str | None, root: Path | None) -> tuple[Side, Side | None]:
@@ -224,59 +226,58 @@ def _sides(layout: str, images: str | None, masks: str | None, root: Path | None
 
 
 def _with_original(search: Search, augmented: dict[str, str], notes: Notes) -> dict[str, str]:
-    """Masks of VOC's own folder where the augmented one has none: some mirrors of it hold the training images
-    alone."""
-    own = dict(search.named(Side(_VOC[1], None, (".png",)), "masks", False, PassedOver()))
-    lacking = {name: path for name, path in own.items() if name not in augmented}
-    if lacking:
+    """Adds masks of VOC's own folder where the augmented folder has none, as in some mirrors."""
+    original = dict(search.named_files(Side(_VOC[1], None, (".png",)), "masks", False, SkippedFiles()))
+    missing = {name: path for name, path in original.items() if name not in augmented}
+    if missing:
         notes.line(
-            f"{counted(len(lacking), 'mask')} from {_VOC[1]}/, as {_VOC_AUGMENTED}/ has none of these "
-            f"images, for example {next(iter(lacking.values()))}"
+            f"{counted(len(missing), 'mask')} from {_VOC[1]}/, missing in {_VOC_AUGMENTED}/, for example "
+            f"{next(iter(missing.values()))}"
         )
-    return augmented | lacking
+    return augmented | missing
 
 
-def _leave_out_masks(taken: dict[str, str], mask_of: dict[str, str], notes: Notes) -> None:
-    """Removes masks from the images: files that both patterns match, and files that are called like a mask of
-    an image."""
+def _leave_out_masks(image_of: dict[str, str], mask_of: dict[str, str], notes: Notes) -> None:
+    """Removes masks from the images: files that match both patterns, and files named like the mask of an
+    image."""
     masks = set(mask_of.values())
-    both = [name for name, path in taken.items() if path in masks]
+    both = [name for name, path in image_of.items() if path in masks]
     for name in both:
-        del taken[name]
+        del image_of[name]
     if both:
-        notes.line(f"masks, no images, though they match the patterns of both: {counted(len(both), 'file')}")
-    named = {os.path.splitext(path)[0]: name for name, path in taken.items()}
-    folders, beside = folders_of(named), {}
-    for key, name in named.items():
-        image = image_of_mask(key, named)
-        if image is None and taken[name].lower().endswith(".png"):
-            image = image_of_mask_in_folder(key, named, folders)
+        notes.line(f"treated as masks, though they match both patterns: {counted(len(both), 'file')}")
+    name_of = {os.path.splitext(path)[0]: name for name, path in image_of.items()}
+    folders, image_key_of = folders_of(name_of), {}
+    for key, name in name_of.items():
+        image = image_of_mask(key, name_of)
+        if image is None and image_of[name].lower().endswith(".png"):
+            image = image_of_mask_in_folder(key, name_of, folders)
         if image is not None:
-            beside[key] = image
-    second = [key for key, image in beside.items() if named[image] in mask_of]
-    first = [key for key in beside if key not in second]
-    for kind, what in (
+            image_key_of[key] = image
+    second = [key for key, image in image_key_of.items() if name_of[image] in mask_of]
+    first = [key for key in image_key_of if key not in second]
+    for kind, meaning in (
         (second, "further masks of images that have one; draw all objects of an image into one mask"),
-        (first, "masks of images beside them; name masks with --data.masks, or give these files other names"),
+        (first, "masks of images next to them; give --data.masks, or rename these files"),
     ):
         if kind:
             notes.warn(
-                f"not read, as they are by their names {what}: {counted(len(kind), 'file')}, for example "
-                f"{taken[named[kind[0]]]} beside {taken[named[beside[kind[0]]]]}"
+                f"skipped, as their names mark them as {meaning}: {counted(len(kind), 'file')}, for example "
+                f"{image_of[name_of[kind[0]]]} next to {image_of[name_of[image_key_of[kind[0]]]]}"
             )
-    for key in beside:
-        del taken[named[key]]
+    for key in image_key_of:
+        del image_of[name_of[key]]
 
 
-def _say_passed(passed: PassedOver, notes: Notes) -> None:
-    for line in passed.lines():
-        # Only pictures can be missed: people keep lists and notes beside their images.
-        missed = passed.pictures() and line.endswith("formats that are read")
-        (notes.warn if missed else notes.line)(f"passed over: {line}")
+def _say_passed(skipped: SkippedFiles, notes: Notes) -> None:
+    for line in skipped.lines():
+        # Only skipped pictures need a warning; lists and notes are often kept with images.
+        missed = skipped.pictures() and line.endswith("unsupported formats")
+        (notes.warn if missed else notes.line)(f"skipped: {line}")
 
 
-def _look_for_masks(search: Search, layout: str, images: str, looked: str, notes: Notes) -> None:
-    """A known layout without a mask: refused where another folder holds what may be the masks, said else."""
+def _look_for_masks(search: Search, layout: str, images: str, searched: str, notes: Notes) -> None:
+    """Rejects a known layout without masks if another folder may contain them; otherwise warns."""
     pngs, texts = [], []
     for folder in sorted(
         entry.name for entry in os.scandir(search.root) if entry.is_dir() and not entry.name.startswith(".")
@@ -288,12 +289,12 @@ def _look_for_masks(search: Search, layout: str, images: str, looked: str, notes
         texts += [folder] * (
             bool(names) and all(name.lower().endswith(".txt") for name in names) and folder == "labels"
         )
-    what = f"{search.root}: {images}/ makes this the layout {layout}, but no mask is in {looked}"
+    finding = f"{search.root}: {images}/ indicates the layout {layout}, but {searched} contains no mask"
     if pngs:
         raise UserError(
-            f"{what}, and {' and '.join(f'{name}/' for name in pngs[:3])} holds PNGs: if they are the masks, "
-            f"give --data.layout globs --data.images '{images}/**/*' --data.masks '{pngs[0]}/**/*.png'; if "
-            "they are not, leave --data.masks out"
+            f"{finding}, and {' and '.join(f'{name}/' for name in pngs[:3])} holds PNGs: if they are the "
+            f"masks, give --data.layout globs --data.images '{images}/**/*' --data.masks "
+            f"'{pngs[0]}/**/*.png'; otherwise omit --data.masks"
         )
-    polygons = "; labels/ holds text files (polygons or boxes), which are no masks" if texts else ""
-    notes.warn(f"{what}{polygons}; all images are unlabelled")
+    polygons = "; labels/ holds text files (polygons or boxes), not masks" if texts else ""
+    notes.warn(f"{finding}{polygons}; all images are unlabelled")

@@ -1,5 +1,4 @@
-"""The meaning of shapes: what the labels of a tool's files are in class ids, and what pixels in no shape
-are."""
+"""Interpretation of shape labels: their class ids, and the class of pixels in no shape."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,10 +13,10 @@ from stpp.images.masks import IGNORE
 
 
 def _labels(root: Path, layout: str, files: Sequence[str]) -> dict[int, str] | None:
-    """Names by the numbers that shapes have; None where shapes are called by names.
+    """Names by the numbers in shapes; None for layouts whose shapes store names.
 
     Raises:
-        UserError: no file has the names, or two files name one number differently.
+        UserError: no file has the names, or two files disagree on a number.
     """
     if layout == "labelme":
         return None
@@ -27,14 +26,14 @@ def _labels(root: Path, layout: str, files: Sequence[str]) -> dict[int, str] | N
     for file in files:
         for number, name in coco.listing(root / file).categories.items():
             if names.setdefault(number, name) != name:
-                raise UserError(f"{file}: category {number} is {name!r}, and {names[number]!r} in another "
-                                "file; give the files one list of categories")
+                raise UserError(f"{file}: category {number} is {name!r}, but {names[number]!r} in another "
+                                "file; give all files the same categories")
     return dict(sorted(names.items()))
 
 
 def own_classes(root: Path, settings: Mapping, files: Sequence[str]) -> ClassList | None:
-    """The class names that the files of the tool have, with `background` first where that is what unlisted
-    pixels are; None where they have none."""
+    """Class names in the annotation files, with `background` first if unlisted pixels belong to it; None if
+    the files have none."""
     labels = _labels(root, settings["layout"], files)
     if labels is None:
         return None
@@ -47,33 +46,33 @@ def own_classes(root: Path, settings: Mapping, files: Sequence[str]) -> ClassLis
 
 
 def legend(root: Path, settings: Mapping, files: Sequence[str] = ()) -> Legend:
-    """The meaning of shapes.
+    """Interpretation of shapes.
 
     Args:
-        settings: of stpp.dataset.settings.resolved.
-        files: those of `files_of`.
+        settings: result of stpp.dataset.settings.resolved.
+        files: result of `files_of`.
 
     Raises:
-        UserError: no class is the background, where one is needed; or an entry of the mask map that is none.
+        UserError: a background class is needed but missing, or an invalid entry of the mask map.
     """
     names = list(settings["classes"])
     background = _background(names)
     if settings["unlisted"] == BACKGROUND and background is None:
-        raise UserError(f"--data.unlisted background: no class is called {BACKGROUND}; put it on the class "
-                        "list, where its id is to be")
+        raise UserError(f"--data.unlisted background: no class is called {BACKGROUND}; add it to the class "
+                        "list, at the position of its id")
     meaning = {name: i for i, name in enumerate(names)}
     labels = _labels(root, settings["layout"], files)
-    known = set(labels.values()) if labels is not None else None
-    for entry in settings["mask_map"]:
-        label, class_name = _entry(entry)
-        if known is not None and label not in known:
-            raise UserError(f"--data.mask-map {entry}: no label is called {label!r}; there are "
-                            f"{', '.join(sorted(known)[:8])}{', ...' * (len(known) > 8)}")
+    labels_in_files = set(labels.values()) if labels is not None else None
+    for map_entry in settings["mask_map"]:
+        label, class_name = _entry(map_entry)
+        if labels_in_files is not None and label not in labels_in_files:
+            raise UserError(f"--data.mask-map {map_entry}: no label is called {label!r}; there are "
+                            f"{', '.join(sorted(labels_in_files)[:8])}{', ...' * (len(labels_in_files) > 8)}")
         if class_name != "ignore" and class_name not in names:
-            raise UserError(f"--data.mask-map {entry}: the right side names no class; the classes are "
+            raise UserError(f"--data.mask-map {map_entry}: unknown class; the classes are "
                             f"{', '.join(names)}, and ignore")
         meaning[label] = IGNORE if class_name == "ignore" else names.index(class_name)
-    meaning = _Named(meaning)
+    meaning = _ClassIds(meaning)
     classes = meaning if labels is None else {
         number: meaning[name] for number, name in labels.items() if name in meaning}
     return Legend(classes=classes, names=labels or {},
@@ -84,27 +83,26 @@ def legend(root: Path, settings: Mapping, files: Sequence[str] = ()) -> Legend:
 
 
 def of_colours(folder: Path, labels: Sequence[cvat.LabelColour], classes: Sequence[str]) -> tuple[str, ...]:
-    """The entries of the mask map that a labelmap in a folder makes. Where no class is the background, its
-    pixels are ignored: there nothing was drawn.
+    """Mask-map entries of a folder's labelmap. Without a background class, background pixels are ignored.
 
     Raises:
-        UserError: a label is no class.
+        UserError: a label is not a class.
     """
     entries = []
     for label in labels:
-        nothing = counts_nowhere(label.name) or is_background(label.name)
-        if label.name not in classes and not nothing:
-            raise UserError(f"{folder / cvat.LABELMAP}: {label.name!r} is no class; name it in "
-                            "--data.classes, or say what each colour means with --data.mask-map")
-        meant = list(classes).index(label.name) if label.name in classes else None
-        if meant is None and is_background(label.name):
-            meant = _background(classes)
-        entries.append(f"{','.join(map(str, label.colour))}={'ignore' if meant is None else meant}")
+        is_empty = counts_nowhere(label.name) or is_background(label.name)
+        if label.name not in classes and not is_empty:
+            raise UserError(f"{folder / cvat.LABELMAP}: {label.name!r} is not a class; add it to "
+                            "--data.classes, or map each colour with --data.mask-map")
+        class_id = list(classes).index(label.name) if label.name in classes else None
+        if class_id is None and is_background(label.name):
+            class_id = _background(classes)
+        entries.append(f"{','.join(map(str, label.colour))}={'ignore' if class_id is None else class_id}")
     return tuple(entries)
 
 
-class _Named(dict):
-    """Classes by name; names of what counts nowhere are 255."""
+class _ClassIds(dict):
+    """Class ids by name; names of ignored pixels map to 255."""
 
     def __missing__(self, name: str) -> int:
         if counts_nowhere(name):
@@ -131,8 +129,7 @@ def _background(names: Sequence[str]) -> int | None:
 
 
 def _yolo_names(root: Path) -> tuple[list[str], str]:
-    found = class_files.of_tools(root)
+    found = class_files.from_tools(root)
     if found is None:
-        raise UserError(f"{root}: no file names the classes that the texts number; write data.yaml with "
-                        "`names: [...]`")
+        raise UserError(f"{root}: no file names the numbered classes; write data.yaml with `names: [...]`")
     return found

@@ -1,10 +1,10 @@
-"""The judgement of a data set's masks: what no single file can tell.
+"""Consistency checks across a data set's masks, which no single file can reveal.
 
-A file is read by what it stores: a palette by its indices, 1, 2 and 4 bits by their numbers. Whether that is
-what was meant shows only when all masks lie side by side: the same index in other colours, bits of another
-depth, 255 for the object instead of ignore, edges that run through ids between two classes. What may be
-misread is refused with the remedy, never guessed. A mask map that names every id says that the ids are meant;
-one of colours reads what is seen.
+Files are read by their stored values: palettes by index, 1, 2 and 4 bits by number. Whether these are the
+intended class ids shows only across all masks: one index with different colours, varying bit depths, 255 for
+the object instead of ignore, edges that pass through ids between two classes. Ambiguous masks are rejected
+with a remedy, never guessed. A mask map that names every id confirms the ids; a map of colours uses the
+displayed colours.
 """
 
 from collections import Counter
@@ -18,31 +18,31 @@ from stpp.dataset.mask_map import MaskMap
 from stpp.images.masks import IGNORE, Stored, count_indices
 
 SOFT_SHARE, SOME_SHARE = 0.15, 0.04
-"""Parts of all edges that pass through an id between two others: those of masks with soft edges or JPEG noise
-are above 0.06, nearly always above 0.18; CamVid's are 0.009."""
+"""Fractions of edges that pass through an id between two others: above 0.06, nearly always above 0.18, for
+masks with soft edges or JPEG noise; 0.009 for CamVid."""
 LEAST_EDGES = 100
 LOOKED_AT = 1 << 14
-"""Pixels of a mask whose neighbours are looked at, about: more would cost a tenth of the preparation."""
+"""Approximate number of pixels per mask whose neighbours are compared; more would cost a tenth of the
+preparation."""
 THIN_IDS = 3
 _REMEDY = "save masks without anti-aliasing and never as JPEG"
 
 
 @dataclass(frozen=True, slots=True)
 class Edges:
-    """Neighbouring pixels of a mask that differ."""
+    """Differing neighbouring pixels of a mask."""
 
     count: int
     soft: int
-    """Pixels between two neighbours in a row or column, with an id strictly between theirs."""
+    """Pixels whose id is strictly between those of two opposite neighbours."""
     thin: int = 0
-    """Ids that fill no 3x3 pixels anywhere; counted where edges are soft."""
+    """Ids without any filled 3x3 block; counted only if edges are soft."""
     solid: int = 0
-    """Ids that do."""
+    """Ids with a filled 3x3 block."""
 
 
 def edges(values: np.ndarray) -> Edges:
-    """The edges of class ids, uint8 [H, W], in rows that are spread over a large mask; 255 counts as no
-    id."""
+    """Edges of class ids, uint8 [H, W], sampled in rows of a large mask; 255 does not count as an id."""
     count = soft = 0
     step = max(1, values.size // LOOKED_AT)
     rows = values[::step]
@@ -62,45 +62,45 @@ def edges(values: np.ndarray) -> Edges:
     filled = np.asarray(
         Image.fromarray(np.ascontiguousarray(values[1:-1, 1:-1])).histogram(Image.fromarray(whole))
     )
-    there = count_indices(values) > 0
-    there[IGNORE] = False
-    return Edges(
-        count, soft, int(np.count_nonzero(there & (filled == 0))), int(np.count_nonzero(there & (filled > 0)))
-    )
+    present = count_indices(values) > 0
+    present[IGNORE] = False
+    thin, solid = (int(np.count_nonzero(present & part)) for part in (filled == 0, filled > 0))
+    return Edges(count, soft, thin, solid)
 
 
 @dataclass
 class Judge:
-    """Takes the masks of a data set one by one, and says what is wrong with them together."""
+    """Collects the masks of a data set, and reports inconsistencies across them."""
 
     classes: Sequence[str]
     mask_map: MaskMap | None
     masks: int = 0
     _colours: dict[int, dict[int, str]] = field(default_factory=dict)
-    """Index -> colour -> the first mask that has it."""
+    """Index -> colour -> first mask with it."""
     _indices: dict[int, dict[int, str]] = field(default_factory=dict)
-    """Colour, where a palette has it once, -> index -> the first mask."""
+    """Colour, if unique in its palette, -> index -> first mask."""
     _coloured: bool = False
-    """True once a palette holds a colour that is no gray."""
+    """True once a palette contains a colour that is not gray."""
     _gray_palettes: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Masks whose palette shows an index as another gray: (index, gray)."""
+    """Masks whose palette displays an index as a different gray: (index, gray)."""
     _depths: dict[int, str] = field(default_factory=dict)
-    """Bits of grayscale masks -> the first that has them and holds more than 0."""
+    """Bits of grayscale masks -> first mask of that depth with a value above 0."""
     _ids: Counter[int] = field(default_factory=Counter)
     _sets: dict[str, str] = field(default_factory=dict)
-    """Whether 255 and other ids than 0 are in one mask -> the first such mask."""
+    """Presence of 255 and of ids above 0 in a mask -> first mask with it."""
     _edges: int = 0
     _soft: int = 0
     _solid: bool = False
     _soft_masks: list[str] = field(default_factory=list)
     _noisy_masks: list[str] = field(default_factory=list)
 
-    def add(self, path: str, stored: Stored, counts: Sequence[int], found: Edges) -> None:
-        """Takes a mask.
+    def add(self, path: str, stored: Stored, counts: Sequence[int], mask_edges: Edges) -> None:
+        """Adds a mask.
 
         Args:
-            path: as users write it.
-            counts: pixels of each class id, and of 255 at the end.
+            path: path as users write it.
+            stored: its storage.
+            counts: pixels per class id, then of 255.
             found: its edges.
         """
         self.masks += 1
@@ -118,12 +118,12 @@ class Judge:
             else ""
         )
         self._sets.setdefault(kind, path)
-        self._edges += found.count
-        self._soft += found.soft
-        self._solid |= found.solid > 0
-        if found.count >= LEAST_EDGES and found.soft > SOFT_SHARE * found.count:
+        self._edges += mask_edges.count
+        self._soft += mask_edges.soft
+        self._solid |= mask_edges.solid > 0
+        if mask_edges.count >= LEAST_EDGES and mask_edges.soft > SOFT_SHARE * mask_edges.count:
             self._soft_masks.append(path)
-            if found.solid and found.thin >= max(THIN_IDS, found.solid):
+            if mask_edges.solid and mask_edges.thin >= max(THIN_IDS, mask_edges.solid):
                 self._noisy_masks.append(path)
 
     def _add_stored(self, path: str, stored: Stored) -> None:
@@ -155,11 +155,11 @@ class Judge:
                 self._depths.setdefault(min(stored.bits, 8), path)
 
     def _read_otherwise(self, index: int, gray: int, outside: int | None = -1) -> bool:
-        """True where a number that is stored and the gray that is shown for it mean different classes.
+        """True if a stored number and the gray displayed for it map to different classes.
 
         Args:
-            outside: what a gray means that is no id of the data set; of a map, always nothing, so that the
-                number is meant.
+            outside: class of a gray that is not an id of the data set; with a map always none, so that the
+                number counts.
         """
         if index == gray:
             return False
@@ -169,45 +169,44 @@ class Judge:
         return bool(meanings[0] != meanings[1] and (meanings[1] >= 0 or outside is None))
 
     def problems(self) -> list[str]:
-        """What may be misread, in a line each, with the remedy."""
+        """Ambiguities, one line each, with the remedy."""
         return self.stored_problems() + [text for text in (self._object_as_ignore(), self._noise()) if text]
 
     def stored_problems(self) -> list[str]:
-        """Those of palettes and bits alone."""
+        """Ambiguities of palettes and bit depths only."""
         return [text for text in (self._palettes(), self._grays(), self._bits()) if text]
 
     def warnings(self) -> list[str]:
-        """What looks like a mistake, and may be none."""
+        """Likely mistakes, one line each."""
         soft = self._edges >= LEAST_EDGES and self._soft > SOME_SHARE * self._edges
         if not soft and not self._soft_masks or self._noise():
             return []
         share = 100 * self._soft / self._edges
-        one = self._soft_masks[0] if self._soft_masks else "all of them alike"
+        example = self._soft_masks[0] if self._soft_masks else "in all masks"
         return [
-            f"masks: {share:.0f} % of the edges pass through an id between the two classes ({one}), as soft "
-            f"edges and JPEG noise "
-            f"make them; look at contact-sheet.png, and {_REMEDY}"
+            f"masks: {share:.0f} % of the edges pass through an id between the two classes ({example}), "
+            f"which indicates soft edges or JPEG noise; check contact-sheet.png, and {_REMEDY}"
         ]
 
     def _palettes(self) -> str | None:
         for index, colours in sorted(self._colours.items()):
             if len(colours) > 1:
-                (one, first), (other, second) = list(colours.items())[:2]
-                what = f"index {index} is {_hex(one)} in {first} and {_hex(other)} in {second}"
-                return self._palette_text(what)
+                (colour, first), (other, second) = list(colours.items())[:2]
+                difference = f"index {index} is {_hex(colour)} in {first} and {_hex(other)} in {second}"
+                return self._palette_text(difference)
         for colour, indices in self._indices.items():
             if len(indices) > 1:
-                (one, first), (other, second) = list(indices.items())[:2]
-                return self._palette_text(f"{_hex(colour)} is index {one} in {first} and {other} in {second}")
+                (index, first), (other, second) = list(indices.items())[:2]
+                return self._palette_text(f"{_hex(colour)} is index {index} in {first} and {other} in "
+                                          f"{second}")
         return None
 
-    def _palette_text(self, what: str) -> str:
+    def _palette_text(self, difference: str) -> str:
         seen = sorted({colour for colours in self._colours.values() for colour in colours})
         entries = " ".join(f"'{_hex(colour)}=CLASS'" for colour in seen[:8]) + " ..." * (len(seen) > 8)
         return (
-            f"masks: their palettes differ: {what}, so an index is no class id; name what the colours mean: "
-            f"--data.mask-map "
-            f"{entries}, or save the masks as 8-bit grayscale PNGs of class ids"
+            f"masks: their palettes differ: {difference}, so indices are not class ids; map the colours: "
+            f"--data.mask-map {entries}, or save the masks as 8-bit grayscale PNGs of class ids"
         )
 
     def _grays(self) -> str | None:
@@ -218,10 +217,9 @@ class Judge:
         entries = " ".join(f"'{_hex(colour)}=CLASS'" for colour in seen[:8]) + " ..." * (len(seen) > 8)
         return (
             f"{path}: its palette shows index {index} as gray {gray}, and either may be the class id "
-            f"({len(self._gray_palettes)} such "
-            f"masks; programs that make PNGs smaller write such palettes); say what is seen: "
-            f"--data.mask-map {entries}, or save "
-            "the masks as 8-bit grayscale PNGs of class ids"
+            f"({len(self._gray_palettes)} masks of this kind; PNG optimisers write such palettes); map the "
+            f"displayed grays: --data.mask-map {entries}, or save the masks as 8-bit grayscale PNGs of "
+            "class ids"
         )
 
     def _bits(self) -> str | None:
@@ -232,10 +230,9 @@ class Judge:
         number = 255 // ((1 << low[0]) - 1)
         return (
             f"{self._depths[low[0]]}: has {low[0]} bits a pixel, and {self._depths[other]} has {other}: a "
-            f"stored 1 is shown as gray "
-            f"{number} there, and either may be the class id (programs that make PNGs smaller change the "
-            f"bits); save all masks as "
-            f"8-bit grayscale, or give both numbers one class: --data.mask-map 0=0 1=CLASS {number}=CLASS"
+            f"stored 1 is displayed as gray {number}, and either may be the class id (PNG optimisers change "
+            "the bit depth); save all masks as 8-bit grayscale, or map both numbers to one class: "
+            f"--data.mask-map 0=0 1=CLASS {number}=CLASS"
         )
 
     def _object_as_ignore(self) -> str | None:
@@ -245,16 +242,14 @@ class Judge:
         if set(self._ids) == {0, IGNORE}:
             rest = "" if len(self.classes) == 2 else f", and none of the ids 1 to {len(self.classes) - 1}"
             return (
-                f"masks: they hold 0 and 255 alone{rest}, and 255 is ignore: if it means {name!r}, give "
-                f"--data.mask-map 0=0 255=1; "
-                "if it is ignore indeed, 0=0 255=ignore"
+                f"masks: they hold only 0 and 255{rest}, and 255 is ignore: if it means {name!r}, give "
+                "--data.mask-map 0=0 255=1; if it really is ignore, 0=0 255=ignore"
             )
         if len(self.classes) == 2 and {"ignored", "object"} <= self._sets.keys() and "both" not in self._sets:
             return (
                 f"masks: some hold 0 and 255 ({self._sets['ignored']}), others 0 and 1 "
-                f"({self._sets['object']}), none all three, "
-                f"and 255 is ignore: if it means {name!r} too, give --data.mask-map 0=0 1=1 255=1; if not, "
-                f"0=0 1=1 255=ignore"
+                f"({self._sets['object']}), none all three, and 255 is ignore: if it also means {name!r}, "
+                "give --data.mask-map 0=0 1=1 255=1; if not, 0=0 1=1 255=ignore"
             )
         return None
 
@@ -268,10 +263,9 @@ class Judge:
             return None
         masks = self._noisy_masks or self._soft_masks
         return (
-            f"{masks[0]}: soft edges or JPEG noise: at its edges lie ids between the two classes, which are "
-            f"other classes "
-            f"({len(masks)} such masks); {_REMEDY}; if the ids are right as they are, --data.mask-map "
-            f"0-{len(self.classes) - 1}=0-{len(self.classes) - 1} says so"
+            f"{masks[0]}: soft edges or JPEG noise: its edges hold ids between the two classes, which are "
+            f"other classes ({len(masks)} masks of this kind); {_REMEDY}; if the ids are correct, confirm "
+            f"them with --data.mask-map 0-{len(self.classes) - 1}=0-{len(self.classes) - 1}"
         )
 
 

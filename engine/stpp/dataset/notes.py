@@ -1,5 +1,4 @@
-"""What a data set gives cause to say: lines about what was found, and warnings, which `--strict` turns into a
-refusal."""
+"""Messages about a data set: findings, and warnings that `--strict` turns into an error."""
 
 from dataclasses import dataclass, field
 
@@ -9,30 +8,30 @@ from stpp.errors import UserError
 
 @dataclass
 class Notes:
-    """Lines and warnings in the order in which they were said."""
+    """Findings and warnings in order of occurrence."""
 
     quiet: bool = False
-    """Collect them only."""
+    """Collect messages without printing them."""
     lines: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def line(self, text: str) -> None:
-        """Says what is so."""
+        """Adds and prints a finding."""
         self.lines.append(text)
         if not self.quiet:
             log.say(text)
 
     def warn(self, text: str) -> None:
-        """Says what may be a mistake."""
+        """Adds and prints a likely mistake."""
         self.warnings.append(text)
         if not self.quiet:
             log.say(f"warning: {text}")
 
     def refuse(self) -> None:
-        """Refuses if there are warnings.
+        """Rejects the data set if there are warnings.
 
         Raises:
-            UserError: names the first of them.
+            UserError: names the first warning.
         """
         if self.warnings:
             more = f"; and {len(self.warnings) - 1} more above" if len(self.warnings) > 1 else ""
@@ -40,5 +39,5 @@ class Notes:
 
 
 def counted(count: int, noun: str) -> str:
-    """ "1 image", "2 images"."""
+    """A count with its noun: "1 image", "2 images"."""
     return f"{count} {noun}{'s' * (count != 1)}"

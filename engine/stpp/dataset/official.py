@@ -1,10 +1,8 @@
-"""Official splits: the lists and folders with which a data set itself says what is for training, validation
-and test.
+"""Official splits: a data set's own lists and folders for training, validation and test.
 
 VOC and CVAT: ImageSets/Segmentation/{train,val,test}.txt. COCO: also the names of its JSON files
-(instances_val2017.json). Else folders, at any depth, by their names in any case: see
-stpp.dataset.split_folders. Validation counts where there is training beside it; images for test are in no
-list.
+(instances_val2017.json). Otherwise folders at any depth, by name and in any case: see
+stpp.dataset.split_folders. Validation counts only alongside training; test images are in no list.
 """
 
 import os
@@ -21,7 +19,7 @@ _LISTED = ("voc", "cvat")
 
 
 def validation(index: Index, notes: Notes | None = None) -> set[str]:
-    """The validation images that the data set itself names; empty if it names none."""
+    """Official validation images; empty if the data set names none."""
     lists = _lists(index)
     if index.layout in _LISTED and (lists / "train.txt").is_file() and (lists / "val.txt").is_file():
         return _listed(index, lists / "val.txt", notes or Notes())
@@ -29,7 +27,7 @@ def validation(index: Index, notes: Notes | None = None) -> set[str]:
 
 
 def test(index: Index, notes: Notes | None = None) -> set[str]:
-    """The images that are for test, which no list takes."""
+    """Official test images, which are in no list."""
     listed = _lists(index) / "test.txt"
     if index.layout in _LISTED and listed.is_file():
         return _listed(index, listed, notes or Notes())
@@ -37,42 +35,41 @@ def test(index: Index, notes: Notes | None = None) -> set[str]:
 
 
 def say(index: Index, notes: Notes) -> dict[str, int]:
-    """Says which images the data set's own lists or folders set apart, and what is left out of all lists;
-    returns how many."""
-    apart, held = test(index, notes), validation(index, notes)
-    unpaired = [image for image in held if index.entries[image].mask is None]
-    if held:
-        notes.line(
-            f"official validation: {counted(len(held), 'image')}{_folders(held)}, never trained on"
-        )
-    if unpaired:
+    """Reports the official splits and the images that no list contains; returns the number of images per
+    split."""
+    test_images, validation_images = test(index, notes), validation(index, notes)
+    without_mask = [image for image in validation_images if index.entries[image].mask is None]
+    if validation_images:
+        notes.line(f"official validation: {counted(len(validation_images), 'image')}"
+                   f"{_folders(validation_images)}, never trained on")
+    if without_mask:
         text = (
-            f"official validation without a mask, and so in no list: {len(unpaired)} of "
-            f"{counted(len(held), 'image')}, for example "
-            f"{min(unpaired)}"
+            f"official validation without a mask, and so in no list: {len(without_mask)} of "
+            f"{counted(len(validation_images), 'image')}, for example {min(without_mask)}"
         )
-        (notes.warn if len(unpaired) == len(held) else notes.line)(text)
-    if apart:
-        masked = sum(index.entries[image].mask is not None for image in apart)
+        (notes.warn if len(without_mask) == len(validation_images) else notes.line)(text)
+    if test_images:
+        with_mask = sum(index.entries[image].mask is not None for image in test_images)
         text = (
-            f"official test, and so in no list: {counted(len(apart), 'image')}{_folders(apart)}, "
-            f"{masked} with a mask"
+            f"official test, and so in no list: {counted(len(test_images), 'image')}{_folders(test_images)}, "
+            f"{with_mask} with a mask"
         )
-        (notes.warn if masked else notes.line)(
-            f"{text}; if this is no test set, give the folder another name"
+        (notes.warn if with_mask else notes.line)(
+            f"{text}; if this is not a test set, rename the folder"
         )
-    if not held and (alone := in_folders(index, "val")):
+    if not validation_images and (in_val_folders := in_folders(index, "val")):
         notes.warn(
-            f"no official validation, though {counted(len(alone), 'image')} lie{_folders(alone)}: no "
-            f"folder is called train "
-            "or training, so they are drawn from like the others"
+            f"no official validation, though {counted(len(in_val_folders), 'image')} lie"
+            f"{_folders(in_val_folders)}: no folder is called train or training, so these images are used "
+            "like any other"
         )
     _say_nearly_official(index, notes)
-    return {"validation": len(held), "test": len(apart), "others": len(index.entries) - len(held | apart)}
+    return {"validation": len(validation_images), "test": len(test_images),
+            "others": len(index.entries) - len(validation_images | test_images)}
 
 
 def _say_nearly_official(index: Index, notes: Notes) -> None:
-    """Names folders that may be official splits to their owner, and are none by the table."""
+    """Warns of folder names that resemble official splits but are not in the table."""
     images = [
         image
         for image in index.entries
@@ -84,29 +81,30 @@ def _say_nearly_official(index: Index, notes: Notes) -> None:
         folders = sorted({part for image in images for part in image.split("/")[:-1]
                           if is_nearly_official(part)})
         notes.warn(
-            f"folders called {', '.join(folders[:4])}{', ...' * (len(folders) > 4)} are no official splits, "
-            f"and their {counted(len(images), 'image')} are taken like any other; for splits call them "
-            "train, val or test; if they are none, give them other names"
+            f"folders called {', '.join(folders[:4])}{', ...' * (len(folders) > 4)} are not official splits, "
+            f"so their {counted(len(images), 'image')} are used like any other; to make them splits, rename "
+            "them to train, val or test; otherwise choose other names"
         )
 
 
 def in_folders(index: Index, kind: str) -> set[str]:
-    """The data root's images in a folder of a kind; those of further folders were given as unlabelled,
-    wherever they lie."""
-    named = {}
+    """The data root's images in folders of a kind; images of further folders count as unlabelled wherever
+    they are."""
+    kinds_of = {}
     if index.layout == "coco":
         masks = {image: index.entries[image].mask or "" for image in index.entries}
-        named = {image: kinds("/".join([*re.split(r"[_.\-]", Path(mask).stem), ""]))
+        kinds_of = {image: kinds("/".join([*re.split(r"[_.\-]", Path(mask).stem), ""]))
                  for image, mask in masks.items()}
     return {
         image
         for image in index.entries
-        if image.partition("/")[0] not in index.unlabelled and kind in kinds(image) | named.get(image, set())
+        if image.partition("/")[0] not in index.unlabelled
+        and kind in kinds(image) | kinds_of.get(image, set())
     }
 
 
 def _folders(images: set[str]) -> str:
-    """ " in photos/test", where the images lie in folders of the table."""
+    """Text such as " in photos/test" if the images are in split folders; otherwise empty."""
     names = sorted(
         {
             "/".join(parts[: i + 1])
@@ -124,17 +122,18 @@ def _lists(index: Index) -> Path:
 
 
 def _listed(index: Index, path: Path, notes: Notes) -> set[str]:
-    """The images that one of VOC's own lists names by their bare names."""
+    """Images named, without folder and extension, in one of VOC's own lists."""
     try:
         lines = [line.strip() for line in files.read_text(path).splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a list of image names ({error})") from error
-    known = {os.path.splitext(image)[0]: image for image in index.entries}
+    image_of = {os.path.splitext(image)[0]: image for image in index.entries}
     # A name may hold spaces; some lists have a second column.
-    found = {
-        name: known.get(f"JPEGImages/{name}") or known.get(f"JPEGImages/{name.split()[0]}") for name in lines
+    images = {
+        name: image_of.get(f"JPEGImages/{name}") or image_of.get(f"JPEGImages/{name.split()[0]}")
+        for name in lines
     }
-    missing = sum(image is None for image in found.values())
+    missing = sum(image is None for image in images.values())
     if missing:
-        notes.warn(f"{path}: {missing} of its {len(found)} images are not in the index")
-    return {image for image in found.values() if image is not None}
+        notes.warn(f"{path}: {missing} of its {len(images)} images are not in the index")
+    return {image for image in images.values() if image is not None}

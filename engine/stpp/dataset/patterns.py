@@ -1,8 +1,9 @@
-"""Patterns of files below a folder, such as `photos/**/*.jpg`: a fixed folder, and an expression that names
-what it matches.
+"""File patterns below a folder, such as `photos/**/*.jpg`: a fixed folder, and a regular expression for the
+rest.
 
-`**/` any folders or none, `*` and `?` inside a name, `[...]` a set of characters, `{a,b}` and `{1..3}` words.
-A part of the pattern that is the name of a folder, brackets and all, means that folder.
+`**/` any folders or none, `*` and `?` within a name, `[...]` a character set, `{a,b}` and `{1..3}`
+alternatives. A pattern part that is, brackets included, the name of an existing folder denotes that
+folder.
 """
 
 import os
@@ -19,38 +20,37 @@ from stpp.images.image_file import IMAGE_EXTENSIONS
 
 _BRACES = re.compile(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}")
 MOST_WORDS = 10_000
-"""Words that braces may stand for."""
+"""Maximum number of alternatives that braces may expand to."""
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """Where images, or masks, are looked for."""
+    """Search location of images or of masks."""
 
     prefix: str
     """Folder below the root; "" is the root itself."""
     pattern: re.Pattern | None
-    """What a path below the prefix must match, its group 1 being the name, and the further ones the name
-    without the fixed folders between wildcards; None: anything."""
+    """Regular expression for a path below the prefix: group 1 is the name, the further groups are the name
+    without the fixed folders between wildcards; None: any path."""
     extensions: tuple[str, ...] = IMAGE_EXTENSIONS
     lead: str = ""
-    """What every name begins with: `img_` of `photos/img_*.jpg`."""
+    """Common beginning of all names: `img_` for `photos/img_*.jpg`."""
 
-    def without_lead(self, named: dict[str, str]) -> dict[str, str]:
-        """Paths by their pairing names, with these names shortened by what all of them begin with."""
-        parts = ((*name.rpartition("/"), path) for name, path in named.items())
+    def without_lead(self, path_of: dict[str, str]) -> dict[str, str]:
+        """Paths by pairing name, with the common beginning removed from the names."""
+        parts = ((*name.rpartition("/"), path) for name, path in path_of.items())
         return {f"{folder}{slash}{last[len(self.lead):]}": path for folder, slash, last, path in parts}
 
 
 def parsed(pattern: str, flag: str, root: Path | None = None) -> Side:
-    """Splits a pattern into fixed folders and a regular expression whose group 1 is the name that pairs
-    images with masks.
+    """Splits a pattern into fixed folders and a regular expression whose group 1 is the pairing name.
 
     Args:
-        flag: "images" or "masks", for messages, and for what a pattern that ends in a wildcard matches.
-        root: folder that is asked whether a part with brackets or braces is a folder's name.
+        flag: "images" or "masks", for messages, and for the extensions of patterns that end in a wildcard.
+        root: folder in which parts with brackets or braces may be literal folder names.
 
     Raises:
-        UserError: a pattern that leads outside, has no wildcard, or braces that cannot be read.
+        UserError: a pattern that leads outside, has no wildcard, or has unreadable braces.
     """
     pattern_NFC = unicodedata.normalize("NFC", pattern)
     parts = pattern_NFC.replace("\\", "/").split("/")
@@ -62,7 +62,8 @@ def parsed(pattern: str, flag: str, root: Path | None = None) -> Side:
     for found in _BRACES.finditer("/".join(parts)):
         if set(found[1]) & set("*?[/"):
             raise UserError(
-                f"--data.{flag} {pattern}: braces hold words, such as {{train,val}}, no wildcards or folders"
+                f"--data.{flag} {pattern}: braces may hold words, such as {{train,val}}, but no wildcards or "
+                "folders"
             )
     rest = "/".join(parts)
     wild = max(rest.rfind(c) for c in "*?]")
@@ -88,7 +89,7 @@ def parsed(pattern: str, flag: str, root: Path | None = None) -> Side:
 
 
 def expression(glob: str, flag: str = "images") -> str:
-    """A glob as a regular expression."""
+    """Regular expression of a glob."""
     out, i = [], 0
     while i < len(glob):
         if glob.startswith("**/", i):
@@ -105,7 +106,7 @@ def expression(glob: str, flag: str = "images") -> str:
             i += 1
         elif glob[i] == "[" and (end := glob.find("]", i + 2)) > 0:
             inside = glob[i + 1 : end].replace("\\", "\\\\").replace("[", "\\[")
-            # The characters may be meant as they are: browsers call folders `photos [1]`.
+            # The brackets may be literal: browsers name folders `photos [1]`.
             out.append(
                 f"(?:[{'^' + inside[1:] if inside[0] == '!' else inside}]|{re.escape(glob[i : end + 1])})"
             )
@@ -120,16 +121,16 @@ def expression(glob: str, flag: str = "images") -> str:
 
 
 def _fixed(parts: list[str], root: Path | None) -> tuple[str, list[str]]:
-    """The folder that the first parts name, as it is written on the disk, and the other parts."""
+    """Literal folder at the start of a pattern, as spelled on disk, and the remaining parts."""
     prefix = ""
     for number, part in enumerate(parts[:-1]):
         forms = [
             os.path.join(prefix, form) for form in dict.fromkeys((part, unicodedata.normalize("NFD", part)))
         ]
-        there = next((form for form in forms if root is not None and (root / form).is_dir()), None)
-        if there is None and _is_wild(part):
+        existing = next((form for form in forms if root is not None and (root / form).is_dir()), None)
+        if existing is None and _is_wild(part):
             return prefix, parts[number:]
-        prefix = there or forms[0]
+        prefix = existing or forms[0]
     return prefix, parts[-1:]
 
 
@@ -139,9 +140,9 @@ def _is_wild(part: str) -> bool:
 
 def _words(braces: str, flag: str) -> list[str]:
     try:
-        found = list(dict.fromkeys(islice(braceexpand(braces), MOST_WORDS + 1)))
+        words = list(dict.fromkeys(islice(braceexpand(braces), MOST_WORDS + 1)))
     except (UnbalancedBracesError, ValueError) as error:
         raise UserError(f"--data.{flag}: the braces {braces} cannot be read ({error})") from None
-    if len(found) > MOST_WORDS:
-        raise UserError(f"--data.{flag}: the braces {braces} stand for more than {MOST_WORDS} words")
-    return found
+    if len(words) > MOST_WORDS:
+        raise UserError(f"--data.{flag}: the braces {braces} expand to more than {MOST_WORDS} words")
+    return words

@@ -1,5 +1,4 @@
-"""The search for one side of a data set, its images or its masks, and the names by which the two are
-paired."""
+"""Search for the images or masks of a data set, and the names that pair them."""
 
 import os
 import unicodedata
@@ -11,79 +10,80 @@ from stpp.annotations.shapes import ShapeSource
 from stpp.dataset.patterns import Side
 from stpp.dataset.walk import refuse_unlistable, walk
 from stpp.errors import UserError
-from stpp.images.folders import PassedOver
+from stpp.images.folders import SkippedFiles
 from stpp.images.image_file import IMAGE_EXTENSIONS
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FoundImage:
     """An image of a data set; paths are relative to the root, with forward slashes."""
 
     key: str
-    """The image's path without its extension."""
+    """Path of the image without its extension."""
     image: str
     mask: str | None
-    """Its mask, or the file that its shapes stand in."""
+    """Mask of the image, or the file with its shapes."""
     shapes: ShapeSource | None = None
-    """Where in that file, of layouts whose masks are drawn."""
+    """Location of the shapes in that file, for layouts with drawn masks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """Looks for files of a data root."""
+    """File search in a data root."""
 
     root: Path
     skip: Path | None
-    """A folder not to enter."""
+    """Folder to skip."""
     follow_links: bool
     """Follow links out of the root."""
 
-    def named(
-        self, side: Side, what: str, alike: bool, passed: PassedOver, *, apart: Set[str] = frozenset()
+    def named_files(
+        self, side: Side, kind: str, have_equal_groups: bool, skipped: SkippedFiles, *,
+        apart: Set[str] = frozenset()
     ) -> Iterator[tuple[str, str]]:
-        """(pairing name, path) of the files of a side, refusing two of equal name.
+        """Yields (pairing name, path) for each file of a side, rejecting duplicate names.
 
         Args:
-            alike: both patterns have as many fixed folders between wildcards, which are then no part of the
-                name.
-            passed: counts what is not taken.
-            apart: paths that are not counted as left out, nor refused for a name that they share.
+            kind: "images" or "masks", for messages.
+            have_equal_groups: both patterns have the same number of fixed folders between wildcards, which
+                are then excluded from the name.
+            skipped: counts skipped files.
+            apart: paths to yield under their own path: neither counted as skipped, nor rejected as
+                duplicates.
         """
         seen: dict[str, str] = {}
-        for path in walk(self.root, side.prefix, self.skip, follow_links=self.follow_links, passed=passed):
+        for path in walk(self.root, side.prefix, self.skip, follow_links=self.follow_links, skipped=skipped):
             below = path[len(side.prefix) + 1 :] if side.prefix else path
             if not below.lower().endswith(side.extensions):
-                passed.unread(below)
+                skipped.unread(below)
                 continue
-            # Accents may be one code point or two: systems differ, so that an image and its mask can differ
-            # too.
+            # Systems differ in Unicode normalisation, so an image and its mask can differ too.
             below = unicodedata.normalize("NFC", below)
             match = side.pattern.fullmatch(below) if side.pattern else None
             if side.pattern and not match:
                 if path not in apart and not below.lower().endswith(IMAGE_EXTENSIONS):
-                    passed.unread(below)
+                    skipped.unread(below)
                 continue
             refuse_unlistable(self.root, path)
             name = (
                 os.path.splitext(below)[0]
                 if not match
                 else "/".join(match.groups()[1:])
-                if alike
+                if have_equal_groups
                 else match[1]
             )
             if path in apart:
-                name = path  # a mask that the pattern of the images matches too, and that is left out later
+                name = path  # a mask that also matches the image pattern; removed later
             if name in seen:
                 raise UserError(
-                    f"{self.root}: duplicate key {name} of {what}: {seen[name]} and {path}; "
+                    f"{self.root}: duplicate key {name} of {kind}: {seen[name]} and {path}; "
                     f"{self._newer(seen[name], path)}"
                 )
             seen[name] = path
             yield name, path
 
     def _newer(self, one: str, other: str) -> str:
-        """Advice for two files of one name: people mend a mask, save it under another extension, and keep the
-        old one."""
+        """Advice for two files of one name; often a mask was corrected and saved with another extension."""
         try:
             times = {path: os.stat(self.root / path).st_mtime_ns for path in (one, other)}
         except OSError:

@@ -1,5 +1,4 @@
-"""The settings that an index depends on, resolved: what "auto" stands for, the class names, the masks of the
-layout."""
+"""Resolution of the settings that an index depends on: layout, class names and mask locations."""
 
 import os
 from collections.abc import Sequence
@@ -28,13 +27,13 @@ def resolved(
     crowds: str | None = None,
     doubtful: str | None = None,
 ) -> tuple[dict, ClassList]:
-    """What an index depends on besides the files, JSON-able, and where the class names are from.
+    """Resolved settings of an index, as JSON values, and the source of its class names.
 
     Args:
         root and the others: see stpp.dataset.index.prepare.
 
     Raises:
-        UserError: a setting that is impossible, or does not fit what lies in the root.
+        UserError: an invalid setting, or one that does not match the content of the root.
     """
     if not isinstance(exif, bool):
         raise TypeError(f"exif: expected a bool, got {exif!r}")
@@ -45,62 +44,61 @@ def resolved(
     shapes = {name: value for name, value in shapes.items() if value is not None}
     if layout in drawn.FORMATS:
         files = drawn.files_of(folder, layout, masks, follow_links=follow_links)
-        masks = files[0] if len(files) == 1 else masks  # without the folder that the shell was in
-        asked = {"layout": layout, "mask_map": list(mask_map), "exif": exif} | shapes
-        listed = class_list(root, layout, classes, legends.own_classes(folder, asked, files))
-        legends.legend(folder, asked | {"classes": listed.names}, files)
+        masks = files[0] if len(files) == 1 else masks  # independent of the working directory
+        request = {"layout": layout, "mask_map": list(mask_map), "exif": exif} | shapes
+        class_names = class_list(root, layout, classes, legends.own_classes(folder, request, files))
+        legends.legend(folder, request | {"classes": class_names.names}, files)
     else:
-        listed = class_list(root, layout, classes, layouts.own_classes(folder, layout))
-        mask_map = mask_map or layouts.own_mask_map(folder, layout, masks, listed.names)
-        mapping.parse(mask_map, listed.names)
-    found = {
+        class_names = class_list(root, layout, classes, layouts.own_classes(folder, layout))
+        mask_map = mask_map or layouts.own_mask_map(folder, layout, masks, class_names.names)
+        mapping.parse(mask_map, class_names.names)
+    resolved_settings = {
         "layout": layout,
         "images": images,
         "masks": masks,
-        "classes": listed.names,
+        "classes": class_names.names,
         "mask_map": list(mask_map),
         "exif": exif,
     }
-    # Left out where they are not used: the fingerprint is then the one that the root alone has.
-    found |= shapes
+    # Omitted if unused, so that the fingerprint stays the same as without these settings.
+    resolved_settings |= shapes
     if unlabelled:
-        found["unlabelled"] = unlabelled_folders.checked(unlabelled)
+        resolved_settings["unlabelled"] = unlabelled_folders.checked(unlabelled)
     if follow_links:
-        found["follow_links"] = True
-    return found, listed
+        resolved_settings["follow_links"] = True
+    return resolved_settings, class_names
 
 
 def refuse_inside(root: Path, out: Path, settings: dict) -> None:
-    """Refuses an index in the root itself, or in a folder of images or masks; elsewhere below the root it may
-    lie.
+    """Rejects an index in the root itself or in a folder of images or masks; elsewhere below the root it is
+    allowed.
 
     Raises:
-        UserError: it does.
+        UserError: `out` is in one of these folders.
     """
-    taken = [
+    data_folders = [
         root / prefix for prefix in layouts.folders(settings["layout"], settings["images"], settings["masks"])
     ]
-    taken += [Path(folder).resolve() for folder in settings.get("unlabelled", ())]
-    if out == root or any(out == folder or (folder != root and folder in out.parents) for folder in taken):
-        raise UserError(
-            f"{out}: the index may not lie among the user's images or masks; choose another folder"
-        )
+    data_folders += [Path(folder).resolve() for folder in settings.get("unlabelled", ())]
+    if out == root or any(out == folder or (folder != root and folder in out.parents)
+                          for folder in data_folders):
+        raise UserError(f"{out}: the index must not be among the images or masks; choose another folder")
 
 
-def say_classes(listed: ClassList, pixels: Sequence[int], root: Path, notes: Notes) -> None:
-    """Says where the class names are from, and warns of those that no mask holds.
+def say_classes(class_names: ClassList, pixels: Sequence[int], root: Path, notes: Notes) -> None:
+    """Reports the source of the class names, and warns of classes that no mask contains.
 
     Args:
-        pixels: of each class in all masks; empty without masks.
+        pixels: pixels per class in all masks; empty without masks.
     """
-    empty = [name for name, count in zip(listed.names, pixels, strict=False) if not count]
-    if listed.of_layout:
+    empty = [name for name, count in zip(class_names.names, pixels, strict=False) if not count]
+    if class_names.of_layout:
         highest = max((i for i, count in enumerate(pixels) if count), default=0)
         text = (
-            f"classes: the {len(listed.names)} of the public data set that has {listed.source}; masks here "
-            f"hold ids up to {highest}; for data of your own write their names to classes.json"
+            f"classes: the {len(class_names.names)} of the public data set with {class_names.source}; these "
+            f"masks hold ids up to {highest}; for your own data write the class names to classes.json"
         )
-        # A part of the public set lacks a few classes; another set of fewer classes ends early.
-        (notes.warn if len(empty) > len(listed.names) // 2 else notes.line)(text)
+        # A subset of the public set lacks a few classes; another set with fewer classes lacks the last ones.
+        (notes.warn if len(empty) > len(class_names.names) // 2 else notes.line)(text)
     if empty and pixels:
         notes.warn(f"no mask of {root} holds a pixel of: {', '.join(empty)}")

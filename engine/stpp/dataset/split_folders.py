@@ -1,4 +1,4 @@
-"""The table of folders that say what their images are for."""
+"""Table of folder names that denote official splits."""
 
 import functools
 import re
@@ -12,7 +12,7 @@ FOLDERS = {
     "test": "test",
     "testing": "test",
 }
-"""What a folder of this name, in lower case, holds; a year may follow, as in COCO's `train2017`."""
+"""Split of a folder by its lower-case name; a year may follow, as in COCO's `train2017`."""
 _YEAR = re.compile(r"[_\-]?(?:19|20)\d\d")
 _NEARLY = re.compile(
     rf"(?:{'|'.join(FOLDERS)}|dev|eval|evaluation|holdout)"
@@ -22,17 +22,17 @@ _NEARLY = re.compile(
 
 @functools.lru_cache(maxsize=4096)
 def kind(folder: str) -> str | None:
-    """What a folder holds by its name, "train", "val" or "test"; None where that says nothing."""
+    """Split that a folder name denotes, "train", "val" or "test"; None for other names."""
     name = folder.lower()
     found = _YEAR.search(name)
     return FOLDERS.get(name[: found.start()] if found and found.end() == len(name) else name)
 
 
 def kinds(image: str) -> set[str]:
-    """What the folders of a path say that it is for: "train", "val", "test"."""
-    return {found for part in image.split("/")[:-1] if (found := kind(part))}
+    """Splits that the folders of an image's path denote: "train", "val", "test"."""
+    return {split for part in image.split("/")[:-1] if (split := kind(part))}
 
 
 def is_nearly_official(folder: str) -> bool:
-    """True for a name such as `val_images` or `dev`, which may mean a split, and is not in the table."""
+    """True for names such as `val_images` or `dev`, which may mean a split but are not in the table."""
     return kind(folder) is None and _NEARLY.fullmatch(folder.lower()) is not None

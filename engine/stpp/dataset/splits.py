@@ -1,17 +1,14 @@
-"""Split files: which images are labelled, unlabelled, and for validation, in the format that ST++ and its
-successors share.
+"""Split files: lists of labelled, unlabelled and validation images, in the format of ST++ and its successors.
 
-One sample a line, `image [mask]`, paths relative to the data root (see stpp.dataset.unlabelled_folders for
-images that lie elsewhere); public files load unchanged. Names may hold spaces:
-a line is tried as an image as a whole, then cut at every blank in turn, against the index.
+One sample per line, `image [mask]`, with paths relative to the data root (see stpp.dataset.unlabelled_folders
+for images elsewhere); public files load unchanged. Names may contain spaces: a line is tried as a whole image
+path, then cut at every blank in turn, against the index.
 
-A labelled line needs a mask: the one it names, or, where it names none, the index's own. A mask that it names
-must be the one that the index has for that image, because only that one has been checked; the names that the
-masks of one image have in the public lists and in the original data sets (`SegmentationClass/` and
-`SegmentationClassAug/`,
-`_labelTrainIds.png` and `_labelIds.png`) count as one. An unlabelled line needs no mask; one that it names
-and that does not exist is passed over with a warning, and a mask that the index knows serves only to report
-the quality of pseudo labels.
+A labelled line needs a mask: the one it names, otherwise the index's own. A named mask must be the index's
+mask of that image, because only that one has been checked; the names in the public lists and in the original
+data sets (`SegmentationClass/` and `SegmentationClassAug/`, `_labelTrainIds.png` and `_labelIds.png`) count
+as equal. An unlabelled line needs no mask; a named mask that does not exist is ignored with a warning, and a
+mask in the index is used only to report the quality of pseudo labels.
 """
 
 import math
@@ -35,30 +32,29 @@ _SAME = (("SegmentationClass/", "SegmentationClassAug/"),
          ("_gtFine_labelTrainIds.png", "_gtFine_labelIds.png"))
 
 _DRAW_LABELED, _DRAW_VAL, _DRAW_HELD = 1, 2, 3
-"""Second words of the generator's key: each draw has numbers of its own."""
+"""Second words of the generator's key: each draw has its own random stream."""
 
 
 def read_split(path: str | os.PathLike, index: Index, *, labelled: bool,
                notes: Notes | None = None) -> list[Sample]:
-    """Reads a split file: samples in the order of the lines.
+    """Reads a split file; returns samples in line order.
 
     Args:
         path: the file, UTF-8, or UTF-16 with a byte order mark.
         index: the data set.
-        labelled: whether every line must have a mask. Where False, `Sample.mask` is the data set's own mask
-            if there is
-            one: to report with, never to train on.
-        notes: takes what there is to warn of.
+        labelled: require a mask on every line. If False, `Sample.mask` is the data set's own mask, if any:
+            for reports, never for training.
+        notes: collects warnings.
 
     Raises:
-        UserError: the file is missing, is no text or has no line; a line names a file that is not in the
-            index, or leaves the root; a labelled line has no mask. Names file and line.
+        UserError: the file is missing, not text or empty; a line names a file that is not in the index or
+            outside the root; a labelled line has no mask. Names file and line.
     """
     path, notes = Path(path), notes or Notes()
     try:
         lines = files.read_text(path).split("\n")
     except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such split file; write one with `stpp split`") from error
+        raise UserError(f"{path}: no such split file; write one with `stpp split`") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a list of images ({error})") from error
     first_line: dict[str, int] = {}
@@ -72,31 +68,31 @@ def read_split(path: str | os.PathLike, index: Index, *, labelled: bool,
             unknown.append((number, mask))
         if entry.mask is None and labelled:
             named = f"the mask {mask} is not in the index" if mask else "has no mask"
-            raise UserError(f"{where}: {entry.image}: {named}, and a labelled image needs one; see the masks "
-                            "pattern")
+            raise UserError(f"{where}: {entry.image}: {named}, and a labelled image needs one; check the "
+                            "masks pattern")
         if first_line.setdefault(entry.image, number) != number:
             repeated.append(f"line {number} repeats line {first_line[entry.image]}")
             continue
         samples.append(index.sample(entry.image))
     if not samples:
-        raise UserError(f"{path}: lists no image; expected one 'image [mask]' a line")
+        raise UserError(f"{path}: lists no image; expected one 'image [mask]' per line")
     if unknown:
         number, mask = unknown[0]
-        notes.warn(f"{path}: {len(unknown)} masks of unlabelled images are not in the index, nor needed "
+        notes.warn(f"{path}: ignoring {len(unknown)} masks of unlabelled images that are not in the index "
                    f"(line {number}: {mask})")
     if repeated:
-        notes.warn(f"{path}: {len(repeated)} lines that name an image again are passed over ({repeated[0]})")
+        notes.warn(f"{path}: skipping {len(repeated)} lines that repeat an image ({repeated[0]})")
     return samples
 
 
-def _resolved(whole: str, index: Index, where: str, labelled: bool) -> tuple[Entry, str | None]:
-    """The image of a line, and the mask as the line names it, if it does.
+def _resolved(line_text: str, index: Index, where: str, labelled: bool) -> tuple[Entry, str | None]:
+    """Image of a line, and the mask as the line names it, or None.
 
-    Of several ways to cut the line, the one whose mask is the index's wins, then the one with the longest
+    Among several ways to cut the line, the one with the index's mask wins, then the one with the longest
     image.
     """
     best = None
-    for text in dict.fromkeys((whole, whole.strip())):
+    for text in dict.fromkeys((line_text, line_text.strip())):
         entry = index.find(_tidy(text))
         if entry is not None:
             return entry, None
@@ -113,28 +109,28 @@ def _resolved(whole: str, index: Index, where: str, labelled: bool) -> tuple[Ent
                 return entry, mask
             best = best or (entry, mask)
     if best is None:
-        raise _unknown(whole.strip(), index, where)
+        raise _unknown(line_text.strip(), index, where)
     entry, mask = best
     _refuse_leaving(mask, where)
     if labelled and entry.mask is not None:
         raise UserError(
-            f"{where}: {mask} is not the mask that the index has for {entry.image}: {entry.mask}; see the "
-            "masks pattern"
+            f"{where}: {mask} is not the index's mask of {entry.image}, {entry.mask}; check the masks "
+            "pattern"
         )
     return best
 
 
 def _unknown(text: str, index: Index, where: str) -> UserError:
-    """The error for a line of which no beginning is an image of the index."""
+    """Error for a line without any beginning that is an image of the index."""
     _refuse_leaving(text, where)
     for word in dict.fromkeys((text, text.rsplit(None, 1)[0], text.split()[0])):
         if (index.place(word) / word).is_file():
             return UserError(
-                f"{where}: {word} exists but is not an image of the index; see the images pattern and "
+                f"{where}: {word} exists but is not an image of the index; check the images pattern and "
                 "--data.layout"
             )
-    return UserError(f"{where}: {text}: there is no such image under {index.place(text)}; paths are relative "
-                     "to the data root")
+    return UserError(f"{where}: {text}: no such image under {index.place(text)}; paths are relative to the "
+                     "data root")
 
 
 def _refuse_leaving(text: str, where: str) -> None:
@@ -147,17 +143,21 @@ def _tidy(path: str) -> str:
     return path[2:] if path.startswith("./") else path
 
 
-def _same_path(named: str, known: str | None) -> bool:
-    """Whether a list's mask is the index's."""
-    if known is None:
+def _same_path(listed_path: str, index_path: str | None) -> bool:
+    """True if a list's mask is the index's."""
+    if index_path is None:
         return False
-    named, known = (unicodedata.normalize("NFC", path) for path in (named.strip(), known))
-    return named == known or any(named.replace(public, own) == known for public, own in _SAME)
+    listed_path, index_path = (
+        unicodedata.normalize("NFC", path) for path in (listed_path.strip(), index_path)
+    )
+    return listed_path == index_path or any(
+        listed_path.replace(public, own) == index_path for public, own in _SAME
+    )
 
 
 def find_val(folder: str | os.PathLike) -> Path:
-    """Where the validation list of a user's split lies, if it has one: in its folder, or, as of public lists,
-    one or two above."""
+    """Path of the validation list of a user's split: in its folder or, as for public lists, one or two levels
+    above; `folder / VAL` if there is none."""
     folder = Path(folder)
     above = (folder, *folder.absolute().parents[:2])
     return next((path / VAL for path in above if (path / VAL).is_file()), folder / VAL)
@@ -169,33 +169,32 @@ def make_split(
 ) -> None:
     """Draws a split and writes labeled.txt, unlabeled.txt and, if there is validation, val.txt.
 
-    The draw is uniform over the images that have a mask, depends on nothing but their names, `seed`,
-    `fraction` and
+    The draw is uniform over the images with a mask, depends only on their names, `seed`, `fraction` and
     `val`, and is nested: the labelled images of 1/16 are among those of 1/8. All other images become
     unlabelled, with or without a mask.
 
-    Validation is the official one where there is one (see stpp.dataset.official), which is then never drawn
-    from. Otherwise, or if `val` is given, `val` times the images with masks are drawn; without either there
-    is none. Images for test are in no list. Copies of validation images that are trained on are warned of.
+    Validation is the official one if it exists (see stpp.dataset.official), which is then never drawn from.
+    Otherwise, or if `val` is given, `val` times the images with masks are drawn; without either there is no
+    validation. Test images are in no list. Training copies of validation images cause a warning.
 
     Args:
         index: the data set.
-        out_dir: where the lists are written.
-        fraction: labelled part, "1/8" or "0.125" (rounded up), or a number of images, "92".
-        seed: of the draw.
-        val: part of the images with masks to validate on instead of the official validation; 0 < val < 1.
-        notes: takes what there is to say.
+        out_dir: folder of the lists.
+        fraction: labelled fraction, "1/8" or "0.125" (rounded up), or a number of images, "92".
+        seed: random seed of the draw.
+        val: fraction of the images with masks for validation instead of the official one; 0 < val < 1.
+        notes: collects messages.
 
     Raises:
-        UserError: fraction, seed or val impossible, no image has a mask, or the lists cannot be written.
+        UserError: invalid fraction, seed or val, no image with a mask, or unwritable lists.
     """
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64:
         raise UserError(f"--seed {seed}: must be an integer from 0 to 2**64 - 1")
     if val is not None and not 0 < val < 1:
-        raise UserError(f"--val {val}: must lie between 0 and 1, such as 0.1")
+        raise UserError(f"--val {val}: must be between 0 and 1, such as 0.1")
     notes = notes or Notes()
     official.say(index, notes)
-    quiet = Notes(quiet=True)  # it has been said
+    quiet = Notes(quiet=True)  # already reported
     validation, test = official.validation(index, quiet), official.test(index, quiet)
     pool = [image for image in sorted(index.entries) if image not in test]
     if val is None:
@@ -208,7 +207,7 @@ def make_split(
     _warn_of_copies(pool, validation, index, notes)
     with_mask = [image for image in pool if index.entries[image].mask is not None]
     if not with_mask:
-        raise UserError(f"{index.root}: no image that could be drawn has a mask; see the masks pattern")
+        raise UserError(f"{index.root}: no training image has a mask; check the masks pattern")
     labelled = set(_drawn(with_mask, _count(fraction, len(with_mask)), seed, _DRAW_LABELED))
 
     lists = {
@@ -222,14 +221,13 @@ def make_split(
 
 
 def _warn_of_copies(pool: list[str], validation: set[str], index: Index, notes: Notes) -> None:
-    """Says that images of `pool`, which are trained on, are copies of some in `validation`."""
+    """Warns of images of `pool`, which are trained on, that are copies of validation images."""
     copied = {index.twins[image]: image for image in sorted(validation) if image in index.twins}
     leaks = [image for image in pool if index.twins.get(image) in copied]
     if leaks:
-        notes.warn(f"copies of validation images that are trained on: {counted(len(leaks), 'image')}, for "
-                   f"example "
-                   f"{leaks[0]} of {copied[index.twins[leaks[0]]]}; the mIoU will be too good: remove the "
-                   f"copies")
+        notes.warn(f"training images that are copies of validation images: {counted(len(leaks), 'image')}, "
+                   f"for example {leaks[0]} of {copied[index.twins[leaks[0]]]}; the mIoU will be too high: "
+                   "remove the copies")
 
 
 def _write(folder: Path, texts: dict[str, str]) -> None:
@@ -238,7 +236,7 @@ def _write(folder: Path, texts: dict[str, str]) -> None:
             if text or name != VAL:
                 files.write_text(folder / name, text)
             else:
-                # One of an earlier draw would be taken for this one's.
+                # A list of an earlier draw would be mistaken for this draw's.
                 (folder / name).unlink(missing_ok=True)
     except OSError as error:
         where = error.filename or folder
@@ -246,10 +244,10 @@ def _write(folder: Path, texts: dict[str, str]) -> None:
 
 
 def _count(fraction: str, total: int) -> int:
-    """Number of labelled images that "1/8", "0.125" or "92" means for `total` images with masks."""
+    """Number of labelled images given by "1/8", "0.125" or "92" for `total` images with masks."""
     text = str(fraction).strip()
     problem = (
-        f"--fraction {fraction}: must be a part such as 1/8 or 0.125, at most 1/1, or a number of images "
+        f"--fraction {fraction}: must be a fraction such as 1/8 or 0.125, at most 1/1, or a number of images "
         "such as 92"
     )
     try:
@@ -258,8 +256,8 @@ def _count(fraction: str, total: int) -> int:
         raise UserError(problem) from error
     if text.isdecimal():
         if not 1 <= value <= total:
-            raise UserError(f"--fraction {fraction}: {total} images with masks can be drawn from; ask for 1 "
-                            f"to {total}")
+            raise UserError(f"--fraction {fraction}: only {total} images have masks; give a number from 1 to "
+                            f"{total}")
         return int(value)
     if not 0 < value <= 1:
         raise UserError(problem)
@@ -267,17 +265,17 @@ def _count(fraction: str, total: int) -> int:
 
 
 def _drawn(images: list[str], count: int, seed: int, purpose: int) -> list[str]:
-    """`count` of the sorted `images`, uniformly: those with the smallest of as many random 64-bit numbers."""
+    """Uniform draw of `count` of the sorted `images`: those with the smallest random 64-bit numbers."""
     numbers = np.random.Philox(key=np.array([seed, purpose], dtype=np.uint64)).random_raw(len(images))
     return [images[i] for i in np.argsort(numbers, kind="stable")[:count]]
 
 
 def held_out(samples: Sequence[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """Labelled samples that are trained on, and a share of them (rounded up) that is not, drawn by their
-    names and `seed`; the order stays.
+    """Splits labelled samples into training samples and a held-out share (rounded up), drawn by name and
+    `seed`; order is kept.
 
     Raises:
-        UserError: none would be left to train on.
+        UserError: no training sample would be left.
     """
     count = math.ceil(share * len(samples))
     if count >= len(samples):
@@ -289,7 +287,7 @@ def held_out(samples: Sequence[Sample], share: float, seed: int) -> tuple[list[S
 
 
 def line(entry: Entry) -> str:
-    """The line of a split file for an image, with its line break."""
+    """Line of a split file for an image, with its line break."""
     return f"{entry.image} {entry.mask}\n" if entry.mask is not None else f"{entry.image}\n"
 
 
@@ -305,6 +303,6 @@ def _warn_missing(index: Index, labelled: list[str], notes: Notes) -> None:
     missing = [name for name, count in zip(index.classes, pixels, strict=True) if not count]
     if missing:
         elsewhere = bool(((pixels == 0) & (everywhere > 0)).any())
-        advice = ("another seed, or a larger fraction, may" if elsewhere else
-                  "nor does any mask of the data set: are its ids right?")
+        advice = ("try another seed or a larger fraction" if elsewhere else
+                  "no mask of the data set has any: check its ids")
         notes.warn(f"the {len(labelled)} labelled images hold no pixel of: {', '.join(missing)}; {advice}")

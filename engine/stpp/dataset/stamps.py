@@ -1,4 +1,4 @@
-"""Stamps of files: what tells that a file is another one than when the index was made."""
+"""Stamps of files, which detect changes since the index was made."""
 
 import os
 import stat
@@ -6,29 +6,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from stpp.dataset.layouts import Found
+from stpp.dataset.layouts import FoundImage
 
 
 class Stamp(NamedTuple):
-    """A file as it lies on the disk; -1 for what is no readable file."""
+    """State of a file on disk; -1 if it is not a readable file."""
 
     path: str
     bytes: int
     mtime_ns: int
     file: tuple[int, int]
-    """Device and number of the file, alike for all links to it; (0, 0) if they are not known."""
+    """Device and inode, equal for all links to a file; (0, 0) if unknown."""
 
 
-def listing(root: Path, found: list[Found]) -> Iterator[Stamp]:
-    """The stamp of every image and mask."""
-    for one in found:
-        for path in (one.image, one.mask):
+def listing(root: Path, found: list[FoundImage]) -> Iterator[Stamp]:
+    """Stamps of every image and mask, in order."""
+    for found_image in found:
+        for path in (found_image.image, found_image.mask):
             if path is not None:
                 yield stamp(root, path)
 
 
 def stamp(root: Path, path: str) -> Stamp:
-    """The stamp of a file below the root."""
+    """Stamp of a file below the root."""
     try:
         status = os.stat(os.path.join(root, path))
     except OSError:

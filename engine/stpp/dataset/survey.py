@@ -1,4 +1,4 @@
-"""The survey of a data set: its files listed, each looked at once, and all of them judged together."""
+"""The survey of a data set: lists its files, checks each, and judges them together."""
 
 import hashlib
 import json
@@ -22,20 +22,19 @@ SHOWN_PROBLEMS = 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Survey:
-    """What was found."""
+    """Results of checking all files."""
 
     counts: dict[str, int]
-    """images, masks, converted."""
+    """Number of images, masks and converted masks."""
     tally: Tally
     twins: list[list[str]]
-    """Images that are copies of each other."""
+    """Groups of images that are copies of each other."""
 
 
 def tasks(root: Path, settings: dict, out: Path, notes: Notes) -> tuple[list[tuple[Path, list[Task]]], str]:
-    """What is to be looked at, with the folder that its paths are relative to, and the fingerprint of files
-    and settings."""
+    """Tasks by the folder that their paths are relative to, and the fingerprint of files and settings."""
     follow = settings.get("follow_links", False)
-    found = layouts.find(
+    found_images = layouts.find(
         root,
         settings["layout"],
         settings["images"],
@@ -45,39 +44,40 @@ def tasks(root: Path, settings: dict, out: Path, notes: Notes) -> tuple[list[tup
         notes=notes,
     )
     further = unlabelled_folders.find(
-        settings.get("unlabelled", ()), root, found, exclude=out, follow_links=follow, notes=notes
+        settings.get("unlabelled", ()), root, found_images, exclude=out, follow_links=follow, notes=notes
     )
     digest = hashlib.sha256(json.dumps([table.VERSION, str(root), settings], sort_keys=True).encode())
-    for file in _files(root, settings):  # it may list images without a shape, whose rows do not name it
+    for file in _files(root, settings):  # these also list images without shapes, whose rows omit the file
         digest.update(f"{stamp(root, file)[:3]}\n".encode())
     places = []
-    for place, members in [(root, found), *further]:
+    for place, members in [(root, found_images), *further]:
         stamps = listing(place, members)
-        places.append(
-            (place, [(one, next(stamps), None if one.mask is None else next(stamps)) for one in members])
-        )
-    places = twins.once(places, notes)
+        places.append((place, [
+            (found_image, next(stamps), None if found_image.mask is None else next(stamps))
+            for found_image in members
+        ]))
+    places = twins.deduplicated(places, notes)
     alike = twins.to_compare([image.bytes for _, members in places for _, image, _ in members])
-    made = []
+    tasks_by_folder = []
     for place, members in places:
-        made.append((place, []))
-        for one, image, mask in members:
+        tasks_by_folder.append((place, []))
+        for found_image, image, mask in members:
             for file in filter(None, (image, mask)):
                 digest.update(f"{file.path}\n{file.bytes} {file.mtime_ns}\n".encode())
-            made[-1][1].append(
+            tasks_by_folder[-1][1].append(
                 Task(
-                    one.key,
-                    one.image,
-                    one.mask,
+                    found_image.key,
+                    found_image.image,
+                    found_image.mask,
                     image.bytes,
                     image.mtime_ns,
                     mask and mask.bytes,
                     mask and mask.mtime_ns,
                     image.bytes in alike,
-                    one.shapes,
+                    found_image.shapes,
                 )
             )
-    return made, digest.hexdigest()
+    return tasks_by_folder, digest.hexdigest()
 
 
 def _files(root: Path, settings: dict) -> list[str]:
@@ -97,8 +97,7 @@ def check_files(
     """Checks all tasks and writes index.parquet.
 
     Raises:
-        UserError: there are problems, all of which are listed in `out/problems.txt` and the first ones
-            printed.
+        UserError: problems; all are listed in `out/problems.txt` and the first ones printed.
     """
     from tqdm import tqdm
 
@@ -106,7 +105,7 @@ def check_files(
     is_drawn = settings["layout"] in drawn.FORMATS
     mask_map = None if is_drawn else mapping.parse(settings["mask_map"], settings["classes"])
     meaning = legends.legend(root, settings, _files(root, settings)) if is_drawn else mask_map
-    seen = _Seen(settings["classes"], Judge(settings["classes"], mask_map))
+    totals = _Totals(settings["classes"], Judge(settings["classes"], mask_map))
     arguments = (str(out), len(settings["classes"]), settings["exif"], meaning)
     checked = (
         chunk for place, members in listed for chunk in check_all(members, (str(place), *arguments), workers)
@@ -115,24 +114,24 @@ def check_files(
         with tqdm(total=total, desc="prepare", unit="image", disable=not progress, dynamic_ncols=True) as bar:
             for chunk in checked:
                 bar.update(len(chunk))
-                for one in chunk:
-                    seen.add(one)
-                if not seen.problems:
+                for checked_image in chunk:
+                    totals.add(checked_image)
+                if not totals.problems:
                     writer.add(chunk)
-        problems = seen.problems + seen.judge.problems()
+        problems = totals.problems + totals.judge.problems()
         if problems:
             _refuse(problems, root, out)
-    for text in seen.judge.warnings():
+    for text in totals.judge.warnings():
         notes.warn(text)
-    seen.notices.say(notes)
+    totals.notices.say(notes)
     if is_drawn:
-        seen.shapes.say(notes, meaning, exif=settings["exif"])
-    return Survey(counts=seen.counts, tally=seen.tally, twins=twins.groups(seen.digests, notes))
+        totals.shapes.say(notes, meaning, exif=settings["exif"])
+    return Survey(counts=totals.counts, tally=totals.tally, twins=twins.groups(totals.digests, notes))
 
 
 @dataclass
-class _Seen:
-    """Sums over the files."""
+class _Totals:
+    """Totals over the files."""
 
     classes: Sequence[str]
     judge: Judge
@@ -143,20 +142,21 @@ class _Seen:
     def __post_init__(self):
         self.tally, self.notices, self.shapes = Tally(self.classes), Notices(), ShapeNotices()
 
-    def add(self, one: Checked) -> None:
-        self.problems.extend(one.problems)
+    def add(self, checked: Checked) -> None:
+        self.problems.extend(checked.problems)
         self.counts["images"] += 1
-        self.counts["masks"] += one.class_pixels is not None
-        self.counts["converted"] += one.converted is not None
-        self.tally.add(one)
-        if one.reading is not None:
-            self.notices.add(one)
-        if one.task.shapes is not None:
-            self.shapes.add(one)
-        elif one.class_pixels is not None:
-            self.judge.add(one.task.mask, one.stored, [*one.class_pixels, one.ignored], one.edges)
-        if one.digest is not None:
-            self.digests.setdefault(one.digest, []).append(one.task.image)
+        self.counts["masks"] += checked.class_pixels is not None
+        self.counts["converted"] += checked.converted is not None
+        self.tally.add(checked)
+        if checked.reading is not None:
+            self.notices.add(checked)
+        if checked.task.shapes is not None:
+            self.shapes.add(checked)
+        elif checked.class_pixels is not None:
+            self.judge.add(checked.task.mask, checked.stored, [*checked.class_pixels, checked.ignored],
+                           checked.edges)
+        if checked.digest is not None:
+            self.digests.setdefault(checked.digest, []).append(checked.task.image)
 
 
 def _refuse(problems: list[str], root: Path, out: Path) -> None:

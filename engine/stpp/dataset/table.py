@@ -1,4 +1,4 @@
-"""An index on disk: index.json, and the rows of index.parquet as a mapping in memory."""
+"""The index on disk: index.json, and index.parquet as an in-memory mapping of rows."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ _OF_TASK = ("key", "image", "mask", "bytes", "mtime_ns", "mask_bytes", "mask_mti
 
 
 class IndexWriter:
-    """Writes rows as they come."""
+    """Writes rows one at a time."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._table = parquet.TableWriter(file, _COLUMNS, _REQUIRED)
@@ -39,14 +39,14 @@ class IndexWriter:
 
     def add(self, checked: list[Checked]) -> None:
         """Appends rows."""
-        for one in checked:
-            task = {name: getattr(one.task, name) for name in _OF_TASK}
-            found = {name: getattr(one, name) for name in ("converted", "used_bits", "class_pixels")}
-            self._table.add(task | found | one.reading._asdict())
+        for image in checked:
+            task = {name: getattr(image.task, name) for name in _OF_TASK}
+            found = {name: getattr(image, name) for name in ("converted", "used_bits", "class_pixels")}
+            self._table.add(task | found | image.reading._asdict())
 
 
-class Rows(Mapping):
-    """A table as a mapping from the image's path to an entry; entries are made when asked for."""
+class EntryTable(Mapping):
+    """Mapping from image path to entry; entries are created on access."""
 
     def __init__(self, columns: dict, entry: type) -> None:
         self._columns, self._entry = columns, entry
@@ -57,7 +57,7 @@ class Rows(Mapping):
         return self._entry(**{name: _value(column[i]) for name, column in self._columns.items()})
 
     def having(self, name: str) -> list[str]:
-        """Paths of the images with something in a column of text; no entry is made."""
+        """Paths of the images with a value in a text column; creates no entries."""
         return [image for image, value in zip(self._columns["image"], self._columns[name], strict=True)
                 if value is not None]
 
@@ -71,17 +71,17 @@ class Rows(Mapping):
         return image in self._position
 
 
-def read(path: Path, entry: type, *, rows: int, classes: int) -> Rows:
+def read(path: Path, entry: type, *, rows: int, classes: int) -> EntryTable:
     """Reads index.parquet.
 
     Args:
         path: the file.
-        entry: the dataclass of a row; its fields are the columns.
+        entry: dataclass of a row; its fields are the columns.
         rows: expected number of rows.
         classes: expected length of class_pixels.
 
     Raises:
-        UserError: missing, damaged, of another form, or with paths that lead outside. Names the file.
+        UserError: missing, damaged, of another format, or with paths outside the root. Names the file.
     """
     pa = parquet.pyarrow()
     problem = f"{path}: the index is damaged ({{}}); run `stpp prepare` again"
@@ -107,14 +107,14 @@ def read(path: Path, entry: type, *, rows: int, classes: int) -> Rows:
         name: table.column(name) if name in nullable else _plain(table.column(name))
         for name in table.column_names
     }
-    result = Rows(columns, entry)
+    result = EntryTable(columns, entry)
     if len(result) != rows:
         raise UserError(problem.format("an image is listed twice"))
     return result
 
 
 def _plain(column) -> Sequence:
-    """Text as Python strings, which are looked up often; numbers as a NumPy array, which is small."""
+    """Text columns as Python strings, which are looked up often; numbers as a compact NumPy array."""
     return column.to_pylist() if str(column.type) == "string" else column.to_numpy()
 
 
@@ -123,7 +123,7 @@ def _value(value):
 
 
 def _wrong(table, classes: int) -> str | None:
-    """What no index that was written here can hold."""
+    """Content that no valid index can have."""
     pc = parquet.compute()
     for field in table.schema:
         if not field.nullable and table.column(field.name).null_count:
@@ -152,11 +152,10 @@ def _wrong(table, classes: int) -> str | None:
 
 
 def read_json(out: Path, name: str = "index.json") -> dict | None:
-    """The content of out/index.json, or of another file of its form, which is checked; None if it does not
-    exist.
+    """Validated content of out/index.json, or of another file of its format; None if it does not exist.
 
     Raises:
-        UserError: unreadable, foreign or damaged.
+        UserError: unreadable, of another program, or damaged.
     """
     path = out / name
     try:
@@ -174,16 +173,15 @@ def read_json(out: Path, name: str = "index.json") -> dict | None:
         ):
             if value["version"] != VERSION or _well_formed(value):
                 return value
-    raise UserError(f"{path}: is not an index of this program, or is damaged; remove it, or choose another "
-                    "folder")
+    raise UserError(f"{path}: not an index of this program, or damaged; remove it, or choose another folder")
 
 
 def _are_texts(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def _well_formed(value: dict) -> bool:
-    """Whether index.json holds what this version writes."""
+    """True if index.json has the content that this version writes."""
     texts = all(isinstance(value.get(name), str) for name in ("root", "layout", "fingerprint"))
     names, counts, settings = value.get("classes"), value.get("counts"), value.get("settings")
     return (

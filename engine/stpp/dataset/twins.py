@@ -1,7 +1,7 @@
-"""Images that a data set holds twice: one file reached by two names, and copies.
+"""Duplicate images of a data set: one file under two names, and copies.
 
-A file that links reach twice is one image. Copies, found by their bytes, stay; lists that validate on one and
-train on another are warned of.
+A file reached through two links counts as one image. Byte-for-byte copies are kept; lists that train on one
+copy and validate on another cause a warning.
 """
 
 import filecmp
@@ -10,25 +10,26 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from stpp.dataset.layouts import Found
+from stpp.dataset.layouts import FoundImage
 from stpp.dataset.notes import Notes, counted
 from stpp.dataset.split_folders import kinds
 from stpp.dataset.stamps import Stamp
 from stpp.errors import UserError
 
 
-def once(
-    places: Sequence[tuple[Path, Sequence[tuple[Found, Stamp, Stamp | None]]]], notes: Notes
-) -> list[tuple[Path, list[tuple[Found, Stamp, Stamp | None]]]]:
-    """The images with the stamps of themselves and their masks, each file but once.
+def deduplicated(
+    places: Sequence[tuple[Path, Sequence[tuple[FoundImage, Stamp, Stamp | None]]]], notes: Notes
+) -> list[tuple[Path, list[tuple[FoundImage, Stamp, Stamp | None]]]]:
+    """Images with the stamps of themselves and their masks, each file only once.
 
-    Of several names one stays that has a mask, else one for validation, else one that is no link.
+    Among several names of a file, one with a mask is kept, else one for validation, else one that is not a
+    link.
 
     Args:
-        places: folder that paths are relative to, and its images.
+        places: base folder and images, for each folder.
 
     Raises:
-        UserError: one file with two masks that differ.
+        UserError: one file with two differing masks.
     """
     names: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
     for number, (_, members) in enumerate(places):
@@ -47,12 +48,11 @@ def once(
         other, kept = next(iter(dropped.items()))
         image = {at: places[at[0]][1][at[1]][0].image for at in (other, kept)}
         notes.line(
-            f"taken once, as links lead to the same file: {counted(len(dropped), 'image')}, for example "
-            f"{image[other]}, which is "
-            f"{image[kept]}"
+            f"used once, as links lead to the same file: {counted(len(dropped), 'image')}, for example "
+            f"{image[other]}, which is {image[kept]}"
         )
     return [
-        (place, [one for position, one in enumerate(members) if (number, position) not in dropped])
+        (place, [member for position, member in enumerate(members) if (number, position) not in dropped])
         for number, (place, members) in enumerate(places)
     ]
 
@@ -82,27 +82,26 @@ def _refuse_two_masks(places, one: tuple[int, int], other: tuple[int, int]) -> N
     try:
         equal = filecmp.cmp(first, second, shallow=False)
     except OSError:
-        return  # what cannot be read is named later
+        return  # unreadable files are reported later
     if not equal:
         raise UserError(
-            f"{found.image} and {twin.image} are one file, through a link, and their masks {found.mask} and "
-            f"{twin.mask} "
-            "differ; remove one of them"
+            f"{found.image} and {twin.image} are one file, through a link, but their masks {found.mask} and "
+            f"{twin.mask} differ; remove one of them"
         )
 
 
 def to_compare(sizes: Sequence[int]) -> set[int]:
-    """The sizes in bytes that several files have: their bytes must be compared."""
+    """File sizes in bytes that occur more than once: these files must be compared."""
     return {size for size, count in Counter(sizes).items() if count > 1 and size >= 0}
 
 
 def groups(digests: Mapping[str, Sequence[str]], notes: Notes) -> list[list[str]]:
-    """Images that are copies of each other, of the images by their digest."""
-    found = sorted(sorted(images) for images in digests.values() if len(images) > 1)
-    if found:
-        copies = sum(map(len, found)) - len(found)
+    """Groups of images that are copies of each other, from the images by digest."""
+    copy_groups = sorted(sorted(images) for images in digests.values() if len(images) > 1)
+    if copy_groups:
+        copies = sum(map(len, copy_groups)) - len(copy_groups)
         notes.warn(
-            f"copies of other images, byte for byte: {counted(copies, 'image')}, for example {found[0][1]} "
-            f"of {found[0][0]}"
+            f"exact copies of other images: {counted(copies, 'image')}, for example {copy_groups[0][1]} of "
+            f"{copy_groups[0][0]}"
         )
-    return found
+    return copy_groups

@@ -1,5 +1,4 @@
-"""Files below a folder, as a person sees them: without what systems left there, links followed as far as they
-may be."""
+"""Listing of the files below a folder, without system files, following links only where permitted."""
 
 import os
 import unicodedata
@@ -7,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stpp.errors import UserError
-from stpp.images.folders import PassedOver
+from stpp.images.folders import SkippedFiles
 
 FOLLOW = "--data.follow-links"
 _UNLISTABLE = {"Cc", "Cs", "Zl", "Zp"}
-"""Unicode categories of line breaks, control characters and undecodable bytes: no split file can hold such a
-name."""
+"""Unicode categories of line breaks, control characters and undecodable bytes: split files cannot store such
+names."""
 
 
 def walk(
@@ -21,25 +20,25 @@ def walk(
     skip: Path | None = None,
     *,
     follow_links: bool = False,
-    passed: PassedOver | None = None,
+    skipped: SkippedFiles | None = None,
 ) -> Iterator[str]:
-    """Relative paths of all files below root/prefix, those of one folder together.
+    """Yields relative paths of all files below root/prefix, folder by folder.
 
     Args:
-        skip: a folder not to enter.
-        follow_links: follow links that lead out of the root; others are always followed.
-        passed: counts what is passed over.
+        skip: a folder to skip.
+        follow_links: follow links that lead out of the root; other links are always followed.
+        skipped: counts skipped files and folders.
 
     Raises:
-        UserError: a folder that cannot be listed, or a link that leads out of the root.
+        UserError: an unreadable folder, or a link that leads out of the root.
     """
-    passed = PassedOver() if passed is None else passed
+    skipped = SkippedFiles() if skipped is None else skipped
     top = os.path.join(root, prefix)
     if prefix and not follow_links:
         _inside(root, Path(top))
     if not os.path.isdir(top):
         return
-    # The real folders on the way down: a link back to one of them would never end.
+    # Resolved folders on the way down: a link back to one of them would loop forever.
     pending = [(top, prefix, (os.path.realpath(top),))]
     while pending:
         folder, relative, above = pending.pop()
@@ -49,7 +48,7 @@ def walk(
             raise UserError(f"{folder}: cannot be listed ({error.strerror})") from error
         for entry in entries:
             is_folder = entry.is_dir()
-            if passed.add(entry.name, is_folder=is_folder):
+            if skipped.add(entry.name, is_folder=is_folder):
                 continue
             path = f"{relative}/{entry.name}" if relative else entry.name
             if entry.is_symlink() and not follow_links:
@@ -67,19 +66,18 @@ def walk(
 
 
 def refuse_unlistable(root: Path, path: str) -> None:
-    """Refuses the path of an image or a mask that no list file could hold."""
+    """Rejects the path of an image or mask that list files cannot store."""
     if not path.isprintable() and any(unicodedata.category(c) in _UNLISTABLE for c in path):
         raise UserError(
-            f"{root}: the name {path!r} holds a line break, a control character or bytes that are not "
-            f"UTF-8; rename it"
+            f"{root}: the name {path!r} contains a line break, a control character or bytes that are not "
+            "UTF-8; rename it"
         )
 
 
 def _inside(root: Path, path: Path) -> None:
-    """Refuses a path whose links lead out of the root."""
+    """Rejects a path whose links lead out of the root."""
     target = path.resolve()
     if target != root and root not in target.parents:
         raise UserError(
-            f"{path}: is a link to {target}, outside {root}, the folder that was given; {FOLLOW} reads what "
-            f"links lead to"
+            f"{path}: is a link to {target}, outside the given folder {root}; {FOLLOW} allows such links"
         )

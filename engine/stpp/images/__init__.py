@@ -1,1 +1,1 @@
-"""One image of any size, from where it is stored to upright RGB pixels and to batches."""
+"""Images of any size: reading from storage, decoding to upright RGB pixels, and batching."""

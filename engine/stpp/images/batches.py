@@ -1,7 +1,7 @@
-"""Planned batches to pixels on the device, several batches ahead of the network.
+"""Planned batches to pixels on the device, prepared ahead of the network.
 
-A bad image leaves a hole: a blank in its place, so that the others are computed as if it were good.
-Legend: N images, H W size of the batch.
+Bad images are replaced by blanks, so the other images of the batch are computed as usual. Legend: N images, H
+W batch size in pixels.
 """
 
 import importlib.util
@@ -27,33 +27,33 @@ from stpp.images.planning import Planned
 from stpp.images.reading import is_dark, require_size
 
 AHEAD = 2
-"""Batches in preparation while one is computed."""
+"""Batches prepared while one is computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoded:
-    """Decoded images that go through the network together."""
+    """Decoded images of one network batch."""
 
     planned: list[Planned]
     images_NCHW: torch.Tensor
-    """float32, channels_last, normalised, on the device; blank (zero) where there is no image."""
+    """float32, channels_last, normalised, on the device; zero for bad images."""
     errors: dict[int, str]
-    """Why there is none, by place in the batch."""
+    """Reasons of bad images, by position in the batch."""
     hashes: list[int | None]
-    """`content_hash` of each file's bytes as they were decoded; None where they could not be read."""
+    """`content_hash` of each file's bytes as decoded; None if unreadable."""
 
 
 class Decoder(Protocol):
-    """Files in memory to pixels. One batch at a time."""
+    """Decoder of in-memory files; handles one batch at a time."""
 
     def images(self, planned: list[Planned],
                raw: list[bytes | BadImage]) -> list[np.ndarray | torch.Tensor | BadImage]:
-        """Colours of every file as stored, uint8 [H, W, 3], or why there are none."""
+        """Stored pixels of each file, uint8 [H, W, 3], or the reason of failure."""
         ...
 
 
 class PilDecoder:
-    """PIL in a pool of threads."""
+    """PIL decoder in a thread pool."""
 
     def __init__(self, pool: Executor):
         self._pool = pool
@@ -64,13 +64,13 @@ class PilDecoder:
 
 def batches(tasks: Iterator[tuple[int, list[Planned]]], *, device: torch.device, kind: str, threads: int,
             most: int, clock: Clock) -> Iterator[tuple[int, Decoded | None]]:
-    """Reads and decodes the given (shard, batch) pairs, in their order, `AHEAD` of them at once; None for an
-    empty batch.
+    """Reads and decodes the given (shard, batch) pairs in order, up to `AHEAD` in advance; yields None for
+    empty batches.
 
     Args:
         kind: "dali" or "pil".
-        threads: that read, and that decode.
-        most: images of the longest batch.
+        threads: number of reader threads, and of decoder threads.
+        most: images of the largest batch.
     """
     waiting: deque[tuple[int, list[Planned], Future]] = deque()
     warned = threading.Event()
@@ -124,10 +124,10 @@ def batches(tasks: Iterator[tuple[int, list[Planned]]], *, device: torch.device,
 
 
 def pick(name: str) -> str:
-    """ "dali" or "pil" for `--loader` "auto", "dali" or "reference".
+    """Decoder, "dali" or "pil", for `--loader` "auto", "dali" or "reference".
 
     Raises:
-        UserError: "dali" is asked for but not installed.
+        UserError: "dali" is requested but not installed.
         ValueError: another name.
     """
     if name not in ("auto", "dali", "reference"):
@@ -143,40 +143,40 @@ def pick(name: str) -> str:
 
 
 def network_input(pixels_NHWC: torch.Tensor, errors: Collection[int]) -> torch.Tensor:
-    """uint8 [N, H, W, 3] to float32 [N, 3, H, W], channels_last, normalised; blanks become zero."""
+    """Converts uint8 [N, H, W, 3] to normalised float32 [N, 3, H, W], channels_last; blanks become zero."""
     images_NCHW = normalised(pixels_NHWC).permute(0, 3, 1, 2)
     for i in errors:
         images_NCHW[i] = 0
     return images_NCHW
 
 
-def _read(one: Planned, clock: Clock) -> tuple[bytes | BadImage, int | None]:
-    """Bytes of a file, or why there are none; and their hash."""
+def _read(planned: Planned, clock: Clock) -> tuple[bytes | BadImage, int | None]:
+    """Bytes of a file, or the error, and the hash of the bytes."""
     with clock("read"):
         try:
-            data = one.item.read()
+            data = planned.item.read()
         except OSError as error:
-            return BadImage(storage.why(error)), None
-        found = content_hash(data)
-    if 0 <= one.item.bytes != len(data):
-        return BadImage(f"cut short: {len(data)} of {one.item.bytes} bytes are there"), found
-    return data, found
+            return BadImage(storage.describe_error(error)), None
+        digest = content_hash(data)
+    if 0 <= planned.item.bytes != len(data):
+        return BadImage(f"truncated: {len(data)} of {planned.item.bytes} bytes are present"), digest
+    return data, digest
 
 
 def _warn_of_dark(planned: list[Planned], images: list, warned: threading.Event) -> None:
-    """Says once that a 16-bit image looks nearly black."""
-    for one, image in zip(planned, images, strict=True):
-        if not warned.is_set() and isinstance(image, np.ndarray) and is_dark(image, one.reading):
+    """Warns once about a 16-bit image that looks nearly black."""
+    for entry, image in zip(planned, images, strict=True):
+        if not warned.is_set() and isinstance(image, np.ndarray) and is_dark(image, entry.reading):
             warned.set()
-            log.say(f"warning: {one.item.source}: {one.reading.bits} bits a channel, of which it uses few: "
-                    "to the network it is nearly black, as others like it may be; stretch such images to the "
-                    "full range, all by the same factor")
+            log.say(f"warning: {entry.item.source}: uses few of its {entry.reading.bits} bits per channel, "
+                    "so it looks nearly black to the network, as may others; stretch all of them to the full "
+                    "range by the same factor")
 
 
 def _assembled(planned: list[Planned], images: list,
                device: torch.device) -> tuple[torch.Tensor, dict[int, str]]:
-    """Turns the images upright and stacks them: uint8 [N, H, W, 3], sent to the device, and errors by
-    place."""
+    """Rotates the images upright and stacks them on the device: uint8 [N, H, W, 3], and errors by
+    position."""
     shape = (len(planned), *planned[0].size, 3)
     on_device = device.type != "cpu" and any(isinstance(image, torch.Tensor) for image in images)
     if on_device:
@@ -184,25 +184,25 @@ def _assembled(planned: list[Planned], images: list,
     else:
         stacked = staging(*shape, dtype=torch.uint8, device=device).zero_()
     errors = {}
-    for i, (one, image) in enumerate(zip(planned, images, strict=True)):
+    for i, (entry, image) in enumerate(zip(planned, images, strict=True)):
         if isinstance(image, BadImage):
             errors[i] = str(image)
             continue
-        array, image = isinstance(image, np.ndarray), upright(image, one.reading.orientation)
+        is_array, image = isinstance(image, np.ndarray), upright(image, entry.reading.orientation)
         try:
-            require_size(image.shape[:2], one.reading)
+            require_size(image.shape[:2], entry.reading)
         except BadImage as bad:
             errors[i] = str(bad)
             continue
-        if array and not on_device:
+        if is_array and not on_device:
             stacked[i].numpy()[...] = image
         else:
-            stacked[i].copy_(torch.from_numpy(np.array(image)) if array else image)
+            stacked[i].copy_(torch.from_numpy(np.array(image)) if is_array else image)
     return stacked.to(device, non_blocking=True), errors
 
 
 def has_dali() -> bool:
-    """Whether DALI is installed."""
+    """True if DALI is installed."""
     try:
         return importlib.util.find_spec("nvidia.dali") is not None
     except ModuleNotFoundError:

@@ -1,7 +1,6 @@
-"""Headers of PNG and JPEG files, as far as Pillow does not tell them: what decides which decoders read a file
-alike.
+"""PNG and JPEG headers beyond what Pillow exposes: the properties that decide which decoders agree on a file.
 
-The one reader of PNG headers. Nothing is decoded here; hostile bytes give None or an early end, never an
+The only reader of PNG headers. Nothing is decoded here; hostile bytes give None or an early end, never an
 error.
 """
 
@@ -12,9 +11,9 @@ from typing import NamedTuple
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_HEADER_BYTES = 33
-"""The signature and the first chunk."""
+"""Length of the signature and the first chunk."""
 GRAY, RGB, PALETTE, GRAY_ALPHA, RGB_ALPHA = 0, 2, 3, 4, 6
-"""Colour types of PNG."""
+"""PNG colour types."""
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _JPEG_END = b"\xff\xd9"
 _STARTS_SCAN, _STANDALONE = 0xDA, (0x01, *range(0xD0, 0xD8))
@@ -22,34 +21,34 @@ _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
 class PngHeader(NamedTuple):
-    """What the first chunk of a PNG says."""
+    """Fields of a PNG's first chunk."""
 
     width: int
     height: int
     bits: int
-    """A channel."""
+    """Bits per channel."""
     kind: int
     """Colour type."""
     interlaced: bool
 
 
 class Frame(NamedTuple):
-    """What the frame header of a JPEG says."""
+    """Fields of a JPEG's frame header."""
 
     progressive: bool
-    """Progressive, else baseline or extended sequential."""
+    """True: progressive; False: baseline or extended sequential."""
     huffman: bool
-    """Huffman coding, not arithmetic."""
+    """True: Huffman coding; False: arithmetic coding."""
     bits: int
     components: tuple[tuple[int, int, int], ...]
-    """(identifier, horizontal, vertical sampling factor) of each."""
+    """(identifier, horizontal, vertical sampling factor) of each component."""
     jfif: bool
     adobe: int | None
-    """Colour transform of Adobe's marker: 0 none, 1 YCbCr, 2 YCCK; None: there is no such marker."""
+    """Colour transform of Adobe's marker: 0 none, 1 YCbCr, 2 YCCK; None: no marker."""
 
 
 def png_header(data: bytes) -> PngHeader | None:
-    """The header of a PNG, or of its beginning; None where the bytes are no PNG, or cut short in it."""
+    """Header of a PNG from its first bytes; None for other files or a truncated header."""
     if data[:8] != PNG_SIGNATURE or data[12:16] != b"IHDR" or len(data) < 29:
         return None
     width, height, bits, kind, _, _, interlaced = struct.unpack(">IIBBBBB", data[16:29])
@@ -57,7 +56,7 @@ def png_header(data: bytes) -> PngHeader | None:
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """(name, first byte of the content, length) of the chunks of a PNG, as far as the bytes go."""
+    """Yields (name, first byte of the content, length) of a PNG's chunks, as far as the bytes go."""
     at = len(PNG_SIGNATURE)
     while at + 12 <= len(data):
         length, name = struct.unpack(">I4s", data[at : at + 8])
@@ -68,18 +67,18 @@ def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def png_exif(data: bytes, tail: bytes = b"") -> bytes | None:
-    """The first eXIf chunk of a PNG, before or after its pixels; None where there is none.
+    """First eXIf chunk of a PNG, before or after its pixels; None without one.
 
     Args:
         data: the file, or its beginning.
-        tail: the end of the file, where `data` is its beginning alone.
+        tail: the end of the file, if `data` is only its beginning.
     """
     for name, start, length in png_chunks(data):
         if name == b"eXIf" and start + length <= len(data):
             return data[start : start + length]
     at = tail.find(b"eXIf")
     while at >= 0:
-        # The tail may begin anywhere: its length and checksum tell a chunk from pixels that spell its name.
+        # The tail may begin anywhere: length and checksum distinguish a chunk from pixels with its name.
         length = int.from_bytes(tail[at - 4 : at], "big") if at >= 4 else len(tail)
         end = at + 4 + length
         if tail[end : end + 4] == struct.pack(">I", zlib.crc32(tail[at:end])) and end + 4 <= len(tail):
@@ -89,8 +88,7 @@ def png_exif(data: bytes, tail: bytes = b"") -> bytes | None:
 
 
 def jpeg_frame(data: bytes) -> Frame | None:
-    """The frame header of a JPEG whose segments follow each other without gaps up to its first scan; None of
-    any other."""
+    """Frame header of a JPEG with contiguous segments up to its first scan; None for any other file."""
     at, jfif, adobe, frame = 2, False, None, None
     if data[:2] != b"\xff\xd8":
         return None
@@ -112,14 +110,13 @@ def jpeg_frame(data: bytes) -> Frame | None:
                 (content[6 + 3 * i], content[7 + 3 * i] >> 4, content[7 + 3 * i] & 15)
                 for i in range(content[5])
             )
-            # The low bits of the marker: 0 baseline, 1 extended, 2 progressive; then lossless and
-            # hierarchical kinds, arithmetic ones.
+            # Low bits of the marker: 0 baseline, 1 extended, 2 progressive; then lossless, hierarchical
+            # and arithmetic kinds.
             frame = Frame(marker == 0xC2, marker in (0xC0, 0xC1, 0xC2), content[0], components, False, None)
         at += 2 + length
     return None
 
 
 def looks_whole(data: bytes) -> bool:
-    """Whether a JPEG or PNG ends as it should, with nothing behind: decoders differ in what they make of one
-    that does not."""
+    """True if a JPEG or PNG ends properly, without trailing bytes; decoders disagree on files that do not."""
     return data.endswith(_JPEG_END if data.startswith(b"\xff\xd8") else _PNG_END)

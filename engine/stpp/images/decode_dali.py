@@ -1,8 +1,8 @@
-"""NVIDIA DALI as a decoder of files in memory: on a GPU JPEGs are decoded there.
+"""NVIDIA DALI decoder of in-memory files; on a GPU it decodes JPEGs there.
 
-DALI gets what every decoder reads alike (`Reading.plain`, whole at its end); PIL decodes the rest. A file
-that DALI fails on makes its pipeline unusable: the files of that batch are tried one by one, what DALI
-refuses goes to PIL, and a new pipeline is built. So PIL alone says what is bad. With a CPU both read the same
+DALI decodes only files that every decoder reads alike (`Reading.plain`, complete); PIL decodes the rest. A
+file that DALI fails on breaks its pipeline: the batch is then decoded file by file, failures go to PIL, and a
+new pipeline is built. PIL alone thus decides which files are bad. On a CPU both decoders give the same
 pixels.
 """
 
@@ -20,13 +20,13 @@ from stpp.images.planning import Planned
 
 
 class DaliDecoder:
-    """See `stpp.images.batches.Decoder`.
+    """DALI implementation of `stpp.images.batches.Decoder`.
 
     Args:
-        device: where JPEGs are decoded and images come out.
+        device: device of JPEG decoding and of the output.
         threads: CPU threads of DALI.
-        most: images of the longest batch.
-        pool: for what PIL decodes.
+        most: images of the largest batch.
+        pool: thread pool for PIL decoding.
     """
 
     def __init__(self, device: torch.device, threads: int, most: int, pool: Executor):
@@ -35,23 +35,23 @@ class DaliDecoder:
 
     def images(self, planned: list[Planned],
                raw: list[bytes | BadImage]) -> list[np.ndarray | torch.Tensor | BadImage]:
-        found: list = [None] * len(raw)
-        ours = [i for i, (one, data) in enumerate(zip(planned, raw, strict=True))
-                if not isinstance(data, BadImage) and one.reading.plain and looks_whole(data)]
-        others = [i for i in range(len(raw)) if i not in ours]
-        if ours:
-            decoded = self._run([raw[i] for i in ours], self._most)
+        images: list = [None] * len(raw)
+        for_dali = [i for i, (entry, data) in enumerate(zip(planned, raw, strict=True))
+                    if not isinstance(data, BadImage) and entry.reading.plain and looks_whole(data)]
+        for_pil = [i for i in range(len(raw)) if i not in for_dali]
+        if for_dali:
+            decoded = self._run([raw[i] for i in for_dali], self._most)
             if decoded is None:
                 decoded = [alone[0] if (alone := self._run([raw[i]], 1)) is not None else attempt(raw[i])
-                           for i in ours]
-            for i, image in zip(ours, decoded, strict=True):
-                found[i] = image
-        for i, image in zip(others, self._pool.map(attempt, [raw[i] for i in others]), strict=True):
-            found[i] = image
-        return found
+                           for i in for_dali]
+            for i, image in zip(for_dali, decoded, strict=True):
+                images[i] = image
+        for i, image in zip(for_pil, self._pool.map(attempt, [raw[i] for i in for_pil]), strict=True):
+            images[i] = image
+        return images
 
     def _run(self, raw: list[bytes], most: int) -> list[torch.Tensor] | None:
-        """uint8 [H, W, 3] each; None if DALI cannot decode one of them."""
+        """Decoded images, uint8 [H, W, 3] each; None if DALI cannot decode one of them."""
         pipeline = self._pipelines.get(most) or self._pipelines.setdefault(most, self._built(most))
         gpu = self._device.type == "cuda"
         try:

@@ -1,8 +1,6 @@
-"""Names in folders that people keep: what systems and file servers leave there, and masks that lie beside
-their images.
+"""File names to skip in users' folders: system files, and masks stored among their images.
 
-One table for data sets and for corpora, so that both pass over the same files. Names are compared without
-regard to case.
+One table for data sets and corpora, so that both skip the same files. Names are compared case-insensitively.
 """
 
 import os
@@ -18,19 +16,16 @@ SYSTEM_FOLDERS = frozenset({
     "@recently-snapshot", "@transcode", ".@__thumb", "@__thumb", "network trash folder", "temporary items",
     "thevolumesettingsfolder", ".trashes", ".trash", "~snapshot",
 })  # fmt: skip
-"""Recycle bins, thumbnails and snapshots: Windows, macOS, Linux, Synology, QNAP, NetApp."""
+"""Recycle bins, thumbnails and snapshots of Windows, macOS, Linux, Synology, QNAP, NetApp."""
 SYSTEM_FILES = frozenset({"thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r"})
-"""Caches of thumbnails and settings of folders; `Icon` with a carriage return holds a folder's picture on
-macOS."""
+"""Thumbnail caches and folder settings; `Icon` with a carriage return is a folder icon on macOS."""
 
 UNREAD_IMAGES = frozenset(
     ".heic .heif .hif .avif .gif .jp2 .j2k .jpf .jpx .jxl .jxr .dng .cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 "
-    ".orf .rw2 .raf .pef "
-    ".raw .psd .psb .xcf .kra .svg .eps .ai .pdf .tga .exr .hdr .pcx .ico .icns .cur .dcm .nii .mha .npy "
-    ".npz .mat .qoi .fit "
-    ".fits .ecw .sid .img .pbm .pnm .pfm .webm .mp4 .mov .avi".split()
+    ".orf .rw2 .raf .pef .raw .psd .psb .xcf .kra .svg .eps .ai .pdf .tga .exr .hdr .pcx .ico .icns .cur "
+    ".dcm .nii .mha .npy .npz .mat .qoi .fit .fits .ecw .sid .img .pbm .pnm .pfm .webm .mp4 .mov .avi".split()
 )
-"""Extensions of pictures and films that are not read: a folder of these is no empty folder."""
+"""Extensions of unsupported image and video formats; a folder of these is not empty."""
 
 MASK_ENDINGS = (
     "mask",
@@ -51,12 +46,12 @@ MASK_ENDINGS = (
     "color_mask",
     "mask_color",
 )
-"""Last words of names that masks have when they lie beside their images: `7.jpg` and `7_mask.png`."""
+"""Final words of mask names next to their images: `7.jpg` and `7_mask.png`."""
 MASK_FOLDERS = frozenset(
     "mask masks label labels annotation annotations gt groundtruth ground_truth segmentation segmentations "
     "segmentationclass segmentationclassaug segmentationobject labelled_masks gtfine".split()
 )
-"""Folders that hold masks where a folder beside them holds images of the same names, in lower case."""
+"""Lower-case folder names that hold masks if a sibling folder holds images of the same names."""
 _BESIDE = re.compile(
     rf"(.+)[_.\- ](?:{'|'.join(MASK_ENDINGS)})(?:[_.\- ]?\(?\d+\)?)?", re.IGNORECASE | re.DOTALL
 )
@@ -68,21 +63,21 @@ _IMAGE_WORDS = tuple(
     for word in ("img", "image", "images", "photo", "pic", "frame", "rgb")
     for form in (word, word.title(), word.upper())
 )
-"""First words of names that images have where their masks begin with `mask`: `img_7.jpg` and `mask_7.png`."""
+"""First words of image names whose masks begin with `mask`: `img_7.jpg` and `mask_7.png`."""
 
 
 def is_leftover(name: str, *, is_folder: bool) -> bool:
-    """True for what a system left behind under this name (no path), which is never the user's image."""
+    """True for system files and folders by name (without path), which are never the user's images."""
     return name.lower() in (SYSTEM_FOLDERS if is_folder else SYSTEM_FILES) or name.startswith("._")
 
 
 def is_passed_over(name: str, *, is_folder: bool) -> bool:
-    """True for leftovers and for hidden files and folders."""
+    """True for system files and for hidden files and folders."""
     return name.startswith(".") or is_leftover(name, is_folder=is_folder)
 
 
 def image_of_mask(key: str, keys: Container[str]) -> str | None:
-    """The image that a file beside it is a mask of, by its name: "a/7" for "a/7_mask", "a/7-label_2",
+    """Image in the same folder that a file is a mask of, by its name: "a/7" for "a/7_mask", "a/7-label_2",
     "a/7_seg (1)" and "a/mask_7"; "a/img7" for "a/mask7".
 
     Args:
@@ -90,67 +85,67 @@ def image_of_mask(key: str, keys: Container[str]) -> str | None:
         keys: paths of images without their extensions.
 
     Returns:
-        the image's key, if there is such an image; else None.
+        the image's key, or None if there is no such image.
     """
-    found = _BESIDE.fullmatch(key)
-    if found and found[1] in keys:
-        return found[1]
-    if not (found := _BEFORE.fullmatch(key)):
+    match = _BESIDE.fullmatch(key)
+    if match and match[1] in keys:
+        return match[1]
+    if not (match := _BEFORE.fullmatch(key)):
         return None
-    folder, mark, rest = found.groups()
+    folder, mark, rest = match.groups()
     forms = [f"{folder}{rest}"] * bool(mark) + [f"{folder}{word}{mark}{rest}" for word in _IMAGE_WORDS]
     return next((form for form in forms if form in keys), None)
 
 
 def image_of_mask_in_folder(key: str, keys: Container[str],
                             folders_in: Callable[[str], Iterable[str]]) -> str | None:
-    """The image that a file in a folder of masks belongs to: "images/a/7" or "a/7" for "masks/a/7".
+    """Image that a file in a mask folder belongs to: "images/a/7" or "a/7" for "masks/a/7".
 
     Args:
         key: the file's path without its extension.
         keys: paths of images without their extensions.
-        folders_in: names of the folders in a folder ("" is the top).
+        folders_in: names of the sub-folders of a folder ("" is the top).
 
     Returns:
-        the image's key, if there is such an image; else None.
+        the image's key, or None if there is no such image.
     """
     parts = key.split("/")
     place = next((i for i, part in enumerate(parts[:-1]) if part.lower() in MASK_FOLDERS), None)
     if place is None:
         return None
     before, after = parts[:place], parts[place + 1 :]
-    beside = (folder for folder in folders_in("/".join(before)) if folder.lower() not in MASK_FOLDERS)
-    forms = ("/".join([*before, *between, *after]) for between in ((), *((folder,) for folder in beside)))
+    siblings = (folder for folder in folders_in("/".join(before)) if folder.lower() not in MASK_FOLDERS)
+    forms = ("/".join([*before, *between, *after]) for between in ((), *((folder,) for folder in siblings)))
     return next((form for form in forms if form in keys), None)
 
 
 def folders_of(keys: Iterable[str]) -> Callable[[str], Iterable[str]]:
-    """Names of the folders in each folder of a listing; for `image_of_mask_in_folder`.
+    """Lookup of the sub-folder names of each folder in a listing; for `image_of_mask_in_folder`.
 
     Args:
         keys: paths of files.
     """
-    found: dict[str, dict[str, None]] = {}
+    subfolders: dict[str, dict[str, None]] = {}
     for folder in dict.fromkeys(key.rpartition("/")[0] for key in keys):
         while folder:
             folder, _, name = folder.rpartition("/")
-            found.setdefault(folder, {})[name] = None
-    return lambda folder: found.get(folder, ())
+            subfolders.setdefault(folder, {})[name] = None
+    return lambda folder: subfolders.get(folder, ())
 
 
 @dataclass
-class PassedOver:
-    """Counts of what was not taken while folders were listed."""
+class SkippedFiles:
+    """Counts of files and folders skipped in a listing."""
 
     system: Counter[str] = field(default_factory=Counter)
-    """Leftovers of systems by name."""
+    """System files and folders by name."""
     hidden: int = 0
-    """Files and folders whose names begin with a dot."""
+    """Names that begin with a dot."""
     extensions: Counter[str] = field(default_factory=Counter)
-    """Files among the images that are no image that is read, by extension in lower case; "" is none."""
+    """Unsupported files among the images, by lower-case extension; "" without one."""
 
     def add(self, name: str, *, is_folder: bool) -> bool:
-        """Counts a name if it is passed over, and says whether it is."""
+        """Counts a name if it is skipped, and returns whether it is."""
         if is_leftover(name, is_folder=is_folder):
             self.system["._*" if name.startswith("._") else name.strip()] += 1
         elif name.startswith("."):
@@ -160,12 +155,11 @@ class PassedOver:
         return True
 
     def unread(self, name: str) -> None:
-        """Counts a file among the images that is not read."""
+        """Counts an unsupported file among the images."""
         self.extensions[os.path.splitext(name)[1].lower()] += 1
 
     def pictures(self) -> int:
-        """Files that are pictures to people, or may be: of a known format that is not read, or without an
-        extension."""
+        """Number of unsupported files that may be pictures: of a known format, or without an extension."""
         return sum(
             count
             for extension, count in self.extensions.items()
@@ -173,8 +167,8 @@ class PassedOver:
         )
 
     def lines(self) -> list[str]:
-        """What was passed over in words, a line for each kind."""
-        found = []
+        """Skipped files as text, one line per kind."""
+        lines = []
         if self.extensions:
             parts = [
                 f"{count} {extension or 'without an extension'}"
@@ -183,13 +177,13 @@ class PassedOver:
             shown = ", ".join(parts[:12]) + (
                 f" and {len(parts) - 12} more extensions" if len(parts) > 12 else ""
             )
-            found.append(f"{shown}: not image formats that are read")
+            lines.append(f"{shown}: unsupported formats")
         if self.system:
             parts = [f"{count} {name}" for name, count in _most_first(self.system)[:8]]
-            found.append(f"{', '.join(parts)}: left by systems and file servers")
+            lines.append(f"{', '.join(parts)}: system files")
         if self.hidden:
-            found.append(f"{self.hidden} hidden (names that begin with a dot)")
-        return found
+            lines.append(f"{self.hidden} hidden (names that begin with a dot)")
+        return lines
 
 
 def _most_first(counts: Counter[str]) -> list[tuple[str, int]]:

@@ -1,8 +1,8 @@
-"""The one EXIF rule, and opening image files safely.
+"""The EXIF rule, and safe opening of image files.
 
-The rule: with `exif=True` the pixels of an image are taken upright (its EXIF orientation is applied), and its
-mask is expected upright too; a mask that carries an orientation of its own is turned by it. With `exif=False`
-both are read as they are stored. What counts as an orientation stands in `stpp.images.reading`.
+The rule: with `exif=True`, images are rotated upright by their EXIF orientation, and masks are expected
+upright; a mask with its own orientation is rotated by it. With `exif=False`, both are read as stored. Valid
+orientations are defined in `stpp.images.reading`.
 
 H and W: pixels. This module imports neither torch nor pyarrow, so that worker processes start quickly.
 """
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     import torch
 
 Pixels = TypeVar("Pixels", np.ndarray, "torch.Tensor")
-"""An array or a tensor of pixels."""
+"""An array or tensor of pixels."""
 
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM")
-"""What is opened at all: Pillow knows formats that start other programs."""
+"""Formats that are opened; Pillow also supports formats that start other programs."""
 
 MAX_PIXELS = 1 << 27
 """Largest image that is decoded (134 megapixels): a tiny file can declare a size that fills the memory."""
@@ -46,34 +46,30 @@ DECODE_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
-"""What Pillow raises on files that are broken or made to break it."""
+"""Exceptions that Pillow raises on broken or malicious files."""
 
 ORIENTATION_TAG = 0x0112
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-# `opened` refuses where Pillow only warns, up to twice its limit.
+# `opened` rejects images between Pillow's limit and twice the limit, for which Pillow only warns.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-# Of damaged EXIF blocks and transparent palettes, which are read by the rules of `stpp.images.reading`.
+# Damaged EXIF blocks and transparent palettes are handled by the rules of `stpp.images.reading`.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike, formats: tuple[str, ...] = IMAGE_FORMATS) -> Iterator[Image.Image]:
-    """Opens an image lazily; any failure to decode it inside the block becomes a UserError that names the
-    file.
+    """Opens an image lazily; decoding errors inside the block become a UserError that names the file.
 
     Args:
         path: the file.
-        formats: Pillow's names of the formats that may be opened.
+        formats: Pillow's names of the accepted formats.
     """
     try:
         with Image.open(path, formats=formats) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
-                raise UserError(
-                    f"{path}: {width}x{height} pixels are more than the {MAX_PIXELS} that are read; make it "
-                    "smaller"
-                )
+                raise UserError(f"{path}: {width}x{height} pixels exceed the {MAX_PIXELS} allowed; resize it")
             yield image
     except UserError:
         raise
@@ -84,23 +80,23 @@ def opened(path: str | os.PathLike, formats: tuple[str, ...] = IMAGE_FORMATS) ->
 
 
 def reason(path: str | os.PathLike, error: Exception, formats: tuple[str, ...]) -> str:
-    """One line that says why Pillow could not read `path`."""
+    """One-line reason of Pillow's failure to read `path`."""
     if isinstance(error, Image.UnidentifiedImageError):
         try:
             size = os.path.getsize(path)
         except OSError:
             size = -1
-        return "the file is empty" if size == 0 else f"none of the formats {', '.join(formats)}"
+        return "the file is empty" if size == 0 else f"not one of the formats {', '.join(formats)}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF orientation of an opened image, 1 to 8; 1 (upright) where it has none or a senseless one.
+    """EXIF orientation of an opened image, 1 to 8; 1 (upright) if missing or invalid.
 
-    Of a TIFF Pillow reads no more once it is loaded: it has then been turned. Of a PNG whose eXIf chunk
-    follows the pixels Pillow reads it only once they are loaded.
+    For TIFF, Pillow rotates on load and then drops the tag. For a PNG whose eXIf chunk follows the pixels,
+    the tag is available only after loading.
     """
     if image.format == "TIFF":
         return _sensible(image.tag_v2.get(ORIENTATION_TAG))
@@ -109,8 +105,8 @@ def orientation(image: Image.Image) -> int:
 
 
 def exif_orientation(block: bytes) -> int:
-    """The orientation in an EXIF block, 1 to 8; 1 where it has none, or is damaged: cameras and editors write
-    many that are."""
+    """Orientation in an EXIF block, 1 to 8; 1 if missing or if the block is damaged, as many cameras and
+    editors write them."""
     tags = Image.Exif()
     try:
         tags.load(block)
@@ -120,22 +116,21 @@ def exif_orientation(block: bytes) -> int:
 
 
 def _sensible(value: object) -> int:
-    """One number from 1 to 8, of whatever numeric type, as Pillow takes it where it turns by itself; 1 for
-    all else."""
+    """An orientation from 1 to 8 of any numeric type, as in Pillow's own rotation; 1 for any other value."""
     return next((turn for turn in range(1, 9) if value == turn), 1)
 
 
 def upright_size(width: int, height: int, value: int) -> tuple[int, int]:
-    """(width, height) after an image of this stored size is turned upright from orientation `value`."""
+    """(width, height) of an image of this stored size after rotation from orientation `value`."""
     return (height, width) if value >= 5 else (width, height)
 
 
 def upright(pixels: Pixels, value: int) -> Pixels:
-    """Turns pixels [H, W] or [H, W, C] upright from EXIF orientation `value`: a view of an array, without a
-    copy; or a tensor."""
+    """Rotates pixels [H, W] or [H, W, C] upright from EXIF orientation `value`; arrays are returned as a
+    view."""
     if value >= 5:
         pixels = pixels.swapaxes(0, 1)
-    # After the transposition of 5..8: 6 is turned clockwise, so columns are reversed; 8 reverses rows; 7
+    # After the transposition of 5..8: 6 is rotated clockwise, so columns are reversed; 8 reverses rows; 7
     # both.
     flipped = [axis for axis, turned in ((1, (2, 3, 6, 7)), (0, (3, 4, 7, 8))) if value in turned]
     if not flipped:
@@ -144,9 +139,9 @@ def upright(pixels: Pixels, value: int) -> Pixels:
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm",
                     ".pgm")
-"""Endings of images in folders and archives, in any case of letters; the same in every command."""
+"""Image extensions in folders and archives, case-insensitive; the same in every command."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 
 IMAGENET_STD = (0.229, 0.224, 0.225)
-"""Of red, green and blue in 0..1; both loaders normalise with them."""
+"""For red, green and blue in 0..1; both loaders normalise with `IMAGENET_MEAN` and this."""

@@ -1,4 +1,4 @@
-"""A corpus that a text file lists."""
+"""Corpora listed in a text file."""
 
 import codecs
 import hashlib
@@ -11,24 +11,24 @@ from typing import IO
 from stpp.errors import UserError
 from stpp.images import storage, tars
 from stpp.images.image_file import IMAGE_EXTENSIONS
-from stpp.images.items import Item, Passed, named, unnamed
+from stpp.images.items import Item, SkippedItems, failed_item, item_of
 
 _IMAGE_END = rf"({'|'.join(map(re.escape, IMAGE_EXTENSIONS))})\s+(?=\S)"
 
 
 _LOOKED_AT = 1 << 12
-"""Bytes at the beginning of a list that tell text from other files."""
+"""Bytes at the start of a list that distinguish text from other files."""
 
 
 class ListSource:
-    """The images that a text file names, one a line (`image`, or `image mask` as split files have it)."""
+    """Images named in a text file, one per line (`image`, or `image mask` as in split files)."""
 
     def __init__(self, path: str, root: str):
         self._path, self._root = path, root
-        self.passed = Passed()
+        self.skipped = SkippedItems()
 
     def items(self) -> Iterator[Item]:
-        self.passed = Passed()
+        self.skipped = SkippedItems()
         with storage.opened(self._path) as file:
             for text in _lines(file, self._path):
                 if text := _plain(text.strip()):
@@ -36,27 +36,27 @@ class ListSource:
 
     def _item(self, text: str) -> Item:
         if storage.is_url(text):
-            return named(text.partition("://")[2].lstrip("/"), text, text)
+            return item_of(text.partition("://")[2].lstrip("/"), text, text)
         mark = self._mark(text)
         if mark == storage.ABSENT and len(text.split()) > 1:
-            # `image mask`: names may hold spaces, so the image is what ends like one, and is there.
-            cuts = [text[: found.end(1)] for found in re.finditer(_IMAGE_END, text, re.IGNORECASE)]
+            # `image mask`: names may hold spaces, so the image is an existing file with an image extension.
+            cuts = [text[: match.end(1)] for match in re.finditer(_IMAGE_END, text, re.IGNORECASE)]
             text = next((cut for cut in cuts if self._mark(cut) != storage.ABSENT), cuts[0] if cuts else text)
             mark = self._mark(text)
         name = text.lstrip("/") if os.path.isabs(text) else text
-        found = named(name, text, self._file(text), mark=mark)
-        if found.error is not None:
-            return unnamed(text, self._file(text), found.error + _remedy(text), mark)
-        if mark == storage.ABSENT and (form := _other_form(text)):
-            return unnamed(text, self._file(text), form, mark)
-        return found
+        item = item_of(name, text, self._file(text), mark=mark)
+        if item.error is not None:
+            return failed_item(text, self._file(text), item.error + _remedy(text), mark)
+        if mark == storage.ABSENT and (problem := _other_form(text)):
+            return failed_item(text, self._file(text), problem, mark)
+        return item
 
     def _file(self, text: str) -> str:
         remote = storage.is_url(self._root) and not os.path.isabs(text)
         return f"{self._root}/{text}" if remote else os.path.join(self._root, text)
 
     def _mark(self, text: str) -> str:
-        """Of a local image; remote ones, which each take a request, are not asked for theirs."""
+        """Mark of a local image; empty for remote ones, which would need a request each."""
         file = self._file(text)
         if storage.is_url(file):
             return ""
@@ -66,7 +66,7 @@ class ListSource:
             return storage.ABSENT
 
     def stamp(self) -> dict:
-        """A digest of the list, and one of its images' sizes and times of change."""
+        """Digest of the list, and digest of its images' sizes and modification times."""
         digest, images = hashlib.sha256(), hashlib.sha256()
         with storage.opened(self._path) as file:
             while block := file.read(1 << 20):
@@ -78,14 +78,15 @@ class ListSource:
 
 
 def _plain(text: str) -> str:
-    """A line without `./`, which names the same file."""
+    """A line without leading `./`."""
     while text.startswith("./"):
         text = text[2:].lstrip("/")
     return text
 
 
 def _lines(file: IO[bytes], path: str) -> Iterator[str]:
-    """Lines of a text file: UTF-8, or what its byte order mark says; surrogates for bytes that are neither.
+    """Lines of a text file: UTF-8, or the encoding of its byte order mark; undecodable bytes become
+    surrogates.
 
     Raises:
         UserError: UTF-16 without a mark, or damaged.
@@ -106,20 +107,20 @@ def _lines(file: IO[bytes], path: str) -> Iterator[str]:
     if path.lower().endswith(IMAGE_EXTENSIONS) and (b"\0" in start or not head.isascii()):
         raise UserError(f"--source {path}: is an image; give its folder, or a list of images")
     if form := tars.compression(start):
-        raise UserError(f"--source {path}: is no list of images but a {form} archive; unpack it, and give "
+        raise UserError(f"--source {path}: is a {form} archive, not a list of images; unpack it, and give "
                         "the folder")
     if start[:1] == b"\0" or start[1:2] == b"\0":
-        raise UserError(f"--source {path}: no text in UTF-8: it begins with zero bytes, as UTF-16 without a "
+        raise UserError(f"--source {path}: not UTF-8 text: it begins with zero bytes, as UTF-16 without a "
                         "mark does; save it as UTF-8")
     if b"\0" in start:
-        raise UserError(f"--source {path}: is no text, and so no list of images; give a folder, a text file "
-                        "with an image a line, or .tar archives")
+        raise UserError(f"--source {path}: is not a text file; give a folder, a text file with one image per "
+                        "line, or .tar archives")
     for number, raw in enumerate(file):
         yield raw.decode("utf-8-sig" if number == 0 else "utf-8", "surrogateescape").strip("\r\n")
 
 
 def _remedy(text: str) -> str:
-    """What to do with a line that can name no mask; empty where the reason says it."""
+    """Advice for a line that cannot name a mask; empty if the reason contains it."""
     if "\\" in text:
         return "; write paths with forward slashes, below one folder, which --root names"
     if ".." in text.split("/"):
@@ -128,9 +129,9 @@ def _remedy(text: str) -> str:
 
 
 def _other_form(text: str) -> str | None:
-    """A line's form, where it names no file and looks like that of a table or of code."""
+    """Problem of a line that names no file and looks like a table row or code."""
     if text[0] == text[-1] and text[0] in "\"'" and len(text) > 1:
-        return "the line stands in quotes, and there is no file of this name; give paths as they are"
+        return "the line is quoted, and no such file exists; give paths without quotes"
     if re.search(r"[,;\t]", text):
-        return "there is no such file; a list is no table (CSV): one image a line, or image, space and mask"
+        return "no such file; lists are not tables (CSV): give one image per line, or image, space and mask"
     return None

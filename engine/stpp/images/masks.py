@@ -1,7 +1,7 @@
-"""Index masks: any PNG that holds class indices, to uint8 [H, W], and back to 8-bit grayscale PNG.
+"""Index masks: reading any PNG of class indices to uint8 [H, W], and writing 8-bit grayscale PNGs.
 
-DALI decodes only 8-bit grayscale PNGs exactly: from a palette it makes colours, and it rescales other bit
-depths. So every mask passes through here once, and what is not plain is written anew.
+DALI decodes only 8-bit grayscale PNGs exactly: it expands palettes to colours and rescales other bit depths.
+So every mask is read here once, and re-encoded unless it is plain.
 """
 
 import os
@@ -26,78 +26,77 @@ from stpp.images.containers import (
 from stpp.images.image_file import opened, orientation, upright
 
 IGNORE = 255
-"""The label of pixels that count nowhere."""
+"""Label of ignored pixels."""
 
 
 class Meaning(Protocol):
-    """Meaning of what masks hold that is not class ids; see stpp.dataset.mask_map."""
+    """Mapping of mask values that are not class ids; see stpp.dataset.mask_map."""
 
     in_colour: bool
-    """Whether it is of colours, not of ids."""
+    """True if it maps colours, False if it maps ids."""
 
     def __call__(self, values: np.ndarray, path: str | os.PathLike) -> np.ndarray:
-        """Ids [H, W] or colours [H, W, 3] to class ids, uint8 [H, W]."""
+        """Maps ids [H, W] or colours [H, W, 3] to class ids, uint8 [H, W]."""
         ...
 
 
 class PaletteEntry(NamedTuple):
-    """An entry of a palette that pixels use."""
+    """A palette entry used by pixels."""
 
     index: int
     colour: int
     """65536 * red + 256 * green + blue."""
     only: bool
-    """True where no other entry of that palette has this colour."""
+    """True if no other entry of the palette has this colour."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stored:
-    """How a mask file stores its ids: what a whole data set of masks is judged by, see
+    """Storage of ids in a mask file, by which a data set's masks are compared; see
     stpp.dataset.mask_judge."""
 
     kind: str
-    """"gray", "palette" or "colour"."""
+    """ "gray", "palette" or "colour"."""
     bits: int
-    """Bits a channel."""
+    """Bits per channel."""
     palette: tuple[PaletteEntry, ...] = ()
-    """Of a palette: the entries that pixels use."""
+    """For a palette: the entries that pixels use."""
     gray_palette: bool = False
-    """True for a palette that holds grays alone."""
+    """True for a palette of grays only."""
     numbers: tuple[int, ...] = ()
-    """Of grays with fewer than 8 bits: the numbers that pixels hold."""
+    """For grays below 8 bits: the values that pixels have."""
     transparent: int = 0
-    """Of an alpha channel that is not the same everywhere: pixels that are not fully opaque. Of a palette
-    that is read by its colours: those that share a colour with a less transparent entry."""
+    """For a non-uniform alpha channel: pixels that are not fully opaque. For a palette read by colour: pixels
+    that share a colour with a less transparent entry."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mask:
-    """A mask as `read_mask` found it."""
+    """A mask read by `read_mask`."""
 
     values: np.ndarray
     """Class ids, uint8 [H, W]."""
     plain: bool
-    """True for 8-bit grayscale with nothing to turn: any decoder reads the same from the file."""
+    """True for 8-bit grayscale without rotation: any decoder reads the same pixels."""
     turn: int
-    """Its EXIF orientation, 1 to 8."""
+    """EXIF orientation of the mask file, 1 to 8."""
     stored: Stored
 
 
 _EXACT_EXTRAS = {"dpi", "srgb", "interlace"}
-"""Entries of Pillow's `info` that change no decoder's pixels; beside these a mask is written anew, to be
-safe."""
+"""Entries of Pillow's `info` that change no decoder's pixels; with any other, a mask is re-encoded."""
 
 
 def read_index_mask(path: str | os.PathLike, *, exif: bool = True) -> np.ndarray:
     """Reads the class indices of a mask: uint8 [H, W], contiguous.
 
-    A palette image gives its indices, not its colours. Grayscale of 1, 2 and 4 bits gives the stored numbers
-    (not stretched to 0..255), 16 bits too if all are below 256. Colour images count where red, green and blue
-    are equal; alpha is dropped.
+    Palette images give their indices, not their colours. Grayscale of 1, 2 and 4 bits gives the stored
+    numbers (not stretched to 0..255), 16 bits too if all are below 256. Colour images are accepted if red,
+    green and blue are equal; alpha is dropped.
 
     Args:
         path: a PNG.
-        exif: turn the mask upright if it carries an EXIF orientation of its own.
+        exif: rotate the mask upright if it has an EXIF orientation of its own.
 
     Raises:
         UserError: not a PNG, broken, too large, in colour, or with numbers above 255. Names the file.
@@ -106,22 +105,21 @@ def read_index_mask(path: str | os.PathLike, *, exif: bool = True) -> np.ndarray
 
 
 def read_mask(path: str | os.PathLike, *, exif: bool = True, mask_map: Meaning | None = None) -> Mask:
-    """As `read_index_mask`, and what the preparation needs besides.
+    """Reads a mask like `read_index_mask`, with the details that the preparation needs.
 
     Args:
-        mask_map: what the stored ids or colours mean. A map of colours takes those that are seen: a palette
-            gives its colours, alpha is dropped.
+        mask_map: mapping of the stored ids or colours. A map of colours uses displayed colours: palettes give
+            their colours, alpha is dropped.
 
     Raises:
-        UserError: as `read_index_mask`; or the map does not name what the mask holds.
+        UserError: as `read_index_mask`; or a value that the map does not name.
     """
     bits, kind, whole = _png_header(path)
     in_colour = mask_map is not None and mask_map.in_colour
     with opened(path, ("PNG",)) as image:
         if bits == 16 and (in_colour or kind != GRAY):
             raise UserError(
-                f"{path}: a mask with 16 bits a channel and colour or alpha is not read; save 8-bit class "
-                "indices"
+                f"{path}: 16-bit masks with colour or alpha are not supported; save 8-bit class indices"
             )
         extras = set(image.info) - _EXACT_EXTRAS
         turn = orientation(image)
@@ -130,7 +128,7 @@ def read_mask(path: str | os.PathLike, *, exif: bool = True, mask_map: Meaning |
         if in_colour and kind == PALETTE:
             stored = replace(stored, transparent=_hidden(image, stored))
         values = np.asarray(image.convert("RGBA"))[..., :3] if in_colour else np.asarray(image)
-        # Only read after the pixels: eXIf may follow them.
+        # Read after the pixels, because eXIf may follow them.
         turn = orientation(image) if turn == 1 else turn
     if in_colour:
         values = mask_map(values, path)
@@ -149,9 +147,9 @@ def write_index_png(path_or_file: str | os.PathLike | IO[bytes], mask: np.ndarra
     """Writes uint8 [H, W] as an 8-bit grayscale PNG.
 
     Args:
-        path_or_file: a path (its folder must exist) or a file opened for binary writing.
+        path_or_file: a path in an existing folder, or a file opened for binary writing.
         mask: uint8 [H, W].
-        fast: the fastest compression (masks are flat, so it costs little room) instead of the smallest file.
+        fast: use the fastest compression, which suits flat masks, instead of the smallest file.
     """
     if not isinstance(mask, np.ndarray) or mask.dtype != np.uint8 or mask.ndim != 2 or mask.size == 0:
         found = f"{mask.dtype} {mask.shape}" if isinstance(mask, np.ndarray) else type(mask).__name__
@@ -161,14 +159,14 @@ def write_index_png(path_or_file: str | os.PathLike | IO[bytes], mask: np.ndarra
 
 def count_indices(mask: np.ndarray) -> np.ndarray:
     """Pixels of each index in a uint8 mask: int64 [256]."""
-    # Pillow's histogram counts bytes without widening them first: several times faster than numpy.bincount.
+    # Pillow's histogram counts bytes without widening them: several times faster than numpy.bincount.
     return np.asarray(Image.fromarray(mask).histogram(), dtype=np.int64)
 
 
 def _png_header(path: str | os.PathLike) -> tuple[int, int, bool]:
-    """(bits a channel, colour type, whether it ends as it should) of a PNG.
+    """(bits per channel, colour type, True if it ends properly) of a PNG.
 
-    Pillow does not tell 2 and 4 bits from 8, and does not mind a missing end as other decoders may.
+    Pillow does not distinguish 2 and 4 bits from 8, and accepts a missing end that other decoders may reject.
     """
     try:
         with open(path, "rb") as file:
@@ -180,16 +178,16 @@ def _png_header(path: str | os.PathLike) -> tuple[int, int, bool]:
     if not head:
         raise UserError(f"{path}: the mask is empty (0 bytes); replace or remove it")
     if head[:8] != PNG_SIGNATURE:
-        lossy = " (JPEG changes class indices: draw the mask anew)" if head[:2] == b"\xff\xd8" else ""
+        lossy = " (JPEG changes class indices: redraw the mask)" if head[:2] == b"\xff\xd8" else ""
         raise UserError(f"{path}: the mask is not a PNG; save masks as PNG files of class indices{lossy}")
-    found = png_header(head)
-    if found is None:
-        raise UserError(f"{path}: the mask is cut short or damaged; replace or remove it")
-    return found.bits, found.kind, looks_whole(tail)
+    header = png_header(head)
+    if header is None:
+        raise UserError(f"{path}: the mask is truncated or damaged; replace or remove it")
+    return header.bits, header.kind, looks_whole(tail)
 
 
 def _stored(image: Image.Image, bits: int, kind: int) -> Stored:
-    """How an image whose pixels are loaded stores its ids."""
+    """Storage of ids in an image whose pixels are loaded."""
     if kind == PALETTE:
         colours = np.asarray(image.getpalette("RGB") or (), dtype=np.int64).reshape(-1, 3) @ (65536, 256, 1)
         used = [i for i, count in enumerate(image.histogram()) if count and i < len(colours)]
@@ -210,7 +208,7 @@ def _stored(image: Image.Image, bits: int, kind: int) -> Stored:
 
 
 def _hidden(image: Image.Image, stored: Stored) -> int:
-    """Pixels of a palette image that its colours do not tell from more opaque ones."""
+    """Palette pixels whose colour equals that of more opaque pixels."""
     clear = image.info.get("transparency", b"")
     alpha = dict(enumerate(clear)) if isinstance(clear, bytes) else {clear: 0}
     most: dict[int, int] = {}
@@ -223,7 +221,7 @@ def _hidden(image: Image.Image, stored: Stored) -> int:
 
 
 def _indices(values: np.ndarray, bits: int, kind: int, path: str | os.PathLike) -> np.ndarray:
-    """The stored numbers, integer [H, W], from what Pillow made of them."""
+    """Stored numbers, integer [H, W], recovered from Pillow's output."""
     if kind in (RGB, RGB_ALPHA, GRAY_ALPHA):
         values = _one_channel(values, path)
     if kind == GRAY and bits == 1:
@@ -235,7 +233,7 @@ def _indices(values: np.ndarray, bits: int, kind: int, path: str | os.PathLike) 
 
 
 def _one_channel(values: np.ndarray, path: str | os.PathLike) -> np.ndarray:
-    """The gray channel of [H, W, 2 | 3 | 4] if colour channels agree."""
+    """Gray channel of [H, W, 2 | 3 | 4] if the colour channels are equal."""
     if values.ndim != 3:
         raise UserError(f"{path}: the mask is damaged; replace or remove it")
     if values.shape[2] == 2:
@@ -245,22 +243,21 @@ def _one_channel(values: np.ndarray, path: str | os.PathLike) -> np.ndarray:
         y, x = np.unravel_index(int(coloured.argmax()), coloured.shape)
         colour = tuple(int(v) for v in values[y, x, :3])
         raise UserError(
-            f"{path}: the mask holds colours (first {colour} at x {x}, y {y}), not class indices; say what "
-            "each colour means with --data.mask-map, or save it as a palette or grayscale PNG of class "
-            "indices"
+            f"{path}: the mask holds colours (first {colour} at x {x}, y {y}), not class indices; map each "
+            "colour with --data.mask-map, or save it as a palette or grayscale PNG of class indices"
         )
     return values[..., 0]
 
 
 def _narrow(values: np.ndarray, path: str | os.PathLike) -> np.ndarray:
-    """Indices to uint8; 16-bit ones are refused above 255."""
+    """Indices as uint8; 16-bit values above 255 are rejected."""
     if values.dtype == np.uint8:
         return values
     above = values > 255
     if above.any():
         ids, counts = np.unique(values[above], return_counts=True)
-        listed = ", ".join(f"{i} ({n} pixels)" for i,
-                           n in zip(ids[:5].tolist(), counts[:5].tolist(), strict=True))
+        listed = ", ".join(f"{i} ({n} pixels)"
+                           for i, n in zip(ids[:5].tolist(), counts[:5].tolist(), strict=True))
         raise UserError(f"{path}: class ids above 255: {listed}; class indices must be 0 to 254, and 255 is "
-                        "ignore; --data.mask-map turns other ids into these")
+                        "ignore; map other ids with --data.mask-map")
     return values.astype(np.uint8)

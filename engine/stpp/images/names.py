@@ -1,5 +1,4 @@
-"""Names of images as names of masks: what may become a path below the output, and whether two would meet
-there."""
+"""Mask keys from image names: validation as paths below the output, and detection of collisions."""
 
 import hashlib
 import re
@@ -14,28 +13,28 @@ import numpy as np
 _DRIVE = re.compile(r"^[A-Za-z]:")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\x80-\x9f\u2028\u2029]")
 _COMPONENT_BYTES, _KEY_BYTES = 255, 2000
-"""Longest file name and longest path below the output, bytes of UTF-8."""
+"""Longest file name and longest path below the output, in UTF-8 bytes."""
 _BUCKETS, _DIGEST_BYTES = 256, 16
 
 
 def mask_key(name: str) -> str:
-    """The key of an image: its name below the source without the extension; its mask is `<key>.png`.
+    """Key of an image: its name below the source without the extension; its mask is `<key>.png`.
 
     Args:
-        name: with forward slashes, as a folder, a list or an archive holds it: nothing about it is trusted.
+        name: untrusted name with forward slashes, from a folder, a list or an archive.
 
     Raises:
-        ValueError: the name cannot be a path below a folder on every system; the reason alone, without the
-            name.
+        ValueError: the name cannot be a path below a folder on every system; the message is the reason,
+            without the name.
     """
     try:
         name.encode()
     except UnicodeEncodeError:
         raise ValueError("its name is not UTF-8") from None
     if _CONTROL.search(name):
-        raise ValueError("its name holds a control character")
+        raise ValueError("its name contains a control character")
     if "\\" in name:
-        raise ValueError("its name holds a backslash")
+        raise ValueError("its name contains a backslash")
     if name.startswith("/") or _DRIVE.match(name):
         raise ValueError("its name is an absolute path")
     parts = [part for part in name.split("/") if part not in ("", ".")]
@@ -56,36 +55,34 @@ def mask_key(name: str) -> str:
 
 
 def quoted(name: str) -> str:
-    """Any name as one harmless word, to be told from others by: what the table of failures calls such an
-    image."""
+    """Any name URL-quoted, as an identifier of images without a key in the table of failures."""
     return urllib.parse.quote(name.encode("utf-8", "surrogateescape"), safe=" ")[:_KEY_BYTES]
 
 
 def printable(name: str) -> str:
-    """Any name as text that a table and a terminal can hold: escapes for what is no plain character."""
+    """Any name as printable text; other characters are escaped."""
     text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 class Collisions:
-    """Finds equal keys among any number, in memory that does not grow with them.
+    """Detects duplicates among any number of keys in constant memory.
 
-    Digests of the keys go to 256 files by their first byte; equal keys lie in the same file, and each is
-    small.
+    Digests of the keys go to 256 files by their first byte; equal keys are in the same small file.
     """
 
     def __init__(self, folder: Path):
         self._stack = ExitStack()
-        # Files without a name: nothing of them stays when the process dies.
+        # Unnamed files: removed even if the process is killed.
         self._files = [self._stack.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in range(_BUCKETS)]
 
     def add(self, key: str) -> None:
-        """Counts a key."""
+        """Adds a key."""
         digest = _digest(key)
         self._files[digest[0] % len(self._files)].write(digest)
 
     def repeated(self) -> set[bytes]:
-        """Digests of keys that were added more than once."""
+        """Digests of the keys that were added more than once."""
         found = set()
         for file in self._files:
             file.seek(0)
@@ -101,8 +98,7 @@ class Collisions:
 
 
 def first_pair(repeated: set[bytes], named: Iterable[tuple[str, str]]) -> tuple[str, str, str]:
-    """(key, source, source) of the first two of the given (key, source) whose key's digest is in
-    `repeated`."""
+    """(key, source, source) of the first two (key, source) pairs with the same repeated key."""
     seen: dict[str, str] = {}
     for key, source in named:
         if _digest(key) in repeated:
@@ -113,7 +109,7 @@ def first_pair(repeated: set[bytes], named: Iterable[tuple[str, str]]) -> tuple[
 
 
 def is_among(key: str, repeated: set[bytes]) -> bool:
-    """Whether a key is one of those whose digests `Collisions` found repeated."""
+    """True if a key's digest is among those that `Collisions` found repeated."""
     return _digest(key) in repeated
 
 
@@ -122,5 +118,5 @@ def _digest(key: str) -> bytes:
 
 
 def _full(digest: bytes) -> bytes:
-    """NumPy drops zero bytes at the end of bytes."""
+    """Restores the trailing zero bytes that NumPy drops."""
     return digest.ljust(_DIGEST_BYTES, b"\0")

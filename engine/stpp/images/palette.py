@@ -1,6 +1,6 @@
-"""Colours of class masks, to be told apart by people of every colour vision.
+"""Colour palette of class masks, distinguishable with any colour vision.
 
-Source: the eight colours of Okabe and Ito, Color Universal Design (2008), and paler and darker forms of them
+Source: the eight colours of Okabe and Ito, Color Universal Design (2008), with lighter and darker variants
 for classes beyond the eighth.
 """
 
@@ -12,11 +12,11 @@ VOID = (255, 255, 255)
 BASE = ((0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0),
         (204, 121, 167))
 TINTS = ((0.0, (0, 0, 0)), (0.55, (255, 255, 255)), (0.5, (0, 0, 0)))
-"""(share, colour) mixed into the base colours, eight classes after eight."""
+"""(share, colour) mixed into the base colours, for each group of eight classes."""
 CONFIDENCE = ((0, (0, 32, 77)), (128, (124, 123, 120)), (255, (255, 234, 70)))
-"""(value, colour); others lie between. After cividis, Nuñez, Anderton and Renslow, PLOS ONE (2018)."""
+"""(value, colour) nodes of a linear scale. After cividis, Nuñez, Anderton and Renslow, PLOS ONE (2018)."""
 STRIPE_PX = 3
-"""Width of the stripes of ignored pixels, and of the pattern of classes beyond the eighth."""
+"""Stripe width of ignored pixels and of classes beyond the eighth."""
 
 
 def palette(num_classes: int) -> np.ndarray:
@@ -29,8 +29,8 @@ def palette(num_classes: int) -> np.ndarray:
 
 
 def voc_colours(numbers: np.ndarray) -> np.ndarray:
-    """VOC's colours of numbers from 0 to 255, uint8 [N, 3]: their bits, lowest first, become the highest bits
-    of red, green and blue in turn."""
+    """VOC's colours of numbers from 0 to 255, uint8 [N, 3]: bits, lowest first, become the highest bits of
+    red, green and blue in turn."""
     colours = np.zeros((len(numbers), 3), dtype=np.uint8)
     for place in range(8):
         for channel in range(3):
@@ -45,15 +45,15 @@ def colourise(mask_HW: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def overlaid(colours_HWC: np.ndarray, mask_HW: np.ndarray, num_classes: int) -> np.ndarray:
-    """An image, uint8 [H, W, 3], with the colours of its mask over it, half of each."""
+    """Blends an image, uint8 [H, W, 3], with the colours of its mask, half of each."""
     return ((colours_HWC.astype(np.uint16) + colourise(mask_HW, num_classes)) // 2).astype(np.uint8)
 
 
 def overlay(mask_HW: np.ndarray, num_classes: int) -> np.ndarray:
-    """Classes to be laid over an image: uint8 [H, W, 4], without colour where ignored.
+    """Class overlay for an image: uint8 [H, W, 4], transparent where ignored.
 
-    Classes beyond the eighth carry a pattern besides: stripes to one side for the next eight, to the other
-    after that.
+    Classes beyond the eighth also have a pattern: diagonal stripes in one direction for the next eight, in
+    the other direction after that.
     """
     rgba = np.dstack([colourise(mask_HW, num_classes), np.where(mask_HW == 255, 0, 255).astype(np.uint8)])
     rows, columns = np.indices(mask_HW.shape)
@@ -64,7 +64,7 @@ def overlay(mask_HW: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def ignored_overlay(mask_HW: np.ndarray) -> np.ndarray:
-    """Ignored pixels to be laid over an image: uint8 [H, W, 4], black and white stripes, nothing
+    """Overlay of ignored pixels for an image: uint8 [H, W, 4], black and white stripes, transparent
     elsewhere."""
     rows, columns = np.indices(mask_HW.shape)
     light = ((rows + columns) // STRIPE_PX % 2).astype(np.uint8) * 255
@@ -72,8 +72,8 @@ def ignored_overlay(mask_HW: np.ndarray) -> np.ndarray:
 
 
 def confidence_colours(confidence_HW: np.ndarray) -> np.ndarray:
-    """Confidence, uint8 [H, W], to uint8 [H, W, 3]: dark blue (0) by grey to yellow (255), lightness growing
-    evenly."""
+    """Colours of a confidence map, uint8 [H, W] to uint8 [H, W, 3]: dark blue (0) through grey to yellow
+    (255), with uniformly increasing lightness."""
     at, colours = zip(*CONFIDENCE, strict=True)
     channels = [np.interp(np.arange(256), at, channel).round().astype(np.uint8)
                 for channel in zip(*colours, strict=True)]
@@ -81,7 +81,7 @@ def confidence_colours(confidence_HW: np.ndarray) -> np.ndarray:
 
 
 def _colour(i: int) -> tuple[int, int, int]:
-    """The colour of class `i`; beyond what mixing gives, hues spread by multiples of the golden ratio."""
+    """Colour of class `i`; beyond the mixed colours, hues spaced by the golden ratio."""
     if i >= len(BASE) * len(TINTS):
         return tuple(round(255 * part)
                      for part in colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.75, (0.95, 0.7)[i % 2]))

@@ -1,5 +1,4 @@
-"""Images of any size into batches of one size: how each file is read, and which go through a network
-together."""
+"""Planning of batches: the reading of each file, and its assignment to batches of equal image size."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,43 +6,43 @@ from dataclasses import dataclass
 from stpp.images import storage
 from stpp.images.containers import PNG_SIGNATURE
 from stpp.images.pixels import BadImage
-from stpp.images.reading import Reading, look
+from stpp.images.reading import Reading, read_header
 from stpp.images.sources import Item
 
 HEAD_BYTES = 1 << 14
-"""What is read of a file to learn how to read it; where that is too little, all of it is read."""
+"""Bytes read from a file to determine its reading; if these are too few, the whole file is read."""
 TAIL_BYTES = 1 << 16
-"""What is read of the end of a PNG, which may tell its orientation behind the pixels: an eXIf chunk farther
-from the end, behind the pixels of a PNG that `HEAD_BYTES` do not hold, is not seen."""
+"""Bytes read from the end of a PNG, whose orientation may follow the pixels. In a PNG longer than
+`HEAD_BYTES`, an eXIf chunk after the pixels and farther from the end is not seen."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
-    """How shards are cut into batches."""
+class BatchLimits:
+    """Limits by which shards are cut into batches."""
 
     max_batch: int
-    """Images of a batch, at most."""
+    """Maximum images per batch."""
     batch_pixels: int
-    """Pixels of a batch, at most; one image may have more."""
+    """Maximum pixels per batch; a larger image is labelled alone."""
     max_pixels: int
-    """An image of more pixels is not labelled."""
+    """Largest image that is labelled, in pixels."""
     exif: bool
-    """Turn images upright by their EXIF orientation."""
+    """Rotate images upright by their EXIF orientation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Planned:
-    """An image of a shard."""
+    """An image of a shard with its batch."""
 
     item: Item
     position: int
-    """Place in the listing of its shard."""
+    """Position in the listing of its shard."""
     reading: Reading | None
-    """None where it could not be read."""
+    """None if the image is unreadable."""
     batch: int
-    """Number of its batch in the shard; -1: it is in none."""
+    """Number of its batch in the shard; -1: none."""
     error: str | None
-    """Why it is in none."""
+    """Reason for having no batch."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -51,67 +50,69 @@ class Planned:
         return self.reading.size
 
 
-def examine(item: Item, cut: Cut) -> Planned:
-    """Decides how an image is read; it has no batch yet (0), or never will (-1)."""
-    found, error = None, item.error
+def examine(item: Item, limits: BatchLimits) -> Planned:
+    """Determines the reading of an image; its batch is not assigned yet (0), or will never be (-1)."""
+    reading, error = None, item.error
     if error is None:
         try:
-            found = _looked(item, cut)
-            if found.width * found.height > cut.max_pixels:
-                error = f"{found.width}x{found.height} pixels are more than --max-pixels {cut.max_pixels}"
+            reading = _reading_of(item, limits)
+            if reading.width * reading.height > limits.max_pixels:
+                error = (f"{reading.width}x{reading.height} pixels are more than --max-pixels "
+                         f"{limits.max_pixels}")
         except BadImage as bad:
             error = str(bad)
         except OSError as failed:
-            error = storage.why(failed)
-    return Planned(item=item, position=-1, reading=found, batch=-1 if error else 0, error=error)
+            error = storage.describe_error(failed)
+    return Planned(item=item, position=-1, reading=reading, batch=-1 if error else 0, error=error)
 
 
-def _looked(item: Item, cut: Cut) -> Reading:
+def _reading_of(item: Item, limits: BatchLimits) -> Reading:
     head = item.read(HEAD_BYTES)
     whole = len(head) < HEAD_BYTES
     try:
-        tail = item.read_end(TAIL_BYTES) if cut.exif and not whole and head.startswith(PNG_SIGNATURE) else b""
-        return look(head, exif=cut.exif, tail=tail)
+        needs_tail = limits.exif and not whole and head.startswith(PNG_SIGNATURE)
+        tail = item.read_end(TAIL_BYTES) if needs_tail else b""
+        return read_header(head, exif=limits.exif, tail=tail)
     except BadImage:
         if whole:
             raise
-        return look(item.read(), exif=cut.exif)
+        return read_header(item.read(), exif=limits.exif)
 
 
-def cut_batches(examined: Sequence[Planned], cut: Cut) -> list[Planned]:
-    """Numbers the images of a shard and their batches: largest images first, those of one size evenly
-    spread."""
+def cut_batches(examined: Sequence[Planned], limits: BatchLimits) -> list[Planned]:
+    """Assigns positions and batches to the images of a shard: largest images first, images of one size split
+    evenly."""
     groups: dict[tuple[int, int], list[tuple[int, Planned]]] = {}
     bad = []
-    for position, one in enumerate(examined):
-        if one.error is None:
-            groups.setdefault(one.size, []).append((position, one))
+    for position, entry in enumerate(examined):
+        if entry.error is None:
+            groups.setdefault(entry.size, []).append((position, entry))
         else:
-            bad.append(_numbered(one, position, -1))
+            bad.append(_numbered(entry, position, -1))
     planned, batch = [], 0
     for (height, width), members in sorted(groups.items(),
                                            key=lambda group: (-group[0][0] * group[0][1], group[0])):
-        most = min(cut.max_batch, max(1, cut.batch_pixels // (height * width)))
-        count = -(-len(members) // most)
+        batch_images = min(limits.max_batch, max(1, limits.batch_pixels // (height * width)))
+        count = -(-len(members) // batch_images)
         for number in range(count):
             start, stop = (len(members) * i // count for i in (number, number + 1))
-            planned += [_numbered(one, position, batch) for position, one in members[start:stop]]
+            planned += [_numbered(entry, position, batch) for position, entry in members[start:stop]]
             batch += 1
     return planned + bad
 
 
 def batches(planned: Sequence[Planned]) -> Iterator[list[Planned]]:
-    """The batches of a planned shard, in their order."""
+    """Yields the batches of a planned shard, in order."""
     batch: list[Planned] = []
-    for one in planned:
-        if batch and one.batch != batch[0].batch:
+    for entry in planned:
+        if batch and entry.batch != batch[0].batch:
             yield batch
             batch = []
-        if one.batch >= 0:
-            batch.append(one)
+        if entry.batch >= 0:
+            batch.append(entry)
     if batch:
         yield batch
 
 
-def _numbered(one: Planned, position: int, batch: int) -> Planned:
-    return Planned(item=one.item, position=position, reading=one.reading, batch=batch, error=one.error)
+def _numbered(entry: Planned, position: int, batch: int) -> Planned:
+    return Planned(item=entry.item, position=position, reading=entry.reading, batch=batch, error=entry.error)

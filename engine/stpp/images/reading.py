@@ -1,21 +1,19 @@
-"""The one decision of how an image file is read: made by `prepare` and by a corpus's plan, which keep it.
+"""The decision how an image file is decoded; made and stored by `prepare` and by a corpus's plan.
 
 The rules:
 
-- **Orientation** is the EXIF tag 0x0112 of the first EXIF block of the file, wherever that lies: the first
-  EXIF segment of a JPEG, the first eXIf chunk of a PNG (before or after its pixels), the EXIF chunk of a
-  WebP, the first directory of a TIFF. It counts if it is a number from 1 to 8, of whatever numeric type, the
-  first where there are several; text, bytes and damaged blocks do not. XMP and text chunks are not looked at.
-  Only the first picture of a file is.
-- **Colours** become 8-bit RGB: of 12 and 16 bits the upper 8, of 32 the upper 8 of 16; gray three times;
-  palettes by their table; alpha is dropped. A CMYK JPEG with Adobe's marker holds inverted inks, one without
-  holds inks as they are (as libjpeg's manual, libvips, img2pdf and DALI have it; Pillow and browsers take
-  both for inverted); in a TIFF inks are never inverted. Floating-point numbers, negative numbers and numbers
-  of more than 16 bits are refused.
-- **Plain** is what DALI and PIL decode to the same pixels: 8-bit JPEG, baseline or progressive,
-  Huffman-coded, gray or YCbCr in 4:4:4, 4:2:2 or 4:2:0, of one picture; 8-bit PNG, gray or RGB, not
-  interlaced, without transparency or animation; whole, with nothing behind their end. Everything else is
-  decoded by PIL alone, whichever loader is used.
+- **Orientation** is the EXIF tag 0x0112 of the file's first EXIF block: the first EXIF segment of a JPEG, the
+first eXIf chunk of a PNG (before or after its pixels), the EXIF chunk of a WebP, the first directory of a
+TIFF. It is valid if it is a number from 1 to 8 of any numeric type, the first of several; text, bytes and
+damaged blocks are ignored, as are XMP and text chunks. Only a file's first picture is read.
+- **Colours** become 8-bit RGB: the upper 8 bits of 12 and 16, the upper 8 of 16 for 32; gray is repeated
+three times; palettes are expanded; alpha is dropped. A CMYK JPEG with Adobe's marker holds inverted inks, one
+without holds plain inks (as in libjpeg's manual, libvips, img2pdf and DALI; Pillow and browsers invert both);
+TIFF inks are never inverted. Floating-point numbers, negative numbers and numbers above 16 bits are rejected.
+- **Plain** files are those that DALI and PIL decode to the same pixels: 8-bit JPEG, baseline or progressive,
+Huffman-coded, gray or YCbCr in 4:4:4, 4:2:2 or 4:2:0, with one picture; 8-bit PNG, gray or RGB, not
+interlaced, without transparency or animation; complete, without trailing bytes. PIL decodes everything else,
+with any loader.
 
 Width and height: pixels. This module imports neither torch nor pyarrow.
 """
@@ -31,17 +29,17 @@ from stpp.images.pixels import (
     BadImage,
     colours,
     decode,
+    describe_error,
     opened_bytes,
     range_bits,
     stored_bits,
-    why,
 )
 
 SPARE_BITS = 2
-"""An image of more than 8 bits whose largest number leaves as many unused has at most a quarter of its range:
-a network sees it dark."""
+"""Unused top bits above which a deep image is dark: with at least this many, it uses at most a quarter of its
+range."""
 FEW_COLOURS, LEAST_PIXELS = 16, 1024
-"""A picture of so many pixels with no more colours, and with two at least, looks like a mask."""
+"""An image of at least `LEAST_PIXELS` with 2 to `FEW_COLOURS` colours looks like a mask."""
 _GRAY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N")
 _ALPHA_MODES = ("LA", "PA", "RGBA", "RGBa", "La")
 _SAMPLINGS = (((1, 1),), ((1, 1),) * 3, ((2, 1), (1, 1), (1, 1)), ((2, 2), (1, 1), (1, 1)))
@@ -50,59 +48,59 @@ _NOT_PLAIN_CHUNKS = frozenset((b"tRNS", b"acTL", b"fcTL", b"fdAT", b"CgBI"))
 
 
 class Reading(NamedTuple):
-    """How a file is read, and what it is."""
+    """Decoding parameters and properties of a file."""
 
     width: int
-    """After the turn."""
+    """After rotation."""
     height: int
-    """After the turn."""
+    """After rotation."""
     orientation: int
-    """EXIF orientation to turn it by, 1 to 8; 1 where EXIF is not looked at."""
+    """EXIF orientation to rotate by, 1 to 8; 1 if EXIF is ignored."""
     plain: bool
-    """Whether every decoder makes the same of it."""
+    """True if every decoder gives the same pixels."""
     format: str = ""
-    """Pillow's name of the format: JPEG, PNG, BMP, TIFF, WEBP, PPM; MPO is a JPEG of several pictures."""
+    """Pillow's format name: JPEG, PNG, BMP, TIFF, WEBP, PPM; MPO is a JPEG of several pictures."""
     colours: str = ""
-    """gray, RGB, palette, CMYK, inverted CMYK, or another mode of Pillow's."""
+    """gray, RGB, palette, CMYK, inverted CMYK, or another Pillow mode."""
     alpha: bool = False
-    """Whether it has an alpha channel or a transparent colour, which is dropped."""
+    """True if it has an alpha channel or a transparent colour, which is dropped."""
     bits: int = 8
-    """A channel, as stored."""
+    """Stored bits per channel."""
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) after the turn."""
+        """(height, width) after rotation."""
         return self.height, self.width
 
     def as_stored(self) -> "Reading":
-        """The reading without the turn."""
+        """The reading without rotation."""
         width, height = upright_size(self.width, self.height, self.orientation)
         return self._replace(width=width, height=height, orientation=1)
 
 
-def look(data: bytes, *, exif: bool, tail: bytes = b"") -> Reading:
-    """Decides how a file is to be read, from its bytes or its beginning.
+def read_header(data: bytes, *, exif: bool, tail: bytes = b"") -> Reading:
+    """Determines the reading of a file from its bytes or its beginning.
 
     Args:
-        data: the file, or so much of its beginning that its header is whole.
-        exif: turn it upright by its EXIF orientation.
-        tail: the end of the file, where `data` is its beginning alone: a PNG may have its orientation there.
+        data: the file, or a beginning that contains the whole header.
+        exif: rotate it upright by its EXIF orientation.
+        tail: the end of the file, if `data` is only its beginning: a PNG may store its orientation there.
 
     Raises:
-        BadImage: no image, damaged, or of more pixels than are ever decoded.
+        BadImage: not an image, damaged, or too large.
     """
     try:
         with opened_bytes(data) as image:
-            found = _reading(image, data, tail)
+            reading = _reading(image, data, tail)
     except DECODE_ERRORS as error:
-        raise BadImage(why(error)) from None
-    return found if exif else found.as_stored()
+        raise BadImage(describe_error(error)) from None
+    return reading if exif else reading.as_stored()
 
 
 def _reading(image: Image.Image, data: bytes, tail: bytes = b"") -> Reading:
-    """See `look`; of an image that Pillow has opened and not yet decoded."""
+    """Reading of an image that Pillow has opened but not decoded."""
     turn = _turn(image, data, tail)
-    # Of a TIFF Pillow tells the upright size, of the others the stored one.
+    # For TIFF, Pillow gives the upright size; for other formats, the stored size.
     stored = upright_size(*image.size, turn) if image.format == "TIFF" else image.size
     width, height = upright_size(*stored, turn)
     return Reading(
@@ -118,10 +116,10 @@ def _reading(image: Image.Image, data: bytes, tail: bytes = b"") -> Reading:
 
 
 def upright_pixels(data: bytes, reading: Reading) -> np.ndarray:
-    """The pixels of a file by its reading: uint8 [H, W, 3], a view.
+    """Pixels of a file, decoded by its reading: uint8 [H, W, 3], a view.
 
     Raises:
-        BadImage: see `decode`; or the file is of another size than its reading says.
+        BadImage: see `decode`; or the size differs from the reading.
     """
     pixels = upright(decode(data), reading.orientation)
     require_size(pixels.shape[:2], reading)
@@ -129,50 +127,49 @@ def upright_pixels(data: bytes, reading: Reading) -> np.ndarray:
 
 
 def require_size(size: tuple[int, int], reading: Reading) -> None:
-    """Refuses pixels of another size (height, width) than their reading says.
+    """Rejects pixels whose size (height, width) differs from their reading.
 
     Raises:
-        BadImage: they are.
+        BadImage: the sizes differ.
     """
     if tuple(size) != reading.size:
         raise BadImage(
-            f"it has {size[1]}x{size[0]} pixels where it had {reading.width}x{reading.height} when it was "
-            "looked at"
+            f"it has {size[1]}x{size[0]} pixels but had {reading.width}x{reading.height} when it was checked"
         )
 
 
-class Proof(NamedTuple):
-    """Findings about a file that was decoded to its end."""
+class DecodeFindings(NamedTuple):
+    """Findings from decoding a whole file."""
 
     used_bits: int
-    """Bits that it uses: its form's, if 8 at most."""
+    """Bits that its values use; its bit depth if at most 8."""
     like_mask: bool = False
-    """True for a few flat colours, see `FEW_COLOURS`; a JPEG never has so few."""
+    """True for images of few flat colours, see `FEW_COLOURS`; never for JPEGs."""
 
 
-def prove(data: bytes) -> tuple[Reading, Proof]:
-    """Decodes a whole file to see that it can be; a JPEG at an eighth of its size, which reads all data but
-    saves most arithmetic.
+def check_decodable(data: bytes) -> tuple[Reading, DecodeFindings]:
+    """Decodes a whole file as a check; a JPEG at an eighth of its size, which reads all data with little
+    arithmetic.
 
     Returns:
-        its reading, turned upright, and the findings.
+        the reading, rotated upright, and the findings.
 
     Raises:
-        BadImage: see `look` and `decode`.
+        BadImage: see `read_header` and `decode`.
     """
     try:
         with opened_bytes(data) as image:
             reading = _reading(image, data)
-            used = reading.bits
+            num_used_bits = reading.bits
             if reading.bits <= 8 and reading.colours in ("RGB", "gray"):
                 image.draft(None, (1, 1))
                 image.load()
             else:
                 pixels_HWC = colours(image)
-                used, image = used_bits(pixels_HWC, reading), Image.fromarray(pixels_HWC)
-            return reading, Proof(used, _is_like_mask(image, reading))
+                num_used_bits, image = used_bits(pixels_HWC, reading), Image.fromarray(pixels_HWC)
+            return reading, DecodeFindings(num_used_bits, _is_like_mask(image, reading))
     except DECODE_ERRORS as error:
-        raise BadImage(why(error)) from None
+        raise BadImage(describe_error(error)) from None
 
 
 def _is_like_mask(image: Image.Image, reading: Reading) -> bool:
@@ -182,21 +179,20 @@ def _is_like_mask(image: Image.Image, reading: Reading) -> bool:
 
 
 def used_bits(pixels_HWC: np.ndarray, reading: Reading) -> int:
-    """Bits that the largest number of an image needs; of more than 8 bits at least those below the upper 8,
-    which are not looked at."""
+    """Bits needed by an image's largest value; for more than 8 bits, the bits below the upper 8 count as
+    used."""
     largest = int(pixels_HWC.max())
     unseen = range_bits(reading.bits) - 8 if reading.bits > 8 else 0
     return unseen + largest.bit_length()
 
 
 def uses_few(used: int, reading: Reading) -> bool:
-    """True if an image of more than 8 bits uses so few of them that it looks nearly black, as 12 bits in 16
-    do."""
+    """True if an image of more than 8 bits uses so few that it looks nearly black, such as 12 bits in 16."""
     return reading.bits > 8 and used <= range_bits(reading.bits) - SPARE_BITS
 
 
 def is_dark(pixels_HWC: np.ndarray, reading: Reading) -> bool:
-    """See `uses_few`; of the decoded pixels."""
+    """`uses_few` for decoded pixels."""
     return uses_few(used_bits(pixels_HWC, reading), reading)
 
 
@@ -222,7 +218,7 @@ def _bits(image: Image.Image, data: bytes) -> int:
 
 
 def _is_plain(data: bytes) -> bool:
-    """See the rules above; the end of the file is judged where all of it is there
+    """Checks the rules above; the end of the file is checked elsewhere
     (`stpp.images.containers.looks_whole`)."""
     if (png := containers.png_header(data)) is not None:
         return (

@@ -1,6 +1,6 @@
 """Corpora: folders, lists and tar archives as a stream of items.
 
-Memory does not grow with their number.
+Memory does not grow with the number of images.
 """
 
 import functools
@@ -25,43 +25,43 @@ from stpp.images.folders import (
     is_passed_over,
 )
 from stpp.images.image_file import IMAGE_EXTENSIONS
-from stpp.images.items import Item, Passed, named, require_readable_name, unnamed
+from stpp.images.items import Item, SkippedItems, failed_item, item_of, require_readable_name
 from stpp.images.lists import ListSource
 from stpp.images.names import printable
 
 _RUN = 50_000
-"""Names of one folder that are sorted in memory; more are sorted in runs on disk."""
+"""Names per folder that are sorted in memory; larger folders are merge-sorted on disk."""
 _IMAGE_FIELDS = (".image", ".img", ".rgb", ".photo", ".input")
-"""Fields of a sample of WebDataset that hold its image."""
+"""WebDataset sample fields that contain the image."""
 _MOST_BRACES = 10_000_000
 
 
 class Source(Protocol):
-    """Where a corpus comes from."""
+    """A corpus of images."""
 
-    passed: Passed
-    """What the last walk through `items` passed over."""
+    skipped: SkippedItems
+    """Files skipped by the last pass through `items`."""
 
     def items(self) -> Iterator[Item]:
-        """Every image once, always in the same order."""
+        """Yields every image once, always in the same order."""
         ...
 
     def stamp(self) -> dict:
-        """What tells this corpus from another, and from itself after a change: JSON values."""
+        """JSON values that identify this corpus and change with its content."""
         ...
 
 
 def open_source(spec: str, *, root: Path | None = None, tar_folders: bool = False) -> Source:
-    """The corpus that `--source` names.
+    """Opens the corpus that `--source` names.
 
     Args:
-        spec: a folder, a list file, or tar archives (`shards/{000..127}.tar`); a local path or a URL of
-            fsspec. A folder that is there is a folder, whatever its name.
-        root: what relative paths of a list are relative to; None: the folder that the list lies in.
-        tar_folders: put the masks of each archive into a folder of the archive's name.
+        spec: a folder, a list file, or tar archives (`shards/{000..127}.tar`); a local path or an fsspec URL.
+            An existing folder is always read as a folder, whatever its name.
+        root: base folder of relative paths in a list; None: the list's own folder.
+        tar_folders: put the masks of each archive into a folder named after the archive.
 
     Raises:
-        UserError: there is nothing of this name, or nothing that can be read.
+        UserError: the source is missing or unreadable.
     """
     require_readable_name(spec, "--source")
     local = None if storage.is_url(spec) else storage.kind(_absolute(spec))
@@ -69,36 +69,36 @@ def open_source(spec: str, *, root: Path | None = None, tar_folders: bool = Fals
         return FolderSource(_absolute(spec))
     paths = [spec] if local else expand_braces(spec)
     if re.search(r"\.(tar\.\w+|tgz|tbz2?|txz)$", spec):
-        raise UserError(f"--source {spec}: compressed archives cannot be read at any place in them; give "
-                        "plain .tar files (images are compressed already)")
+        raise UserError(f"--source {spec}: compressed archives do not allow random access; give plain .tar "
+                        "files (images are compressed already)")
     if spec.endswith(".tar"):
         return TarSource(spec, [_absolute(path) for path in paths], tar_folders)
     if len(paths) > 1:
-        raise UserError(f"--source {spec}: braces number .tar archives; give a folder, a list file or .tar "
-                        "archives")
-    found = local or storage.kind(spec)
-    if found is None:
-        raise UserError(f"--source {spec}: there is no such folder, list file or .tar archive")
-    if found == "folder":
+        raise UserError(f"--source {spec}: braces apply to .tar archives only; give a folder, a list file or "
+                        ".tar archives")
+    kind = local or storage.kind(spec)
+    if kind is None:
+        raise UserError(f"--source {spec}: no such folder, list file or .tar archive")
+    if kind == "folder":
         return FolderSource(_absolute(spec))
     return ListSource(_absolute(spec), _absolute(str(root)) if root else os.path.dirname(_absolute(spec)))
 
 
 class FolderSource:
-    """All images below a folder, sub-folders included, in the order of their names."""
+    """All images below a folder, including sub-folders, in name order."""
 
     def __init__(self, folder: str):
         self._folder = folder.rstrip("/") if not folder.endswith("://") else folder
-        self._below = _Below(self._folder)
-        self.passed = Passed()
+        self._below = _ImagesBelow(self._folder)
+        self.skipped = SkippedItems()
 
     def items(self) -> Iterator[Item]:
-        self.passed = Passed()
+        self.skipped = SkippedItems()
         for name, mark in self._names(""):
-            yield named(name, name, f"{self._folder}/{name}", mark=mark)
+            yield item_of(name, name, f"{self._folder}/{name}", mark=mark)
 
     def stamp(self) -> dict:
-        """A digest of names, sizes and times of change: the folder is walked for it."""
+        """Digest of names, sizes and modification times; walks the folder."""
         digest, count = hashlib.sha256(), 0
         for name, mark in self._names(""):
             count += 1
@@ -106,47 +106,47 @@ class FolderSource:
         return {"kind": "folder", "path": self._folder, "files": count, "digest": digest.hexdigest()}
 
     def _names(self, below: str, above: tuple = ()) -> Iterator[tuple[str, str]]:
-        """Names below the folder, and their marks."""
+        """Yields names below the folder, with their marks."""
         folder = f"{self._folder}/{below}".rstrip("/")
         try:
             if not storage.is_url(folder):
-                here = os.stat(folder)
-                if (here.st_dev, here.st_ino) in above:
-                    return  # a link to a folder that it lies in
-                above = (*above, (here.st_dev, here.st_ino))
+                status = os.stat(folder)
+                if (status.st_dev, status.st_ino) in above:
+                    return  # a link to one of its own parents
+                above = (*above, (status.st_dev, status.st_ino))
             for name, is_folder, mark in _sorted(self._taken(folder)):
                 if is_folder:
                     yield from self._names(f"{below}{name}/", above)
                 else:
                     yield f"{below}{name}", mark
         except OSError as error:
-            raise UserError(f"{folder}: {storage.why(error)}; the images in it would be left out") from None
+            reason = storage.describe_error(error)
+            raise UserError(f"{folder}: {reason}; its images would be missing") from None
 
     def _taken(self, folder: str) -> Iterator[tuple[str, bool, str]]:
-        beside = _BesideIn(folder)
+        siblings = _ImagesInFolder(folder)
         for child in storage.children(folder):
-            if self.passed.add(child.name, is_folder=child.is_folder):
+            if self.skipped.add(child.name, is_folder=child.is_folder):
                 continue
-            if not child.is_folder and self._is_mask(folder, child.name, beside):
-                self.passed.masks += 1
+            if not child.is_folder and self._is_mask(folder, child.name, siblings):
+                self.skipped.masks += 1
             elif child.is_folder or _is_image(child.name):
                 yield tuple(child)
             else:
-                self.passed.unread(child.name)
+                self.skipped.unread(child.name)
 
-    def _is_mask(self, folder: str, name: str, beside: "_BesideIn") -> bool:
-        """True for a PNG that is by its name the mask of an image beside it, or of one in a folder beside
-        its own."""
+    def _is_mask(self, folder: str, name: str, siblings: "_ImagesInFolder") -> bool:
+        """True for a PNG that, by its name, is the mask of an image in its folder or in a sibling folder."""
         if not name.lower().endswith(".png"):
             return False
         below = f"{folder.removeprefix(self._folder).lstrip('/')}/{_stem(name)}".lstrip("/")
-        return (image_of_mask(_stem(name), beside) is not None
+        return (image_of_mask(_stem(name), siblings) is not None
                 or image_of_mask_in_folder(below, self._below, self._below.folders_in) is not None)
 
 
-class _BesideIn:
-    """The names of a folder's images without extension. In a local folder each is looked for when it is asked
-    for; a remote one is listed once, when it is first asked."""
+class _ImagesInFolder:
+    """Names of a folder's images without extension. Local folders are checked per name on demand; remote ones
+    are listed once, on first use."""
 
     def __init__(self, folder: str):
         self._folder, self._listed = folder, None
@@ -161,9 +161,9 @@ class _BesideIn:
         return name in self._listed
 
 
-class _Below:
-    """The images below a folder by their paths without extension, and the folders in a folder; the last ones
-    asked for are kept."""
+class _ImagesBelow:
+    """Images below a folder by path without extension, and the sub-folders of each folder; recent lookups are
+    cached."""
 
     def __init__(self, folder: str):
         def at(below: str) -> str:
@@ -171,7 +171,7 @@ class _Below:
 
         @functools.lru_cache(maxsize=64)
         def images(below: str) -> Container[str]:
-            return _BesideIn(at(below)) if storage.kind(at(below)) == "folder" else ()
+            return _ImagesInFolder(at(below)) if storage.kind(at(below)) == "folder" else ()
 
         @functools.lru_cache(maxsize=64)
         def folders_in(below: str) -> list[str]:
@@ -186,24 +186,24 @@ class _Below:
 
 
 class TarSource:
-    """The images in tar archives (WebDataset), archive after archive, in the order that they lie there."""
+    """Images in tar archives (WebDataset), archive after archive, in stored order."""
 
     def __init__(self, spec: str, paths: Sequence[str], folders: bool):
         self._spec, self._paths, self._folders = spec, paths, folders
-        self.passed = Passed()
+        self.skipped = SkippedItems()
 
     def items(self) -> Iterator[Item]:
-        self.passed = Passed()
+        self.skipped = SkippedItems()
         for path in self._paths:
-            mark, images = self._mark(path), _ImagesOf(path)
+            mark, images = self._mark(path), _ArchiveImages(path)
             for member in tars.members(path):
-                left = _leftover(member.name)
-                if left is not None:
-                    self.passed.add(left[0], is_folder=left[1])
+                leftover = _leftover(member.name)
+                if leftover is not None:
+                    self.skipped.add(leftover[0], is_folder=leftover[1])
                 elif not _is_image(member.name):
-                    self.passed.unread(member.name.rpartition("/")[2])
+                    self.skipped.unread(member.name.rpartition("/")[2])
                 elif images.is_mask(member.name):
-                    self.passed.masks += 1
+                    self.skipped.masks += 1
                 else:
                     yield self._item(path, member, mark)
 
@@ -212,10 +212,10 @@ class TarSource:
         place = {"offset": member.offset, "length": member.bytes, "mark": mark}
         source = f"{archive}::{member.name}"
         if member.problem is not None:
-            return unnamed(source, path, member.problem, mark)
-        item = named(member.name, source, path, **place)
-        if self._folders and item.error is None:  # judged alone first: a folder before it would hide a drive
-            item = named(f"{archive.removesuffix('.tar')}/{member.name}", source, path, **place)
+            return failed_item(source, path, member.problem, mark)
+        item = item_of(member.name, source, path, **place)
+        if self._folders and item.error is None:  # checked alone first: a prefix would hide a drive letter
+            item = item_of(f"{archive.removesuffix('.tar')}/{member.name}", source, path, **place)
         return item
 
     def stamp(self) -> dict:
@@ -229,18 +229,18 @@ class TarSource:
         try:
             return storage.mark(path)
         except OSError as error:
-            raise UserError(f"--source {self._spec}: {path}: {storage.why(error)}") from None
+            raise UserError(f"--source {self._spec}: {path}: {storage.describe_error(error)}") from None
 
 
-class _ImagesOf:
-    """The names of an archive's images without extension; read when first asked, so of few archives."""
+class _ArchiveImages:
+    """Names of an archive's images without extension; read on first use, so only where needed."""
 
     def __init__(self, path: str):
         self._path, self._names, self._folders_in = path, None, None
 
     def is_mask(self, name: str) -> bool:
-        """True for a member that is by its name the mask of an image beside it, and for a PNG that is one of
-        an image in a folder beside its own."""
+        """True for a member that, by its name, is the mask of an image in its folder, and for a PNG that is
+        the mask of one in a sibling folder."""
         if image_of_mask(_stem(name), self) is not None:
             return True
         return name.lower().endswith(".png") and (
@@ -257,14 +257,14 @@ class _ImagesOf:
     def _read(self) -> None:
         if self._names is None:
             stems = {_stem(member.name) for member in tars.members(self._path) if _is_image(member.name)}
-            # The fields of a sample may both have names (WebDataset): x.rgb.png and x.mask.png.
+            # WebDataset samples may name both fields: x.rgb.png and x.mask.png.
             self._names = stems | {stem.rpartition(".")[0] for stem in stems
                                    if stem.lower().endswith(_IMAGE_FIELDS)}
             self._folders_in = folders_of(stems)
 
 
 def _leftover(name: str) -> tuple[str, bool] | None:
-    """(part, whether it is a folder) of a member's name that has it passed over."""
+    """(part, True for a folder) of a member's name that causes it to be skipped; None otherwise."""
     *folders, last = name.split("/")
     for part in folders:
         if part not in (".", "..") and is_passed_over(part, is_folder=True):
@@ -277,7 +277,7 @@ def _stem(name: str) -> str:
 
 
 def expand_braces(spec: str) -> list[str]:
-    """`a-{000..127}.tar` and `{x,y}.tar` as the names they stand for, in order; zeros in front are kept."""
+    """Expands `a-{000..127}.tar` and `{x,y}.tar` to names, in order; leading zeros are kept."""
     found = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", spec)
     if not found:
         return [spec]
@@ -285,7 +285,7 @@ def expand_braces(spec: str) -> list[str]:
     if words is None:
         low, high = int(first), int(last)
         if low > high or high - low >= _MOST_BRACES:
-            raise UserError(f"--source {spec}: {{{first}..{last}}} is no range that rises, of at most "
+            raise UserError(f"--source {spec}: {{{first}..{last}}} is not an ascending range of at most "
                             f"{_MOST_BRACES} numbers")
         width = len(first) if first.startswith("0") or len(first) == len(last) else 0
         inner = [f"{number:0{width}d}" for number in range(low, high + 1)]
@@ -308,7 +308,7 @@ def _is_image(name: str) -> bool:
 
 
 def _sorted(entries: Iterator[tuple[str, bool, str]]) -> Iterator[tuple[str, bool, str]]:
-    """Sorts any number of entries, more than `_RUN` of them by merging runs that lie on disk."""
+    """Sorts any number of entries; above `_RUN`, by merging sorted runs on disk."""
     runs: list[IO[bytes]] = []
     while run := sorted(itertools.islice(entries, _RUN)):
         if not runs and len(run) < _RUN:

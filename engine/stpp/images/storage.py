@@ -1,6 +1,6 @@
-"""Reading bytes from where a corpus lies: local files, or anything that fsspec has a URL for.
+"""Byte access to a corpus: local files, or any fsspec URL.
 
-The one module that uses fsspec; it is imported when the first URL is met.
+The one module that imports fsspec, on the first URL.
 """
 
 import contextlib
@@ -14,12 +14,12 @@ from stpp.errors import UserError
 
 T = TypeVar("T")
 ATTEMPTS = 4
-"""How often a remote read is tried, with a pause that doubles from PAUSE_S."""
+"""Attempts per remote read, with a pause that doubles from PAUSE_S."""
 PAUSE_S = 0.5
 ABSENT = "-1 "
-"""Mark of a file that is not there."""
-_OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""Failures of this process, not of the file that it was about to open."""
+"""Mark of a missing file."""
+_PROCESS_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors of this process rather than of the file being opened."""
 
 
 class Child(NamedTuple):
@@ -28,67 +28,67 @@ class Child(NamedTuple):
     name: str
     is_folder: bool
     mark: str
-    """See `mark`; empty for folders."""
+    """Result of `mark`; empty for folders."""
 
 
 def is_url(path: str) -> bool:
-    """Whether fsspec is to open this."""
+    """True for paths that fsspec opens."""
     return "://" in path
 
 
 def kind(path: str) -> str | None:
-    """ "folder", "file", or None where there is neither."""
+    """ "folder", "file", or None if neither exists."""
     if not is_url(path):
         return "folder" if os.path.isdir(path) else "file" if os.path.exists(path) else None
-    fs, inside = _remote(path)
-    return _asked(path, lambda: "folder" if fs.isdir(inside) else "file" if fs.exists(inside) else None)
+    fs, path_in = _remote(path)
+    return _query(path, lambda: "folder" if fs.isdir(path_in) else "file" if fs.exists(path_in) else None)
 
 
 def children(folder: str) -> Iterator[Child]:
-    """Entries of a folder in no order; of a local folder as the system yields them, without holding them
-    all."""
+    """Entries of a folder, unsorted; local entries are streamed."""
     if not is_url(folder):
         with os.scandir(folder) as entries:
             for entry in entries:
-                with contextlib.suppress(OSError):  # an entry that went away meanwhile
+                with contextlib.suppress(OSError):  # an entry removed meanwhile
                     is_folder = entry.is_dir()
                     yield Child(entry.name, is_folder, "" if is_folder else _local_mark(entry))
         return
     fs, inside = _remote(folder)
-    for entry in _asked(folder, lambda: fs.ls(inside, detail=True)):
+    for entry in _query(folder, lambda: fs.ls(inside, detail=True)):
         name = entry["name"].rstrip("/").rpartition("/")[2]
         if entry["name"].strip("/") != inside.strip("/") and name:
             yield Child(name, entry["type"] == "directory", _remote_mark(entry))
 
 
 def size(path: str) -> int:
-    """Bytes of a file.
+    """Size of a file in bytes.
 
     Raises:
-        OSError: there is no such file.
+        OSError: no such file.
     """
     return int(mark(path).partition(" ")[0])
 
 
 def mark(path: str) -> str:
-    """Size and time of change of a file: a text that changes when it is written anew, if the store tells.
+    """Size and modification time of a file as text, which changes when the file is rewritten, if the store
+    records it.
 
     Raises:
-        OSError: there is no such file.
+        OSError: no such file.
     """
     if not is_url(path):
-        found = os.stat(path)
-        return f"{found.st_size} {found.st_mtime_ns}"
+        status = os.stat(path)
+        return f"{status.st_size} {status.st_mtime_ns}"
     fs, inside = _remote(path)
     return _remote_mark(_retried(lambda: fs.info(inside)))
 
 
 def _local_mark(entry: os.DirEntry) -> str:
     try:
-        found = entry.stat()
-    except OSError:  # a link to nowhere
+        status = entry.stat()
+    except OSError:  # a broken link
         return ABSENT
-    return f"{found.st_size} {found.st_mtime_ns}"
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def _remote_mark(info: dict) -> str:
@@ -97,7 +97,7 @@ def _remote_mark(info: dict) -> str:
 
 
 def opened(path: str) -> IO[bytes]:
-    """A file opened for reading and seeking.
+    """Opens a file for reading and seeking.
 
     Raises:
         OSError: it cannot be opened.
@@ -109,14 +109,14 @@ def opened(path: str) -> IO[bytes]:
 
 
 def read(path: str, offset: int = -1, length: int = -1) -> bytes:
-    """Bytes of a file.
+    """Reads bytes of a file.
 
     Args:
         offset: first byte; -1 for the beginning.
-        length: at most so many; -1 for all that follow.
+        length: maximum number of bytes; -1 for all that follow.
 
     Raises:
-        OSError: the file cannot be read. A remote one is tried several times.
+        OSError: unreadable file. Remote reads are retried.
         RuntimeError: this process has run out of file handles or memory.
     """
     start = max(offset, 0)
@@ -129,20 +129,20 @@ def read(path: str, offset: int = -1, length: int = -1) -> bytes:
         fs, inside = _remote(path)
         return _retried(lambda: fs.cat_file(inside, start=start, end=None if length < 0 else start + length))
     except OSError as error:
-        if error.errno in _OURS:
+        if error.errno in _PROCESS_ERRORS:
             raise RuntimeError(f"{path}: {error.strerror}") from error
         raise
 
 
-def why(error: OSError) -> str:
-    """The reason of a failed read in a few words."""
+def describe_error(error: OSError) -> str:
+    """Short reason of a failed read."""
     if isinstance(error, FileNotFoundError):
-        return "there is no such file"
+        return "no such file"
     return f"cannot be read ({error.strerror or ' '.join(str(error).split())[:120] or type(error).__name__})"
 
 
 def _all_of(file: IO[bytes], length: int) -> bytes:
-    """Raw files may return less than asked for."""
+    """Reads exactly `length` bytes, as far as available; raw reads may return fewer."""
     if length < 0:
         return file.read()
     parts, left = [], length
@@ -156,40 +156,40 @@ def _remote(url: str):
     """(file system, path in it) of a URL.
 
     Raises:
-        UserError: fsspec, or its part for this kind of URL, is not installed; or there is no such kind.
+        UserError: fsspec, or its backend for this kind of URL, is missing; or the kind is unknown.
     """
     try:
         from fsspec.core import url_to_fs
     except ImportError:
-        raise UserError(f"{url}: URLs need fsspec, which is not installed; pip install fsspec, and what it "
-                        f"needs for {url.partition(':')[0]}") from None
+        raise UserError(f"{url}: URLs need fsspec, which is not installed; pip install fsspec, and its "
+                        f"backend for {url.partition(':')[0]}") from None
     try:
-        # Its cache of listings would grow with the corpus.
+        # fsspec's listing cache would grow with the corpus.
         return url_to_fs(url, use_listings_cache=False)
     except (ImportError, ValueError) as error:
         raise UserError(f"{url}: fsspec cannot open it ({' '.join(str(error).split())[:200]})") from None
 
 
-def _asked(url: str, ask: Callable[[], T]) -> T:
-    """A question about what the user named: its failure is an answer to the user."""
+def _query(url: str, ask: Callable[[], T]) -> T:
+    """Answer of a query about a user-supplied URL; failures become a UserError."""
     try:
         return _retried(ask)
     except OSError as error:
-        raise UserError(f"{url}: {why(error)}; check the address and the access to it") from None
+        raise UserError(f"{url}: {describe_error(error)}; check the address and your access to it") from None
 
 
 def _retried(call: Callable[[], T]) -> T:
-    """Tries a remote call again unless the answer is final.
+    """Retries a remote call unless the error is final.
 
     Raises:
-        OSError: whatever the store's own library raised at last.
+        OSError: the last error of the store's library.
     """
     for attempt in range(ATTEMPTS):
         try:
             return call()
         except (FileNotFoundError, PermissionError, IsADirectoryError, UserError):
             raise
-        except Exception as error:  # every store has errors of its own
+        except Exception as error:  # each store raises its own errors
             if attempt == ATTEMPTS - 1:
                 raise error if isinstance(error, OSError) else OSError(str(error)) from error
             time.sleep(PAUSE_S * 2**attempt)

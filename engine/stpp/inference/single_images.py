@@ -16,7 +16,7 @@ from stpp.errors import UserError
 from stpp.images import storage
 from stpp.images.image_file import DECODE_ERRORS, MAX_PIXELS, orientation, upright
 from stpp.images.pixels import BadImage, colours, normalised
-from stpp.images.planning import Cut, examine
+from stpp.images.planning import BatchLimits, examine
 from stpp.images.reading import Reading, upright_pixels
 from stpp.images.sources import FolderSource, Item
 from stpp.inference import exif_rule, views
@@ -114,13 +114,13 @@ def read(item: Item, *, exif: bool, max_pixels: int) -> tuple[np.ndarray, Readin
     Raises:
         BadImage: it cannot be read, has too many pixels, or an invalid name for a mask.
     """
-    planned = examine(item, Cut(max_batch=1, batch_pixels=1, max_pixels=max_pixels, exif=exif))
+    planned = examine(item, BatchLimits(max_batch=1, batch_pixels=1, max_pixels=max_pixels, exif=exif))
     if planned.error is not None:
         raise BadImage(planned.error)
     try:
         return upright_pixels(item.read(), planned.reading), planned.reading
     except OSError as error:
-        raise BadImage(storage.why(error)) from None
+        raise BadImage(storage.describe_error(error)) from None
 
 
 def sample_images(folder: Path, device: torch.device, *, exif: bool) -> Iterator[torch.Tensor]:

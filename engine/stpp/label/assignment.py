@@ -6,7 +6,7 @@ from typing import Literal
 
 from stpp.config import DataConfig, LabelConfig
 from stpp.images import batches
-from stpp.images.planning import Cut
+from stpp.images.planning import BatchLimits
 from stpp.images.sources import Source
 from stpp.label.shards import WHOLE, Part
 
@@ -36,10 +36,10 @@ class Assignment:
     """List the source and stop; needs one process and no GPU."""
 
     @property
-    def cut(self) -> Cut:
+    def cut(self) -> BatchLimits:
         """Limits by which shards are cut into batches."""
-        return Cut(max_batch=self.config.batch_per_rank, batch_pixels=self.config.batch_pixels,
-                   max_pixels=self.config.max_pixels, exif=self.data.exif)
+        return BatchLimits(max_batch=self.config.batch_per_rank, batch_pixels=self.config.batch_pixels,
+                           max_pixels=self.config.max_pixels, exif=self.data.exif)
 
     @property
     def decoder(self) -> str:

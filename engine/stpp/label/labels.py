@@ -21,7 +21,7 @@ from stpp.device import Readback, constant
 from stpp.distributed import World
 from stpp.errors import UserError
 from stpp.images.batches import Decoded
-from stpp.images.items import Item, Passed
+from stpp.images.items import Item, SkippedItems
 from stpp.images.masks import IGNORE, read_index_mask
 from stpp.images.planning import Planned
 from stpp.inference import views
@@ -156,7 +156,7 @@ class SampleSource:
         named_by = zip(samples, lines if lines is not None else [sample.image for sample in samples],
                        strict=True)
         self._samples = sorted(named_by, key=lambda pair: (pair[0].height, pair[0].width))
-        self.passed = Passed()
+        self.skipped = SkippedItems()
 
     def items(self) -> Iterator[Item]:
         """See `Source`."""

@@ -153,6 +153,6 @@ def _has_marks(stamp: dict) -> bool:
 
 
 def _say_passed(task: Assignment) -> None:
-    line = task.source.passed.line()
+    line = task.source.skipped.line()
     if line:
         log.say(f"  {task.title}: {line}")

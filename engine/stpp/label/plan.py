@@ -10,7 +10,7 @@ from pathlib import Path
 
 from stpp.errors import UserError
 from stpp.images.names import Collisions, is_among
-from stpp.images.planning import Cut, Planned, cut_batches, examine
+from stpp.images.planning import BatchLimits, Planned, cut_batches, examine
 from stpp.images.reading import Reading
 from stpp.images.sources import Item, Source
 from stpp.label import rows
@@ -26,7 +26,7 @@ class Plan:
     folder: Path
     items: int
     shards: int
-    cut: Cut
+    cut: BatchLimits
 
     def listed(self, shard: int) -> list[Item]:
         """Reads the items of a shard, in the order of the source."""
@@ -84,9 +84,9 @@ def make(source: Source, folder: Path, *, shard_size: int) -> dict:
         repeated = keys.repeated()
     if repeated:
         dropped = _drop_repeated(folder, shards, repeated)
-        items, source.passed.repeated = items - dropped, dropped
+        items, source.skipped.repeated = items - dropped, dropped
     if not items:
-        passed = source.passed.line()
+        passed = source.skipped.line()
         raise UserError(f"--source: contains no image{f' ({passed})' if passed else ''}")
     return {"items": items, "shards": shards, "shard_size": chosen}
 

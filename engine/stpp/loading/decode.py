@@ -24,7 +24,8 @@ def image_of(sample: Sample) -> np.ndarray:
     except BadImage as bad:
         raise UserError(f"{sample.image}: {bad}; run `stpp prepare` again") from None
     except OSError as error:
-        raise UserError(f"{sample.image}: {storage.why(error)}; run `stpp prepare` again") from None
+        reason = storage.describe_error(error)
+        raise UserError(f"{sample.image}: {reason}; run `stpp prepare` again") from None
 
 
 def mask_of(sample: Sample) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""Pictures of what a run made."""
+"""Reports and pictures of runs and labels."""

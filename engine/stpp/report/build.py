@@ -1,9 +1,9 @@
-"""Writes a report: one folder that any browser opens from the disk, without a network.
+"""Writes a report: one folder that any browser opens offline.
 
-`index.html` (from `page.html`), `report.js`, `report.css`, `data/rows-<i>.js` (a browser does not read JSON
-from the disk, but runs scripts), `pictures/`, and `report.json`, which says that the folder is ours. Names of
-images may be hostile: they reach the page through the template's escaping or as data that the script sets as
-text, never as markup, code or file names.
+`index.html` (from `page.html`), `report.js`, `report.css`, `data/rows-<i>.js` (browsers load scripts from
+disk, but not JSON), `pictures/`, and `report.json`, which marks the folder as a report. Image names are
+untrusted: they reach the page through template escaping, or as data that the script sets as text, never as
+markup, code or file names.
 """
 
 import json
@@ -22,45 +22,44 @@ from stpp.training.class_shares import ABSENT
 
 FORMAT = "stpp-report-1"
 CHUNK = 20_000
-"""Rows of one data file."""
+"""Rows per data file."""
 DRIFT, DRIFT_LEAST = 2.0, 0.001
-"""A class drifts where its share differs by this factor from that in the labelled set, and either is at least
-this large."""
+"""A class drifts if its share differs by the factor `DRIFT` from that in the labelled set, and either share
+is at least `DRIFT_LEAST`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """How much of the pixels a class has in one labelling."""
+    """Share of a class in the pixels of one labelling."""
 
     share: float
     factor: float | None
-    """Over its share in the labelled set; None where it does not drift, or nothing is known to compare
-    with."""
+    """Ratio to its share in the labelled set; None if it does not drift, or if no reference is known."""
 
 
 def write_report(folder: Path, out: Path, *, run: Path | None = None, reliability: Path | None = None,
                  most_pictures: int = 400) -> None:
-    """Writes the report of a run, or of an output of `stpp label`; one that is there is replaced.
+    """Writes the report of a run, or of an output of `stpp label`, replacing an existing report.
 
     Args:
         folder: the run or the labels.
         out: folder of the report.
-        run: of labels: the run whose teacher made them; None: the one they lie in, if any.
-        reliability: of labels: `reliability.parquet` of `stpp select` on the same images.
-        most_pictures: images to draw, at most; the others are listed without a picture.
+        run: for labels: the run of their teacher; None: the run that contains them, if any.
+        reliability: for labels: `reliability.parquet` of `stpp select` on the same images.
+        most_pictures: maximum number of images drawn; the others are listed without a picture.
 
     Raises:
-        UserError: `folder` is neither, a table is damaged, or `out` is something else or cannot be written.
+        UserError: `folder` is neither, a table is damaged, or `out` is not a report or not writable.
     """
     if out.exists() and not (out / "report.json").is_file():
-        raise UserError(f"--out {out} exists and is no report; choose another folder")
+        raise UserError(f"--out {out} exists and is not a report; choose another folder")
     is_run = (folder / "stages").is_dir()
     if not is_run and not (folder / "labels").is_dir():
         raise UserError(f"{folder}: neither a run (stages/) nor labels (labels/); give the --out of `stpp "
                         "train` or `stpp label`")
     run = folder if is_run else run or runs.of_labels(folder)
     scores, threshold = _reliability(run, reliability)
-    labellings = [labelling.read(one, name, scores) for name, one in _label_folders(folder, is_run)]
+    labellings = [labelling.read(path, name, scores) for name, path in _label_folders(folder, is_run)]
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -70,8 +69,7 @@ def write_report(folder: Path, out: Path, *, run: Path | None = None, reliabilit
                threshold, most_pictures)
         files.replace_folder(temporary, out)
     except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror or error}; choose a folder that can be "
-                        "written") from error
+        raise UserError(f"--out {out}: {error.strerror or error}; choose a writable folder") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -79,25 +77,25 @@ def write_report(folder: Path, out: Path, *, run: Path | None = None, reliabilit
 def _label_folders(folder: Path, is_run: bool) -> list[tuple[str, Path]]:
     if not is_run:
         return [(folder.resolve().name, folder)]
-    return [(one.name, one) for one in sorted((folder / "stages").iterdir())
-            if any(one.glob("labels/part-*.parquet"))]
+    return [(stage.name, stage) for stage in sorted((folder / "stages").iterdir())
+            if any(stage.glob("labels/part-*.parquet"))]
 
 
-def _reliability(run: Path | None, given: Path | None) -> tuple[dict[str, float], float | None]:
-    path = given or next(iter(sorted(run.glob("stages/*/reliability.parquet"))) if run else iter(()), None)
+def _reliability(run: Path | None, explicit: Path | None) -> tuple[dict[str, float], float | None]:
+    path = explicit or next(iter(sorted(run.glob("stages/*/reliability.parquet"))) if run else iter(()), None)
     return labelling.reliabilities(path) if path else ({}, None)
 
 
 def _write(out: Path, folder: Path, run: Path | None, is_run: bool, labellings: Sequence[Labelling],
            scores: dict[str, float], threshold: float | None, most_pictures: int) -> None:
-    num_classes = max((len(one.totals.class_pixels) for one in labellings), default=0)
+    num_classes = max((len(labels.totals.class_pixels) for labels in labellings), default=0)
     names = runs.classes(run) if run else []
     if len(names) < num_classes:
         names = [str(i) for i in range(num_classes)]
-    drawn = _draw(out / "pictures", labellings, most_pictures, num_classes)
-    chunks = _write_rows(out / "data", labellings, drawn)
-    truth, unknown = runs.labelled_pixels(run) if run else ([], "no run is known; name the teacher's with "
-                                                                "--run")
+    picture_numbers = _draw(out / "pictures", labellings, most_pictures, num_classes)
+    chunks = _write_rows(out / "data", labellings, picture_numbers)
+    truth, unknown = runs.labelled_pixels(run) if run else ([], "no run is known; give the teacher's run "
+                                                                "with --run")
     bins = [0] * labelling.BINS
     for score in scores.values():
         bins[labelling.bin_of(score)] += 1
@@ -113,13 +111,13 @@ def _write(out: Path, folder: Path, run: Path | None, is_run: bool, labellings: 
         "drift_factor": DRIFT, "classes": [{"name": name, "swatch": pictures.swatch(i, num_classes)}
                                            for i, name in enumerate(names[:num_classes])],
         "ignored_swatch": pictures.swatch(255, num_classes), "confidence_scale": pictures.confidence_scale(),
-        "chunks": chunks, "drawn": sum(map(len, drawn)),
+        "chunks": chunks, "drawn": sum(map(len, picture_numbers)),
         "reliability": charts.histogram("reliability", bins, threshold=threshold), "threshold": threshold,
-        "confidence": [(one.name, charts.histogram("mean confidence", one.totals.confidences))
-                       for one in labellings],
+        "confidence": [(labels.name, charts.histogram("mean confidence", labels.totals.confidences))
+                       for labels in labellings],
         "provenance": (runs.provenance(run) if run else {})
-        | {f"Labels {one.name}": runs.made_by(one.made_by) for one in labellings},
-        "facts": {"classes": names[:num_classes], "labellings": [one.name for one in labellings],
+        | {f"Labels {labels.name}": runs.made_by(labels.made_by) for labels in labellings},
+        "facts": {"classes": names[:num_classes], "labellings": [labels.name for labels in labellings],
                   "threshold": threshold,
                   "id": str(folder.resolve())},
         "card": card_text, "sheet": f"pictures/{sheet.name}" if sheet else None,
@@ -130,49 +128,51 @@ def _write(out: Path, folder: Path, run: Path | None, is_run: bool, labellings: 
         shutil.copyfile(templates.FOLDER / name, out / name)
     files.write_json(out / "report.json",
                      {"format": FORMAT, "stpp": __version__, "of": str(folder.resolve()), "classes": names,
-                                           "images": sum(one.totals.images for one in labellings),
-                                           "bad": sum(one.totals.bad for one in labellings)})
+                      "images": sum(labels.totals.images for labels in labellings),
+                      "bad": sum(labels.totals.bad for labels in labellings)})
 
 
-def _draw(folder: Path, labellings: Sequence[Labelling], most: int, num_classes: int) -> list[dict[str, int]]:
-    """Numbers of pictures by key, for every labelling."""
-    drawn: list[dict[str, int]] = []
-    for one in labellings:
-        chosen = labelling.samples(one.listed, most // len(labellings))
-        drawn.append(pictures.draw(one, chosen, folder, first=sum(map(len, drawn)), num_classes=num_classes))
-    return drawn
+def _draw(folder: Path, labellings: Sequence[Labelling], limit: int,
+          num_classes: int) -> list[dict[str, int]]:
+    """Picture numbers by image key, for each labelling."""
+    picture_numbers: list[dict[str, int]] = []
+    for labels in labellings:
+        chosen = labelling.samples(labels.listed, limit // len(labellings))
+        picture_numbers.append(pictures.draw(labels, chosen, folder, first=sum(map(len, picture_numbers)),
+                                             num_classes=num_classes))
+    return picture_numbers
 
 
 def _write_rows(folder: Path, labellings: Sequence[Labelling], drawn: Sequence[dict[str, int]]) -> int:
-    """Writes the listed images as scripts; returns how many. A row is what `report.js` reads by position."""
+    """Writes the listed images as scripts; returns their number. `report.js` reads rows by position."""
     rows = []
-    for number, one in enumerate(labellings):
-        for image in one.listed:
+    for number, labels in enumerate(labellings):
+        for image in labels.listed:
             shares = [part for class_id, share in image.shares for part in (class_id, round(100 * share, 1))]
             rows.append([image.key, number, image.reliability and round(image.reliability, 4),
                          round(image.confidence, 4), round(image.ignored, 4), image.width, image.height,
                          drawn[number].get(image.key, -1), shares])
     chunks = range(0, len(rows), CHUNK)
     for number, start in enumerate(chunks):
-        # ASCII JSON is JavaScript, whatever the names hold.
+        # ASCII JSON is valid JavaScript for any names.
         text = json.dumps(rows[start : start + CHUNK], separators=(",", ":"), allow_nan=False)
         files.write_text(folder / f"rows-{number}.js", f"report.add({text});\n")
     return len(chunks)
 
 
 def _iou_table(stages: Sequence[runs.Stage]) -> dict[str, list[float | None]]:
-    """IoU by class for every stage that has any."""
+    """IoU by class for each stage with scores."""
     scored = [stage for stage in stages if stage.iou]
     return {name: [stage.iou.get(name) for stage in scored]
-            for name in dict.fromkeys(key for one in scored for key in one.iou)}
+            for name in dict.fromkeys(key for stage in scored for key in stage.iou)}
 
 
 def _drift(names: Sequence[str], truth: Sequence[int],
            labellings: Sequence[Labelling]) -> list[tuple[str, float | None, list[Share]]]:
-    """(class, share in the labelled set, share in every labelling); shares of the pixels that are not
+    """(class, share in the labelled set, share in each labelling); shares of the pixels that are not
     ignored."""
     of_truth = _shares(truth, len(names))
-    of_labels = [_shares(one.totals.class_pixels, len(names)) for one in labellings]
+    of_labels = [_shares(labels.totals.class_pixels, len(names)) for labels in labellings]
     table = []
     for i, name in enumerate(names):
         labelled = of_truth[i] if truth else None

@@ -1,4 +1,4 @@
-"""Drawing of a calibration: coverage against precision as the least confidence rises, as plain SVG."""
+"""Calibration plot: coverage against precision for rising confidence thresholds, as SVG."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -11,11 +11,11 @@ from stpp.report.templates import template
 WIDTH, HEIGHT = 420, 260
 HUES = 360
 GOLDEN_ANGLE = 137.508
-"""Degrees between the hues of classes that follow each other: neighbours differ, however many there are."""
+"""Degrees between the hues of consecutive classes, which keeps neighbours distinct for any number."""
 
 
 class Line(NamedTuple):
-    """One polyline."""
+    """A polyline of the plot."""
 
     name: str
     colour: str
@@ -23,25 +23,25 @@ class Line(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """A calibration as the templates draw it."""
+    """A calibration plot for the templates."""
 
     title: str
     width: int
     height: int
     least: float
-    """Precision at the foot of the chart."""
+    """Precision at the bottom of the chart."""
     lines: list[Line]
-    """Of the classes, and that of all pixels at the end."""
+    """Lines of the classes, then of all pixels."""
     error: float
     accuracy: float
     images: int
     tta: str
 
 
-def figure(found: Calibration, *, title: str) -> Figure:
-    """The figure of a calibration."""
-    curves = [(name, found.curve(i)) for i, name in enumerate(found.classes)] + [("all", found.curve())]
-    curves = [(name, curve) for name, curve in curves if curve]
+def figure(measured: Calibration, *, title: str) -> Figure:
+    """Plot of a calibration."""
+    curves = [(name, measured.curve(i)) for i, name in enumerate(measured.classes)]
+    curves = [(name, curve) for name, curve in [*curves, ("all", measured.curve())] if curve]
     least = min(precision for _, curve in curves for _, _, precision in curve)
     least = min(int(least * 10) / 10, 0.9)
     lines = []
@@ -50,21 +50,21 @@ def figure(found: Calibration, *, title: str) -> Figure:
                           for _, coverage, precision in curve)
         hue = number * GOLDEN_ANGLE % HUES
         lines.append(Line(name, "#000" if name == "all" else f"hsl({hue:.0f} 70% 42%)", points))
-    return Figure(title=title, width=WIDTH, height=HEIGHT, least=least, lines=lines, error=found.error(),
-                  accuracy=found.accuracy(), images=found.images, tta=found.tta)
+    return Figure(title=title, width=WIDTH, height=HEIGHT, least=least, lines=lines, error=measured.error(),
+                  accuracy=measured.accuracy(), images=measured.images, tta=measured.tta)
 
 
-def plot(found: Calibration, *, title: str) -> str:
-    """The figure as the text of an SVG file."""
-    return template("calibration.svg").render(figure=figure(found, title=title))
+def plot(measured: Calibration, *, title: str) -> str:
+    """Plot as SVG text."""
+    return template("calibration.svg").render(figure=figure(measured, title=title))
 
 
 def of_run(run: Path) -> list[Figure]:
-    """The figures of the calibrations in a run's stages; damaged ones are left out."""
-    found = []
+    """Plots of the calibrations in a run's stages; damaged ones are skipped."""
+    figures = []
     for path in sorted(run.glob(f"stages/*/{calibration.NAME}")):
         try:
-            found.append(figure(calibration.read(path), title=path.parent.name))
+            figures.append(figure(calibration.read(path), title=path.parent.name))
         except UserError:
             continue
-    return found
+    return figures

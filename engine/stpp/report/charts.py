@@ -1,4 +1,4 @@
-"""Curves and histograms as the numbers of plain SVG, which the page's template draws."""
+"""Curves and histograms as SVG coordinates, which the page template draws."""
 
 import math
 from collections.abc import Sequence
@@ -10,34 +10,34 @@ MOST_POINTS = 300
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """One value over the steps of a stage."""
+    """A value over the steps of a stage."""
 
     title: str
     points: str
-    """`x,y` of every point, in units of `WIDTH` and `HEIGHT`."""
+    """`x,y` of each point, in units of `WIDTH` and `HEIGHT`."""
     low: float
     high: float
     last: float
     steps: tuple[int, int]
-    """First and last."""
+    """First and last step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Histogram:
-    """Images by a value from 0 to 1."""
+    """Number of images by a value from 0 to 1."""
 
     title: str
     bars: list[tuple[float, float, float, str]]
-    """(x, y, height, what it counts)."""
+    """(x, y, height, label)."""
     bar_width: float
     most: int
     threshold: float | None
-    """The value that a line is drawn at."""
+    """Value of the vertical line."""
     threshold_x: float | None
 
 
 def curve(title: str, pairs: Sequence[tuple[int, float]]) -> Curve | None:
-    """A curve of (step, value) pairs; None where there is nothing finite to draw."""
+    """Curve of (step, value) pairs; None without finite values."""
     pairs = [(step, value) for step, value in pairs if math.isfinite(value)]
     if not pairs:
         return None
@@ -54,7 +54,7 @@ def curve(title: str, pairs: Sequence[tuple[int, float]]) -> Curve | None:
 
 
 def histogram(title: str, counts: Sequence[int], *, threshold: float | None = None) -> Histogram | None:
-    """A histogram of counts in bars of equal width; None where nothing was counted."""
+    """Histogram with equal bars; None if all counts are zero."""
     most = max(counts, default=0)
     if not most:
         return None

@@ -1,5 +1,5 @@
-"""Examples: image, truth, and what a network makes of it, on a sheet at the end of a run and as pictures on
-its way."""
+"""Example pictures: image, truth and predictions, as a sheet at the end of a run and as pictures during
+it."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -20,22 +20,22 @@ CELL_PX = 160
 TITLE_PX = 18
 GAP_PX = 4
 PICTURE_PX = 192
-"""Longer side of each third of a picture, at most."""
+"""Maximum longer side of each third of a picture."""
 
 
 @torch.inference_mode()
 def write_examples(path: Path, samples: Sequence[Sample], teachers: dict[str, Predictor],
                    device: torch.device) -> None:
-    """Writes a PNG: one row a sample; columns image, truth, and one for each teacher by its title.
+    """Writes a PNG with one row per sample: image, truth, and a prediction of each teacher under its title.
 
     Args:
-        samples: each has a mask; a handful.
+        samples: a few samples, each with a mask.
     """
     columns: dict[str, list[np.ndarray]] = {"image": [], "truth": []} | {title: [] for title in teachers}
     batches = [[i] for i in range(len(samples))]
     for batch in native_batches(samples, batches, device=device, loader="reference"):
         num_classes = next(iter(teachers.values())).num_classes
-        columns["image"].append(_shown(batch.images_NCHW[0]))
+        columns["image"].append(_denormalised(batch.images_NCHW[0]))
         columns["truth"].append(colourise(batch.labels_NHW[0].cpu().numpy(), num_classes))
         for title, teacher in teachers.items():
             mask_NHW = views.masks(teacher, batch.images_NCHW, "none")
@@ -45,27 +45,27 @@ def write_examples(path: Path, samples: Sequence[Sample], teachers: dict[str, Pr
         sheet.save(file, format="PNG", optimize=True)
 
 
-class Watch:
-    """Takes pictures of a few samples while a list of them is evaluated."""
+class PictureRecorder:
+    """Records pictures of selected samples during an evaluation."""
 
-    def __init__(self, samples: Sequence[Sample], watched: Collection[int], num_classes: int):
-        self._samples, self._watched, self._num_classes = samples, frozenset(watched), num_classes
+    def __init__(self, samples: Sequence[Sample], selected: Collection[int], num_classes: int):
+        self._samples, self._selected, self._num_classes = samples, frozenset(selected), num_classes
         self.pictures: dict[str, np.ndarray] = {}
-        """By the sample's key: image, truth and prediction side by side, uint8 [H, W, 3]."""
+        """Pictures by sample key: image, truth and prediction side by side, uint8 [H, W, 3]."""
 
-    def see(self, batch: Batch, masks_NHW: torch.Tensor) -> None:
-        """Takes the pictures of a batch with its truth, if it holds watched samples."""
+    def record(self, batch: Batch, masks_NHW: torch.Tensor) -> None:
+        """Records pictures with truth for the batch's selected samples."""
         for row, position in enumerate(batch.indices.tolist()):
-            if position in self._watched:
+            if position in self._selected:
                 masks = (colourise(mask_HW.cpu().numpy(), self._num_classes)
                          for mask_HW in (batch.labels_NHW[row], masks_NHW[row]))
                 self.pictures[self._samples[position].key] = _side_by_side(
-                    _shown(batch.images_NCHW[row]), *masks
+                    _denormalised(batch.images_NCHW[row]), *masks
                 )
 
 
 def _side_by_side(image_HWC: np.ndarray, *masks_HWC: np.ndarray) -> np.ndarray:
-    """Reduced to `PICTURE_PX`, in one row."""
+    """Resizes to `PICTURE_PX` and joins in one row."""
     height, width = image_HWC.shape[:2]
     scale = min(1.0, PICTURE_PX / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -76,8 +76,8 @@ def _side_by_side(image_HWC: np.ndarray, *masks_HWC: np.ndarray) -> np.ndarray:
     return np.asarray(row)
 
 
-def _shown(image_CHW: torch.Tensor) -> np.ndarray:
-    """A normalised image as uint8 [H, W, 3]."""
+def _denormalised(image_CHW: torch.Tensor) -> np.ndarray:
+    """Normalised image as uint8 [H, W, 3]."""
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     image_HWC = image_CHW.float().cpu().permute(1, 2, 0) * std + mean
     return (image_HWC * 255).round().clamp(0, 255).to(torch.uint8).numpy()

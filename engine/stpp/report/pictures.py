@@ -1,4 +1,4 @@
-"""Small pictures of labelled images: the image, its classes, its ignored pixels, how sure the labels are."""
+"""Thumbnails of labelled images: the image, its classes, its ignored pixels, its confidence."""
 
 import base64
 import io
@@ -17,22 +17,22 @@ from stpp.label import confidence_map, mask_files, rows
 from stpp.report.labelling import Image, Labelling
 
 SIDE_PX = 256
-"""Longer side of a picture, at most."""
+"""Maximum longer side of a picture."""
 SWATCH_HW = (16, 28)
 
 
 def draw(labelling: Labelling, images: Sequence[Image], folder: Path, *, first: int,
          num_classes: int) -> dict[str, int]:
-    """Writes `<number>.jpg`, `<number>-classes.png`; `<number>-ignored.png` where pixels are ignored; and,
-    unless the labels are of an older version, `<number>-confidence.jpg`.
+    """Writes `<number>.jpg` and `<number>-classes.png`; `<number>-ignored.png` if pixels are ignored; and
+    `<number>-confidence.jpg`, unless the labels are of an older version.
 
     Args:
-        first: number of the first picture. Names of images, which may be hostile, become no file names.
+        first: number of the first picture. File names are numbers, because image names are untrusted.
 
     Returns:
-        Number of the picture by the image's key, without the images that are gone, or whose mask is.
+        Picture number by image key, without images that are missing or have no mask.
     """
-    found: dict[str, int] = {}
+    number_of: dict[str, int] = {}
     by_part: dict[str, list[Image]] = {}
     for image in images:
         by_part.setdefault(image.part, []).append(image)
@@ -41,7 +41,7 @@ def draw(labelling: Labelling, images: Sequence[Image], folder: Path, *, first: 
         labelled = _by_key(labelling.folder / "labels" / f"{part}.parquet", ("key", "confidence_map"))
         try:
             masks = mask_files.MaskFiles(labelling.folder, part)
-        except UserError:  # a damaged archive: its images have no pictures
+        except UserError:  # a damaged archive: no pictures of its images
             continue
         for image in members:
             try:
@@ -52,25 +52,26 @@ def draw(labelling: Labelling, images: Sequence[Image], folder: Path, *, first: 
                 mask_HW = mask_files.read(masks.place(image.key))
             except (KeyError, UserError, pixels.BadImage, *DECODE_ERRORS):
                 continue
-            number = first + len(found)
+            number = first + len(number_of)
             size = _write(folder, number, seen_HWC, mask_HW, num_classes)
-            sure = confidence_map.read(labelled.get(image.key, {}).get("confidence_map") or b"",
+            confidence_HW = confidence_map.read(labelled.get(image.key, {}).get("confidence_map") or b"",
                                        *mask_HW.shape)
-            if sure is not None:
-                Pillow.fromarray(confidence_colours(sure)).resize(size, Pillow.Resampling.BILINEAR).save(
-                    folder / f"{number}-confidence.jpg", quality=82)
-            found[image.key] = number
-    return found
+            if confidence_HW is not None:
+                large = Pillow.fromarray(confidence_colours(confidence_HW))
+                large.resize(size, Pillow.Resampling.BILINEAR).save(folder / f"{number}-confidence.jpg",
+                                                                    quality=82)
+            number_of[image.key] = number
+    return number_of
 
 
 def swatch(class_id: int, num_classes: int) -> str:
-    """A sample of a class's colour and pattern, or of ignored pixels (255), as a data URL."""
+    """Sample of a class's colour and pattern, or of ignored pixels (255), as a data URL."""
     mask_HW = np.full(SWATCH_HW, class_id, dtype=np.uint8)
     return _data_url(ignored_overlay(mask_HW) if class_id == 255 else overlay(mask_HW, num_classes))
 
 
 def confidence_scale() -> str:
-    """Confidence from 0 to 1, left to right, as a data URL."""
+    """Confidence scale from 0 to 1, left to right, as a data URL."""
     return _data_url(confidence_colours(np.tile(np.arange(256, dtype=np.uint8), (SWATCH_HW[0], 1))))
 
 
@@ -81,7 +82,7 @@ def _data_url(pixels: np.ndarray) -> str:
 
 
 def _by_key(path: Path, columns: Sequence[str] | None = None) -> dict[str, dict]:
-    """Rows of a part of a table; empty where it is gone."""
+    """Rows of a table part by key; empty if it is missing."""
     try:
         return {row["key"]: row for row in rows.read(path, columns)}
     except UserError:
@@ -90,7 +91,7 @@ def _by_key(path: Path, columns: Sequence[str] | None = None) -> dict[str, dict]
 
 def _write(folder: Path, number: int, seen_HWC: np.ndarray, mask_HW: np.ndarray,
            num_classes: int) -> tuple[int, int]:
-    """Returns the pictures' width and height."""
+    """Writes the pictures of an image; returns their width and height."""
     height, width = mask_HW.shape
     scale = min(1.0, SIDE_PX / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))

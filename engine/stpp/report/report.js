@@ -1,4 +1,4 @@
-// The list of images of a report: filters, sorts, pages, ticks. Names are set as text only, never as markup.
+// Image list of a report: filters, sorts, pages, ticks. Names are set as text only, never as markup.
 "use strict";
 
 const report = (() => {
@@ -23,7 +23,7 @@ const report = (() => {
     return 0;
   }
 
-  // A number between 0 and 1 from a row's place and the seed: the same draw until "Draw again".
+  // Pseudo-random number from 0 to 1 by row position and seed: the same draw until "Draw again".
   function lot(place) {
     let h = Math.imul(place + 1, 0x9e3779b1) ^ Math.imul(seed, 0x85ebca6b);
     h = Math.imul(h ^ (h >>> 16), 0xc2b2ae35);
@@ -68,7 +68,7 @@ const report = (() => {
       reliability: (row) => row[RELIABILITY], confidence: (row) => row[CONFIDENCE], ignored: (row) => row[IGNORED],
       class: (row) => classId < 0 ? null : shareOf(row, classId), key: (row) => row[KEY],
     }[by];
-    // What has no value comes last in either order; equal ones in the order of their names.
+    // Rows without a value come last in either order; equal values are sorted by name.
     view.sort((a, b) => {
       const [x, y] = [value(rows[a]), value(rows[b])];
       if (x === y) return a - b;
@@ -112,7 +112,7 @@ const report = (() => {
     return made;
   }
 
-  // Ignored pixels may be too few to be seen at this size; labels of an older version have no map of confidence.
+  // Missing pictures: too few ignored pixels at this size, or labels of an older version without a confidence map.
   function optional(image) {
     image.addEventListener("error", () => image.remove());
     return image;
@@ -120,12 +120,12 @@ const report = (() => {
 
   function pictures(row) {
     const views = element("div", undefined, "views"), stack = element("div", undefined, "stack");
-    stack.append(picture(row, ".jpg", "", ""), picture(row, "-classes.png", "layer classes", "the classes laid over it"));
+    stack.append(picture(row, ".jpg", "", ""), picture(row, "-classes.png", "layer classes", "class overlay"));
     if (row[IGNORED] > 0) {
-      stack.append(optional(picture(row, "-ignored.png", "layer ignored", "its ignored pixels")));
+      stack.append(optional(picture(row, "-ignored.png", "layer ignored", "ignored pixels")));
     }
     views.append(picture(row, ".jpg", "", "the image"), stack,
-      optional(picture(row, "-confidence.jpg", "confidence", "how sure its label is, dark where it is not")));
+      optional(picture(row, "-confidence.jpg", "confidence", "confidence of the label, dark where low")));
     return views;
   }
 
@@ -161,13 +161,13 @@ const report = (() => {
     at("save").disabled = at("untick").disabled = ticked.size === 0;
   }
 
-  // Ticks outlive a reload where the browser lets a page from the disk keep something.
+  // Ticks persist across reloads if the browser allows storage for local pages.
   const slot = () => `stpp-report ${facts.id}`;
   function remember() {
     try { localStorage.setItem(slot(), JSON.stringify([...ticked])); } catch { /* not allowed */ }
   }
   function recall() {
-    try { for (const key of JSON.parse(localStorage.getItem(slot())) || []) ticked.add(key); } catch { /* nothing there */ }
+    try { for (const key of JSON.parse(localStorage.getItem(slot())) || []) ticked.add(key); } catch { /* nothing stored */ }
   }
 
   function save() {

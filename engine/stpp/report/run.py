@@ -1,4 +1,4 @@
-"""What a run left on the disk besides its labels: stages, their curves, and the set it learned from."""
+"""Results of a run besides its labels: stages, curves, and its labelled set."""
 
 import json
 from dataclasses import dataclass
@@ -17,78 +17,78 @@ METRICS = {"miou_pct": "validation mIoU, %", "student_miou_pct": "validation mIo
            "loss_strong_2": "loss of the second strong view", "loss_dropped": "loss of dropped features",
            "confident_share": "share of pixels that became labels", "lr": "learning rate",
            "images_per_s": "images/s", "data_wait_pct": "time waiting for data, %"}
-"""Keys of `metrics.jsonl` by what they are called in the report; others are shown by their own name."""
+"""Titles of the `metrics.jsonl` keys; other keys are shown as they are."""
 SCORES = "scores.json"
-"""In a stage's folder: what `stpp evaluate --out` writes, of its best checkpoint."""
+"""File in a stage's folder with the `stpp evaluate --out` scores of its best checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A stage of a run, done or not."""
+    """A stage of a run, finished or not."""
 
     name: str
     record: dict
-    """Content of DONE.json; empty where the stage is not done."""
+    """Content of DONE.json; empty if the stage is unfinished."""
     curves: list[Curve]
     compared: dict[str, float]
-    """mIoU in percent that other networks had at the step of the best one, by their names."""
+    """mIoU in percent of other networks at the step of the best one, by name."""
     iou: dict[str, float | None]
-    """Percent by class on the validation list; empty where it is not recorded."""
+    """IoU in percent by class on the validation list; empty if not recorded."""
     shares: "Shares | None"
-    """Of the classes, as the stage last recorded them."""
+    """Class shares as last recorded by the stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shares:
-    """Classes among the labelled pixels of a stage, and among those that a network labelled."""
+    """Class shares among the labelled pixels of a stage, and among the pixels that a network labelled."""
 
     step: int
-    found: str
-    """The latter: "pseudo" or "confident"."""
+    label_kind: str
+    """Origin of the network's labels: "pseudo" or "confident"."""
     rows: list[tuple[str, float, float, float | None]]
-    """(class, percent of the labelled pixels, percent of the others, their ratio)."""
+    """(class, percent of the labelled pixels, percent of the network's, their ratio)."""
 
 
 def stages(run: Path) -> list[Stage]:
-    """The stages in their order, with the control at the end."""
-    found = []
+    """Stages in order, with the control last."""
+    run_stages = []
     for folder in sorted(path for path in (run / "stages").iterdir() if path.is_dir()):
         iou, record = json_of(folder / SCORES).get("iou"), json_of(folder / "DONE.json")
         rows = _rows(folder / "metrics.jsonl")
-        found.append(Stage(name=folder.name, record=record, curves=_curves(rows), shares=_shares(rows),
+        run_stages.append(Stage(name=folder.name, record=record, curves=_curves(rows), shares=_shares(rows),
                            compared=_compared(rows, record.get("best_step")),
                            iou=iou if isinstance(iou, dict) else {}))
-    return found
+    return run_stages
 
 
 def of_labels(labels: Path) -> Path | None:
-    """The run that a folder of labels lies in; None where it lies in none."""
+    """Run that contains a folder of labels; None outside a run."""
     return next((folder for folder in labels.resolve().parents if (folder / "stages").is_dir() and
                  (folder / "config.json").is_file()), None)
 
 
 def classes(run: Path) -> list[str]:
-    """Names by class id; empty where they are not recorded."""
+    """Class names by id; empty if not recorded."""
     return [str(name) for name in json_of(run / "provenance.json").get("classes", [])]
 
 
 def labelled_pixels(run: Path) -> tuple[list[int], str | None]:
-    """Pixels of each class in the masks that the run learned from, and why they are not known."""
+    """Pixels per class in the run's labelled set, and the reason if they are unknown."""
     data = json_of(run / "config.json").get("data", {})
     try:
-        known = index.load(Path(data.get("index") or run / "index"))
-        samples = splits.read_split(Path(data.get("split") or run / "split") / "labeled.txt", known,
+        dataset_index = index.load(Path(data.get("index") or run / "index"))
+        samples = splits.read_split(Path(data.get("split") or run / "split") / "labeled.txt", dataset_index,
                                     labelled=True)
     except UserError as error:
         return [], str(error)
     total: list[int] = []
-    for counts in known.class_pixels(samples):
+    for counts in dataset_index.class_pixels(samples):
         total = added(total, counts)
     return total, None
 
 
 def data_card(run: Path) -> tuple[str, Path | None]:
-    """Text and contact sheet of the data card of a run's index; "" and None where there are none."""
+    """Text and contact sheet of the data card of a run's index; "" and None without them."""
     folder = Path(json_of(run / "config.json").get("data", {}).get("index") or run / "index")
     try:
         text = files.read_text(folder / card.TEXT)
@@ -98,14 +98,14 @@ def data_card(run: Path) -> tuple[str, Path | None]:
 
 
 def provenance(run: Path) -> dict[str, dict[str, str]]:
-    """Tables of what the run was made of, by title."""
+    """Tables of the run's settings, versions and data, by title."""
     made_of = flatten(json_of(run / "provenance.json"))
     made_of.pop("classes", None)
     return {"Versions and data": _texts(made_of), "Settings": _texts(flatten(json_of(run / "config.json")))}
 
 
 def made_by(labels_json: dict) -> dict[str, str]:
-    """The content of a labelling's `run.json` as one table."""
+    """Content of a labelling's `run.json` as one table."""
     return _texts(flatten(labels_json))
 
 
@@ -114,31 +114,31 @@ def _texts(values: dict) -> dict[str, str]:
 
 
 def _rows(path: Path) -> list[dict]:
-    """Rows of a stage's metrics that can be read."""
+    """Readable rows of a stage's metrics."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
-    found = []
+    parsed = []
     for line in lines:
         try:
             row = json.loads(line)
             row["step"] = int(row["step"])
-        except (ValueError, KeyError, TypeError, AttributeError):  # a line cut short by a crash
+        except (ValueError, KeyError, TypeError, AttributeError):  # a line truncated by a crash
             continue
-        found.append(row)
-    return found
+        parsed.append(row)
+    return parsed
 
 
 def _shares(rows: list[dict]) -> Shares | None:
-    """The last row by class."""
+    """Class shares of the last row that has them."""
     for row in reversed(rows):
-        for found in ("confident", "pseudo"):
-            keys = ("labelled_pct", f"{found}_pct", f"{found}_ratio")
-            ours, theirs, ratios = (row.get(key) for key in keys)
-            if all(isinstance(one, dict) for one in (ours, theirs, ratios)):
-                return Shares(step=row["step"], found=found,
-                              rows=[(name, ours[name], theirs[name], ratios[name]) for name in ours])
+        for kind in ("confident", "pseudo"):
+            keys = ("labelled_pct", f"{kind}_pct", f"{kind}_ratio")
+            labelled, network, ratios = (row.get(key) for key in keys)
+            if all(isinstance(column, dict) for column in (labelled, network, ratios)):
+                return Shares(step=row["step"], label_kind=kind,
+                              rows=[(name, labelled[name], network[name], ratios[name]) for name in labelled])
     return None
 
 
@@ -148,7 +148,7 @@ def _curves(rows: list[dict]) -> list[Curve]:
         for key, value in row.items():
             if key != "step" and isinstance(value, (int, float)):
                 values.setdefault(key, []).append((row["step"], value))
-    return [drawn for key, pairs in values.items() if (drawn := curve(METRICS.get(key, key), pairs))]
+    return [chart for key, pairs in values.items() if (chart := curve(METRICS.get(key, key), pairs))]
 
 
 def _compared(rows: list[dict], step: int | None) -> dict[str, float]:

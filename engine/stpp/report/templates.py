@@ -1,4 +1,4 @@
-"""The templates of this folder, each of which must find all that it names."""
+"""Loader of this folder's templates; undefined variables are errors."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ FOLDER = Path(__file__).parent
 
 
 def template(name: str) -> jinja2.Template:
-    """A template; what is put in is escaped."""
+    """A template with autoescaping."""
     return jinja2.Environment(loader=jinja2.FileSystemLoader(FOLDER), autoescape=True,
                               undefined=jinja2.StrictUndefined, trim_blocks=True,
                               lstrip_blocks=True).get_template(name)

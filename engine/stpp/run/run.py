@@ -39,7 +39,7 @@ from stpp.models.pretrained import start_from
 from stpp.models.trained import load_network
 from stpp.precision import autocast_dtype
 from stpp.report.build import write_report
-from stpp.report.examples import Watch, write_examples
+from stpp.report.examples import PictureRecorder, write_examples
 from stpp.report.run import SCORES
 from stpp.run import lists, preflight
 from stpp.run.calibrated import ensure_calibration, floors_of
@@ -237,13 +237,13 @@ class Run:
 
     def _validated(self, network: torch.nn.Module) -> Scores:
         """Scores a network on the validation list."""
-        examples = Watch(self.val, self._watched(), len(self.index.classes))
+        recorder = PictureRecorder(self.val, self._watched(), len(self.index.classes))
         train = self.config.train
         matrix = evaluate(self._eager(network), self.val, self.world, self.config.data,
                           crop_px=train.validate_window, edges=train.validate_window_edges,
-                          on_batch=examples.see if self.world.is_main else None)
+                          on_batch=recorder.record if self.world.is_main else None)
         iou = dict(zip(self.index.classes, (100 * iou_per_class(matrix)).tolist(), strict=True))
-        return Scores(miou=mean_iou(matrix), iou=iou, pictures=examples.pictures)
+        return Scores(miou=mean_iou(matrix), iou=iou, pictures=recorder.pictures)
 
     def _watched(self) -> list[int]:
         """Chooses a few validation images of this rank, by position."""
