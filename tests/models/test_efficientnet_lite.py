@@ -247,3 +247,21 @@ def test_published_weights_recognise_streets(classify, camvid: Path):
         for picture in map(Image.open, paths)
     ]
     assert sum(map(bool, found)) >= 0.8 * len(paths) and set().union(*found) == STREET
+
+
+@pytest.mark.parametrize("output_stride", [8, 16, 32])
+@pytest.mark.parametrize("size", [(64, 80), (65, 97), (90, 75), (33, 20)])
+def test_logits_of_a_mirrored_image_are_mirrored_at_any_size(output_stride, size):
+    """Kernels are made symmetric, so what is left is the grid: cells off it would move with the mirroring."""
+    network = build_model("deeplabv3plus", LITE0, 3, output_stride).double().eval()
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.weight.copy_((module.weight + module.weight.flip(3)) / 2)
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_var.fill_(0.5)
+        images_NCHW = torch.rand(1, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        logits, mirrored = network(images_NCHW), network(images_NCHW.flip(3))
+    assert logits.std() > 0
+    assert mirrored.allclose(logits.flip(3), rtol=0, atol=1e-9 * logits.abs().max().item())
+    assert not mirrored.allclose(logits, rtol=0, atol=1e-3 * logits.std().item())

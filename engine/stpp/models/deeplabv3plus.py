@@ -12,6 +12,7 @@ from stpp.models.layers import (
     DilatedConv3x3,
     conv1x1_bn_relu,
     conv3x3_bn_relu,
+    fitted,
     global_average,
     spread,
     upsample,
@@ -105,7 +106,13 @@ class DeepLabV3Plus(Network):
         self.classifier = nn.Conv2d(decoder_width, num_classes, 1)
 
     def features(self, images_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised images [N, 3, H, W] to c1 (a quarter of the size, rounded up) and c4."""
+        """Normalised images [N, 3, H, W] to c1 (a quarter of the size, rounded up) and c4.
+
+        A backbone with a grid (`corner_grid`) gets images resized to its nearest sides.
+        """
+        if grid := self.backbone.corner_grid:
+            size = tuple(max(1, (side - 1 + grid // 2) // grid) * grid + 1 for side in images_NCHW.shape[2:])
+            images_NCHW = fitted(images_NCHW, size)
         c1_NCHW, _, _, c4_NCHW = self.backbone(images_NCHW)
         return c1_NCHW, c4_NCHW
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stpp.models.layers import upsample
+from stpp.models.layers import fitted, upsample
 from stpp.models.network import Backbone, Network
 
 
@@ -137,15 +137,10 @@ class DPT(Network):
         """
         patch = self.backbone.strides[0]
         size = tuple(max(1, (side + patch // 2) // patch) * patch for side in images_NCHW.shape[2:])
-        if torch.compiler.is_compiling() or size != tuple(images_NCHW.shape[2:]):
-            if self.training and not torch.compiler.is_compiling():
-                raise ValueError(
-                    f"images of {tuple(images_NCHW.shape[2:])} pixels do not divide into patches of "
-                    f"{patch}; train on "
-                    f"crops of {size}"
-                )
-            images_NCHW = upsample(images_NCHW, size)
-        return self.backbone(images_NCHW)
+        if self.training and not torch.compiler.is_compiling() and size != tuple(images_NCHW.shape[2:]):
+            raise ValueError(f"images of {tuple(images_NCHW.shape[2:])} pixels do not divide into patches of "
+                             f"{patch}; train on crops of {size}")
+        return self.backbone(fitted(images_NCHW, size))
 
     def decode(self, *maps: Tensor) -> Tensor:
         """Computes logits [N, num_classes, 8 h, 8 w] of the four maps, [N, D, h, w] each."""

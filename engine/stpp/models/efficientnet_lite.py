@@ -5,7 +5,10 @@ Inverted residual blocks with ReLU6, without squeeze-and-excitation and without 
 four feature maps. The stochastic depth of the published training is left out.
 
 Padding is TensorFlow's "same": at stride 2 the padding of the first row depends on the size. Output i is
-centred on row 2 i + 1 if the number of rows is even, and on row 2 i if it is odd.
+centred on row 2 i + 1 if the number of rows is even, and on row 2 i if it is odd. At stride 16, cells of an
+image with even sides would lie up to 15 pixels off the grid that upsampling with aligned corners assumes, so
+a segmentation network resizes images to sides of k * output_stride + 1 (`corner_grid`), at which all paddings
+are symmetric.
 
 Dilation: an `output_stride` of 16 or 8 removes the stride of the last, or the last two, of the strided
 blocks, and dilates the later depthwise convolutions. As for the ResNets, a dilated network equals the strided
@@ -116,6 +119,7 @@ class EfficientNetLite(Backbone):
         stages = VARIANTS[name]
         self.channels = tuple(stages[i].width for i in TAPPED)
         self.strides = (4, 8, min(16, output_stride), output_stride)
+        self.corner_grid = output_stride
         scale = [255 / 128 * std for std in STD]
         shift = [(255 * mean - 127) / 128 for mean in MEAN]
         self.register_buffer("scale_1C11", torch.tensor(scale).view(1, 3, 1, 1), persistent=False)

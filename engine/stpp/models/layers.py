@@ -196,6 +196,16 @@ def spread(x_NC11: Tensor, size: tuple[int, int]) -> Tensor:
     return x_NC11.expand(-1, -1, *size).contiguous(memory_format=torch.channels_last)
 
 
+def fitted(images_NCHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resizes images to the `size` that a backbone needs; images of that size are returned as they are.
+
+    Corners are aligned, so logits that are upsampled with aligned corners to the original size match it.
+    """
+    if not torch.compiler.is_compiling() and size == tuple(images_NCHW.shape[2:]):
+        return images_NCHW
+    return upsample(images_NCHW, size)
+
+
 def upsample(x_NCHW: Tensor, size: tuple[int, int]) -> Tensor:
     """Resizes a map to `size` (rows, columns), bilinear with aligned corners."""
     return F.interpolate(x_NCHW, size=size, mode="bilinear", align_corners=True)

@@ -11,6 +11,8 @@ class Backbone(nn.Module):
     """Channels of the maps."""
     strides: tuple[int, int, int, int]
     """Input pixels per cell of the maps."""
+    corner_grid: int | None = None
+    """Grid g, in pixels: cells of the maps lie on it if sides are k * g + 1; None: any side will do."""
     classifier_keys: tuple[str, ...] = ()
     """Prefixes of a published file's keys that do not belong to the backbone."""
 
