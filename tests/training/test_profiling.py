@@ -14,17 +14,18 @@ from torch.nn.parallel import DistributedDataParallel
 from stpp import config, distributed
 from stpp.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
 from stpp.dataset import index
+from stpp.inference import fold
 from stpp.methods.supervised import Supervised
 from stpp.training import profiling
 from stpp.training.assemble import fresh_network
 from stpp.training.profiling import BottleneckMeter
-from stpp.training.trainer import Schedule, Trainer
+from stpp.training.trainer import Schedule, Scores, Trainer
 
 CPU = torch.device("cpu")
 STEPS = profiling.WARM_UP + profiling.TRACED + 1
 
 
-def ran(synthetic_index, folder: Path, *, profile: bool, steps: int = STEPS, started: int = 0) -> dict:
+def ran(synthetic_index, folder: Path, *, profile: bool, steps: int = STEPS, validate=None) -> dict:
     """Returns the weights after a short run on four images: `steps` epochs of one step."""
     known = index.load(synthetic_index)
     samples = [known.sample(image) for image in sorted(known.entries)][:4]
@@ -34,8 +35,9 @@ def ran(synthetic_index, folder: Path, *, profile: bool, steps: int = STEPS, sta
                       train=TrainConfig(batch_global=4, lr=0.05, precision="fp32"))
     here, classes = distributed.World(device=torch.device("cpu")), tuple("abcdef")
     step = Supervised(fresh_network(settings, here, classes, stage=1), settings)
+    schedule = Schedule(steps=steps, validate_steps=profiling.WARM_UP + 1)
     Trainer(settings, here, step, step.streams(settings, samples), key=1, title="t", classes=classes,
-            folder=folder, validate=None, schedule=Schedule(steps=steps, validate_steps=1000)).run()
+            folder=folder, validate=validate, schedule=schedule).run()
     return step.network.state_dict()
 
 
@@ -60,6 +62,20 @@ def test_profile_writes_trace_and_table_and_changes_nothing(synthetic_index, tmp
     assert min(parts["loss"], parts["optimizer"]) > 0 and parts["backward"] > parts["loss"]
     assert -0.01 * total < parts["rest"] < 0.5 * total
     assert "convolution" in text
+
+
+def test_validation_within_the_traced_steps_is_not_part_of_them(synthetic_index, tmp_path):
+    validations = []
+
+    def validate(network) -> Scores:
+        validations.append(fold.ready(network, device=CPU, dtype=torch.float32)(torch.zeros(1, 3, 33, 33)))
+        return Scores(miou=1.0)
+
+    ran(synthetic_index, tmp_path, profile=True, validate=validate)
+    assert len(validations) == 2
+    trace = gzip.decompress((tmp_path / "profile" / "trace-rank0.json.gz").read_bytes())
+    events = [event for event in json.loads(trace)["traceEvents"] if event.get("name") == profiling.FORWARD]
+    assert len([event for event in events if event.get("ph") == "X"]) == profiling.TRACED
 
 
 def test_stage_too_short_for_a_profile_is_reported(synthetic_index, tmp_path, capsys):

@@ -141,11 +141,19 @@ class Profile:
             log.say(f"  {self._title}: too few steps were left for a profile ({len(self._marks)}; it needs "
                     f"{WARM_UP + TRACED})")
 
-    def _begin(self, *_):
+    def __deepcopy__(self, memo: dict):
+        """Returns itself: copies of the network, as validation makes them, copy its hooks."""
+        return self
+
+    def _begin(self, module: nn.Module, *_):
+        if not module.training:
+            return
         self._open.append(record_function(FORWARD))
         self._open[-1].__enter__()
 
-    def _end(self, *_):
+    def _end(self, module: nn.Module, *_):
+        if not module.training:
+            return
         self._open.pop().__exit__(None, None, None)
 
     def _write(self, traced: profile) -> None:
