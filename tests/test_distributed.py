@@ -100,3 +100,12 @@ def test_single_process_runs_the_action():
     assert done == [1] and distributed.call_store(here) is None
     with pytest.raises(KeyError):
         distributed.on_main(here, lambda: {}["absent"])
+
+
+@pytest.mark.parametrize("limit, ranks, expected", [
+    ("", 1, 4), ("1", 1, 1), ("3", 1, 3), ("9", 1, 4), ("0", 1, 4), ("2,1", 1, 4), ("1", 2, 2), ("", 8, 1)])
+def test_one_process_computes_with_the_threads_of_the_environment(monkeypatch, limit, ranks, expected):
+    """torchrun sets OMP_NUM_THREADS to 1 for several ranks, so then it says nothing of the user's wish."""
+    monkeypatch.setattr(distributed.processes, "cores", lambda: 4)
+    monkeypatch.setenv("OMP_NUM_THREADS", limit)
+    assert distributed._compute_threads(ranks) == expected

@@ -70,7 +70,7 @@ def world(device: str = "auto", *, timeout_minutes: float = TIMEOUT_MINUTES) -> 
     if use_cuda:
         torch.cuda.set_device(own_device)
     else:
-        torch.set_num_threads(max(1, processes.cores() // local_size))
+        torch.set_num_threads(_compute_threads(local_size))
         keep_freed_memory()
     timeout = datetime.timedelta(minutes=timeout_minutes)
     store = _fresh_store(rank, size, timeout) if "RANK" in os.environ and size > 1 else None
@@ -84,6 +84,13 @@ def world(device: str = "auto", *, timeout_minutes: float = TIMEOUT_MINUTES) -> 
     if dist.is_initialized():
         dist.barrier()  # no rank closes its connections while another still uses them
         dist.destroy_process_group()
+
+
+def _compute_threads(local_size: int) -> int:
+    """Returns this rank's share of the cores; a single process uses at most OMP_NUM_THREADS, which torchrun
+    sets to 1 by itself for several ranks."""
+    threads, limit = max(1, processes.cores() // local_size), os.environ.get("OMP_NUM_THREADS", "")
+    return min(threads, int(limit)) if local_size == 1 and limit.isdigit() and int(limit) else threads
 
 
 def _fresh_store(rank: int, size: int, timeout: datetime.timedelta) -> dist.Store:
