@@ -77,7 +77,7 @@ def test_shares_of_the_pseudo_labels_are_logged(run):
     shares = (100 * counts / counts.sum()).tolist()
     assert list(first["pseudo_pct"].values()) == pytest.approx(shares, abs=1e-5)
     page = (run / "report" / "index.html").read_text()
-    assert "Classes of <bdi>3-retrain</bdi>: labelled pixels and pseudo ones" in page
+    assert "Classes of <bdi>3-retrain</bdi>: labelled and pseudo-labelled pixels, %" in page
     assert 'aria-label="Coverage against precision of 1-supervised"' in page
 
 
@@ -132,13 +132,13 @@ def test_corpus_is_labelled_with_its_teachers_calibration(run, synthetic, tmp_pa
     expected[CLASSES.index("box")] = 0.99
     assert floors == expected
     errors = refused(capsys, *begin, *auto[:-1], "none", "--out", tmp_path / "b")
-    assert "calibration.json is of flip views" in errors and "--tta none" in errors
+    assert "calibration.json was measured with flip views" in errors and "--tta none" in errors
     errors = refused(capsys, *begin, "--min-confidence", "auto", "--out", tmp_path / "b")
     assert "--min-confidence auto and --target-precision require each other" in errors
     other = run / "stages" / "3-retrain" / "best.pt"
     errors = refused(capsys, "label", "--teacher", other, *begin[3:], *auto, "--out", tmp_path / "b",
                      "--calibration", best.parent / "calibration.json")
-    assert "calibration.json is of other weights" in errors
+    assert "calibration.json was measured with other weights" in errors
     errors = refused(capsys, *begin, "--class-confidence", "pole=0.5", "--out", tmp_path / "b")
     assert "--class-confidence: unknown class pole" in errors
 

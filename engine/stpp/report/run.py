@@ -44,7 +44,7 @@ class Shares:
 
     step: int
     label_kind: str
-    """Origin of the network's labels: "pseudo" or "confident"."""
+    """Origin of the network's labels: "pseudo-labelled" or "confident"."""
     rows: list[tuple[str, float, float, float | None]]
     """(class, percent of the labelled pixels, percent of the network's, their ratio)."""
 
@@ -133,11 +133,11 @@ def _rows(path: Path) -> list[dict]:
 def _shares(rows: list[dict]) -> Shares | None:
     """Class shares of the last row that has them."""
     for row in reversed(rows):
-        for kind in ("confident", "pseudo"):
+        for kind, label_kind in (("confident", "confident"), ("pseudo", "pseudo-labelled")):
             keys = ("labelled_pct", f"{kind}_pct", f"{kind}_ratio")
             labelled, network, ratios = (row.get(key) for key in keys)
             if all(isinstance(column, dict) for column in (labelled, network, ratios)):
-                return Shares(step=row["step"], label_kind=kind,
+                return Shares(step=row["step"], label_kind=label_kind,
                               rows=[(name, labelled[name], network[name], ratios[name]) for name in labelled])
     return None
 
