@@ -160,8 +160,8 @@ def test_threads_slower_than_one_are_a_warning_with_the_load_of_others(monkeypat
 
 def test_other_load_counts_other_processes_and_not_this_one():
     load = OtherLoad()
-    if load.cores() is None and not Path("/proc/stat").exists():
-        pytest.skip("no /proc/stat on this system")
+    if load.cores() is None:
+        pytest.skip("/proc/stat is missing or counts nothing on this system")
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
     try:
         time.sleep(0.5)
