@@ -38,8 +38,8 @@ def cpp_operators() -> dict:
     marches = os.environ.get("STPP_MARCH", "native").split()
     modules = [CppExtension("stpp_kernels._C" + ("" if march == "native" else f"_{march.replace('-', '_')}"),
                             sources, extra_link_args=["-fopenmp"],
-                            extra_compile_args=["-O3", "-fopenmp", f"-march={march}", "-ffp-contract=fast",
-                                                "-fno-math-errno"])
+                            extra_compile_args=["-O3", "-g0", "-fopenmp", f"-march={march}",
+                                                "-ffp-contract=fast", "-fno-math-errno"])
                for march in marches]
     return {"ext_modules": modules if sources else [], "cmdclass": {"build_ext": OptionalBuild}}
 
