@@ -12,13 +12,12 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from harness import Report, arguments, bare_trainer, random_batch
+from harness import Report, arguments, bare_trainer, call_ms, random_batch
 from stpp import distributed, processes
 from stpp.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
 
@@ -35,11 +34,8 @@ def steps(out: str, crop: str, batch: str, rounds: str) -> None:
                         augment=AugmentConfig(crop_px=int(crop)), train=TrainConfig(batch_global=int(batch)))
         trainer = bare_trainer(config, here, Path(name), CLASSES)
         images = random_batch(int(batch), int(crop), CLASSES, here.device)
-        times_ms = []
-        for _ in range(WARM_UP + int(rounds)):
-            start = time.perf_counter()
-            trainer.train_step([(images,)])
-            times_ms.append(1000 * (time.perf_counter() - start))
+        times_ms = [call_ms(lambda: trainer.train_step([(images,)]), here.device)
+                    for _ in range(WARM_UP + int(rounds))]
     Path(out).write_text(json.dumps(times_ms[WARM_UP:]))
 
 

@@ -6,7 +6,6 @@ A figure is a summary row of one file in `benchmarks/results/`. A test fails whe
 """
 
 import json
-import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -67,8 +66,6 @@ GPU_SIZES = {
     "teacher": "GPU: ResNet-50, stride 8",
 }
 """Sizes measured on GPUs that differ from the line's text, by files of rows."""
-GAINS = ("camvid-cpu-bf16", tuple(f"camvid-lite0-seed{seed}" for seed in range(3)))
-"""File of rows, and names of the runs in them, over which README.md's table of gains is taken."""
 STAGES = {"labels alone": ".1-supervised", "control": ".control", "ST": "-st.3-retrain",
           "ST++, stage 4": ".4-retrain", "ST++, stage 6": ".6-retrain", "UniMatch": "-unimatch.1-unimatch"}
 """Columns of scores, with the suffix of their rows' names after the name of a run."""
@@ -102,26 +99,6 @@ def highlights() -> str:
             raise KeyError(f"no row {name}")
         shown = ["" if value is None else f"{_figures(value)}x" for value in found]
         lines.append(f"| {what} | {against} | {' | '.join(shown)} |")
-    return "\n".join(lines)
-
-
-def gains() -> str:
-    """Formats mean, lowest and highest mIoU of the runs in `GAINS`; methods without runs are left out.
-
-    Raises:
-        KeyError: there are no rows of labels alone.
-    """
-    file, runs = GAINS
-    of = values(file)
-    found = {head: [of[key] for run in runs if (key := f"{run}{suffix}.miou_pct") in of]
-             for head, suffix in STAGES.items()}
-    if not found["labels alone"]:
-        raise KeyError(f"no rows of {runs[0]} in {file}")
-    shown = {head: values for head, values in found.items() if values}
-    lines = [f"| mIoU, % | {' | '.join(shown)} |", "|---" * (1 + len(shown)) + "|"]
-    for what, figure in (("mean", statistics.mean), ("lowest", min), ("highest", max)):
-        cells = (f"{figure(values):.1f}" for values in shown.values())
-        lines.append(f"| {what} of {len(found['labels alone'])} seeds | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -37,6 +37,11 @@ class OtherLoad:
         passed_s, busy_s, own_s = (now - then for now, then in zip(self._before, before, strict=True))
         return max((busy_s - own_s) / passed_s, 0.0)
 
+    def cause(self) -> str:
+        """Formats `cores` as the end of a message on slow threads; empty if they are unknown."""
+        cores = self.cores()
+        return "" if cores is None else f"; other processes use {cores:.1f} of the cores of this one"
+
     @staticmethod
     def _sample() -> tuple[float, float, float] | None:
         """Seconds of the clock, in which the cores were busy, and that this process used."""

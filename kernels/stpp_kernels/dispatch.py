@@ -123,12 +123,17 @@ def load_extension() -> bool:
     return False
 
 
+def built_libraries(folder: Path) -> list[Path]:
+    """Lists the libraries of C++ kernels in a folder, for whatever processor."""
+    return [path for path in sorted(folder.glob("_C*.*")) if path.suffix in (".so", ".pyd")]
+
+
 def _libraries(folder: Path, capability: str) -> list[Path]:
     """Libraries of the C++ kernels that this processor can run, the best one first.
 
     A checkout has a library for its own machine, a wheel has one for each level of x86-64 (setup.py).
     """
-    built = {path.name.split(".")[0]: path for path in folder.glob("_C*.*") if path.suffix in (".so", ".pyd")}
+    built = {path.name.split(".")[0]: path for path in built_libraries(folder)}
     levels = {"AVX512": ["_C_x86_64_v4", "_C_x86_64_v3"], "AVX2": ["_C_x86_64_v3"]}.get(capability, [])
     return [built[name] for name in ("_C", *levels) if name in built]
 

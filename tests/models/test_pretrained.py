@@ -278,6 +278,16 @@ def test_another_encoder_is_refused(tmp_path, changes, named):
         pretrained.start_from(build_model("dpt", "dinov2-small", 3), model, list("abc"))
 
 
+def test_record_that_holds_itself_ends():
+    record = {"source": "a.pth", "sha256": "0", "licence": 7}
+    record["pretrained"] = record
+    levels, found = 0, pretrained.record_of({"pretrained": record})
+    while found:
+        assert [found[key] for key in pretrained.RECORDED] == ["a.pth", "0", None]
+        levels, found = levels + 1, found.get("pretrained")
+    assert levels == pretrained.GENERATIONS
+
+
 def test_origin_of_weights_is_recorded(published, cache, tmp_path):
     made, sha256 = network(), hashlib.sha256(published.read_bytes()).hexdigest()
     assert made.pretrained is None

@@ -254,10 +254,9 @@ def operators() -> Finding:
 
 def stale_build(folder: Path) -> str | None:
     """Mismatch of the C++ operators in `folder` with their sources; None if current or not built."""
-    libraries, sources = (
-        sorted(folder.glob("_C*.so")) + sorted(folder.glob("_C*.pyd")),
-        sorted(folder.glob("csrc/*")),
-    )
+    from stpp_kernels import dispatch
+
+    libraries, sources = dispatch.built_libraries(folder), sorted(folder.glob("csrc/*"))
     if not libraries or not sources:
         return None
     newest = max(sources, key=lambda path: path.stat().st_mtime)

@@ -108,9 +108,7 @@ def threads(count: int) -> str:
     ratio = statistics.median(spent_s[1]) / statistics.median(spent_s[count])
     text = f"{count} threads are {ratio:.1f} times as fast as one"
     if ratio < 1:
-        others = load.cores()
-        cause = "" if others is None else f"; other processes use {others:.1f} of the cores of this one"
-        raise UserError(f"{text}{cause}")
+        raise UserError(f"{text}{load.cause()}")
     return text
 
 

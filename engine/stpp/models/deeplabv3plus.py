@@ -14,6 +14,7 @@ from stpp.models.layers import (
     conv3x3_bn_relu,
     fitted,
     global_average,
+    nearest_size,
     spread,
     upsample,
 )
@@ -111,8 +112,7 @@ class DeepLabV3Plus(Network):
         A backbone with a grid (`corner_grid`) gets images resized to its nearest sides.
         """
         if grid := self.backbone.corner_grid:
-            size = tuple(max(1, (side - 1 + grid // 2) // grid) * grid + 1 for side in images_NCHW.shape[2:])
-            images_NCHW = fitted(images_NCHW, size)
+            images_NCHW = fitted(images_NCHW, nearest_size(images_NCHW, grid, 1))
         c1_NCHW, _, _, c4_NCHW = self.backbone(images_NCHW)
         return c1_NCHW, c4_NCHW
 

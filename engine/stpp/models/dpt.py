@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stpp.models.layers import fitted, upsample
+from stpp.models.layers import fitted, nearest_size, upsample
 from stpp.models.network import Backbone, Network
 
 
@@ -136,7 +136,7 @@ class DPT(Network):
             ValueError: a side in training is no multiple of the patch; choose another crop size.
         """
         patch = self.backbone.strides[0]
-        size = tuple(max(1, (side + patch // 2) // patch) * patch for side in images_NCHW.shape[2:])
+        size = nearest_size(images_NCHW, patch)
         if self.training and not torch.compiler.is_compiling() and size != tuple(images_NCHW.shape[2:]):
             raise ValueError(f"images of {tuple(images_NCHW.shape[2:])} pixels do not divide into patches of "
                              f"{patch}; train on crops of {size}")

@@ -196,6 +196,13 @@ def spread(x_NC11: Tensor, size: tuple[int, int]) -> Tensor:
     return x_NC11.expand(-1, -1, *size).contiguous(memory_format=torch.channels_last)
 
 
+def nearest_size(images_NCHW: Tensor, step: int, offset: int = 0) -> tuple[int, int]:
+    """Computes the (rows, columns) nearest to the size of images among k * step + offset, k at least 1."""
+    rows, columns = (max(1, (side - offset + step // 2) // step) * step + offset
+                     for side in images_NCHW.shape[2:])
+    return rows, columns
+
+
 def fitted(images_NCHW: Tensor, size: tuple[int, int]) -> Tensor:
     """Resizes images to the `size` that a backbone needs; images of that size are returned as they are.
 

@@ -2,6 +2,7 @@
 file."""
 
 import contextlib
+import functools
 import http.client
 import importlib.util
 import socket
@@ -90,6 +91,8 @@ PUBLISHED: dict[str, dict[str, Download | Packaged]] = {
 """Published files by `--model.pretrained` and `--model.backbone`."""
 RECORDED = ("source", "sha256", "licence")
 """Keys of `Network.pretrained` with text."""
+GENERATIONS = 16
+"""Maximum nested records of a checkpoint that started from a checkpoint."""
 SILENCE_S = 60.0
 """Socket timeout of downloads."""
 
@@ -128,7 +131,7 @@ def start_from(network: Network, model: ModelConfig, classes: Sequence[str]) -> 
 def _record(path: str | Path, model: ModelConfig, content: dict) -> dict:
     """Origin of the weights in a file: see `Network.pretrained`."""
     file, _ = files.and_part(path)
-    digest = files.sha256(file)
+    digest = _sha256(file)
     source = PUBLISHED.get(model.pretrained, {}).get(model.backbone) or next(
         (known for group in PUBLISHED.values() for known in group.values()
          if known.sha256 and digest.startswith(known.sha256)), None)
@@ -137,13 +140,16 @@ def _record(path: str | Path, model: ModelConfig, content: dict) -> dict:
     return record | ({"pretrained": earlier} if earlier else {})
 
 
-def record_of(content: dict) -> dict | None:
-    """Reads the origin of the pretrained weights from a checkpoint's content; None if it holds no record."""
+def record_of(content: dict, generations: int = GENERATIONS) -> dict | None:
+    """Reads the origin of the pretrained weights from a checkpoint's content; None if it holds no record.
+
+    Records nested deeper than `generations` are left out: a crafted one may hold itself.
+    """
     record = content.get("pretrained")
-    if not isinstance(record, dict):
+    if not isinstance(record, dict) or not generations:
         return None
     texts = {key: value if isinstance(value := record.get(key), str) else None for key in RECORDED}
-    return texts | ({"pretrained": earlier} if (earlier := record_of(record)) else {})
+    return texts | ({"pretrained": earlier} if (earlier := record_of(record, generations - 1)) else {})
 
 
 def describe(record: dict) -> str:
@@ -203,7 +209,7 @@ def _downloaded(source: Download, name: str) -> Path:
                             source.url, str(path), source.sha256, progress=sys.stderr.isatty()
                         )
         if source.sha256 is None:
-            log.say(f"  {path}: no hash is known for this file; its SHA-256 is {files.sha256(path)}")
+            log.say(f"  {path}: no hash is known for this file; its SHA-256 is {_sha256(path)}")
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
@@ -215,7 +221,18 @@ def _downloaded(source: Download, name: str) -> Path:
 
 def _is_whole(path: Path, sha256: str | None) -> bool:
     """Checks that a file exists and has its known hash."""
-    return path.is_file() and (sha256 is None or files.sha256(path).startswith(sha256))
+    return path.is_file() and (sha256 is None or _sha256(path).startswith(sha256))
+
+
+def _sha256(path: Path) -> str:
+    """Hashes a file, once a process as long as it does not change: every stage loads the same weights."""
+    status = path.stat()
+    return _sha256_of(path, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@functools.lru_cache(maxsize=8)
+def _sha256_of(path: Path, *_: int) -> str:
+    return files.sha256(path)
 
 
 @contextlib.contextmanager

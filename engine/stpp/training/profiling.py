@@ -56,7 +56,8 @@ class BottleneckMeter:
         self._steps += steps
         self._spent_s += spent_s
         self._waited_s += spent_s * data_wait_pct / 100
-        self._step_s.append(spent_s * (1 - data_wait_pct / 100) / steps)
+        if self._load is not None:
+            self._step_s.append(spent_s * (1 - data_wait_pct / 100) / steps)
 
     def end_epoch(self) -> None:
         """Logs the bottleneck of the epoch."""
@@ -77,9 +78,8 @@ class BottleneckMeter:
         if self._load is None or len(self._step_s) < LEAST_WINDOWS:
             return
         quick, *_, slow = statistics.quantiles(self._step_s, n=10)
-        others = self._load.cores()
+        cause = self._load.cause()
         if slow > SCATTER * quick:
-            cause = "" if others is None else f"; other processes use {others:.1f} of the cores of this one"
             log.say(f"  {self._title}: steps take {1000 * quick:.0f} to {1000 * slow:.0f} ms{cause}; "
                     "OMP_NUM_THREADS=1 or fewer --data.threads may be faster (docs/performance.md)")
             self._load = None
