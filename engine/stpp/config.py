@@ -34,9 +34,11 @@ WindowEdges = Annotated[Literal["cut", "shifted"], tyro.conf.arg(
     help="Windows at the image edge. cut: clipped to the image, as in UniMatch; shifted: moved back inside "
          "at full size, as in UniMatch-V2.")]
 BackendName = Literal["auto", "tensorrt", "torch-tensorrt", "inductor", "eager"]
-MAY_CHANGE = ("out", "control", "device", "timeout_minutes", "data.threads", "data.index", "profile",
-              "strict", "train.checkpoint_steps", "train.checkpoint_minutes", "train.on_nonfinite")
-"""Keys that may differ when a run is resumed: they do not change the result."""
+MAY_CHANGE = ("out", "control", "device", "timeout_minutes", "data.root", "data.unlabelled", "data.threads",
+              "data.index", "profile", "strict", "train.checkpoint_steps", "train.checkpoint_minutes",
+              "train.on_nonfinite")
+"""Keys that may differ when a run is resumed: they do not change the result. A moved data set is compared
+by its contents."""
 
 
 def _check(condition: bool, flag: str, value: Any, allowed: str) -> None:

@@ -4,10 +4,13 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -535,6 +538,36 @@ def test_index_is_stale_when_files_or_settings_change(tmp_path):
     prepare(root, out)
     (out / "index.parquet").unlink()
     assert index.is_stale(out, root, classes=CLASSES)
+
+
+def test_processes_that_share_a_folder_prepare_it_once(tmp_path, monkeypatch):
+    root, checked = voc(tmp_path / "data"), []
+
+    def check_files(*arguments, **options):
+        checked.append(time.sleep(0.2))
+        return original(*arguments, **options)
+
+    original = survey.check_files
+    monkeypatch.setattr(survey, "check_files", check_files)
+    with ThreadPoolExecutor(4) as pool:
+        prepared = list(pool.map(lambda _: index.prepare(
+            root, tmp_path / "index", progress=False, only_if_stale=True, classes=CLASSES), range(4)))
+    assert len(checked) == 1
+    assert {(entry.contents, tuple(entry.entries)) for entry in prepared} == {
+        (prepared[0].contents, tuple(prepared[0].entries))}
+
+
+def test_contents_equal_those_of_a_copy_and_change_with_one_pixel(tmp_path):
+    first = index.prepare(voc(tmp_path / "data"), tmp_path / "index", progress=False, classes=CLASSES)
+    shutil.copytree(tmp_path / "data", tmp_path / "copy", copy_function=shutil.copyfile)
+    second = index.prepare(tmp_path / "copy", tmp_path / "second", progress=False, classes=CLASSES)
+    assert (second.contents, second.fingerprint == first.fingerprint) == (first.contents, False)
+    mask = next((tmp_path / "copy" / "SegmentationClass").iterdir())
+    pixels = masks.read_index_mask(mask).copy()
+    pixels[0, 0] = 0 if pixels[0, 0] else 1
+    masks.write_index_png(mask, pixels)
+    third = index.prepare(tmp_path / "copy", tmp_path / "second", progress=False, classes=CLASSES)
+    assert third.contents != first.contents
 
 
 def test_damaged_and_foreign_indices_are_refused(tmp_path):

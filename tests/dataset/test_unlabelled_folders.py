@@ -167,11 +167,11 @@ def test_run_started_before_a_setting_existed_resumes(tmp_path):
     (tmp_path / "stages" / "1-supervised").mkdir(parents=True)
     (tmp_path / "stages" / "1-supervised" / "last.pt").touch()
     began = config.to_dict(ours)
-    del began["data"]["unlabelled"]
+    del began["data"]["view_px"]
     (tmp_path / "config.json").write_text(json.dumps(began))
     folder.claim(ours)
-    with pytest.raises(UserError, match="data.unlabelled"):
-        folder.claim(config.parse(Config, ["--out", str(tmp_path), "--data.unlabelled", "field"],
+    with pytest.raises(UserError, match="data.view_px"):
+        folder.claim(config.parse(Config, ["--out", str(tmp_path), "--data.view-px", "480"],
                                   prog="stpp train"))
 
 

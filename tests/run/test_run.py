@@ -19,7 +19,7 @@ from run_cases import TINY
 from stpp import distributed
 from stpp.config import Config, load_recipe
 from stpp.errors import UserError
-from stpp.images.masks import read_index_mask
+from stpp.images.masks import read_index_mask, write_index_png
 from stpp.images.palette import colourise
 from stpp.label import reliability, rows
 from stpp.report.examples import PICTURE_PX
@@ -152,13 +152,24 @@ def test_changed_data_is_refused(run, recipe, synthetic, tmp_path):
     out, root = tmp_path / "run", tmp_path / "data"
     shutil.copytree(synthetic, root)
     shutil.copytree(run, out, ignore=shutil.ignore_patterns("*.pt"))
-    next((root / "SegmentationClass").iterdir()).touch()
+    mask = next((root / "SegmentationClass").iterdir())
+    write_index_png(mask, np.flipud(read_index_mask(mask)).copy())
     args = ["train", "--recipe", recipe, "--data.root", root, "--data.index", tmp_path / "index", "--out",
             out]
-    config = json.loads((out / "config.json").read_text())
-    config["data"]["root"] = str(root)
-    (out / "config.json").write_text(json.dumps(config))
     assert "changed since this run began" in stpp(*args, expect=2).stderr
+
+
+def test_run_resumes_with_a_copy_of_its_data_set(run, recipe, synthetic, tmp_path):
+    out, root = tmp_path / "run", tmp_path / "scratch" / "data"
+    shutil.copytree(run, out)
+    shutil.copytree(synthetic, root, copy_function=shutil.copyfile)  # with new times
+    for stage in ("5-label", "6-retrain"):
+        shutil.rmtree(out / "stages" / stage)
+    stpp("train", "--recipe", recipe, "--data.root", root, "--data.index", tmp_path / "index", "--out", out)
+    weights = [torch.load(folder / "stages" / "6-retrain" / "best.pt", weights_only=True)["model"]
+               for folder in (out, run)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
 
 
 @pytest.mark.dist

@@ -39,8 +39,6 @@ class Task:
     mtime_ns: int
     mask_bytes: int | None = None
     mask_mtime_ns: int | None = None
-    digest: bool = False
-    """Hash the image's bytes, because another file has the same size."""
     shapes: ShapeSource | None = None
     """Location of the shapes in the file `mask`, from which the mask is drawn; None: `mask` is a mask."""
 
@@ -71,8 +69,10 @@ class Checked:
     crowds: int = 0
     """Number of crowd shapes."""
     edges: Edges | None = None
-    digest: str | None = None
-    """SHA-256 of the image's bytes, if the task requests it."""
+    digest: bytes = b""
+    """SHA-256 of the image's bytes."""
+    mask_digest: bytes = b""
+    """SHA-256 of the mask's size and class ids; empty without a mask."""
 
 
 def check_all(tasks: list[Task], arguments: tuple, workers: int | None = None) -> Iterator[list[Checked]]:
@@ -112,7 +112,7 @@ def check(task: Task, root: str, out: str, classes: int, exif: bool,
         return _check_drawn(task, root, out, classes, exif, meaning)
     seen, proof, digest, mask, problems = None, None, None, None, []
     try:
-        seen, proof, digest = _look(os.path.join(root, task.image), task.digest)
+        seen, proof, digest = _look(os.path.join(root, task.image))
     except UserError as error:
         problems.append(_relative(error, root))
     if task.mask is not None:
@@ -134,7 +134,7 @@ def check(task: Task, root: str, out: str, classes: int, exif: bool,
     converted = None if mask is None or mask.plain else _written(task, out, mask.values)
     of_mask = {} if mask is None else {
         "converted": converted, "class_pixels": counts[:classes].tolist(), "ignored": int(counts[IGNORE]),
-        "stored": mask.stored, "edges": edges(mask.values)}
+        "stored": mask.stored, "edges": edges(mask.values), "mask_digest": _digest(mask.values)}
     return Checked(task, reading, proof.used_bits, proof.like_mask, seen.orientation, digest=digest,
                    **of_mask)
 
@@ -142,7 +142,7 @@ def check(task: Task, root: str, out: str, classes: int, exif: bool,
 def _check_drawn(task: Task, root: str, out: str, classes: int, exif: bool, legend: Legend) -> Checked:
     """`check` for an image whose mask is drawn from shapes."""
     try:
-        seen, proof, digest = _look(os.path.join(root, task.image), task.digest)
+        seen, proof, digest = _look(os.path.join(root, task.image))
         frame = seen.as_stored() if legend.stored else seen
         annotated = readers.read(task.shapes, os.path.join(root, task.mask), frame.width, frame.height)
     except UserError as error:
@@ -160,7 +160,8 @@ def _check_drawn(task: Task, root: str, out: str, classes: int, exif: bool, lege
     reading = seen if exif else seen.as_stored()
     return Checked(task, reading, proof.used_bits, proof.like_mask, seen.orientation,
                    converted=_written(task, out, mask_HW), class_pixels=counts[:classes].tolist(),
-                   ignored=int(counts[IGNORE]), digest=digest, crowds=drawn.crowds,
+                   ignored=int(counts[IGNORE]), digest=digest, mask_digest=_digest(mask_HW),
+                   crowds=drawn.crowds,
                    doubtful=tuple(f"{task.mask}: {task.image}: {text}" for text in drawn.doubtful))
 
 
@@ -205,7 +206,11 @@ def _mask_problems(path: str, stored: Stored, counts: np.ndarray, classes: int) 
     return problems
 
 
-def _look(path: str, digested: bool) -> tuple[Reading, DecodeFindings, str | None]:
+def _digest(mask_HW: np.ndarray) -> bytes:
+    return hashlib.sha256(repr(mask_HW.shape).encode() + mask_HW.tobytes()).digest()
+
+
+def _look(path: str) -> tuple[Reading, DecodeFindings, bytes]:
     """Reading of an image (rotated upright), findings from decoding it completely, and its digest.
 
     Headers alone would accept truncated files.
@@ -219,8 +224,8 @@ def _look(path: str, digested: bool) -> tuple[Reading, DecodeFindings, str | Non
     except DECODE_ERRORS as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
         raise UserError(f"{path}: cannot be read as an image ({reason}); replace or remove it") from error
-    digest = hashlib.sha256(data).hexdigest() if digested else None
-    return reading._replace(plain=reading.plain and looks_whole(data)), proof, digest
+    plain = reading.plain and looks_whole(data)
+    return reading._replace(plain=plain), proof, hashlib.sha256(data).digest()
 
 
 def _size_problem(task: Task, reading: Reading, other: Reading, mask_size: tuple[int, int], mask_turn: int,

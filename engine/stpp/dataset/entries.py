@@ -55,8 +55,10 @@ class Index:
     layout: str
     exif: bool
     fingerprint: str
-    """Digest of files and settings; changes when one of them does; empty if files changed and could not be
-    read."""
+    """Digest of the files' sizes and times and of the settings, cheap to compare; empty if files changed and
+    could not be read."""
+    contents: str
+    """Digest of the images' paths, bytes and class ids; equal for a copy of the data set elsewhere."""
     counts: dict[str, int]
     """Number of images, masks and converted masks."""
     entries: Mapping[str, Entry]

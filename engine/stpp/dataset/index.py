@@ -8,8 +8,10 @@ Nothing is written to the user's data.
 EXIF: one rule for images and masks, see stpp.images.image_file.
 """
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from stpp import files
@@ -30,6 +32,7 @@ def prepare(
     workers: int | None = None,
     progress: bool = True,
     strict: bool = False,
+    only_if_stale: bool = False,
     **options,
 ) -> Index:
     """Checks every image and mask of a data set and writes its index and data card (see stpp.dataset.card).
@@ -43,6 +46,8 @@ def prepare(
         workers: number of processes; None: one per core.
         progress: show a progress bar on stderr.
         strict: treat warnings as errors.
+        only_if_stale: keep an index that fits the files. Of processes that share the folder one prepares
+            it, and the others wait.
         options: arguments of stpp.dataset.settings.resolved, all optional:
             layout, images, masks: see stpp.dataset.layouts.
             classes: names in id order; default: those of a file in the root (stpp.dataset.class_files), then
@@ -64,8 +69,9 @@ def prepare(
     setting.refuse_inside(root, out.resolve(), settings)
     table.read_json(out)
     tasks, digest = survey.tasks(root, settings, out, notes)
-    try:
-        _claim(out)
+    with _claimed(out):
+        if only_if_stale and (known := _of_this_version(out)) and known["fingerprint"] == digest:
+            return _opened(out, known)
         stored = {
             "format": table.FORMAT,
             "version": table.VERSION,
@@ -73,6 +79,7 @@ def prepare(
             "classes": settings["classes"],
             "layout": settings["layout"],
             "fingerprint": digest,
+            "contents": "",
             "counts": dict.fromkeys(("images", "masks", "converted"), 0),
             "settings": settings,
             "twins": [],
@@ -82,7 +89,7 @@ def prepare(
         for name in ("index.json", "problems.txt", card.JSON, card.TEXT, card.SHEET):
             (out / name).unlink(missing_ok=True)
         surveyed = survey.check_files(tasks, out, settings, notes, workers=workers, progress=progress)
-        stored |= {"counts": surveyed.counts, "twins": surveyed.twins}
+        stored |= {"counts": surveyed.counts, "twins": surveyed.twins, "contents": surveyed.contents}
         setting.say_classes(classes, surveyed.tally.pixels if surveyed.counts["masks"] else (), root, notes)
         prepared = _described(_opened(out, stored), surveyed.tally, notes)
         if strict:
@@ -91,10 +98,6 @@ def prepare(
             os.sync()  # masks are plain writes: they must be on disk before index.json exists
         files.write_json(out / "index.json", stored | {"warnings": notes.warnings})
         (out / _UNFINISHED).unlink()
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or out}: the index cannot be written ({error.strerror or error})"
-        ) from error
     return dataclasses.replace(prepared, warnings=tuple(notes.warnings))
 
 
@@ -142,6 +145,7 @@ def _opened(out: Path, stored: dict) -> Index:
         layout=stored["layout"],
         exif=stored["settings"]["exif"],
         fingerprint=stored["fingerprint"],
+        contents=stored["contents"],
         counts=stored["counts"],
         entries=table.read(
             out / "index.parquet", Entry, rows=stored["counts"]["images"], classes=len(stored["classes"])
@@ -163,12 +167,18 @@ def is_stale(out: str | os.PathLike, root: str | os.PathLike, **options) -> bool
     """
     out = Path(out).expanduser().absolute()
     settings, _ = setting.resolved(root, **options)
-    stored = table.read_json(out)
-    if stored is None or stored["version"] != table.VERSION or not (out / "index.parquet").is_file():
+    stored = _of_this_version(out)
+    if stored is None:
         return True
     return (
         survey.tasks(layouts.checked_root(root), settings, out, Notes(quiet=True))[1] != stored["fingerprint"]
     )
+
+
+def _of_this_version(out: Path) -> dict | None:
+    stored = table.read_json(out)
+    whole = stored and stored["version"] == table.VERSION and (out / "index.parquet").is_file()
+    return stored if whole else None
 
 
 def warned(index: Index) -> list[str]:
@@ -195,10 +205,22 @@ def renewed(out: Path) -> Index:
     return prepare(stored["root"], out, progress=False, **stored["settings"])
 
 
-def _claim(out: Path) -> None:
-    """Creates the index's folder; rejects a foreign folder masks/, because masks are written there."""
-    out.mkdir(parents=True, exist_ok=True)
-    mark = out / ".stpp-index"
-    if not mark.exists() and (out / "masks").exists():
-        raise UserError(f"{out}: contains a folder masks/ that is not an index's; choose another folder")
-    mark.touch()
+@contextlib.contextmanager
+def _claimed(out: Path) -> Iterator[None]:
+    """Creates the index's folder and holds its lock; rejects a foreign folder masks/, because masks are
+    written there.
+
+    Raises:
+        UserError: the folder is another's, or cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        mark = out / ".stpp-index"
+        if not mark.exists() and (out / "masks").exists():
+            raise UserError(f"{out}: contains a folder masks/ that is not an index's; choose another folder")
+        with files.locked(mark):
+            yield
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or out}: the index cannot be written ({error.strerror or error})"
+        ) from error

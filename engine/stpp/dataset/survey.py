@@ -27,6 +27,8 @@ class Survey:
     counts: dict[str, int]
     """Number of images, masks and converted masks."""
     tally: Tally
+    contents: str
+    """Digest of the images' paths, bytes and class ids; equal for a copy of the data set elsewhere."""
     twins: list[list[str]]
     """Groups of images that are copies of each other."""
 
@@ -57,7 +59,6 @@ def tasks(root: Path, settings: dict, out: Path, notes: Notes) -> tuple[list[tup
             for found_image in members
         ]))
     places = twins.deduplicated(places, notes)
-    alike = twins.to_compare([image.bytes for _, members in places for _, image, _ in members])
     tasks_by_folder = []
     for place, members in places:
         tasks_by_folder.append((place, []))
@@ -73,7 +74,6 @@ def tasks(root: Path, settings: dict, out: Path, notes: Notes) -> tuple[list[tup
                     image.mtime_ns,
                     mask and mask.bytes,
                     mask and mask.mtime_ns,
-                    image.bytes in alike,
                     found_image.shapes,
                 )
             )
@@ -126,7 +126,8 @@ def check_files(
     totals.notices.say(notes)
     if is_drawn:
         totals.shapes.say(notes, meaning, exif=settings["exif"])
-    return Survey(counts=totals.counts, tally=totals.tally, twins=twins.groups(totals.digests, notes))
+    return Survey(counts=totals.counts, tally=totals.tally, contents=totals.contents.hexdigest(),
+                  twins=twins.groups(totals.copies.values(), notes))
 
 
 @dataclass
@@ -137,9 +138,13 @@ class _Totals:
     judge: Judge
     counts: dict[str, int] = field(default_factory=lambda: {"images": 0, "masks": 0, "converted": 0})
     problems: list[str] = field(default_factory=list)
-    digests: dict[str, list[str]] = field(default_factory=dict)
+    first: dict[bytes, str] = field(default_factory=dict)
+    """First image of each digest."""
+    copies: dict[str, list[str]] = field(default_factory=dict)
+    """Images that are copies of each other, by the first of them."""
 
     def __post_init__(self):
+        self.contents = hashlib.sha256(json.dumps(list(self.classes)).encode())
         self.tally, self.notices, self.shapes = Tally(self.classes), Notices(), ShapeNotices()
 
     def add(self, checked: Checked) -> None:
@@ -155,8 +160,10 @@ class _Totals:
         elif checked.class_pixels is not None:
             self.judge.add(checked.task.mask, checked.stored, [*checked.class_pixels, checked.ignored],
                            checked.edges)
-        if checked.digest is not None:
-            self.digests.setdefault(checked.digest, []).append(checked.task.image)
+        self.contents.update(f"{checked.task.image}\n".encode() + checked.digest + checked.mask_digest)
+        first = self.first.setdefault(checked.digest, checked.task.image)
+        if checked.digest and first != checked.task.image:
+            self.copies.setdefault(first, [first]).append(checked.task.image)
 
 
 def _refuse(problems: list[str], root: Path, out: Path) -> None:

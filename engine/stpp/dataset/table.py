@@ -12,7 +12,7 @@ from stpp import parquet
 from stpp.dataset.check import Checked
 from stpp.errors import UserError
 
-FORMAT, VERSION = "stpp-index", 2
+FORMAT, VERSION = "stpp-index", 3
 _OUTSIDE = re.compile(r"(^|/)\.\.(/|$)|^/|\x00|\n")
 
 
@@ -182,7 +182,7 @@ def _are_texts(value: object) -> bool:
 
 def _well_formed(value: dict) -> bool:
     """True if index.json has the content that this version writes."""
-    texts = all(isinstance(value.get(name), str) for name in ("root", "layout", "fingerprint"))
+    texts = all(isinstance(value.get(name), str) for name in ("root", "layout", "fingerprint", "contents"))
     names, counts, settings = value.get("classes"), value.get("counts"), value.get("settings")
     return (
         texts

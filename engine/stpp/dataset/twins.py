@@ -6,8 +6,8 @@ copy and validate on another cause a warning.
 
 import filecmp
 import os
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from stpp.dataset.layouts import FoundImage
@@ -90,14 +90,9 @@ def _refuse_two_masks(places, one: tuple[int, int], other: tuple[int, int]) -> N
         )
 
 
-def to_compare(sizes: Sequence[int]) -> set[int]:
-    """File sizes in bytes that occur more than once: these files must be compared."""
-    return {size for size, count in Counter(sizes).items() if count > 1 and size >= 0}
-
-
-def groups(digests: Mapping[str, Sequence[str]], notes: Notes) -> list[list[str]]:
-    """Groups of images that are copies of each other, from the images by digest."""
-    copy_groups = sorted(sorted(images) for images in digests.values() if len(images) > 1)
+def groups(copies: Iterable[Sequence[str]], notes: Notes) -> list[list[str]]:
+    """Sorts and reports the groups of images that are copies of each other."""
+    copy_groups = sorted(map(sorted, copies))
     if copy_groups:
         copies = sum(map(len, copy_groups)) - len(copy_groups)
         notes.warn(

@@ -32,20 +32,20 @@ def claim(config: Config) -> None:
     files.write_json(path, current)
 
 
-def record_provenance(out: Path, fingerprint: str, classes: Sequence[str]) -> None:
+def record_provenance(out: Path, contents: str, classes: Sequence[str]) -> None:
     """Writes `provenance.json`: data set, classes, package versions and Git commit.
 
     Args:
-        fingerprint: fingerprint of the data set's index.
+        contents: digest of the data set's files, see stpp.dataset.entries.Index.
 
     Raises:
         UserError: the run began with other data.
     """
     path = out / "provenance.json"
     began = any(out.glob("stages/*/*")) and path.exists()
-    if began and _json_object(path).get("data") != fingerprint:
+    if began and _json_object(path).get("data") != contents:
         raise UserError(f"--out {out}: the data set changed since this run began; choose another --out")
-    files.write_json(path, {"data": fingerprint, "classes": list(classes), **_provenance()})
+    files.write_json(path, {"data": contents, "classes": list(classes), **_provenance()})
 
 
 def _json_object(path: Path) -> dict:

@@ -49,7 +49,7 @@ def _run(config: Config, world: World) -> dict:
     distributed.on_main(world, lambda: folder.claim(config))
     index = _prepared_index(config, world)
     distributed.on_main(world, lambda: folder.record_provenance(
-        config.out, index.fingerprint, index.classes))
+        config.out, index.contents, index.classes))
     run = Run(config, world, index)
     log.say(f"{config.method} in {config.out}: {world.size} x {world.device.type}, "
             f"{str(autocast_dtype(config.train.precision, world.device)).removeprefix('torch.')}, "
@@ -78,7 +78,7 @@ def _prepared_index(config: Config, world: World) -> Index:
     def renew() -> None:
         if indices.is_stale(folder, data.root, **settings):
             log.say(f"prepare: reading {data.root}")
-            indices.prepare(data.root, folder, strict=config.strict, **settings)
+            indices.prepare(data.root, folder, strict=config.strict, only_if_stale=True, **settings)
 
     distributed.on_main(world, renew)
     return indices.load(folder)
