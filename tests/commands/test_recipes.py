@@ -203,16 +203,27 @@ def test_unimatch_launch_lines_and_variants_resolve(name, monkeypatch):
 
 def test_camvid_unimatch_is_small_enough_for_two_cores():
     text, found = (RECIPES / "camvid_unimatch.toml").read_text(), recipe("camvid_unimatch")
-    streams = [Stream(samples=range(count), masked=False, number=i) for i, count in enumerate((46, 321))]
-    (steps, _) = (sampler.steps_per_epoch * found.train.epochs
-                  for sampler in stage_samplers(streams, found.train.batch_global, seed=0, stage=1))
-    crops = steps * found.train.batch_global
+    steps, crops = found.train.steps, found.train.steps * found.train.batch_global
     assert f"{steps} steps, {4 * crops // 1000} {4 * crops % 1000:03} crops" in text
     assert f"the control: {steps} steps, {crops // 1000} {crops % 1000:03} crops" in text
-    assert (found.method, found.model.backbone, found.model.pretrained) == (
-        "unimatch", "efficientnet-lite0", "imagenet")
+    assert (found.method, found.model.pretrained) == ("unimatch", "imagenet")
     published = AugmentConfig()
     assert found.augment.hue < published.hue and found.augment.jitter[0] > published.jitter[0]
+
+
+def test_camvid_recipes_differ_only_in_method_and_lengths():
+    own = {"method", "train.supervised_steps", "train.steps", "train.from_teacher"}
+    stpp, unimatch = (config.flatten(config.to_dict(recipe(f"camvid_{method}")))
+                      for method in ("stpp", "unimatch"))
+    assert {key for key in stpp if stpp[key] != unimatch[key]} == own
+
+
+def test_camvid_stpp_header_states_its_steps():
+    text, train = (RECIPES / "camvid_stpp.toml").read_text(), recipe("camvid_stpp").train
+    for stages, steps in (("stage 1", train.supervised_steps), ("stages 4 and 6", train.steps)):
+        thousands, rest = divmod(steps * train.batch_global, 1000)
+        assert re.search(f"{stages} +{steps} steps, +{thousands} {rest:03} crops", text)
+    assert re.search(f"control +{train.steps} steps", text)
 
 
 @pytest.mark.parametrize("name", CONSISTENCY)
