@@ -2,7 +2,7 @@
 
     python benchmarks/bench_rare.py --out benchmarks/results/rare-made-cpu.jsonl
     python benchmarks/bench_rare.py --name camvid --root DATA/camvid --recipe camvid_stpp \
-        --rare Pole SignSymbol Pedestrian Bicyclist Fence --out benchmarks/results/rare-camvid-cpu.jsonl
+        --rare pole sign pedestrian bicyclist fence --out benchmarks/results/rare-camvid-cpu.jsonl
 
 Without --root: 64 labelled pictures of the demonstration's kind, in which one class is a small disc in one
 picture of eight, 0.2 % of the pixels; supervised, 160 steps of 8 crops. Every run is `stpp train`, in a
