@@ -44,12 +44,33 @@ def test_every_recipe_resolves_and_flags_override_it(path, tmp_path, capsys):
     assert {key: config.flatten(resolved)[key] for key in config.flatten(told)} == config.flatten(told)
     assert resolved.keys() == {field.name for field in dataclasses.fields(Config)}
     changed = printed("--train.epochs", "3")
-    assert changed["train"].pop("epochs") == 3
-    del resolved["train"]["epochs"]
+    assert changed["train"].pop("epochs") == 3 and changed["train"].pop("steps") is None
+    del resolved["train"]["epochs"], resolved["train"]["steps"]
     assert changed == resolved
     whole = tmp_path / "config.json"  # the printed configuration is itself a recipe
     whole.write_text(json.dumps(printed()))
     assert config.to_dict(config.load_recipe(Config, whole)) == printed()
+
+
+@pytest.mark.parametrize("flags,lengths", [
+    ((), dict(epochs=5, steps=700, supervised_steps=300, supervised_epochs=None)),
+    (("--train.epochs", "3"), dict(epochs=3, steps=None, supervised_steps=300, supervised_epochs=None)),
+    (("--train.epochs=3", "--train.steps", "9"),
+     dict(epochs=3, steps=9, supervised_steps=300, supervised_epochs=None)),
+    (("--train.supervised_epochs", "2"),
+     dict(epochs=5, steps=700, supervised_steps=None, supervised_epochs=2)),
+])
+def test_length_on_the_command_line_replaces_the_recipes(flags, lengths, tmp_path, capsys):
+    """Else `--train.epochs 3` over a recipe in steps would change nothing, without a word."""
+    path = tmp_path / "mine.toml"
+    path.write_text("[train]\nepochs = 5\nsteps = 700\nsupervised_steps = 300\n")
+    cli.main(["train", "--recipe", str(path), *flags, "--print-config"])
+    train = json.loads(capsys.readouterr().out)["train"]
+    assert {name: train[name] for name in lengths} == lengths
+    path.write_text("[train]\nsupervised_epochs = 2\n")
+    cli.main(["train", "--recipe", str(path), "--train.supervised-steps", "8", "--print-config"])
+    train = json.loads(capsys.readouterr().out)["train"]
+    assert (train["supervised_steps"], train["supervised_epochs"]) == (8, None)
 
 
 def recipe(name: str) -> Config:

@@ -1,5 +1,6 @@
 """`stpp train`: a whole run, from a recipe and flags. Heavy imports are deferred."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,12 +47,22 @@ def train(args: Sequence[str]) -> None:
         start(options.config, world)
 
 
+_LENGTHS = {"--train.epochs": "steps", "--train.supervised-epochs": "supervised_steps",
+            "--train.supervised-steps": "supervised_epochs"}
+"""A flag of a stage's length, and the setting of the same length in the other unit that it replaces."""
+
+
 def parse(args: Sequence[str]) -> Train:
     """Reads the recipe, then the flags, which take precedence."""
-    recipe = None
+    recipe, given = None, set()
     for place, arg in enumerate(args, 1):
         name, is_joined, value = arg.partition("=")
+        given.add(name.replace("_", "-"))
         if name == "--recipe":
             recipe = value if is_joined else next(iter(args[place:]), None)  # None is rejected below
-    default = Train(config=config.load_recipe(Config, find(recipe))) if recipe is not None else None
-    return config.parse(Train, args, prog="stpp train", default=default)
+    if recipe is None:
+        return config.parse(Train, args, prog="stpp train")
+    base = config.load_recipe(Config, find(recipe))
+    replaced = {setting: None for flag, setting in _LENGTHS.items() if flag in given}
+    base = dataclasses.replace(base, train=dataclasses.replace(base.train, **replaced))
+    return config.parse(Train, args, prog="stpp train", default=Train(config=base))
