@@ -87,6 +87,10 @@ def outcome(action) -> object:
         return str(refused)
 
 
+def test_refused_value_with_a_line_break_is_one_line():
+    assert outcome(lambda: Config(pseudo_labels=Path("a\nb"))).startswith('--pseudo-labels is "a\\nb":')
+
+
 @pytest.mark.parametrize("cls", [House, Config])
 @given(data=st.data())
 @settings(max_examples=100, deadline=None)

@@ -43,7 +43,7 @@ by its contents."""
 
 def _check(condition: bool, flag: str, value: Any, allowed: str) -> None:
     if not condition:
-        raise UserError(f"--{flag} is {value}: it must be {allowed}")
+        raise UserError(f"--{flag} is {settings.shortened(str(value))}: it must be {allowed}")
 
 
 def check_view(view_px: int | None, flag: str = "view-px") -> None:
