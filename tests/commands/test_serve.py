@@ -17,6 +17,7 @@ from cli_cases import refused
 from stpp import checkpoint
 from stpp.annotations import runs
 from stpp.commands import serve
+from stpp.errors import UserError
 from stpp.images.pixels import BadImage
 
 SETUP = (
@@ -191,6 +192,17 @@ def test_unservable_checkpoints_are_refused(tmp_path, capsys):
     assert "no such folder" in refused(
         capsys, "serve", "--checkpoint", tmp_path / "best.pt", "--root", tmp_path / "gone"
     )
+
+
+def test_view_reaches_the_network(tmp_path, monkeypatch, capsys):
+    def opened(*_, view_px: int | None, **__) -> None:
+        raise UserError(f"a view of {view_px}")
+
+    monkeypatch.setattr("stpp.inference.single_images.open_image_predictor", opened)
+    (tmp_path / "best.pt").write_bytes(b"")
+    command = ["serve", "--checkpoint", tmp_path / "best.pt", "--root", tmp_path, "--view-px"]
+    assert "a view of 64" in refused(capsys, *command, "64")
+    assert "--view-px is 9: it must be from 16 to 32768" in refused(capsys, *command, "9")
 
 
 @pytest.mark.slow

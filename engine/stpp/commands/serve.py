@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stpp import __version__, config, files
-from stpp.commands.options import Compute, ComputeConfig, OutputStride
+from stpp.commands.options import Compute, ComputeConfig, OutputStride, ViewPx
 from stpp.config import Views
 from stpp.errors import UserError
 
@@ -36,10 +36,14 @@ class Serve:
     """Address to listen on; default: this machine only. There is no password."""
     port: int = 9090
     output_stride: OutputStride = None
+    view_px: ViewPx = None
     tta: Views = "none"
     max_pixels: int = 1 << 24
     """Largest accepted image; larger ones need much memory and get no mask."""
     compute: Compute = ComputeConfig()
+
+    def __post_init__(self):
+        config.check_view(self.view_px)
 
 
 class Refused(Exception):
@@ -63,7 +67,8 @@ def serve(args: Sequence[str]) -> None:
     with distributed.world(options.compute.device) as world:
         predictor = open_image_predictor(options.checkpoint, mode=options.tta, device=world.device,
                                          precision=options.compute.precision, max_pixels=options.max_pixels,
-                                         trust=False, output_stride=options.output_stride)
+                                         trust=False, output_stride=options.output_stride,
+                                         view_px=options.view_px)
         backend = LabelStudioBackend(predictor, options.root.resolve(), options.checkpoint.name)
         try:
             server = bound(backend, options.host, options.port)
