@@ -448,7 +448,8 @@ class Config(DeviceConfig):
     exclude: Path | None = None
     """List of images whose masks are not used, in the format of a split, for method retrain."""
     control: bool = False
-    """Control: also train on labels alone for as many steps as the last stage has."""
+    """Control: also train on labels alone for as many steps as the last stage has; with --train.from-teacher,
+    from the weights of stage 1, for as many as all later stages have."""
     seed: int = 0
     """Random seed of the run."""
     deterministic: bool = False

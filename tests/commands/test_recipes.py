@@ -243,7 +243,8 @@ def test_camvid_stpp_header_states_its_steps():
     text, train = (RECIPES / "camvid_stpp.toml").read_text(), recipe("camvid_stpp").train
     thousands, rest = divmod(train.steps * train.batch_global, 1000)
     assert f"stages 1, 4 and 6: {train.steps} steps, {thousands} {rest:03} crops each" in text
-    assert f"control: {train.steps} steps" in text and train.supervised_steps is None
+    assert f"control: {2 * train.steps} steps" in text and train.from_teacher
+    assert train.supervised_steps is None
 
 
 @pytest.mark.parametrize("name", CONSISTENCY)

@@ -138,12 +138,18 @@ class Run:
                        thirds=tuple(place / f"third-{i}.pt" for i in (1, 2, 3)) if keep_thirds else ())
 
     def control(self) -> None:
-        """Trains the control: on labels alone, with the steps and validation interval of the last stage."""
+        """Trains the control: on labels alone, with the steps and validation interval of the last stage.
+
+        Students that start from their teacher's weights train in sequence, so their control starts from the
+        weights of stage 1, and has the steps of all later stages.
+        """
         trained = [stage for stage in self.stages if "validate_steps" in stage]
-        last = trained[-1]
         teacher = self._folder(trained[0]["name"]) / "best.pt" if len(trained) > 1 else None
-        schedule = Schedule(steps=last["steps"], validate_steps=last["validate_steps"])
-        what = f"train on the labels alone for as many steps as {last['name']}"
+        equal = trained[1:] if teacher and self.config.train.from_teacher else trained[-1:]
+        schedule = Schedule(steps=sum(stage["steps"] for stage in equal),
+                            validate_steps=trained[-1]["validate_steps"])
+        what = ("train on the labels alone for as many steps as "
+                f"{' and '.join(stage['name'] for stage in equal)}")
         self.controlled = self._once("control", what, lambda: self._fit(
             "control", Supervised, (repeat_few(self.labelled),), schedule, CONTROL, teacher=teacher))
 
