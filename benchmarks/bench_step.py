@@ -12,9 +12,10 @@ the engine has its own loader; public and tuned have a DataLoader with PIL and a
 half of the samples strong (`bench_data.py`). Where many cores queue many batches, these are used up first and
 then a hundred steps in a row are timed.
 
-Rows: milliseconds a step; `.compiled` engine and compiled peer, measured last, because compiling takes
-minutes; `.files` with loading. Summaries: the parts of the engine's step; `step.engine_vs_public_ratio`;
-`step.engine_vs_tuned_ratio` (against the faster of tuned and compiled); both again as `step.files_...`;
+Rows: milliseconds a step; `.compiled` engine and compiled peer, and `.regional` the engine without and with
+`--train.compile`, measured last, because compiling takes minutes; `.files` with loading. Summaries: the parts
+of the engine's step; `step.engine_vs_public_ratio`; `step.engine_vs_tuned_ratio` (against the faster of tuned
+and compiled); both again as `step.files_...`; `step.engine_compile_ratio` (the gain of `--train.compile`);
 images a second; the step's nominal operations a second over the measured rate of a large matrix product; on a
 CPU, for networks with depthwise layers, the gain of the operator `depthwise_conv`
 (`step.depthwise_conv_ratio`: the engine's own step without it over that with it); and the share of the
@@ -60,14 +61,14 @@ Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def engine(options: argparse.Namespace, device: torch.device, folder: Path,
-           samples: Sequence[Sample] = ()) -> Trainer:
+           samples: Sequence[Sample] = (), *, compiled: bool = False) -> Trainer:
     """Builds the engine's trainer."""
     config = Config(
         data=DataConfig(root=folder), out=folder,
         model=ModelConfig(name=options.model, backbone=options.backbone, output_stride=options.output_stride,
                           pretrained="none"),
         augment=AugmentConfig(crop_px=options.crop),
-        train=TrainConfig(batch_global=options.batch, precision=options.precision),
+        train=TrainConfig(batch_global=options.batch, precision=options.precision, compile=compiled),
         deterministic=not options.cudnn_benchmark)  # for a step alone it only stops cuDNN's search
     return bare_trainer(config, World(device=device), folder, CLASSES, samples)
 
@@ -270,6 +271,15 @@ def main() -> None:
             agreeing(both)
             compiled = report.compare(f"{name}.compiled", shape, kind, both)
             ratio = min(ratio, compiled["compiled"]["median"] / compiled["engine"]["median"])
+            regional = engine(options, device, Path(folder), compiled=True)
+            for each in (trainer, regional):
+                each.step.network.load_state_dict(network.state_dict())
+            both = {"engine": variants["engine"],
+                    "engine, --train.compile": lambda: regional.train_step([(batch,)])[0]}
+            agreeing(both)
+            compiled = report.compare(f"{name}.regional", shape, kind, both)
+            report.summary("step.engine_compile_ratio", compiled["engine"]["median"]
+                           / compiled["engine, --train.compile"]["median"])
         report.summary("step.engine_vs_tuned_ratio", ratio)
         if not options.no_files:
             on_files(report, options, name, dtype, steps, Path(folder))

@@ -271,6 +271,8 @@ class TrainConfig(PrecisionConfig):
     does not depend on the number of ranks."""
     optimizer: Literal["sgd", "adamw", "apex"] = "sgd"
     """Optimiser: PyTorch's fused SGD or AdamW, or NVIDIA apex's FusedSGD."""
+    compile: bool = False
+    """Compile the blocks of the network with torch.compile for training; not yet measured on a GPU."""
     sync_bn: bool = False
     """Synchronised batch norm: statistics over all ranks."""
     validate_every: int = 1

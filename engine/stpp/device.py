@@ -1,10 +1,12 @@
-"""Device helpers: asynchronous copies, cached constants, CUDA graph capture and cuDNN autotuning.
+"""Device helpers: asynchronous copies, cached constants, CUDA graph capture, cuDNN autotuning and the compiler.
 
 On a CPU the same calls work: streams are None, memory is not pinned, and nothing is copied.
 """
 
 import contextlib
 import functools
+import os
+import shutil
 import threading
 from collections.abc import Iterator
 
@@ -28,6 +30,11 @@ def cudnn_search(enabled: bool) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
+
+
+def has_cpp_compiler() -> bool:
+    """Tells whether inductor finds a C++ compiler, which it needs on every device."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++"))
 
 
 @functools.cache

@@ -6,8 +6,6 @@ too, and be silently wrong; so would an unfrozen one compiled without `KEEP_CONS
 inlines vectors of up to eight numbers (the classifier's bias).
 """
 
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import torch
 from torch import nn
 
 import stpp_kernels  # noqa: F401  (packages call its operators by name)
+from stpp.device import has_cpp_compiler
 from stpp.errors import UserError
 from stpp.inference import export
 from stpp.inference.record import ANY_SIZE, Shapes
@@ -30,7 +29,7 @@ OPTIONS = {"cpp.dynamic_threads": True}
 
 def unavailable(device: torch.device) -> str | None:
     """Reason why this backend cannot compile for `device`; None if it can."""
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++")):
+    if not has_cpp_compiler():
         return "AOTInductor needs a C++ compiler; install g++"
     return None
 

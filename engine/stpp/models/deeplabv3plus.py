@@ -83,6 +83,7 @@ class DeepLabV3Plus(Network):
 
     head_lr_multiplier = 10.0
     classifier_name = "classifier"
+    head_parts = ("head", "fuse")
 
     def __init__(
         self,

@@ -139,6 +139,8 @@ class DINOv2(Backbone):
             third more time.
     """
 
+    block_types = (Block,)
+
     def __init__(self, name: str, *, checkpoint_activations: bool = False):
         super().__init__()
         width, depth, self.tapped, swiglu = VARIANTS[name]

@@ -105,6 +105,7 @@ class DPT(Network):
 
     head_lr_multiplier = 40.0
     classifier_name = "head.scratch.output_conv.2"
+    head_parts = ("head",)
     unused = ("backbone.mask_token", "head.scratch.refinenet4.resConfUnit1")
 
     def __init__(

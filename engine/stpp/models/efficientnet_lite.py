@@ -113,6 +113,7 @@ class EfficientNetLite(Backbone):
     """
 
     classifier_keys = ("_conv_head.", "_bn1.", "_fc.")
+    block_types = (InvertedResidual,)
 
     def __init__(self, name: str, output_stride: int):
         super().__init__()

@@ -15,6 +15,8 @@ class Backbone(nn.Module):
     """Grid g, in pixels: cells of the maps lie on it if sides are k * g + 1; None: any side will do."""
     classifier_keys: tuple[str, ...] = ()
     """Prefixes of a published file's keys that do not belong to the backbone."""
+    block_types: tuple[type[nn.Module], ...] = ()
+    """Types of the repeated blocks."""
 
 
 class Network(nn.Module):
@@ -28,6 +30,8 @@ class Network(nn.Module):
     classifier_name: str
     """Name of the module that computes the logits; its parameters have one row per class."""
     backbone: Backbone
+    head_parts: tuple[str, ...] = ()
+    """Names of the modules after the backbone that hold most of its layers, each called as a whole."""
     unused: tuple[str, ...] = ()
     """Modules and parameters in published files that no pass uses."""
     frozen = False
@@ -47,6 +51,11 @@ class Network(nn.Module):
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """Computes logits [N, num_classes, h, w] from normalised images [N, 3, H, W]."""
         return self.decode(*self.features(images_NCHW))
+
+    def regions(self) -> list[nn.Module]:
+        """Lists the parts that are worth compiling one by one: the backbone's blocks, and the head's parts."""
+        blocks = [part for part in self.backbone.modules() if isinstance(part, self.backbone.block_types)]
+        return blocks + [self.get_submodule(name) for name in self.head_parts]
 
     @property
     def least_px(self) -> int:

@@ -88,6 +88,7 @@ class PSPNet(Network):
 
     head_lr_multiplier = 10.0
     classifier_name = "head.conv5.5"
+    head_parts = ("head",)
 
     def __init__(self, backbone: Backbone, num_classes: int, *, dropout: bool = True):
         super().__init__()

@@ -136,6 +136,7 @@ class ResNet(Backbone):
     """
 
     classifier_keys = ("fc.",)
+    block_types = (BasicBlock, Bottleneck)
 
     def __init__(self, name: str, output_stride: int):
         super().__init__()

@@ -26,7 +26,7 @@ from stpp.loading.sample import Batch, Stream
 from stpp.loading.sampler import StepSampler, stage_samplers
 from stpp.models.build import architecture_of, parameter_groups
 from stpp.precision import autocast_dtype
-from stpp.training import batch_norm
+from stpp.training import batch_norm, compiled
 from stpp.training.assemble import over_ranks, stream_seed
 from stpp.training.class_meter import ClassMeter
 from stpp.training.optimizer import make_optimizer, step_unless
@@ -103,6 +103,8 @@ class Trainer:
                                         default_multiplier=step.network.head_lr_multiplier)
         self.autocast_dtype = autocast_dtype(config.train.precision, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.autocast_dtype == torch.float16)
+        if config.train.compile:
+            compiled.compile_regions(step)
         self.model = over_ranks(step, world, accumulate=config.train.accumulate)
         self.weights_T = torch.tensor(list(step.weights.values()), dtype=torch.float32, device=world.device)
         self.steps_done, self.best_step, self.best_miou, self.seconds = 0, 0, -1.0, 0.0
@@ -318,13 +320,13 @@ class Trainer:
     def _keep_thirds(self) -> None:
         for i, step in enumerate(self.schedule.keep_steps, 1):
             if step == self.steps_done:
-                with self._recalibrated(self.step.deployed):
+                with compiled.uncompiled(self.config.train), self._recalibrated(self.step.deployed):
                     self._keep(f"third-{i}.pt")
 
     def _validate(self) -> None:
         """Validates the current weights, and saves them as `best.pt` if they become the teacher."""
         distributed.broadcast_buffers(self.step)
-        with self._recalibrated(self.step.deployed):
+        with compiled.uncompiled(self.config.train), self._recalibrated(self.step.deployed):
             self._score_and_keep()
 
     def _score_and_keep(self) -> None:
