@@ -1,4 +1,4 @@
-"""Device helpers: asynchronous copies, cached constants, CUDA graph capture, cuDNN autotuning and the compiler.
+"""Device helpers: asynchronous copies, cached constants, CUDA graph capture, cuDNN autotuning, compiler.
 
 On a CPU the same calls work: streams are None, memory is not pinned, and nothing is copied.
 """

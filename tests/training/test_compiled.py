@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_trainer import tiny, trainer, weights_of
 from torch._dynamo.utils import counters
 
 from stpp import device
@@ -9,7 +10,6 @@ from stpp.dataset import index
 from stpp.errors import UserError
 from stpp.models.build import build_model
 from stpp.training import compiled
-from test_trainer import tiny, trainer, weights_of
 
 NETWORKS = [("deeplabv3plus", "resnet18", 16), ("pspnet", "resnet50", 8), ("deeplabv2", "resnet101", 8),
             ("deeplabv3plus", "efficientnet-lite0", 16), ("dpt", "dinov2-small", None)]

@@ -6,6 +6,7 @@ too, and be silently wrong; so would an unfrozen one compiled without `KEEP_CONS
 inlines vectors of up to eight numbers (the classifier's bias).
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 

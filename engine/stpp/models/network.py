@@ -53,7 +53,7 @@ class Network(nn.Module):
         return self.decode(*self.features(images_NCHW))
 
     def regions(self) -> list[nn.Module]:
-        """Lists the parts that are worth compiling one by one: the backbone's blocks, and the head's parts."""
+        """Lists the parts to compile one by one: the backbone's blocks, and the head's parts."""
         blocks = [part for part in self.backbone.modules() if isinstance(part, self.backbone.block_types)]
         return blocks + [self.get_submodule(name) for name in self.head_parts]
 

@@ -1,8 +1,8 @@
 """Regional compilation: `torch.compile` of each block and head of a network, for training.
 
 Equal blocks share a graph, so compiling takes a fraction of the time of a whole network, and
-DistributedDataParallel still sends gradients during the backward pass. State-dict keys, copies and checkpoints
-are those of the plain network.
+DistributedDataParallel still sends gradients during the backward pass. State-dict keys, copies and
+checkpoints are those of the plain network.
 """
 
 import contextlib
