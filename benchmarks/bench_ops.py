@@ -8,7 +8,9 @@
 
 import argparse
 import copy
+import os
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +20,25 @@ from harness import Report, arguments, minimum_ratio
 from stpp.models.efficientnet_lite import EfficientNetLite
 from stpp.models.layers import DepthwiseConv
 from stpp_kernels import dilated_conv3x3, implementations
+from stpp_kernels.dilated_conv import FORM_VARIABLE
 
 ASPP_RATES = (12, 24, 36)
 ASPP_MAPS = ("41x41", "63x63", "90x120")
 DEPTHWISE_IMAGES, DEPTHWISE_CROP, DEPTHWISE_STRIDE = 8, 241, 16
 """Crops of a step on a small machine, and the network's output stride."""
 SMALL = {"rounds": 1, "no_compile": True, "maps": ["9x9"], "depthwise_crop": 33}
+
+
+def in_form(form: str, function: Callable) -> Callable:
+    """Makes a function compute its dilated convolutions in a form."""
+    def run() -> object:
+        os.environ[FORM_VARIABLE] = form
+        try:
+            return function()
+        finally:
+            del os.environ[FORM_VARIABLE]
+
+    return run
 
 
 def dilated_conv(report: Report, options: argparse.Namespace) -> None:
@@ -61,13 +76,17 @@ def dilated_conv(report: Report, options: argparse.Namespace) -> None:
         variants = {"fused": fused, "eager": eager}
         if not options.no_compile:
             variants["compiled"] = torch.compile(eager, dynamic=False)
+        # on CUDA "fused" is cuDNN until one of these is faster
+        forms = ("taps", "triton") if report.device.type == "cuda" else ()
         with torch.no_grad():
-            for mine, theirs in zip(fused(), eager(), strict=True):
-                torch.testing.assert_close(mine.float(), theirs.float(), rtol=0.02, atol=0.02)
+            for other in (eager, *(in_form(form, fused) for form in forms)):
+                for mine, theirs in zip(fused(), other(), strict=True):
+                    torch.testing.assert_close(mine.float(), theirs.float(), rtol=0.02, atol=0.02)
         for name, wrap in (("forward", forward), ("forward_backward", training)):
             rows = report.compare(
                 f"dilated_conv.{name}", f"4,2048,{height},{width}", options.conv_dtype,
-                {label: wrap(function) for label, function in variants.items()},
+                {label: wrap(function) for label, function in variants.items()}
+                | {form: in_form(form, wrap(fused)) for form in forms},
             )  # fmt: skip
             ratio = minimum_ratio([(rows["fused"], rows["eager"])])
             report.summary(f"dilated_conv.{name}_ratio_{height}x{width}", ratio)

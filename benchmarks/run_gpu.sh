@@ -140,6 +140,7 @@ second() {
     fi
     step_compiled
     bench step-r101-721 50 bench_step --backbone resnet101 --crop 721 --batch 8 --no-compile --no-files --rounds 3
+    bench ops-conv 30 bench_ops --only dilated_conv --maps 41x41 90x120 --no-compile --rounds 5
     bench unimatch 60 bench_unimatch --no-compile --no-files --rounds 3
     bench teacher 100 bench_teacher --backends inductor --frozen --sizes 360x480 --batches 8 16
     bench label 60 bench_label --tta stpp --images 64 --size 360x480 --public-images 8

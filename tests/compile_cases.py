@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from stpp_kernels.triton import dilated_conv
 from stpp_kernels.triton.argmax import upsample_argmax
 from stpp_kernels.triton.confusion import confusion
 from stpp_kernels.triton.cross_entropy import upsample_cross_entropy
@@ -111,6 +112,15 @@ def label_calls(low: torch.Tensor, size: tuple[int, int]) -> None:
     finalize(sums)
 
 
+def convolution_calls(channels_in: int, channels_out: int, dtype: torch.dtype) -> None:
+    """Records the three products of a dilated convolution of ASPP's maps."""
+    x, out = (logits((4, channels, 41, 41), dtype, True) for channels in (channels_in, channels_out))
+    weight = logits((channels_out, channels_in, 3, 3), dtype, True)
+    dilated_conv.forward(x, weight, 12, out)
+    dilated_conv.input_gradient(out, weight, 12, x)
+    dilated_conv.weight_gradient(out, x, 12, weight)
+
+
 def calls(classes: int, full: bool) -> dict[str, Variant]:
     """Records variants of all kernels for this number of classes; all dtypes, layouts and options if
     `full`."""
@@ -127,6 +137,10 @@ def calls(classes: int, full: bool) -> dict[str, Variant]:
             shape = (2, *ODD_FULL)
             confusion(torch.empty(shape, dtype=pred), torch.empty(shape, dtype=target), classes, 255, True,
                       both)
+    for dtype in dtypes[-2:]:
+        for channels in (classes, 256):
+            with recorded(f"2048 to {channels} channels, {str(dtype)[6:]}", variants):
+                convolution_calls(2048, channels, dtype)
     return variants
 
 

@@ -47,7 +47,7 @@ WIDE = 1024
 columns."""
 
 FORM_VARIABLE = "STPP_DILATED_CONV"
-"""Environment variable: "taps" or "conv" forces that form; unset: `form` decides."""
+"""Environment variable: "taps", "conv" or, on CUDA, "triton" forces that form; unset: `form` decides."""
 
 
 def valid_share(height: int, width: int, dilation: int) -> float:
@@ -57,22 +57,26 @@ def valid_share(height: int, width: int, dilation: int) -> float:
 
 
 def form(product: str, x_NIHW: Tensor, dilation: int) -> str:
-    """Chooses the form of a product: "taps" or "conv" (`F.conv2d`, in the dtype of `_compute_dtype`).
+    """Chooses the form of a product: the taps, or "conv" (`F.conv2d`, in the dtype of `_compute_dtype`).
 
     Measured (benchmarks/NOTES.md): oneDNN's convolution skips padding in the forward pass and in the input
     gradient, in float32 and in AVX-512's bfloat16: 0.8 to 2.5 times as fast as the taps. It does not in the
     weight gradient (1.2 to 10 times as slow), nor in AMX's bfloat16. If bfloat16 is emulated, the taps widen
     it while copying to their buffer, which the convolution does in a separate pass: 1.2 times as slow. On
-    CUDA the taps work but have not been compared with cuDNN: only STPP_DILATED_CONV=taps enables them.
+    CUDA neither the taps nor the implicit product in Triton (`triton/dilated_conv.py`) has been compared with
+    cuDNN: only STPP_DILATED_CONV=taps or =triton enables them.
 
     Args:
         product: "forward", "input gradient" or "weight gradient".
         x_NIHW: input of the convolution.
         dilation: at least 1.
+
+    Returns:
+        "taps", "conv" or "triton".
     """
     forced = _forced_form()
     if forced:
-        return forced
+        return "taps" if forced == "triton" and x_NIHW.dtype not in dispatch.CPP_DTYPES else forced
     share = valid_share(*x_NIHW.shape[2:], dilation)
     if x_NIHW.device.type != "cpu" or share > MAX_VALID_SHARE:
         return "conv"
@@ -85,7 +89,7 @@ def form(product: str, x_NIHW: Tensor, dilation: int) -> str:
 def _forced_form() -> str:
     """Form that the environment forces, or ""."""
     requested = os.environ.get(FORM_VARIABLE, "")
-    if requested in ("taps", "conv"):
+    if requested in ("taps", "conv", "triton"):
         return requested
     return "conv" if dispatch.reference_forced() else ""
 
@@ -123,6 +127,29 @@ def valid_taps_backward(
         _input_gradient(grad_HNWO, _taps(weight_OI33, compute), dilation, grad_x.permute(2, 0, 3, 1))
     if need_weight:
         _weight_gradient(grad_NOHW, x_NIHW, dilation, compute, grad_weight.permute(2, 3, 0, 1))
+    return grad_x, grad_weight
+
+
+def implicit_product(x_NIHW: Tensor, weight_OI33: Tensor, dilation: int) -> Tensor:
+    """Computes the forward pass in one Triton kernel; channels_last, in x's dtype."""
+    from stpp_kernels.triton import dilated_conv
+
+    out = _empty_like_output(x_NIHW, weight_OI33)
+    dilated_conv.forward(x_NIHW, weight_OI33, dilation, out)
+    return out
+
+
+def implicit_product_backward(
+    grad_NOHW: Tensor, x_NIHW: Tensor, weight_OI33: Tensor, dilation: int, need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """Computes the gradients, as `valid_taps_backward`, in one Triton kernel each."""
+    from stpp_kernels.triton import dilated_conv
+
+    grad_x, grad_weight = _empty_gradients(x_NIHW, weight_OI33, need_x, need_weight)
+    if need_x:
+        dilated_conv.input_gradient(grad_NOHW, weight_OI33, dilation, grad_x)
+    if need_weight:
+        dilated_conv.weight_gradient(grad_NOHW, x_NIHW, dilation, grad_weight)
     return grad_x, grad_weight
 
 
@@ -266,8 +293,9 @@ def _empty_gradients(x: Tensor, weight: Tensor, need_x: bool, need_weight: bool)
 
 
 def _forward(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
-    if form("forward", x, dilation) == "taps":
-        return valid_taps(x, weight, dilation)
+    form_of = {"taps": valid_taps, "triton": implicit_product}
+    if chosen := form_of.get(form("forward", x, dilation)):
+        return chosen(x, weight, dilation)
     compute = _compute_dtype(x)
     return _empty_like_output(x, weight).copy_(
         reference.dilated_conv3x3(x.to(compute), weight.to(compute), dilation)
@@ -277,7 +305,7 @@ def _forward(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
 def _backward_kernel(
     grad: Tensor, x: Tensor, weight: Tensor, dilation: int, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    forms = {"taps": valid_taps_backward, "conv": convolution_backward}
+    forms = {"taps": valid_taps_backward, "conv": convolution_backward, "triton": implicit_product_backward}
     for_x = forms[form("input gradient", x, dilation)]
     for_weight = forms[form("weight gradient", x, dilation)]
     if for_x is for_weight or not (need_x and need_weight):
@@ -324,7 +352,7 @@ def _backward(ctx, grad):
 torch.library.register_autograd("stpp_kernels::dilated_conv3x3", _backward, setup_context=_setup_context,
                                 lib=dispatch.LIB)
 for _name in ("dilated_conv3x3", "dilated_conv3x3_backward"):
-    _named = {"taps": "valid taps", "conv": "conv2d"}
+    _named = {"taps": "valid taps", "conv": "conv2d", "triton": "triton"}
     dispatch.set_reported(_name, "cpu", _named.get(_forced_form(), "valid taps or conv2d"))
     dispatch.set_reported(_name, "cuda", _named.get(_forced_form(), "conv2d"))
 

@@ -18,7 +18,7 @@ from engine_cases import (
     sizes_from,
     tiny,
 )
-from stpp import checkpoint, cli
+from stpp import checkpoint, cli, device
 from stpp.errors import UserError
 from stpp.images.pixels import normalised
 from stpp.inference import export, fold, gate, inductor
@@ -195,7 +195,7 @@ def test_compile_command_builds_checks_and_reopens(tmp_path, capsys):
 
 
 def test_missing_compiler_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(inductor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(device.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="C\\+\\+ compiler"):
         compile_predictor(save(tmp_path / "best.pt", 0), tmp_path / "x", load=load, device=CPU,
                           backend="inductor", precision="fp32")

@@ -21,6 +21,8 @@ PROGRAM = Path(__file__).parents[1] / "compile_cases.py"
 OLDER = ROOT / "build" / "triton-3.6.0"
 KERNELS = {"forward", "finish", "argmax_kernel", "logsumexp_kernel", "accumulate_kernel", "finalize_kernel",
            "confusion_kernel"}
+CONVOLUTIONS = {"convolution_kernel", "weight_gradient_kernel"}
+"""Kernels of training that are pipelined through shared memory; their shapes do not vary within a run."""
 VERSIONS = [
     "",
     pytest.param("3.6.0", marks=[
@@ -46,10 +48,10 @@ def compiled(tmp_path: Path, version: str, *arguments: str, limit_s: float) -> l
 
 
 def check(rows: list[dict]) -> None:
-    assert {row["kernel"] for row in rows} == KERNELS
+    assert {row["kernel"] for row in rows} == KERNELS | CONVOLUTIONS
     assert [row for row in rows if row["stack"] or row["local"]] == [], "registers spill"
-    assert [row for row in rows
-            if row["shared"] > 48 * 1024] == [], "more shared memory than any GPU gives without asking"
+    for row in rows:  # the least that any GPU gives without asking, and the most of a GeForce
+        assert row["shared"] <= (99 if row["kernel"] in CONVOLUTIONS else 48) * 1024, row
 
 
 def table(rows: list[dict]) -> str:

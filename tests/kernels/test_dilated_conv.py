@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_cases import LAYOUTS, assert_three_way, laid_out
+from kernels_cases import LAYOUTS, TOLERANCE, TRITON, assert_three_way, laid_out
 from stpp_kernels import dilated_conv, dilated_conv3x3
 
-FORMS = ["taps", "conv", ""]
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=[pytest.mark.gpu,
-                                pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]),
+FORMS = ["taps", "conv", "", TRITON]
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+CASES = [
+    *((form, "cpu") for form in ("taps", "conv", "")),
+    pytest.param("triton", "cpu", marks=TRITON.marks),
+    *(pytest.param(form, "cuda", marks=GPU) for form in ("taps", "conv", "", "triton")),
 ]
 
 
@@ -53,13 +54,16 @@ def check(form, device, shape, channels, dilation, dtype, layout, seed=0):
         for kind in (dtype, torch.float64)
     ]
     assert fused[0].is_contiguous(memory_format=torch.channels_last) and fused[0].dtype == dtype
-    for name, *tensors in zip(("output", "gradient of x", "gradient of the weight"), fused, *plain,
-                              strict=True):
-        assert_three_way(name, *tensors)
+    # The taps' 16-bit products are rounded before they are added: up to nine of a pixel, one per image of the
+    # weight. Their errors add up like random ones.
+    products = {"output": 9, "gradient of x": 9, "gradient of the weight": shape[0]}
+    for (name, number), *tensors in zip(products.items(), fused, *plain, strict=True):
+        rounding = TOLERANCE[dtype] * max(1.0, tensors[-1].abs().max().item() if tensors[-1].numel() else 0.0)
+        slack = number**0.5 * rounding if form == "taps" and dtype.itemsize == 2 else 0.0
+        assert_three_way(name, *tensors, slack)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form,device", CASES)
 @given(
     n=st.integers(1, 3), i=st.integers(1, 5), o=st.integers(1, 4), h=st.integers(1, 14), w=st.integers(1, 14),
     dilation=st.integers(1, 15), dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
@@ -70,8 +74,7 @@ def test_same_as_conv2d(form, device, n, i, o, h, w, dilation, dtype, layout, se
     check(form, device, (n, i, h, w), o, dilation, dtype, layout, seed)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form,device", CASES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(1, 16, 13, 17), (2, 3, 4, 9), (1, 1, 1, 1)])
 def test_float16_is_the_same_as_conv2d(form, device, layout, shape):
@@ -107,16 +110,20 @@ def test_cudnn_output_is_converted_to_channels_last(layout, dtype):
         torch.testing.assert_close(mine, theirs)
 
 
-def test_empty_batch_and_one_sided_gradients():
-    with forced("taps"):
+@pytest.mark.parametrize("form", FORMS)
+def test_empty_batch(form):
+    with forced(form):
         assert dilated_conv3x3(torch.zeros(0, 2, 5, 5), torch.zeros(3, 2, 3, 3), 2).shape == (0, 3, 5, 5)
-    for form in FORMS:
-        with forced(form):
-            for which in (0, 1):
-                arguments = [torch.randn(1, 2, 9, 9), torch.randn(3, 2, 3, 3)]
-                arguments[which].requires_grad_()
-                dilated_conv3x3(*arguments, 4).sum().backward()
-                assert arguments[which].grad is not None and arguments[1 - which].grad is None
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("which", [0, 1])
+def test_only_needed_gradients_are_computed(form, which):
+    with forced(form):
+        arguments = [torch.randn(1, 2, 9, 9), torch.randn(3, 2, 3, 3)]
+        arguments[which].requires_grad_()
+        dilated_conv3x3(*arguments, 4).sum().backward()
+        assert arguments[which].grad is not None and arguments[1 - which].grad is None
 
 
 def test_valid_share_counts_taps_inside_the_map():
