@@ -27,8 +27,8 @@ PARTS = {
     "first": {"step", "profile", "profile-no-search", "shapes", "fused-conv", "teacher-eager", "loss",
               "label",
               "label-mixed", "run"},
-    "second": {"step", "unimatch", "step-r101-721", "ops-conv", "teacher", "label", "label-mixed", "ops-labelling",
-               "resume", "memory"},
+    "second": {"step", "unimatch", "step-r101-721", "ops-conv", "teacher", "label", "label-mixed",
+               "ops-labelling", "resume", "memory"},
 }
 """Parts that write rows."""
 
