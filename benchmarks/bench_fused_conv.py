@@ -1,23 +1,23 @@
-"""A folded bottleneck by cuDNN's fused convolutions against PyTorch's: values and time.
+"""A folded bottleneck with fused convolutions against PyTorch's: values and time.
 
     python benchmarks/bench_fused_conv.py --out benchmarks/results/last.jsonl
 
 With batch norm folded, a block is three convolutions with bias, each followed by ReLU, the last after adding
 the shortcut. PyTorch launches the convolution, the bias, the ReLU and the sum one by one;
-`torch.cudnn_convolution_relu` and `torch.cudnn_convolution_add_relu` compute them in one pass. If they do not
-support a type or layout (their message is printed), and on a CPU, which has no cuDNN, the fused form is
-composed of plain operators, and its variant is named so.
+`stpp.inference.fused` computes them in one pass. What cuDNN does not support has its message printed and no
+row. On a CPU, which has no cuDNN, the fused form is composed of plain operators.
 
 Rows: `fused_conv.bottleneck`, by type. Summaries, by type: `fused_conv.served` (1: by cuDNN), `.ratio` of
 times, and the largest errors against float64, relative to the largest value: `.error`, `.eager_error`.
 """
 
+import copy
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness import Report, arguments
-from stpp.inference import fold
+from stpp.inference import fold, fused
 from stpp.models.resnet import Bottleneck
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -35,26 +35,6 @@ def bottleneck(width: int, dilation: int) -> nn.Module:
     return fold.fold_batch_norm(block.double().eval().requires_grad_(False))
 
 
-def by_cudnn(block: nn.Module, x_NCHW: Tensor) -> Tensor:
-    """Computes the block in three calls of cuDNN."""
-    one, two, three = block.conv1, block.conv2, block.conv3
-    y_NCHW = torch.cudnn_convolution_relu(x_NCHW, one.weight, one.bias, one.stride, one.padding, one.dilation,
-                                          1)
-    y_NCHW = torch.cudnn_convolution_relu(y_NCHW, two.weight, two.bias, two.stride, two.padding, two.dilation,
-                                          1)
-    return torch.cudnn_convolution_add_relu(y_NCHW, three.weight, x_NCHW, 1.0, three.bias, three.stride,
-                                            three.padding, three.dilation, 1)
-
-
-def composed(block: nn.Module, x_NCHW: Tensor) -> Tensor:
-    """Computes the same with plain operators."""
-    one, two, three = block.conv1, block.conv2, block.conv3
-    y_NCHW = F.conv2d(x_NCHW, one.weight, one.bias, one.stride, one.padding, one.dilation).relu_()
-    y_NCHW = F.conv2d(y_NCHW, two.weight, two.bias, two.stride, two.padding, two.dilation).relu_()
-    y_NCHW = F.conv2d(y_NCHW, three.weight, three.bias, three.stride, three.padding, three.dilation)
-    return y_NCHW.add_(x_NCHW).relu_()
-
-
 def error(values: Tensor, truth: Tensor) -> float:
     """Returns the largest difference over the largest magnitude of the truth."""
     return ((values.double() - truth).abs().max() / truth.abs().max()).item()
@@ -66,20 +46,21 @@ def measure(report: Report, exact: nn.Module, images_NCHW: Tensor, name: str) ->
     block = bottleneck(exact.conv1.out_channels, exact.conv2.dilation[0])
     block.to(report.device, dtype=dtype, memory_format=torch.channels_last)
     x_NCHW = images_NCHW.to(dtype).contiguous(memory_format=torch.channels_last)
-    fused, label = by_cudnn, "cudnn_convolution_(add_)relu"
+    merged = fused.fuse(nn.Sequential(copy.deepcopy(block)))
     try:
-        by_cudnn(block, x_NCHW)
-    except (RuntimeError, NotImplementedError) as refusal:
+        merged(x_NCHW)
+    except RuntimeError as refusal:
         print(f"{name}: not supported by cuDNN's fused convolutions: "
               f"{str(refusal).splitlines()[0][:160]}", flush=True)
-        fused, label = composed, "composed"
-    report.summary(f"fused_conv.served.{name}", float(fused is by_cudnn))
+        report.summary(f"fused_conv.served.{name}", 0.0)
+        return
+    report.summary(f"fused_conv.served.{name}", float(report.device.type == "cuda"))
     truth = exact(x_NCHW.double())
-    report.summary(f"fused_conv.error.{name}", error(fused(block, x_NCHW), truth))
+    report.summary(f"fused_conv.error.{name}", error(merged(x_NCHW), truth))
     report.summary(f"fused_conv.eager_error.{name}", error(block(x_NCHW), truth))
     rows = report.compare("fused_conv.bottleneck", ",".join(map(str, x_NCHW.shape)), name,
-                          {"eager": lambda: block(x_NCHW), label: lambda: fused(block, x_NCHW)})
-    report.summary(f"fused_conv.ratio.{name}", rows["eager"]["median"] / rows[label]["median"])
+                          {"eager": lambda: block(x_NCHW), "fused": lambda: merged(x_NCHW)})
+    report.summary(f"fused_conv.ratio.{name}", rows["eager"]["median"] / rows["fused"]["median"])
 
 
 @torch.inference_mode()

@@ -10,7 +10,8 @@ size. The network has random weights: time does not depend on them. Its agreemen
 measured on smooth random images.
 
 Rows: milliseconds of one forward pass over a batch, `teacher.forward` eager and public,
-`teacher.forward.NAME` a compiled teacher with eager. Summaries: operations a second of eager; seconds to
+`teacher.forward.fused` eager with fused convolutions (on a GPU, where they may pay), `teacher.forward.NAME` a
+compiled teacher with eager. Summaries: operations a second of eager; seconds to
 compile, and to load another teacher's weights; agreement; the smallest ratio to eager over all shapes; the
 number of images of the first size (one view) after which compiling pays off; and
 `teacher.best_vs_public_ratio`: images a second of the best variant and batch, the smallest of all sizes.
@@ -28,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from harness import Report, arguments, minimum_ratio, nominal_flop
-from stpp.inference import build, export, gate
+from stpp.inference import build, export, fused, gate
 from stpp.inference.build import BACKENDS, PRECISIONS, Compilation
 from stpp.inference.protocol import Predictor
 from stpp.inference.record import ANY_SIZE, Shapes, weights_sha256
@@ -157,6 +158,12 @@ def main() -> None:
     report.summary("teacher.eager_vs_public_ratio",
                    min(ms["public"] / ms["eager"] for ms in measured.image_ms))
     labels = ["eager"]
+    if report.device.type == "cuda" or options.small:
+        with torch.inference_mode(False):
+            merged = plan.eager()
+            fused.fuse(merged._network)
+        measured.measure("teacher.forward.fused", {"eager fused": merged.logits, "eager": eager.logits})
+        labels.append("eager fused")
     with torch.inference_mode(False):
         teachers = () if options.no_compile else compiled(report, plan, options)
         for label, teacher in teachers:

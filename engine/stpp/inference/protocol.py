@@ -1,7 +1,7 @@
 """Interfaces of predictors and compiler backends, and the eager and compiled predictors."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from stpp import log
-from stpp.inference import fold
+from stpp.inference import fold, fused
 from stpp.inference.record import EngineRecord, Shapes
 
 Run = Callable[[torch.Tensor], torch.Tensor]
@@ -96,6 +96,9 @@ class EagerPredictor:
     def __init__(self, network: nn.Module, *, num_classes: int, device: torch.device, dtype: torch.dtype,
                  view_px: int | None = None, identity: Identity | None = None):
         self._network, self.identity = fold.ready(network, device=device, dtype=dtype), identity
+        if fused.requested(device):
+            fused.fuse(self._network)
+            self.identity = identity and replace(identity, backend="eager-fused")
         self.num_classes, self.view_px, self._dtype = num_classes, view_px, dtype
 
     def logits(self, images_NCHW: torch.Tensor) -> torch.Tensor:
