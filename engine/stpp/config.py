@@ -248,7 +248,8 @@ class TrainConfig(PrecisionConfig):
     labelled_ratio: float = 1.0
     """Minimum ratio of labelled to pseudo-labelled entries in retraining, reached by repetition."""
     from_teacher: bool = False
-    """Students and the control start from the teacher's weights; not part of the published methods."""
+    """Students and the control start from the teacher's weights; unimatch, unimatch-v2 and fixmatch start
+    from a stage on the labels alone. Not part of the published methods."""
     recalibrate_bn: int = 0
     """Training images that recompute batch-norm statistics before validation; 0: running averages."""
     batch_global: int = 16

@@ -70,6 +70,23 @@ def test_run_logs_every_term_and_control_takes_as_many_steps(train, tmp_path, ca
     assert f"<td>{stage['last_miou']:.2f}</td>" in page and "final, %" in page
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("method", ["unimatch", "unimatch-v2"])
+def test_training_starts_from_a_stage_on_the_labels(train, tmp_path, capsys, method):
+    """The learning rate is so low that weights keep their initial values."""
+    code, _, said = ended(capsys, *train("--method", method, "--train.from-teacher", "--train.lr", 1e-12,
+                                         "--train.supervised-epochs", 3, "--control"))
+    assert code == 0, said
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    steps = {stage["name"]: stage["steps"] for stage in [*results["stages"], results["control"]]}
+    assert steps == {"1-supervised": 6, f"2-{method}": 4, "control": 4}
+    first, second = (checkpoint.load(tmp_path / "run" / "stages" / name / "best.pt")["model"]
+                     for name in ("1-supervised", f"2-{method}"))
+    assert all(torch.allclose(second[key], value, atol=1e-6) for key, value in first.items()
+               if value.is_floating_point() and "running" not in key)
+
+
 def test_non_finite_step_names_images_of_every_stream(synthetic_index, tmp_path):
     known = index.load(synthetic_index)
     names = sorted(known.entries)

@@ -13,8 +13,25 @@ import torch
 
 from stpp.images.masks import IGNORE
 from stpp.loading.sample import Batch, Sample, Stream
+from stpp.methods.stages import Stages
+from stpp.methods.supervised import Supervised, repeat_few
 from stpp.training.class_rules import NONE, ClassRules
+from stpp.training.step import Step
 from stpp_kernels import upsample_argmax
+
+
+def train(run: Stages, name: str, step: type[Step]) -> None:
+    """Runs the stage of a consistency method.
+
+    With `--train.from-teacher` a stage on the labels alone comes first, whose weights it starts from: until
+    predictions are confident, unlabelled images cost time and teach nothing. Not part of the published
+    methods.
+    """
+    if not run.from_teacher:
+        run.train(f"1-{name}", step, run.labelled, run.unlabelled)
+        return
+    first = run.train("1-supervised", Supervised, repeat_few(run.labelled), supervised=True)
+    run.train(f"2-{name}", step, run.labelled, run.unlabelled, teacher=first.best)
 
 
 def weak_and_strong(labelled: Sequence[Sample], unlabelled: Sequence[Sample], *,

@@ -30,6 +30,8 @@ class Stages(Protocol):
     unlabelled: list[Sample]
     labelled_ratio: float
     """Minimum ratio of labelled to pseudo-labelled entries in a joint list."""
+    from_teacher: bool
+    """Initial weights of later stages: those of their teacher, not the pretrained ones."""
 
     def train(self, name: str, step: type[Step], *lists: Sequence[Sample], teacher: Path | None = None,
               supervised: bool = False, keep_thirds: bool = False, key: int | None = None) -> Trained:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from stpp.config import Config
 from stpp.images.masks import IGNORE
 from stpp.loading.sample import Batch, Sample, Stream
+from stpp.methods import consistency
 from stpp.methods.consistency import mixed_losses, mixed_views, pseudo_labels, shown_pixels, weak_and_strong
 from stpp.methods.stages import Stages
 from stpp.training.loss import labelled_loss
@@ -49,5 +50,5 @@ class UniMatch(Step):
 
 
 def train(run: Stages) -> None:
-    """Runs the single stage."""
-    run.train("1-unimatch", UniMatch, run.labelled, run.unlabelled)
+    """Runs the stages of UniMatch."""
+    consistency.train(run, "unimatch", UniMatch)

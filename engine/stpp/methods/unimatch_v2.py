@@ -13,6 +13,7 @@ from torch import nn
 from stpp.config import Config
 from stpp.images.masks import IGNORE
 from stpp.loading.sample import Batch, Sample, Stream
+from stpp.methods import consistency
 from stpp.methods.consistency import mixed_losses, mixed_views, pseudo_labels, shown_pixels, weak_and_strong
 from stpp.methods.stages import Stages
 from stpp.training.ema import MovingAverage
@@ -108,10 +109,10 @@ def complementary_dropout(n: int, channels: Sequence[int], device: torch.device)
 
 
 def train(run: Stages) -> None:
-    """Runs the single stage."""
-    run.train("1-unimatch-v2", UniMatchV2, run.labelled, run.unlabelled)
+    """Runs the stages of UniMatch-V2."""
+    consistency.train(run, "unimatch-v2", UniMatchV2)
 
 
 def train_fixmatch(run: Stages) -> None:
-    """Runs the single stage."""
-    run.train("1-fixmatch", FixMatch, run.labelled, run.unlabelled)
+    """Runs the stages of FixMatch."""
+    consistency.train(run, "fixmatch", FixMatch)

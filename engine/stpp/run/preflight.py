@@ -83,7 +83,9 @@ def _warn_of_overlaps(lists: dict[str, Sequence[Sample]], twins: Mapping[str, in
 def _room(config: Config, weights: int, unlabelled: Sequence[Sample]) -> None:
     """Checks the disk space for checkpoints and pseudo labels; a resumed run has already written a part."""
     masks = sum(sample.width * sample.height for sample in unlabelled) * MASK_BITS / 8
-    copies = METHODS[config.method].checkpoints + METHODS["supervised"].checkpoints * config.control
+    method = METHODS[config.method]
+    on_labels = config.control + (method.pairs and config.train.from_teacher)
+    copies = method.checkpoints + METHODS["supervised"].checkpoints * on_labels
     needed, free = copies * weights + masks, shutil.disk_usage(config.out).free
     if needed > free:  # listing what may be millions of masks is slow
         needed -= sum(path.stat().st_size for path in config.out.glob("stages/**/*") if path.is_file())

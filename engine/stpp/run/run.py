@@ -74,6 +74,7 @@ class Run:
         self.lists = lists.read(self.config, self.world, self.index, self.notes)
         self.labelled, self.unlabelled, self.val = self.lists.labelled, self.lists.unlabelled, self.lists.val
         self.labelled_ratio = self.config.train.labelled_ratio
+        self.from_teacher = self.config.train.from_teacher
         self.class_monitor = ClassMonitor.of(self.index, self.labelled, self.val,
                                              advice=METHODS[self.config.method].advice)
         self.stages: list[dict] = []
@@ -145,7 +146,7 @@ class Run:
         """
         trained = [stage for stage in self.stages if "validate_steps" in stage]
         teacher = self._folder(trained[0]["name"]) / "best.pt" if len(trained) > 1 else None
-        equal = trained[1:] if teacher and self.config.train.from_teacher else trained[-1:]
+        equal = trained[1:] if teacher and self.from_teacher else trained[-1:]
         schedule = Schedule(steps=sum(stage["steps"] for stage in equal),
                             validate_steps=trained[-1]["validate_steps"])
         what = ("train on the labels alone for as many steps as "
@@ -209,7 +210,7 @@ class Run:
     def _fit(self, name: str, step: type[Step], lists: Sequence[Sequence[Sample]], schedule: Schedule,
              key: int, *, teacher: Path | None = None) -> dict:
         network = fresh_network(self.config, self.world, self.index.classes, stage=key)
-        if teacher is not None and self.config.train.from_teacher:
+        if teacher is not None and self.from_teacher:
             network.load_state_dict(load_network(teacher).network.state_dict())
         built = step(network, self.config)
         built.rules = class_rules.for_run(self.config, self.index.classes, self.class_monitor.labelled,
