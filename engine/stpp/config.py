@@ -389,6 +389,9 @@ class LabelConfig:
 class StageLabelConfig(LabelConfig):
     """Pseudo labelling in the stages of a run."""
 
+    relabel: bool = False
+    """ST++: stage 5 labels all images with the better network, not only those that stage 3 left out. Not part
+    of the published method."""
     precision: float | None = None
     """Target precision of each class's pseudo labels, for `--label.min-confidence auto`."""
 

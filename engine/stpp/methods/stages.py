@@ -30,6 +30,8 @@ class Stages(Protocol):
     unlabelled: list[Sample]
     labelled_ratio: float
     """Minimum ratio of labelled to pseudo-labelled entries in a joint list."""
+    relabel: bool
+    """The second round of ST++ labels the images of the first one again."""
     from_teacher: bool
     """Initial weights of later stages: those of their teacher, not the pretrained ones."""
 

@@ -75,6 +75,7 @@ class Run:
         self.labelled, self.unlabelled, self.val = self.lists.labelled, self.lists.unlabelled, self.lists.val
         self.labelled_ratio = self.config.train.labelled_ratio
         self.from_teacher = self.config.train.from_teacher
+        self.relabel = self.config.label.relabel
         self.class_monitor = ClassMonitor.of(self.index, self.labelled, self.val,
                                              advice=METHODS[self.config.method].advice)
         self.stages: list[dict] = []
