@@ -12,7 +12,7 @@ LABELLED, RELIABLE, REST = ["a", "b"], ["u2", "u4"], ["u1", "u3"]
 
 
 class Recorder(SimpleNamespace):
-    """Run whose networks and masks are words: "u1 by 4-retrain" is an image labelled by that stage's network."""
+    """Run whose networks and masks are words: "u1 by 4-retrain" is u1, labelled by that stage's network."""
 
     labelled, unlabelled, labelled_ratio = LABELLED, sorted(RELIABLE + REST), 1.0
 
