@@ -604,6 +604,26 @@ def test_agreement_floor_is_exact_and_refusals_give_both_figures(wrong, accepted
     )
 
 
+@pytest.mark.parametrize(("wrong", "rounded", "accepted"), [
+    (8, 5, False), (8, 6, True), (12, 8, True), (13, 8, False), (30, 30, True), (31, 900, False),
+    (4, 0, True)])
+def test_engine_is_not_refused_for_its_precision(wrong, rounded, accepted, capsys):
+    """Counts of 1000 pixels that differ from float32: the engine's, and those of eager in its precision."""
+    classes = torch.zeros(20, 50, dtype=torch.long)
+
+    def found(different: int) -> records.Agreement:
+        ours = classes.clone().flatten()
+        ours[:different] = 1
+        return agreement(logits_of(ours.view(20, 50), 5.0), logits_of(classes, 5.0))
+
+    if not accepted:
+        with pytest.raises(UserError, match="rejected"):
+            gate.accept(found(wrong), "engine", found(rounded))
+        return
+    gate.accept(found(wrong), "engine", found(rounded))
+    assert ("--train.precision fp32" in capsys.readouterr().err) == (wrong > 5)
+
+
 class Counted:
     """Logits that are correct for `good` calls, with a count of the images seen."""
 
@@ -622,11 +642,14 @@ def test_gate_checks_the_first_images_and_then_frees_eager(monkeypatch, capsys):
     monkeypatch.setattr(gate, "GATE_PX", 250)
     engine, eager = Counted(), Counted()
     made = []
-    gated = gate.Gated(engine, lambda: made.append(1) or eager.logits, name="engine")
+    rounded = Counted()
+    gated = gate.Gated(engine, lambda: made.append(1) or eager.logits, name="engine",
+                       rounded=lambda: made.append(2) or rounded.logits)
     for _ in range(5):
         gated.logits(torch.zeros(2, 3, 10, 10))
-    assert (engine.seen, eager.seen, len(made)) == (10, 3, 1)  # 250 of 200 a call: two images, then one
-    assert gated.agreement.pixels == 300 and gated._eager is None
+    # 250 of 200 a call: two images, then one
+    assert (engine.seen, eager.seen, rounded.seen, made) == (10, 3, 3, [1, 2])
+    assert gated.agreement.pixels == 300 and not gated._networks
     assert capsys.readouterr().err.count("agree with eager") == 2
 
 

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from test_model_blocks import EXACT, images, scrambled
 
 from stpp.images.image_file import IMAGENET_MEAN, IMAGENET_STD
+from stpp.inference import fold
 from stpp.loading.reference import normalised
 from stpp.models import efficientnet_lite, pretrained
 from stpp.models.build import build_model
@@ -171,6 +172,32 @@ def test_dilation_preserves_values(size):
 
 def test_inputs_use_the_common_normalisation():
     assert (efficientnet_lite.MEAN, efficientnet_lite.STD) == (tuple(IMAGENET_MEAN), tuple(IMAGENET_STD))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_first_block_is_computed_in_float32(dtype):
+    """Under autocast in training, and in a half-precision network, whose weights there are not rounded."""
+    torch.manual_seed(0)
+    model = build_model("deeplabv3plus", LITE0, 5, 16).train()
+    images_NCHW, seen = torch.randn(2, 3, 33, 49), []
+
+    def watch(network):
+        for i in (0, 1):
+            network.backbone._blocks[i].register_forward_hook(lambda block, _, out: seen.append(out.dtype))
+
+    watch(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(images_NCHW)
+    ready = fold.ready(model, device=torch.device("cpu"), dtype=dtype)
+    with torch.inference_mode():
+        assert ready(images_NCHW.to(dtype)).dtype == torch.float32
+    assert seen == [torch.float32, torch.bfloat16, torch.float32, dtype]
+    exact = fold.ready(model, device=torch.device("cpu"), dtype=torch.float32)
+    same = {name for name, value in ready.state_dict().items()
+            if torch.equal(value, exact.state_dict()[name])}
+    first = {name for name in same if name.startswith(("backbone._conv_stem", "backbone._blocks.0"))}
+    assert len(first) == 6 and torch.equal(ready.backbone.scale_1C11, exact.backbone.scale_1C11)
+    assert ready.backbone._blocks[1]._expand_conv.weight.dtype == dtype
 
 
 def test_deeplab_on_efficientnet_lite_is_small():

@@ -233,10 +233,11 @@ def verify(run: Run, ready: nn.Module, record: EngineRecord, device: torch.devic
 
 def _agreement(predictor: CompiledPredictor, plan: Compilation,
                sample: Iterable[torch.Tensor]) -> records.Agreement:
-    eager = plan.eager("fp32")
+    eager, images = plan.eager("fp32"), list(gate.first(sample))
+    predictors = [predictor] + ([plan.eager()] if plan.precision != "fp32" else [])
     with torch.no_grad():
-        agreement = gate.compare(predictor.logits, eager.logits, sample)
-    gate.accept(agreement, predictor.record.describe())
+        agreement, *rounded = (gate.compare(each.logits, eager.logits, images) for each in predictors)
+    gate.accept(agreement, predictor.record.describe(), *rounded)
     return agreement
 
 

@@ -2,6 +2,7 @@
 classifier."""
 
 import copy
+import operator
 
 import torch
 from torch import nn
@@ -11,19 +12,29 @@ from torch.nn.utils import fusion
 def ready(network: nn.Module, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Copies `network` for inference: images of any floating-point type to float32 logits.
 
-    Folding happens in float32, before the weights are rounded to `dtype`. The classifier stays in float32, so
-    that logits keep the bits that decide between two nearly equal classes.
+    Folding happens in float32, before the weights are rounded to `dtype`. The classifier is computed in
+    float32, so that logits keep the bits that decide between two nearly equal classes; so are the backbone's
+    `exact_parts`.
     """
     copied = fold_batch_norm(copy.deepcopy(network).float().eval().requires_grad_(False))
     # a compiled package drops unused weights, and would seem to be of another network
     for name in getattr(network, "unused", ()):
         holder, _, last = name.rpartition(".")
         delattr(copied.get_submodule(holder), last)
-    copied.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+    layout = {"device": device, "memory_format": torch.channels_last}
+    exact = {name: copy.deepcopy(operator.attrgetter(name)(copied)) for name in _exact_parts(copied)}
+    copied.to(dtype=dtype, **layout)
+    for name, part in exact.items():
+        holder, _, last = name.rpartition(".")
+        setattr(copied.get_submodule(holder), last, part.to(**layout))
     for module in copied.get_submodule(network.classifier_name).modules():
         if isinstance(module, nn.Conv2d):
             module.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
     return copied
+
+
+def _exact_parts(network: nn.Module) -> list[str]:
+    return [f"backbone.{name}" for name in getattr(getattr(network, "backbone", None), "exact_parts", ())]
 
 
 def fold_batch_norm(network: nn.Module) -> nn.Module:

@@ -1,11 +1,12 @@
-"""Accuracy gate: an engine must agree with the float32 eager network on the first images.
+"""Accuracy gate: an engine must agree with the float32 eager network on the first images, nearly as well as
+eager does in the engine's own precision.
 
 A pixel's class is the argmax of the logits upsampled to the image. In a near-tie of eager, rounding to half
 precision may change the class; near-ties have a small margin: the difference of eager's two largest class
 probabilities. The raw agreement counts all pixels, the other one those with a margin of at least `MARGIN`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -16,6 +17,10 @@ from stpp_kernels import softmax_accumulate, upsample_argmax
 
 FLOOR = 0.995
 """Minimum share of equal classes outside near-ties."""
+ROUNDING = 1.5
+"""Maximum ratio of an engine's different pixels to those of eager in the same precision, below the floor."""
+LOWEST = 0.97
+"""Minimum share whatever the precision loses."""
 MARGIN = 0.1
 """Minimum difference of eager's two largest probabilities; pixels below it are near-ties."""
 GATE_PX = 1 << 20
@@ -54,32 +59,47 @@ class Counts:
                          decided=decided / max(pixels, 1), pixels=pixels)
 
 
-def compare(engine: Logits, eager: Logits, images: Iterable[torch.Tensor]) -> Agreement:
-    """Measures agreement on normalised channels_last images [N, 3, H, W], up to `GATE_PX` pixels."""
-    tally, left_px = None, GATE_PX
+def first(images: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Yields batches [N, 3, H, W] until they have `GATE_PX` pixels."""
+    left_px = GATE_PX
     for images_NCHW in images:
-        tally = tally or Counts(images_NCHW.device)
-        tally.add(engine(images_NCHW), eager(images_NCHW), tuple(images_NCHW.shape[2:]))
+        yield images_NCHW
         left_px -= images_NCHW[:, 0].numel()
         if left_px <= 0:
-            break
+            return
+
+
+def compare(engine: Logits, eager: Logits, images: Iterable[torch.Tensor]) -> Agreement:
+    """Measures agreement on normalised channels_last images [N, 3, H, W], up to `GATE_PX` pixels."""
+    tally = None
+    for images_NCHW in first(images):
+        tally = tally or Counts(images_NCHW.device)
+        tally.add(engine(images_NCHW), eager(images_NCHW), tuple(images_NCHW.shape[2:]))
     if tally is None:
         raise ValueError("images is empty: there is nothing to compare on")
     return tally.agreement()
 
 
-def accept(agreement: Agreement, engine: str) -> None:
+def accept(agreement: Agreement, engine: str, rounded: Agreement | None = None) -> None:
     """Logs the agreement of an engine with eager, and rejects the engine if it is too low.
 
+    Args:
+        rounded: agreement of eager in the engine's precision, on the same images; None: that is float32.
+
     Raises:
-        UserError: agreement below `FLOOR` outside near-ties; gives both figures.
+        UserError: agreement below `FLOOR` outside near-ties, and not for the precision alone; gives both
+            figures.
     """
     figures = (f"{_percent(agreement.raw)} of {agreement.pixels} pixels agree with eager, "
                f"{_percent(agreement.outside)} outside near-ties (of the {_percent(agreement.decided)} with "
                f"a margin of {agreement.margin:g} or more)")
-    if not agreement.outside >= FLOOR:
+    lost = 0.0 if rounded is None else ROUNDING * (1 - rounded.outside)
+    if not agreement.outside >= min(FLOOR, max(LOWEST, 1 - lost)):
         raise UserError(f"{engine} is rejected: {figures}; at least {_percent(FLOOR)} outside near-ties is "
                         "required; use --backend eager or another --precision")
+    if agreement.outside < FLOOR:
+        figures += (f"; PyTorch in the same precision agrees to {_percent(rounded.outside)}: float32 "
+                    "(--precision fp32, in training --train.precision fp32) would label these images exactly")
     log.say(f"{engine}: {figures}")
 
 
@@ -89,13 +109,16 @@ class Gated:
     Args:
         engine: engine whose logits are returned.
         eager: makes the float32 network; called once, and released after `GATE_PX` pixels.
+        rounded: makes the network in the engine's precision, likewise; None: that is float32.
         name: description of the engine for log lines.
     """
 
-    def __init__(self, engine, eager: Callable[[], Logits], *, name: str):
-        self._engine, self._make_eager, self._name = engine, eager, name
-        self._eager: Logits | None = None
-        self._tally: Counts | None = None
+    def __init__(self, engine, eager: Callable[[], Logits], *, name: str,
+                 rounded: Callable[[], Logits] | None = None):
+        self._engine, self._name = engine, name
+        self._makers = [eager] + ([rounded] if rounded else [])
+        self._networks: list[Logits] = []
+        self._tallies: list[Counts] = []
         self._left_px = GATE_PX
         self.num_classes, self.view_px, self.identity = engine.num_classes, engine.view_px, engine.identity
         self.agreement: Agreement | None = None
@@ -112,19 +135,21 @@ class Gated:
         return low_NChw
 
     def _judge(self, images_NCHW: torch.Tensor, low_NChw: torch.Tensor) -> None:
-        self._eager = self._eager or self._make_eager()
-        self._tally = self._tally or Counts(low_NChw.device)
+        self._networks = self._networks or [make() for make in self._makers]
+        self._tallies = self._tallies or [Counts(low_NChw.device) for _ in self._makers]
         size = tuple(images_NCHW.shape[2:])
         count = min(len(images_NCHW), -(-self._left_px // (size[0] * size[1])))
         first_NCHW = images_NCHW[:count].contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
-            self._tally.add(low_NChw[:count], self._eager(first_NCHW), size)
+            truth_NChw, *rounded = (network(first_NCHW) for network in self._networks)
+        for tally, others_NChw in zip(self._tallies, [low_NChw[:count], *rounded], strict=True):
+            tally.add(others_NChw, truth_NChw, size)
         first, self._left_px = self.agreement is None, self._left_px - count * size[0] * size[1]
-        self.agreement = self._tally.agreement()  # sync: at the first images only
+        self.agreement, *rounded = (tally.agreement() for tally in self._tallies)  # sync: first images only
         if first or self._left_px <= 0 or self.agreement.outside < FLOOR:
-            accept(self.agreement, self._name)
+            accept(self.agreement, self._name, *rounded)
         if self._left_px <= 0:
-            self._eager = self._tally = None
+            self._networks, self._tallies = [], []
 
 
 def _percent(share: float) -> str:

@@ -149,7 +149,9 @@ def _ready(plan: Compilation, make: Callable[[], CompiledPredictor]) -> Predicto
     if plan.backend == "eager":
         return plan.eager()
     engine = make()
-    return gate.Gated(engine, lambda: plan.eager("fp32").logits, name=engine.record.describe())
+    rounded = None if plan.precision == "fp32" else lambda: plan.eager().logits
+    return gate.Gated(engine, lambda: plan.eager("fp32").logits, rounded=rounded,
+                      name=engine.record.describe())
 
 
 def _cached_or_eager(plan: Compilation, cache: Path) -> Predictor:

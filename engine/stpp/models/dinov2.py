@@ -8,7 +8,6 @@ Source: Oquab et al., "DINOv2: Learning Robust Visual Features without Supervisi
 of the blocks: UniMatch V2 (Yang et al., arXiv 2410.10777).
 """
 
-import contextlib
 from typing import NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from stpp.models.layers import without_autocast
 from stpp.models.network import Backbone
 
 PATCH_PX = 14
@@ -198,7 +198,7 @@ class DINOv2(Backbone):
         else:
             down, across = (published_matrix(size, grid_1TD.device) for size in (rows, columns))
         dtype = torch.promote_types(grid_1TD.dtype, torch.float32)
-        with _without_autocast(grid_1TD.device):
+        with without_autocast(grid_1TD.device):
             strips = (down.to(dtype) @ grid_1TD.to(dtype).view(GRID, -1)).unflatten(1, (GRID, -1))
             return (across.to(dtype) @ strips).flatten(0, 1)[None].to(grid_1TD.dtype)
 
@@ -235,9 +235,3 @@ def _surplus(rows: int, columns: int, device: torch.device) -> Tensor:
     high, wide = (torch.full((), side, dtype=torch.float32, device=device) == GRID
                   for side in (rows, columns))
     return torch.where(high & wide, 0.0, SURPLUS)
-
-
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """Disables autocast inside the block if it is on; else does nothing, for example in export."""
-    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()

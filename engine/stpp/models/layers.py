@@ -3,6 +3,8 @@
 Shapes: N images, C channels, H and W rows and columns of a feature map.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -156,6 +158,12 @@ class DepthwiseConv(SameConv):
             return super().forward(x_NCHW)
         return depthwise_conv(x_NCHW, self.weight, stride=self.stride[0], dilation=self.dilation[0],
                               padding=self.same(x_NCHW))
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Disables autocast inside the block if it is on; else does nothing, for example in export."""
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()
 
 
 def conv1x1_bn_relu(in_channels: int, out_channels: int) -> list[nn.Module]:

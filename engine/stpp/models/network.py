@@ -15,6 +15,9 @@ class Backbone(nn.Module):
     """Grid g, in pixels: cells of the maps lie on it if sides are k * g + 1; None: any side will do."""
     classifier_keys: tuple[str, ...] = ()
     """Prefixes of a published file's keys that do not belong to the backbone."""
+    exact_parts: tuple[str, ...] = ()
+    """Names of the modules and buffers that are computed in float32 in half-precision networks too, because
+    rounding in them would change many pixels' classes; `forward` converts between the two."""
     block_types: tuple[type[nn.Module], ...] = ()
     """Types of the repeated blocks."""
 
