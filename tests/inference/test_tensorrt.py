@@ -86,9 +86,10 @@ def assert_built(graph, network, dtype, shapes, *, capabilities, rows):
     assert (given.name, tuple(given.shape), given.dtype) == ("logits", (-1, rows, -1, -1), trt.float32)
     layers = map(parsed.get_layer, range(parsed.num_layers))
     types_ = [layer.get_output(0).dtype for layer in layers if layer.type == trt.LayerType.CONVOLUTION]
-    classifiers = sum(isinstance(m, torch.nn.Conv2d)
-                      for m in network.get_submodule(network.classifier_name).modules())
-    assert types_.count(trt.float32) == (len(types_) if dtype == torch.float32 else classifiers)
+    exact = sum(isinstance(module, torch.nn.Conv2d) and module.weight.dtype == torch.float32
+                for module in network.modules())  # the classifier, and the backbone's exact parts
+    assert types_.count(trt.float32) == (len(types_) if dtype == torch.float32 else exact)
+    assert 0 < exact < len(types_) or dtype == torch.float32
     assert set(types_) <= {kind, trt.float32} and len(types_) > 2
     return plan.read_bytes()
 
