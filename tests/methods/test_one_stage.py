@@ -214,7 +214,10 @@ def test_camvid_recipe_takes_steps(camvid, capsys, tmp_path):
             f"images/{part}/{stem}.jpg masks/{part}/{stem}.png\n" for stem in stems))
     code, _, said = ended(capsys, "train", "--recipe", "camvid_unimatch", "--data.root", camvid,
                           "--data.split", split, "--out", tmp_path / "run", "--train.epochs", 2,
-                          "--train.batch-global", 4, "--device", "cpu", "--data.threads", 1)
+                          "--train.supervised-steps", 1, "--train.batch-global", 4, "--device", "cpu",
+                          "--data.threads", 1)
     assert code == 0 and "tensors loaded from efficientnet-lite0" in said, said
-    (stage,) = json.loads((tmp_path / "run" / "results.json").read_text())["stages"]
-    assert stage["steps"] == 2 and stage["miou"] is not None
+    stages = json.loads((tmp_path / "run" / "results.json").read_text())["stages"]
+    steps = {stage["name"]: stage["steps"] for stage in stages}
+    assert steps == {"1-supervised": 1, "2-unimatch-v2": 2}
+    assert all(stage["miou"] is not None for stage in stages)
