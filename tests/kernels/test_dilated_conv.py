@@ -60,6 +60,8 @@ def check(form, device, shape, channels, dilation, dtype, layout, seed=0):
     for (name, number), *tensors in zip(products.items(), fused, *plain, strict=True):
         rounding = TOLERANCE[dtype] * max(1.0, tensors[-1].abs().max().item() if tensors[-1].numel() else 0.0)
         slack = number**0.5 * rounding if form == "taps" and dtype.itemsize == 2 else 0.0
+        if form == "triton" and device == "cpu" and dtype == torch.bfloat16:
+            slack = rounding  # the interpreter truncates results to bfloat16
         assert_three_way(name, *tensors, slack)
 
 
