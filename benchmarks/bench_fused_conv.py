@@ -46,7 +46,7 @@ def measure(report: Report, exact: nn.Module, images_NCHW: Tensor, name: str) ->
     block = bottleneck(exact.conv1.out_channels, exact.conv2.dilation[0])
     block.to(report.device, dtype=dtype, memory_format=torch.channels_last)
     x_NCHW = images_NCHW.to(dtype).contiguous(memory_format=torch.channels_last)
-    merged = fused.fuse(nn.Sequential(copy.deepcopy(block)))
+    merged = fused.fuse(copy.deepcopy(block))
     try:
         merged(x_NCHW)
     except RuntimeError as refusal:

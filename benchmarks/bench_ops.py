@@ -11,6 +11,7 @@ import copy
 import os
 from collections import Counter
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -31,14 +32,7 @@ SMALL = {"rounds": 1, "no_compile": True, "maps": ["9x9"], "depthwise_crop": 33}
 
 def in_form(form: str, function: Callable) -> Callable:
     """Makes a function compute its dilated convolutions in a form."""
-    def run() -> object:
-        os.environ[FORM_VARIABLE] = form
-        try:
-            return function()
-        finally:
-            del os.environ[FORM_VARIABLE]
-
-    return run
+    return mock.patch.dict(os.environ, {FORM_VARIABLE: form})(function)
 
 
 def dilated_conv(report: Report, options: argparse.Namespace) -> None:

@@ -94,7 +94,7 @@ def compiled(report: Report, plan: Compilation,
                     report.summary(f"teacher.swap_s.{label}", time.perf_counter() - began)
             report.summary(f"teacher.compile_s.{label}", teacher.record.compile_s)
             images = [smooth(1, *sizes[0], report.device) for _ in range(4)]
-            found = gate.compare(teacher.logits, plan.eager("fp32").logits, images)
+            (found,) = gate.compare([teacher.logits], plan.eager("fp32").logits, images)
             report.summary(f"teacher.agreement_raw.{label}", found.raw)
             report.summary(f"teacher.agreement_outside_near_ties.{label}", found.outside)
             report.summary(f"teacher.decided.{label}", found.decided)

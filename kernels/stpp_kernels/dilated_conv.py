@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from stpp_kernels import dispatch, reference
+from stpp_kernels.tap_geometry import regions, valid_range, valid_share
 
 MAX_VALID_SHARE = 0.95
 """Maximum share of valid taps; above it there is little to save, and an ordinary convolution is used."""
@@ -48,12 +49,6 @@ columns."""
 
 FORM_VARIABLE = "STPP_DILATED_CONV"
 """Environment variable: "taps", "conv" or, on CUDA, "triton" forces that form; unset: `form` decides."""
-
-
-def valid_share(height: int, width: int, dilation: int) -> float:
-    """Computes the share of the nine taps' multiplications that lie inside the map, in [1/9, 1]."""
-    rows, columns = height + 2 * max(height - dilation, 0), width + 2 * max(width - dilation, 0)
-    return rows * columns / max(9 * height * width, 1)
 
 
 def form(product: str, x_NIHW: Tensor, dilation: int) -> str:
@@ -102,7 +97,7 @@ def valid_taps(x_NIHW: Tensor, weight_OI33: Tensor, dilation: int) -> Tensor:
     channels = weight_OI33.shape[0]
     total_NHWO = x_NIHW.new_empty((num_images, height, width, channels), dtype=_sum_dtype(compute))
     for kx in (1, 0, 2):  # the middle column first: it covers the whole map
-        into_x, from_x = _valid(width, kx, dilation)
+        into_x, from_x = valid_range(width, kx, dilation)
         part_HWO = total_NHWO.new_empty((height, from_x.stop - from_x.start, channels)) if kx != 1 else None
         for total_HWO, source in zip(total_NHWO, _matrices(x_NIHW, from_x, compute), strict=False):
             if kx == 1:
@@ -153,6 +148,13 @@ def implicit_product_backward(
     return grad_x, grad_weight
 
 
+def convolution(x_NIHW: Tensor, weight_OI33: Tensor, dilation: int) -> Tensor:
+    """Computes the forward pass by PyTorch's convolution; channels_last, in x's dtype."""
+    compute = _compute_dtype(x_NIHW)
+    out = reference.dilated_conv3x3(x_NIHW.to(compute), weight_OI33.to(compute), dilation)
+    return _empty_like_output(x_NIHW, weight_OI33).copy_(out)
+
+
 def convolution_backward(
     grad_NOHW: Tensor, x_NIHW: Tensor, weight_OI33: Tensor, dilation: int, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
@@ -170,7 +172,7 @@ def convolution_backward(
 def _add_rows(part_HWO: Tensor, source_HWI: Tensor, taps_3OI: Tensor, dilation: int) -> None:
     """Fills `part` with the sum of the three taps of one column."""
     for ky in (1, 0, 2):  # the middle tap first: it covers all rows
-        into_y, from_y = _valid(part_HWO.shape[0], ky, dilation)
+        into_y, from_y = valid_range(part_HWO.shape[0], ky, dilation)
         target, source, tap_IO = (
             part_HWO[into_y].flatten(0, 1),
             source_HWI[from_y].flatten(0, 1),
@@ -186,10 +188,10 @@ def _add_rows(part_HWO: Tensor, source_HWI: Tensor, taps_3OI: Tensor, dilation: 
 
 def _input_gradient(grad_HNWO: Tensor, taps_33OI: Tensor, dilation: int, into_HNWI: Tensor) -> None:
     height, _, width, _ = grad_HNWO.shape
-    for x0, x1, first_x, last_x in _regions(width, dilation):
+    for x0, x1, first_x, last_x in regions(width, dilation):
         taps_x = taps_33OI[:, first_x : last_x + 1].contiguous()
         grad_x = _shifted(grad_HNWO.movedim(2, 0), x0, x1, first_x, last_x, dilation).movedim(0, 2)
-        for y0, y1, first_y, last_y in _regions(height, dilation):
+        for y0, y1, first_y, last_y in regions(height, dilation):
             grad = _shifted(grad_x, y0, y1, first_y, last_y, dilation)
             region = grad.flatten(0, 2) @ taps_x[first_y : last_y + 1].flatten(0, 2)
             into_HNWI[y0:y1, :, x0:x1].copy_(region.view(y1 - y0, -1, x1 - x0, region.shape[1]))
@@ -200,11 +202,11 @@ def _weight_gradient(grad_NOHW: Tensor, x_NIHW: Tensor, dilation: int, compute: 
     height, width = x_NIHW.shape[2:]
     total_33OI = into_33OI.new_zeros(into_33OI.shape, dtype=_sum_dtype(compute))
     for kx in range(3):
-        into_x, from_x = _valid(width, kx, dilation)
+        into_x, from_x = valid_range(width, kx, dilation)
         grads, sources = _matrices(grad_NOHW, into_x, compute), _matrices(x_NIHW, from_x, compute)
         for grad, source in zip(grads, sources, strict=True):
             for ky in range(3):
-                into_y, from_y = _valid(height, ky, dilation)
+                into_y, from_y = valid_range(height, ky, dilation)
                 _add_product(total_33OI[ky, kx], grad[into_y].flatten(0, 1).t(), source[from_y].flatten(0, 1))
     into_33OI.copy_(total_33OI)
 
@@ -226,24 +228,6 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
     else:
         total += left @ right
-
-
-def _valid(size: int, tap: int, dilation: int) -> tuple[slice, slice]:
-    """Computes, along one axis, the outputs for which `tap` (0, 1, 2) reads inside the map, and the inputs
-    that it reads for them."""
-    offset = (tap - 1) * dilation
-    start, stop = max(0, -offset), min(size, size - offset)
-    return slice(start, max(stop, start)), slice(start + offset, max(stop, start) + offset)
-
-
-def _regions(size: int, dilation: int) -> list[tuple[int, int, int, int]]:
-    """Splits one axis into ranges of inputs that the same taps read: (start, stop, first tap, last tap)."""
-    cuts = sorted({0, min(dilation, size), max(size - dilation, 0), size})
-    regions = []
-    for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
-        taps = [k for k in range(3) if start - (k - 1) * dilation >= 0 and stop - (k - 1) * dilation <= size]
-        regions.append((start, stop, taps[0], taps[-1]))
-    return regions
 
 
 def _shifted(grad: Tensor, start: int, stop: int, first: int, last: int, dilation: int) -> Tensor:
@@ -293,13 +277,8 @@ def _empty_gradients(x: Tensor, weight: Tensor, need_x: bool, need_weight: bool)
 
 
 def _forward(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
-    form_of = {"taps": valid_taps, "triton": implicit_product}
-    if chosen := form_of.get(form("forward", x, dilation)):
-        return chosen(x, weight, dilation)
-    compute = _compute_dtype(x)
-    return _empty_like_output(x, weight).copy_(
-        reference.dilated_conv3x3(x.to(compute), weight.to(compute), dilation)
-    )
+    forms = {"taps": valid_taps, "conv": convolution, "triton": implicit_product}
+    return forms[form("forward", x, dilation)](x, weight, dilation)
 
 
 def _backward_kernel(

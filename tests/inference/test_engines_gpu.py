@@ -41,8 +41,8 @@ def assert_agrees(teacher, made):
             assert relative_error(ours, eager.logits(images_NCHW)) < build.TOLERANCE[made.precision]
     # untrained networks have smaller margins than half precision keeps
     if made.precision == "fp32":
-        found = gate.compare(teacher.logits, eager.logits,
-                             [smooth(*SIZES[2], seed=seed) for seed in range(8)])
+        (found,) = gate.compare([teacher.logits], eager.logits,
+                                [smooth(*SIZES[2], seed=seed) for seed in range(8)])
         assert found.outside >= gate.FLOOR and found.decided > 0.1
 
 

@@ -145,8 +145,8 @@ def test_half_precision_packages_agree_with_eager_in_float32(tmp_path):
     truth = EagerPredictor(network, num_classes=len(CLASSES), device=CPU, dtype=torch.float32)
     assert_equal(run, ready(network, torch.bfloat16), tolerance=HALF, sizes=SIZES[:3], dtype=torch.bfloat16)
     with torch.inference_mode():
-        found = gate.compare(lambda x: run(x.bfloat16()), truth.logits,
-                             [images(2, 64, 96, seed=seed) for seed in range(3)])
+        (found,) = gate.compare([lambda x: run(x.bfloat16())], truth.logits,
+                                [images(2, 64, 96, seed=seed) for seed in range(3)])
     assert found.outside >= gate.FLOOR and found.decided > 0.2
 
 

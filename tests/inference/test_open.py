@@ -640,22 +640,20 @@ class Counted:
 
 def test_gate_checks_the_first_images_and_then_frees_eager(monkeypatch, capsys):
     monkeypatch.setattr(gate, "GATE_PX", 250)
-    engine, eager = Counted(), Counted()
+    engine, eager, rounded = Counted(), Counted(), Counted()
     made = []
-    rounded = Counted()
-    gated = gate.Gated(engine, lambda: made.append(1) or eager.logits, name="engine",
-                       rounded=lambda: made.append(2) or rounded.logits)
+    gated = gate.Gated(engine, lambda: made.append(1) or [eager.logits, rounded.logits], name="engine")
     for _ in range(5):
         gated.logits(torch.zeros(2, 3, 10, 10))
     # 250 of 200 a call: two images, then one
-    assert (engine.seen, eager.seen, rounded.seen, made) == (10, 3, 3, [1, 2])
-    assert gated.agreement.pixels == 300 and not gated._networks
+    assert (engine.seen, eager.seen, rounded.seen, len(made)) == (10, 3, 3, 1)
+    assert gated.agreement.pixels == 300 and not gated._references
     assert capsys.readouterr().err.count("agree with eager") == 2
 
 
 def test_engine_that_fails_within_the_first_images_is_refused(monkeypatch):
     monkeypatch.setattr(gate, "GATE_PX", 500)
-    gated = gate.Gated(Counted(good=2), lambda: Counted().logits, name="engine")
+    gated = gate.Gated(Counted(good=2), lambda: [Counted().logits], name="engine")
     for _ in range(2):
         gated.logits(torch.zeros(1, 3, 10, 10))
     with pytest.raises(UserError, match="rejected"):
@@ -673,6 +671,9 @@ def test_opened_engines_are_gated(first, fake, tmp_path):
 def test_compare_stops_when_it_has_seen_enough(monkeypatch):
     monkeypatch.setattr(gate, "GATE_PX", 250)
     endless = (torch.zeros(1, 3, 10, 10) for _ in iter(int, 1))
-    assert gate.compare(Counted().logits, Counted().logits, endless).pixels == 300
+    engines, eager = [Counted(), Counted(good=0)], Counted()
+    right, wrong = gate.compare([engine.logits for engine in engines], eager.logits, endless)
+    assert (right.pixels, wrong.pixels, eager.calls) == (300, 300, 3)
+    assert (right.outside, wrong.outside) == (1.0, 0.0)
     with pytest.raises(ValueError, match="empty"):
-        gate.compare(Counted().logits, Counted().logits, [])
+        gate.compare([Counted().logits], Counted().logits, [])

@@ -74,6 +74,11 @@ class Compilation:
                               identity=dataclasses.replace(self.identity(), backend="eager",
                                                            precision=precision))
 
+    def references(self) -> list[gate.Logits]:
+        """Makes the eager networks that an engine is judged by: in float32 and, if that is another, in its
+        own precision."""
+        return [self.eager(precision).logits for precision in dict.fromkeys(("fp32", self.precision))]
+
     def identity(self) -> Identity:
         """Identity of the resulting predictor."""
         fixed = "-frozen" if self.frozen and self.backend != "eager" else ""
@@ -233,10 +238,9 @@ def verify(run: Run, ready: nn.Module, record: EngineRecord, device: torch.devic
 
 def _agreement(predictor: CompiledPredictor, plan: Compilation,
                sample: Iterable[torch.Tensor]) -> records.Agreement:
-    eager, images = plan.eager("fp32"), list(gate.first(sample))
-    predictors = [predictor] + ([plan.eager()] if plan.precision != "fp32" else [])
+    truth, *rounded = plan.references()
     with torch.no_grad():
-        agreement, *rounded = (gate.compare(each.logits, eager.logits, images) for each in predictors)
+        agreement, *rounded = gate.compare([predictor.logits, *rounded], truth, sample)
     gate.accept(agreement, predictor.record.describe(), *rounded)
     return agreement
 

@@ -43,20 +43,17 @@ def fuse(network: nn.Module) -> nn.Module:
 
 def conv_relu(conv: nn.Conv2d, x_NCHW: Tensor, shortcut_NCHW: Tensor | None = None) -> Tensor:
     """Computes relu(conv(x) + shortcut) in one pass on CUDA; the shortcut has the shape of the result."""
-    settings = conv.stride, conv.padding, conv.dilation
-    if shortcut_NCHW is not None:
-        if not x_NCHW.is_cuda:
-            return F.conv2d(x_NCHW, conv.weight, conv.bias, *settings).add_(shortcut_NCHW).relu_()
-        return torch.cudnn_convolution_add_relu(x_NCHW, conv.weight, shortcut_NCHW, 1.0, conv.bias,
-                                                *settings, 1)
-    if conv.kernel_size == (1, 1) and conv.stride == (1, 1):
+    weight, bias, settings = conv.weight, conv.bias, (conv.stride, conv.padding, conv.dilation, conv.groups)
+    if shortcut_NCHW is None and conv.kernel_size == conv.stride == (1, 1):
         x_NHWC = x_NCHW.permute(0, 2, 3, 1)
-        weight_IO = conv.weight.flatten(1).t()
-        out_PO = torch._addmm_activation(conv.bias, x_NHWC.flatten(0, 2), weight_IO)
+        out_PO = torch._addmm_activation(bias, x_NHWC.flatten(0, 2), weight.flatten(1).t())
         return out_PO.unflatten(0, x_NHWC.shape[:3]).permute(0, 3, 1, 2)
     if not x_NCHW.is_cuda:
-        return F.conv2d(x_NCHW, conv.weight, conv.bias, *settings).relu_()
-    return torch.cudnn_convolution_relu(x_NCHW, conv.weight, conv.bias, *settings, 1)
+        out_NCHW = F.conv2d(x_NCHW, weight, bias, *settings)
+        return (out_NCHW if shortcut_NCHW is None else out_NCHW.add_(shortcut_NCHW)).relu_()
+    if shortcut_NCHW is None:
+        return torch.cudnn_convolution_relu(x_NCHW, weight, bias, *settings)
+    return torch.cudnn_convolution_add_relu(x_NCHW, weight, shortcut_NCHW, 1.0, bias, *settings)
 
 
 def _bottleneck(block: Bottleneck, x_NCHW: Tensor) -> Tensor:

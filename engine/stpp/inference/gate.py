@@ -6,7 +6,7 @@ precision may change the class; near-ties have a small margin: the difference of
 probabilities. The raw agreement counts all pixels, the other one those with a margin of at least `MARGIN`.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -59,25 +59,21 @@ class Counts:
                          decided=decided / max(pixels, 1), pixels=pixels)
 
 
-def first(images: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Yields batches [N, 3, H, W] until they have `GATE_PX` pixels."""
-    left_px = GATE_PX
+def compare(engines: Sequence[Logits], eager: Logits, images: Iterable[torch.Tensor]) -> list[Agreement]:
+    """Measures the agreement of each engine on normalised channels_last images [N, 3, H, W], up to `GATE_PX`
+    pixels."""
+    tallies, left_px = [], GATE_PX
     for images_NCHW in images:
-        yield images_NCHW
+        tallies = tallies or [Counts(images_NCHW.device) for _ in engines]
+        truth_NChw, size = eager(images_NCHW), tuple(images_NCHW.shape[2:])
+        for tally, engine in zip(tallies, engines, strict=True):
+            tally.add(engine(images_NCHW), truth_NChw, size)
         left_px -= images_NCHW[:, 0].numel()
         if left_px <= 0:
-            return
-
-
-def compare(engine: Logits, eager: Logits, images: Iterable[torch.Tensor]) -> Agreement:
-    """Measures agreement on normalised channels_last images [N, 3, H, W], up to `GATE_PX` pixels."""
-    tally = None
-    for images_NCHW in first(images):
-        tally = tally or Counts(images_NCHW.device)
-        tally.add(engine(images_NCHW), eager(images_NCHW), tuple(images_NCHW.shape[2:]))
-    if tally is None:
+            break
+    if not tallies:
         raise ValueError("images is empty: there is nothing to compare on")
-    return tally.agreement()
+    return [tally.agreement() for tally in tallies]
 
 
 def accept(agreement: Agreement, engine: str, rounded: Agreement | None = None) -> None:
@@ -108,16 +104,14 @@ class Gated:
 
     Args:
         engine: engine whose logits are returned.
-        eager: makes the float32 network; called once, and released after `GATE_PX` pixels.
-        rounded: makes the network in the engine's precision, likewise; None: that is float32.
+        references: makes the float32 network and, if that is another, the one in the engine's precision;
+            called once, and released after `GATE_PX` pixels.
         name: description of the engine for log lines.
     """
 
-    def __init__(self, engine, eager: Callable[[], Logits], *, name: str,
-                 rounded: Callable[[], Logits] | None = None):
-        self._engine, self._name = engine, name
-        self._makers = [eager] + ([rounded] if rounded else [])
-        self._networks: list[Logits] = []
+    def __init__(self, engine, references: Callable[[], list[Logits]], *, name: str):
+        self._engine, self._make_references, self._name = engine, references, name
+        self._references: list[Logits] = []
         self._tallies: list[Counts] = []
         self._left_px = GATE_PX
         self.num_classes, self.view_px, self.identity = engine.num_classes, engine.view_px, engine.identity
@@ -135,13 +129,13 @@ class Gated:
         return low_NChw
 
     def _judge(self, images_NCHW: torch.Tensor, low_NChw: torch.Tensor) -> None:
-        self._networks = self._networks or [make() for make in self._makers]
-        self._tallies = self._tallies or [Counts(low_NChw.device) for _ in self._makers]
+        self._references = self._references or self._make_references()
+        self._tallies = self._tallies or [Counts(low_NChw.device) for _ in self._references]
         size = tuple(images_NCHW.shape[2:])
         count = min(len(images_NCHW), -(-self._left_px // (size[0] * size[1])))
         first_NCHW = images_NCHW[:count].contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
-            truth_NChw, *rounded = (network(first_NCHW) for network in self._networks)
+            truth_NChw, *rounded = (network(first_NCHW) for network in self._references)
         for tally, others_NChw in zip(self._tallies, [low_NChw[:count], *rounded], strict=True):
             tally.add(others_NChw, truth_NChw, size)
         first, self._left_px = self.agreement is None, self._left_px - count * size[0] * size[1]
@@ -149,7 +143,7 @@ class Gated:
         if first or self._left_px <= 0 or self.agreement.outside < FLOOR:
             accept(self.agreement, self._name, *rounded)
         if self._left_px <= 0:
-            self._networks, self._tallies = [], []
+            self._references, self._tallies = [], []
 
 
 def _percent(share: float) -> str:

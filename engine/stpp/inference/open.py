@@ -149,9 +149,7 @@ def _ready(plan: Compilation, make: Callable[[], CompiledPredictor]) -> Predicto
     if plan.backend == "eager":
         return plan.eager()
     engine = make()
-    rounded = None if plan.precision == "fp32" else lambda: plan.eager().logits
-    return gate.Gated(engine, lambda: plan.eager("fp32").logits, rounded=rounded,
-                      name=engine.record.describe())
+    return gate.Gated(engine, plan.references, name=engine.record.describe())
 
 
 def _cached_or_eager(plan: Compilation, cache: Path) -> Predictor:

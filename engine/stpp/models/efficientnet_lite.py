@@ -15,8 +15,8 @@ blocks, and dilates the later depthwise convolutions. As for the ResNets, a dila
 one wherever the latter has a value.
 
 The stem and the first block are computed in float32 also under autocast, and in half-precision networks: in
-bfloat16 their rounding changed the class of 1 % of the pixels of dark street scenes, that of all other layers
-of 0.01 % (benchmarks/NOTES.md).
+bfloat16 their rounding changed the class of 1 % of the pixels of dark street scenes, that of the inputs and
+all other layers of 0.06 % (benchmarks/NOTES.md).
 
 Inputs have ImageNet normalisation; the published weights expect (x - 127) / 128 of bytes x. `forward`
 converts the inputs rather than the weights, so that zero padding has the same meaning as in the published

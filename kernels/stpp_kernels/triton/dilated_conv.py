@@ -13,31 +13,20 @@ Padding is never read, sums are float32 in registers, every result is written on
 results are bitwise reproducible.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Under the interpreter, which multiplies bfloat16 as integers, products are float32 (WIDEN).
+from stpp_kernels.tap_geometry import regions
+
 SIZES = ["batch", "height", "width", "dilation"]
-REGIONS = 9
-
-
-@dataclass(frozen=True, kw_only=True)
-class Launch:
-    """Launch settings; results differ in the last bits only. Not yet measured on a GPU."""
-
-    rows: int = 128
-    """Rows of a block: pixels, or output channels in the gradient of the weight."""
-    columns: int = 128
-    """Channels of a block."""
-    inner: int = 64
-    """Channels, or pixels in the gradient of the weight, between two loads."""
-    warps: int = 8
-    stages: int = 3
-    """Depth of the pipeline of loads: shared memory for `stages` blocks of both factors."""
+REGIONS = TAPS = 9
+# Launch settings, not yet measured on a GPU; results differ in the last bits only. A block has ROWS pixels
+# (output channels in the gradient of the weight) and COLUMNS channels, INNER channels (or pixels) lie between
+# two loads, and shared memory holds blocks of both factors for each stage.
+ROWS, COLUMNS, INNER = 128, 128, 64
+LAUNCH = {"num_warps": 8, "num_stages": 3}
 
 
 @triton.jit
@@ -55,7 +44,8 @@ def _range(part, size, dilation):
 
 @triton.jit
 def _dot(a, b, total, WIDEN: tl.constexpr):
-    """Adds a product; float32 is multiplied as such, not as TF32."""
+    """Adds a product; float32 is multiplied as such, not as TF32. WIDEN: in float32, for the interpreter,
+    which multiplies bfloat16 as integers."""
     if WIDEN:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")
@@ -145,49 +135,45 @@ def _side(most: int, size: int) -> int:
     return min(most, max(16, triton.next_power_of_2(size)))
 
 
-def forward(x: Tensor, weight: Tensor, dilation: int, out: Tensor, launch: Launch = Launch()) -> None:
+def forward(x: Tensor, weight: Tensor, dilation: int, out: Tensor) -> None:
     """Writes the convolution into `out` [N, O, H, W]."""
-    _multiply(x, weight, dilation, out, launch, mirrored=False)
+    _multiply(x, weight, dilation, out, mirrored=False)
 
 
-def input_gradient(grad: Tensor, weight: Tensor, dilation: int, out: Tensor,
-                   launch: Launch = Launch()) -> None:
+def input_gradient(grad: Tensor, weight: Tensor, dilation: int, out: Tensor) -> None:
     """Writes the gradient of the input into `out` [N, I, H, W]."""
-    _multiply(grad, weight.transpose(0, 1), dilation, out, launch, mirrored=True)
+    _multiply(grad, weight.transpose(0, 1), dilation, out, mirrored=True)
 
 
-def _multiply(x: Tensor, weight: Tensor, dilation: int, out: Tensor, launch: Launch, *,
-              mirrored: bool) -> None:
+def _multiply(x: Tensor, weight: Tensor, dilation: int, out: Tensor, *, mirrored: bool) -> None:
     batch, channels_in, height, width = x.shape
     channels_out = weight.shape[0]
     if not out.numel():
         return
-    sides = [max(min(dilation, size - dilation), abs(size - 2 * dilation) if dilation < size else size)
-             for size in (height, width)]
-    pixels = batch * sides[0] * sides[1]  # of the largest region
-    rows, columns = _side(launch.rows, pixels), _side(launch.columns, channels_out)
+    high, wide = (max(stop - start for start, stop, *_ in regions(size, dilation))
+                  for size in (height, width))
+    pixels = batch * high * wide  # of the largest region
+    rows, columns = _side(ROWS, pixels), _side(COLUMNS, channels_out)
     grid = (triton.cdiv(pixels, rows), triton.cdiv(channels_out, columns), REGIONS)
     with torch.cuda.device_of(x):
         _convolution_kernel[grid](
             x, weight, out, *x.stride(), *weight.stride(), *out.stride(), batch, height, width, dilation,
             IN=channels_in, OUT=channels_out, MIRRORED=mirrored, ROWS=rows, COLUMNS=columns,
-            INNER=_side(launch.inner, channels_in), WIDEN=_is_interpreted(), num_warps=launch.warps,
-            num_stages=launch.stages,
+            INNER=_side(INNER, channels_in), WIDEN=_is_interpreted(), **LAUNCH,
         )  # fmt: skip
 
 
-def weight_gradient(grad: Tensor, x: Tensor, dilation: int, out: Tensor, launch: Launch = Launch()) -> None:
+def weight_gradient(grad: Tensor, x: Tensor, dilation: int, out: Tensor) -> None:
     """Writes the gradient of the weight into `out` [O, I, 3, 3]."""
     batch, channels_in, height, width = x.shape
     channels_out = grad.shape[1]
     if not out.numel():
         return
-    rows, columns = _side(launch.rows, channels_out), _side(launch.columns, channels_in)
-    grid = (triton.cdiv(channels_out, rows), triton.cdiv(channels_in, columns), 9)
+    rows, columns = _side(ROWS, channels_out), _side(COLUMNS, channels_in)
+    grid = (triton.cdiv(channels_out, rows), triton.cdiv(channels_in, columns), TAPS)
     with torch.cuda.device_of(x):
         _weight_gradient_kernel[grid](
             grad, x, out, *grad.stride(), *x.stride(), *out.stride(), batch, height, width, dilation,
             IN=channels_in, OUT=channels_out, ROWS=rows, COLUMNS=columns,
-            INNER=_side(launch.inner, batch * height * width), WIDEN=_is_interpreted(),
-            num_warps=launch.warps, num_stages=launch.stages,
+            INNER=_side(INNER, batch * height * width), WIDEN=_is_interpreted(), **LAUNCH,
         )  # fmt: skip
