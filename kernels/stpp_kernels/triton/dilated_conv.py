@@ -27,6 +27,8 @@ REGIONS = TAPS = 9
 # two loads, and shared memory holds blocks of both factors for each stage.
 ROWS, COLUMNS, INNER = 128, 128, 64
 LAUNCH = {"num_warps": 8, "num_stages": 3}
+VECTOR = 16
+"""Divisor of a size that Triton's compiler uses for vector loads."""
 
 
 @triton.jit
@@ -153,7 +155,9 @@ def _multiply(x: Tensor, weight: Tensor, dilation: int, out: Tensor, *, mirrored
     high, wide = (max(stop - start for start, stop, *_ in regions(size, dilation))
                   for size in (height, width))
     pixels = batch * high * wide  # of the largest region
-    rows, columns = _side(ROWS, pixels), _side(COLUMNS, channels_out)
+    # channels that no vector load fits need a mask and an address each: half the block, or registers spill
+    most = COLUMNS if channels_in % VECTOR == channels_out % VECTOR == 0 else COLUMNS // 2
+    rows, columns = _side(ROWS, pixels), _side(most, channels_out)
     grid = (triton.cdiv(pixels, rows), triton.cdiv(channels_out, columns), REGIONS)
     with torch.cuda.device_of(x):
         _convolution_kernel[grid](

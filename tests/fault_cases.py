@@ -12,7 +12,7 @@ import torch
 
 from stpp.label import rows
 
-WORKER = str(Path(__file__).parents[1] / "faults" / "bombed.py")
+WORKER = str(Path(__file__).parent / "faults" / "bombed.py")
 STAGES = ("1-supervised", "2-select", "3-label", "4-retrain", "5-label", "6-retrain")
 RECIPE = """
 method = "stpp"
