@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from harness import Report, arguments, minimum_ratio, nominal_flop
-from stpp.inference import build, export, fused, gate
+from stpp.inference import build, export, gate
 from stpp.inference.build import BACKENDS, PRECISIONS, Compilation
 from stpp.inference.protocol import Predictor
 from stpp.inference.record import ANY_SIZE, Shapes, weights_sha256
@@ -160,8 +160,7 @@ def main() -> None:
     labels = ["eager"]
     if report.device.type == "cuda" or options.small:
         with torch.inference_mode(False):
-            merged = plan.eager()
-            fused.fuse(merged._network)
+            merged = plan.eager(fuse=True)
         measured.measure("teacher.forward.fused", {"eager fused": merged.logits, "eager": eager.logits})
         labels.append("eager fused")
     with torch.inference_mode(False):

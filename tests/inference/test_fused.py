@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from engine_cases import warmed
+from stpp.errors import UserError
 from stpp.inference import fold, fused
-from stpp.inference.open import EagerPredictor
+from stpp.inference.open import EagerPredictor, open_predictor
 from stpp.models.build import build_model
 
 CPU = torch.device("cpu")
@@ -57,13 +58,35 @@ def test_requested_on_cuda_only(monkeypatch):
     assert fused.requested(cuda) and not fused.requested(CPU)
 
 
-def test_eager_predictor_fuses_on_request(monkeypatch):
-    network = trained()
-    images = torch.randn(1, 3, 33, 33).contiguous(memory_format=torch.channels_last)
-    plain = EagerPredictor(network, num_classes=5, device=CPU, dtype=torch.float32)
+@pytest.fixture
+def labelling(tmp_path, monkeypatch):
+    """Opens the fused predictor of a checkpoint whose classes vary over an image."""
+    network, architecture = trained(), {"name": "deeplabv3plus", "backbone": "resnet18", "output_stride": 16}
+    nn.init.zeros_(network.classifier.bias)
     monkeypatch.setattr(fused, "requested", lambda device: True)
-    other = EagerPredictor(network, num_classes=5, device=CPU, dtype=torch.float32)
+    return lambda: open_predictor(tmp_path / "best.pt", device=CPU, backend="eager", precision="fp32",
+                                  load=lambda path: (network, list("abcde"), architecture))
+
+
+def test_labelling_runs_fused_convolutions_behind_the_gate(labelling):
+    images = torch.randn(1, 3, 33, 33).contiguous(memory_format=torch.channels_last)
+    predictor = labelling()
+    assert predictor.identity.backend == "eager-fused" and fusions(predictor._engine)
+    assert not any(fusions(reference.__self__) for reference in predictor._make_references())
     with torch.inference_mode():
-        assert plain._network.backbone.layer1[0].forward.__func__ is not fused._basic_block
-        assert other._network.backbone.layer1[0].forward.__func__ is fused._basic_block
-        torch.testing.assert_close(plain.logits(images), other.logits(images), rtol=1e-3, atol=1e-3)
+        predictor.logits(images)
+    assert predictor.agreement.outside > 0.999
+
+
+def test_wrong_fused_convolution_is_rejected(labelling, monkeypatch):
+    conv_relu = fused.conv_relu
+    monkeypatch.setattr(fused, "conv_relu", lambda *args: -conv_relu(*args))
+    images = torch.randn(1, 3, 33, 33).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode(), pytest.raises(UserError, match="eager-fused fp32 is rejected"):
+        labelling().logits(images)
+
+
+def fusions(predictor: EagerPredictor) -> list[nn.Module]:
+    """Lists the residual blocks of a predictor that are fused."""
+    return [module for module in predictor._network.modules()
+            if getattr(module.forward, "__func__", None) is fused._basic_block]

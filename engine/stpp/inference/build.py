@@ -66,13 +66,14 @@ class Compilation:
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         return f"{self.backend}-{self.precision}-{digest[:16]}"
 
-    def eager(self, precision: str | None = None) -> EagerPredictor:
-        """Makes the eager predictor, in the engine's precision or another."""
-        precision = precision or self.precision
+    def eager(self, precision: str | None = None, *, fuse: bool = False) -> EagerPredictor:
+        """Makes the eager predictor, in the engine's precision or another, on request with fused
+        convolutions."""
+        precision, backend = precision or self.precision, "eager-fused" if fuse else "eager"
         return EagerPredictor(self.network, num_classes=len(self.classes), device=self.device,
                               dtype=PRECISIONS[precision], view_px=self.architecture.get("view_px"),
-                              identity=dataclasses.replace(self.identity(), backend="eager",
-                                                           precision=precision))
+                              identity=dataclasses.replace(self.identity(), backend=backend,
+                                                           precision=precision), fuse=fuse)
 
     def references(self) -> list[gate.Logits]:
         """Makes the eager networks that an engine is judged by: in float32 and, if that is another, in its

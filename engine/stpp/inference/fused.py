@@ -24,7 +24,7 @@ VARIABLE = "STPP_FUSED_CONV"
 
 
 def requested(device: torch.device) -> bool:
-    """Tells whether networks on `device` are to be fused."""
+    """Tells whether labelling networks on `device` are to be fused."""
     return device.type == "cuda" and os.environ.get(VARIABLE) == "1"
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from stpp import log
 from stpp.errors import UserError
-from stpp.inference import build, choose, exif_rule, gate, views
+from stpp.inference import build, choose, exif_rule, fused, gate, views
 from stpp.inference import record as records
 from stpp.inference import trust as trusting
 from stpp.inference.build import BACKENDS, PRECISIONS, Compilation
@@ -132,7 +132,7 @@ def _open_folder(folder: Path, load: Load, device: torch.device, *, backend: str
     plan = _plan(weights, load, device, backend=record.backend, precision=record.precision,
                  shapes=record.shapes)
     if record.backend == "eager":
-        return plan.eager()
+        return _eager(plan)
     _, reason = build.check(folder, plan, trusted=True)
     if reason is not None:
         log.say(f"engine {folder} is not used: {reason}; compiling the predictor from its {weights.name}")
@@ -147,9 +147,16 @@ def _open_folder(folder: Path, load: Load, device: torch.device, *, backend: str
 def _ready(plan: Compilation, make: Callable[[], CompiledPredictor]) -> Predictor:
     """Makes the eager predictor, or an engine with its accuracy gate."""
     if plan.backend == "eager":
-        return plan.eager()
+        return _eager(plan)
     engine = make()
     return gate.Gated(engine, plan.references, name=engine.record.describe())
+
+
+def _eager(plan: Compilation) -> Predictor:
+    """Makes the eager predictor; if fused convolutions are requested, it has them, and the accuracy gate."""
+    if not fused.requested(plan.device):
+        return plan.eager()
+    return gate.Gated(plan.eager(fuse=True), plan.references, name=f"eager-fused {plan.precision}")
 
 
 def _cached_or_eager(plan: Compilation, cache: Path) -> Predictor:
@@ -158,7 +165,7 @@ def _cached_or_eager(plan: Compilation, cache: Path) -> Predictor:
         return _ready(plan, lambda: build.cached(plan, cache))
     except UserError as error:
         log.say(f"{error}; falling back to eager")
-        return plan.eager()
+        return _eager(plan)
 
 
 def _plan(path: Path, load: Load, device: torch.device, *, backend: str, precision: str,

@@ -1,7 +1,7 @@
 """Interfaces of predictors and compiler backends, and the eager and compiled predictors."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -63,7 +63,8 @@ class Identity:
     """See `stpp.inference.record.weights_sha256`."""
     classes: tuple[str, ...]
     backend: str
-    """"eager", "inductor", "tensorrt" or "torch-tensorrt"; with "-frozen" if the weights are compiled in."""
+    """"eager", "eager-fused", "inductor", "tensorrt" or "torch-tensorrt"; with "-frozen" if the weights are
+    compiled in."""
     precision: str
     """bf16, fp16 or fp32."""
     output_stride: int | None = None
@@ -91,14 +92,13 @@ class Predictor(Protocol):
 
 
 class EagerPredictor:
-    """Predictor that runs a copy of the network in PyTorch."""
+    """Predictor that runs a copy of the network in PyTorch, on request with fused convolutions."""
 
     def __init__(self, network: nn.Module, *, num_classes: int, device: torch.device, dtype: torch.dtype,
-                 view_px: int | None = None, identity: Identity | None = None):
+                 view_px: int | None = None, identity: Identity | None = None, fuse: bool = False):
         self._network, self.identity = fold.ready(network, device=device, dtype=dtype), identity
-        if fused.requested(device):
+        if fuse:
             fused.fuse(self._network)
-            self.identity = identity and replace(identity, backend="eager-fused")
         self.num_classes, self.view_px, self._dtype = num_classes, view_px, dtype
 
     def logits(self, images_NCHW: torch.Tensor) -> torch.Tensor:
