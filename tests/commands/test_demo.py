@@ -34,7 +34,7 @@ def test_each_method_has_settings_that_a_recipe_can_hold(method, tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps(config.to_dict(chosen)))
     assert config.load_recipe(Config, tmp_path / "recipe.json") == chosen and chosen.method == method
     assert chosen.model.backbone == "resnet18" and chosen.model.pretrained == "none"
-    if METHODS[method].pairs:
+    if METHODS[method].consistency:
         assert chosen.train.batch_global % (2 * demo.RANKS * chosen.train.accumulate) == 0
         streams = [Stream(samples=range(count), masked=False, number=number)
                    for number, count in enumerate((12, UNLABELLED))]

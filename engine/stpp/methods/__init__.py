@@ -19,8 +19,9 @@ class Method:
     """True if a stage labels images, so that `--label.max-pixels` applies."""
     predictors: int | None = None
     """Number of networks that rank or label images in a run, which may share one compiled engine."""
-    pairs: bool = False
-    """True if neighbours of a pass are mixed, so that a pass needs an even number of images of each list."""
+    consistency: bool = False
+    """True if labels come from another view in the same step: neighbours are mixed, so that a pass needs an
+    even number of images of each list, and `--train.from-teacher` puts a stage on the labels first."""
     advice: str = ""
     """Further flags to try for missing classes, appended to a list of flags."""
     checkpoints: int
@@ -37,9 +38,10 @@ METHODS = {
     "st": Method(run=st.train, predictors=1, advice=_OFFLINE, checkpoints=10),
     "stpp": Method(run=stpp.train, unlabelled=2, predictors=5, advice=_OFFLINE, checkpoints=18),
     "retrain": Method(run=retrain.train, labels=False, checkpoints=5),
-    "unimatch": Method(run=unimatch.train, labels=False, pairs=True, advice=_ONLINE, checkpoints=5),
-    "unimatch-v2": Method(run=unimatch_v2.train, labels=False, pairs=True, advice=_ONLINE, checkpoints=8),
-    "fixmatch": Method(run=unimatch_v2.train_fixmatch, labels=False, pairs=True, advice=_ONLINE,
+    "unimatch": Method(run=unimatch.train, labels=False, consistency=True, advice=_ONLINE, checkpoints=5),
+    "unimatch-v2": Method(run=unimatch_v2.train, labels=False, consistency=True, advice=_ONLINE,
+                          checkpoints=8),
+    "fixmatch": Method(run=unimatch_v2.train_fixmatch, labels=False, consistency=True, advice=_ONLINE,
                        checkpoints=8),
 }
 """Methods by name on the command line (`stpp.config.MethodName`)."""

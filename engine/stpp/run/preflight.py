@@ -84,7 +84,7 @@ def _room(config: Config, weights: int, unlabelled: Sequence[Sample]) -> None:
     """Checks the disk space for checkpoints and pseudo labels; a resumed run has already written a part."""
     masks = sum(sample.width * sample.height for sample in unlabelled) * MASK_BITS / 8
     method = METHODS[config.method]
-    on_labels = config.control + (method.pairs and config.train.from_teacher)
+    on_labels = config.control + (method.consistency and config.train.from_teacher)
     copies = method.checkpoints + METHODS["supervised"].checkpoints * on_labels
     needed, free = copies * weights + masks, shutil.disk_usage(config.out).free
     if needed > free:  # listing what may be millions of masks is slow

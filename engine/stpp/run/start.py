@@ -36,7 +36,7 @@ def start(config: Config, world: World) -> dict:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     per_pass = images_per_pass(config.train, world)
-    if METHODS[config.method].pairs and per_pass % 2:
+    if METHODS[config.method].consistency and per_pass % 2:
         raise UserError(f"--train.batch-global {config.train.batch_global} gives {per_pass} images per rank "
                         f"and pass, and --method {config.method} mixes pairs; choose a multiple of "
                         f"{2 * world.size * config.train.accumulate}")
