@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 ABSENT = 0.1
 """Ratio of a class's share to its share of the labelled pixels, below which it is nearly absent."""
-REMEDIES = "--rare.weights inverse-sqrt, --rare.sampling 0.5, --rare.logit-adjustment 1"
+REMEDIES = "--rare.sampling 0.25, --rare.weights effective --rare.effective-pixels 1e4"
 """Remedies for a class that is labelled but not learned."""
 GUIDE = "docs/rare-classes.md describes their effects and costs"
 
