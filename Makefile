@@ -40,7 +40,7 @@ wheel: setup  ## a wheel for this version of Python and of torch (dist)
 gpu-wheels:  ## pure Python packages to carry to a GPU machine without a network (build/gpu-wheels)
 	rm -rf build/gpu-wheels
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 \
-	    --dest build/gpu-wheels $(shell grep -o '^tyro==[0-9.]*' requirements.txt) docstring-parser==0.18.0 typeguard==4.6.1
+	    --dest build/gpu-wheels $(shell grep -oE '^(tyro|braceexpand)==[0-9.]*' requirements.txt) docstring-parser==0.18.0 typeguard==4.6.1
 
 triton-3.6: build/triton-3.6.0/triton  ## Triton of torch 2.11, for slow tests that compile the CUDA kernels
 build/triton-3.6.0/triton: | setup

@@ -38,7 +38,7 @@ done
 export PYTHONPATH=$here/engine:$here/kernels:$here/benchmarks${carried:-}${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export STPP_GIT=${STPP_GIT:-$(git rev-parse HEAD 2>/dev/null)}
 
-needed="import numpy, PIL, pyarrow, tqdm, tyro, jinja2, tensorboard, pytest, xdist, pytest_timeout, hypothesis, torch, stpp.cli
+needed="import numpy, PIL, pyarrow, tqdm, tyro, braceexpand, jinja2, tensorboard, pytest, xdist, pytest_timeout, hypothesis, torch, stpp.cli
 import unpassed, machine, bench_data, bench_fused_conv, bench_label, bench_loss, bench_ops, bench_profile, bench_shapes
 import bench_step, bench_teacher, bench_unimatch, check_memory, check_resume, check_run
 assert '$device' != 'cuda' or torch.cuda.is_available(), 'PyTorch sees no CUDA device'"

@@ -1,6 +1,7 @@
 """run_gpu.sh: each part runs, in its smallest form, on a CPU; an interrupted call leaves complete files; and
 its helpers."""
 
+import ast
 import json
 import os
 import re
@@ -81,6 +82,24 @@ def test_all_files_with_gpu_tests_are_run():
     # Minutes of compiling: the second call has a case; those machines lack TensorRT.
     compiling = {"inference/test_engines_gpu", "inference/test_tensorrt"}
     assert marked - compiling - {"benchmarks/test_run_gpu"} == set(listed.split())
+
+
+def test_import_check_names_every_package_that_modules_import():
+    """A module that imports a package only in a function can do without it."""
+    (named,) = re.findall(r'^needed="import (.*)$', SCRIPT.read_text(), re.MULTILINE)
+    checked = {name.strip().split(".")[0] for name in named.split(",")}
+    own = {"stpp", "stpp_kernels", *(path.stem for path in (ROOT / "benchmarks").glob("*.py"))}
+    files = [path for folder in ("engine", "kernels") for path in (ROOT / folder).rglob("*.py")]
+    imported = {name for path in files for name in imports(ast.parse(path.read_text()))}
+    optional = {"triton", "nvidia"}  # modules that are imported only where these are installed
+    assert "braceexpand" in imported and imported <= checked | own | optional | set(sys.stdlib_module_names)
+
+
+def imports(tree: ast.Module) -> set[str]:
+    """Returns the top-level names of the packages that a module imports when it is imported."""
+    absolute = [node.module for node in tree.body if isinstance(node, ast.ImportFrom) and not node.level]
+    plain = [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
+    return {name.split(".")[0] for name in (*absolute, *plain)}
 
 
 def descendants(pid: int) -> list[int]:
