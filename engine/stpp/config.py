@@ -95,9 +95,10 @@ class SourceConfig:
                     "labelme"] = "auto"
     """Layout of the data set; with coco, yolo and labelme, masks are drawn from annotated shapes."""
     images: str | None = None
-    """Pattern of the images below the root (layouts globs, coco, yolo, labelme): `photos/**/*.jpg`."""
+    """Pattern of the images below the root (layouts globs, cvat, coco, yolo, labelme): `photos/**/*.jpg`."""
     masks: str | None = None
-    """Pattern of the masks (layout globs): `labels/**/*.png`; or of the JSON files (layout coco)."""
+    """Pattern of the masks (layout globs): `labels/**/*.png`; or of the files of shapes (layouts coco,
+    yolo, labelme)."""
     classes: tuple[str, ...] = ()
     """Class names in the order of their ids; empty: from `classes.json` in the root, or from the layout."""
     mask_map: tuple[str, ...] = ()

@@ -241,9 +241,9 @@ def _size_problem(task: Task, reading: Reading, other: Reading, mask_size: tuple
     hint = ""
     if (other.width, other.height) == mask_other:
         turn = max(reading.orientation, other.orientation)
-        switch = "off (--data.no-exif)" if exif else "on"
+        switch = "--data.no-exif" if exif else "--data.exif"
         whose, turn = ("image", turn) if turn != 1 else ("mask", mask_turn)
-        hint = f"; they match with --data.exif {switch}, as the {whose}'s EXIF orientation is {turn}"
+        hint = f"; they match with {switch}, as the {whose}'s EXIF orientation is {turn}"
     return (
         f"{task.mask}: the mask has {mask_size[0]}x{mask_size[1]} pixels, "
         f"but its image {task.image} has {reading.width}x{reading.height}{hint or '; they must be equal'}"
