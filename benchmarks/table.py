@@ -48,7 +48,7 @@ RATIOS = (
 """Subject, peer, files of rows, name of the summary row."""
 HIGHLIGHTS = (("selftrain", "selftrain.engine_vs_public_ratio"), ("step", "step.engine_vs_public_ratio"),
               ("step", "step.engine_vs_tuned_ratio"), ("step-lite0", "step.engine_vs_public_ratio"),
-              ("label", "label.engine_vs_public_ratio"), ("loss", "loss.fused_vs_compiled_ratio"))
+              ("label", "label.engine_vs_public_ratio"))
 """Files of rows and names of the rows of `RATIOS` that README.md shows."""
 ON_GPUS = (
     ("the loss from a CUDA graph, 16 x 21 classes x 321 "
