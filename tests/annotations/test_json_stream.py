@@ -93,3 +93,20 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (tmp_path / "a.json").stat().st_size > 12e6 and peak < 8e6
+
+
+@pytest.mark.parametrize("gap", range(5))
+def test_number_split_between_blocks_is_read(tmp_path, monkeypatch, gap):
+    monkeypatch.setattr(json_stream, "BLOCK_BYTES", 16)
+    (tmp_path / "a.json").write_text('{"a": [' + " " * (6 + gap) + "0.5, 1e-3, 25]}")
+    assert [element.value for element in json_stream.elements(tmp_path / "a.json")] == [0.5, 1e-3, 25]
+
+
+@pytest.mark.parametrize(("text", "reason"), [
+    ('{"a": []}{"b": []}', "something follows"), ('{"a": []} x', "something follows"),
+    ('{["a"]: [1]}', "a key is not a string"), ('{"a": ["c\\ud83d"]}', "half of a surrogate pair"),
+])
+def test_more_than_an_object_and_odd_text_are_refused(tmp_path, text, reason):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match=reason):
+        list(json_stream.elements(tmp_path / "a.json"))

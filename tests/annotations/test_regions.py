@@ -137,9 +137,9 @@ def test_run_lengths_of_another_size_are_refused_without_allocation(counts):
 
 
 def test_bitmaps_are_cut_at_the_edges_of_the_image():
-    region = Bitmap(-1, 22, np.ones((4, 3), bool))
+    region = Bitmap(-1, 22, (4, 3), lambda: np.ones((4, 3), bool))
     expected = np.zeros((24, 32), bool)
     expected[22:, :2] = True
     assert (painted(region, 24, 32) == expected).all() and region.doubt(24, 32) is None
-    assert "outside" in Bitmap(40, 0, np.ones((4, 3), bool)).doubt(24, 32)
+    assert "outside" in Bitmap(40, 0, (4, 3), lambda: np.ones((4, 3), bool)).doubt(24, 32)
     assert (painted(Outline((ring(SQUARE),)), 24, 32) == (square(1) == 1)).all()

@@ -208,3 +208,23 @@ def test_any_text_is_a_class_list_or_refused_in_one_line(tmp_path, name, text):
         assert "\n" not in str(error).strip() and name in str(error)
     finally:
         (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize(("name", "text", "reason"), [
+    ("data.yaml", "names:\n  0: a\n  1: b\n  1: c\n", "occurs twice"),
+    ("classes.json", '{"0": "a", "1": "b", "1": "c"}', "'1' occurs twice"),
+    ("labels.txt", "car,1\nvan,0\n", "names and numbers in an unknown order"),
+    ("labels.txt", "name,id\ncar,0\nvan,1\n", "names and numbers in an unknown order"),
+    ("labels.txt", "id name\n0 car\n1 van\n", "names and numbers in an unknown order"),
+    ("data.yaml", "names: [a, b]\ndate: 2020-99-99\n", "is not YAML"),
+    ("data.yaml", "names: [a, b]\nx: !!int abc\n", "is not YAML"),
+])
+def test_ambiguous_or_broken_lists_are_refused(tmp_path, name, text, reason):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=reason):
+        class_files.find(tmp_path)
+
+
+def test_handwritten_numbers_as_keys_are_read(tmp_path):
+    (tmp_path / "classes.json").write_text("{0: 'background', 1: 'leaf'}")
+    assert class_files.find(tmp_path)[0] == ["background", "leaf"]

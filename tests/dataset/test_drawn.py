@@ -5,6 +5,8 @@ import io
 import json
 import os
 import time
+import tracemalloc
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from PIL import Image
 from cli_cases import ended, refused
 from dataset_cases import photo
 from shape_cases import SIZE, SQUARE, coco, coco_set, drawn, prepare, square
+from stpp.annotations import labelme
 from stpp.dataset import index, official, splits
 from stpp.errors import UserError
 
@@ -691,3 +694,62 @@ def test_run_trains_on_drawn_masks_and_resumes_after_changes(tmp_path, capsys):
     code, _, errors = ended(capsys, "evaluate", "--checkpoint", best, "--tta", "none", "--device", "cpu")
     assert code == 0 and "preparing the index again" in errors, errors
     assert index.load(tmp_path / "run" / "index").entries["photos/0.jpg"].class_pixels[1] == 0
+
+
+def test_yolo_names_in_another_order_make_the_index_stale(tmp_path):
+    root = yolo_set(tmp_path / "data", {"a": f"0 {shares(SQUARE)}"})
+    options = {"layout": "yolo", "unlisted": "background", "classes": ("background", "leaf", "stem")}
+    made = prepare(root, **options)
+    assert (drawn(made, "images/train/a.jpg") == square(1)).all()
+    (root / "data.yaml").write_text("names: [stem, leaf]\n")
+    assert index.is_stale(made.out, root, **options)
+    assert (drawn(prepare(root, **options), "images/train/a.jpg") == square(2)).all()
+
+
+@pytest.mark.parametrize("doubtful", [{}, {"doubtful": "ignore"}])
+@pytest.mark.parametrize("segmentation", [{"size": [12, 16], "counts": [0, 192]},
+                                          {"size": [24, 32], "counts": [5, 3, 7]}])
+def test_run_lengths_that_fit_no_pixels_are_never_background(tmp_path, segmentation, doubtful):
+    with pytest.raises(UserError, match="but the image has 32x24|its counts add up to"):
+        one(tmp_path, {"segmentation": segmentation}, **doubtful)
+
+
+def test_polygons_without_an_area_beside_others_are_doubtful(tmp_path):
+    polygons = [list(SQUARE), [20, 20, 21, 21]]
+    with pytest.raises(UserError, match="it has 2 distinct points"):
+        one(tmp_path / "refused", {"segmentation": polygons})
+    made = one(tmp_path / "ignored", {"segmentation": polygons}, doubtful="ignore")
+    assert (drawn(made, "photos/0.jpg") == square(255)).all()
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_annotations_under_two_names_of_one_file_are_refused(tmp_path, link):
+    value = coco({"photos/0.jpg": [{}], "photos/twin.jpg": [{"category_id": 7}]}, NAMES)
+    root = coco_set(tmp_path / "data", value, images=1)
+    link(root / "photos" / "0.jpg", root / "photos" / "twin.jpg")
+    with pytest.raises(UserError, match=r"are one file, .* annotations\.json has annotations for each"):
+        prepare(root, **COCO)
+
+
+def test_label_mapped_twice_is_refused(tmp_path):
+    with pytest.raises(UserError, match="'leaf' is mapped twice"):
+        one(tmp_path, {}, mask_map=["leaf=stem", "leaf=ignore"])
+
+
+def test_many_large_bitmaps_of_labelme_need_little_memory(tmp_path):
+    png = io.BytesIO()
+    Image.fromarray(np.zeros((4000, 4000), bool)).save(png, "PNG")
+    shape = {"label": "leaf", "shape_type": "mask", "points": [[0, 0], [1, 1]],
+             "mask": base64.b64encode(png.getvalue()).decode()}
+    (tmp_path / "a.json").write_text(json.dumps({"shapes": [shape] * 20}))
+    tracemalloc.start()
+    annotated = labelme.read(tmp_path / "a.json")
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(annotated.shapes) == 20 and kept < 16 << 20  # decoded: 320 MB
+
+
+def test_labelme_names_are_compared_in_one_normalisation(tmp_path):
+    path = tmp_path / (unicodedata.normalize("NFD", "é") + ".json")
+    path.write_text(json.dumps({"shapes": [], "imagePath": unicodedata.normalize("NFC", "é") + ".jpg"}))
+    assert labelme.read(path).problems == []

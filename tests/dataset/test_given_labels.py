@@ -158,3 +158,19 @@ def test_corrected_cvat_masks_override_the_others(known, unlabelled, tmp_path):
     (folder / "labelmap.txt").write_text("background:0,0,0::\ntree:10,20,30::\nignore:224,224,192::\n")
     with pytest.raises(UserError, match=r"labelmap\.txt: 'tree' is not a class"):
         given_labels.check(unlabelled, folder, known, tmp_path / "again")
+
+
+@pytest.mark.parametrize("excluded", [False, True])
+def test_mask_of_an_image_that_is_no_candidate_is_not_given_to_another(tmp_path, excluded):
+    """Of `stpp label --source DATA/two`; two's images are labelled ones, or excluded."""
+    root = tmp_path / "data"
+    for folder in ("one", "two"):
+        (root / folder).mkdir(parents=True)
+        Image.new("RGB", (6, 4)).save(root / folder / "a.jpg")
+    made = index.prepare(root, tmp_path / "index", images="**/*.jpg", classes=("a", "b"), progress=False)
+    samples = [made.sample(image) for image in (("one/a.jpg", "two/a.jpg") if excluded else ("one/a.jpg",))]
+    exclude = tmp_path / "bad.txt" if excluded else None
+    (tmp_path / "bad.txt").write_text("two/a.jpg\n")
+    with pytest.raises(UserError, match=r"images of several folders share a mask, a\.png"):
+        given_labels.check(samples, written(tmp_path / "in", "a", value=1), made, tmp_path / "out",
+                           exclude=exclude)

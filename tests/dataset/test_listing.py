@@ -13,7 +13,10 @@ from PIL import Image
 from dataset_cases import GLOBS, data_set, ids, photo, prepare
 from stpp.dataset import index, layouts, official, splits
 from stpp.dataset.notes import Notes
+from stpp.dataset.walk import walk
 from stpp.errors import UserError
+from stpp.images.folders import SkippedFiles
+from stpp.run import lease
 from stpp.run.preflight import _warn_of_overlaps
 
 
@@ -385,3 +388,31 @@ def test_photograph_named_like_a_mask_word_is_a_photograph(tmp_path):
         photo(tmp_path / name, len(name))
     assert [image for image, _ in find(tmp_path, "*")] == ["7_mask.jpg", "mask.jpg", "seg.png"]
     assert np.asarray(Image.open(tmp_path / "mask.jpg")).any()
+
+
+def test_folders_of_runs_and_indices_hold_no_images(tmp_path):
+    for path in ("a.png", "runs/x/examples.png", "runs/x/stages/masks/a.png", "other/index/masks/a.png",
+                 "b/a.png"):
+        mask(tmp_path / path)
+    (tmp_path / "runs" / "x" / lease.NAME).write_text("{}")
+    (tmp_path / "other" / "index" / ".stpp-index").touch()
+    skipped = SkippedFiles()
+    assert sorted(walk(tmp_path, "", skipped=skipped)) == ["a.png", "b/a.png"]
+    assert "2 folders with the files of a run or an index" in skipped.lines()
+
+
+def test_link_to_itself_is_named(root):
+    (root / "loop.png").symlink_to("loop.png")
+    with pytest.raises(UserError, match=r"loop\.png: cannot be read"):
+        list(walk(root, "", follow_links=True))
+
+
+@pytest.mark.parametrize("pattern", ["photos/[z-a]*.jpg", "photos/[!]*.jpg"])
+def test_invalid_set_in_a_pattern_is_named(root, pattern):
+    with pytest.raises(UserError, match=r"--data\.images photos/.*the set in brackets is invalid"):
+        find(root, pattern)
+
+
+def test_pattern_with_a_very_long_word_is_searched(root):
+    with pytest.raises(UserError, match="no image found"):
+        find(root, "{" + ",".join("abcdefgh"[i % 8] * 40 for i in range(8)) + "}/*.jpg")

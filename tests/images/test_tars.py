@@ -185,3 +185,23 @@ def test_archive_of_masks_reads_back(tmp_path):
     (tmp_path / "m.tar").write_bytes(written)
     assert {one.name: storage.read(str(tmp_path / "m.tar"), one.offset, one.bytes)
             for one in tars.members(str(tmp_path / "m.tar"))} == FILES
+
+
+@pytest.mark.parametrize("name", ["b.jpg", "b/"])
+def test_negative_size_never_repeats_a_member(tmp_path, name):
+    header = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
+    header[124:136], header[148:156] = tarfile.itn(-512, 12, tarfile.GNU_FORMAT), b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    said = refused(tmp_path / "a.tar", tars.entry("a.jpg", b"x" * 10) + bytes(header) + tars.END)
+    assert "has a negative size" in said
+
+
+@pytest.mark.parametrize("headers", [{"GNU.sparse.map": "a,b"}, {"GNU.sparse.size": "x"},
+                                     {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}, {"size": "-512"}])
+def test_damaged_extended_headers_are_refused(tmp_path, headers):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as opened:
+        member = tarfile.TarInfo("a.jpg")
+        member.pax_headers = headers
+        opened.addfile(member)
+    refused(tmp_path / "a.tar", file.getvalue())

@@ -60,7 +60,7 @@ def test_a_lost_class_is_named_once_with_its_figures(capsys):
     said = capsys.readouterr().err
     assert ("warning: class stem has an IoU of 0.25 % after 1-supervised; it has 0.5 % of the labelled "
             "pixels, in 2 images") in said
-    assert "leaf" not in said and "--rare.weights inverse-sqrt" in said and ", --more; docs/" in said
+    assert "leaf" not in said and "--rare.sampling 0.25" in said and ", --more; docs/" in said
     monitored.warn_missing([90, 10, 0], "pseudo-labelled pixels")
     assert capsys.readouterr().err == ""  # it was named
     monitored.warn_missing([100, 0, 0], "pixels that 2-label labelled")

@@ -253,3 +253,18 @@ def test_corrected_file_of_shapes_is_read_again(tmp_path, here, capsys):
     assert (read_index_mask(fresh.sample("photos/1.jpg").mask) == 1).all()
     assert (read_index_mask(fresh.sample("photos/0.jpg").mask) == shape_cases.square(1)).all()
     assert "1 file of" in (said := capsys.readouterr().err) and "the first: annotations.json" in said
+
+
+def test_names_of_yolo_in_another_order_are_read_before_scoring(tmp_path, here):
+    root = tmp_path / "data"
+    photo(root / "images" / "0.jpg")
+    (root / "labels").mkdir()
+    (root / "labels" / "0.txt").write_text("0 0.1 0.1 0.9 0.1 0.9 0.9\n")
+    (root / "data.yaml").write_text("names: [leaf, stem]\n")
+    known = prepare(root, layout="yolo", unlisted="ignore", classes=("leaf", "stem"))
+    path = tmp_path / "val.txt"
+    path.write_text("".join(map(splits.line, known.entries.values())))
+    (root / "data.yaml").write_text("names: [stem, leaf]\n")
+    before, after = (index.class_pixels([index.sample("images/0.jpg")])[0]
+                     for index in (known, fresh_index(known.out, path, here)))
+    assert before[0] > 0 and after == before[::-1]

@@ -280,3 +280,12 @@ def test_out_of_memory_names_the_option_in_one_line(recipe, synthetic, synthetic
     assert "\n" not in said
     assert all(text in said
                for text in ("1-supervised", "2.00 GiB", "--train.accumulate 2", "--label.batch-pixels"))
+
+
+def test_shared_index_of_other_settings_is_not_rewritten(recipe, synthetic, synthetic_index, tmp_path):
+    """Another run may be training on its masks."""
+    before = (synthetic_index / "index.json").read_bytes()
+    said = stpp("train", "--recipe", recipe, "--data.root", synthetic, "--data.index", synthetic_index,
+                "--data.no-exif", "--out", tmp_path / "run", expect=2).stderr
+    assert "prepared with other settings (exif)" in said and "choose another folder" in said
+    assert (synthetic_index / "index.json").read_bytes() == before

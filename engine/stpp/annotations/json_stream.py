@@ -71,6 +71,8 @@ class _Reader:
         self._at += 1
         while self._next_character() != "}":
             name = self._value()
+            if not isinstance(name, str):
+                raise self._refusal("invalid JSON (a key is not a string)")
             self._expect(":")
             if self._next_character() == "[":
                 self._at += 1
@@ -78,6 +80,9 @@ class _Reader:
             else:
                 self._value()
             self._skip_comma("}")
+        self._at += 1
+        if self._next_character(at_end=True):
+            raise self._refusal("something follows the object {...}")
 
     def _list(self, name: str) -> Iterator[Element]:
         while self._next_character() != "]":
@@ -100,9 +105,11 @@ class _Reader:
             except ValueError as error:
                 failure = " ".join(str(error).split("(char")[0].split())[:200]
             else:
-                # A number at the end of the buffer may continue in the file.
-                if end < len(self._text) or self._ended:
+                # A number near the end of the buffer may continue in the file, as 0. and 1e- do.
+                if end + 2 < len(self._text) or self._ended:
                     part, self._at = self._text[self._at : end], end
+                    if "\\u" in part:
+                        self._refuse_surrogates(value)
                     return value if part.isascii() else self._in_utf8(part)
                 failure = "is cut short"
             if self._ended:
@@ -110,6 +117,12 @@ class _Reader:
             if len(self._text) - self._at > MOST_BYTES:
                 raise self._refusal(f"an element exceeds {MOST_BYTES >> 20} MiB, or the JSON is invalid")
             self._read_block(len(self._text))  # doubles the buffer, so that a value is retried few times
+
+    def _refuse_surrogates(self, value: object) -> None:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise self._refusal("text with half of a surrogate pair (\\ud800 to \\udfff)") from None
 
     def _in_utf8(self, part: str) -> object:
         try:
@@ -131,13 +144,15 @@ class _Reader:
             raise self._refusal(f"invalid JSON (expected '{sign}')")
         self._at += 1
 
-    def _next_character(self) -> str:
-        """Next non-space character, at `_at`; rejects the end of the file."""
+    def _next_character(self, *, at_end: bool = False) -> str:
+        """Next non-space character, at `_at`; rejects the end of the file, or with `at_end` returns ""."""
         while True:
             while self._at < len(self._text):
                 if self._text[self._at] not in _SPACE:
                     return self._text[self._at]
                 self._at += 1
+            if self._ended and at_end:
+                return ""
             if self._ended:
                 raise self._refusal("is cut short")
             self._discard_read()

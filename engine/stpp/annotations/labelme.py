@@ -5,6 +5,7 @@ import binascii
 import io
 import os
 import re
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ def _name_mismatch(image_path: object, path: str | os.PathLike) -> list[str]:
         return []
     stem = os.path.splitext(re.split(r"[/\\]", image_path)[-1])[0]
     own = os.path.splitext(os.path.basename(path))[0]
-    if stem == own:
+    if unicodedata.normalize("NFC", stem) == unicodedata.normalize("NFC", own):
         return []
     return [f"its imagePath names another image, {image_path[:120]!r}; name the file like its image"]
 
@@ -95,12 +96,18 @@ def _bitmap(value: dict) -> Bitmap:
     (x, y), _ = _two_points(ring(value.get("points")))
     try:
         data = base64.b64decode(value["mask"], validate=True)
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError("too large")
-            return Bitmap(round(x), round(y), np.asarray(image.convert("L")) > 0)
+        size = _pixels(data).shape
+        return Bitmap(round(x), round(y), size, lambda: _pixels(data))  # a file may hold very many
     except (KeyError, binascii.Error, *DECODE_ERRORS) as error:
         raise ValueError(f"its mask cannot be read ({type(error).__name__})") from None
+
+
+def _pixels(data: bytes) -> np.ndarray:
+    """Decodes a PNG: bool [h, w]."""
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError("too large")
+        return np.asarray(image.convert("L")) > 0
 
 
 def _two_points(points: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ Polygons are filled as COCO tools do: drawn at five times the size, and filled c
 edges. Legend: x and y in pixels from the upper left corner of the image.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple, Protocol
@@ -34,6 +35,10 @@ class Patch(NamedTuple):
     """bool [h, w]."""
 
 
+class NoArea(ValueError):
+    """A shape without an area: it covers no pixels."""
+
+
 class Region(Protocol):
     """Pixels covered by one shape."""
 
@@ -48,6 +53,7 @@ class Region(Protocol):
         """Reason why the region may differ from the intended pixels; None without one.
 
         Raises:
+            NoArea: the region covers no pixels; the message is the reason.
             ValueError: the covered pixels cannot be determined; the message is the reason.
         """
         ...
@@ -83,16 +89,21 @@ class Outline:
         if not wide or not high:
             return Patch(0, 0, np.zeros((0, 0), bool))
         coco = pycocotools()
+        rings = [points for points, ring in zip(rings, self.rings, strict=True) if _corners(ring) == 3]
         filled = coco.decode(coco.merge(coco.frPyObjects(rings, high, wide)))
         return Patch(x, y, filled.astype(bool))
 
     def doubt(self, height: int, width: int) -> str | None:
         for ring in self.rings:
-            if (count := _corners(ring)) < 3:
-                raise ValueError(f"it has {count} distinct {'point' if count == 1 else 'points'}; a polygon "
-                                 "needs three")
             if (length := _length(ring)) > LONGEST_PX:
                 raise ValueError(f"its outline is {length:.0f} pixels long")
+        corners = [_corners(ring) for ring in self.rings]
+        if min(corners) < 3:
+            points = f"{min(corners)} distinct {'point' if min(corners) == 1 else 'points'}"
+            reason = f"it has {points}; a polygon needs three"
+            if max(corners) < 3:
+                raise NoArea(reason)
+            return reason
         outside = max(_outside(ring, height, width) for ring in self.rings)
         if outside > SLACK_PX:
             return f"it lies {outside:.0f} pixels outside the image of {width}x{height}"
@@ -150,20 +161,22 @@ class Bitmap:
 
     x: int
     y: int
-    pixels: np.ndarray
-    """bool [h, w]."""
+    size: tuple[int, int]
+    """(height, width)."""
+    read: Callable[[], np.ndarray]
+    """Decodes the pixels, bool [h, w]."""
 
     @property
     def area(self) -> float:
-        return float(np.count_nonzero(self.pixels))
+        return float(np.count_nonzero(self.read()))
 
     def patch(self, height: int, width: int) -> Patch:
         left, top = max(-self.x, 0), max(-self.y, 0)
-        inside = self.pixels[top : max(height - self.y, 0), left : max(width - self.x, 0)]
+        inside = self.read()[top : max(height - self.y, 0), left : max(width - self.x, 0)]
         return Patch(max(self.x, 0), max(self.y, 0), inside)
 
     def doubt(self, height: int, width: int) -> str | None:
-        tall, wide = self.pixels.shape
+        tall, wide = self.size
         outside = max(-self.x, -self.y, self.x + wide - width, self.y + tall - height)
         if outside <= SLACK_PX:
             return None

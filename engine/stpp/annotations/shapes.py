@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stpp.annotations.regions import Region
+from stpp.annotations.regions import NoArea, Region
 from stpp.images.masks import IGNORE
 
 SHOWN = 5
@@ -94,8 +94,11 @@ def draw(annotated: Annotated, height: int, width: int, legend: Legend) -> Drawn
             continue
         try:
             doubt = shape.region.doubt(height, width) if shape.region else None
-        except ValueError as error:  # nothing that can be drawn
+        except NoArea as error:
             (doubtful if legend.lenient else problems).append(f"{shape.where}: {error}")
+            continue
+        except ValueError as error:  # covers unknown pixels, which would become unlisted ones
+            problems.append(f"{shape.where}: {error}")
             continue
         doubt = shape.doubt or doubt
         if doubt is not None:

@@ -16,6 +16,7 @@ JSON = "classes.json"
 TEXTS = ("labelmap.txt", "class_names.txt", "classes.txt", "labels.txt", "obj.names")
 YAMLS = ("data.yaml", "dataset.yaml")
 _NUMBERED = re.compile(r"(\d{1,5})\s*[:=,;\t ]\s*(\S.*)")
+_NUMBER_LAST = re.compile(r".*[:=,;\t]\s*\d{1,5}")
 _SEPARATOR, _NO_NAME = re.compile(r"[:=,;\t]"), re.compile(r"[{}\[\]<>:=;\t]")
 """Separators between an id and its name; characters that mark a line as code or markup."""
 _WANTED = "write a list of names in the order of their ids"
@@ -68,8 +69,9 @@ def _json(path: Path) -> list[str]:
         value = next((listed for listed in lists if isinstance(listed, (list, dict))), value)
     if isinstance(value, dict) and value and all(type(number) is int for number in value.values()):
         return _ordered([(number, name) for name, number in value.items()], path)
-    if isinstance(value, dict) and value and all(key.isascii() and key.isdecimal() for key in value):
-        return _ordered([(int(key), name) for key, name in value.items()], path)
+    keys = list(map(str, value)) if isinstance(value, dict) else []
+    if keys and all(key.isascii() and key.isdecimal() for key in keys):
+        return _ordered([(int(key), name) for key, name in zip(keys, value.values(), strict=True)], path)
     if not isinstance(value, list):
         raise UserError(f"{path}: expected a list of class names in the order of their ids")
     if value and all(isinstance(entry, dict) for entry in value):
@@ -85,7 +87,9 @@ def _json(path: Path) -> list[str]:
 def _parsed(text: str, path: Path) -> object:
     """JSON, or hand-written variants of it: single quotes, a trailing comma."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique)
+    except _Repeated as error:
+        raise UserError(f"{path}: {error}") from None
     except (ValueError, RecursionError) as error:
         try:
             return ast.literal_eval(text.strip())
@@ -94,6 +98,20 @@ def _parsed(text: str, path: Path) -> object:
                 f"{path}: is not JSON ({' '.join(str(error).split())}); write a list of class names in the "
                 'order of their ids: ["background", "leaf"]'
             ) from error
+
+
+class _Repeated(ValueError):
+    """A key occurs twice."""
+
+
+def _refuse_repeated(keys: list) -> None:
+    if repeated := next((key for i, key in enumerate(keys) if key in keys[:i]), None):
+        raise _Repeated(f"{repeated!r} occurs twice")
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    _refuse_repeated([key for key, _ in pairs])
+    return dict(pairs)
 
 
 def _text(path: Path) -> list[str]:
@@ -110,6 +128,9 @@ def _text(path: Path) -> list[str]:
         return _ordered([(int(match[1]), match[2].strip()) for match in numbered[1:]], path)
     if any(match and _SEPARATOR.search(line) for match, line in zip(numbered, lines, strict=True)):
         raise UserError(f"{path}: some lines are `id: name` and others are not; {_WANTED}, one per line")
+    if len(lines) > 2 and all(numbered[1:]) or any(map(_NUMBER_LAST.fullmatch, lines)):
+        raise UserError(f"{path}: its lines hold names and numbers in an unknown order; {_WANTED}, one "
+                        "per line")
     if form := next((line for line in lines if _NO_NAME.search(line)), None):
         raise UserError(f"{path}: the line {form!r} is not a class name; {_WANTED}, one per line")
     if lines[:1] == ["__ignore__"]:  # labelme's list gives it the id -1
@@ -121,9 +142,17 @@ def _yaml(path: Path) -> list[str]:
     """YOLO class names: `names: [a, b]`, `names: {0: a}`, or either as a block."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Loader that refuses repeated keys."""
+
+        def construct_mapping(self, node, deep=False):
+            _refuse_repeated([self.construct_object(key, deep=True) for key, _ in node.value
+                              if not key.tag.endswith(":merge")])
+            return super().construct_mapping(node, deep)
+
     try:
-        value = yaml.safe_load(_read(path))
-    except (yaml.YAMLError, RecursionError) as error:
+        value = yaml.load(_read(path), Loader)
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())[:200]})") from error
     names = value.get("names") if isinstance(value, dict) else None
     if isinstance(names, dict):

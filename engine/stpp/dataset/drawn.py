@@ -68,7 +68,7 @@ def files_of(root: Path, layout: str, masks: str | None, *, follow_links: bool =
     """
     if layout != "coco":
         return []
-    if set(masks) & set("*?[{") and not (root / masks).is_file():
+    if set(masks) & set("*?[{") and not os.path.isfile(root / masks):
         side = patterns.parsed(masks, "masks", root)
         below = len(side.prefix) + bool(side.prefix)
         paths = [path for path in walk(root, side.prefix, follow_links=follow_links)

@@ -9,6 +9,7 @@ import json
 import os
 import stat
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def check(samples: Sequence[Sample], folder: Path, index: Index, out: Path, *, e
     excluded = {sample.key
                 for sample in splits.read_split(exclude, index, labelled=False)} if exclude else set()
     candidates = [sample for sample in samples if sample.key not in excluded]
-    corrected, others = _find_masks(candidates, folder.absolute())
+    keys = [entry.key for entry in index.entries.values()]
+    corrected, others = _find_masks(candidates, folder.absolute(), keys)
     mask_files = others | corrected
     stamps = {}
     for key, path in mask_files.items():
@@ -73,6 +75,7 @@ def check(samples: Sequence[Sample], folder: Path, index: Index, out: Path, *, e
     if problems:
         more = f" (and {len(problems) - 1} more masks)" if len(problems) > 1 else ""
         raise UserError(f"--pseudo-labels: {problems[0]}{more}; fix them, or list their images in --exclude")
+    os.sync()  # re-encoded masks are plain writes: they must be on disk before the list exists
     files.write_json(out / NAME, {"masks": masks, "stamps": stamps, "class_pixels": pixels})
 
 
@@ -112,11 +115,18 @@ def _meaning(folder: Path, classes: Sequence[str]) -> MaskMap:
     return mask_map.parse(legends.of_colours(folder, cvat.labels_in(folder), classes), classes)
 
 
-def _find_masks(samples: Sequence[Sample], folder: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Mask files by sample key: (CVAT masks, other masks)."""
-    corrected = _below(samples, folder, "SegmentationClass") if cvat.labels_in(folder) is not None else {}
+def _find_masks(samples: Sequence[Sample], folder: Path,
+                all_keys: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Mask files by sample key: (CVAT masks, other masks).
+
+    Args:
+        all_keys: keys of all images of the data set, which may own a mask too.
+    """
+    places = [folder / "masks", folder]
+    corrected = (_below(samples, folder / "SegmentationClass", all_keys)
+                 if cvat.labels_in(folder) is not None else {})
     rest = [sample for sample in samples if sample.key not in corrected]
-    others = _below(rest, folder, "masks") or _below(rest, folder, "")
+    others = next(filter(None, (_below(rest, place, all_keys) for place in places)), {})
     if corrected or others:
         return corrected, others
     example = f"{samples[0].key}.png" if samples else "the images that are not excluded"
@@ -124,18 +134,23 @@ def _find_masks(samples: Sequence[Sample], folder: Path) -> tuple[dict[str, str]
                     f"{example}")
 
 
-def _below(samples: Sequence[Sample], folder: Path, name: str) -> dict[str, str]:
-    """Masks in the sub-folder `name`, by sample key."""
+def _below(samples: Sequence[Sample], folder: Path, all_keys: Sequence[str]) -> dict[str, str]:
+    """Masks in a folder, by sample key."""
     for dropped in (0, 1):
-        names = {sample.key: "/".join(sample.key.split("/")[dropped:]) for sample in samples}
-        mask_files = {key: path for key, below in names.items()
-                 if (path := _mask_file(folder / name, below)) is not None}
-        if len(set(mask_files.values())) < len(mask_files):
-            raise UserError(f"--pseudo-labels {folder}: images of several folders share a mask; keep the "
-                            "folders of the data root in it")
+        names = {key: _unified("/".join(key.split("/")[dropped:])) for key in all_keys}
+        mask_files = {sample.key: path for sample in samples
+                      if (path := _mask_file(folder, names[sample.key])) is not None}
+        owners = Counter(names.values())
+        if shared := next((names[key] for key in mask_files if owners[names[key]] > 1), None):
+            raise UserError(f"--pseudo-labels {folder}: images of several folders share a mask, "
+                            f"{shared}.png; keep the folders of the data root in it")
         if mask_files:
             return mask_files
     return {}
+
+
+def _unified(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def _mask_file(folder: Path, name: str) -> str | None:

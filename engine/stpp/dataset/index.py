@@ -175,6 +175,18 @@ def is_stale(out: str | os.PathLike, root: str | os.PathLike, **options) -> bool
     )
 
 
+def differing_settings(out: str | os.PathLike, root: str | os.PathLike, **options) -> list[str]:
+    """Names of the settings that differ from those of the complete index in `out`; none without one.
+
+    Raises:
+        UserError: an invalid setting; or `out` contains something else than an index.
+    """
+    settings, _ = setting.resolved(root, **options)
+    stored = _of_this_version(Path(out).expanduser().absolute())
+    known = stored["settings"] if stored else settings
+    return sorted(name for name in settings.keys() | known.keys() if settings.get(name) != known.get(name))
+
+
 def _of_this_version(out: Path) -> dict | None:
     stored = table.read_json(out)
     whole = stored and stored["version"] == table.VERSION and (out / "index.parquet").is_file()

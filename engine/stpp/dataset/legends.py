@@ -63,6 +63,7 @@ def legend(root: Path, settings: Mapping, files: Sequence[str] = ()) -> Legend:
     meaning = {name: i for i, name in enumerate(names)}
     labels = _labels(root, settings["layout"], files)
     labels_in_files = set(labels.values()) if labels is not None else None
+    mapped: set[str] = set()
     for map_entry in settings["mask_map"]:
         label, class_name = _entry(map_entry)
         if labels_in_files is not None and label not in labels_in_files:
@@ -71,6 +72,9 @@ def legend(root: Path, settings: Mapping, files: Sequence[str] = ()) -> Legend:
         if class_name != "ignore" and class_name not in names:
             raise UserError(f"--data.mask-map {map_entry}: unknown class; the classes are "
                             f"{', '.join(names)}, and ignore")
+        if label in mapped:
+            raise UserError(f"--data.mask-map {map_entry}: {label!r} is mapped twice")
+        mapped.add(label)
         meaning[label] = IGNORE if class_name == "ignore" else names.index(class_name)
     meaning = _ClassIds(meaning)
     classes = meaning if labels is None else {

@@ -80,7 +80,10 @@ def parsed(pattern: str, flag: str, root: Path | None = None) -> Side:
     folders = "".join(
         f"({expression(run + '/', flag)})" if is_wild else re.escape(run + "/") for is_wild, run in before
     )
-    compiled = re.compile(f"({folders}({expression(last, flag)}{lazy})){tail}", re.IGNORECASE | re.DOTALL)
+    try:
+        compiled = re.compile(f"({folders}({expression(last, flag)}{lazy})){tail}", re.IGNORECASE | re.DOTALL)
+    except re.error as error:
+        raise UserError(f"--data.{flag} {pattern}: the set in brackets is invalid ({error})") from None
     extensions = ("",) if ending else IMAGE_EXTENSIONS if flag == "images" else (".png",)
     name = last.rpartition("/")[2]
     found = re.search(r"[*?\[]|" + _BRACES.pattern, name)
@@ -127,7 +130,7 @@ def _fixed(parts: list[str], root: Path | None) -> tuple[str, list[str]]:
         forms = [
             os.path.join(prefix, form) for form in dict.fromkeys((part, unicodedata.normalize("NFD", part)))
         ]
-        existing = next((form for form in forms if root is not None and (root / form).is_dir()), None)
+        existing = next((form for form in forms if root is not None and os.path.isdir(root / form)), None)
         if existing is None and _is_wild(part):
             return prefix, parts[number:]
         prefix = existing or forms[0]

@@ -124,7 +124,7 @@ def _unknown(text: str, index: Index, where: str) -> UserError:
     """Error for a line without any beginning that is an image of the index."""
     _refuse_leaving(text, where)
     for word in dict.fromkeys((text, text.rsplit(None, 1)[0], text.split()[0])):
-        if (index.place(word) / word).is_file():
+        if os.path.isfile(index.place(word) / word):
             return UserError(
                 f"{where}: {word} exists but is not an image of the index; check the images pattern and "
                 "--data.layout"

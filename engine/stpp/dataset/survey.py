@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stpp import files, log
-from stpp.dataset import drawn, layouts, legends, table, twins, unlabelled_folders
+from stpp.dataset import class_files, drawn, layouts, legends, table, twins, unlabelled_folders
 from stpp.dataset import mask_map as mapping
 from stpp.dataset.card import Tally
 from stpp.dataset.check import Checked, Task, check_all
@@ -51,6 +51,8 @@ def tasks(root: Path, settings: dict, out: Path, notes: Notes) -> tuple[list[tup
     digest = hashlib.sha256(json.dumps([table.VERSION, str(root), settings], sort_keys=True).encode())
     for file in _files(root, settings):  # these also list images without shapes, whose rows omit the file
         digest.update(f"{stamp(root, file)[:3]}\n".encode())
+    if settings["layout"] == "yolo":  # its texts hold numbers, which another file names
+        digest.update(repr(class_files.from_tools(root)).encode())
     places = []
     for place, members in [(root, found_images), *further]:
         stamps = listing(place, members)

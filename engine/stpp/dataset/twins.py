@@ -76,9 +76,14 @@ def _refuse_two_masks(places, one: tuple[int, int], other: tuple[int, int]) -> N
         found, _, stamp = members[position]
         if stamp is not None:
             masks.append((place / found.mask, stamp, found))
-    if len(masks) < 2 or masks[0][1].file == masks[1][1].file:
+    if len(masks) < 2:
         return
-    (first, _, found), (second, _, twin) = masks
+    (first, stamp, found), (second, other_stamp, twin) = masks
+    if stamp.file == other_stamp.file:
+        if found.shapes != twin.shapes:
+            raise UserError(f"{found.image} and {twin.image} are one file, through a link, and {found.mask} "
+                            "has annotations for each of them; remove one of them")
+        return
     try:
         equal = filecmp.cmp(first, second, shallow=False)
     except OSError:

@@ -9,6 +9,8 @@ from stpp.errors import UserError
 from stpp.images.folders import SkippedFiles
 
 FOLLOW = "--data.follow-links"
+OUTPUTS = {".stpp-index", "lease.json"}
+"""Files that mark the folder of an index or of a run, whose masks and pictures are not data."""
 _UNLISTABLE = {"Cc", "Cs", "Zl", "Zp"}
 """Unicode categories of line breaks, control characters and undecodable bytes: split files cannot store such
 names."""
@@ -22,7 +24,7 @@ def walk(
     follow_links: bool = False,
     skipped: SkippedFiles | None = None,
 ) -> Iterator[str]:
-    """Yields relative paths of all files below root/prefix, folder by folder.
+    """Yields relative paths of all files below root/prefix, folder by folder, but not those of runs.
 
     Args:
         skip: a folder to skip.
@@ -46,8 +48,14 @@ def walk(
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
             raise UserError(f"{folder}: cannot be listed ({error.strerror})") from error
+        if relative and OUTPUTS & {entry.name for entry in entries}:
+            skipped.runs += 1
+            continue
         for entry in entries:
-            is_folder = entry.is_dir()
+            try:
+                is_folder = entry.is_dir()
+            except OSError as error:
+                raise UserError(f"{entry.path}: cannot be read ({error.strerror})") from error
             if skipped.add(entry.name, is_folder=is_folder):
                 continue
             path = f"{relative}/{entry.name}" if relative else entry.name

@@ -141,6 +141,8 @@ class SkippedFiles:
     """System files and folders by name."""
     hidden: int = 0
     """Names that begin with a dot."""
+    runs: int = 0
+    """Folders of runs and indices."""
     extensions: Counter[str] = field(default_factory=Counter)
     """Unsupported files among the images, by lower-case extension; "" without one."""
 
@@ -181,6 +183,8 @@ class SkippedFiles:
         if self.system:
             parts = [f"{count} {name}" for name, count in _most_first(self.system)[:8]]
             lines.append(f"{', '.join(parts)}: system files")
+        if self.runs:
+            lines.append(f"{self.runs} folders with the files of a run or an index")
         if self.hidden:
             lines.append(f"{self.hidden} hidden (names that begin with a dot)")
         return lines

@@ -153,8 +153,9 @@ class _ImagesInFolder:
 
     def __contains__(self, name: str) -> bool:
         if not storage.is_url(self._folder):
-            return any(os.path.exists(f"{self._folder}/{name}{form}")
-                       for extension in IMAGE_EXTENSIONS for form in (extension, extension.upper()))
+            forms = (str.lower, str.upper, str.title)
+            return any(os.path.exists(f"{self._folder}/{name}{form(extension)}")
+                       for extension in IMAGE_EXTENSIONS for form in forms)
         if self._listed is None:
             names = (child.name for child in storage.children(self._folder) if not child.is_folder)
             self._listed = {_stem(found) for found in names if _is_image(found)}

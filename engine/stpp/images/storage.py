@@ -3,7 +3,6 @@
 The one module that imports fsspec, on the first URL.
 """
 
-import contextlib
 import errno
 import os
 import time
@@ -49,9 +48,11 @@ def children(folder: str) -> Iterator[Child]:
     if not is_url(folder):
         with os.scandir(folder) as entries:
             for entry in entries:
-                with contextlib.suppress(OSError):  # an entry removed meanwhile
+                try:
                     is_folder = entry.is_dir()
-                    yield Child(entry.name, is_folder, "" if is_folder else _local_mark(entry))
+                except OSError:  # a link into a folder that may not be entered, or to itself
+                    is_folder = False
+                yield Child(entry.name, is_folder, "" if is_folder else _local_mark(entry))
         return
     fs, inside = _remote(folder)
     for entry in _query(folder, lambda: fs.ls(inside, detail=True)):

@@ -67,7 +67,7 @@ def _entries(path: str) -> Iterator[tarfile.TarInfo]:
             while start is not None:
                 end = yield from _archive(file, start, size)
                 start = _next_archive(file, end, size, since=start)
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, LookupError, OverflowError) as error:  # of extended headers
         raise UserError(f"{path}: incomplete tar archive ({error}); download or write it again") from None
     except OSError as error:
         raise UserError(f"{path}: {storage.describe_error(error)}") from None
@@ -84,6 +84,8 @@ def _archive(file: IO[bytes], start: int, size: int) -> Iterator[tarfile.TarInfo
     with tarfile.open(fileobj=file, mode="r:", errorlevel=2) as archive:
         while (header := archive.next()) is not None:
             archive.members.clear()  # otherwise all headers stay in memory
+            if header.size < 0 or archive.offset <= header.offset:
+                raise tarfile.ReadError(f"{header.name!r} has a negative size")
             if archive.offset > size:
                 raise tarfile.ReadError(f"{header.name!r} is truncated")
             if not header.isdir():

@@ -34,10 +34,13 @@ def _renew(folder: Path, listed: Path) -> None:
         known = indices.load(folder)
         entries = splits.read_split(listed, known, labelled=True, notes=Notes(quiet=True))
         changed = known.changed(sample.key for sample in entries)
-        if not changed:
+        if changed:
+            what = (f"{counted(len(changed), 'file')} of {listed} changed since {folder} was made, "
+                    f"the first: {changed[0]}")
+        elif known.layout == "yolo" and indices.is_stale(folder, known.root, **known.settings):
+            what = f"{known.root} changed since {folder} was made"  # perhaps the names of its class numbers
+        else:
             return
-        what = (f"{counted(len(changed), 'file')} of {listed} changed since {folder} was made, "
-                f"the first: {changed[0]}")
     try:
         lease.require_free(folder.parent)
     except UserError as error:

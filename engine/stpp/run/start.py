@@ -76,6 +76,10 @@ def _prepared_index(config: Config, world: World) -> Index:
     settings = data.prepare_options()
 
     def renew() -> None:
+        if data.index and (other := indices.differing_settings(folder, data.root, **settings)):
+            raise UserError(f"--data.index {folder} was prepared with other settings "
+                            f"({', '.join(other)}), and another run may be using it; choose another "
+                            "folder, or run `stpp prepare` again")
         if indices.is_stale(folder, data.root, **settings):
             log.say(f"prepare: reading {data.root}")
             indices.prepare(data.root, folder, strict=config.strict, only_if_stale=True, **settings)
