@@ -261,7 +261,8 @@ def test_names_of_yolo_in_another_order_are_read_before_scoring(tmp_path, here):
     (root / "labels").mkdir()
     (root / "labels" / "0.txt").write_text("0 0.1 0.1 0.9 0.1 0.9 0.9\n")
     (root / "data.yaml").write_text("names: [leaf, stem]\n")
-    known = prepare(root, layout="yolo", unlisted="ignore", classes=("leaf", "stem"))
+    options = {"layout": "yolo", "unlisted": "ignore", "classes": ("leaf", "stem")}
+    known = index.prepare(root, tmp_path / "index", progress=False, **options)
     path = tmp_path / "val.txt"
     path.write_text("".join(map(splits.line, known.entries.values())))
     (root / "data.yaml").write_text("names: [stem, leaf]\n")
