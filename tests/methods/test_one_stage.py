@@ -1,6 +1,7 @@
 """Whole runs of UniMatch, UniMatch-V2 and FixMatch on a tiny data set: their outputs, and refusals in one
 line."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -16,11 +17,16 @@ from stpp.methods.unimatch import UniMatch
 from stpp.methods.unimatch_v2 import UniMatchV2
 from stpp.models.build import build_model
 from stpp.training.assemble import fresh_network
-from stpp.training.trainer import Schedule, Trainer
+from stpp.training.trainer import Schedule, Scores, Trainer
 
 FLAGS = ("--device cpu --data.fraction 8 --data.threads 1 --data.loader reference --model.backbone resnet18 "
          "--model.output-stride 32 --augment.crop-px 33 --augment.long-side 32 64 --train.epochs 2 "
          "--train.batch-global 8 --train.lr 0.02 --consistency.confidence 0.16").split()
+CONFIG = Config(data=DataConfig(loader="reference", threads=1),
+                model=ModelConfig(backbone="resnet18", output_stride=32),
+                augment=AugmentConfig(crop_px=33, long_side=(40, 80)),
+                consistency=ConsistencyConfig(confidence=0.1),
+                train=TrainConfig(batch_global=4, precision="fp32", on_nonfinite="skip"))
 TERMS = {
     "unimatch": ["loss_labelled", "loss_strong_1", "loss_strong_2", "loss_dropped", "confident_share"],
     "unimatch-v2": ["loss_labelled", "loss_strong_1", "loss_strong_2", "confident_share"],
@@ -94,11 +100,7 @@ def test_non_finite_step_names_images_of_every_stream(synthetic_index, tmp_path)
     unlabelled = [known.sample(image) for image in names[5:18]]
     for kind in (UniMatch, UniMatchV2):
         folder = tmp_path / kind.__name__
-        config = Config(data=DataConfig(loader="reference", threads=1),
-                        model=ModelConfig(backbone="resnet18", output_stride=32),
-                        augment=AugmentConfig(crop_px=33, long_side=(40, 80)),
-                        consistency=ConsistencyConfig(confidence=0.1),
-                        train=TrainConfig(batch_global=4, precision="fp32", on_nonfinite="skip"))
+        config = CONFIG
         here = distributed.World(device=torch.device("cpu"))
         step = kind(fresh_network(config, here, tuple("abcdef"), stage=1), config)
         ours = Trainer(config, here, step, step.streams(config, labelled, unlabelled), key=1, title="t",
@@ -114,16 +116,16 @@ def test_non_finite_step_names_images_of_every_stream(synthetic_index, tmp_path)
             expected += [stream.samples[i].key for i in drawn.indices]
         assert row == {"step": 1, "keys": expected} and len(expected) == 8
         after = ours.step.state_dict()
-        assert all(value.isfinite().all() for name, value in after.items() if "running" not in name)
+        assert all(value.isfinite().all() for value in after.values())
         assert not torch.equal(before["network.classifier.weight"], after["network.classifier.weight"])
 
 
 def spoil(trainer: Trainer) -> None:
-    """Makes the logits of the second step infinite."""
-    def forward_hook(module, inputs, logits):
-        return logits * float("inf") if trainer.steps_done == 1 else logits
+    """Makes the maps of the second step infinite, before a batch norm."""
+    def forward_hook(module, inputs, maps):
+        return maps * float("inf") if trainer.steps_done == 1 else maps
 
-    trainer.step.network.classifier.register_forward_hook(forward_hook)
+    trainer.step.network.backbone.layer1[0].conv1.register_forward_hook(forward_hook)
 
 
 # --- refusals in one line
@@ -221,3 +223,24 @@ def test_camvid_recipe_takes_steps(camvid, capsys, tmp_path):
     steps = {stage["name"]: stage["steps"] for stage in stages}
     assert steps == {"1-supervised": 1, "2-unimatch-v2": 2}
     assert all(stage["miou"] is not None for stage in stages)
+
+
+def test_student_and_average_are_scored_with_their_own_recalibrated_statistics(synthetic_index, tmp_path):
+    known = index.load(synthetic_index)
+    samples = [known.sample(image) for image in sorted(known.entries)]
+    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, recalibrate_bn=8))
+    here = distributed.World(device=torch.device("cpu"))
+    step = UniMatchV2(fresh_network(config, here, tuple("abcdef"), stage=1), config)
+    seen = {}
+
+    def validate(network: torch.nn.Module) -> Scores:
+        seen[network] = [value.clone() for name, value in network.named_buffers() if "running_mean" in name]
+        return Scores(miou=1.0)
+
+    Trainer(config, here, step, step.streams(config, samples[:8], samples[8:]), key=1, title="t",
+            classes=tuple("abcdef"), folder=tmp_path, schedule=Schedule(steps=1, validate_steps=1),
+            validate=validate).run()
+    student, average = seen[step.network], seen[step.deployed]
+    after = [value for name, value in step.network.named_buffers() if "running_mean" in name]
+    assert step.network is not step.deployed and len(student) == len(average) == len(after)
+    assert not any(torch.equal(*pair) for pair in zip(student, after, strict=True))  # restored after scoring

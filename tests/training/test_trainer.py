@@ -196,6 +196,21 @@ def spoiled(policy: str, synthetic_index, folder: Path, calls: set[int]) -> Trai
     return ours
 
 
+def test_overflow_inside_the_network_leaves_the_statistics(synthetic_index, tmp_path):
+    """As in fp16: maps become infinite before a batch norm, whose running averages would never recover."""
+    ours = spoiled("skip", synthetic_index, tmp_path, set())
+    layer = ours.step.network.backbone.layer1[0].conv1
+    layer.register_forward_hook(lambda *_: _[2] * math.inf if ours.steps_done == 1 else None)
+    for passes, _ in ours._passes():
+        before = {name: value.clone() for name, value in ours.step.network.named_buffers()}
+        _, nonfinite = ours.train_step(passes)
+        after = dict(ours.step.network.named_buffers())
+        running = [name for name in after if "running" in name]
+        assert all(after[name].isfinite().all() for name in running)
+        assert bool(nonfinite) == all(torch.equal(before[name], after[name]) for name in running)
+        assert bool(nonfinite) == (ours.steps_done == 2)
+
+
 @pytest.mark.parametrize("calls", [{0}, {2, 3}])
 def test_non_finite_step_is_skipped(synthetic_index, tmp_path, calls):
     ours = spoiled("skip", synthetic_index, tmp_path, calls)
@@ -232,6 +247,56 @@ def test_sigterm_saves_before_ending(synthetic_index, tmp_path):
         ours.run()
     assert ended.value.code == 143
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 4
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_sigterm_in_a_validation_ends_the_run(synthetic_index, tmp_path, number):
+    """Also in the last one, after which no step follows."""
+    known = index.load(synthetic_index)
+    samples = [known.sample(image) for image in sorted(known.entries)]
+    count = itertools.count(1)
+
+    def validate(network: nn.Module) -> float:
+        if next(count) == number:
+            signal.raise_signal(signal.SIGTERM)
+        return 50.0
+
+    ours = trainer(tiny(), samples, tmp_path, validate, steps=4, period=2)
+    with pytest.raises(SystemExit) as ended:
+        ours.run()
+    assert ended.value.code == 143
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == (3 if number == 1 else 4)
+
+
+@pytest.mark.parametrize(("first", "then"), [("bf16", "fp32"), ("fp32", "fp16"), ("fp16", "bf16")])
+def test_run_resumes_in_another_precision(synthetic_index, tmp_path, monkeypatch, capsys, first, then):
+    """As `--train.precision auto` chooses on another device; fp16 has a scaler, whose state others lack."""
+    known = index.load(synthetic_index)
+    samples = [known.sample(image) for image in sorted(known.entries)]
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    for name, steps in ((first, 2), (then, 4)):
+        monkeypatch.setattr("stpp.training.trainer.autocast_dtype", lambda *_, name=name: dtypes[name])
+        ours = trainer(tiny(), samples, tmp_path, None, steps=steps)
+        ours.schedule = dataclasses.replace(ours.schedule, keep_steps=())
+        if steps == 2:
+            ours.run()
+        else:
+            ours._resume()
+    assert ours.steps_done == 2
+    names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    assert f"resuming in {names[then]}, after steps in {names[first]}" in capsys.readouterr().err
+
+
+def test_time_for_a_checkpoint_is_that_of_rank_0(synthetic_index, tmp_path, monkeypatch):
+    """Clocks differ, and ranks that save at different steps would no longer meet."""
+    known = index.load(synthetic_index)
+    samples = [known.sample(image) for image in sorted(known.entries)]
+    ours = trainer(tiny(checkpoint_minutes=1e-9), samples, tmp_path, None, steps=24, period=24)
+    monkeypatch.setattr(distributed.World, "is_main", False)
+    saved, kept = [], ours._save
+    ours._save = lambda: (saved.append(ours.steps_done), kept())
+    ours.run()
+    assert saved == [24]
 
 
 def test_checkpoints_by_steps_and_by_minutes(synthetic_index, tmp_path):

@@ -15,6 +15,22 @@ from stpp import distributed
 from stpp.distributed import World
 
 
+class Statistics:
+    """Copy of the running averages that a network's forward pass changes."""
+
+    def __init__(self, network: nn.Module):
+        self._buffers = [statistics for layer in network.modules()
+                         if isinstance(layer, _BatchNorm) and layer.track_running_stats and layer.training
+                         for statistics in (layer.running_mean, layer.running_var)]
+        self._saved = torch.cat(self._buffers) if self._buffers else None
+
+    def restore(self, bad: torch.Tensor) -> None:
+        """Writes the copy back if `bad` (bool scalar on the device) is True, without waiting for it."""
+        if self._saved is not None:
+            values = torch.where(bad, self._saved, torch.cat(self._buffers))
+            torch._foreach_copy_(self._buffers, list(values.split([len(one) for one in self._buffers])))
+
+
 @contextlib.contextmanager
 def recalibrated(network: nn.Module, batches: Callable[[], Iterable[torch.Tensor]], world: World, *,
                  autocast: contextlib.AbstractContextManager) -> Iterator[None]:

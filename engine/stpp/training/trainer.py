@@ -103,6 +103,8 @@ class Trainer:
                                         default_multiplier=step.network.head_lr_multiplier)
         self.autocast_dtype = autocast_dtype(config.train.precision, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.autocast_dtype == torch.float16)
+        # a step that is not finite ends the run otherwise
+        self._may_skip = self.scaler.is_enabled() or config.train.on_nonfinite == "skip"
         if config.train.compile:
             compiled.compile_regions(step)
         self.model = over_ranks(step, world, accumulate=config.train.accumulate)
@@ -123,8 +125,8 @@ class Trainer:
 
         Returns:
             On the device: float32 [T], this rank's part of each term's mean over the global batch (the sum
-            over ranks is the mean); bool scalar, True if the loss or the gradient was not finite, in which
-            case no weight is changed.
+            over ranks is the mean); bool scalar, True if the loss or the gradient was not finite. A gradient
+            that is not finite changes no weight and no batch-norm statistic.
         """
         # for dropout
         torch.manual_seed(stream_seed(self.config.seed, self.key, self.steps_done, self.world.rank))
@@ -132,6 +134,7 @@ class Trainer:
             group["lr"] = group["base_lr"] * self._rate()
         pixels_T = torch.stack([self.step.pixels(*batches) for batches in passes]).sum(0)
         pixels_T = distributed.sum_over_ranks(pixels_T).clamp(min=1)
+        statistics = batch_norm.Statistics(self.step.network) if self._may_skip else None
 
         terms_T = torch.zeros_like(self.weights_T)
         for batches in passes:
@@ -143,7 +146,12 @@ class Trainer:
                 self.scaler.scale((self.weights_T * share_T).sum() * self.world.size).backward()
             terms_T += share_T.detach()
 
-        nonfinite = self._optimise(~terms_T.isfinite().all())
+        overflowed = self._optimise()
+        if statistics is not None:
+            statistics.restore(overflowed)
+        nonfinite = ~terms_T.isfinite().all()
+        if not self.scaler.is_enabled():  # fp16 overflows occasionally, until the scale fits
+            nonfinite = nonfinite | overflowed
         self.step.after_step(self.steps_done)
         self.steps_done += 1
         return terms_T, nonfinite
@@ -154,20 +162,20 @@ class Trainer:
         rising = min(1.0, (self.steps_done + 1) / (warm_up + 1)) if warm_up else 1.0
         return rising * (1 - self.steps_done / self.schedule.steps) ** POLY_POWER
 
-    def _optimise(self, nonfinite: torch.Tensor) -> torch.Tensor:
-        """Takes an optimiser step unless a gradient is not finite; returns True (on the device) if it, or the
-        loss, was not."""
+    def _optimise(self) -> torch.Tensor:
+        """Takes an optimiser step unless a gradient is not finite on any rank; returns True (on the device)
+        if one is not."""
         if self.scaler.is_enabled():
-            # checks gradients itself: fp16 overflows occasionally, until the scale fits
+            self.scaler.unscale_(self.optimizer)
+        gradients = [weight.grad for weight in self.step.parameters() if weight.grad is not None]
+        overflowed = ~nn.utils.get_total_norm(gradients).isfinite()
+        if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
-            gradients = [weight.grad for weight in self.step.parameters() if weight.grad is not None]
-            overflowed = ~nn.utils.get_total_norm(gradients).isfinite()
             step_unless(overflowed, self.optimizer)
-            nonfinite = nonfinite | overflowed
         self.optimizer.zero_grad(set_to_none=True)
-        return nonfinite
+        return overflowed
 
     def run(self) -> Result:
         """Trains to the last step, resuming from the checkpoint in `folder` if there is one.
@@ -194,7 +202,10 @@ class Trainer:
                 saving = stopping or validating or self._saving()
                 if saving or window.steps == LOG_STEPS:
                     self._log(window, bar)
-                    saving |= time.monotonic() - self.saved_at >= 60 * self.config.train.checkpoint_minutes
+                    minutes = (time.monotonic() - self.saved_at) / 60
+                    # clocks of ranks differ, and all must save at the same step
+                    saving |= self._on_any_rank(self.world.is_main
+                                                and minutes >= self.config.train.checkpoint_minutes)
                     window = Window()
                 bar.advance(images)
                 self._end_of_epoch()
@@ -205,10 +216,9 @@ class Trainer:
                 if saving:
                     self._save()
                 if stopping:
-                    self.writer.wait()
-                    log.say(f"  {self.title}: stopped at step {self.steps_done}, saved; to resume, run the "
-                            "same command again")
-                    stop.leave()
+                    self._leave(stop)
+            if self._on_any_rank(stop.signal is not None):  # in the last validation
+                self._leave(stop)
         return Result(miou=self.best_miou if self.validate else None, iou=self.best_iou,
                       last_miou=self.last_miou, step=self.best_step, steps=self.schedule.steps,
                       seconds=time.monotonic() - self.started)
@@ -270,8 +280,19 @@ class Trainer:
         `LOG_STEPS`."""
         if self.world.device.type == "cuda" and self.steps_done % LOG_STEPS:
             return False
-        requested = torch.tensor(float(stop.signal is not None), device=self.world.device)
-        return distributed.sum_over_ranks(requested).item() > 0  # sync: seldom
+        return self._on_any_rank(stop.signal is not None)
+
+    def _on_any_rank(self, flag: bool) -> bool:
+        """Checks for a flag on any rank; every rank must call it."""
+        flags = torch.tensor(float(flag), device=self.world.device)
+        return distributed.sum_over_ranks(flags).item() > 0  # sync: seldom
+
+    def _leave(self, stop: signals.Stop) -> None:
+        """Ends the process after a stop request, once the checkpoint is written."""
+        self.writer.wait()
+        log.say(f"  {self.title}: stopped at step {self.steps_done}, saved; to resume, run the same command "
+                "again")
+        stop.leave()
 
     def _validating(self) -> bool:
         return self.steps_done == self.schedule.steps or self.steps_done % self.schedule.validate_steps == 0
@@ -301,8 +322,7 @@ class Trainer:
                             f"({path} names its images); lower --train.lr, check the images, or skip "
                             "non-finite steps with --train.on-nonfinite skip")
         if interval.nonfinite:
-            log.say(f"  {self.title}: step {interval.nonfinite[0]} was not finite and is skipped, see "
-                    f"{path}")
+            log.say(f"  {self.title}: step {interval.nonfinite[0]} was not finite, see {path}")
 
     def _keys(self, step: int) -> list[str]:
         """Keys of the images of a step, stream after stream."""
@@ -326,13 +346,18 @@ class Trainer:
     def _validate(self) -> None:
         """Validates the current weights, and saves them as `best.pt` if they become the teacher."""
         distributed.broadcast_buffers(self.step)
-        with compiled.uncompiled(self.config.train), self._recalibrated(self.step.deployed):
-            self._score_and_keep()
+        with compiled.uncompiled(self.config.train):
+            others = {}
+            for prefix, network in self.step.compared.items():
+                with self._recalibrated(network):
+                    others[prefix] = self._scores(network)
+            with self._recalibrated(self.step.deployed):
+                self._score_and_keep(others)
 
-    def _score_and_keep(self) -> None:
+    def _score_and_keep(self, compared: Mapping[str, Scores | None]) -> None:
         scores = self._scores(self.step.deployed)
         if scores is not None:
-            others = {prefix: self._scores(network).miou for prefix, network in self.step.compared.items()}
+            others = {prefix: other.miou for prefix, other in compared.items()}
             self.metrics.write(self.steps_done, miou_pct=scores.miou,
                                **{f"{prefix}_miou_pct": miou for prefix, miou in others.items()})
             self.metrics.show(self.steps_done,
@@ -340,10 +365,9 @@ class Trainer:
                               pictures={f"validation/{name}": picture for name,
                                         picture in scores.pictures.items()})
             epoch = self.steps_done / self.samplers[0].steps_per_epoch
-            compared = "".join(f", {prefix} {miou:.2f}" for prefix, miou in others.items())
             log.say(f"  {self.title}: step {self.steps_done}/{self.schedule.steps}, epoch {epoch:.0f}, mIoU "
                     f"{scores.miou:.2f}"
-                    + compared)
+                    + "".join(f", {prefix} {miou:.2f}" for prefix, miou in others.items()))
         self.last_miou = scores and scores.miou
         at_end = self.steps_done == self.schedule.steps
         if at_end if self.config.train.select == "last" or scores is None else scores.miou > self.best_miou:
@@ -381,6 +405,7 @@ class Trainer:
                              step=self.steps_done, best_step=self.best_step, best_miou=self.best_miou,
                              best_iou=dict(self.best_iou), last_miou=self.last_miou, seconds=self.seconds,
                              by_class=self.meter.state(),
+                             precision=str(self.autocast_dtype).removeprefix("torch."),
                              pretrained=getattr(self.step.deployed, "pretrained", None))
 
     def _resume(self) -> None:
@@ -393,7 +418,11 @@ class Trainer:
             weights = {f"network.{name}": value for name, value in weights.items()}
         self.step.load_state_dict(weights)
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(saved["scaler"])
+        precision = str(self.autocast_dtype).removeprefix("torch.")
+        if (before := saved.get("precision", precision)) != precision:
+            log.say(f"  {self.title}: resuming in {precision}, after steps in {before} on another device")
         self.steps_done = self.saved_step = saved["step"]
         self.best_step, self.best_miou, self.seconds = (
             saved["best_step"],
