@@ -15,7 +15,8 @@ then a hundred steps in a row are timed.
 Rows: milliseconds a step; `.compiled` engine and compiled peer, and `.regional` the engine without and with
 `--train.compile`, measured last, because compiling takes minutes; `.files` with loading. Summaries: the parts
 of the engine's step; `step.engine_vs_public_ratio`; `step.engine_vs_tuned_ratio` (against the faster of tuned
-and compiled); both again as `step.files_...`; `step.engine_compile_ratio` (the gain of `--train.compile`);
+and compiled; with --no-compile `step.engine_vs_tuned_eager_ratio`); both again as `step.files_...`;
+`step.engine_compile_ratio` (the gain of `--train.compile`);
 images a second; the step's nominal operations a second over the measured rate of a large matrix product; on a
 CPU, for networks with depthwise layers, the gain of the operator `depthwise_conv`
 (`step.depthwise_conv_ratio`: the engine's own step without it over that with it); and the share of the
@@ -271,6 +272,9 @@ def main() -> None:
             agreeing(both)
             compiled = report.compare(f"{name}.compiled", shape, kind, both)
             ratio = min(ratio, compiled["compiled"]["median"] / compiled["engine"]["median"])
+        name_of_ratio = "tuned_eager" if options.no_compile else "tuned"
+        report.summary(f"step.engine_vs_{name_of_ratio}_ratio", ratio)
+        if not options.no_compile:
             regional = engine(options, device, Path(folder), compiled=True)
             for each in (trainer, regional):
                 each.step.network.load_state_dict(network.state_dict())
@@ -280,7 +284,6 @@ def main() -> None:
             compiled = report.compare(f"{name}.regional", shape, kind, both)
             report.summary("step.engine_compile_ratio", compiled["engine"]["median"]
                            / compiled["engine, --train.compile"]["median"])
-        report.summary("step.engine_vs_tuned_ratio", ratio)
         if not options.no_files:
             on_files(report, options, name, dtype, steps, Path(folder))
     report.finish()

@@ -18,6 +18,7 @@ number of images of the first size (one view) after which compiling pays off; an
 """
 
 import argparse
+import copy
 import math
 import tempfile
 import time
@@ -149,7 +150,8 @@ def main() -> None:
     plan = plan_of(options, report.device)
     with torch.inference_mode(False):
         eager = plan.eager()
-        plain = export.plain_copy(plan.network).eval().to(report.device)
+        # a copy: on CUDA, `to` moves parameters in place, and plain_copy shares them
+        plain = export.plain_copy(copy.deepcopy(plan.network)).eval().to(report.device)
     measured = Measured(report, options, plan.precision)
     measured.measure("teacher.forward", {"eager": eager.logits}, plain)
     image = smooth(1, *map(int, options.sizes[0].split("x")), torch.device("cpu"))

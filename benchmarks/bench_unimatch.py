@@ -18,7 +18,8 @@ public code pastes from other images; dropout draws differ. Every pixel of the w
 all losses are computed.
 
 Rows: milliseconds a step; `.compiled`, `.files`. Summaries: `unimatch.METHOD.engine_vs_public_ratio`,
-`engine_vs_tuned_ratio` (against the faster of tuned and compiled), `files_engine_vs_public_ratio`,
+`engine_vs_tuned_ratio` (against the faster of tuned and compiled; with --no-compile
+`engine_vs_tuned_eager_ratio`), `files_engine_vs_public_ratio`,
 `files_engine_vs_tuned_ratio`, and the unlabelled images a second of engine and public.
 """
 
@@ -135,7 +136,8 @@ class MethodBenchmark:
             both = {"engine": variants["engine"], "compiled": partial(self.peer("compiled"), *peer_batches)}
             compiled = self.report.compare(f"{self.name}.compiled", shape, kind, both)
             ratio = min(ratio, compiled["compiled"]["median"] / compiled["engine"]["median"])
-        self.report.summary(f"{self.name}.engine_vs_tuned_ratio", ratio)
+        peer = "tuned_eager" if self.options.no_compile else "tuned"
+        self.report.summary(f"{self.name}.engine_vs_{peer}_ratio", ratio)
         if not self.options.no_files:
             self._on_files(peers, shape, kind)
 

@@ -3,7 +3,8 @@
     python benchmarks/take.py FOLDER/rows.jsonl ...     # then: python benchmarks/table.py
 
 A row of part `step`, measured on an H100, goes to `results/step-h100.jsonl`. If a part was run more than
-once, in one file or in several, the run of the latest date counts. Files of other parts are kept.
+once, in one file or in several, the run of the latest date counts; rows that it lacks, because it was cut
+off, are taken from earlier runs of the same commit. Files of other parts are kept.
 """
 
 import json
@@ -25,7 +26,17 @@ def kept(rows: list[dict]) -> dict[str, list[dict]]:
         word = next((word for name, word in table.GPUS.items() if name in row.get("device", "")), None)
         if word is not None and "part" in row:
             runs[f"{row['part']}-{word}"][row["date"]].append(row)
-    return {name: by_date[max(by_date)] for name, by_date in runs.items()}
+    return {name: merged([by_date[date] for date in sorted(by_date, reverse=True)])
+            for name, by_date in runs.items()}
+
+
+def merged(runs: list[list[dict]]) -> list[dict]:
+    """Adds to the first run the rows of the others, of the same commit, whose names it lacks."""
+    found = list(runs[0])
+    for run in runs[1:]:
+        names = {row["name"] for row in found}
+        found += [row for row in run if row["name"] not in names and row.get("git") == found[0].get("git")]
+    return found
 
 
 if __name__ == "__main__":

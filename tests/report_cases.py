@@ -36,7 +36,7 @@ def run(folder: Path) -> Path:
     for name in ("1-supervised", "2-select", "4-retrain"):
         (stages / name).mkdir(parents=True)
     labels(folder).rename(stages / "3-label")
-    keys = sorted(row["key"] for row in rows.read_parts(stages / "3-label" / "labels")
+    keys = sorted(row["key"] for row in rows.read_parts(stages / "3-label", "labels")
                   if row["status"] == "ok")
     scores = [{"key": key, "reliability": i / len(keys), "reliable": i >= len(keys) // 2} for i,
               key in enumerate(keys)]

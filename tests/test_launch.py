@@ -266,7 +266,7 @@ def test_two_machines_label(teacher, tmp_path):
         agents = [start(), start()]
         assert [agent.wait(timeout=200) for agent in agents] == [0, 0], logs(tmp_path)
     assert json.loads((out / "summary.json").read_text())["images"] == 12
-    assert len([row for row in rows.read_parts(out / "labels") if row["status"] == "ok"]) == 12
+    assert len([row for row in rows.read_parts(out, "labels") if row["status"] == "ok"]) == 12
 
 
 @pytest.mark.dist

@@ -93,7 +93,7 @@ def main(source: str, folder: str, output: str, report: str, before: str = "") -
         _, text = forked(lambda out=out: label(source, out, output, bool(before)))
         found.append({"before": commit, "same": cases.contents(out) == expected,
                       "recomputed": json.loads(text)["seen"],
-                      "keys": sorted(row["key"] for row in rows.read_parts(out / "labels"))})
+                      "keys": sorted(row["key"] for row in rows.read_parts(out, "labels"))})
     Path(report).write_text(json.dumps(found))
 
 

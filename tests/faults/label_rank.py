@@ -1,15 +1,16 @@
 """One rank of `stpp label` or `stpp select` with a teacher that needs no network, which may end or stop at a
 commit.
 
-Arguments: action (`none`, `kill` or `stop`), the commit before which it happens, the number of that commit
-within a rank, and the file for the process's number, of the only rank that it happens to, which is the first
-to get there; then those of `stpp`. A commit is a pattern of "<function> <file>", such as
-`replace */part-*.parquet`.
+Arguments: action (`none`, `kill`, `stop`, or `slow` with a shard and seconds), the commit before which it
+happens, the number of that commit within a rank, and the file for the process's number, of the only rank that
+it happens to, which is the first to get there; then those of `stpp`. A commit is a pattern of "<function>
+<file>", such as `replace */part-*.parquet`.
 """
 
 import os
 import signal
 import sys
+import time
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -18,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import label_cases as cases  # noqa: E402
 from stpp import cli  # noqa: E402
 from stpp.inference import predictors  # noqa: E402
-from stpp.label import shards  # noqa: E402
+from stpp.label import shards, worker  # noqa: E402
 
 
 def from_paths(paths, device, **_):
@@ -61,10 +62,24 @@ def trap(what: str, commit: str, count: int, number_file: str) -> None:
         setattr(os, name, traced(name))
 
 
+def slow(shard: int, seconds: float) -> None:
+    """Makes the check of a finished shard slow."""
+    damage = worker.damage
+
+    def delayed(out: Path, table: str, number: int) -> str | None:
+        if number == shard:
+            time.sleep(seconds)
+        return damage(out, table, number)
+
+    worker.damage = delayed
+
+
 def main(what: str, commit: str, count: str, number_file: str, *args: str) -> None:
     predictors.from_paths = from_paths
     shards.PATIENCE_S = 3.0
-    if what != "none":
+    if what == "slow":
+        slow(int(commit), float(count))
+    elif what != "none":
         trap(what, commit, int(count), number_file)
     cli.main(list(args))
 

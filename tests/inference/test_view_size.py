@@ -130,7 +130,7 @@ def test_rows_count_mask_pixels(best, photographs, tmp_path, capsys, floor):
     code, *_ = ended(capsys, "label", "--source", str(photographs), "--teacher", str(best), "--out", str(out),
                      "--loader", "reference", "--device", "cpu", "--min-confidence", floor)
     assert code == 0
-    found = list(rows.read_parts(out / "labels"))
+    found = list(rows.read_parts(out, "labels"))
     ignored = 0.0
     for row in found:
         mask = read_index_mask(out / "masks" / f"{row['key']}.png")

@@ -22,7 +22,7 @@ from stpp.images.pixels import normalised
 from stpp.images.sources import open_source
 from stpp.inference import calibration, views
 from stpp.inference.predictors import OpenedPredictor, already_open
-from stpp.label import reliability, rows, thresholds
+from stpp.label import labels, reliability, rows, thresholds
 from stpp.label.assignment import Assignment
 from stpp.label.labels import label_corpus
 
@@ -38,7 +38,7 @@ def corpus(tmp_path_factory) -> Path:
 
 def masks_of(out: Path) -> dict[str, np.ndarray]:
     return {row["key"]: read_index_mask(out / "masks" / f"{row['key']}.png")
-            for row in rows.read_parts(out / "labels")}
+            for row in rows.read_parts(out, "labels")}
 
 
 def confidences(corpus: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -76,7 +76,7 @@ def test_pixels_below_the_threshold_of_their_class_are_ignored(corpus, tmp_path)
         assert np.array_equal(found[key][certain], np.where(sure, classes, 255)[certain])
         assert 2 not in found[key]
         kept += sure.sum()
-    table = list(rows.read_parts(tmp_path / "out" / "labels"))
+    table = list(rows.read_parts(tmp_path / "out", "labels"))
     assert abs(sum(sum(row["class_pixels"]) for row in table) - kept) <= 5
     with pytest.raises(UserError, match="floors: .* -> "):
         run(corpus, tmp_path / "out", lambda _: (0.3, 0.6, 0.0, 0.0))
@@ -193,7 +193,7 @@ def test_selection_by_class_uses_the_last_teachers_masks(corpus, tmp_path):
     task = Assignment(source=open_source(str(corpus)), out=tmp_path, table="scores",
                       data=DataConfig(threads=1, loader="reference"), config=LabelConfig(select_by="class"))
     reliability.select_corpus(already_open(cases.Tiny(), cases.Tiny(), identity="tiny"), task, cases.HERE)
-    table = list(rows.read_parts(tmp_path / "scores"))
+    table = list(rows.read_parts(tmp_path, "scores"))
     assert len(table) == IMAGES
     for row in table:
         mask = cases.plain_mask(cases.Tiny(), corpus / f"{row['key']}.jpg", (1.0,), False)
@@ -201,3 +201,37 @@ def test_selection_by_class_uses_the_last_teachers_masks(corpus, tmp_path):
     found = json.loads((tmp_path / "run.json").read_text())["fingerprint"]
     assert found["select_by"] == "class"
     assert len((tmp_path / "reliable_ids.txt").read_text().splitlines()) == IMAGES // 2
+
+
+class Undecided(cases.Tiny):
+    """Teacher whose logits are NaN for a bright image."""
+
+    def logits(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        low_NChw = super().logits(images_NCHW)
+        low_NChw[images_NCHW.mean((1, 2, 3)) > 1.5] = float("nan")
+        return low_NChw
+
+
+def test_images_with_logits_that_are_not_finite_have_no_reliability(tmp_path):
+    """Equal masks of NaN would make them the most reliable."""
+    files = cases.good_files(4) | {"white.png": cases.encoded(Image.new("RGB", (64, 48), "white"), "PNG")}
+    task = Assignment(source=open_source(str(cases.as_folder(tmp_path / "in", files))), out=tmp_path / "out",
+                      table="scores", data=DataConfig(threads=1, loader="reference"), config=LabelConfig())
+    networks = (Undecided(), cases.Tiny(), cases.Tiny())
+    summary = reliability.select_corpus(already_open(*networks, identity="tiny"), task, cases.HERE)
+    (bad,) = rows.read(tmp_path / "out" / "failed.parquet")
+    assert summary.bad == 1 and (bad["key"], bad["error"]) == ("white", labels.NOT_FINITE)
+    assert "white" not in {row["key"] for row in rows.read(tmp_path / "out" / "reliability.parquet")}
+
+
+def test_thresholds_see_every_part_of_a_corpus(tmp_path, monkeypatch):
+    """The first shard may be a folder whose images differ from all others."""
+    foggy = {f"a/{i:03d}.png": cases.picture(100 + i).point(lambda value: 112 + value // 8)
+             for i in range(20)}
+    clear = {f"b/{i:03d}.png": cases.picture(i) for i in range(60)}
+    files = {name: cases.encoded(image, "PNG") for name, image in (foggy | clear).items()}
+    source = cases.as_folder(tmp_path / "in", files)
+    monkeypatch.setattr(thresholds, "MOST_IMAGES", 16)
+    cases.run(source, tmp_path / "out", tta="none", keep_share=0.5, shard_size=20)
+    kept = sum(sum(row["class_pixels"]) for row in rows.read_parts(tmp_path / "out", "labels"))
+    assert 0.35 < kept / (80 * 64 * 48) < 0.65

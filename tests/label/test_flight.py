@@ -133,8 +133,8 @@ def test_image_too_large_for_memory_is_bad_in_order(corpus, tmp_path, calls):
     errors = {number: torch.OutOfMemoryError("CUDA out of memory") for number in calls}
     summary = cases.run(corpus, tmp_path / "out", teacher=Watched([], errors), **options)
     assert (summary.images, summary.bad) == (12, len(calls))
-    whole = {row["key"]: row for row in rows.read_parts(tmp_path / "whole" / "labels")}
-    found = {row["key"]: row for row in rows.read_parts(tmp_path / "out" / "labels")}
+    whole = {row["key"]: row for row in rows.read_parts(tmp_path / "whole", "labels")}
+    found = {row["key"]: row for row in rows.read_parts(tmp_path / "out", "labels")}
     assert found.keys() == whole.keys()
     good = [row for row in found.values() if row["status"] == "ok"]
     assert len(good) == 12 - len(calls) and all(row == whole[row["key"]] for row in good)

@@ -27,6 +27,7 @@ from stpp.inference.predictors import already_open
 from stpp.inference.record import Agreement
 from stpp.label import confidence_map, reliability, rows
 from stpp.label.assignment import Assignment
+from stpp.label.export import parts_of
 from stpp.label.shards import Part
 
 FAULTS = Path(__file__).parents[1] / "faults"
@@ -66,7 +67,7 @@ def test_masks_match_the_method(tmp_path, mode, loader):
 
 
 def test_rows_describe_the_files(corpus, whole):
-    table = list(rows.read_parts(whole / "labels"))
+    table = list(rows.read_parts(whole, "labels"))
     assert [row["key"] for row in table] == sorted(name.removesuffix(".jpg") for name in cases.good_files())
     for row in table:
         data = (whole / "masks" / f"{row['key']}.png").read_bytes()
@@ -191,7 +192,7 @@ def test_file_changed_after_planning_is_bad(tmp_path):
 def test_pixels_of_low_confidence_are_ignored(corpus, whole, tmp_path):
     cases.run(corpus, tmp_path / "out", min_confidence=0.9)
     ignored = 0
-    for row, sure in zip(rows.read_parts(tmp_path / "out" / "labels"), rows.read_parts(whole / "labels"),
+    for row, sure in zip(rows.read_parts(tmp_path / "out", "labels"), rows.read_parts(whole, "labels"),
                          strict=True):
         mask, full = (read_index_mask(out / "masks" / f"{row['key']}.png")
                       for out in (tmp_path / "out", whole))
@@ -487,3 +488,26 @@ def test_decoded_batch_is_normalised_like_the_loader(tmp_path):
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(found.permute(0, 2, 3, 1)[0], torch.from_numpy(normalised(image[0])))
     assert F.relu(found).shape == (1, 3, 5, 6)
+
+
+def test_lost_table_of_a_finished_labelling_is_named(whole, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    rows.part(out, "labels", 1).unlink()
+    with pytest.raises(UserError, match=r"part-000001\.parquet is missing, so .* is incomplete; .*--verify"):
+        list(rows.read_parts(out, "labels"))
+    with pytest.raises(UserError, match="is incomplete"):
+        parts_of(out)
+
+
+def test_mask_of_an_image_that_has_become_bad_is_removed(tmp_path):
+    source = cases.as_folder(tmp_path / "in", cases.good_files(4))
+    cases.run(source, tmp_path / "out")
+    path = source / "one" / "image000.jpg"
+    status = path.stat()
+    path.write_bytes(b"x" * status.st_size)  # decayed: neither size nor time tells
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    mask = tmp_path / "out" / "masks" / "one" / "image000.png"
+    mask.write_bytes(b"damaged")
+    summary = cases.run(source, tmp_path / "out", verify=True)
+    assert summary.bad == 1 and not mask.exists()

@@ -90,7 +90,7 @@ def test_rank_killed_at_a_commit_loses_nothing(source, undisturbed, tmp_path, nu
     assert marked < IMAGES // 4
     again = label((1, 2, 3)[number % 3], source, out)
     assert again.returncode == 0, again.stderr
-    keys = [row["key"] for row in rows.read_parts(out / "labels")]
+    keys = [row["key"] for row in rows.read_parts(out, "labels")]
     assert len(keys) == len(set(keys)) == IMAGES
     assert cases.contents(out) == undisturbed
 
@@ -237,3 +237,16 @@ def test_command_labels_with_a_checkpoint(tmp_path):
              for name in ("reliable_ids.txt", "unreliable_ids.txt")]
     assert [len(lines)
             for lines in lists] == [2, 3] and all(line.startswith("s.tar::") for line in sum(lists, []))
+
+
+@pytest.mark.dist
+def test_verify_waits_until_every_shard_is_checked(source, undisturbed, tmp_path):
+    """The last shard, which is damaged, is checked slowly."""
+    out = tmp_path / "out"
+    assert label(0, source, out).returncode == 0
+    last = sorted(row["key"] for row in rows.read(rows.part(out, "labels", 5)) if row["status"] == "ok")[-1]
+    (out / "masks" / f"{last}.png").write_bytes(b"x")
+    done = label(2, source, out, "--verify", trap=("slow", "5", "2", ""))
+    assert done.returncode == 0, done.stderr
+    assert f"{last}.png has 1 bytes" in done.stderr
+    assert cases.contents(out) == undisturbed

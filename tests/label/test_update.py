@@ -16,9 +16,10 @@ from conftest import torchrun
 from stpp.config import DataConfig, LabelConfig
 from stpp.errors import UserError
 from stpp.images.sources import open_source
-from stpp.inference.predictors import already_open
+from stpp.inference.predictors import OpenedPredictor, already_open
 from stpp.label import changes, reliability, rows, update
 from stpp.label.assignment import Assignment
+from stpp.label.labels import label_corpus
 
 FAULTS = Path(__file__).parents[1] / "faults"
 OUTPUTS = ("png", "tar")
@@ -52,7 +53,7 @@ def masks(out: Path) -> dict[str, bytes]:
 
 
 def keys(out: Path) -> list[str]:
-    return sorted(row["key"] for row in rows.read_parts(out / "labels"))
+    return sorted(row["key"] for row in rows.read_parts(out, "labels"))
 
 
 def change(folder: Path) -> None:
@@ -166,7 +167,7 @@ def test_image_with_another_extension_replaces_its_mask(source, tmp_path):
     (source / "one/image000.png").write_bytes(cases.encoded(cases.picture(8), "PNG"))
     summary, seen = label(source, out, update=True)
     assert seen == 1 and summary.images == 13
-    found = {row["key"]: row["source"] for row in rows.read_parts(out / "labels")}
+    found = {row["key"]: row["source"] for row in rows.read_parts(out, "labels")}
     assert found["one/image000"] == "one/image000.png" and len(found) == 13
 
 
@@ -405,3 +406,58 @@ def test_selection_is_updated_like_labels(source, tmp_path):
               for name in ("reliable_ids.txt", "unreliable_ids.txt")]
              for one in (out, tmp_path / "fresh")]
     assert lists[0] == lists[1]
+
+
+def recorded(out: Path) -> dict:
+    return json.loads((out / "run.json").read_text())
+
+
+@pytest.mark.parametrize("touched_only", [True, False])
+def test_class_names_and_the_first_number_of_images_outlive_an_update(source, tmp_path, touched_only):
+    """The predictor is chosen by the number of images: another choice would be another run."""
+    out, classes = tmp_path / "out", ("a", "b", "c", "d")
+    label(source, out, classes=classes)
+    if touched_only:
+        os.utime(source / "one/image000.jpg")
+        label(source, out, classes=classes)
+    else:
+        change(source)
+        label(source, out, classes=classes, update=True)
+        assert recorded(out)["plan"]["items"] == 14
+    assert recorded(out)["classes"] == list(classes) and recorded(out)["planned_for"] == 13
+    asked = []
+    config = LabelConfig(tta="none", batch_per_rank=3, shard_size=5, max_pixels=1 << 20)
+    task = Assignment(source=open_source(str(source)), out=out, config=config,
+                      data=DataConfig(threads=1, loader="reference"))
+    label_corpus(lambda images: asked.append(images) or
+                 [OpenedPredictor(network=cases.Tiny(), identity="tiny")], task, cases.HERE)
+    assert asked == [13]
+
+
+def test_update_with_another_teacher_removes_nothing(source, tmp_path):
+    out = tmp_path / "out"
+    label(source, out)
+    before = cases.contents(out)
+    change(source)
+    with pytest.raises(UserError, match="holds masks of another run .*teacher"):
+        label(source, out, update=True, identity="other")
+    after = cases.contents(out)
+    assert {name: after.get(name) for name in before if not name.startswith("plan/")} == {
+        name: digest for name, digest in before.items() if not name.startswith("plan/")}
+    label(source, out, update=True)
+    cases.run(source, tmp_path / "fresh", tta="none")
+    assert masks(out) == masks(tmp_path / "fresh")
+
+
+def test_touched_images_with_bad_names_are_no_change(tmp_path):
+    folder = cases.as_folder(tmp_path / "in", cases.good_files(3))
+    with open(os.fsencode(folder) + b"/bad\xff.jpg", "wb") as file:
+        file.write(cases.encoded(cases.picture(1)))
+    archive = cases.as_tar(tmp_path / "a.tar", cases.good_files(3), links={"link.jpg": "0.jpg"})
+    for number, source in enumerate((folder, archive)):
+        out = tmp_path / f"out{number}"
+        assert label(source, out)[0].bad == 1
+        for name in os.listdir(os.fsencode(folder)):
+            os.utime(os.path.join(os.fsencode(folder), name), (1, 1))
+        os.utime(archive, (1, 1))
+        assert label(source, out)[1] == 0

@@ -69,7 +69,7 @@ def of_run(tmp_path_factory) -> Path:
 
 
 def test_labelled_images_are_listed_with_their_figures(labels, report):
-    expected = {row["key"]: row for row in rows.read_parts(labels / "labels") if row["status"] == "ok"}
+    expected = {row["key"]: row for row in rows.read_parts(labels, "labels") if row["status"] == "ok"}
     found = {row[0]: row for row in listed(report)}
     assert found.keys() == expected.keys() >= {cases.key_of(name) for name in cases.HOSTILE}
     for key, (_, number, reliability, confidence, ignored, width, height, picture, shares) in found.items():
@@ -190,7 +190,7 @@ def test_images_beyond_the_limit_are_sampled_and_the_worst_kept(labels, monkeypa
     monkeypatch.setattr(labelling, "MOST_LISTED", 3)
     monkeypatch.setattr(labelling, "MOST_WORST", 2)
     found = labelling.read(labels, "labels", {})
-    table = [row for row in rows.read_parts(labels / "labels") if row["status"] == "ok"]
+    table = [row for row in rows.read_parts(labels, "labels") if row["status"] == "ok"]
     worst = sorted(table, key=lambda row: row["mean_confidence"])[:2]
     assert 3 <= len(found.listed) <= 9 < found.totals.images
     assert {row["key"] for row in worst} <= {one.key for one in found.listed}

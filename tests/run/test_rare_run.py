@@ -60,7 +60,7 @@ def test_labels_use_the_least_confidence_of_held_out_labels(run):
     job = json.loads((run / "stages" / "2-label" / "run.json").read_text())["fingerprint"]
     assert job["floors"] == list(found.floors(0.3)) and job["teacher"].startswith(found.weights[:16])
     never = {i for i, floor in enumerate(job["floors"]) if floor == calibration.NEVER}
-    for row in rows.read_parts(run / "stages" / "2-label" / "labels"):
+    for row in rows.read_parts(run / "stages" / "2-label", "labels"):
         mask = read_index_mask(run / "stages" / "2-label" / "masks" / f"{row['key']}.png")
         assert not never & set(np.unique(mask).tolist())
     said = (run / "said.txt").read_text()

@@ -68,7 +68,7 @@ def test_stpp_runs_the_stages_of_the_paper(run):
 def test_each_half_has_its_pseudo_labels(run, synthetic):
     for stage, list_name in (("3-label", "reliable_ids.txt"), ("5-label", "unreliable_ids.txt")):
         lines = (run / "stages" / "2-select" / list_name).read_text().splitlines()
-        table = list(rows.read_parts(run / "stages" / stage / "labels"))
+        table = list(rows.read_parts(run / "stages" / stage, "labels"))
         assert sorted(row["key"]
                       for row in table) == sorted(line.split()[0].rpartition(".")[0] for line in lines)
         for row in table:

@@ -84,15 +84,18 @@ def _check(options: ExportLabels) -> None:
 
 
 def _names(options: ExportLabels) -> tuple[str, ...]:
-    """Class names from the flag, the run or the labels, in this order."""
+    """Class names from the flag, the labels or their run, in this order."""
     from stpp.label import fingerprint
     from stpp.report import run as runs
 
     run = options.run or runs.of_labels(options.labels)
     stored = fingerprint.read(options.labels) or {}
-    names = options.classes or (run and runs.classes(run)) or stored.get("classes") or ()
+    names = options.classes or stored.get("classes") or (run and runs.classes(run)) or ()
     if options.run is not None and not runs.classes(options.run):
         raise UserError(f"--run {options.run}: not a run that records its classes")
+    if options.run is not None and not options.classes and list(names) != list(runs.classes(options.run)):
+        raise UserError(f"--run {options.run}: its classes differ from those of the network that labelled "
+                        f"{options.labels}; leave the flag out, or give --classes")
     if not isinstance(names, (list, tuple)) or not names:
         raise UserError(f"{options.labels}: the class names are unknown; give --classes in id order, or "
                         "--run")

@@ -6,7 +6,7 @@ A checkpoint records its rule, so that inference reads images as training did, a
 from collections.abc import Sequence
 from pathlib import Path
 
-from stpp import checkpoint
+from stpp import checkpoint, files
 from stpp.errors import UserError
 from stpp.inference.record import WEIGHTS
 
@@ -18,7 +18,7 @@ def recorded(path: Path) -> bool | None:
     Raises:
         UserError: the file cannot be read as a checkpoint.
     """
-    path = path / WEIGHTS if path.is_dir() else path
+    path = path / WEIGHTS if path.is_dir() else files.and_part(path)[0]
     if not path.exists():
         return None  # the code that opens the checkpoint reports it
     content = checkpoint.peek(path)

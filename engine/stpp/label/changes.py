@@ -134,6 +134,8 @@ def _has_changed(item: Item, hashes: dict[str, int | None] | None) -> bool:
     """True if the content of an image differs from what was labelled."""
     if hashes is None:
         return False  # it will be read when its shard is labelled
+    if item.error is not None and item.key in hashes:
+        return False  # it is not read, because of its name or kind
     try:
         return hashes.get(item.key) is None or hashes[item.key] != content_hash(item.read())
     except OSError:

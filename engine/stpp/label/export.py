@@ -93,9 +93,9 @@ def parts_of(labels: Path) -> list[Path]:
     """Lists the table parts of a labelling.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or a finished labelling lacks one.
     """
-    parts = sorted((labels / "labels").glob("part-*.parquet"))
+    parts = rows.parts(labels, "labels")
     if not parts:
         raise UserError(f"{labels}: holds no labels (labels/part-*.parquet); give the --out of `stpp label`, "
                         "or a labelling stage of a run, for example RUN/stages/3-label")

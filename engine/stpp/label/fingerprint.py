@@ -33,13 +33,22 @@ def read(out: Path) -> dict | None:
     return value
 
 
-def write(out: Path, fingerprint: dict, plan: dict, classes: Sequence[str] = ()) -> None:
-    """Writes `run.json`, which fixes the plan; class names are recorded outside the fingerprint."""
+def write(out: Path, fingerprint: dict, plan: dict, classes: Sequence[str], planned_for: int) -> None:
+    """Writes `run.json`, which fixes the plan; class names are recorded outside the fingerprint.
+
+    Args:
+        planned_for: number of images when the run began, by which a predictor was chosen.
+    """
     versions = {name: version_of(name)
                 for name in ("stpp", "torch", "pillow", "nvidia-dali-cuda120", "nvidia-dali-cuda130")}
     files.write_json(out / "run.json", {"format": FORMAT, "fingerprint": fingerprint, "plan": plan,
-                                        "classes": list(classes),
+                                        "planned_for": planned_for, "classes": list(classes),
                                         "versions": {"python": platform.python_version()} | versions})
+
+
+def planned_for(begun: dict) -> int:
+    """Number of images for which the predictor was chosen; updates do not change it."""
+    return begun.get("planned_for", begun["plan"]["items"])
 
 
 def require_same(out: Path, recorded: dict, current: dict) -> None:

@@ -165,10 +165,12 @@ class SampleSource:
 
     def stamp(self) -> dict:
         """See `Source`; samples were checked when they were prepared."""
-        digest = hashlib.sha256()
+        digest, keys = hashlib.sha256(), hashlib.sha256()
         for sample, _ in self._samples:
             digest.update(f"{sample.key}\0{sample.image}\n".encode())
-        return {"kind": "samples", "files": len(self._samples), "digest": digest.hexdigest()}
+            keys.update(f"{sample.key}\n".encode())
+        return {"kind": "samples", "files": len(self._samples), "digest": digest.hexdigest(),
+                "keys": keys.hexdigest()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Listing of a corpus into the plan, and updates of the listing when the corpus has changed."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from stpp import files, log
@@ -28,8 +29,11 @@ def read(out: Path) -> dict | None:
         raise UserError(f"{path}: cannot be read ({error}); choose another --out") from None
 
 
-def ensure(task: Assignment) -> None:
+def ensure(task: Assignment) -> list[Callable[[], None]]:
     """Lists the source into the plan, or checks that the existing listing is up to date.
+
+    Returns:
+        The update to carry out, at most one, if there are changes; it removes masks.
 
     Raises:
         UserError: there is no image; the source is another one; or images changed without `task.update`.
@@ -40,10 +44,12 @@ def ensure(task: Assignment) -> None:
     sweep(task.out)
     if listing is None:
         _list(task, stamp)
-        return
+        return []
+    if _is_moved(listing["source"], stamp):  # the images of a run, below another root
+        _list(task, stamp)
+        return []
     _require_same_source(task, listing, stamp)
-    if not _is_same(listing["source"], stamp):
-        _update(task, listing, stamp)
+    return [] if _is_same(listing["source"], stamp) else [_update(task, listing, stamp)]
 
 
 def _list(task: Assignment, stamp: dict) -> None:
@@ -58,8 +64,8 @@ def _list(task: Assignment, stamp: dict) -> None:
                      counts | {"asked": task.config.shard_size, "source": stamp, "marks": _has_marks(stamp)})
 
 
-def _update(task: Assignment, listing: dict, stamp: dict) -> None:
-    """Compares the corpus with its listing, and updates the listing if `task.update` is set.
+def _update(task: Assignment, listing: dict, stamp: dict) -> Callable[[], None]:
+    """Compares the corpus with its listing; returns the update of the listing.
 
     Raises:
         UserError: there are changes, and `task.update` is not set.
@@ -87,9 +93,13 @@ def _update(task: Assignment, listing: dict, stamp: dict) -> None:
         _say_passed(task)
     elif changes.touched:
         log.say(f"  {task.title}: files were touched, but their content is unchanged: {changes.touched}")
-    update.begin(task.out, changes.edits,
-                 listing | {"items": items, "shards": new_shards.shards, "source": stamp})
-    update.finish(task.out, task.table)
+
+    def carry_out() -> None:
+        update.begin(task.out, changes.edits,
+                     listing | {"items": items, "shards": new_shards.shards, "source": stamp})
+        update.finish(task.out, task.table)
+
+    return carry_out
 
 
 class _NewShards:
@@ -140,6 +150,12 @@ def _require_same_source(task: Assignment, listing: dict, stamp: dict) -> None:
                    if name in recorded or recorded.get("kind") != current["kind"]}
     fingerprint.require_same(task.out, {"source": recorded, "shard_size": listing["asked"]},
                              {"source": current, "shard_size": task.config.shard_size})
+
+
+def _is_moved(recorded: dict, current: dict) -> bool:
+    """True for the samples of a data set that has another root since they were listed."""
+    return (recorded.get("keys") is not None and recorded["keys"] == current.get("keys")
+            and recorded["digest"] != current["digest"])
 
 
 def _is_same(recorded: dict, current: dict) -> bool:

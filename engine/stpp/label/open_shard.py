@@ -130,6 +130,8 @@ class OpenShard:
             self._sink.abandon()
 
     def _bad(self, image: Planned, image_hash: int | None, error: str) -> None:
+        if self._sink and image.item.error is None:
+            self._sink.discard(image.item.key)
         self._rows[image.position] = rows.bad(image, error, self._job.teacher) | {"image_hash": image_hash}
 
     def _drain(self, leave: int) -> None:

@@ -3,6 +3,7 @@
 Source: ST++ (arXiv 2106.05095), section 3.3. Legend: N images, H W size of the batch.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from stpp.inference.open import Predictor
 from stpp.inference.predictors import PredictorOpener
 from stpp.label import rows
 from stpp.label.assignment import Assignment
-from stpp.label.labels import SampleSource, require_none_bad
+from stpp.label.labels import NOT_FINITE, SampleSource, require_none_bad
 from stpp.label.plan import Plan
 from stpp.label.run import Summary, execute
 from stpp.loading.sample import Sample
@@ -39,6 +40,27 @@ class ImageReliability(NamedTuple):
     reliability: float
     class_pixels: list[int] | None
     """Pixels of each class in the last teacher's mask; None if not needed."""
+
+
+class _Watched:
+    """Predictor that records which images had finite logits."""
+
+    def __init__(self, predictor: Predictor):
+        self._predictor = predictor
+        self.num_classes, self.view_px = predictor.num_classes, predictor.view_px
+        self.finite_N: torch.Tensor | None = None
+        """bool [N], of the last call."""
+
+    def logits(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        low_NChw = self._predictor.logits(images_NCHW)
+        self.finite_N = low_NChw.isfinite().flatten(1).all(1)
+        return low_NChw
+
+
+def _masks(predictor: Predictor, images_NCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predicts masks, uint8 [N, H, W], and whether an image's logits are finite, bool [N]."""
+    watched = _Watched(predictor)
+    return views.masks(watched, images_NCHW, "none"), watched.finite_N
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,23 +89,25 @@ class ReliabilityJob:
         """See `Job`."""
         return self
 
-    def compute(self, batch: Decoded) -> Callable[[], list[ImageReliability | None]]:
+    def compute(self, batch: Decoded) -> Callable[[], list[ImageReliability | str | None]]:
         """See `Job`: computes the last teacher's mean IoU with each earlier teacher, averaged over these."""
         *earlier, last = self.networks
-        reference_NHW = views.masks(last, batch.images_NCHW, "none")
+        reference_NHW, finite_N = _masks(last, batch.images_NCHW)
         total_N = torch.zeros(len(batch.planned), dtype=torch.float64, device=reference_NHW.device)
         for network in earlier:
-            masks_NHW = views.masks(network, batch.images_NCHW, "none")
+            masks_NHW, finite = _masks(network, batch.images_NCHW)
+            finite_N = finite_N & finite
             total_N += pairwise_iou(masks_NHW, reference_NHW, last.num_classes)
+        total_N.masked_fill_(~finite_N, math.nan)  # equal masks of NaN would be the most reliable
         counts = []
         if self.by_class:
             counts = [class_pixels(reference_NHW, last.num_classes, per_image=True)]
         queued, errors = Readback(total_N / len(earlier), *counts), batch.errors
 
-        def results() -> list[ImageReliability | None]:
+        def results() -> list[ImageReliability | str | None]:
             scores_N, *counts = (values.tolist() for values in queued.read())
             pixels = counts[0] if counts else [None] * len(scores_N)
-            return [None if i in errors else ImageReliability(*both)
+            return [None if i in errors else NOT_FINITE if math.isnan(both[0]) else ImageReliability(*both)
                     for i, both in enumerate(zip(scores_N, pixels, strict=True))]
 
         return results
@@ -178,7 +202,7 @@ def write_selection(out: Path, order: Sequence[str] | None = None, *, by_class: 
     Holds the names of all images in memory, about 200 bytes each.
     """
     scored = [(row["key"], row["source"], row["reliability"], row.get("class_pixels"))
-              for row in rows.read_parts(out / "scores") if row["status"] == "ok"]
+              for row in rows.read_parts(out, "scores") if row["status"] == "ok"]
     if order is not None:
         place = {key: i for i, key in enumerate(order)}
         scored.sort(key=lambda row: place[row[0]])

@@ -1,9 +1,11 @@
 """Tables of a labelling: columns, and rows of images."""
 
+import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from stpp.errors import UserError
 from stpp.images.items import Item
 from stpp.images.planning import Planned
 from stpp.parquet import encoded as encoded
@@ -46,9 +48,32 @@ def part(out: Path, table: str, shard: int) -> Path:
     return out / table / f"part-{shard:06d}.parquet"
 
 
-def read_parts(folder: Path) -> Iterator[dict]:
-    """Yields the rows of `part-*.parquet` in a folder, part after part."""
-    for path in sorted(folder.glob("part-*.parquet")):
+def parts(out: Path, table: str) -> list[Path]:
+    """Lists the parts of a table.
+
+    Raises:
+        UserError: the labelling is finished, and a part is missing.
+    """
+    present = sorted((out / table).glob("part-*.parquet"))
+    listing = out / "plan" / "listing.json"
+    if (out / "summary.json").exists() and listing.exists():
+        try:
+            shards = int(json.loads(listing.read_text(encoding="utf-8"))["shards"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{listing}: cannot be read ({error}); label again with `--verify`") from None
+        lost = [path for path in (part(out, table, shard) for shard in range(shards)) if path not in present]
+        if lost:
+            raise UserError(f"{lost[0]} is missing, so {out} is incomplete; label again with `--verify`")
+    return present
+
+
+def read_parts(out: Path, table: str) -> Iterator[dict]:
+    """Yields the rows of a table, part after part.
+
+    Raises:
+        UserError: see `parts`.
+    """
+    for path in parts(out, table):
         yield from read(path)
 
 

@@ -65,25 +65,30 @@ def execute(task: Assignment, open_job: Callable[[int], Job], world: World, *,
         OSError: the output cannot be written.
     """
     started, rank_store = time.monotonic(), RankStore.for_call(world)
-    _on_first(world, rank_store, "listed", lambda: listings.ensure(task))
-    listing = listings.read(task.out)
-    if listing is None:
-        raise UserError(f"{task.out}/plan is missing; put --out on a file system that every machine sees")
-    plan = Plan(folder=task.out / "plan", items=listing["items"], shards=listing["shards"], cut=task.cut)
-    markers = Markers(task.out)
+    updates: list[Callable[[], None]] = []
+    _on_first(world, rank_store, "listed", lambda: updates.extend(listings.ensure(task)))
+    listing, markers = _listed(task.out), Markers(task.out)
     if task.list_only:
+        for update in updates:
+            update()
+        plan = _plan(task, _listed(task.out))
         return dataclasses.replace(_total(plan, markers), wall_s=time.monotonic() - started)
     threads = _agreed_threads(task.out, world, rank_store)
     with _threads(threads):
-        job = open_job(plan.items)
+        begun = fingerprint.read(task.out)
+        job = open_job(fingerprint.planned_for(begun) if begun else listing["items"])
         kind = fingerprint.device_kind(world.device)
         _on_first(world, rank_store, "claimed", lambda: _claim(task, job, listing, kind, threads))
         _require_kind(task.out, world, kind)
         if not world.is_main:  # a rank with another checkpoint or without DALI would write other masks
             _claim(task, job, listing, kind, threads)
+        # only now, when the settings are known to fit: an update removes masks
+        _on_first(world, rank_store, "updated", lambda: [update() for update in updates] and None)
+        plan = _plan(task, _listed(task.out))
         _on_first(world, rank_store, "prepared", lambda: job.prepare(task, plan, world))
         job = job.prepared(task.out)
-        ledger = Ledger(world, rank_store, shards=plan.shards, part=task.part, done=markers.done)
+        ledger = Ledger(world, rank_store, shards=plan.shards, part=task.part, done=markers.done,
+                        verify=task.verify)
         worker = Worker(task, job, plan, world, ledger)
         worker.run()
         _keep_agreements(task.out, job, world)
@@ -98,6 +103,17 @@ def execute(task: Assignment, open_job: Callable[[int], Job], world: World, *,
         total = _total(plan, markers)
     return dataclasses.replace(total, labelled=labelled, wall_s=time.monotonic() - started, seconds=seconds,
                                redone=redone)
+
+
+def _listed(out: Path) -> dict:
+    listing = listings.read(out)
+    if listing is None:
+        raise UserError(f"{out}/plan is missing; put --out on a file system that every machine sees")
+    return listing
+
+
+def _plan(task: Assignment, listing: dict) -> Plan:
+    return Plan(folder=task.out / "plan", items=listing["items"], shards=listing["shards"], cut=task.cut)
 
 
 def _agreed_threads(out: Path, world: World, rank_store: RankStore | None) -> int:
@@ -127,7 +143,7 @@ def _claim(task: Assignment, job: Job, listing: dict, kind: str, threads: int) -
         fingerprint.require_same(task.out, existing["fingerprint"] | {"source": current["source"]}, current)
     else:
         fingerprint.write(task.out, current, {"items": listing["items"], "shards": listing["shards"]},
-                          job.classes)
+                          job.classes, listing["items"])
 
 
 def _require_kind(out: Path, world: World, kind: str) -> None:

@@ -96,11 +96,12 @@ class Ledger:
         store: shared by the ranks; None in a world of one.
         shards: number of shards of the plan.
         done: checks for the marker of a shard.
+        verify: a marker counts only once the rank that claimed the shard has checked its files.
     """
 
     def __init__(self, world: World, store: "RankStore | None", *, shards: int, part: Part,
-                 done: Callable[[int], bool]):
-        self._world, self._store, self._done = world, store, done
+                 done: Callable[[int], bool], verify: bool = False):
+        self._world, self._store, self._marked, self._verify = world, store, done, verify
         self._mine = range(part.index, shards, part.count)
         self._beat_s, self._longest_s = time.monotonic(), 0.0
         self._published_s, self._totals, self._images, self._bad = 0.0, (0, 0), 0, 0
@@ -115,6 +116,15 @@ class Ledger:
             if self._store is not None:
                 self._store.set(f"owner/{self._mine[taken]}", str(self._world.rank))
             yield self._mine[taken]
+
+    def checked(self, shard: int) -> None:
+        """Records that the files of a shard, whose marker exists, are intact."""
+        if self._store is not None:
+            self._store.set(f"checked/{shard}", "yes")
+
+    def _done(self, shard: int) -> bool:
+        needs_check = self._verify and self._store is not None
+        return self._marked(shard) and not (needs_check and self._store.get(f"checked/{shard}") is None)
 
     def progress(self, images: int, bad: int) -> tuple[int, int]:
         """Counts images of this rank, and renews its heartbeat.

@@ -41,6 +41,10 @@ class Sink(Protocol):
         """Encodes a mask, and writes it if masks are single files. Called from many threads."""
         ...
 
+    def discard(self, key: str) -> None:
+        """Removes the mask of an image that has become bad since the shard was labelled first."""
+        ...
+
     def take(self, key: str, stored: StoredMask) -> None:
         """Adds a stored mask to the archive; called once per mask in a fixed order, from one thread."""
         ...
@@ -81,6 +85,10 @@ class PngSink:
                 file.write(data)
         return StoredMask(len(data), checksum(data), None)
 
+    def discard(self, key: str) -> None:
+        with suppress(OSError):
+            os.unlink(f"{self._folder}/{key}.png")
+
     def take(self, key: str, stored: StoredMask) -> None:
         pass
 
@@ -104,6 +112,9 @@ class TarSink:
         with self._clock("encode"):
             data = encode(mask_HW)
         return StoredMask(len(data), checksum(data), data)
+
+    def discard(self, key: str) -> None:
+        pass
 
     def take(self, key: str, stored: StoredMask) -> None:
         with self._clock("write"):

@@ -28,6 +28,8 @@ from stpp.label.plan import Plan
 NAME = "class-confidence.json"
 MOST_IMAGES = 256
 """Maximum images in the sample, rounded up to whole batches."""
+MOST_SHARDS = 16
+"""Maximum shards that they are taken from; all of their headers are read."""
 
 
 def ensure(network: Predictor, mode: str, task: Assignment, plan: Plan, world: World) -> None:
@@ -93,10 +95,11 @@ def _counts(network: Predictor, mode: str, task: Assignment, plan: Plan, world: 
 
 
 def _spread(plan: Plan, pool: ThreadPoolExecutor) -> list[list[Planned]]:
-    """Chooses batches spread over the plan, from as few shards as suffice."""
-    per_shard = max(1, plan.items // plan.shards)
-    n_shards = min(plan.shards, -(-MOST_IMAGES // per_shard))
-    spread = [batch for i in range(n_shards)
-              for batch in planning.batches(plan.planned(i * plan.shards // n_shards, pool))]
-    stride = max(1, sum(map(len, spread)) // MOST_IMAGES)
-    return spread[::stride]
+    """Chooses batches spread over evenly spaced shards: a shard may be one folder, or images of one size."""
+    n_shards = min(plan.shards, MOST_SHARDS)
+    wanted, chosen = -(-MOST_IMAGES // n_shards), []
+    for i in range(n_shards):
+        of_shard = list(planning.batches(plan.planned(i * plan.shards // n_shards, pool)))
+        stride = max(1, sum(map(len, of_shard)) // wanted)
+        chosen += of_shard[::stride]
+    return chosen

@@ -65,7 +65,8 @@ def finish(out: Path, table: str) -> None:
     begun = fingerprint.read(out)
     if begun is not None:
         fingerprint.write(out, begun["fingerprint"] | {"source": listing["source"]},
-                          {"items": listing["items"], "shards": listing["shards"]})
+                          {"items": listing["items"], "shards": listing["shards"]},
+                          begun.get("classes", ()), fingerprint.planned_for(begun))
     intent.unlink()
     files.sync_folder(intent.parent)
     (out / "plan" / "update.parquet").unlink()

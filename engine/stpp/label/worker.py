@@ -24,6 +24,7 @@ from stpp.label.open_shard import Job, OpenShard
 from stpp.label.plan import Plan
 from stpp.label.prefetch import prefetch
 from stpp.label.shards import Ledger, Markers, damage
+from stpp.label.update import CONCLUSIONS
 
 TOO_LITTLE_MEMORY = "its views need more memory than there is ({width}x{height} pixels)"
 
@@ -146,7 +147,11 @@ class Worker:
         if pipeline.opened:
             shard = pipeline.opened.popleft()
             self._count(shard.unplanned, shard.unplanned)
-            pipeline.ending = closer.submit(shard.close, self._markers)
+            pipeline.ending = closer.submit(self._finish, shard)
+
+    def _finish(self, shard: OpenShard) -> None:
+        shard.close(self._markers)
+        self._ledger.checked(shard.shard)
 
     def _is_done(self, shard: int) -> bool:
         if not self._markers.done(shard):
@@ -155,8 +160,11 @@ class Worker:
         if damaged is None:
             marker = self._markers.read(shard)
             self._count(marker["images"], marker["bad"], new=False)
+            self._ledger.checked(shard)
             return True
         self.redone.append(f"shard {shard}: {damaged}")
+        for name in CONCLUSIONS:  # they are not true of a part
+            (self._task.out / name).unlink(missing_ok=True)
         self._markers.remove(shard)
         return False
 

@@ -89,7 +89,8 @@ def _reliability(run: Path | None, explicit: Path | None) -> tuple[dict[str, flo
 def _write(out: Path, folder: Path, run: Path | None, is_run: bool, labellings: Sequence[Labelling],
            scores: dict[str, float], threshold: float | None, most_pictures: int) -> None:
     num_classes = max((len(labels.totals.class_pixels) for labels in labellings), default=0)
-    names = runs.classes(run) if run else []
+    names = next((list(labels.made_by["classes"]) for labels in labellings if labels.made_by.get("classes")),
+                 None) or (runs.classes(run) if run else [])
     if len(names) < num_classes:
         names = [str(i) for i in range(num_classes)]
     picture_numbers = _draw(out / "pictures", labellings, most_pictures, num_classes)

@@ -120,7 +120,7 @@ def read(folder: Path, name: str, reliability: dict[str, float]) -> Labelling:
     Raises:
         UserError: no labels, or a damaged table.
     """
-    parts = sorted((folder / "labels").glob("part-*.parquet"))
+    parts = rows.parts(folder, "labels")
     if not parts:
         raise UserError(f"{folder}: contains no labels (labels/part-*.parquet); give the --out of `stpp "
                         "label`, or a run")
@@ -167,10 +167,13 @@ def samples(images: list[Image], most: int) -> list[Image]:
 
 
 def reliabilities(path: Path) -> tuple[dict[str, float], float | None]:
-    """Reliability by key from a `reliability.parquet`, and the lowest that counts as reliable."""
+    """Reliability by key from a `reliability.parquet`, and the lowest that counts as reliable; None if there
+    is no such limit, because each class has its own (`select_by` class)."""
     table = rows.read(path)
-    trusted = [row["reliability"] for row in table if row["reliable"]]
-    return {row["key"]: row["reliability"] for row in table}, min(trusted, default=None)
+    lowest = min((row["reliability"] for row in table if row["reliable"]), default=None)
+    highest = max((row["reliability"] for row in table if not row["reliable"]), default=0.0)
+    limit = None if lowest is None or highest > lowest else lowest
+    return {row["key"]: row["reliability"] for row in table}, limit
 
 
 def bin_of(value: float) -> int:
