@@ -5,6 +5,7 @@ A separate program, because Triton decides when a kernel is defined whether it i
 tests), and because it takes the package `triton` that comes first on PYTHONPATH.
 
     python compile_cases.py compile --classes 2 21 --full --jobs 2    # a JSON line for each requested variant
+    python compile_cases.py grids    # the largest axis of a grid that has a small limit
     python compile_cases.py count    # variants of each kernel that a set of photographs requests
 """
 
@@ -30,6 +31,7 @@ from stpp_kernels.triton import dilated_conv
 from stpp_kernels.triton.argmax import upsample_argmax
 from stpp_kernels.triton.confusion import confusion
 from stpp_kernels.triton.cross_entropy import upsample_cross_entropy
+from stpp_kernels.triton.label_probability import label_probability
 from stpp_kernels.triton.softmax_accumulate import finalize, softmax_accumulate
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -187,13 +189,32 @@ def photographs(number: int = 100, classes: int = 21) -> dict[str, Variant]:
     return variants
 
 
+def widest_grid() -> int:
+    """Returns the largest second or third axis of a grid that labelling a very tall image requests; CUDA's
+    limit is 65535."""
+    requested, run, check = [], JITFunction.run, torch._assert_async
+    JITFunction.run = lambda kernel, *_, grid, **__: requested.append(grid)
+    torch._assert_async = lambda *_: None
+    try:
+        low, size = logits((2, 3, 9000, 2), torch.bfloat16, True), (70000, 9)
+        label_calls(low, size)
+        label_probability(low, torch.empty((2, *size), dtype=torch.uint8), 255)
+    finally:
+        JITFunction.run, torch._assert_async = run, check
+    assert len(requested) >= 6
+    return max(side for grid in requested for side in grid[1:])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["compile", "count"])
+    parser.add_argument("what", choices=["compile", "count", "grids"])
     parser.add_argument("--classes", type=int, nargs="+", default=[21])
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
+    if options.what == "grids":
+        print(json.dumps({"triton": triton.__version__, "widest": widest_grid()}))
+        return
     if options.what == "count":
         counted = Counter(variant.kernel.__name__.strip("_") for variant in photographs().values())
         print(json.dumps({"triton": triton.__version__, **counted}))

@@ -24,6 +24,8 @@ from stpp.dataset import index, splits
 from stpp.errors import UserError
 from stpp.images import sources, tars
 from stpp.label import rows
+from stpp.models.build import build_model
+from stpp.models.trained import load_network
 
 RELAXED = settings(max_examples=60, deadline=None,
                    suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -204,3 +206,18 @@ def test_links_out_of_the_root_and_shell_characters(tmp_path):
                "b", "--out", tmp_path / "index", "--workers", "1")
     assert "Traceback" not in ran.stderr and ran.returncode in (0, 2)
     assert not list(tmp_path.rglob("boom")) and not Path("boom").exists()
+
+
+@pytest.mark.parametrize("change", [
+    {"classes": [1, 2, 3]}, {"model": {1: torch.zeros(1)}}, {"view_px": 10**12}, {"view_px": 480.5},
+    {"view_px": True},
+])
+def test_crafted_networks_are_refused_in_one_line(tmp_path, change):
+    network = build_model("pspnet", "resnet18", 3, 32)
+    architecture = {"name": "pspnet", "backbone": "resnet18", "output_stride": 32,
+                    "view_px": change.pop("view_px", None)}
+    content = {"model": dict(network.state_dict()), "classes": ["a", "b", "c"], "architecture": architecture}
+    checkpoint.save(tmp_path / "best.pt", **content | change)
+    with pytest.raises(UserError, match=r"best\.pt: holds no network of this version") as error:
+        load_network(tmp_path / "best.pt")
+    assert "\n" not in str(error.value)

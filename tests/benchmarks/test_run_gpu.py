@@ -261,9 +261,21 @@ def test_rows_are_taken_from_the_last_run_of_each_part():
         "step-h100": [2], "loss-h100": [3], "step-h200": [5]}
 
 
+def test_rows_that_a_cut_off_run_lacks_are_those_of_an_earlier_run_of_the_commit():
+    def row(name, date, value, git="c1"):
+        return {"name": name, "part": "step", "date": date, "value": value, "git": git,
+                "device": "NVIDIA H100"}
+
+    rows = [row("a", "10:00", 1), row("ratio", "10:00", 2), row("a", "11:00", 3),
+            row("old", "09:00", 4, "c0")]
+    assert {one["name"]: one["value"] for one in take.kept(rows)["step-h100"]} == {"a": 3, "ratio": 2}
+
+
 def test_carried_packages_match_the_requirements():
     recipe = subprocess.run(["make", "-n", "gpu-wheels"], cwd=ROOT, capture_output=True, text=True,
                             check=True).stdout
-    (pinned,) = re.findall(r"^tyro==\S+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
-    assert f" {pinned} " in recipe and "docstring-parser==" in recipe and "typeguard==" in recipe
+    requirements = (ROOT / "requirements.txt").read_text()
+    pinned = re.findall(r"^(?:tyro|braceexpand)==\S+", requirements, re.MULTILINE)
+    assert len(pinned) == 2 and all(f" {each} " in recipe for each in pinned)
+    assert "docstring-parser==" in recipe and "typeguard==" in recipe
     assert "--no-deps" in recipe and "--only-binary=:all:" in recipe and "--python-version 3.12" in recipe

@@ -22,6 +22,7 @@ from stpp.annotations import runs
 from stpp.dataset import class_files, given_labels, index
 from stpp.images.masks import read_index_mask
 from stpp.images.palette import voc_colours
+from stpp.report import run as report_run
 
 ROOT = Path(__file__).parents[2]
 READERS = ROOT / "build" / "readers" / "bin" / "python"
@@ -555,3 +556,22 @@ def test_labels_of_a_teacher_know_its_classes(tmp_path, capsys, output):
         ).all()
     export(capsys, tmp_path / "labels", "yolo", tmp_path / "yolo")
     assert class_files.from_tools(tmp_path / "yolo")[0] == ["sky", "road", "tree", "car"]
+
+
+def test_names_of_the_labelling_network_come_before_those_of_the_run_around_it(tmp_path, capsys):
+    """The labels of another network may lie in a run's folder, in which classes have another order."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "provenance.json").write_text(json.dumps({"classes": ["stem", "leaf", "background"]}))
+    (run / "config.json").write_text("{}")
+    (run / "stages").mkdir()
+    labels = cases.labels(run / "labels", {"0": np.ones((24, 32), np.uint8)})
+    assert report_run.of_labels(labels) == run and report_run.classes(run) == ["stem", "leaf", "background"]
+    export(capsys, labels, "coco", tmp_path / "out.json")
+    names = {each["id"]: each["name"] for each in
+             json.loads((tmp_path / "out.json").read_text())["categories"]}
+    used = {each["category_id"] for each in json.loads((tmp_path / "out.json").read_text())["annotations"]}
+    assert {names[number] for number in used} == {"leaf"}
+    code, _, said = ended(capsys, "export-labels", str(labels), "--format", "coco", "--out",
+                          str(tmp_path / "b.json"), "--run", str(run))
+    assert code == 2 and "its classes differ from those of the network that labelled" in said

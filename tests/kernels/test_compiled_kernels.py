@@ -83,6 +83,11 @@ def test_all_classes_types_and_layouts_compile_without_spills(version, tmp_path)
     assert {row["case"].split(",")[0] for row in losses} == {f"C = {number}" for number in classes}
 
 
+def test_grids_of_very_tall_images_stay_within_cudas_limits(tmp_path):
+    (found,) = compiled(tmp_path, "", "grids", limit_s=120)
+    assert found["widest"] <= 65535
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_photographs_of_any_size_share_a_handful_of_variants(version, tmp_path):
     (counted,) = compiled(tmp_path, version, "count", limit_s=120)

@@ -1,6 +1,7 @@
 """Labelling in one process: masks and rows, bad images, options, interrupted and damaged runs."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -25,10 +26,11 @@ from stpp.images.sources import open_source
 from stpp.inference import views
 from stpp.inference.predictors import already_open
 from stpp.inference.record import Agreement
-from stpp.label import confidence_map, reliability, rows
+from stpp.label import confidence_map, labels, listing, reliability, rows
 from stpp.label.assignment import Assignment
 from stpp.label.export import parts_of
 from stpp.label.shards import Part
+from stpp.loading.sample import Sample
 
 FAULTS = Path(__file__).parents[1] / "faults"
 
@@ -511,3 +513,24 @@ def test_mask_of_an_image_that_has_become_bad_is_removed(tmp_path):
     mask.write_bytes(b"damaged")
     summary = cases.run(source, tmp_path / "out", verify=True)
     assert summary.bad == 1 and not mask.exists()
+
+
+def test_samples_of_a_moved_data_set_are_listed_again(tmp_path):
+    """A run that stopped in a labelling stage resumes with another `--data.root`."""
+    def task(root: Path) -> Assignment:
+        files = cases.as_folder(root, cases.good_files(6))
+        samples = [Sample(key=f"im{i}", image=str(path), width=64, height=48)
+                   for i, path in enumerate(sorted(files.rglob("*.jpg")))]
+        return Assignment(source=labels.SampleSource(samples), out=tmp_path / "out", config=LabelConfig(),
+                          data=DataConfig(threads=1, loader="reference"))
+
+    listing.ensure(task(tmp_path / "first"))
+    before = rows.read(tmp_path / "out" / "plan" / "listing-000000.parquet")
+    moved = task(tmp_path / "second")
+    assert listing.ensure(moved) == [] == listing.ensure(moved)
+    after = rows.read(tmp_path / "out" / "plan" / "listing-000000.parquet")
+    assert [row["key"] for row in before] == [row["key"] for row in after]
+    assert all(row["file"].startswith(str(tmp_path / "second")) for row in after)
+    fewer = dataclasses.replace(moved, source=labels.SampleSource([]))
+    with pytest.raises(UserError, match="holds masks of another run"):
+        listing.ensure(fewer)

@@ -247,3 +247,16 @@ def test_failed_report_does_not_fail_the_run(tmp_path, monkeypatch, capsys):
     begun.finish({"stages": []})
     assert "no report was written (no room at all)" in capsys.readouterr().err
     assert (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize(("scores", "limit"), [
+    ([(0.9, True), (0.8, True), (0.8, False), (0.1, False)], 0.8),
+    ([(0.9, True), (0.3, True), (0.8, False), (0.1, False)], None),
+    ([], None),
+])
+def test_limit_of_reliability_is_shown_only_if_there_is_one(tmp_path, scores, limit):
+    """A selection by class has a limit for each class."""
+    table = [{"key": str(i), "reliability": score, "reliable": flag}
+             for i, (score, flag) in enumerate(scores)]
+    rows.write(tmp_path / "reliability.parquet", table, rows.RELIABILITY)
+    assert labelling.reliabilities(tmp_path / "reliability.parquet")[1] == limit

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stpp import checkpoint, log
+from stpp.config import check_view
 from stpp.errors import UserError
 from stpp.models.build import BACKBONES, NETWORKS, build_model, stride_of
 from stpp.models.pretrained import record_of
@@ -64,7 +65,13 @@ def load_network(
             architecture["name"], architecture["backbone"], len(classes), architecture["output_stride"]
         )
         network.load_state_dict(saved["model"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if not all(isinstance(name, str) for name in classes):
+            raise ValueError("its class names are not text")
+        view_recorded = architecture.get("view_px")
+        if type(view_recorded) not in (int, type(None)):
+            raise ValueError(f"view_px is {view_recorded!r}")
+        check_view(view_recorded)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{path}: holds no network of this version ({reason}); give a best.pt or third-*.pt"
@@ -76,10 +83,6 @@ def load_network(
             "the flag out"
         )
     network.pretrained = record_of(saved)
-    recorded = architecture.get("view_px")
-    if not (recorded is None or type(recorded) is int and recorded > 0):
-        raise UserError(f"{path}: holds no network of this version (view_px is {recorded!r}); give a best.pt "
-                        "or third-*.pt")
     return LoadedNetwork(network, classes, architecture | view)
 
 

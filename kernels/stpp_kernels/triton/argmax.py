@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stpp_kernels.triton.resize import block_width, logit, source, step
+from stpp_kernels.triton.resize import block_width, image_and_row, logit, source, step
 
 # One compiled variant for all image sizes.
 SIZES = ["stride_n", "stride_c", "stride_h", "stride_w", "in_height", "in_width", "height", "width",
@@ -24,8 +24,8 @@ def _argmax_kernel(
     in_height, in_width, height, width, step_y, step_x, classes,
     WITH_CONFIDENCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    n, y = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    x = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    n, y = image_and_row(height)
+    x = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = x < width
     top, bottom, low = source(y, step_y, in_height)
     left, right, near = source(x, step_x, in_width)
@@ -36,7 +36,7 @@ def _argmax_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     arg = tl.zeros([BLOCK], tl.int32)
     for c in range(0, classes):
-        at = c * stride_c
+        at = tl.cast(c, tl.int64) * stride_c
         value = logit(row_top + at, row_bottom + at, low, left, right, near, inside)
         larger = value > best  # strictly: the lowest class keeps a tie
         if WITH_CONFIDENCE:
@@ -60,7 +60,7 @@ def upsample_argmax(logits: Tensor, size: list[int], confidence: bool) -> tuple[
     if batch > 0:
         block = block_width(width)
         with torch.cuda.device_of(logits):
-            _argmax_kernel[(batch, height, triton.cdiv(width, block))](
+            _argmax_kernel[(batch * height, triton.cdiv(width, block))](
                 logits, mask, probability, *logits.stride(),
                 in_height, in_width, height, width, step(in_height, height), step(in_width, width), classes,
                 WITH_CONFIDENCE=confidence, BLOCK=block, num_warps=max(1, block // 128),

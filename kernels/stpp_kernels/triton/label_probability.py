@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stpp_kernels.triton.resize import block_width, logit, source, step
+from stpp_kernels.triton.resize import block_width, image_and_row, logit, source, step
 
 # One compiled variant for all image sizes.
 SIZES = ["stride_n", "stride_c", "stride_h", "stride_w", "in_height", "in_width", "height", "width",
@@ -26,8 +26,8 @@ def _probability_kernel(
     in_height, in_width, height, width, step_y, step_x, classes, ignore_index,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    n, y = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    x = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    n, y = image_and_row(height)
+    x = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = x < width
     top, bottom, low = source(y, step_y, in_height)
     left, right, near = source(x, step_x, in_width)
@@ -40,7 +40,7 @@ def _probability_kernel(
     own = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for c in range(0, classes):
-        at = c * stride_c
+        at = tl.cast(c, tl.int64) * stride_c
         value = logit(row_top + at, row_bottom + at, low, left, right, near, inside)
         most = tl.maximum(value, best)
         total = total * tl.exp(best - most) + tl.exp(value - most)
@@ -58,7 +58,7 @@ def label_probability(logits: Tensor, labels: Tensor, ignore_index: int) -> Tens
     if probability.numel() > 0:
         block = block_width(width)
         with torch.cuda.device_of(logits):
-            _probability_kernel[(batch, height, triton.cdiv(width, block))](
+            _probability_kernel[(batch * height, triton.cdiv(width, block))](
                 logits, labels, probability, *logits.stride(),
                 in_height, in_width, height, width, step(in_height, height), step(in_width, width), classes,
                 ignore_index, BLOCK=block, num_warps=max(1, block // 128),

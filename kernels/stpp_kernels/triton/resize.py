@@ -30,6 +30,14 @@ def logit(row_top, row_bottom, low, left, right, near, inside):
 
 
 @triton.jit
+def image_and_row(height):
+    """Splits the first program number into image, as int64, and row of images of `height` rows. Rows of all
+    images share that axis of the grid: the others end at 65535, which a tall image exceeds."""
+    number = tl.program_id(0)
+    return (number // height).to(tl.int64), number % height
+
+
+@triton.jit
 def _low(index, cells, scale):
     return tl.minimum(tl.cast(tl.cast(index, tl.float32) * scale, tl.int32), cells - 1)
 

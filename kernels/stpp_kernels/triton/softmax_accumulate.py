@@ -16,13 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stpp_kernels.triton.resize import block_width, logit, source, step
+from stpp_kernels.triton.resize import block_width, image_and_row, logit, source, step
 
 # One compiled variant for all sizes of images and views.
 LOGIT_SIZES = ["stride_n", "stride_c", "stride_h", "stride_w", "in_height", "in_width", "classes"]
 SCALED_SIZES = [*LOGIT_SIZES, "height", "width"]
 SUM_SIZES = [*LOGIT_SIZES, "images", "acc_n", "acc_c", "acc_h", "acc_w", "scaled_height", "scaled_width",
-             "width"]
+             "height", "width"]
 
 
 @triton.jit(do_not_specialize=SCALED_SIZES)
@@ -30,8 +30,8 @@ def _logsumexp_kernel(
     logits, plane, stride_n, stride_c, stride_h, stride_w,
     in_height, in_width, height, width, step_y, step_x, classes, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    n, y = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    x = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    n, y = image_and_row(height)
+    x = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = x < width
     top, bottom, low = source(y, step_y, in_height)
     left, right, near = source(x, step_x, in_width)
@@ -40,7 +40,7 @@ def _logsumexp_kernel(
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for c in range(0, classes):
-        at = c * stride_c
+        at = tl.cast(c, tl.int64) * stride_c
         value = logit(row_top + at, row_bottom + at, low, left * stride_w, right * stride_w, near, inside)
         most = tl.maximum(best, value)
         total = total * tl.exp(best - most) + tl.exp(value - most)
@@ -96,12 +96,12 @@ def _add(sums, a, b, d, e, low0, low1, columns, inside, SAME: tl.constexpr):
 def _accumulate_kernel(
     acc, logits, plane,
     images, acc_n, acc_c, acc_h, acc_w, stride_n, stride_c, stride_h, stride_w,
-    in_height, in_width, scaled_height, scaled_width, width,
+    in_height, in_width, scaled_height, scaled_width, height, width,
     logit_step_y, logit_step_x, step_y, step_x, classes,
     FLIP: tl.constexpr, PAIR: tl.constexpr, SAME: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    n, y = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    x = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    n, y = image_and_row(height)
+    x = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = x < width
     y0, y1, low = source(y, step_y, scaled_height)
     x0, x1, near = source(x, step_x, scaled_width)
@@ -127,11 +127,11 @@ def _accumulate_kernel(
     for c in range(0, classes):
         at_c = out + tl.cast(c, tl.int64) * acc_c
         sums = tl.load(at_c, mask=inside, other=0.0)
-        map_c = image + c * stride_c
+        map_c = image + tl.cast(c, tl.int64) * stride_c
         sums = _add(sums, map_c + top0, map_c + bottom0, map_c + top1, map_c + bottom1, low0, low1, first,
                     inside, SAME)
         if PAIR:
-            map_c = other + c * stride_c
+            map_c = other + tl.cast(c, tl.int64) * stride_c
             sums = _add(sums, map_c + top0, map_c + bottom0, map_c + top1, map_c + bottom1, low0, low1,
                         second, inside, SAME)
         tl.store(at_c, sums, mask=inside)
@@ -150,14 +150,14 @@ def softmax_accumulate(
     logit_step_y, logit_step_x = step(in_height, scaled_height), step(in_width, scaled_width)
     with torch.cuda.device_of(logits):
         block = block_width(scaled_width)
-        _logsumexp_kernel[(maps, scaled_height, triton.cdiv(scaled_width, block))](
+        _logsumexp_kernel[(maps * scaled_height, triton.cdiv(scaled_width, block))](
             logits, plane, *logits.stride(), in_height, in_width, scaled_height, scaled_width,
             logit_step_y, logit_step_x, classes, BLOCK=block, num_warps=max(1, block // 128),
         )  # fmt: skip
         block = min(256, block_width(width))
-        _accumulate_kernel[(images, height, triton.cdiv(width, block))](
+        _accumulate_kernel[(images * height, triton.cdiv(width, block))](
             acc, logits, plane, images, *acc.stride(), *logits.stride(),
-            in_height, in_width, scaled_height, scaled_width, width,
+            in_height, in_width, scaled_height, scaled_width, height, width,
             logit_step_y, logit_step_x, step(scaled_height, height), step(scaled_width, width), classes,
             FLIP=flip, PAIR=pair, SAME=list(scaled_size) == list(size), BLOCK=block,
             num_warps=max(1, block // 64),
