@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from harness import Report, arguments, minimum_ratio, nominal_flop
+from stpp.errors import UserError
 from stpp.inference import build, export, gate
 from stpp.inference.build import BACKENDS, PRECISIONS, Compilation
 from stpp.inference.protocol import Predictor
@@ -85,7 +86,11 @@ def compiled(report: Report, plan: Compilation,
             label = f"{backend} unfrozen" if not frozen else backend
             chosen = Compilation(**{**vars(plan), "backend": backend, "frozen": frozen, "shapes": shapes})
             with tempfile.TemporaryDirectory() as folder:
-                teacher = build.build(chosen, Path(folder) / "engine")
+                try:
+                    teacher = build.build(chosen, Path(folder) / "engine")
+                except UserError as error:  # the other rows stand without it
+                    print(f"{label}: {error}", flush=True)
+                    continue
                 if not frozen:
                     other = plan_of(options, report.device, seed=1)
                     next_one = Compilation(**{**vars(chosen), "network": other.network,

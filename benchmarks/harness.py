@@ -31,6 +31,7 @@ from torch import nn
 
 from stpp import distributed
 from stpp.config import Config
+from stpp.device import graph_capture
 from stpp.distributed import World
 from stpp.inference import export
 from stpp.loading.sample import Batch, Sample
@@ -243,13 +244,13 @@ def graphed(variants: dict[str, Callable[[], object]],
     found = {}
     for label, variant in variants.items():
         try:
-            found[f"{label}, CUDA graph"] = _captured(variant)
+            found[f"{label}, CUDA graph"] = _captured(variant, device)
         except RuntimeError as error:
             print(f"{label}: no CUDA graph: {str(error).splitlines()[0]}", flush=True)
     return found
 
 
-def _captured(variant: Callable[[], object]) -> Callable[[], None]:
+def _captured(variant: Callable[[], object], device: torch.device) -> Callable[[], None]:
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     # libraries allocate their workspaces and Triton compiles its kernels outside the capture
@@ -258,7 +259,7 @@ def _captured(variant: Callable[[], object]) -> Callable[[], None]:
             variant()
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with graph_capture(graph, None, device):  # restores PyTorch's state if it fails
         variant()
 
     def replay(_held=variant) -> None:  # the graph reads the tensors of the variant
