@@ -161,7 +161,7 @@ def test_impossible_view_size_is_named(best, photographs, tmp_path, capsys, valu
 def test_checkpoint_with_an_invalid_view_size_is_refused(network, tmp_path):
     for told in ("64", 0, 1.5, True):
         cases.saved(tmp_path / "odd.pt", network, map(str, range(CLASSES)), view_px=told)
-        with pytest.raises(UserError, match="view_px is"):
+        with pytest.raises(UserError, match="view.px is"):
             load_network(tmp_path / "odd.pt")
 
 
