@@ -18,7 +18,7 @@ import random
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +81,13 @@ def recorded(label: str, variants: dict[str, Variant]) -> Iterator[None]:
         variant = Variant.of(label, kernel, args, kwargs)
         variants.setdefault(variant.key, variant)
 
+    with launching(record):
+        yield
+
+
+@contextlib.contextmanager
+def launching(record: Callable) -> Iterator[None]:
+    """Calls `record` with the arguments of every launch instead of running it."""
     run, check = JITFunction.run, torch._assert_async
     # the kernel did not write its results
     JITFunction.run, torch._assert_async = record, lambda *_: None
@@ -192,15 +199,11 @@ def photographs(number: int = 100, classes: int = 21) -> dict[str, Variant]:
 def widest_grid() -> int:
     """Returns the largest second or third axis of a grid that labelling a very tall image requests; CUDA's
     limit is 65535."""
-    requested, run, check = [], JITFunction.run, torch._assert_async
-    JITFunction.run = lambda kernel, *_, grid, **__: requested.append(grid)
-    torch._assert_async = lambda *_: None
-    try:
-        low, size = logits((2, 3, 9000, 2), torch.bfloat16, True), (70000, 9)
+    requested = []
+    low, size = logits((2, 3, 9000, 2), torch.bfloat16, True), (70000, 9)
+    with launching(lambda kernel, *_, grid, **__: requested.append(grid)):
         label_calls(low, size)
         label_probability(low, torch.empty((2, *size), dtype=torch.uint8), 255)
-    finally:
-        JITFunction.run, torch._assert_async = run, check
     assert len(requested) >= 6
     return max(side for grid in requested for side in grid[1:])
 

@@ -137,7 +137,7 @@ def _find_masks(samples: Sequence[Sample], folder: Path,
 def _below(samples: Sequence[Sample], folder: Path, all_keys: Sequence[str]) -> dict[str, str]:
     """Masks in a folder, by sample key."""
     for dropped in (0, 1):
-        names = {key: _unified("/".join(key.split("/")[dropped:])) for key in all_keys}
+        names = {key: unicodedata.normalize("NFC", "/".join(key.split("/")[dropped:])) for key in all_keys}
         mask_files = {sample.key: path for sample in samples
                       if (path := _mask_file(folder, names[sample.key])) is not None}
         owners = Counter(names.values())
@@ -147,10 +147,6 @@ def _below(samples: Sequence[Sample], folder: Path, all_keys: Sequence[str]) -> 
         if mask_files:
             return mask_files
     return {}
-
-
-def _unified(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
 
 
 def _mask_file(folder: Path, name: str) -> str | None:

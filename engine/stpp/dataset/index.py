@@ -19,6 +19,7 @@ from stpp.dataset import card, contact_sheet, layouts, official, survey, table, 
 from stpp.dataset import settings as setting
 from stpp.dataset.entries import Entry, Index
 from stpp.dataset.notes import Notes
+from stpp.dataset.walk import INDEX_MARK
 from stpp.errors import UserError
 
 _UNFINISHED = "unfinished.json"
@@ -227,7 +228,7 @@ def _claimed(out: Path) -> Iterator[None]:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        mark = out / ".stpp-index"
+        mark = out / INDEX_MARK
         if not mark.exists() and (out / "masks").exists():
             raise UserError(f"{out}: contains a folder masks/ that is not an index's; choose another folder")
         with files.locked(mark):

@@ -9,7 +9,8 @@ from stpp.errors import UserError
 from stpp.images.folders import SkippedFiles
 
 FOLLOW = "--data.follow-links"
-OUTPUTS = {".stpp-index", "lease.json"}
+INDEX_MARK = ".stpp-index"
+OUTPUTS = {INDEX_MARK, "lease.json"}
 """Files that mark the folder of an index or of a run, whose masks and pictures are not data."""
 _UNLISTABLE = {"Cc", "Cs", "Zl", "Zp"}
 """Unicode categories of line breaks, control characters and undecodable bytes: split files cannot store such

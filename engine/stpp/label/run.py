@@ -66,11 +66,15 @@ def execute(task: Assignment, open_job: Callable[[int], Job], world: World, *,
     """
     started, rank_store = time.monotonic(), RankStore.for_call(world)
     updates: list[Callable[[], None]] = []
+
+    def carry_out_update() -> None:
+        for update in updates:
+            update()
+
     _on_first(world, rank_store, "listed", lambda: updates.extend(listings.ensure(task)))
     listing, markers = _listed(task.out), Markers(task.out)
     if task.list_only:
-        for update in updates:
-            update()
+        carry_out_update()
         plan = _plan(task, _listed(task.out))
         return dataclasses.replace(_total(plan, markers), wall_s=time.monotonic() - started)
     threads = _agreed_threads(task.out, world, rank_store)
@@ -83,7 +87,7 @@ def execute(task: Assignment, open_job: Callable[[int], Job], world: World, *,
         if not world.is_main:  # a rank with another checkpoint or without DALI would write other masks
             _claim(task, job, listing, kind, threads)
         # only now, when the settings are known to fit: an update removes masks
-        _on_first(world, rank_store, "updated", lambda: [update() for update in updates] and None)
+        _on_first(world, rank_store, "updated", carry_out_update)
         plan = _plan(task, _listed(task.out))
         _on_first(world, rank_store, "prepared", lambda: job.prepare(task, plan, world))
         job = job.prepared(task.out)

@@ -59,8 +59,7 @@ def finish(out: Path, table: str) -> None:
     for shard, of_shard in groupby(edits, key=lambda row: row["shard"]):
         _edit(out, table, shard, list(of_shard))
     if listing["shards"] > _shards(out) or any(row["dropped"] for row in edits):
-        for name in CONCLUSIONS:
-            (out / name).unlink(missing_ok=True)
+        retract(out)
     files.write_json(out / "plan" / "listing.json", listing)
     begun = fingerprint.read(out)
     if begun is not None:
@@ -70,6 +69,12 @@ def finish(out: Path, table: str) -> None:
     intent.unlink()
     files.sync_folder(intent.parent)
     (out / "plan" / "update.parquet").unlink()
+
+
+def retract(out: Path) -> None:
+    """Removes the files about the whole corpus, which are not true of a part."""
+    for name in CONCLUSIONS:
+        (out / name).unlink(missing_ok=True)
 
 
 def _shards(out: Path) -> int:

@@ -24,7 +24,7 @@ from stpp.label.open_shard import Job, OpenShard
 from stpp.label.plan import Plan
 from stpp.label.prefetch import prefetch
 from stpp.label.shards import Ledger, Markers, damage
-from stpp.label.update import CONCLUSIONS
+from stpp.label.update import retract
 
 TOO_LITTLE_MEMORY = "its views need more memory than there is ({width}x{height} pixels)"
 
@@ -163,8 +163,7 @@ class Worker:
             self._ledger.checked(shard)
             return True
         self.redone.append(f"shard {shard}: {damaged}")
-        for name in CONCLUSIONS:  # they are not true of a part
-            (self._task.out / name).unlink(missing_ok=True)
+        retract(self._task.out)
         self._markers.remove(shard)
         return False
 

@@ -15,12 +15,17 @@ from stpp import distributed
 from stpp.distributed import World
 
 
+def _active(network: nn.Module) -> list[_BatchNorm]:
+    """Lists the layers whose running averages a forward pass changes."""
+    return [layer for layer in network.modules()
+            if isinstance(layer, _BatchNorm) and layer.track_running_stats and layer.training]
+
+
 class Statistics:
     """Copy of the running averages that a network's forward pass changes."""
 
     def __init__(self, network: nn.Module):
-        self._buffers = [statistics for layer in network.modules()
-                         if isinstance(layer, _BatchNorm) and layer.track_running_stats and layer.training
+        self._buffers = [statistics for layer in _active(network)
                          for statistics in (layer.running_mean, layer.running_var)]
         self._saved = torch.cat(self._buffers) if self._buffers else None
 
@@ -47,8 +52,7 @@ def recalibrated(network: nn.Module, batches: Callable[[], Iterable[torch.Tensor
     """
     was_training = network.training
     network.train()
-    layers = [layer for layer in network.modules()
-              if isinstance(layer, _BatchNorm) and layer.track_running_stats and layer.training]
+    layers = _active(network)
     network.eval()
     saved = [([buffer.clone() for buffer in layer.buffers()], layer.momentum) for layer in layers]
     try:

@@ -266,6 +266,10 @@ class Trainer:
         return torch.autocast(self.world.device.type, self.autocast_dtype,
                               enabled=self.autocast_dtype != torch.float32)
 
+    @property
+    def _precision(self) -> str:
+        return str(self.autocast_dtype).removeprefix("torch.")
+
     def _gradient_sync(self, *, last: bool) -> contextlib.AbstractContextManager:
         skip = not last and isinstance(self.model, DistributedDataParallel)
         return self.model.no_sync() if skip else contextlib.nullcontext()
@@ -405,7 +409,7 @@ class Trainer:
                              step=self.steps_done, best_step=self.best_step, best_miou=self.best_miou,
                              best_iou=dict(self.best_iou), last_miou=self.last_miou, seconds=self.seconds,
                              by_class=self.meter.state(),
-                             precision=str(self.autocast_dtype).removeprefix("torch."),
+                             precision=self._precision,
                              pretrained=getattr(self.step.deployed, "pretrained", None))
 
     def _resume(self) -> None:
@@ -418,11 +422,11 @@ class Trainer:
             weights = {f"network.{name}": value for name, value in weights.items()}
         self.step.load_state_dict(weights)
         self.optimizer.load_state_dict(saved["optimizer"])
-        if saved["scaler"] and self.scaler.is_enabled():
+        if saved["scaler"]:  # empty if the steps before had no scaler
             self.scaler.load_state_dict(saved["scaler"])
-        precision = str(self.autocast_dtype).removeprefix("torch.")
-        if (before := saved.get("precision", precision)) != precision:
-            log.say(f"  {self.title}: resuming in {precision}, after steps in {before} on another device")
+        if (before := saved.get("precision", self._precision)) != self._precision:
+            log.say(f"  {self.title}: resuming in {self._precision}, after steps in {before} on another "
+                    "device")
         self.steps_done = self.saved_step = saved["step"]
         self.best_step, self.best_miou, self.seconds = (
             saved["best_step"],
