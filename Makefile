@@ -20,7 +20,7 @@ demo: setup  ## draw a synthetic data set and run ST++ on it (runs/demo)
 	$(BIN)/stpp demo --out runs/demo --seed 0
 
 demo-camvid: setup  ## ST++ and its control on real street scenes: make demo-camvid DATA=FOLDER (runs/camvid)
-	$(BIN)/stpp train --recipe camvid_stpp --data.root $(DATA) --out runs/camvid --control
+	$(BIN)/stpp train --recipe camvid_stpp --data.root "$(DATA)" --out runs/camvid --control
 
 test: setup  ## the quick tests
 	$(PYTEST) -m "not slow and not gpu"

@@ -13,11 +13,15 @@ if [ -x "$(dirname "${BASH_SOURCE[0]}")/../.venv/bin/python" ] && [ "$PYTHON" = 
     PYTHON=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin/python
 fi
 
-# Prints the number of processes for this machine: NPROC, or one for each GPU, or one.
+# Prints the number of processes for this machine: NPROC, or one for each visible GPU, or one.
 processes() {
-    local gpus=0
+    local gpus=0 visible
     if command -v nvidia-smi >/dev/null; then
-        gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+        gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ' || true)
+    fi
+    if [ "$gpus" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES-}" ]; then
+        IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"
+        gpus=${#visible[@]}
     fi
     echo "${NPROC:-$((gpus > 0 ? gpus : 1))}"
 }

@@ -5,6 +5,6 @@
 #   launch/label.sh [--dry-run] --teacher best.pt --source photos --out labels [flags of stpp label]
 set -euo pipefail
 # shellcheck source=launch/common.sh
-source "$(dirname "$0")/common.sh"
+source "$(dirname "$(readlink -f "$0")")/common.sh"
 [ $# -gt 0 ] || usage
 start "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$(processes)" -m stpp label "$@"

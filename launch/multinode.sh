@@ -13,7 +13,7 @@
 # JOB           name of the job, the same on all machines and unique for HOST and PORT (stpp)
 set -euo pipefail
 # shellcheck source=launch/common.sh
-source "$(dirname "$0")/common.sh"
+source "$(dirname "$(readlink -f "$0")")/common.sh"
 case "${1-}" in train | label) ;; *) usage ;; esac
 : "${HOST:?set the machine of the rendezvous}" "${NNODES:?set the number of machines, or MIN:MAX}"
 # Restarted processes must not find the addresses of the previous ones in torchrun's store (docs/scaling.md).

@@ -6,6 +6,6 @@
 #       [flags of stpp train]
 set -euo pipefail
 # shellcheck source=launch/common.sh
-source "$(dirname "$0")/common.sh"
+source "$(dirname "$(readlink -f "$0")")/common.sh"
 [ $# -gt 0 ] || usage
 start "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$(processes)" -m stpp train "$@"

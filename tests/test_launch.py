@@ -30,7 +30,7 @@ SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch"]
 TRAIN = ["--recipe", "a recipe.toml", "--data.root", "it's here", "--out", "run"]
 BARE = {key: value for key,
         value in os.environ.items() if not key.startswith(("SLURM_", "PET_"))
-        and key not in ("HOST", "NPROC")}
+        and key not in ("HOST", "NPROC", "CUDA_VISIBLE_DEVICES")}
 
 
 def dry(script: str, *args: str, **variables: str) -> list[str]:
@@ -52,6 +52,32 @@ def test_one_machine_starts_a_process_for_each_gpu(script, command):
     assert flag(words, "--nproc-per-node") == "3" and "--standalone" in words
     assert words[-len(TRAIN) - 3:] == ["-m", "stpp", command, *TRAIN]  # quoting survives
     assert int(flag(dry(script, *TRAIN), "--nproc-per-node")) >= max(1, torch.cuda.device_count())
+
+
+@pytest.mark.parametrize(("listing", "visible", "count"), [
+    ("GPU 0: NVIDIA H100 (UUID: a)\nGPU 1: NVIDIA H100 (UUID: b)\n", None, 2),
+    ("GPU 0: A100 (UUID: a)\n  MIG 1g.5gb Device 0: (UUID: c)\n  MIG 1g.5gb Device 1: (UUID: d)\n", None, 1),
+    ("GPU 0: a\nGPU 1: b\nGPU 2: c\nGPU 3: d\n", "1,3", 2),
+    ("NVIDIA-SMI has failed because\nit could not talk to the driver\n", None, 1),
+])
+def test_processes_are_counted_by_gpu(tmp_path, listing, visible, count):
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    (tmp_path / "list").write_text(listing)
+    program.write_text(f"#!/bin/sh\ncat {shlex.quote(str(tmp_path / 'list'))}\n")
+    program.chmod(0o755)
+    words = dry("train.sh", *TRAIN, PATH=f"{program.parent}:{os.environ['PATH']}",
+                **{"CUDA_VISIBLE_DEVICES": visible} if visible else {})
+    assert flag(words, "--nproc-per-node") == str(count)
+
+
+def test_scripts_run_through_a_link(tmp_path):
+    for script in ("train.sh", "label.sh", "multinode.sh"):
+        link = tmp_path / script
+        link.symlink_to(LAUNCH / script)
+        ran = subprocess.run([link, "--dry-run", "label", *TRAIN], text=True, capture_output=True,
+                             env=BARE | {"HOST": "host0", "NNODES": "2"}, timeout=30)
+        assert ran.returncode == 0 and "torch.distributed.run" in ran.stdout, ran.stderr
 
 
 def test_several_machines_meet_and_may_leave_and_return():

@@ -209,3 +209,12 @@ def test_lists_in_recipes_cannot_hold_flags(tmp_path):
     (tmp_path / "a.toml").write_text('[data]\nclasses = ["--seed=5", "--help"]')
     found = config.load_recipe(Config, tmp_path / "a.toml")
     assert found.data.classes == ("--seed=5", "--help") and found.seed == 0
+
+
+def test_home_folder_of_paths_is_expanded(monkeypatch, tmp_path):
+    """A shell leaves `~` in `--out=~/runs`, and in a recipe."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parsed = config.parse(Config, ["--out=~/runs", "--data.unlabelled", "~/a", "b/~c"], prog="stpp train")
+    assert parsed.out == tmp_path / "runs" and parsed.data.unlabelled == (tmp_path / "a", Path("b/~c"))
+    assert from_values(Config, {"data": {"root": "~/data"}}).data.root == tmp_path / "data"
+    assert config.parse(Config, ["--out=~no-such-user/x"], prog="stpp train").out == Path("~no-such-user/x")

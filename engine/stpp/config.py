@@ -147,6 +147,8 @@ class DataConfig(LoaderConfig, SourceConfig):
     def __post_init__(self):
         super().__post_init__()
         _check(self.val is None or 0 < self.val < 1, "data.val", self.val, "between 0 and 1")
+        _check(self.val is None or self.split is None, "data.val", self.val, "left out with --data.split, "
+               "whose val.txt is the validation list")
         check_view(self.view_px, "data.view-px")
         _check(0 <= self.split_seed < 2**64, "data.split-seed", self.split_seed, "from 0 to 2^64 - 1")
 
@@ -509,7 +511,7 @@ def parse(cls: type[T], args: Sequence[str], *, prog: str, default: T | None = N
     """
     with contextlib.redirect_stderr(io.StringIO()):
         try:
-            return tyro.cli(cls, args=list(args), prog=prog, default=default)
+            return settings.expanded(tyro.cli(cls, args=list(args), prog=prog, default=default))
         except SystemExit as exit_:
             if not exit_.code:
                 raise

@@ -122,6 +122,34 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def used(path: Path) -> Iterator[None]:
+    """Holds a shared lock on a file, if it can be created: `changing` fails meanwhile."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, ImportError):
+            import fcntl
+
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(open(path, "a")), fcntl.LOCK_SH)
+        yield
+
+
+@contextlib.contextmanager
+def changing(path: Path) -> Iterator[None]:
+    """Holds an exclusive lock on a file.
+
+    Raises:
+        BlockingIOError: another process holds a lock on it.
+    """
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(path, "a"))
+        with contextlib.suppress(ImportError):
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
 def sync_folder(folder: Path) -> None:
     """Syncs a folder's entries to disk."""
     if os.name != "nt":  # Windows cannot open a folder

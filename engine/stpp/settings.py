@@ -128,8 +128,23 @@ def _converted(annotation: Any, value: Any) -> Any:
     elif annotation is str and (is_number or isinstance(value, str)):
         return str(value)
     elif annotation is Path and isinstance(value, str):
-        return Path(value)
+        return expanded(Path(value))
     raise InvalidValue
+
+
+def expanded(value: Any) -> Any:
+    """Replaces a leading `~` by the home folder in all paths of a value, a tuple or a dataclass: shells leave
+    it in `--out=~/runs`."""
+    if isinstance(value, Path):
+        with contextlib.suppress(RuntimeError):  # no such user
+            return value.expanduser()
+    elif isinstance(value, tuple):
+        return tuple(map(expanded, value))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+        changes = {name: new for name, old in fields.items() if (new := expanded(old)) != old}
+        return dataclasses.replace(value, **changes) if changes else value
+    return value
 
 
 def _bare(annotation: Any) -> Any:

@@ -666,6 +666,20 @@ def test_invalid_labelmaps_are_refused(tmp_path, labelmap, options, says):
         prepare(root, **options)
 
 
+def test_images_without_annotation_follow_the_json_that_lists_them(tmp_path):
+    """Of one flat folder: an image of the validation or test JSON without an object is not trained on."""
+    root = coco_set(tmp_path / "data", coco({"photos/0.jpg": [{}], "photos/1.jpg": []}, NAMES),
+                    name="instances_train.json", images=6)
+    coco_set(root, coco({"photos/2.jpg": [{}], "photos/3.jpg": []}, NAMES), name="instances_val.json")
+    coco_set(root, coco({"photos/4.jpg": [], "photos/5.jpg": []}, NAMES), name="instances_test.json")
+    made = prepare(root, layout="coco", masks="instances_*.json", unlisted="background")
+    assert official.validation(made) == {"photos/2.jpg", "photos/3.jpg"}
+    assert official.test(made) == {"photos/4.jpg", "photos/5.jpg"}
+    splits.make_split(made, tmp_path / "lists", fraction="1/1")
+    assert (tmp_path / "lists" / "unlabeled.txt").read_text() == "photos/1.jpg\n"
+    assert index.load(made.out).entries["photos/3.jpg"].listed == "instances_val.json"
+
+
 def test_json_file_names_define_the_official_validation(tmp_path):
     root = coco_set(tmp_path / "data", coco({"photos/0.jpg": [{}]}, NAMES), name="instances_train.json")
     coco_set(root, coco({"photos/1.jpg": [{}]}, NAMES), name="instances_val-2017.json")

@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 from dataset_cases import GLOBS, data_set, ids, photo, prepare
+from stpp import outputs
 from stpp.dataset import index, layouts, official, splits
 from stpp.dataset.notes import Notes
 from stpp.dataset.walk import walk
 from stpp.errors import UserError
 from stpp.images.folders import SkippedFiles
-from stpp.run import lease
 from stpp.run.preflight import _warn_of_overlaps
 
 
@@ -394,11 +394,11 @@ def test_folders_of_runs_and_indices_hold_no_images(tmp_path):
     for path in ("a.png", "runs/x/examples.png", "runs/x/stages/masks/a.png", "other/index/masks/a.png",
                  "b/a.png"):
         mask(tmp_path / path)
-    (tmp_path / "runs" / "x" / lease.NAME).write_text("{}")
+    (tmp_path / "runs" / "x" / "provenance.json").write_text("{}")  # a finished run has no lease
     (tmp_path / "other" / "index" / ".stpp-index").touch()
     skipped = SkippedFiles()
     assert sorted(walk(tmp_path, "", skipped=skipped)) == ["a.png", "b/a.png"]
-    assert "2 folders with the files of a run or an index" in skipped.lines()
+    assert "2 folders with outputs of stpp (a run, an index, masks)" in skipped.lines()
 
 
 def test_link_to_itself_is_named(root):
@@ -416,3 +416,40 @@ def test_invalid_set_in_a_pattern_is_named(root, pattern):
 def test_pattern_with_a_very_long_word_is_searched(root):
     with pytest.raises(UserError, match="no image found"):
         find(root, "{" + ",".join("abcdefgh"[i % 8] * 40 for i in range(8)) + "}/*.jpg")
+
+
+def test_outputs_beside_data_hold_no_images(tmp_path):
+    """Of a folder with outputs, only what was written there is skipped."""
+    for path in ("photos/a.png", "masks/a.png", "overlays/a.png", "auto/masks/a.png", "auto/b.png"):
+        mask(tmp_path / path)
+    for folder, names in ((tmp_path, ["overlays"]), (tmp_path / "auto", ["masks"])):
+        (folder / outputs.MARK).write_text("".join(f"{name}\n" for name in names))
+    skipped = SkippedFiles()
+    assert sorted(walk(tmp_path, "", skipped=skipped)) == ["auto/b.png", "masks/a.png", "photos/a.png"]
+    assert skipped.runs == 2
+    assert list(walk(tmp_path, "auto/masks")) == ["auto/masks/a.png"]  # asked for by name
+
+
+def test_files_of_others_are_not_claimed(tmp_path):
+    mask(tmp_path / "masks" / "a.png")
+    with pytest.raises(UserError, match="contains masks, which stpp did not write"):
+        outputs.claim(tmp_path, ("overlays", "masks"))
+    assert not (tmp_path / outputs.MARK).exists()
+    outputs.claim(tmp_path, ("overlays",))
+    with pytest.raises(UserError, match="contains masks, which"):
+        outputs.claim(tmp_path, ("overlays", "masks"))
+    outputs.claim(tmp_path, ("overlays", "report"))
+    mask(tmp_path / "report" / "a.png")
+    outputs.claim(tmp_path, ("report",))
+    assert outputs.written(tmp_path) == {"overlays", "report"}
+    outputs.claim(tmp_path / "new" / "folder", ("masks",))
+    mask(tmp_path / "old" / "masks" / "a.png")
+    (tmp_path / "old" / "run.json").touch()
+    outputs.claim(tmp_path / "old", ("masks",), earlier="run.json")
+
+
+def test_folder_named_like_a_mask_is_refused(tmp_path):
+    photo(tmp_path / "photos" / "q.jpg", 1)
+    photo(tmp_path / "photos" / "q.png" / "x.jpg", 2)
+    with pytest.raises(UserError, match="the folder photos/q.png has the name of the mask of photos/q.jpg"):
+        find(tmp_path, "photos/**/*")

@@ -214,3 +214,9 @@ def test_ids_outside_the_class_list_point_to_the_map(tmp_path):
     with pytest.raises(UserError,
                        match=r"SegmentationClass/a\.png: class id 7 in 1 pixels; .* --data\.mask-map"):
         index.prepare(root, tmp_path / "index", classes=CLASSES, progress=False)
+
+
+def test_id_that_is_another_class_s_name_is_refused():
+    with pytest.raises(UserError, match="1 may be the id 1, or the class named 1, which has the id 0"):
+        mask_map.parse(["1=1", "2=2"], ["1", "2", "3"])
+    assert mask_map.parse(["5=0", "7=1"], ["0", "1"]).classes.tolist()[:2] == [0, 1]

@@ -222,9 +222,10 @@ def test_official_validation_is_excluded_from_draws(tmp_path, official):
 def test_validation_is_drawn_on_request(tmp_path, official):
     splits.make_split(official, tmp_path, fraction="1/1", val=0.2)
     drawn = lists(tmp_path)
-    assert len(drawn["val"]) == 5 and len(drawn["labeled"]) == 20
+    assert len(drawn["val"]) == 4 and len(drawn["labeled"]) == 16
+    assert not any("images/val" in line for lines in drawn.values() for line in lines)
     assert not set(drawn["val"]) & set(drawn["labeled"])
-    assert sorted(drawn["unlabeled"]) == [f"images/train/x{i}.jpg" for i in range(4)] + ["images/val/x.jpg"]
+    assert sorted(drawn["unlabeled"]) == [f"images/train/x{i}.jpg" for i in range(4)]
     assert not any("test" in line for lines in drawn.values() for line in lines)
 
 
@@ -236,7 +237,9 @@ def test_without_validation_none_is_written(tmp_path):
         "unlabeled": 6,
         "val": 1,
     }
-    splits.make_split(made, tmp_path / "split", fraction="4")
+    with pytest.raises(UserError, match="labeled.txt: is another list, which would be replaced"):
+        splits.make_split(made, tmp_path / "split", fraction="4")
+    splits.make_split(made, tmp_path / "split", fraction="4", replace=True)
     assert {name: len(lines) for name,
             lines in lists(tmp_path / "split").items()} == {"labeled": 4, "unlabeled": 6}
 
@@ -253,6 +256,23 @@ def test_voc_lists_are_official(tmp_path, capsys):
     images = {line.split()[0] for name in ("labeled", "unlabeled") for line in drawn[name]}
     assert images == {f"JPEGImages/{i}.jpg" for i in (0, 1, 2, 3, 7, 8, 9, 10, 11)}
     assert "1 of its 3 images are not in the index" in capsys.readouterr().err
+
+
+def test_voc_lists_with_extensions_or_paths_are_official(tmp_path):
+    root = data_set(tmp_path / "data", [f"{i}" for i in range(6)], layout="voc")
+    (root / "ImageSets" / "Segmentation").mkdir(parents=True)
+    for name, text in (("train", "0.jpg\n1.jpg\n"), ("val", "JPEGImages/2.jpg SegmentationClass/2.png\n"),
+                       ("test", "3.jpg\n")):
+        (root / "ImageSets" / "Segmentation" / f"{name}.txt").write_text(text)
+    made = prepared(root, tmp_path / "index")
+    splits.make_split(made, tmp_path / "split", fraction="2")
+    drawn = lists(tmp_path / "split")
+    assert drawn["val"] == ["JPEGImages/2.jpg SegmentationClass/2.png"]
+    used = {line.split()[0] for name in ("labeled", "unlabeled") for line in drawn[name]}
+    assert used == {f"JPEGImages/{i}.jpg" for i in (0, 1, 4, 5)}
+    (root / "ImageSets" / "Segmentation" / "val.txt").write_text("a/b\nc\n")
+    with pytest.raises(UserError, match="val.txt: none of its 2 lines names an image, for example 'a/b'"):
+        splits.make_split(made, tmp_path / "other", fraction="2")
 
 
 def test_draws_depend_only_on_the_seed_and_are_nested(tmp_path, official):

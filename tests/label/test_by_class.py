@@ -91,8 +91,8 @@ def test_each_class_keeps_its_share_of_the_pixels(corpus, tmp_path):
     kept = Counter(np.concatenate([mask.ravel() for mask in found.values()]).tolist())
     for i, values in by_class.items():
         # At least the share, and at most a bin more.
-        bin_of_quantile = np.floor(np.quantile(values, 0.4, method="lower") * calibration.BINS)
-        bins = np.floor(np.array(values) * calibration.BINS)
+        bins = thresholds.bins(torch.tensor(values)).numpy()
+        bin_of_quantile = np.quantile(bins, 0.4, method="lower")
         assert 0.6 * len(values) - 2 <= kept[i] <= (bins >= bin_of_quantile).sum() + 2
         assert kept[i] < 0.7 * len(values)
 
@@ -101,12 +101,42 @@ def test_each_class_keeps_its_share_of_the_pixels(corpus, tmp_path):
        st.floats(0.01, 1))
 def test_quantiles_keep_the_share_within_one_bin(counts, share):
     for row, found in zip(counts, thresholds.quantiles(np.array(counts), share), strict=True):
-        place = round(found * 20)
+        place = round(-np.log2(1 - found) * thresholds.BINS_PER_OCTAVE)
         if not sum(row):
             assert found == 0
             continue
         assert sum(row[place:]) >= share * sum(row)
         assert place == 19 or sum(row[place + 1:]) < share * sum(row)
+
+
+@given(st.floats(0.05, 0.95), st.floats(6, 12), st.floats(0.5, 1.5))
+def test_share_is_kept_of_a_class_with_hardly_a_doubt(share, octaves, spread):
+    """Most of its pixels may have a confidence above 0.999."""
+    doubt = np.exp2(-np.random.default_rng(0).normal(octaves, spread, 20_000))
+    confidence = torch.from_numpy(1 - doubt.clip(0, 0.9)).float()
+    counts = torch.bincount(thresholds.bins(confidence), minlength=4000)[None].numpy()
+    (floor,) = thresholds.quantiles(counts, share)
+    kept = (confidence >= torch.tensor(floor, dtype=torch.float32)).double().mean()
+    certain = (confidence > 1 - 2.0**-19.9).double().mean()
+    assert share <= kept <= max(share + 0.02, certain + 1e-9)
+
+
+@pytest.mark.parametrize("size", [(48, 36), (96, 72), (200, 150), (31, 47)])
+def test_thresholds_apply_to_the_class_of_the_written_mask(size):
+    """The mask is resized from the sums of the view; so is the confidence."""
+    torch.manual_seed(1)
+    sums = torch.softmax(3 * torch.randn(2, 4, 96, 72), 1).contiguous()
+    floors = (0.4, 0.7, calibration.NEVER, 0.5)
+    job = labels.LabelJob(network=cases.Tiny(), teacher="", mode="none", min_confidence=0.0, output="png",
+                          floors=floors)
+    masks, _, pixels, _ = job._queued(sums, size).read()
+    most, classes = views.resize_sums(sums, size).max(1)
+    share = most / views.resize_sums(sums.sum(1, keepdim=True), size)[:, 0]
+    floor = torch.tensor(floors)[classes]
+    clear = (share - floor).abs() > 1e-5
+    assert torch.equal(masks[clear].long(), torch.where(share >= floor, classes, 255)[clear])
+    assert not (masks == 2).any() and pixels[:, 2].sum() == 0 and (masks != 255).any()
+    assert torch.equal(views.confidence_of_sums(sums, size), share)
 
 
 def test_larger_threshold_of_a_class_applies(corpus, tmp_path):

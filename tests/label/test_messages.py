@@ -13,7 +13,7 @@ from PIL import Image
 import engine_cases
 import label_cases as cases
 from cli_cases import ended
-from stpp import checkpoint, files
+from stpp import checkpoint, files, outputs
 from stpp.images import masks
 from stpp.inference import predictors
 
@@ -127,7 +127,7 @@ def test_predict_on_a_full_disk_leaves_no_partial_picture(predict, tmp_path):
         code, _, errors = predict(source, disk / "out")
         assert code == 2 and "No space left on device" in last_line(errors) and "(None)" not in errors
         written = [path for path in (disk / "out").rglob("*") if path.is_file()]
-        assert all(path.suffix in (".png", ".json") for path in written)
+        assert all(path.suffix in (".png", ".json") or path.name == outputs.MARK for path in written)
         pictures = [path for path in written if path.suffix == ".png"]
         assert pictures
         for path in pictures:
@@ -152,7 +152,8 @@ def test_failed_write_of_predict_leaves_only_complete_files(predict, tmp_path, m
     code, _, errors = predict(source, tmp_path / "out")
     assert code == 2 and "Input/output error" in last_line(errors) and "None" not in errors
     monkeypatch.undo()
-    left = [path for path in (tmp_path / "out").rglob("*") if path.is_file() and path.name != "classes.json"]
+    left = [path for path in (tmp_path / "out").rglob("*") if path.is_file()
+            and path.name not in ("classes.json", outputs.MARK)]
     assert len(left) == call - 1
     for path in left:
         with Image.open(path) as image:

@@ -17,13 +17,14 @@ from PIL import Image
 from conftest import torchrun
 from run_cases import TINY
 from stpp import distributed
-from stpp.config import Config, load_recipe
+from stpp.config import Config, DataConfig, TrainConfig, load_recipe
+from stpp.dataset import index as indices
 from stpp.errors import UserError
 from stpp.images.masks import read_index_mask, write_index_png
 from stpp.images.palette import colourise
 from stpp.label import reliability, rows
 from stpp.report.examples import PICTURE_PX
-from stpp.run.start import start
+from stpp.run.start import _without_effect, start
 from stpp.training.trainer import Trainer
 
 
@@ -280,6 +281,80 @@ def test_out_of_memory_names_the_option_in_one_line(recipe, synthetic, synthetic
     assert "\n" not in said
     assert all(text in said
                for text in ("1-supervised", "2.00 GiB", "--train.accumulate 2", "--label.batch-pixels"))
+
+
+def test_changed_lists_are_refused(run, recipe, synthetic, synthetic_index, tmp_path):
+    """Of a drawn split and of the user's own; scores of stages on different lists would not compare."""
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied)
+    shutil.rmtree(copied / "stages" / "6-retrain")
+    command = ("train", "--recipe", recipe, "--data.root", synthetic, "--data.index", synthetic_index,
+               "--out", copied, "--control")
+    labelled = copied / "split" / "labeled.txt"
+    text = labelled.read_text()
+    labelled.write_text("".join(text.splitlines(keepends=True)[1:]))
+    assert "labeled.txt: is another list" in stpp(*command, expect=2).stderr
+    labelled.write_text(text)
+    provenance = copied / "provenance.json"
+    recorded = json.loads(provenance.read_text())
+    provenance.write_text(json.dumps(recorded | {"lists": "0123456789abcdef"}))
+    assert "the lists of images changed since this run began" in stpp(*command, expect=2).stderr
+    assert not (copied / "stages" / "6-retrain").exists()
+
+
+def test_run_is_not_written_over_a_data_set(recipe, synthetic, synthetic_index, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(synthetic, root)
+    (root / "split").mkdir()
+    (root / "split" / "val.txt").write_text("mine\n")
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    said = stpp("train", "--recipe", recipe, "--data.root", root, "--data.index", tmp_path / "index",
+                "--out", root, expect=2).stderr
+    assert f"--out {root}: contains split, which stpp did not write" in said
+    now = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    assert {path: now[path] for path in before} == before
+
+
+def test_shared_index_of_another_root_is_not_rewritten(recipe, synthetic, synthetic_index, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(synthetic, root)
+    before = (synthetic_index / "index.json").read_bytes()
+    said = stpp("train", "--recipe", recipe, "--data.root", root, "--data.index", synthetic_index, "--out",
+                tmp_path / "run", expect=2).stderr
+    assert "prepared with other settings (root)" in said
+    assert (synthetic_index / "index.json").read_bytes() == before
+
+
+def test_index_in_use_is_not_rewritten(synthetic, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(synthetic, root)
+    made = indices.prepare(root, tmp_path / "index", progress=False)
+    mask = next(path for path in root.rglob("*.png") if path.parent.name in ("masks", "SegmentationClass"))
+    Image.open(mask).save(mask, compress_level=0)
+    with indices.in_use(made.out):
+        said = stpp("prepare", "--data.root", root, "--out", made.out, expect=2).stderr
+    assert "a run is training on this index" in said
+    assert indices.load(made.out).contents == made.contents
+    stpp("prepare", "--data.root", root, "--out", made.out)
+
+
+@pytest.mark.parametrize(("method", "train", "data", "flags"), [
+    ("retrain", {"from_teacher": True}, {}, ["--train.from-teacher has no effect with --method retrain"]),
+    ("supervised", {"from_teacher": True, "supervised_steps": 5}, {}, ["--train.from-teacher has no effect"]),
+    ("unimatch", {"supervised_steps": 5}, {},
+     ["--train.supervised-steps has no effect with --method unimatch, which has no stage on the labels alone "
+      "without --train.from-teacher"]),
+    ("unimatch", {"supervised_steps": 5, "from_teacher": True}, {}, []),
+    ("retrain", {"supervised_epochs": 5}, {}, ["--train.supervised-epochs has no effect"]),
+    ("stpp", {"from_teacher": True, "supervised_steps": 5}, {}, []),
+    ("st", {}, {"split": Path("lists"), "fraction": "1/2"}, ["--data.fraction 1/2"]),
+])
+def test_settings_without_effect_are_said(method, train, data, flags):
+    config = Config(method=method, train=TrainConfig(**train), data=DataConfig(**data),
+                    pseudo_labels=Path("labels") if method == "retrain" else None)
+    said = _without_effect(config)
+    assert len(said) == len(flags)
+    assert all(line.startswith(flag) for line, flag in zip(said, flags, strict=True))
 
 
 def test_shared_index_of_other_settings_is_not_rewritten(recipe, synthetic, synthetic_index, tmp_path):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from stpp import config, files
+from stpp import config, files, outputs
 from stpp.commands.exif_flags import exif_asked
 from stpp.commands.options import Compute, ComputeConfig, OutputStride, TrustEngine, ViewPx
 from stpp.config import Views
@@ -130,6 +130,7 @@ def _write_all(predictor: "ImagePredictor", items: list["Item"], out: Path) -> l
     from stpp.images.pixels import BadImage
     from stpp.images.reading import is_dark
 
+    outputs.claim(out, ("masks", "overlays", "classes.json"))
     count = len(predictor.classes)
     colors = ["#" + bytes(colour).hex() for colour in palette(count)[:count]]
     files.write_json(out / "classes.json", {"classes": list(predictor.classes), "colors": colors})

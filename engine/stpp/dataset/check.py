@@ -41,6 +41,8 @@ class Task:
     mask_mtime_ns: int | None = None
     shapes: ShapeSource | None = None
     """Location of the shapes in the file `mask`, from which the mask is drawn; None: `mask` is a mask."""
+    listed: str | None = None
+    """See FoundImage."""
 
 
 @dataclass(frozen=True, slots=True)

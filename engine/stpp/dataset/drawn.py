@@ -96,8 +96,9 @@ def _below(root: Path, masks: str, follow_links: bool) -> str:
 
 
 def match(search: Search, layout: str, images: str | None, masks: str | None, image_of: Mapping[str, str],
-          notes: Notes) -> dict[str, tuple[str, ShapeSource]]:
-    """Shape file of each annotated image, with the location of the shapes in it.
+          notes: Notes) -> tuple[dict[str, tuple[str, ShapeSource]], dict[str, str]]:
+    """Shape file of each annotated image, with the location of the shapes in it; and the JSON file of each
+    listed image (layout coco), annotated or not.
 
     Args:
         image_of: images by their pairing names.
@@ -105,14 +106,15 @@ def match(search: Search, layout: str, images: str | None, masks: str | None, im
     Raises:
         UserError: an invalid file, an image name that leads outside or is ambiguous, or no image with shapes.
     """
+    listed: dict[str, str] = {}
     if layout == "coco":
-        shapes = _of_coco(search, masks, list(image_of.values()), notes)
+        shapes, listed = _of_coco(search, masks, list(image_of.values()), notes)
     else:
         shapes = _of_files(search, layout, images, masks, image_of, notes)
     if not shapes:
         looked = masks or ("labels/**/*.txt" if layout == "yolo" else "a .json next to each image")
         raise UserError(f"{search.root}: no image has shapes (layout {layout}); looked for {looked}")
-    return shapes
+    return shapes, listed
 
 
 def _of_files(search: Search, layout: str, images: str | None, masks: str | None, taken: Mapping[str, str],
@@ -155,7 +157,7 @@ def _image_name(name: str) -> str:
 
 
 def _of_coco(search: Search, masks: str, images: Sequence[str],
-             notes: Notes) -> dict[str, tuple[str, ShapeSource]]:
+             notes: Notes) -> tuple[dict[str, tuple[str, ShapeSource]], dict[str, str]]:
     names = _ImageNames(images)
     shapes: dict[str, tuple[str, ShapeSource]] = {}
     listed: dict[str, str] = {}
@@ -187,7 +189,7 @@ def _of_coco(search: Search, masks: str, images: Sequence[str],
     if empty:
         notes.line(f"{masks}: {counted(len(empty), 'listed image')} without an annotation, treated as "
                    f"unlabelled (no objects, or not annotated), for example {empty[0]}")
-    return shapes
+    return shapes, listed
 
 
 class _ImageNames:

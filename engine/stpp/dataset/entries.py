@@ -42,6 +42,8 @@ class Entry:
     mask_bytes: int | None = None
     """Size of the user's mask file."""
     mask_mtime_ns: int | None = None
+    listed: str | None = None
+    """JSON file that lists the image, with or without shapes (layout coco)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,6 +22,8 @@ from stpp.dataset.notes import Notes
 from stpp.dataset.walk import INDEX_MARK
 from stpp.errors import UserError
 
+_USE = ".in-use"
+"""File that running trainings lock."""
 _UNFINISHED = "unfinished.json"
 """Root and settings of an unfinished preparation: interrupted or rejected."""
 
@@ -70,9 +72,10 @@ def prepare(
     setting.refuse_inside(root, out.resolve(), settings)
     table.read_json(out)
     tasks, digest = survey.tasks(root, settings, out, notes)
-    with _claimed(out):
+    with _claimed(out), contextlib.ExitStack() as stack:
         if only_if_stale and (known := _of_this_version(out)) and known["fingerprint"] == digest:
             return _opened(out, known)
+        _unused(out, stack)
         stored = {
             "format": table.FORMAT,
             "version": table.VERSION,
@@ -177,7 +180,8 @@ def is_stale(out: str | os.PathLike, root: str | os.PathLike, **options) -> bool
 
 
 def differing_settings(out: str | os.PathLike, root: str | os.PathLike, **options) -> list[str]:
-    """Names of the settings that differ from those of the complete index in `out`; none without one.
+    """Names of the settings that differ from those of the complete index in `out`, among them the root if the
+    index's still exists; none without an index.
 
     Raises:
         UserError: an invalid setting; or `out` contains something else than an index.
@@ -185,6 +189,8 @@ def differing_settings(out: str | os.PathLike, root: str | os.PathLike, **option
     settings, _ = setting.resolved(root, **options)
     stored = _of_this_version(Path(out).expanduser().absolute())
     known = stored["settings"] if stored else settings
+    if stored and Path(stored["root"]) != layouts.checked_root(root) and Path(stored["root"]).is_dir():
+        settings, known = settings | {"root": str(root)}, known | {"root": stored["root"]}
     return sorted(name for name in settings.keys() | known.keys() if settings.get(name) != known.get(name))
 
 
@@ -216,6 +222,24 @@ def renewed(out: Path) -> Index:
     """
     stored = table.read_json(out, _UNFINISHED if is_unfinished(out) else "index.json")
     return prepare(stored["root"], out, progress=False, **stored["settings"])
+
+
+def in_use(out: Path) -> contextlib.AbstractContextManager:
+    """Context in which no process may rewrite the index in `out`."""
+    return files.used(out / _USE)
+
+
+def _unused(out: Path, stack: contextlib.ExitStack) -> None:
+    """Keeps runs from using the index in `out` while it is rewritten.
+
+    Raises:
+        UserError: a run uses it.
+    """
+    try:
+        stack.enter_context(files.changing(out / _USE))
+    except BlockingIOError:
+        raise UserError(f"{out}: a run is training on this index, which would be rewritten because the data "
+                        "set or its settings differ; stop the run, or choose another folder") from None
 
 
 @contextlib.contextmanager

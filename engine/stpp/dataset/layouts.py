@@ -18,7 +18,7 @@ images are skipped and counted; extensions match in any case.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from stpp.annotations import cvat
@@ -120,6 +120,20 @@ def own_mask_map(root: Path, layout: str, masks: str | None, classes: Sequence[s
     return legends.of_colours(root, cvat.labels_in(root), classes) if layout == "cvat" else ()
 
 
+def _refuse_folders_like_masks(keys: Mapping[str, str], root: Path) -> None:
+    """Rejects a folder `a/7.png` beside the image `a/7.jpg`, whose mask would be written to this name."""
+    parents = {parent for key in keys for parent in _parents(key)}
+    for key, image in keys.items():
+        if f"{key}.png" in parents:
+            raise UserError(f"{root}: the folder {key}.png has the name of the mask of {image}; rename one")
+
+
+def _parents(key: str) -> Iterator[str]:
+    while folder := key.rpartition("/")[0]:
+        yield folder
+        key = folder
+
+
 def folders(layout: str, images: str | None = None, masks: str | None = None) -> list[str]:
     """Fixed folders that a resolved layout searches; "" is the root."""
     return [side.prefix for side in _sides(layout, images, masks, None) if side]
@@ -175,9 +189,9 @@ def find(
     _leave_out_masks(image_of, mask_of, notes)
     if mask_side and not image_of.keys() & mask_of.keys():
         image_of, mask_of = image_side.without_lead(image_of), mask_side.without_lead(mask_of)
-    shapes = {}
+    shapes, listed = {}, {}
     if is_drawn and image_of:
-        shapes = drawn.match(search, layout, images_flag, masks_flag, image_of, notes)
+        shapes, listed = drawn.match(search, layout, images_flag, masks_flag, image_of, notes)
     found_images, keys, num_paired = [], {}, 0
     for name, image in image_of.items():
         key = os.path.splitext(image)[0]
@@ -185,7 +199,8 @@ def find(
             raise UserError(f"{path}: duplicate key {key}: {keys[key]} and {image}; rename or remove one")
         mask = mask_of.pop(name, None)
         num_paired += mask is not None
-        found_images.append(FoundImage(key, image, *shapes.get(image, (mask, None))))
+        found_images.append(FoundImage(key, image, *shapes.get(image, (mask, None)), listed.get(image)))
+    _refuse_folders_like_masks(keys, path)
     skipped.extensions.pop(drawn.ENDINGS.get(layout), None)
     _say_passed(skipped, notes)
     if not found_images:

@@ -92,10 +92,11 @@ def parse(entries: Sequence[str], classes: Sequence[str]) -> MaskMap | None:
 
     Args:
         entries: see the top of this file.
-        classes: names in id order. A CLASS of digits is an id, even if a class has that name.
+        classes: names in id order. A CLASS of digits is an id.
 
     Raises:
-        UserError: a malformed entry, an unknown class, a value named twice, or ids and colours in one map.
+        UserError: a malformed entry, an unknown class, an id that is also the name of another class, a value
+            named twice, or ids and colours in one map.
     """
     if not entries:
         return None
@@ -143,6 +144,9 @@ def _targets(text: str, count: int, classes: Sequence[str], where: str) -> Seque
         if text not in classes and text != "ignore":
             raise UserError(f"{where}: unknown class; the classes are {', '.join(classes)}, and ignore")
         ids = [list(classes).index(text) if text in classes else IGNORE]
+    elif text in classes and list(classes).index(text) != ids[0]:
+        raise UserError(f"{where}: {text} may be the id {ids[0]}, or the class named {text}, which has the "
+                        f"id {list(classes).index(text)}; name classes with a letter")
     if len(ids) not in (1, count):
         raise UserError(f"{where}: maps {count} ids to {len(ids)}; give one class, or as many")
     wrong = next((class_id for class_id in ids if class_id >= len(classes) and class_id != IGNORE), None)

@@ -92,9 +92,9 @@ def in_folders(index: Index, kind: str) -> set[str]:
     they are."""
     kinds_of = {}
     if index.layout == "coco":
-        masks = {image: index.entries[image].mask or "" for image in index.entries}
-        kinds_of = {image: kinds("/".join([*re.split(r"[_.\-]", Path(mask).stem), ""]))
-                 for image, mask in masks.items()}
+        listed = {image: index.entries[image].listed or "" for image in index.entries}
+        kinds_of = {image: kinds("/".join([*re.split(r"[_.\-]", Path(file).stem), ""]))
+                    for image, file in listed.items()}
     return {
         image
         for image in index.entries
@@ -122,18 +122,27 @@ def _lists(index: Index) -> Path:
 
 
 def _listed(index: Index, path: Path, notes: Notes) -> set[str]:
-    """Images named, without folder and extension, in one of VOC's own lists."""
+    """Images named in one of VOC's own lists, there without folder and extension.
+
+    Raises:
+        UserError: not a list, or no line names an image.
+    """
     try:
         lines = [line.strip() for line in files.read_text(path).splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a list of image names ({error})") from error
-    image_of = {os.path.splitext(image)[0]: image for image in index.entries}
-    # A name may hold spaces; some lists have a second column.
+    image_of = {os.path.splitext(image)[0]: image for image in index.entries} | {
+        image: image for image in index.entries}
+    # A name may hold spaces or an extension; some lists have a second column, or paths.
     images = {
-        name: image_of.get(f"JPEGImages/{name}") or image_of.get(f"JPEGImages/{name.split()[0]}")
-        for name in lines
+        line: next(filter(None, (image_of.get(folder + name) for name in (line, line.split()[0])
+                                 for folder in ("JPEGImages/", ""))), None)
+        for line in lines
     }
     missing = sum(image is None for image in images.values())
+    if lines and missing == len(images):
+        raise UserError(f"{path}: none of its {len(images)} lines names an image, for example "
+                        f"{lines[0][:80]!r}; correct it: its images would be used like any other")
     if missing:
         notes.warn(f"{path}: {missing} of its {len(images)} images are not in the index")
     return {image for image in images.values() if image is not None}

@@ -25,6 +25,8 @@ class FoundImage:
     """Mask of the image, or the file with its shapes."""
     shapes: ShapeSource | None = None
     """Location of the shapes in that file, for layouts with drawn masks."""
+    listed: str | None = None
+    """JSON file that lists the image, with or without shapes (layout coco)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,7 +165,7 @@ def find_val(folder: str | os.PathLike) -> Path:
 
 def make_split(
     index: Index, out_dir: str | os.PathLike, *, fraction: str = "1/8", seed: int = 0,
-    val: float | None = None, notes: Notes | None = None,
+    val: float | None = None, notes: Notes | None = None, replace: bool = False,
 ) -> None:
     """Draws a split and writes labeled.txt, unlabeled.txt and, if there is validation, val.txt.
 
@@ -173,20 +173,24 @@ def make_split(
     `val`, and is nested: the labelled images of 1/16 are among those of 1/8. All other images become
     unlabelled, with or without a mask.
 
-    Validation is the official one if it exists (see stpp.dataset.official), which is then never drawn from.
-    Otherwise, or if `val` is given, `val` times the images with masks are drawn; without either there is no
-    validation. Test images are in no list. Training copies of validation images cause a warning.
+    Validation is the official one if it exists (see stpp.dataset.official). Otherwise, or if `val` is given,
+    `val` times the other images with masks are drawn; without either there is no validation. Official
+    validation images are never trained on; with `val` they are, like test images, in no list. Training copies
+    of validation images cause a warning.
 
     Args:
         index: the data set.
         out_dir: folder of the lists.
         fraction: labelled fraction, "1/8" or "0.125" (rounded up), or a number of images, "92".
         seed: random seed of the draw.
-        val: fraction of the images with masks for validation instead of the official one; 0 < val < 1.
+        val: fraction of the images with masks, the official validation excepted, for validation in its place;
+            0 < val < 1.
         notes: collects messages.
+        replace: replace lists of another draw in the folder.
 
     Raises:
-        UserError: invalid fraction, seed or val, no image with a mask, or unwritable lists.
+        UserError: other lists in the folder, without `replace`; invalid fraction, seed or val, no image with
+            a mask, or unwritable lists.
     """
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64:
         raise UserError(f"--seed {seed}: must be an integer from 0 to 2**64 - 1")
@@ -196,12 +200,15 @@ def make_split(
     official.say(index, notes)
     quiet = Notes(quiet=True)  # already reported
     validation, test = official.validation(index, quiet), official.test(index, quiet)
-    pool = [image for image in sorted(index.entries) if image not in test]
+    pool = [image for image in sorted(index.entries) if image not in test and image not in validation]
     if val is None:
-        pool = [image for image in pool if image not in validation]
         validation = {image for image in validation if index.entries[image].mask is not None}
     else:
         with_mask = [image for image in pool if index.entries[image].mask is not None]
+        if validation:
+            drawn_from = counted(len(with_mask), "training image")
+            notes.line(f"--data.val {val}: validation is drawn from {drawn_from} with a mask; the "
+                       "official validation is in no list")
         validation = set(_drawn(with_mask, max(1, math.floor(val * len(with_mask) + 0.5)), seed, _DRAW_VAL))
         pool = [image for image in pool if image not in validation]
     _warn_of_copies(pool, validation, index, notes)
@@ -216,6 +223,8 @@ def make_split(
         VAL: sorted(validation),
     }
     texts = {name: "".join(line(index.entries[image]) for image in images) for name, images in lists.items()}
+    if not replace:
+        _refuse_other(Path(out_dir), texts)
     _write(Path(out_dir), texts)
     _warn_missing(index, lists[LABELED], notes)
 
@@ -228,6 +237,18 @@ def _warn_of_copies(pool: list[str], validation: set[str], index: Index, notes: 
         notes.warn(f"training images that are copies of validation images: {counted(len(leaks), 'image')}, "
                    f"for example {leaks[0]} of {copied[index.twins[leaks[0]]]}; the mIoU will be too high: "
                    "remove the copies")
+
+
+def _refuse_other(folder: Path, texts: dict[str, str]) -> None:
+    """Rejects a folder with lists of the same names and other lines."""
+    for name, text in texts.items():
+        path = folder / name
+        try:
+            if path.exists() and path.read_bytes() != text.encode():
+                raise UserError(f"{path}: is another list, which would be replaced; choose another --out, or "
+                                "remove it")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def _write(folder: Path, texts: dict[str, str]) -> None:

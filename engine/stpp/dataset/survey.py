@@ -77,6 +77,7 @@ def tasks(root: Path, settings: dict, out: Path, notes: Notes) -> tuple[list[tup
                     mask and mask.bytes,
                     mask and mask.mtime_ns,
                     found_image.shapes,
+                    found_image.listed,
                 )
             )
     return tasks_by_folder, digest.hexdigest()

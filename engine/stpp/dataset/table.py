@@ -12,7 +12,7 @@ from stpp import parquet
 from stpp.dataset.check import Checked
 from stpp.errors import UserError
 
-FORMAT, VERSION = "stpp-index", 3
+FORMAT, VERSION = "stpp-index", 4
 _OUTSIDE = re.compile(r"(^|/)\.\.(/|$)|^/|\x00|\n")
 
 
@@ -20,9 +20,9 @@ _COLUMNS = {"key": "string", "image": "string", "mask": "string", "converted": "
             "height": "int32", "orientation": "int8", "plain": "bool", "format": "string",
             "colours": "string", "alpha": "bool", "bits": "int8", "used_bits": "int8",
             "class_pixels": "list<int64>", "bytes": "int64", "mtime_ns": "int64", "mask_bytes": "int64",
-            "mask_mtime_ns": "int64"}
-_REQUIRED = _COLUMNS.keys() - {"mask", "converted", "class_pixels", "mask_bytes", "mask_mtime_ns"}
-_OF_TASK = ("key", "image", "mask", "bytes", "mtime_ns", "mask_bytes", "mask_mtime_ns")
+            "mask_mtime_ns": "int64", "listed": "string"}
+_REQUIRED = _COLUMNS.keys() - {"mask", "converted", "class_pixels", "mask_bytes", "mask_mtime_ns", "listed"}
+_OF_TASK = ("key", "image", "mask", "bytes", "mtime_ns", "mask_bytes", "mask_mtime_ns", "listed")
 
 
 class IndexWriter:
@@ -128,7 +128,7 @@ def _wrong(table, classes: int) -> str | None:
     for field in table.schema:
         if not field.nullable and table.column(field.name).null_count:
             return f"empty values in {field.name}"
-    for name in ("key", "image", "mask", "converted"):
+    for name in ("key", "image", "mask", "converted", "listed"):
         for path in table.column(name).to_pylist():
             if path is not None and (not path or _OUTSIDE.search(path)):
                 return f"a {name} outside its folder: {path[:80]!r}"

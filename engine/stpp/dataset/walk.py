@@ -5,12 +5,13 @@ import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
+from stpp import outputs
 from stpp.errors import UserError
 from stpp.images.folders import SkippedFiles
 
 FOLLOW = "--data.follow-links"
 INDEX_MARK = ".stpp-index"
-OUTPUTS = {INDEX_MARK, "lease.json"}
+OUTPUTS = {INDEX_MARK, "provenance.json", "lease.json"}
 """Files that mark the folder of an index or of a run, whose masks and pictures are not data."""
 _UNLISTABLE = {"Cc", "Cs", "Zl", "Zp"}
 """Unicode categories of line breaks, control characters and undecodable bytes: split files cannot store such
@@ -25,7 +26,8 @@ def walk(
     follow_links: bool = False,
     skipped: SkippedFiles | None = None,
 ) -> Iterator[str]:
-    """Yields relative paths of all files below root/prefix, folder by folder, but not those of runs.
+    """Yields relative paths of all files below root/prefix, folder by folder, but not those of runs, and not
+    what stpp.outputs says was written there.
 
     Args:
         skip: a folder to skip.
@@ -49,10 +51,15 @@ def walk(
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
             raise UserError(f"{folder}: cannot be listed ({error.strerror})") from error
-        if relative and OUTPUTS & {entry.name for entry in entries}:
+        names = {entry.name for entry in entries}
+        if relative and OUTPUTS & names:
             skipped.runs += 1
             continue
+        written = outputs.written(Path(folder)) & names if outputs.MARK in names else set()
+        skipped.runs += bool(written)
         for entry in entries:
+            if entry.name in written:
+                continue
             try:
                 is_folder = entry.is_dir()
             except OSError as error:

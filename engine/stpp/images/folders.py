@@ -142,7 +142,7 @@ class SkippedFiles:
     hidden: int = 0
     """Names that begin with a dot."""
     runs: int = 0
-    """Folders of runs and indices."""
+    """Folders of runs and indices, and folders with outputs of other commands."""
     extensions: Counter[str] = field(default_factory=Counter)
     """Unsupported files among the images, by lower-case extension; "" without one."""
 
@@ -184,7 +184,7 @@ class SkippedFiles:
             parts = [f"{count} {name}" for name, count in _most_first(self.system)[:8]]
             lines.append(f"{', '.join(parts)}: system files")
         if self.runs:
-            lines.append(f"{self.runs} folders with the files of a run or an index")
+            lines.append(f"{self.runs} folders with outputs of stpp (a run, an index, masks)")
         if self.hidden:
             lines.append(f"{self.hidden} hidden (names that begin with a dot)")
         return lines

@@ -176,8 +176,20 @@ def masks_of_sums(sums_NCHW: torch.Tensor,
     return masks_NHW, confidence_N, pixels_NC
 
 
+def confidence_of_sums(sums_NCHW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Computes the confidence of every pixel of the images, the chosen class's share of the summed
+    probabilities: float32 [N, *size]. Classes are resized one by one: all of them would need C times as much
+    memory."""
+    if tuple(sums_NCHW.shape[-2:]) == tuple(size):
+        return sums_NCHW.amax(1) / sums_NCHW.sum(1)
+    most_N1HW = resize_sums(sums_NCHW[:, :1], size)
+    for i in range(1, sums_NCHW.shape[1]):
+        most_N1HW = torch.maximum(most_N1HW, resize_sums(sums_NCHW[:, i : i + 1], size))
+    return (most_N1HW / resize_sums(sums_NCHW.sum(1, keepdim=True), size))[:, 0]
+
+
 def resize_sums(sums_NCHW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Resizes sums to the size (rows, columns) of the images: float32 [N, C, *size]. Labelling does not need
+    """Resizes sums to the size (rows, columns) of the images: float32 [N, C, *size]. Masks do not need
     this."""
     if tuple(sums_NCHW.shape[-2:]) == tuple(size):
         return sums_NCHW

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from stpp import distributed
 from stpp.clock import Clock
@@ -112,12 +111,9 @@ class LabelJob:
         """Queues the copy of masks, mean confidences, class pixels and confidence maps to the host."""
         masks_NHW, confidence_N, pixels_NC = views.masks_of_sums(sums_NCHW, size)
         if self.floors or self.min_confidence > 0:
-            floor = constant(self.floors, sums_NCHW.device)[sums_NCHW.argmax(1)] if self.floors \
+            floor = constant(self.floors, sums_NCHW.device)[masks_NHW.long()] if self.floors \
                 else self.min_confidence
-            unsure_NHW = sums_NCHW.amax(1) < floor * sums_NCHW.sum(1)
-            if unsure_NHW.shape != masks_NHW.shape:
-                unsure_N1HW = F.interpolate(unsure_NHW[:, None].byte(), size, mode="nearest-exact")
-                unsure_NHW = unsure_N1HW[:, 0].bool()
+            unsure_NHW = views.confidence_of_sums(sums_NCHW, size) < floor
             masks_NHW = masks_NHW.masked_fill(unsure_NHW, IGNORE)
             pixels_NC = class_pixels(masks_NHW, self.network.num_classes, per_image=True)
         return Readback(masks_NHW, confidence_N, pixels_NC, confidence_map.sampled(sums_NCHW, size))
@@ -220,7 +216,7 @@ def label(open_teacher: PredictorOpener, samples: Sequence[Sample], world: World
     """Labels the samples of a stage with `label_corpus`.
 
     Raises:
-        UserError: an image cannot be labelled; training would miss its mask.
+        UserError: an image cannot be labelled; training would miss its mask. Or no pixel has a label.
     """
     classes = []
 
@@ -232,6 +228,10 @@ def label(open_teacher: PredictorOpener, samples: Sequence[Sample], world: World
     task = Assignment(source=SampleSource(samples), out=out, config=config, data=data, title=title)
     summary = label_corpus(opened, task, world, floors=floors)
     require_none_bad(summary, out)
+    if not any(summary.class_pixels):
+        raise UserError(f"{out}: the teacher is not confident of a single pixel of {summary.images} images, "
+                        "so there is nothing to train on: lower --label.min-confidence, or train the teacher "
+                        "longer (another --out)")
     return LabelResult(images=summary.images, miou=agreement(samples, out, world, classes[0]),
                        class_pixels=summary.class_pixels)
 
@@ -251,7 +251,7 @@ def require_none_bad(summary: Summary, out: Path) -> None:
 
 def agreement(samples: Sequence[Sample], out: Path, world: World, num_classes: int) -> float | None:
     """Computes the mean IoU, in percent, of the pseudo labels in `out` with the samples' masks; None unless
-    all have one."""
+    all have one, and some labelled pixel has a counted one."""
     if any(sample.mask is None for sample in samples):
         return None
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
@@ -260,7 +260,8 @@ def agreement(samples: Sequence[Sample], out: Path, world: World, num_classes: i
                         for path in (out / mask_name(sample), sample.mask))
         counted = torch.where(label == 255, 255, truth)
         matrix += confusion(label.clamp(max=num_classes - 1), counted, num_classes)
-    return mean_iou(distributed.sum_over_ranks(matrix.to(world.device)).cpu())
+    matrix = distributed.sum_over_ranks(matrix.to(world.device)).cpu()
+    return mean_iou(matrix) if matrix.any() else None
 
 
 def mask_name(sample: Sample) -> str:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from stpp import files, log
+from stpp import files, log, outputs
 from stpp.errors import UserError
 from stpp.images.items import Item
 from stpp.label import fingerprint, rows, update
@@ -12,6 +12,10 @@ from stpp.label.assignment import Assignment
 from stpp.label.changes import compare
 from stpp.label.plan import Plan, listing_path, make
 from stpp.label.sinks import sweep
+
+OUTPUTS = ("plan", "shards", "masks", "labels", "run.json", "summary.json", "failed.parquet",
+           "reliability.parquet", "reliable_ids.txt", "unreliable_ids.txt")
+"""Files and folders of a labelling or ranking."""
 
 
 def read(out: Path) -> dict | None:
@@ -39,6 +43,10 @@ def ensure(task: Assignment) -> list[Callable[[], None]]:
         UserError: there is no image; the source is another one; or images changed without `task.update`.
         OSError: the output cannot be written.
     """
+    try:
+        outputs.claim(task.out, OUTPUTS, earlier="plan/listing.json")
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"--out {task.out}: is a file, or inside one; choose another --out") from None
     update.finish(task.out, task.table)
     stamp, listing = task.source.stamp(), read(task.out)
     sweep(task.out)
@@ -54,10 +62,7 @@ def ensure(task: Assignment) -> list[Callable[[], None]]:
 
 def _list(task: Assignment, stamp: dict) -> None:
     log.say(f"  {task.title}: listing the images")
-    try:
-        (task.out / "plan").mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"--out {task.out}: is a file, or inside one; choose a folder") from None
+    (task.out / "plan").mkdir(parents=True, exist_ok=True)
     counts = make(task.source, task.out / "plan", shard_size=task.config.shard_size)
     _say_passed(task)
     files.write_json(task.out / "plan" / "listing.json",

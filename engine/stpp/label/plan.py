@@ -94,8 +94,8 @@ def make(source: Source, folder: Path, *, shard_size: int) -> dict:
 def collision(key: str, first: str, second: str, count: int) -> UserError:
     """Makes the error about two images that would have the same mask."""
     if first == second:
-        return UserError(f"--source: contains {first} twice ({count} repeated names); rewrite the archive "
-                         "without repetitions")
+        return UserError(f"--source: contains {first} twice ({count} repeated names): an archive with "
+                         "repetitions, or two archives of one name; write it anew, or rename one")
     return UserError(f"--source: {first} and {second} would both be labelled as {key}.png ({count} such "
                      "names); rename one, or label them into two --out (for archives: --tar-folders)")
 

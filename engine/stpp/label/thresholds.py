@@ -4,7 +4,9 @@ They are quantiles over a sample of images spread over the corpus, computed befo
 labelled and stored with the plan: every rank and every later call uses the same thresholds.
 
 Source: "Unsupervised Domain Adaptation for Semantic Segmentation via Class-Balanced Self-Training"
-(arXiv 1810.07911), algorithm 2. Legend: C classes, B bins of the confidence.
+(arXiv 1810.07911), algorithm 2. Legend: C classes, B bins of the confidence p.
+
+Bins have equal widths in -log2(1 - p): most pixels of a frequent class have a p above 0.999.
 """
 
 import json
@@ -20,12 +22,14 @@ from stpp.distributed import World, threads_per_rank
 from stpp.errors import UserError
 from stpp.images import batches, planning
 from stpp.images.planning import Planned
-from stpp.inference import calibration, views
+from stpp.inference import views
 from stpp.inference.open import Predictor
 from stpp.label.assignment import Assignment
 from stpp.label.plan import Plan
 
 NAME = "class-confidence.json"
+BINS_PER_OCTAVE, OCTAVES = 200, 20
+"""Bins for each halving of 1 - p, and the number of halvings: pixels above 1 - 2^-20 are not told apart."""
 MOST_IMAGES = 256
 """Maximum images in the sample, rounded up to whole batches."""
 MOST_SHARDS = 16
@@ -64,8 +68,14 @@ def quantiles(counts_CB: np.ndarray, share: float) -> list[float]:
     for counts_B in counts_CB:
         kept_B = counts_B[::-1].cumsum()[::-1]
         enough = np.flatnonzero(kept_B >= share * counts_B.sum())
-        thresholds.append(float(enough[-1] / len(counts_B)) if counts_B.any() else 0.0)
+        thresholds.append(float(1 - 2.0 ** -(enough[-1] / BINS_PER_OCTAVE)) if counts_B.any() else 0.0)
     return thresholds
+
+
+def bins(confidence: torch.Tensor) -> torch.Tensor:
+    """Computes the bin of each confidence: int64."""
+    octaves = -(1 - confidence.nan_to_num(0, 0, 0).double()).clamp(min=2.0**-OCTAVES).log2()
+    return (octaves * BINS_PER_OCTAVE).long().clamp(0, BINS_PER_OCTAVE * OCTAVES - 1)
 
 
 def _path(out: Path) -> Path:
@@ -77,7 +87,8 @@ def _counts(network: Predictor, mode: str, task: Assignment, plan: Plan, world: 
     """Counts pixels by class and confidence, int64 [C, B], of the sample."""
     threads = threads_per_rank(world, task.data.threads)
     size = network.num_classes
-    total_CB = torch.zeros(size, calibration.BINS, dtype=torch.int64, device=world.device)
+    n_bins = BINS_PER_OCTAVE * OCTAVES
+    total_CB = torch.zeros(size, n_bins, dtype=torch.int64, device=world.device)
     with ThreadPoolExecutor(threads, "stpp-plan") as pool:
         chosen = _spread(plan, pool)
     for _, batch in batches.batches(((0, planned) for planned in chosen), device=world.device,
@@ -86,9 +97,11 @@ def _counts(network: Predictor, mode: str, task: Assignment, plan: Plan, world: 
         good = [i for i in range(len(batch.planned)) if i not in batch.errors]
         if good:
             sums_NCHW = views.accumulate(network, batch.images_NCHW, mode)[good]
-            masks_NHW, bins_NHW = calibration.class_and_bin(sums_NCHW)
-            everywhere = torch.ones_like(masks_NHW, dtype=torch.bool)
-            total_CB += calibration.count_pixels(masks_NHW, bins_NHW, everywhere, size)
+            shape = tuple(batch.images_NCHW.shape[-2:])
+            masks_NHW, *_ = views.masks_of_sums(sums_NCHW, shape)
+            bins_NHW = bins(views.confidence_of_sums(sums_NCHW, shape))
+            places = masks_NHW.long() * n_bins + bins_NHW
+            total_CB += torch.bincount(places.flatten(), minlength=size * n_bins).view(size, n_bins)
     if not total_CB.any():
         raise UserError(f"{task.out}: none of the images sampled for --keep-share can be read")
     return total_CB.cpu().numpy()

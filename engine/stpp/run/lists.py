@@ -1,5 +1,7 @@
 """Lists of a run: labelled, unlabelled, validation and held-out images."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from stpp.distributed import World
 from stpp.errors import UserError
 from stpp.loading.sample import Sample
 from stpp.methods import METHODS
+from stpp.run.folder import has_begun
 
 HELD_OUT = "held-out.txt"
 """File in the run folder that lists the labelled images held out by `--advise.share`."""
@@ -31,6 +34,12 @@ class Lists:
     held_out: list[Sample]
     """Labelled samples for calibration: those held out by `--advise.share`, or the validation samples."""
 
+    def digest(self) -> str:
+        """Computes a digest of all lists, in their order."""
+        lists = (self.labelled, self.unlabelled, self.val, self.held_out)
+        keys = [[sample.key for sample in samples] for samples in lists]
+        return hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
+
     def check(self, method: str, index: Index) -> None:
         """Checks that the method can use the lists.
 
@@ -40,7 +49,8 @@ class Lists:
         needed = METHODS[method].unlabelled
         if len(self.unlabelled) < needed:
             raise UserError(f"{self.folder / 'unlabeled.txt'}: {counted(len(self.unlabelled), 'image')}, and "
-                            f"--method {method} needs {needed}; add images, or choose another method")
+                            f"--method {method} needs {needed}; add images, lower --data.fraction, or choose "
+                            "--method supervised")
         for name, samples in (("labeled.txt", self.labelled), ("val.txt", self.val)):
             if samples and not any(map(any, index.class_pixels(samples))):
                 raise UserError(f"{self.folder / name}: every pixel of its masks is 255 (ignore); nothing "
@@ -57,7 +67,7 @@ def read(config: Config, world: World, index: Index, notes: Notes) -> Lists:
     if config.data.split is None:
         distributed.on_main(world, lambda: splits.make_split(
             index, folder, fraction=config.data.fraction, seed=config.data.split_seed, val=config.data.val,
-            notes=notes))
+            notes=notes, replace=not has_begun(config.out)))
     labelled = splits.read_split(folder / "labeled.txt", index, labelled=True, notes=notes)
     held_out: list[Sample] = []
     if config.advise.share:
@@ -65,7 +75,9 @@ def read(config: Config, world: World, index: Index, notes: Notes) -> Lists:
         distributed.on_main(world, lambda: _write(config.out / HELD_OUT, held_out, index))
     unlabelled: list[Sample] = []
     if METHODS[config.method].unlabelled:
-        unlabelled = splits.read_split(folder / "unlabeled.txt", index, labelled=False, notes=notes)
+        listed = folder / splits.UNLABELED
+        if config.data.split or listed.stat().st_size:  # a drawn list is empty if every image is labelled
+            unlabelled = splits.read_split(listed, index, labelled=False, notes=notes)
         _warn_of_unused(folder, unlabelled, index, notes)
     val: list[Sample] = []
     listed = splits.find_val(folder) if config.data.split else folder / splits.VAL

@@ -75,7 +75,8 @@ class ClassMeter:
                                                      strict=True)]
 
     def end_epoch(self, metrics: log.Metrics, step: int, steps: int) -> None:
-        """Writes the metrics of an epoch that ends after `step` of `steps` steps."""
+        """Writes the metrics of an epoch, or of the stage's last part of one, that ends after `step` of
+        `steps` steps."""
         self.collect()
         if self._confident and self._labelled is not None:
             metrics.by_class(step, class_shares.by_name(self._classes, self._labelled, self._confident,

@@ -18,9 +18,7 @@ def percent(pixels_C: Sequence[int]) -> list[float]:
 
 def ratios(labelled_C: Sequence[int], pseudo_C: Sequence[int]) -> list[float]:
     """Computes the ratio of each class's share of pseudo-labelled pixels to its share of labelled ones; NaN
-    without a labelled pixel of the class, or without any pseudo-labelled pixel."""
-    if not any(pseudo_C):
-        return [math.nan] * len(labelled_C)
+    without a labelled pixel of the class."""
     return [pseudo / labelled if labelled else math.nan
             for labelled, pseudo in zip(percent(labelled_C), percent(pseudo_C), strict=True)]
 

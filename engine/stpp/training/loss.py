@@ -46,7 +46,7 @@ def hardest(logits_NChw: torch.Tensor, labels_NHW: torch.Tensor) -> torch.Tensor
         return labels_NHW
     # Pixels without a label have probability 2: if too few have one, no label exceeds the threshold.
     probability_NHW = label_probability(logits_NChw, labels_NHW, ignore_index=IGNORE)
-    threshold = probability_NHW.flatten().kthvalue(OHEM_KEPT).values.clamp(min=OHEM_PROBABILITY)
+    threshold = _lowest(probability_NHW.flatten(), OHEM_KEPT).clamp(min=OHEM_PROBABILITY)
     return labels_NHW.masked_fill(probability_NHW > threshold, IGNORE)
 
 
@@ -56,9 +56,13 @@ def hardest_of_images(logits_NChw: torch.Tensor, labels_NHW: torch.Tensor) -> to
     image."""
     probability_NHW = label_probability(logits_NChw, labels_NHW, ignore_index=IGNORE)
     per_image = labels_NHW[0].numel()
-    threshold_N = probability_NHW.flatten(1).kthvalue(-(-per_image // OHEM_IMAGE), dim=1).values
-    threshold_N = threshold_N.clamp(min=OHEM_PROBABILITY)
+    threshold_N = _lowest(probability_NHW.flatten(1), -(-per_image // OHEM_IMAGE)).clamp(min=OHEM_PROBABILITY)
     return labels_NHW.masked_fill(probability_NHW > threshold_N[:, None, None], IGNORE)
+
+
+def _lowest(values: torch.Tensor, k: int) -> torch.Tensor:
+    """Returns the k-th lowest value along the last axis; `kthvalue` has no deterministic form on CUDA."""
+    return values.topk(k, largest=False, sorted=False).values.amax(-1)
 
 
 @torch.no_grad()

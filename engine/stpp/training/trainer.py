@@ -337,8 +337,10 @@ class Trainer:
         return keys
 
     def _end_of_epoch(self) -> None:
-        if self.steps_done % self.samplers[0].steps_per_epoch == 0:
+        whole = self.steps_done % self.samplers[0].steps_per_epoch == 0
+        if whole:
             self.bottleneck.end_epoch()
+        if whole or self.steps_done == self.schedule.steps:  # an epoch may be longer than the stage
             self.meter.end_epoch(self.metrics, self.steps_done, self.schedule.steps)
 
     def _keep_thirds(self) -> None:
