@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = {"stpp": ROOT / "engine", "stpp_kernels": ROOT / "kernels"}
 
 LOOSE = {"by_class", "clock", "checkpoint", "config", "device", "distributed", "errors", "files", "log",
-         "metrics", "parquet", "precision", "processes", "settings", "signals", "versions"}
+         "metrics", "outputs", "parquet", "precision", "processes", "settings", "signals", "versions"}
 # Layers from the lowest: a package imports only itself and the layers below it. A new package needs a
 # place here.
 FLOORS = (

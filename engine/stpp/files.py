@@ -7,6 +7,7 @@ its size and checksum: `plain`, `renamed`. Readers never accept a partial file.
 
 import codecs
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from stpp.errors import UserError
 
 
 @contextlib.contextmanager
@@ -192,6 +195,23 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes `text` (UTF-8) atomically."""
     with atomic(path, "w") as file:
         file.write(text)
+
+
+def require_writable(path: Path, flag: str) -> None:
+    """Checks, before the work, that a file can be written.
+
+    Raises:
+        UserError: it cannot; names the flag.
+    """
+    probe = _temporary_name(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plain(probe).close()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{flag} {path}: {error.strerror or error}; choose another file") from None
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

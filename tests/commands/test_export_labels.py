@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 
 import exported_cases as cases
@@ -436,6 +436,8 @@ def test_small_objects_are_left_out(tmp_path, capsys, form):
     export(capsys, cases.labels(tmp_path / "labels", {"0": mask}), form, out, "--min-area", 3)
     expected = np.where(mask == 1, 1, 0)
     expected[9, 9] = 0
+    if form == "cvat":  # unknown, not background
+        expected[9, 9] = expected[8, 2:4] = 255
     if form == "label-studio":
         (one,) = json.loads(out.read_text())[0]["predictions"][0]["result"]
         assert (decoded(one["value"]["rle"]).reshape(12, 12, 4)[..., 3] == expected * 255).all()
@@ -444,6 +446,49 @@ def test_small_objects_are_left_out(tmp_path, capsys, form):
         tmp_path / "data", form, out, {"0": mask}, **{} if form == "cvat" else {"unlisted": "background"}
     )
     assert (drawn(made, next(iter(made.entries))) == expected).all()
+
+
+def test_small_ignored_parts_stay_ignored(tmp_path, capsys):
+    mask = np.zeros((12, 12), np.uint8)
+    mask[2:4, 2:4], mask[6:11, 6:11] = 255, 1
+    export(capsys, cases.labels(tmp_path / "labels", {"0": mask}), "cvat", tmp_path / "out", "--min-area", 9)
+    made = in_again(tmp_path / "data", "cvat", tmp_path / "out", {"0": mask})
+    assert (drawn(made, next(iter(made.entries))) == mask).all()
+
+
+def test_mask_that_another_program_changed_is_refused(tmp_path, capsys):
+    """Its palette or bits may mean other ids."""
+    labels = cases.labels(tmp_path / "labels", {"0": np.eye(12, dtype=np.uint8)})
+    path = labels / "masks" / "0.png"
+    for mode in ("P", "1"):
+        Image.open(path).convert(mode).save(path)
+        said = refused(capsys, "export-labels", labels, "--format", "coco", "--workers", "1", "--out",
+                       tmp_path / "a.json")
+        assert f"0.png: a mask is not the 8-bit gray PNG that was written ({mode})" in said
+        Image.fromarray(np.eye(12, dtype=np.uint8)).save(path)
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_masks_of_images_labelled_as_stored_are_exported_upright(tmp_path, capsys, turn):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    source = label_cases.as_folder(tmp_path / "in", {
+        "a.jpg": label_cases.encoded(label_cases.picture(5, (40, 56)), exif=exif)})
+    outs = {}
+    for name, rule in (("upright", True), ("stored", False)):
+        label_cases.run(source, tmp_path / name, exif=rule, classes=("background", "b", "c", "d"), tta="none")
+        export(capsys, tmp_path / name, "cvat", tmp_path / f"{name}.cvat")
+        outs[name] = np.asarray(Image.open(tmp_path / f"{name}.cvat" / "SegmentationClass" / "a.png"))
+    mask = Image.open(tmp_path / "stored" / "masks" / "a.png").convert("RGB")
+    numbers = read_index_mask(tmp_path / "stored" / "masks" / "a.png")
+    mask.getexif()[0x0112] = turn
+    assert outs["stored"].shape == outs["upright"].shape
+    background = np.asarray(ImageOps.exif_transpose(mask))[..., 0] == 0
+    assert numbers.any() and np.array_equal((outs["stored"] == 0).all(2), background)
+    (source / "a.jpg").unlink()
+    assert "an export needs its EXIF orientation" in refused(
+        capsys, "export-labels", tmp_path / "stored", "--format", "cvat", "--workers", "1", "--out",
+        tmp_path / "again")
 
 
 def test_class_names_are_required(tmp_path, capsys):

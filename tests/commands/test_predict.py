@@ -15,6 +15,7 @@ import stpp
 from cli_cases import ended
 from stpp import checkpoint
 from stpp.errors import UserError
+from stpp.images.items import Item
 from stpp.images.masks import read_index_mask
 from stpp.images.pixels import normalised
 
@@ -253,3 +254,73 @@ def test_an_output_that_cannot_be_written_is_named(best, tmp_path, capsys):
     code, _, errors = command(capsys, tmp_path / "a.jpg", "--checkpoint", best, "--out",
                               tmp_path / "file" / "out")
     assert code == 2 and "--out" in errors and "Traceback" not in errors
+
+
+@pytest.fixture(scope="module")
+def broken(network, tmp_path_factory) -> Path:
+    """Checkpoint with a NaN among its weights."""
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    state["backbone.conv1.weight"][0, 0, 0, 0] = float("nan")
+    path = tmp_path_factory.mktemp("broken") / "best.pt"
+    checkpoint.save(path, model=state, classes=CLASSES,
+                    architecture={"name": "deeplabv3plus", "backbone": "resnet18", "output_stride": 16})
+    return path
+
+
+def test_answer_that_is_not_finite_is_no_mask(broken, tmp_path, capsys):
+    picture(9).save(tmp_path / "a.jpg")
+    code, _, errors = command(capsys, tmp_path / "a.jpg", "--checkpoint", broken, "--out", tmp_path / "out")
+    assert code == 2 and "a.jpg: the network's answer is not finite" in errors
+    assert not list((tmp_path / "out").rglob("*.png"))
+    for mode in ("none", "flip", "stpp"):
+        network = stpp.load(broken, device="cpu", precision="fp32", tta=mode)
+        with pytest.raises(UserError, match="the network's answer is not finite"):
+            network.predict(picture(9))
+    with pytest.raises(UserError, match="image: the network's answer is not finite"):
+        network.predict(np.zeros((50, 70, 3), np.uint8))
+
+
+def test_files_of_the_user_are_not_replaced(best, tmp_path, capsys):
+    picture(9).save(tmp_path / "a.jpg")
+    (tmp_path / "classes.json").write_text("mine")
+    arguments = tmp_path / "a.jpg", "--checkpoint", best, "--out", tmp_path
+    code, _, errors = command(capsys, *arguments)
+    assert code == 2 and "contains classes.json, which stpp did not write" in errors
+    assert (tmp_path / "classes.json").read_text() == "mine" and not (tmp_path / "masks").exists()
+    (tmp_path / "classes.json").unlink()
+    for _ in range(2):  # its own files are
+        assert command(capsys, *arguments)[0] == 0
+
+
+def test_arrays_have_a_limit_too(best):
+    small = stpp.load(best, device="cpu", precision="fp32", max_pixels=3000)
+    with pytest.raises(UserError, match="70x50 pixels, more than max_pixels 3000"):
+        small.predict(np.zeros((50, 70, 3), np.uint8))
+
+
+@pytest.mark.parametrize(("classes", "reason"), [
+    (list(map(str, range(256))), "it has 256 classes; up to 255 are possible"),
+    (["a", "b", "c", "d", "e", "a"], "not distinct"),
+    (["a", "b", "c", "d", "e", "f\n"], "not printable"),
+    ("abcdef", "not text"),
+])
+def test_classes_that_no_run_writes_are_refused(network, tmp_path, classes, reason):
+    checkpoint.save(tmp_path / "best.pt", model=network.state_dict(), classes=classes,
+                    architecture={"name": "deeplabv3plus", "backbone": "resnet18", "output_stride": 16})
+    with pytest.raises(UserError, match=reason):
+        stpp.load(tmp_path / "best.pt", device="cpu")
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_masks_for_tools_are_upright(best, tmp_path, turn):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    picture(9).save(tmp_path / "a.png", exif=exif)
+    item = Item(key="", source="a.png", file=str(tmp_path / "a.png"))
+    stored = stpp.load(best, device="cpu", precision="fp32", exif=False)
+    mask = stored.mask(stored.read(item)[0])
+    numbers = Image.fromarray(mask)
+    numbers.getexif()[0x0112] = turn
+    assert np.array_equal(stored.as_shown(mask, item), np.asarray(ImageOps.exif_transpose(numbers)))
+    upright = stpp.load(best, device="cpu", precision="fp32")
+    assert upright.as_shown(mask, item) is mask

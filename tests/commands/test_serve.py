@@ -15,7 +15,7 @@ from PIL import Image
 import engine_cases
 from cli_cases import refused
 from stpp import checkpoint
-from stpp.annotations import runs
+from stpp.annotations import runs, to_label_studio
 from stpp.commands import serve
 from stpp.errors import UserError
 from stpp.images.pixels import BadImage
@@ -45,6 +45,9 @@ class Halves:
         mask[:, : mask.shape[1] // 2] = 1
         mask[0, 0] = 2
         return mask, 0.75
+
+    def as_shown(self, mask_HW, item):
+        return mask_HW
 
 
 @pytest.fixture
@@ -165,7 +168,9 @@ def test_no_address_is_fetched(address, network, image):
         ({"tasks": [{"data": []}]}, "no image"),
         (b"\xff\xfe", "not a JSON"),
         (task("a b/7.jpg") | {"label_config": "<View/>"}, "no <BrushLabels>"),
-        (task("a b/7.jpg") | {"label_config": "<BrushLabels><Image>"}, "lacks a name"),
+        (task("a b/7.jpg") | {"label_config": '<Image name="x" value="$a"/><BrushLabels name="b" '
+                              'toName="y">'}, "its toName names no <Image>"),
+        (task("a b/7.jpg") | {"label_config": "<BrushLabels><Image>"}, "has no name"),
         (task("broken.jpg"), "broken.jpg: it is cut short"),
     ],
 )
@@ -228,3 +233,10 @@ def test_checkpoint_is_served_and_stopped(tmp_path, root):
         finally:
             process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
+
+
+def test_image_of_the_brush_is_labelled():
+    """A setup may show several images."""
+    setup = ('<View><Image name="im" value="$undefined"/><Image value="$photo" name="im2"/>'
+             '<BrushLabels name="b" toName="im2"><Label value="b"/></BrushLabels></View>')
+    assert to_label_studio.tags(setup) == ("b", "im2", "photo")

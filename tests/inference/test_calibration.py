@@ -34,7 +34,7 @@ class Stub:
 
 def of_counts(counted, right) -> Calibration:
     return Calibration(classes=tuple("abcdef")[: len(counted)], all_CB=np.asarray(counted), images=1,
-                       right_CB=np.asarray(right), tta="none", weights="w", held_out="h")
+                       right_CB=np.asarray(right), tta="none", network="w", held_out="h")
 
 
 def drawn(seed: int, classes: int = 3, pixels: int = 20_000) -> tuple[Calibration, list[np.ndarray]]:
@@ -53,7 +53,7 @@ def test_counts_match_the_pixels(synthetic_index, tta):
     known = index.load(synthetic_index)
     samples = [known.sample(image) for image in sorted(known.entries)][:5]
     found = calibration.measure(Stub(), samples, HERE, DataConfig(threads=1), tta=tta, classes="abcdef",
-                                weights="w")
+                                network="w")
     counted, right = np.zeros((6, BINS), np.int64), np.zeros((6, BINS), np.int64)
     pixels = 0
     for batch in native_batches(samples, [[i] for i in range(5)], device="cpu", loader="auto", threads=1):
@@ -148,7 +148,7 @@ def test_written_calibration_reads_back(tmp_path):
     calibration.write(path, found, [0.5, 0.9])
     again = calibration.read(path)
     assert np.array_equal(again.all_CB, found.all_CB) and np.array_equal(again.right_CB, found.right_CB)
-    assert (again.classes, again.tta, again.weights, again.held_out) == (found.classes, "none", "w", "h")
+    assert (again.classes, again.tta, again.network, again.held_out) == (found.classes, "none", "w", "h")
     values = json.loads(path.read_text())
     assert values["all"]["expected_calibration_error"] == pytest.approx(found.error())
     assert values["classes"]["b"]["proposals"]["0.5"] == vars(found.proposal(0.5, 1))
@@ -168,4 +168,4 @@ def test_a_damaged_file_is_refused(tmp_path, text):
 def test_images_without_a_label_are_refused():
     with pytest.raises(UserError, match="no pixel of the held-out images has a label"):
         calibration.measure(Stub(), [], HERE, DataConfig(threads=1), tta="none", classes="abcdef",
-                            weights="w")
+                            network="w")

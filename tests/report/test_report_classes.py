@@ -23,7 +23,7 @@ def calibrated(seed: int = 0) -> Calibration:
     counted = rng.integers(1, 50, (3, BINS))
     counted[2] = 0
     right = (counted * np.linspace(0.3, 1, BINS)).astype(np.int64)
-    return Calibration(classes=NAMES, all_CB=counted, right_CB=right, images=4, tta="flip", weights="w",
+    return Calibration(classes=NAMES, all_CB=counted, right_CB=right, images=4, tta="flip", network="w",
                        held_out="h")
 
 

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 
 from stpp.annotations.regions import Patch
-from stpp.images.masks import IGNORE
 
 BACKGROUND = "background"
 IGNORED = "ignore"
@@ -23,6 +22,9 @@ class LabelledImage(NamedTuple):
     height: int
     score: float
     """Mean confidence of its mask, 0 to 1."""
+    turn: int = 1
+    """EXIF orientation of an image that was labelled as stored: tools show it upright, which `width` and
+    `height` are."""
 
 
 class Object(NamedTuple):
@@ -58,28 +60,23 @@ def is_background(name: str) -> bool:
     return name.strip("_ ").lower() == BACKGROUND
 
 
-def objects(mask_HW: np.ndarray, scheme: Scheme, *, ignored: bool = False) -> list[Object]:
-    """Objects of a mask, uint8 [H, W], largest first.
+def objects(mask_HW: np.ndarray, scheme: Scheme) -> list[Object]:
+    """Objects of a mask, uint8 [H, W], largest first."""
+    present = np.bincount(mask_HW.ravel(), minlength=256)
+    found = [component for class_id in scheme.foreground if present[class_id]
+             for component in components_of(mask_HW, class_id) if component.area >= scheme.min_area]
+    return sorted(found, key=lambda component: -component.area)
 
-    Args:
-        ignored: treat ignored pixels (255) as objects too.
-    """
+
+def components_of(mask_HW: np.ndarray, class_id: int) -> list[Object]:
+    """Edge-connected parts of a class, or of 255, in a mask, uint8 [H, W]."""
     from scipy import ndimage
 
-    components = []
-    classes = scheme.foreground + [IGNORE] * ignored
-    present = np.bincount(mask_HW.ravel(), minlength=256)
-    for class_id in classes:
-        if not present[class_id]:
-            continue
-        numbers, count = ndimage.label(mask_HW == class_id)
-        areas = np.bincount(numbers.ravel())
-        for number, place in enumerate(ndimage.find_objects(numbers), 1):
-            if areas[number] >= scheme.min_area:
-                rows, columns = place
-                patch = Patch(columns.start, rows.start, numbers[place] == number)
-                components.append(Object(class_id, patch, int(areas[number])))
-    return sorted(components, key=lambda component: -component.area)
+    numbers, _ = ndimage.label(mask_HW == class_id)
+    areas = np.bincount(numbers.ravel())
+    return [Object(class_id, Patch(columns.start, rows.start, numbers[rows, columns] == number),
+                   int(areas[number]))
+            for number, (rows, columns) in enumerate(ndimage.find_objects(numbers), 1)]
 
 
 def kept(mask_HW: np.ndarray, components: list[Object], *, empty: int) -> np.ndarray:

@@ -16,6 +16,7 @@ from stpp.annotations.labelled import (
     LabelledImage,
     Object,
     Scheme,
+    components_of,
     kept,
     objects,
 )
@@ -35,15 +36,17 @@ class Pictures(NamedTuple):
 
 def encode(image: LabelledImage, mask_HW: np.ndarray, scheme: Scheme) -> Pictures:
     """PNGs of a mask, uint8 [H, W]."""
-    components = objects(mask_HW, scheme, ignored=True)
+    foreground = objects(mask_HW, scheme)
+    class_ids = kept(mask_HW, foreground, empty=IGNORE)  # also objects that are too small
+    if scheme.background is not None:
+        class_ids[mask_HW == scheme.background] = scheme.background
+    components = sorted(foreground + components_of(class_ids, IGNORE), key=lambda component: -component.area)
     numbers = np.zeros(mask_HW.shape, dtype=np.uint8)
     for number, component in zip(_numbers(components), components, strict=True):
         x, y, pixels = component.patch
         numbers[y : y + pixels.shape[0], x : x + pixels.shape[1]][pixels] = number
     colours = np.zeros((256, 3), dtype=np.uint8)
     colours[[*scheme.foreground, IGNORE]] = _class_colours(scheme)
-    empty = scheme.background if scheme.background is not None else len(scheme.names)
-    class_ids = kept(mask_HW, components, empty=empty)
     return Pictures(_png(colours[class_ids]), _png(voc_colours(np.arange(256))[numbers]))
 
 

@@ -59,14 +59,20 @@ def tags(setup: object) -> tuple[str, str, str]:
     """
     if not isinstance(setup, str) or not setup.strip():
         return FROM_NAME, TO_NAME, DATA
-    brush, image = (re.search(rf"<{tag}\b[^>]*>", setup) for tag in ("BrushLabels", "Image"))
-    if brush is None or image is None:
+    brush, images = re.search(r"<BrushLabels\b[^>]*>", setup), re.findall(r"<Image\b[^>]*>", setup)
+    if brush is None or not images:
         raise ValueError("the labelling setup has no <BrushLabels> or no <Image>")
-    matches = [re.search(rf"\b{name}=[\"']\$?([^\"']+)[\"']", tag[0])
-             for tag, name in ((brush, "name"), (brush, "toName"), (image, "value"))]
-    if not all(matches):
-        raise ValueError("the labelling setup's <BrushLabels> or <Image> lacks a name")
-    return matches[0][1], matches[1][1], matches[2][1]
+    name, to_name = _attribute(brush[0], "name"), _attribute(brush[0], "toName")
+    value_of = {_attribute(image, "name"): _attribute(image, "value") for image in images}
+    if name is None or to_name is None or value_of.get(to_name) is None:
+        raise ValueError("the labelling setup's <BrushLabels> has no name, or its toName names no <Image> "
+                         "with a value")
+    return name, to_name, value_of[to_name]
+
+
+def _attribute(tag: str, name: str) -> str | None:
+    found = re.search(rf"\s{name}\s*=\s*[\"']\$?([^\"']+)[\"']", tag)
+    return found and found[1]
 
 
 class LabelStudioWriter:

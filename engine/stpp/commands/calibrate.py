@@ -56,12 +56,15 @@ def calibrate(args: Sequence[str]) -> None:
     folder, list_path = index_and_list(options, run)
     tta = options.tta or (_labelled_with(run) if run else "none")
     out = options.out or options.checkpoint.parent / calibration.NAME
+    if out.suffix == ".svg":
+        raise UserError(f"--out {out}: is the name of the plot; give a name that ends in .json")
+    files.require_writable(out, "--out")
 
     with distributed.world(options.compute.device) as world:
         log.set_speaker(world.is_main)
         checkpoint = open_checkpoint(options, folder, list_path, world)
         measured = calibration.measure(checkpoint.predictor, checkpoint.samples, world, checkpoint.data,
-                                       tta=tta, classes=checkpoint.classes, weights=checkpoint.weights)
+                                       tta=tta, classes=checkpoint.classes, network=checkpoint.network)
         if world.is_main:
             print(report(measured, options.target_precision, list_path))
             calibration.write(out, measured, options.target_precision)

@@ -63,6 +63,8 @@ def evaluate(args: Sequence[str]) -> None:
     """
     options = config.parse(Evaluate, args, prog="stpp evaluate")
     folder, list_path = index_and_list(options, run_of(options.checkpoint))
+    if options.out is not None:
+        files.require_writable(options.out, "--out")
     from stpp import distributed, log
     from stpp.inference import evaluate as scoring
 
@@ -71,7 +73,7 @@ def evaluate(args: Sequence[str]) -> None:
         checkpoint = open_checkpoint(options, folder, list_path, world)
         matrix = scoring.evaluate(checkpoint.predictor, checkpoint.samples, world, checkpoint.data,
                                   mode=options.tta, crop_px=options.sliding_window,
-                                  edges=options.window_edges)
+                                  edges=options.window_edges, refuse_nonfinite=True)
         if world.is_main:
             print(scoring.report(matrix, checkpoint.classes, images=len(checkpoint.samples)))
             # After the table, so that a full disk loses only the file.
@@ -84,8 +86,8 @@ class ReadyCheckpoint:
 
     predictor: "EagerPredictor"
     classes: Sequence[str]
-    weights: str
-    """Digest of the weights, see `stpp.inference.record.weights_sha256`."""
+    network: str
+    """See `stpp.inference.protocol.Identity.network`."""
     samples: "Sequence[Sample]"
     data: DataConfig
 
@@ -101,7 +103,7 @@ def open_checkpoint(options: ScoringOptions, folder: Path, list_path: Path,
     from stpp.dataset import splits
     from stpp.inference import exif_rule
     from stpp.inference.open import EagerPredictor
-    from stpp.inference.record import weights_sha256
+    from stpp.inference.protocol import identity_of
     from stpp.models.pretrained import describe
     from stpp.models.trained import load_network
     from stpp.precision import autocast_dtype
@@ -110,8 +112,9 @@ def open_checkpoint(options: ScoringOptions, folder: Path, list_path: Path,
     index = fresh_index(folder, list_path, world)
     data = DataConfig(exif=index.exif, loader=options.reading.loader, threads=options.reading.threads)
     samples = splits.read_split(list_path, index, labelled=True)
-    network, classes, architecture = load_network(options.checkpoint, output_stride=options.output_stride,
-                                                  view_px=options.view_px, class_names=index.classes)
+    loaded = load_network(options.checkpoint, output_stride=options.output_stride, view_px=options.view_px,
+                          class_names=index.classes)
+    network, classes, architecture = loaded
     if (rule := exif_rule.recorded(options.checkpoint)) not in (None, index.exif):
         raise UserError(f"{options.checkpoint} was trained on images {exif_rule.describe(rule)}, but "
                         f"{folder} holds images {exif_rule.describe(index.exif)}; prepare an index with "
@@ -125,7 +128,7 @@ def open_checkpoint(options: ScoringOptions, folder: Path, list_path: Path,
     predictor = EagerPredictor(network, num_classes=len(classes), device=world.device,
                                dtype=autocast_dtype(options.compute.precision, world.device),
                                view_px=architecture.get("view_px"))
-    return ReadyCheckpoint(predictor=predictor, classes=classes, weights=weights_sha256(network.state_dict()),
+    return ReadyCheckpoint(predictor=predictor, classes=classes, network=identity_of(loaded).network,
                            samples=samples, data=data)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from stpp import config
+from stpp import config, files
 from stpp.commands.options import OutputStride
 from stpp.errors import UserError
 
@@ -39,6 +39,8 @@ def export(args: Sequence[str]) -> None:
     options = config.parse(Export, args, prog="stpp export")
     if options.out.is_dir():
         raise UserError(f"--out {options.out} is a folder; give the path of the .onnx file")
+    if options.out.exists() and options.out.samefile(files.and_part(options.checkpoint)[0]):
+        raise UserError(f"--out {options.out} is the checkpoint; give the path of the .onnx file")
     import torch
 
     from stpp.images.image_file import IMAGENET_MEAN, IMAGENET_STD

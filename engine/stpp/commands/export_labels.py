@@ -104,7 +104,9 @@ def _names(options: ExportLabels) -> tuple[str, ...]:
                         f"({len(set(names))} distinct)")
     odd = next((name for name in names if not str(name).isprintable() or not str(name).strip()), None)
     if options.format == "cvat":
-        odd = next((name for name in names if ":" in name or name.startswith("#")), odd)
+        from stpp.annotations.labelled import IGNORED
+
+        odd = next((name for name in names if ":" in name or name.startswith("#") or name == IGNORED), odd)
     if odd is not None:
         raise UserError(f"--classes: {options.format} cannot store the name {odd!r}; choose another")
     return tuple(names)

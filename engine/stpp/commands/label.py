@@ -147,8 +147,10 @@ def _floors(options: Label, teacher: "OpenedPredictor") -> tuple[float, ...]:
 
         path = options.calibration or options.teacher.parent / calibration.NAME
         calibrated = calibration.read(path)
-        if calibrated.tta != options.tta or not teacher.identity.startswith(calibrated.weights[:16]):
-            other = "other weights" if calibrated.tta == options.tta else f"{calibrated.tta} views"
+        if calibrated.tta != options.tta or not teacher.identity.startswith(f"{calibrated.network}-"):
+            same_weights = teacher.identity.partition("-")[0] == calibrated.network.partition("-")[0]
+            other = (f"{calibrated.tta} views" if calibrated.tta != options.tta else
+                     "another view size or output stride" if same_weights else "other weights")
             raise UserError(f"{path} was measured with {other}; run `stpp calibrate --checkpoint "
                             f"{options.teacher} --tta {options.tta}`")
         threshold = floors_of(calibrated, options.target_precision)

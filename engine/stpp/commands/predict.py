@@ -144,7 +144,11 @@ def _write_all(predictor: "ImagePredictor", items: list["Item"], out: Path) -> l
         if is_dark(colours_HWC, reading):
             log.say(f"warning: {item.file}: uses few of its {reading.bits} bits per channel, so it looks "
                     "nearly black to the network; stretch it to the full range")
-        mask_HW = predictor.mask(colours_HWC)
+        try:
+            mask_HW = predictor.mask(colours_HWC)
+        except BadImage as error:
+            bad.append(f"{item.file}: {error}")
+            continue
         mask_path, overlay_path = (out / folder / f"{item.key}.png" for folder in ("masks", "overlays"))
         for path in (mask_path, overlay_path):
             path.parent.mkdir(parents=True, exist_ok=True)

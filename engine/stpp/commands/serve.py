@@ -44,6 +44,8 @@ class Serve:
 
     def __post_init__(self):
         config.check_view(self.view_px)
+        if not 0 <= self.port <= 65535:
+            raise UserError(f"--port is {self.port}: it must be from 0 to 65535")
 
 
 class Refused(Exception):
@@ -137,8 +139,10 @@ class LabelStudioBackend:
         path = self._image(data.get(entry) if isinstance(data, dict) else None)
         try:
             with self._lock:  # one image at a time: it may need much memory
-                colours_HWC, _ = self._predictor.read(Item(key="", source=path.name, file=str(path)))
+                item = Item(key="", source=path.name, file=str(path))
+                colours_HWC, _ = self._predictor.read(item)
                 mask_HW, confidence = self._predictor.scored(colours_HWC)
+                mask_HW = self._predictor.as_shown(mask_HW, item)
         except BadImage as error:
             raise Refused(f"{path.name}: {error}") from None
         regions = to_label_studio.result(mask_HW, self._scheme, confidence)
@@ -153,7 +157,7 @@ class LabelStudioBackend:
         if not served and "://" in address:
             raise Refused("only images below --root are read: serve them as local files of Label Studio")
         try:
-            path = (self._root / urllib.parse.unquote(named if served else before).lstrip("/")).resolve()
+            path = (self._root / (urllib.parse.unquote(named) if served else before).lstrip("/")).resolve()
             is_readable = path.is_relative_to(self._root) and path.is_file()
         except (OSError, ValueError):  # an impossible file name
             is_readable = False

@@ -29,6 +29,9 @@ _OPPOSITE = {6: 8, 8: 6}
 """Orientations with a different inverse; every other one is its own inverse."""
 
 
+NOT_FINITE = "the network's answer is not finite"
+
+
 class BadImage(Exception):
     """An image that cannot be labelled; the message is a short reason without the name."""
 

@@ -149,8 +149,14 @@ def write_eager_folder(plan: Compilation, folder: Path) -> None:
         architecture=plan.architecture, classes=plan.classes, shapes=plan.shapes,
         device=Device.of(plan.device), versions=plan.versions(), compile_s=0.0, files={})
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    _write_folder(plan, record, temporary)
-    files.replace_folder(temporary, folder)
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        _write_folder(plan, record, temporary)
+        files.replace_folder(temporary, folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"engine {folder}: {error.strerror} ({error.filename}); choose another "
+                        "folder") from error
 
 
 def _write_folder(plan: Compilation, record: EngineRecord, folder: Path) -> None:

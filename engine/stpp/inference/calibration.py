@@ -24,7 +24,7 @@ from stpp.loading import loader
 from stpp.loading.native import native_batches
 from stpp.loading.sample import Sample
 
-NAME, FORMAT = "calibration.json", "stpp-calibration-1"
+NAME, FORMAT = "calibration.json", "stpp-calibration-2"
 BINS = 1000
 """Confidence bins, of equal width: thresholds are multiples of 0.001."""
 ECE_BINS = 15
@@ -62,8 +62,8 @@ class Calibration:
     images: int
     tta: str
     """Test-time augmentation: key of `views.VIEWS`."""
-    weights: str
-    """See `stpp.inference.record.weights_sha256`."""
+    network: str
+    """See `stpp.inference.protocol.Identity.network`."""
     held_out: str
     """See `digest`."""
 
@@ -149,7 +149,7 @@ def count_pixels(masks_NHW: torch.Tensor, bins_NHW: torch.Tensor, where_NHW: tor
 
 @torch.inference_mode()
 def measure(predictor: Predictor, samples: Sequence[Sample], world: World, data: DataConfig, *, tta: str,
-            classes: Sequence[str], weights: str) -> Calibration:
+            classes: Sequence[str], network: str) -> Calibration:
     """Measures a calibration on held-out samples, each on one rank; the result is the same on every rank.
 
     Args:
@@ -157,23 +157,28 @@ def measure(predictor: Predictor, samples: Sequence[Sample], world: World, data:
         tta: test-time augmentation; must be that of the labelling that uses the confidences.
 
     Raises:
-        UserError: no pixel has a label.
+        UserError: no pixel has a label, or the network's answer is not finite.
     """
     size = predictor.num_classes
     counts_2CB = torch.zeros(2, size, BINS, dtype=torch.int64, device=world.device)
+    broken = torch.zeros((), dtype=torch.int64, device=world.device)
     share, threads = loader.native_share(samples, world), distributed.threads_per_rank(world, data.threads)
     for batch in native_batches(samples, share, device=world.device, loader=data.loader, threads=threads):
         sums_NCHW = views.accumulate(predictor, batch.images_NCHW, tta)
+        broken += (~sums_NCHW.isfinite().flatten(1).all(1)).sum()
         masks_NHW, bins_NHW = class_and_bin(views.resize_sums(sums_NCHW, batch.labels_NHW.shape[-2:]))
         labelled_NHW = batch.labels_NHW != IGNORE
         right_NHW = labelled_NHW & (masks_NHW == batch.labels_NHW)
         counts_2CB[0] += count_pixels(masks_NHW, bins_NHW, labelled_NHW, size)
         counts_2CB[1] += count_pixels(masks_NHW, bins_NHW, right_NHW, size)
     all_CB, right_CB = distributed.sum_over_ranks(counts_2CB).cpu().numpy()
+    if count := int(distributed.sum_over_ranks(broken)):
+        raise UserError(f"the network's answer is not finite for {count} of {len(samples)} held-out images: "
+                        "there is no confidence to calibrate")
     if not all_CB.any():
         raise UserError("no pixel of the held-out images has a label: there is nothing to calibrate on")
     return Calibration(classes=tuple(classes), all_CB=all_CB, right_CB=right_CB, images=len(samples), tta=tta,
-                       weights=weights, held_out=digest(samples))
+                       network=network, held_out=digest(samples))
 
 
 def digest(samples: Sequence[Sample]) -> str:
@@ -193,7 +198,7 @@ def write(path: Path, calibration: Calibration, precisions: Sequence[float]) -> 
                               for precision in precisions}}
 
     files.write_json(path, {
-        "format": FORMAT, "weights_sha256": calibration.weights, "tta": calibration.tta,
+        "format": FORMAT, "network": calibration.network, "tta": calibration.tta,
         "images": calibration.images, "held_out": calibration.held_out, "all": figures(None),
         "classes": {name: figures(i) for i, name in enumerate(calibration.classes)},
         "bins": {"predicted": [calibration.all_CB[i].tolist() for i in ids],
@@ -214,7 +219,7 @@ def read(path: Path) -> Calibration:
         if any(count_CB.shape != (len(values["classes"]), BINS) for count_CB in counts):
             raise ValueError("its bins")
         return Calibration(classes=tuple(values["classes"]), all_CB=counts[0], right_CB=counts[1],
-                           images=values["images"], tta=values["tta"], weights=values["weights_sha256"],
+                           images=values["images"], tta=values["tta"], network=values["network"],
                            held_out=values["held_out"])
     except FileNotFoundError:
         raise UserError(f"{path}: there is no calibration; `stpp calibrate --checkpoint` makes one") from None

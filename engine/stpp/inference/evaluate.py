@@ -12,6 +12,7 @@ import torch
 from stpp import distributed, files, log
 from stpp.config import DataConfig, WindowEdges
 from stpp.distributed import World
+from stpp.errors import UserError
 from stpp.inference import views
 from stpp.inference.open import Predictor
 from stpp.loading import loader
@@ -24,7 +25,8 @@ from stpp_kernels import confusion
 @torch.inference_mode()
 def evaluate(predictor: Predictor, samples: Sequence[Sample], world: World, data: DataConfig, *,
              mode: str = "none", crop_px: int | None = None, edges: WindowEdges = "cut",
-             on_batch: Callable[[Batch, torch.Tensor], None] | None = None) -> torch.Tensor:
+             on_batch: Callable[[Batch, torch.Tensor], None] | None = None,
+             refuse_nonfinite: bool = False) -> torch.Tensor:
     """Computes the confusion matrix of the predictions, each image counted once over all ranks.
 
     Args:
@@ -33,17 +35,29 @@ def evaluate(predictor: Predictor, samples: Sequence[Sample], world: World, data
         crop_px: side of sliding windows, in pixels; None: whole images.
         edges: windows at the image edge, see `views.window_starts`.
         on_batch: called with every batch of this rank, and its masks, uint8 [N, H, W].
+        refuse_nonfinite: reject non-finite logits instead of warning.
 
     Returns:
         int64 [C, C] on the CPU, rows truth, columns prediction, in pixels; the same on every rank.
+
+    Raises:
+        UserError: with `refuse_nonfinite`, the network's answer to an image is not finite.
     """
     matrix = torch.zeros(predictor.num_classes, predictor.num_classes, dtype=torch.int64, device=world.device)
+    broken = torch.zeros((), dtype=torch.int64, device=world.device)
     share, threads = loader.native_share(samples, world), distributed.threads_per_rank(world, data.threads)
     for batch in native_batches(samples, share, device=world.device, loader=data.loader, threads=threads):
-        masks_NHW = views.masks(predictor, batch.images_NCHW, mode, crop_px=crop_px, edges=edges)
+        masks_NHW, finite_N = views.finite_masks(predictor, batch.images_NCHW, mode, crop_px=crop_px,
+                                                 edges=edges)
+        broken += (~finite_N).sum()
         matrix += confusion(masks_NHW, batch.labels_NHW, predictor.num_classes)
         if on_batch is not None:
             on_batch(batch, masks_NHW)
+    if count := int(distributed.sum_over_ranks(broken)):
+        what = f"the network's answer is not finite for {count} of {len(samples)} images"
+        if refuse_nonfinite:
+            raise UserError(f"{what}: there is no score")
+        log.say(f"warning: {what}, which count as class 0")
     return distributed.sum_over_ranks(matrix).cpu()
 
 

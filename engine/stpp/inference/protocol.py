@@ -10,7 +10,8 @@ from torch import nn
 
 from stpp import log
 from stpp.inference import fold, fused
-from stpp.inference.record import EngineRecord, Shapes
+from stpp.inference.record import EngineRecord, Shapes, weights_sha256
+from stpp.models.trained import LoadedNetwork
 
 Run = Callable[[torch.Tensor], torch.Tensor]
 """Function from channels_last images of the engine's dtype to float32 logits."""
@@ -73,9 +74,21 @@ class Identity:
     """See `Predictor`."""
 
     def __str__(self):
+        return f"{self.network}-{self.backend}-{self.precision}"
+
+    @property
+    def network(self) -> str:
+        """Weights, output stride and view size: other predictors of them differ by rounding only."""
         stride = f"-os{self.output_stride}" if self.output_stride else ""
         view = f"-view{self.view_px}" if self.view_px else ""
-        return f"{self.weights_sha256[:16]}{stride}{view}-{self.backend}-{self.precision}"
+        return f"{self.weights_sha256[:16]}{stride}{view}"
+
+
+def identity_of(loaded: LoadedNetwork) -> Identity:
+    """Makes the identity of a network in eager PyTorch, without a precision."""
+    return Identity(weights_sha256=weights_sha256(loaded.network.state_dict()), classes=tuple(loaded.classes),
+                    backend="eager", precision="", output_stride=loaded.architecture.get("output_stride"),
+                    view_px=loaded.architecture.get("view_px"))
 
 
 class Predictor(Protocol):

@@ -3,6 +3,7 @@
 For many images use `stpp label`, which reads ahead, makes batches and can resume. H W: pixels.
 """
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -15,7 +16,7 @@ from PIL import Image
 from stpp.errors import UserError
 from stpp.images import storage
 from stpp.images.image_file import DECODE_ERRORS, MAX_PIXELS, orientation, upright
-from stpp.images.pixels import BadImage, colours, normalised
+from stpp.images.pixels import NOT_FINITE, BadImage, colours, normalised
 from stpp.images.planning import BatchLimits, examine
 from stpp.images.reading import Reading, upright_pixels
 from stpp.images.sources import FolderSource, Item
@@ -60,9 +61,10 @@ class ImagePredictor:
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
                 raise ValueError(f"image is an array {image.dtype} {image.shape}; expected uint8 [H, W, 3]: "
                                  "red, green, blue")
-            return self.mask(image)
+            self._check_size(image.shape[1], image.shape[0])
+            return self._mask_of_object(image)
         if isinstance(image, Image.Image):
-            return self.mask(self._of_pil(image))
+            return self._mask_of_object(self._of_pil(image))
         if not isinstance(image, (str, os.PathLike)):
             raise TypeError(f"image is a {type(image).__name__}; expected a path, a PIL image or a uint8 "
                             "array [H, W, 3]")
@@ -81,22 +83,50 @@ class ImagePredictor:
 
     @torch.inference_mode()
     def mask(self, colours_HWC: np.ndarray) -> np.ndarray:
-        """Predicts class ids, uint8 [H, W], of colours, uint8 [H, W, 3]."""
+        """Predicts class ids, uint8 [H, W], of colours, uint8 [H, W, 3].
+
+        Raises:
+            BadImage: the network's answer is not finite.
+        """
         images_NCHW = _network_input(colours_HWC, self._device)
-        return views.masks(self._network, images_NCHW, self.mode)[0].cpu().numpy()
+        masks_NHW, finite_N = views.finite_masks(self._network, images_NCHW, self.mode)
+        if not finite_N.all():
+            raise BadImage(NOT_FINITE)
+        return masks_NHW[0].cpu().numpy()
 
     @torch.inference_mode()
     def scored(self, colours_HWC: np.ndarray) -> tuple[np.ndarray, float]:
-        """Predicts class ids, as `mask`, and their mean confidence, 0 to 1."""
+        """Predicts class ids, as `mask`, and their mean confidence, 0 to 1.
+
+        Raises:
+            BadImage: the network's answer is not finite.
+        """
         images_NCHW = _network_input(colours_HWC, self._device)
         sums_NCHW = views.accumulate(self._network, images_NCHW, self.mode)
         masks_NHW, confidence_N, _ = views.masks_of_sums(sums_NCHW, tuple(images_NCHW.shape[-2:]))
+        if not math.isfinite(confidence_N[0]):
+            raise BadImage(NOT_FINITE)
         return masks_NHW[0].cpu().numpy(), float(confidence_N[0])
 
+    def as_shown(self, mask_HW: np.ndarray, item: Item) -> np.ndarray:
+        """Turns the mask of an image as annotation tools and browsers show the image: upright."""
+        if self.exif:
+            return mask_HW
+        limits = BatchLimits(max_batch=1, batch_pixels=1, max_pixels=self.max_pixels, exif=True)
+        return np.ascontiguousarray(upright(mask_HW, examine(item, limits).reading.orientation))
+
+    def _mask_of_object(self, colours_HWC: np.ndarray) -> np.ndarray:
+        try:
+            return self.mask(colours_HWC)
+        except BadImage as bad:
+            raise UserError(f"image: {bad}") from None
+
+    def _check_size(self, width: int, height: int) -> None:
+        if width * height > self.max_pixels:
+            raise UserError(f"image has {width}x{height} pixels, more than max_pixels {self.max_pixels}")
+
     def _of_pil(self, image: Image.Image) -> np.ndarray:
-        if image.width * image.height > self.max_pixels:
-            raise UserError(f"image has {image.width}x{image.height} pixels, more than max_pixels "
-                            f"{self.max_pixels}")
+        self._check_size(image.width, image.height)
         try:
             before = orientation(image)
             colours_HWC = colours(image)

@@ -135,6 +135,29 @@ def accumulate(predictor: "Predictor", images_NCHW: torch.Tensor, mode: str) -> 
                             predictor.num_classes)
 
 
+class _Watched:
+    """Predictor that records which of N images had finite logits in all calls."""
+
+    def __init__(self, predictor: "Predictor", count: int, device: torch.device):
+        self._predictor = predictor
+        self.num_classes, self.view_px = predictor.num_classes, predictor.view_px
+        self.finite_N = torch.ones(count, dtype=torch.bool, device=device)
+
+    def logits(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        low_NChw = self._predictor.logits(images_NCHW)
+        finite = low_NChw.isfinite().flatten(1).all(1)
+        self.finite_N &= finite.view(-1, len(self.finite_N)).all(0)  # mirrored views follow the others
+        return low_NChw
+
+
+def finite_masks(predictor: "Predictor", images_NCHW: torch.Tensor, mode: str,
+                 **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predicts masks as `masks`, and whether all logits of an image were finite: bool [N]; otherwise its mask
+    is meaningless (class 0)."""
+    watched = _Watched(predictor, len(images_NCHW), images_NCHW.device)
+    return masks(watched, images_NCHW, mode, **options), watched.finite_N
+
+
 def masks(predictor: "Predictor", images_NCHW: torch.Tensor, mode: str, *, crop_px: int | None = None,
           edges: WindowEdges = "cut") -> torch.Tensor:
     """Predicts the most likely class of every pixel over all views: uint8 [N, H, W].

@@ -12,9 +12,12 @@ from tqdm import tqdm
 from stpp import files, processes
 from stpp.annotations.labelled import LabelledImage, Scheme
 from stpp.errors import UserError
+from stpp.images.image_file import MAX_PIXELS, upright, upright_size
+from stpp.images.items import Item
 from stpp.images.masks import IGNORE, count_indices
 from stpp.images.names import mask_key
-from stpp.label import mask_files, rows
+from stpp.images.planning import BatchLimits, examine
+from stpp.label import fingerprint, mask_files, rows
 from stpp.label.mask_files import MaskFiles, MaskPlace
 
 CHUNK = 16
@@ -111,7 +114,7 @@ def encode_many(chunk: Sequence[tuple[LabelledImage, MaskPlace]], encode: Encode
     """
     encoded = []
     for image, place in chunk:
-        mask_HW = mask_files.read(place)
+        mask_HW = np.ascontiguousarray(upright(mask_files.read(place), image.turn))
         if mask_HW.shape != (image.height, image.width):
             raise UserError(f"{place.file}: the mask of {image.key} has "
                             f"{mask_HW.shape[1]}x{mask_HW.shape[0]} pixels, but its row says "
@@ -129,12 +132,14 @@ def encode_many(chunk: Sequence[tuple[LabelledImage, MaskPlace]], encode: Encode
 def _chunks(labels: Path, parts: Sequence[Path], requested: dict[str, None] | None,
             matched: set[str]) -> Iterator[list[tuple[LabelledImage, MaskPlace]]]:
     """Yields chunks of images to export; adds the matching lines of the list to `matched`."""
+    as_stored = _is_as_stored(labels)
     for part in parts:
         masks, chunk = MaskFiles(labels, part.stem), []
+        turn_of = _orientations(labels, part) if as_stored else {}
         for row in rows.read(part, _COLUMNS):
             if row["status"] != "ok":
                 continue
-            image = _labelled(row, part)
+            image = _labelled(row, part, turn_of.get(row["key"], 1))
             if requested is not None:
                 lines = {line for line in (image.key, image.name) if line in requested}
                 matched |= lines
@@ -152,7 +157,33 @@ def _chunks(labels: Path, parts: Sequence[Path], requested: dict[str, None] | No
             yield chunk
 
 
-def _labelled(row: dict, part: Path) -> LabelledImage:
+def _is_as_stored(labels: Path) -> bool:
+    """True if images were labelled without regard to their EXIF orientation."""
+    stored = fingerprint.read(labels) or {}
+    cut = stored.get("fingerprint", {}).get("cut", {}) if isinstance(stored.get("fingerprint"), dict) else {}
+    return isinstance(cut, dict) and cut.get("exif") is False
+
+
+def _orientations(labels: Path, part: Path) -> dict[str, int]:
+    """Reads the EXIF orientations of a part's images, by key.
+
+    Raises:
+        UserError: an image can no longer be read.
+    """
+    limits = BatchLimits(max_batch=1, batch_pixels=1, max_pixels=MAX_PIXELS, exif=True)
+    turn_of = {}
+    for row in rows.read(labels / "plan" / part.name):
+        item = Item(**{name: row[name] for name in ("key", "source", "file", "offset", "bytes")})
+        examined = examine(item, limits)
+        if examined.error is None:
+            turn_of[item.key] = examined.reading.orientation
+        elif row.get("error") is None:
+            raise UserError(f"{item.source}: cannot be read ({examined.error}); it was labelled as "
+                            "stored, and an export needs its EXIF orientation")
+    return turn_of
+
+
+def _labelled(row: dict, part: Path, turn: int) -> LabelledImage:
     """Converts a row to an image, checking that its key is a safe path."""
     key, source = row["key"], row["source"] or ""
     try:
@@ -165,7 +196,8 @@ def _labelled(row: dict, part: Path) -> LabelledImage:
     name = f"{key}.{ending}" if dot and stem and len(ending) <= 5 and ending.isalnum() else key
     score = row["mean_confidence"]
     known = score is not None and 0 <= score <= 1
-    return LabelledImage(key, name, row["width"], row["height"], score if known else 0.0)
+    return LabelledImage(key, name, *upright_size(row["width"], row["height"], turn), score if known else 0.0,
+                         turn)
 
 
 def _listed(path: Path) -> dict[str, None]:

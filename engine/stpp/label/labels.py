@@ -22,6 +22,7 @@ from stpp.errors import UserError
 from stpp.images.batches import Decoded
 from stpp.images.items import Item, SkippedItems
 from stpp.images.masks import IGNORE, read_index_mask
+from stpp.images.pixels import NOT_FINITE
 from stpp.images.planning import Planned
 from stpp.inference import views
 from stpp.inference.open import Predictor
@@ -34,8 +35,6 @@ from stpp.label.sinks import Sink, StoredMask, open_sink
 from stpp.loading.sample import Sample
 from stpp.metrics import mean_iou
 from stpp_kernels import class_pixels, confusion
-
-NOT_FINITE = "the network's answer is not finite"
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,12 +59,17 @@ def read(place: MaskPlace) -> np.ndarray:
     """Reads the class ids of a mask, uint8 [H, W].
 
     Raises:
-        UserError: the mask cannot be read; names the file.
+        UserError: the mask cannot be read, or is not as written; names the file.
     """
     try:
         data = storage.read(place.file, place.offset, place.bytes)
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            return np.asarray(image.convert("L") if image.mode != "L" else image)
+            mode, mask_HW = image.mode, np.asarray(image)
     except DECODE_ERRORS as error:
         raise UserError(f"{place.file}: a mask cannot be read ({type(error).__name__}); label its image "
                         "again (`stpp label --verify`)") from None
+    if mode != "L":
+        raise UserError(f"{place.file}: a mask is not the 8-bit gray PNG that was written ({mode}); another "
+                        "program changed it: label its image again (`stpp label --verify`), and correct "
+                        "masks in an export")
+    return mask_HW

@@ -18,13 +18,14 @@ from stpp.config import DataConfig, LabelConfig
 from stpp.device import Readback
 from stpp.distributed import World
 from stpp.images.batches import Decoded
+from stpp.images.pixels import NOT_FINITE
 from stpp.images.planning import Planned
 from stpp.inference import views
 from stpp.inference.open import Predictor
 from stpp.inference.predictors import PredictorOpener
 from stpp.label import rows
 from stpp.label.assignment import Assignment
-from stpp.label.labels import NOT_FINITE, SampleSource, require_none_bad
+from stpp.label.labels import SampleSource, require_none_bad
 from stpp.label.plan import Plan
 from stpp.label.run import Summary, execute
 from stpp.loading.sample import Sample
@@ -40,27 +41,6 @@ class ImageReliability(NamedTuple):
     reliability: float
     class_pixels: list[int] | None
     """Pixels of each class in the last teacher's mask; None if not needed."""
-
-
-class _Watched:
-    """Predictor that records which images had finite logits."""
-
-    def __init__(self, predictor: Predictor):
-        self._predictor = predictor
-        self.num_classes, self.view_px = predictor.num_classes, predictor.view_px
-        self.finite_N: torch.Tensor | None = None
-        """bool [N], of the last call."""
-
-    def logits(self, images_NCHW: torch.Tensor) -> torch.Tensor:
-        low_NChw = self._predictor.logits(images_NCHW)
-        self.finite_N = low_NChw.isfinite().flatten(1).all(1)
-        return low_NChw
-
-
-def _masks(predictor: Predictor, images_NCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predicts masks, uint8 [N, H, W], and whether an image's logits are finite, bool [N]."""
-    watched = _Watched(predictor)
-    return views.masks(watched, images_NCHW, "none"), watched.finite_N
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +72,10 @@ class ReliabilityJob:
     def compute(self, batch: Decoded) -> Callable[[], list[ImageReliability | str | None]]:
         """See `Job`: computes the last teacher's mean IoU with each earlier teacher, averaged over these."""
         *earlier, last = self.networks
-        reference_NHW, finite_N = _masks(last, batch.images_NCHW)
+        reference_NHW, finite_N = views.finite_masks(last, batch.images_NCHW, "none")
         total_N = torch.zeros(len(batch.planned), dtype=torch.float64, device=reference_NHW.device)
         for network in earlier:
-            masks_NHW, finite = _masks(network, batch.images_NCHW)
+            masks_NHW, finite = views.finite_masks(network, batch.images_NCHW, "none")
             finite_N = finite_N & finite
             total_N += pairwise_iou(masks_NHW, reference_NHW, last.num_classes)
         total_N.masked_fill_(~finite_N, math.nan)  # equal masks of NaN would be the most reliable

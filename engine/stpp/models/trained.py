@@ -61,12 +61,11 @@ def load_network(
     saved = checkpoint.require_own(content, path)
     try:
         architecture, classes = saved["architecture"], list(saved["classes"])
+        _check_names(classes, saved["classes"])
         network = build_model(
             architecture["name"], architecture["backbone"], len(classes), architecture["output_stride"]
         )
         network.load_state_dict(saved["model"])
-        if not all(isinstance(name, str) for name in classes):
-            raise ValueError("its class names are not text")
         view_recorded = architecture.get("view_px")
         if type(view_recorded) not in (int, type(None)):
             raise ValueError(f"view_px is {view_recorded!r}")
@@ -84,6 +83,20 @@ def load_network(
         )
     network.pretrained = record_of(saved)
     return LoadedNetwork(network, classes, architecture | view)
+
+
+def _check_names(classes: list, recorded: object) -> None:
+    """Rejects class names that no run writes.
+
+    Raises:
+        ValueError: says why.
+    """
+    if not isinstance(recorded, (list, tuple)) or not all(isinstance(name, str) for name in classes):
+        raise ValueError("its class names are not text")
+    if not 1 <= len(classes) <= MAX_CLASSES:
+        raise ValueError(f"it has {len(classes)} classes; up to {MAX_CLASSES} are possible")
+    if len(set(classes)) < len(classes) or not all(name.strip() and name.isprintable() for name in classes):
+        raise ValueError("its class names are not distinct, or not printable")
 
 
 def _published(

@@ -58,7 +58,7 @@ def write_report(folder: Path, out: Path, *, run: Path | None = None, reliabilit
         raise UserError(f"{folder}: neither a run (stages/) nor labels (labels/); give the --out of `stpp "
                         "train` or `stpp label`")
     run = folder if is_run else run or runs.of_labels(folder)
-    scores, threshold = _reliability(run, reliability)
+    scores, threshold = _reliability(folder if is_run else runs.of_labels(folder), reliability)
     labellings = [labelling.read(path, name, scores) for name, path in _label_folders(folder, is_run)]
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:

@@ -10,7 +10,7 @@ from stpp.errors import UserError
 from stpp.inference import calibration
 from stpp.inference.calibration import NEVER, Calibration
 from stpp.inference.open import Predictor
-from stpp.inference.record import weights_sha256
+from stpp.inference.protocol import identity_of
 from stpp.loading.sample import Sample
 from stpp.models.trained import load_network
 
@@ -25,13 +25,13 @@ def ensure_calibration(world: World, checkpoint: Path, predictor: Callable[[Path
         predictor: opens the checkpoint.
         precision: target precision for the proposals in the file.
     """
-    weights, path = weights_sha256(load_network(checkpoint)[0].state_dict()), _path(checkpoint)
-    stored = distributed.gather(_stored(path, weights, tta, samples))[0]  # as read by rank 0
+    network, path = identity_of(load_network(checkpoint)).network, _path(checkpoint)
+    stored = distributed.gather(_stored(path, network, tta, samples))[0]  # as read by rank 0
     if stored is not None:
         return stored
     log.say(f"  calibrating {checkpoint.parent.name} on {len(samples)} held-out images, {tta} views")
     measured = calibration.measure(predictor(checkpoint), samples, world, data, tta=tta, classes=classes,
-                                   weights=weights)
+                                   network=network)
     distributed.on_main(world, lambda: calibration.write(path, measured, [precision]))
     return measured
 
@@ -40,13 +40,13 @@ def _path(checkpoint: Path) -> Path:
     return checkpoint.parent / calibration.NAME
 
 
-def _stored(path: Path, weights: str, tta: str, samples: Sequence[Sample]) -> Calibration | None:
-    """Reads a calibration, if it is of these weights, views and images."""
+def _stored(path: Path, network: str, tta: str, samples: Sequence[Sample]) -> Calibration | None:
+    """Reads a calibration, if it is of this network, views and images."""
     try:
         stored = calibration.read(path)
     except UserError:
         return None
-    same = (stored.weights, stored.tta, stored.held_out) == (weights, tta, calibration.digest(samples))
+    same = (stored.network, stored.tta, stored.held_out) == (network, tta, calibration.digest(samples))
     return stored if same else None
 
 
