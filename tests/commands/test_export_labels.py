@@ -501,6 +501,9 @@ def test_class_names_are_required(tmp_path, capsys):
     assert "holds the class id 2, and there are 2 classes" in refused(
         capsys, *command, tmp_path / "b.json", "--classes", "a", "b"
     )
+    of_three = cases.labels(tmp_path / "of three", MASKS, classes=("sky", "road", "car"))
+    assert "--classes: got 2 names, and the network that labelled" in refused(
+        capsys, "export-labels", of_three, *command[2:], tmp_path / "b.json", "--classes", "a", "b")
     run = tmp_path / "run"
     (run / "stages" / "3-label").mkdir(parents=True)
     (run / "config.json").write_text("{}")

@@ -493,6 +493,13 @@ def test_an_eager_folder_is_portable(first, tmp_path, user):
     assert_computes(opened(tmp_path / "engine"), first)
 
 
+def test_eager_folder_with_other_weights_is_refused(first, second, tmp_path):
+    compile_predictor(first, tmp_path / "engine", load=load, device=CPU, backend="eager", precision="fp32")
+    shutil.copy(second, tmp_path / "engine" / "checkpoint.pt")
+    with pytest.raises(UserError, match="checkpoint.pt: holds other weights than .*engine.json names"):
+        opened(tmp_path / "engine")
+
+
 # --- records
 # ----------------------------------------------------------------------------------------------------------
 

@@ -33,6 +33,8 @@ class Compile:
 
     def __post_init__(self):
         config.check_view(self.view_px)
+        if self.sample is not None and self.backend == "eager":
+            raise UserError("--sample: compares an engine with eager; leave it out with --backend eager")
 
 
 def compile(args: Sequence[str]) -> None:

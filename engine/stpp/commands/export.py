@@ -15,7 +15,8 @@ from stpp.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Export a checkpoint to ONNX with batch norm folded, for any number and size of images."""
+    """Export a checkpoint to ONNX with batch norm folded, for any number of images, from the smallest size
+    that the network accepts."""
 
     checkpoint: Path
     """A best.pt or third-*.pt of a run, or a published state dict."""

@@ -96,9 +96,13 @@ def _names(options: ExportLabels) -> tuple[str, ...]:
     if options.run is not None and not options.classes and list(names) != list(runs.classes(options.run)):
         raise UserError(f"--run {options.run}: its classes differ from those of the network that labelled "
                         f"{options.labels}; leave the flag out, or give --classes")
-    if not isinstance(names, (list, tuple)) or not names:
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names) or not names:
         raise UserError(f"{options.labels}: the class names are unknown; give --classes in id order, or "
                         "--run")
+    recorded = stored.get("classes") or ()
+    if options.classes and isinstance(recorded, list) and recorded and len(recorded) != len(names):
+        raise UserError(f"--classes: got {len(names)} names, and the network that labelled {options.labels} "
+                        f"has {len(recorded)} classes")
     if len(set(names)) < len(names) or len(names) > MOST_CLASSES:
         raise UserError(f"--classes: expected up to {MOST_CLASSES} distinct names, got {len(names)} "
                         f"({len(set(names))} distinct)")

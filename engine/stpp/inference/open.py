@@ -132,6 +132,9 @@ def _open_folder(folder: Path, load: Load, device: torch.device, *, backend: str
     plan = _plan(weights, load, device, backend=record.backend, precision=record.precision,
                  shapes=record.shapes)
     if record.backend == "eager":
+        if plan.weights != record.weights_sha256:
+            raise UserError(f"{weights}: holds other weights than {folder / records.NAME} names; compile it "
+                            "again")
         return _eager(plan)
     _, reason = build.check(folder, plan, trusted=True)
     if reason is not None:
