@@ -133,4 +133,5 @@ def test_missing_classes_are_those_below_a_tenth():
     assert found.keys() == {"b"}
     assert found["b"] == ("class b has 10 % of the labelled pixels and 0.978 % of the pixels, 0.098 times as "
                           "much")
-    assert not class_shares.missing(("a", "b"), [1, 1], [0, 0], "pixels")  # nothing was found
+    found = class_shares.missing(("a", "b", "c"), [1, 1, 0], [0, 0, 0], "confident pixels of this epoch")
+    assert found == dict.fromkeys("ab", "there are no confident pixels of this epoch, of any class")

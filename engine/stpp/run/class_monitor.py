@@ -78,9 +78,10 @@ class ClassMonitor:
         """Logs warnings by class, each class once in a run, and the remedies."""
         new = {name: text for name, text in lines.items() if name not in self._warned}
         self._warned |= new.keys()
-        for text in list(new.values())[:SHOWN]:
+        texts = dict.fromkeys(new.values())
+        for text in list(texts)[:SHOWN]:
             log.say(f"warning: {text}")
-        if len(new) > SHOWN:
+        if len(texts) > SHOWN:
             log.say(f"warning: the same holds for {', '.join(list(new)[SHOWN:])}")
         if new:
             log.say(f"  to try: {class_shares.REMEDIES}{self.advice}; {class_shares.GUIDE}")

@@ -42,6 +42,9 @@ def missing(classes: Sequence[str], labelled_C: Sequence[int], pseudo_C: Sequenc
     Args:
         what: name of the pseudo-labelled pixels, for example "confident pixels of this epoch".
     """
+    if not any(pseudo_C):
+        return {name: f"there are no {what}, of any class"
+                for name, count in zip(classes, labelled_C, strict=True) if count}
     lines = {}
     columns = zip(classes, percent(labelled_C), percent(pseudo_C), ratios(labelled_C, pseudo_C), strict=True)
     for name, labelled, pseudo, ratio in columns:
