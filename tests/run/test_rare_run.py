@@ -58,7 +58,7 @@ def test_labels_use_the_least_confidence_of_held_out_labels(run):
     found = calibration.read(run / "stages" / "1-supervised" / "calibration.json")
     assert (found.images, found.tta, found.classes) == (3, "flip", CLASSES)
     job = json.loads((run / "stages" / "2-label" / "run.json").read_text())["fingerprint"]
-    assert job["floors"] == list(found.floors(0.3)) and job["teacher"].startswith(found.weights[:16])
+    assert job["floors"] == list(found.floors(0.3)) and job["teacher"].startswith(f"{found.network}-")
     never = {i for i, floor in enumerate(job["floors"]) if floor == calibration.NEVER}
     for row in rows.read_parts(run / "stages" / "2-label", "labels"):
         mask = read_index_mask(run / "stages" / "2-label" / "masks" / f"{row['key']}.png")
@@ -139,6 +139,12 @@ def test_corpus_is_labelled_with_its_teachers_calibration(run, synthetic, tmp_pa
     errors = refused(capsys, "label", "--teacher", other, *begin[3:], *auto, "--out", tmp_path / "b",
                      "--calibration", best.parent / "calibration.json")
     assert "calibration.json was measured with other weights" in errors
+    small = tmp_path / "small.json"
+    code, _, said = ended(capsys, "calibrate", "--checkpoint", best, "--out", small, "--device", "cpu",
+                          "--tta", "flip", "--target-precision", "0.3", "--view-px", "40")
+    assert code == 0, said
+    errors = refused(capsys, *begin, *auto, "--out", tmp_path / "b", "--calibration", small)
+    assert "small.json was measured with another view size or output stride" in errors
     errors = refused(capsys, *begin, "--class-confidence", "pole=0.5", "--out", tmp_path / "b")
     assert "--class-confidence: unknown class pole" in errors
 
