@@ -109,10 +109,7 @@ def build(plan: Compilation, folder: Path, sample: Iterable[torch.Tensor] | None
     module = BACKENDS[plan.backend]
     if reason := module.unavailable(plan.device):
         raise UserError(f"--backend {plan.backend}: {reason}")
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
+    with _replaced(folder) as temporary:
         log.say(f"compiling the predictor with {plan.backend} in {plan.precision} ...")
         began, ready = time.monotonic(), plan.ready()
         shapes = module.build(ready, temporary, shapes=plan.shapes, device=plan.device,
@@ -130,14 +127,6 @@ def build(plan: Compilation, folder: Path, sample: Iterable[torch.Tensor] | None
         if sample is not None:
             record = dataclasses.replace(record, agreement=_agreement(predictor, plan, sample))
         _write_folder(plan, record, temporary)
-        files.replace_folder(temporary, folder)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"engine {folder}: {error.strerror} ({error.filename}); choose another "
-                        "folder") from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     log.say(f"{record.describe()} compiled in {compile_s:.0f} s: {folder}")
     return predictor
 
@@ -148,15 +137,28 @@ def write_eager_folder(plan: Compilation, folder: Path) -> None:
         backend="eager", precision=plan.precision, frozen=False, weights_sha256=plan.weights,
         architecture=plan.architecture, classes=plan.classes, shapes=plan.shapes,
         device=Device.of(plan.device), versions=plan.versions(), compile_s=0.0, files={})
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True, exist_ok=True)
+    with _replaced(folder) as temporary:
         _write_folder(plan, record, temporary)
+
+
+@contextlib.contextmanager
+def _replaced(folder: Path) -> Iterator[Path]:
+    """Makes a temporary folder that replaces `folder` when the block succeeds.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
         files.replace_folder(temporary, folder)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"engine {folder}: {error.strerror} ({error.filename}); choose another "
                         "folder") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_folder(plan: Compilation, record: EngineRecord, folder: Path) -> None:
