@@ -113,43 +113,22 @@ def sha256(path: str | os.PathLike) -> str:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock on a file: against processes of this machine and, if supported, of its file
-    server."""
+def locked(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
+    """Holds a lock on a file: against processes of this machine and, if supported, of its file server.
+
+    Args:
+        shared: allow other shared locks meanwhile.
+        wait: wait for the locks of others.
+
+    Raises:
+        BlockingIOError: without `wait`, another process holds a lock.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         with contextlib.suppress(ImportError):  # no fcntl on Windows
             import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextlib.contextmanager
-def used(path: Path) -> Iterator[None]:
-    """Holds a shared lock on a file, if it can be created: `changing` fails meanwhile."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError, ImportError):
-            import fcntl
-
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fcntl.flock(stack.enter_context(open(path, "a")), fcntl.LOCK_SH)
-        yield
-
-
-@contextlib.contextmanager
-def changing(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock on a file.
-
-    Raises:
-        BlockingIOError: another process holds a lock on it.
-    """
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open(path, "a"))
-        with contextlib.suppress(ImportError):
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         yield
 
 

@@ -10,7 +10,7 @@ from stpp.errors import UserError
 MARK = ".stpp-output"
 
 
-def claim(out: Path, names: Sequence[str], *, earlier: str | None = None, flag: str = "--out") -> None:
+def claim(out: Path, names: Sequence[str], *, earlier: str | None = None) -> None:
     """Marks an output folder, which is created if missing.
 
     Args:
@@ -25,8 +25,8 @@ def claim(out: Path, names: Sequence[str], *, earlier: str | None = None, flag: 
     if marked or not (earlier and (out / earlier).exists()):
         foreign = [name for name in names if name not in marked and (out / name).exists()]
         if foreign:
-            raise UserError(f"{flag} {out}: contains {', '.join(foreign)}, which stpp did not write and "
-                            f"would replace; choose another {flag}")
+            raise UserError(f"--out {out}: contains {', '.join(foreign)}, which stpp did not write and "
+                            "would replace; choose another --out")
     if not marked >= set(names):
         files.write_text(out / MARK, "".join(f"{name}\n" for name in sorted(marked | set(names))))
 

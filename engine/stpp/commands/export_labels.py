@@ -106,7 +106,7 @@ def _names(options: ExportLabels) -> tuple[str, ...]:
     if len(set(names)) < len(names) or len(names) > MOST_CLASSES:
         raise UserError(f"--classes: expected up to {MOST_CLASSES} distinct names, got {len(names)} "
                         f"({len(set(names))} distinct)")
-    odd = next((name for name in names if not str(name).isprintable() or not str(name).strip()), None)
+    odd = next((name for name in names if not name.isprintable() or not name.strip()), None)
     if options.format == "cvat":
         from stpp.annotations.labelled import IGNORED
 

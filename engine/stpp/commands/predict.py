@@ -138,13 +138,9 @@ def _write_all(predictor: "ImagePredictor", items: list["Item"], out: Path) -> l
     for item in items:
         try:
             colours_HWC, reading = predictor.read(item)
-        except BadImage as error:
-            bad.append(f"{item.file}: {error}")
-            continue
-        if is_dark(colours_HWC, reading):
-            log.say(f"warning: {item.file}: uses few of its {reading.bits} bits per channel, so it looks "
-                    "nearly black to the network; stretch it to the full range")
-        try:
+            if is_dark(colours_HWC, reading):
+                log.say(f"warning: {item.file}: uses few of its {reading.bits} bits per channel, so it looks "
+                        "nearly black to the network; stretch it to the full range")
             mask_HW = predictor.mask(colours_HWC)
         except BadImage as error:
             bad.append(f"{item.file}: {error}")

@@ -224,9 +224,13 @@ def renewed(out: Path) -> Index:
     return prepare(stored["root"], out, progress=False, **stored["settings"])
 
 
-def in_use(out: Path) -> contextlib.AbstractContextManager:
-    """Context in which no process may rewrite the index in `out`."""
-    return files.used(out / _USE)
+@contextlib.contextmanager
+def in_use(out: Path) -> Iterator[None]:
+    """Keeps processes from rewriting the index in `out`, if its folder can be written."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            stack.enter_context(files.locked(out / _USE, shared=True))
+        yield
 
 
 def _unused(out: Path, stack: contextlib.ExitStack) -> None:
@@ -236,7 +240,7 @@ def _unused(out: Path, stack: contextlib.ExitStack) -> None:
         UserError: a run uses it.
     """
     try:
-        stack.enter_context(files.changing(out / _USE))
+        stack.enter_context(files.locked(out / _USE, wait=False))
     except BlockingIOError:
         raise UserError(f"{out}: a run is training on this index, which would be rewritten because the data "
                         "set or its settings differ; stop the run, or choose another folder") from None

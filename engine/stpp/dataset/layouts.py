@@ -18,7 +18,7 @@ images are skipped and counted; extensions match in any case.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from stpp.annotations import cvat
@@ -122,16 +122,11 @@ def own_mask_map(root: Path, layout: str, masks: str | None, classes: Sequence[s
 
 def _refuse_folders_like_masks(keys: Mapping[str, str], root: Path) -> None:
     """Rejects a folder `a/7.png` beside the image `a/7.jpg`, whose mask would be written to this name."""
-    parents = {parent for key in keys for parent in _parents(key)}
+    folders_in = folders_of(keys)
     for key, image in keys.items():
-        if f"{key}.png" in parents:
+        folder, _, name = key.rpartition("/")
+        if f"{name}.png" in folders_in(folder):
             raise UserError(f"{root}: the folder {key}.png has the name of the mask of {image}; rename one")
-
-
-def _parents(key: str) -> Iterator[str]:
-    while folder := key.rpartition("/")[0]:
-        yield folder
-        key = folder
 
 
 def folders(layout: str, images: str | None = None, masks: str | None = None) -> list[str]:

@@ -139,14 +139,14 @@ def _stored(text: str) -> tuple[Sequence[int], bool]:
 
 def _targets(text: str, count: int, classes: Sequence[str], where: str) -> Sequence[int]:
     """Class ids that the right side gives for `count` stored ids."""
-    ids = _ids(text)
+    ids, named = _ids(text), list(classes).index(text) if text in classes else IGNORE
     if not ids:
         if text not in classes and text != "ignore":
             raise UserError(f"{where}: unknown class; the classes are {', '.join(classes)}, and ignore")
-        ids = [list(classes).index(text) if text in classes else IGNORE]
-    elif text in classes and list(classes).index(text) != ids[0]:
+        ids = [named]
+    elif named not in (ids[0], IGNORE):
         raise UserError(f"{where}: {text} may be the id {ids[0]}, or the class named {text}, which has the "
-                        f"id {list(classes).index(text)}; name classes with a letter")
+                        f"id {named}; name classes with a letter")
     if len(ids) not in (1, count):
         raise UserError(f"{where}: maps {count} ids to {len(ids)}; give one class, or as many")
     wrong = next((class_id for class_id in ids if class_id >= len(classes) and class_id != IGNORE), None)

@@ -50,6 +50,11 @@ class Planned:
         return self.reading.size
 
 
+def examine_alone(item: Item, *, max_pixels: int, exif: bool) -> Planned:
+    """Determines the reading of an image, as `examine`, for work outside batches."""
+    return examine(item, BatchLimits(max_batch=1, batch_pixels=1, max_pixels=max_pixels, exif=exif))
+
+
 def examine(item: Item, limits: BatchLimits) -> Planned:
     """Determines the reading of an image; its batch is not assigned yet (0), or will never be (-1)."""
     reading, error = None, item.error

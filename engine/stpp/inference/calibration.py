@@ -18,6 +18,7 @@ from stpp.config import DataConfig
 from stpp.distributed import World
 from stpp.errors import UserError
 from stpp.images.masks import IGNORE
+from stpp.images.pixels import NOT_FINITE
 from stpp.inference import views
 from stpp.inference.open import Predictor
 from stpp.loading import loader
@@ -141,10 +142,10 @@ def class_and_bin(sums_NCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def count_pixels(masks_NHW: torch.Tensor, bins_NHW: torch.Tensor, where_NHW: torch.Tensor,
-                 num_classes: int) -> torch.Tensor:
+                 num_classes: int, num_bins: int = BINS) -> torch.Tensor:
     """Counts pixels by class and bin where a flag is set: int64 [C, B]."""
-    places = (masks_NHW * BINS + bins_NHW)[where_NHW]
-    return torch.bincount(places, minlength=num_classes * BINS).view(num_classes, BINS)
+    places = (masks_NHW * num_bins + bins_NHW)[where_NHW]
+    return torch.bincount(places, minlength=num_classes * num_bins).view(num_classes, num_bins)
 
 
 @torch.inference_mode()
@@ -173,8 +174,8 @@ def measure(predictor: Predictor, samples: Sequence[Sample], world: World, data:
         counts_2CB[1] += count_pixels(masks_NHW, bins_NHW, right_NHW, size)
     all_CB, right_CB = distributed.sum_over_ranks(counts_2CB).cpu().numpy()
     if count := int(distributed.sum_over_ranks(broken)):
-        raise UserError(f"the network's answer is not finite for {count} of {len(samples)} held-out images: "
-                        "there is no confidence to calibrate")
+        raise UserError(f"{NOT_FINITE} for {count} of {len(samples)} held-out images: there is no confidence "
+                        "to calibrate")
     if not all_CB.any():
         raise UserError("no pixel of the held-out images has a label: there is nothing to calibrate on")
     return Calibration(classes=tuple(classes), all_CB=all_CB, right_CB=right_CB, images=len(samples), tta=tta,

@@ -13,6 +13,7 @@ from stpp import distributed, files, log
 from stpp.config import DataConfig, WindowEdges
 from stpp.distributed import World
 from stpp.errors import UserError
+from stpp.images.pixels import NOT_FINITE
 from stpp.inference import views
 from stpp.inference.open import Predictor
 from stpp.loading import loader
@@ -54,7 +55,7 @@ def evaluate(predictor: Predictor, samples: Sequence[Sample], world: World, data
         if on_batch is not None:
             on_batch(batch, masks_NHW)
     if count := int(distributed.sum_over_ranks(broken)):
-        what = f"the network's answer is not finite for {count} of {len(samples)} images"
+        what = f"{NOT_FINITE} for {count} of {len(samples)} images"
         if refuse_nonfinite:
             raise UserError(f"{what}: there is no score")
         log.say(f"warning: {what}, which count as class 0")

@@ -17,7 +17,7 @@ from stpp.errors import UserError
 from stpp.images import storage
 from stpp.images.image_file import DECODE_ERRORS, MAX_PIXELS, orientation, upright
 from stpp.images.pixels import NOT_FINITE, BadImage, colours, normalised
-from stpp.images.planning import BatchLimits, examine
+from stpp.images.planning import examine_alone
 from stpp.images.reading import Reading, upright_pixels
 from stpp.images.sources import FolderSource, Item
 from stpp.inference import exif_rule, views
@@ -112,8 +112,8 @@ class ImagePredictor:
         """Turns the mask of an image as annotation tools and browsers show the image: upright."""
         if self.exif:
             return mask_HW
-        limits = BatchLimits(max_batch=1, batch_pixels=1, max_pixels=self.max_pixels, exif=True)
-        return np.ascontiguousarray(upright(mask_HW, examine(item, limits).reading.orientation))
+        reading = examine_alone(item, max_pixels=self.max_pixels, exif=True).reading
+        return np.ascontiguousarray(upright(mask_HW, reading.orientation))
 
     def _mask_of_object(self, colours_HWC: np.ndarray) -> np.ndarray:
         try:
@@ -144,7 +144,7 @@ def read(item: Item, *, exif: bool, max_pixels: int) -> tuple[np.ndarray, Readin
     Raises:
         BadImage: it cannot be read, has too many pixels, or an invalid name for a mask.
     """
-    planned = examine(item, BatchLimits(max_batch=1, batch_pixels=1, max_pixels=max_pixels, exif=exif))
+    planned = examine_alone(item, max_pixels=max_pixels, exif=exif)
     if planned.error is not None:
         raise BadImage(planned.error)
     try:

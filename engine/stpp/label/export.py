@@ -13,10 +13,9 @@ from stpp import files, processes
 from stpp.annotations.labelled import LabelledImage, Scheme
 from stpp.errors import UserError
 from stpp.images.image_file import MAX_PIXELS, upright, upright_size
-from stpp.images.items import Item
 from stpp.images.masks import IGNORE, count_indices
 from stpp.images.names import mask_key
-from stpp.images.planning import BatchLimits, examine
+from stpp.images.planning import examine_alone
 from stpp.label import fingerprint, mask_files, rows
 from stpp.label.mask_files import MaskFiles, MaskPlace
 
@@ -170,11 +169,10 @@ def _orientations(labels: Path, part: Path) -> dict[str, int]:
     Raises:
         UserError: an image can no longer be read.
     """
-    limits = BatchLimits(max_batch=1, batch_pixels=1, max_pixels=MAX_PIXELS, exif=True)
     turn_of = {}
     for row in rows.read(labels / "plan" / part.name):
-        item = Item(**{name: row[name] for name in ("key", "source", "file", "offset", "bytes")})
-        examined = examine(item, limits)
+        item = rows.item(row)
+        examined = examine_alone(item, max_pixels=MAX_PIXELS, exif=True)
         if examined.error is None:
             turn_of[item.key] = examined.reading.orientation
         elif row.get("error") is None:

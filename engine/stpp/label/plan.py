@@ -143,6 +143,5 @@ def _row(image: Planned) -> dict:
 
 def _planned(row: dict) -> Planned:
     reading = None if row["width"] is None else Reading(*(row[name] for name in Reading._fields))
-    item = Item(**{name: row[name] for name in rows.PLACE if name != "error"})
-    return Planned(item=item, position=row["position"], reading=reading, batch=row["batch"],
+    return Planned(item=rows.item(row), position=row["position"], reading=reading, batch=row["batch"],
                    error=row["error"])

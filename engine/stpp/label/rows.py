@@ -43,6 +43,11 @@ def listing_row(item: Item) -> dict:
     return {name: getattr(item, name) for name in LISTING}
 
 
+def item(row: dict) -> Item:
+    """Makes the item of a row in a plan."""
+    return Item(**{name: row[name] for name in PLACE if name != "error"})
+
+
 def part(out: Path, table: str, shard: int) -> Path:
     """Path of a shard's rows."""
     return out / table / f"part-{shard:06d}.parquet"

@@ -22,7 +22,7 @@ from stpp.distributed import World, threads_per_rank
 from stpp.errors import UserError
 from stpp.images import batches, planning
 from stpp.images.planning import Planned
-from stpp.inference import views
+from stpp.inference import calibration, views
 from stpp.inference.open import Predictor
 from stpp.label.assignment import Assignment
 from stpp.label.plan import Plan
@@ -30,6 +30,7 @@ from stpp.label.plan import Plan
 NAME = "class-confidence.json"
 BINS_PER_OCTAVE, OCTAVES = 200, 20
 """Bins for each halving of 1 - p, and the number of halvings: pixels above 1 - 2^-20 are not told apart."""
+BINS = BINS_PER_OCTAVE * OCTAVES
 MOST_IMAGES = 256
 """Maximum images in the sample, rounded up to whole batches."""
 MOST_SHARDS = 16
@@ -75,7 +76,7 @@ def quantiles(counts_CB: np.ndarray, share: float) -> list[float]:
 def bins(confidence: torch.Tensor) -> torch.Tensor:
     """Computes the bin of each confidence: int64."""
     octaves = -(1 - confidence.nan_to_num(0, 0, 0).double()).clamp(min=2.0**-OCTAVES).log2()
-    return (octaves * BINS_PER_OCTAVE).long().clamp(0, BINS_PER_OCTAVE * OCTAVES - 1)
+    return (octaves * BINS_PER_OCTAVE).long().clamp(0, BINS - 1)
 
 
 def _path(out: Path) -> Path:
@@ -87,8 +88,7 @@ def _counts(network: Predictor, mode: str, task: Assignment, plan: Plan, world: 
     """Counts pixels by class and confidence, int64 [C, B], of the sample."""
     threads = threads_per_rank(world, task.data.threads)
     size = network.num_classes
-    n_bins = BINS_PER_OCTAVE * OCTAVES
-    total_CB = torch.zeros(size, n_bins, dtype=torch.int64, device=world.device)
+    total_CB = torch.zeros(size, BINS, dtype=torch.int64, device=world.device)
     with ThreadPoolExecutor(threads, "stpp-plan") as pool:
         chosen = _spread(plan, pool)
     for _, batch in batches.batches(((0, planned) for planned in chosen), device=world.device,
@@ -100,8 +100,8 @@ def _counts(network: Predictor, mode: str, task: Assignment, plan: Plan, world: 
             shape = tuple(batch.images_NCHW.shape[-2:])
             masks_NHW, *_ = views.masks_of_sums(sums_NCHW, shape)
             bins_NHW = bins(views.confidence_of_sums(sums_NCHW, shape))
-            places = masks_NHW.long() * n_bins + bins_NHW
-            total_CB += torch.bincount(places.flatten(), minlength=size * n_bins).view(size, n_bins)
+            everywhere = torch.ones_like(masks_NHW, dtype=torch.bool)
+            total_CB += calibration.count_pixels(masks_NHW.long(), bins_NHW, everywhere, size, BINS)
     if not total_CB.any():
         raise UserError(f"{task.out}: none of the images sampled for --keep-share can be read")
     return total_CB.cpu().numpy()

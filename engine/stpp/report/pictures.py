@@ -12,7 +12,6 @@ from stpp.errors import UserError
 from stpp.images import pixels
 from stpp.images.image_file import DECODE_ERRORS, upright
 from stpp.images.palette import confidence_colours, ignored_overlay, overlay
-from stpp.images.sources import Item
 from stpp.label import confidence_map, mask_files, rows
 from stpp.report.labelling import Image, Labelling
 
@@ -46,9 +45,7 @@ def draw(labelling: Labelling, images: Sequence[Image], folder: Path, *, first: 
         for image in members:
             try:
                 row = planned[image.key]
-                stored = Item(**{name: row[name]
-                                 for name in ("key", "source", "file", "offset", "bytes")}).read()
-                seen_HWC = upright(pixels.decode(stored), row["orientation"] or 1)
+                seen_HWC = upright(pixels.decode(rows.item(row).read()), row["orientation"] or 1)
                 mask_HW = mask_files.read(masks.place(image.key))
             except (KeyError, UserError, pixels.BadImage, *DECODE_ERRORS):
                 continue

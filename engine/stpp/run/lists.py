@@ -75,9 +75,9 @@ def read(config: Config, world: World, index: Index, notes: Notes) -> Lists:
         distributed.on_main(world, lambda: _write(config.out / HELD_OUT, held_out, index))
     unlabelled: list[Sample] = []
     if METHODS[config.method].unlabelled:
-        listed = folder / splits.UNLABELED
-        if config.data.split or listed.stat().st_size:  # a drawn list is empty if every image is labelled
-            unlabelled = splits.read_split(listed, index, labelled=False, notes=notes)
+        path = folder / splits.UNLABELED
+        if config.data.split or path.stat().st_size:  # a drawn list is empty if every image is labelled
+            unlabelled = splits.read_split(path, index, labelled=False, notes=notes)
         _warn_of_unused(folder, unlabelled, index, notes)
     val: list[Sample] = []
     listed = splits.find_val(folder) if config.data.split else folder / splits.VAL
