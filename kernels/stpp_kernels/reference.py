@@ -183,6 +183,42 @@ def depthwise_conv_backward(
     return grad_x if need_x else empty, grad_weight if need_weight else empty
 
 
+def batch_norm_clamp(
+    x_NCHW: Tensor, weight_C: Tensor, bias_C: Tensor, low: float, high: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes (batch norm with the batch's statistics, clamped to [low, high]; mean; biased variance)."""
+    variance_C, mean_C = torch.var_mean(_compute_type(x_NCHW), (0, 2, 3), correction=0)
+    y_NCHW = _normalised(x_NCHW, mean_C, variance_C, weight_C, bias_C, eps).clamp_(low, high)
+    return y_NCHW.to(x_NCHW.dtype).contiguous(memory_format=torch.channels_last), mean_C, variance_C
+
+
+def batch_norm_clamp_backward(
+    grad_NCHW: Tensor, x_NCHW: Tensor, mean_C: Tensor, variance_C: Tensor, weight_C: Tensor, bias_C: Tensor,
+    low: float, high: float, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Computes the gradients of (x, weight, bias)."""
+    y_NCHW = _normalised(x_NCHW, mean_C, variance_C, weight_C, bias_C, eps)
+    grad_NCHW = _compute_type(grad_NCHW).masked_fill((y_NCHW <= low) | (y_NCHW >= high), 0)
+    apart_NCHW = _compute_type(x_NCHW) - mean_C.view(1, -1, 1, 1)
+    inverse_C = (variance_C + eps).rsqrt()
+    mean_grad_C = grad_NCHW.mean((0, 2, 3))
+    mean_product_C = (grad_NCHW * apart_NCHW).mean((0, 2, 3))
+    slope_C = mean_product_C * inverse_C.square()
+    grad_x = (grad_NCHW - mean_grad_C.view(1, -1, 1, 1) - apart_NCHW * slope_C.view(1, -1, 1, 1))
+    grad_x *= (weight_C.to(grad_x.dtype) * inverse_C).view(1, -1, 1, 1)
+    count = grad_x[:, 0].numel()
+    return (grad_x.to(x_NCHW.dtype).contiguous(memory_format=torch.channels_last),
+            (mean_product_C * inverse_C * count).to(weight_C.dtype), (mean_grad_C * count).to(bias_C.dtype))
+
+
+def _normalised(
+    x_NCHW: Tensor, mean_C: Tensor, variance_C: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float
+) -> Tensor:
+    scale_C = weight_C.to(mean_C.dtype) * (variance_C + eps).rsqrt()
+    apart_NCHW = _compute_type(x_NCHW) - mean_C.view(1, -1, 1, 1)
+    return apart_NCHW * scale_C.view(1, -1, 1, 1) + bias_C.to(mean_C.dtype).view(1, -1, 1, 1)
+
+
 def gradient_dtype(logits_dtype: torch.dtype) -> torch.dtype:
     """Dtype of the gradient of the loss *sum* until it is scaled.
 

@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stpp.models.layers import DepthwiseConv, SameConv, without_autocast
+from stpp.models.layers import DepthwiseConv, SameConv, normalised, without_autocast
 from stpp.models.network import Backbone
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -100,9 +100,9 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Maps [N, in_channels, H, W] to [N, out_channels, H / stride, W / stride], rounded up."""
-        out_NCHW = self.relu(self._bn0(self._expand_conv(x_NCHW))) if self.expands else x_NCHW
-        out_NCHW = self.relu(self._bn1(self._depthwise_conv(out_NCHW)))
-        out_NCHW = self._bn2(self._project_conv(out_NCHW))
+        out_NCHW = normalised(self._bn0, self._expand_conv(x_NCHW), self.relu) if self.expands else x_NCHW
+        out_NCHW = normalised(self._bn1, self._depthwise_conv(out_NCHW), self.relu)
+        out_NCHW = normalised(self._bn2, self._project_conv(out_NCHW))
         if self.shortcut:
             out_NCHW += x_NCHW  # in place, as in the ResNets
         return out_NCHW
@@ -172,7 +172,7 @@ class EfficientNetLite(Backbone):
         first, *others = self._blocks
         with without_autocast(images_NCHW.device):
             x_NCHW = images_NCHW.to(self.scale_1C11.dtype) * self.scale_1C11 + self.shift_1C11
-            x_NCHW = first(self.relu(self._bn0(self._conv_stem(x_NCHW))))
+            x_NCHW = first(normalised(self._bn0, self._conv_stem(x_NCHW), self.relu))
         x_NCHW = x_NCHW.to(others[0]._expand_conv.weight.dtype)
         maps = []
         for i, block in enumerate(others, 1):

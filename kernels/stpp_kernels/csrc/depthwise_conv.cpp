@@ -223,16 +223,6 @@ void add_slots(const float* sums, int64_t slots, const Geometry& g, const at::Te
   grad_weight.copy_(total.view(grad_weight.sizes()));
 }
 
-template <typename Body>
-void with_type(at::ScalarType type, const Body& body) {
-  if (type == at::kFloat) return body(float{});
-  if (type == at::kBFloat16) return body(at::BFloat16{});
-  TORCH_CHECK_VALUE(type == at::kHalf, "depthwise_conv takes float32, bfloat16 and float16, got ", type);
-  body(at::Half{});
-}
-
-at::Tensor channels_last(const at::Tensor& t) { return t.contiguous(at::MemoryFormat::ChannelsLast); }
-
 std::tuple<at::Tensor, at::Tensor> depthwise_conv_backward(const at::Tensor& grad, const at::Tensor& x,
                                                            const at::Tensor& weight, int64_t stride,
                                                            int64_t dilation, at::IntArrayRef padding,
@@ -248,7 +238,7 @@ std::tuple<at::Tensor, at::Tensor> depthwise_conv_backward(const at::Tensor& gra
   const int64_t output_plane = Planes::plane(g.columns, g.before_output(), g.after_output());
   const Plan plan(g, sizeof(float) * (g.input_rows() * input_plane + g.output_rows() * output_plane));
   const rows::Scratch sums(need_weight ? plan.slots() * g.blocks() * g.taps() * kLanes : 0);
-  with_type(x.scalar_type(), [&](auto type) {
+  with_type(x, [&](auto type) {
     using T = decltype(type);
     const Problem<T> problem{g, plan,
                              {input.const_data_ptr<T>(), g.height, g.width, g.channels},

@@ -1,4 +1,4 @@
-// Loads and stores of sixteen fp32, bf16 or fp16 values as one vector of fp32.
+// Loads and stores of sixteen fp32, bf16 or fp16 values as one vector of fp32; tensors of these types.
 #pragma once
 
 #include <algorithm>
@@ -58,5 +58,16 @@ void store_part(T* target, vfloat value, int64_t lanes) {
   store_lanes(whole, value);
   std::copy_n(whole, lanes, target);
 }
+
+// Calls `body` with a value of the tensor's type.
+template <typename Body>
+void with_type(const at::Tensor& t, const Body& body) {
+  if (t.scalar_type() == at::kFloat) return body(float{});
+  if (t.scalar_type() == at::kBFloat16) return body(at::BFloat16{});
+  TORCH_CHECK_VALUE(t.scalar_type() == at::kHalf, "expected float32, bfloat16 or float16, got ", t.scalar_type());
+  body(at::Half{});
+}
+
+inline at::Tensor channels_last(const at::Tensor& t) { return t.contiguous(at::MemoryFormat::ChannelsLast); }
 
 }  // namespace stpp
