@@ -15,19 +15,20 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import labelling_sections
 from harness import Report, arguments, minimum_ratio
 from stpp.models.efficientnet_lite import EfficientNetLite
-from stpp.models.layers import DepthwiseConv
+from stpp.models.layers import BatchNorm, DepthwiseConv, normalised
 from stpp_kernels import dilated_conv3x3, implementations
 from stpp_kernels.dilated_conv import FORM_VARIABLE
 
 ASPP_RATES = (12, 24, 36)
 ASPP_MAPS = ("41x41", "63x63", "90x120")
-DEPTHWISE_IMAGES, DEPTHWISE_CROP, DEPTHWISE_STRIDE = 8, 241, 16
-"""Crops of a step on a small machine, and the network's output stride."""
-SMALL = {"rounds": 1, "no_compile": True, "maps": ["9x9"], "depthwise_crop": 33}
+LITE_IMAGES, LITE_CROP, LITE_STRIDE = 8, 241, 16
+"""Crops of a step of EfficientNet-Lite0 on a small machine, and its output stride."""
+SMALL = {"rounds": 1, "no_compile": True, "maps": ["9x9"], "lite_crop": 33}
 
 
 def in_form(form: str, function: Callable) -> Callable:
@@ -98,12 +99,12 @@ def depthwise_conv(report: Report, options: argparse.Namespace) -> None:
     dtype = getattr(torch, options.conv_dtype)
     ratios: dict[str, list[float]] = {}
     sums_ms: Counter[tuple[str, str]] = Counter()
-    for (layer, size), count in depthwise_layers(options.depthwise_crop).items():
+    for (layer, size), count in depthwise_layers(options.lite_crop).items():
         (kernel, _), (stride, _), (dilation, _) = layer.kernel_size, layer.stride, layer.dilation
         fused = DepthwiseConv(layer.in_channels, kernel, stride=stride, dilation=dilation).to(dtype)
         plain = copy.deepcopy(fused)
         plain.fused = False
-        x = torch.randn(DEPTHWISE_IMAGES, layer.in_channels, *size).to(dtype)
+        x = torch.randn(LITE_IMAGES, layer.in_channels, *size).to(dtype)
         x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
         layers = {"fused": fused, "eager": plain}
         outputs = {label: one(x) for label, one in layers.items()}
@@ -137,23 +138,69 @@ def depthwise_conv(report: Report, options: argparse.Namespace) -> None:
 
 
 def depthwise_layers(crop: int) -> Counter[tuple[DepthwiseConv, tuple[int, int]]]:
-    """Counts the network's depthwise layers by (layer, size of its input); one layer represents all equal
-    ones."""
-    found: Counter[tuple[DepthwiseConv, tuple[int, int]]] = Counter()
-    first: dict[tuple, DepthwiseConv] = {}
+    """Counts the network's depthwise layers by (layer, size of its input)."""
+    return layers_of(DepthwiseConv, crop, lambda layer: (layer.in_channels, layer.kernel_size, layer.stride,
+                                                         layer.dilation))
+
+
+def layers_of(kind: type[nn.Module], crop: int, key: Callable) -> Counter[tuple[nn.Module, tuple[int, int]]]:
+    """Counts EfficientNet-Lite0's layers of a kind by (layer, size of its input); one layer represents all
+    with the same key and size."""
+    found: Counter[tuple[nn.Module, tuple[int, int]]] = Counter()
+    first: dict[tuple, nn.Module] = {}
 
     def note(layer, inputs):
         size = tuple(inputs[0].shape[2:])
-        kind = (layer.in_channels, layer.kernel_size, layer.stride, layer.dilation, size)
-        found[first.setdefault(kind, layer), size] += 1
+        found[first.setdefault((*key(layer), size), layer), size] += 1
 
     with torch.device("meta"), torch.no_grad():
-        network = EfficientNetLite("efficientnet-lite0", DEPTHWISE_STRIDE)
+        network = EfficientNetLite("efficientnet-lite0", LITE_STRIDE)
         for module in network.modules():
-            if isinstance(module, DepthwiseConv):
+            if isinstance(module, kind):
                 module.register_forward_pre_hook(note)
         network(torch.empty(2, 3, crop, crop))
     return found
+
+
+def batch_norm_clamp(report: Report, options: argparse.Namespace) -> None:
+    """Measures batch norm with ReLU6 at all sizes of EfficientNet-Lite0 in a step, channels_last; peer:
+    PyTorch's layers.
+
+    Summaries: the smallest ratio, and that of the sums over all layers.
+    """
+    if report.device.type != "cpu":
+        print("batch_norm_clamp: uses PyTorch's layers here, nothing to compare")
+        return
+    dtype, relu6 = getattr(torch, options.conv_dtype), nn.ReLU6(inplace=True)
+    ratios: dict[str, list[float]] = {}
+    sums_ms: Counter[tuple[str, str]] = Counter()
+    for (layer, size), count in layers_of(BatchNorm, options.lite_crop,
+                                          lambda layer: (layer.num_features,)).items():
+        norms = {label: BatchNorm(layer.num_features, eps=layer.eps) for label in ("fused", "eager")}
+        norms["eager"].fused = False
+        x = torch.randn(LITE_IMAGES, layer.num_features, *size).to(dtype)
+        x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+        gradient = torch.randn_like(x)
+
+        def forward(label, norms=norms, x=x):
+            return lambda: torch.no_grad()(normalised)(norms[label], x, relu6)
+
+        def training(label, norms=norms, x=x, gradient=gradient):
+            wanted = (x, norms[label].weight, norms[label].bias)
+            return lambda: torch.autograd.grad(normalised(norms[label], x, relu6), wanted, gradient)
+
+        torch.testing.assert_close(*(forward(label)().float() for label in norms), rtol=0.02, atol=0.02)
+        for name, wrap in (("forward", forward), ("forward_backward", training)):
+            rows = report.compare(f"batch_norm_clamp.{name}", ",".join(map(str, x.shape)), options.conv_dtype,
+                                  {label: wrap(label) for label in norms})  # fmt: skip
+            ratios.setdefault(name, []).append(minimum_ratio([(rows["fused"], rows["eager"])]))
+            for label, row in rows.items():
+                sums_ms[name, label] += count * row["median"]
+    for name, found in ratios.items():
+        fused_ms, eager_ms = (sums_ms[name, label] for label in ("fused", "eager"))
+        report.summary(f"batch_norm_clamp.{name}_ratio", min(found))
+        report.summary(f"batch_norm_clamp.{name}_ms_all_layers", fused_ms)
+        report.summary(f"batch_norm_clamp.{name}_ratio_all_layers", eager_ms / fused_ms)
 
 
 SECTIONS = {
@@ -162,6 +209,7 @@ SECTIONS = {
     "masks": labelling_sections.masks,
     "dilated_conv": dilated_conv,
     "depthwise_conv": depthwise_conv,
+    "batch_norm_clamp": batch_norm_clamp,
 }
 
 
@@ -170,8 +218,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--conv-dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--maps", nargs="+", default=ASPP_MAPS, help="maps of the dilated convolution, HxW")
-    parser.add_argument("--depthwise-crop", type=int, default=DEPTHWISE_CROP,
-                        help="crop of the network with depthwise convolutions, px")
+    parser.add_argument("--lite-crop", type=int, default=LITE_CROP,
+                        help="crop of EfficientNet-Lite0, px")
     parser.add_argument("--no-compile", action="store_true", help="skip the compiled peers")
     parser.add_argument("--graphs", action="store_true", help="the ten views also from a CUDA graph")
     options = parser.parse_args()

@@ -18,9 +18,9 @@ of the engine's step; `step.engine_vs_public_ratio`; `step.engine_vs_tuned_ratio
 and compiled; with --no-compile `step.engine_vs_tuned_eager_ratio`); both again as `step.files_...`;
 `step.engine_compile_ratio` (the gain of `--train.compile`);
 images a second; the step's nominal operations a second over the measured rate of a large matrix product; on a
-CPU, for networks with depthwise layers, the gain of the operator `depthwise_conv`
-(`step.depthwise_conv_ratio`: the engine's own step without it over that with it); and the share of the
-engine's step on files that waits for data (`step.data_wait_pct`).
+CPU, for networks that have them, the gains of the operators `depthwise_conv` and `batch_norm_clamp`
+(`step.depthwise_conv_ratio`, `step.batch_norm_clamp_ratio`: the engine's own step without it over that with
+it); and the share of the engine's step on files that waits for data (`step.data_wait_pct`).
 """
 
 import argparse
@@ -43,7 +43,7 @@ from stpp.distributed import World
 from stpp.inference import export
 from stpp.loading.sample import Batch, Sample
 from stpp.models.build import build_model
-from stpp.models.layers import DepthwiseConv
+from stpp.models.layers import BatchNorm, DepthwiseConv
 from stpp.precision import autocast_dtype
 from stpp.processes import cores
 from stpp.training.trainer import Trainer
@@ -53,6 +53,8 @@ CLASSES = 21
 IGNORED = 0.1
 TIMED_ON_MANY_CORES, TURNS_ON_MANY_CORES = 100, 2
 """Steps in a row on files, and turns of each variant, on machines with many cores."""
+FUSED_LAYERS = {DepthwiseConv: "depthwise_conv", BatchNorm: "batch_norm_clamp"}
+"""Layers that use an operator on a CPU."""
 SMALL = {"rounds": 1, "backbone": "resnet18", "output_stride": 32, "crop": 33, "batch": 2, "no_compile": True,
          "pictures": 4}
 
@@ -195,10 +197,10 @@ def parsed(description: str = __doc__) -> argparse.Namespace:
     return options
 
 
-def without_depthwise_conv(trainer: Trainer, batch: Batch) -> Callable[[], torch.Tensor] | None:
-    """Builds the engine's step with PyTorch's depthwise convolutions; None if its network has none on a
-    CPU."""
-    layers = [each for each in trainer.step.network.modules() if isinstance(each, DepthwiseConv)]
+def without(kind: type[nn.Module], trainer: Trainer, batch: Batch) -> Callable[[], torch.Tensor] | None:
+    """Builds the engine's step with PyTorch's layers in place of the fused ones of a kind; None if its
+    network has none on a CPU."""
+    layers = [each for each in trainer.step.network.modules() if isinstance(each, kind)]
     if not layers or trainer.world.device.type != "cpu":
         return None
 
@@ -252,15 +254,17 @@ def main() -> None:
         for label, layout in (("public", (torch.float32, False)), ("tuned", (dtype, True))):
             steps[label], variants[label] = other(*layout)
         agreeing(variants)
-        if plain := without_depthwise_conv(trainer, batch):  # it alternates with the same weights
-            variants["engine, conv2d"] = plain
+        for each in FUSED_LAYERS:
+            if plain := without(each, trainer, batch):  # it alternates with the same weights
+                variants[f"engine, plain {each.__name__}"] = plain
         rows = report.compare(name, shape, kind, variants)
         step_ms = rows["engine"]["median"]
         report.summary("step.engine_images_per_s", 1000 * options.batch / step_ms)
         report.summary("step.public_images_per_s", 1000 * options.batch / rows["public"]["median"])
         report.summary("step.engine_vs_public_ratio", rows["public"]["median"] / step_ms)
-        if plain:
-            report.summary("step.depthwise_conv_ratio", rows["engine, conv2d"]["median"] / step_ms)
+        for each, operator in FUSED_LAYERS.items():
+            if row := rows.get(f"engine, plain {each.__name__}"):
+                report.summary(f"step.{operator}_ratio", row["median"] / step_ms)
         share = nominal_flop(network, images, backward=True) / (step_ms / 1000) / matmul_rate(device, dtype)
         report.summary("step.engine_share_of_matmul_rate", share)
         for part, value in parts(trainer, batch, device, options.rounds).items():

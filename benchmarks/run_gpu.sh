@@ -92,7 +92,7 @@ bench() { # NAME SECONDS SCRIPT OPTIONS...
     part "$1" "$2" "$python" "benchmarks/$3.py" "${@:4}" --device "$device" "${small[@]}" --out "$rows" --append
 }
 
-files=(kernels/test_argmax kernels/test_softmax_accumulate kernels/test_confusion kernels/test_cross_entropy kernels/test_depthwise_conv kernels/test_dilated_conv kernels/test_label_probability models/test_models label/test_labels inference/test_fused loading/test_loaders images/test_zoo test_device)
+files=(kernels/test_argmax kernels/test_batch_norm_clamp kernels/test_softmax_accumulate kernels/test_confusion kernels/test_cross_entropy kernels/test_depthwise_conv kernels/test_dilated_conv kernels/test_label_probability models/test_models label/test_labels inference/test_fused loading/test_loaders images/test_zoo test_device)
 [ ${#small[@]} = 0 ] || files=(kernels/test_argmax)
 marked=$([ "$device" = cuda ] && echo gpu || echo "not gpu and not slow")
 cores=$(nproc)

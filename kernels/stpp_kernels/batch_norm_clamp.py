@@ -80,8 +80,8 @@ dispatch.define(
 )
 dispatch.define(
     "batch_norm_clamp_backward",
-    "(Tensor grad, Tensor x, Tensor mean, Tensor variance, Tensor weight, Tensor bias, float low, float high, "
-    "float eps) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+    "(Tensor grad, Tensor x, Tensor mean, Tensor variance, Tensor weight, Tensor bias, float low, "
+    "float high, float eps) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     reference=reference.batch_norm_clamp_backward,
     fake=lambda grad, x, mean, variance, weight, bias, low, high, eps: (
         _like(x), torch.empty_like(weight), torch.empty_like(bias)
@@ -105,3 +105,5 @@ def _backward(ctx, grad, _mean, _variance):
 
 torch.library.register_autograd("stpp_kernels::batch_norm_clamp", _backward, setup_context=_setup_context,
                                 lib=dispatch.LIB)  # fmt: skip
+for _name in ("batch_norm_clamp", "batch_norm_clamp_backward"):
+    dispatch.set_reported(_name, "cuda", "batch_norm")

@@ -183,7 +183,7 @@ def test_second_derivative_is_refused():
 @pytest.mark.parametrize("momentum", [0.1, 0.3, None])
 @pytest.mark.parametrize("activation", [None, nn.ReLU6(inplace=True)])
 def test_layer_keeps_the_running_averages_of_batch_norm(activation, momentum):
-    fused, eager = (nn.BatchNorm2d(20, eps=EPS, momentum=momentum) for _ in range(2))
+    fused, eager = (kind(20, eps=EPS, momentum=momentum) for kind in (layers.BatchNorm, nn.BatchNorm2d))
     for _ in range(3):
         x = torch.randn(2, 20, 7, 9) * 3 + 1
         found = layers.normalised(fused, x, activation)
@@ -207,5 +207,18 @@ def test_layer_leaves_other_norms_alone():
     x = torch.randn(2, 4, 5, 5)
     assert layers.normalised(nn.Identity(), x) is x
     assert torch.equal(layers.normalised(nn.Identity(), x.clone(), nn.ReLU6(inplace=True)), F.relu6(x))
-    doubled = layers.normalised(nn.BatchNorm2d(4).double(), x.double().requires_grad_())
-    assert doubled.dtype == torch.float64 and "stpp" not in type(doubled.grad_fn).__name__.lower()
+    plain = layers.BatchNorm(4)
+    plain.fused = False
+    for norm in (nn.BatchNorm2d(4), plain, layers.BatchNorm(4).double()):
+        out = layers.normalised(norm, x.to(norm.weight.dtype).requires_grad_())
+        assert "stpp" not in type(out.grad_fn).__name__.lower()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_cuda_uses_the_layers_of_pytorch():
+    norm, x = layers.BatchNorm(8).cuda(), torch.randn(2, 8, 9, 9, device="cuda", requires_grad=True)
+    out = layers.normalised(norm, x, nn.ReLU6(inplace=True))
+    assert "Hardtanh" in type(out.grad_fn).__name__
+    found, *_ = OP(x.detach(), norm.weight, norm.bias, *RELU6, norm.eps)
+    torch.testing.assert_close(found, out.detach(), rtol=1e-4, atol=1e-5)

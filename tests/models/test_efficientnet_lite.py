@@ -1,6 +1,7 @@
 """EfficientNet-Lite: its arithmetic against a plain form, its dilation, and recognition with the published
 weights."""
 
+import copy
 import importlib.util
 import math
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image, ImageDraw
 from test_model_blocks import EXACT, images, scrambled
 
 from stpp.images.image_file import IMAGENET_MEAN, IMAGENET_STD
-from stpp.inference import fold
+from stpp.inference import export, fold
 from stpp.loading.reference import normalised
 from stpp.models import efficientnet_lite, pretrained
 from stpp.models.build import build_model
@@ -114,6 +115,23 @@ def test_same_padding_equals_tensorflow(height, width, kernel, stride, dilation)
         torch.testing.assert_close(
             found, same(x, convolution.weight, stride, dilation, convolution.groups), **EXACT
         )
+
+
+def test_step_with_fused_batch_norm_equals_plain_layers():
+    torch.manual_seed(0)
+    network = efficientnet_lite.EfficientNetLite("efficientnet-lite0", 16).train()
+    network.to(memory_format=torch.channels_last)
+    plain = export.plain_copy(copy.deepcopy(network))
+    x = images(2, 3, 65, 49).float().contiguous(memory_format=torch.channels_last)
+    for each in (network, plain):
+        sum(c.square().mean() for c in each(x)).backward()
+    statistics = [name for name, _ in network.named_buffers() if "running" in name or "tracked" in name]
+    assert len(statistics) == 3 * 48
+    for name in statistics:
+        torch.testing.assert_close(network.get_buffer(name), plain.get_buffer(name), rtol=1e-4, atol=1e-5)
+    # A value at a limit of ReLU6 may fall to either side, and biases before a batch norm have no gradient.
+    mine, theirs = (torch.cat([each.grad.flatten() for each in net.parameters()]) for net in (network, plain))
+    assert (mine - theirs).norm() < 0.01 * theirs.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

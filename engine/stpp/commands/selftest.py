@@ -171,6 +171,9 @@ def operators(device: torch.device) -> str:
     kernel = torch.randn(4, 5, 3, 3, generator=generator).to(device)
     ops = torch.ops.stpp_kernels
     depthwise = (logits.flip(2), logits, kernel[0, :, None], 1, 2, (2, 2, 2, 2), True, True)
+    limits, scale, bias = (0.0, 6.0, 1e-3), labels.new_ones(5).float(), labels.new_zeros(5).float()
+    _, *statistics = reference.batch_norm_clamp(logits, scale, bias, *limits)
+    norm = (logits.flip(2), logits, *statistics, scale, bias, *limits)
     masks = stpp_kernels.upsample_argmax(logits, (33, 41))
     sums, plain_sums = (torch.zeros(2, 5, 33, 41, device=device) for _ in range(2))
     stpp_kernels.softmax_accumulate(sums, logits, (17, 21), (33, 41), True)
@@ -194,6 +197,13 @@ def operators(device: torch.device) -> str:
         "depthwise_conv": tuple(
             torch.cat([gradient.flatten() for gradient in backward(*depthwise)])
             for backward in (ops.depthwise_conv_backward, reference.depthwise_conv_backward)
+        ),
+        "batch_norm_clamp": tuple(
+            torch.cat([each.flatten() for each in (*forward(logits, scale, bias, *limits), *backward(*norm))])
+            for forward, backward in (
+                (ops.batch_norm_clamp, ops.batch_norm_clamp_backward),
+                (reference.batch_norm_clamp, reference.batch_norm_clamp_backward),
+            )
         ),
     }
     for name, (fused, plain) in pairs.items():

@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stpp.models.layers import DepthwiseConv, SameConv, normalised, without_autocast
+from stpp.models.layers import BatchNorm, DepthwiseConv, SameConv, normalised, without_autocast
 from stpp.models.network import Backbone
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -90,11 +90,11 @@ class InvertedResidual(nn.Module):
         width = in_channels * expansion
         if expansion != 1:
             self._expand_conv = nn.Conv2d(in_channels, width, 1, bias=False)
-            self._bn0 = nn.BatchNorm2d(width, eps=EPS)
+            self._bn0 = BatchNorm(width, eps=EPS)
         self._depthwise_conv = DepthwiseConv(width, kernel, stride=stride, dilation=dilation)
-        self._bn1 = nn.BatchNorm2d(width, eps=EPS)
+        self._bn1 = BatchNorm(width, eps=EPS)
         self._project_conv = nn.Conv2d(width, out_channels, 1, bias=False)
-        self._bn2 = nn.BatchNorm2d(out_channels, eps=EPS)
+        self._bn2 = BatchNorm(out_channels, eps=EPS)
         self.relu = nn.ReLU6(inplace=True)
         self.expands, self.shortcut = expansion != 1, shortcut
 
@@ -131,7 +131,7 @@ class EfficientNetLite(Backbone):
         self.register_buffer("scale_1C11", torch.tensor(scale).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("shift_1C11", torch.tensor(shift).view(1, 3, 1, 1), persistent=False)
         self._conv_stem = SameConv(3, STEM, 3, stride=2)
-        self._bn0 = nn.BatchNorm2d(STEM, eps=EPS)
+        self._bn0 = BatchNorm(STEM, eps=EPS)
         self.relu = nn.ReLU6(inplace=True)
         self._blocks = nn.ModuleList()
         self.ends: tuple[int, ...] = ()

@@ -160,6 +160,15 @@ class DepthwiseConv(SameConv):
                               padding=self.same(x_NCHW))
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm that `normalised` computes as one operator with the activation after it.
+
+    It is an `nn.BatchNorm2d` (same parameters, buffers and function). Set `fused` to False for plain layers.
+    """
+
+    fused = True
+
+
 def normalised(norm: nn.Module, x_NCHW: Tensor, activation: nn.Hardtanh | None = None) -> Tensor:
     """Applies batch norm and an activation that clamps, for example ReLU6.
 
@@ -167,12 +176,12 @@ def normalised(norm: nn.Module, x_NCHW: Tensor, activation: nn.Hardtanh | None =
     same running averages, in less time and memory.
 
     Args:
-        norm: batch norm, or what took its place in a network for inference.
+        norm: a `BatchNorm`; or what replaced it in a network for inference or for synchronised statistics.
         x_NCHW: its input.
         activation: None: none.
     """
-    of_batch = type(norm) is nn.BatchNorm2d and norm.training and x_NCHW.dtype != torch.float64
-    if not of_batch or x_NCHW.device.type != "cpu" or torch.compiler.is_compiling():
+    fused = isinstance(norm, BatchNorm) and norm.fused and norm.training and x_NCHW.dtype != torch.float64
+    if not fused or x_NCHW.device.type != "cpu" or torch.compiler.is_compiling():
         out_NCHW = norm(x_NCHW)
         return out_NCHW if activation is None else activation(out_NCHW)
     limits = {} if activation is None else {"low": activation.min_val, "high": activation.max_val}
