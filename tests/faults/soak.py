@@ -12,9 +12,8 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import fault_cases as cases  # noqa: E402
-
 import conftest  # noqa: E402, F401  (paths of the packages)
+import fault_cases as cases  # noqa: E402
 from stpp.commands import synthetic  # noqa: E402
 from stpp.dataset import index  # noqa: E402
 

@@ -8,8 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-import fault_cases as cases
 import pytest
+
+import fault_cases as cases
 
 SEED = 20261122
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from fault_cases import RECIPE
 
 KERNELS = Path(__file__).parents[2] / "kernels"
