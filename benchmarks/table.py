@@ -67,7 +67,8 @@ GPU_SIZES = {
 }
 """Sizes measured on GPUs that differ from the line's text, by files of rows."""
 STAGES = {"labels alone": ".1-supervised", "control": ".control", "ST": "-st.3-retrain",
-          "ST++, stage 4": ".4-retrain", "ST++, stage 6": ".6-retrain", "UniMatch": "-unimatch.1-unimatch"}
+          "ST++, stage 4": ".4-retrain", "ST++, stage 6": ".6-retrain", "UniMatch": "-unimatch.1-unimatch",
+          "UniMatch-V2": "-unimatch.2-unimatch-v2"}
 """Columns of scores, with the suffix of their rows' names after the name of a run."""
 RUNS = (
     ("demo, seed 0", "demo-cpu-bf16", "demo-seed0"),
@@ -78,6 +79,13 @@ RUNS = (
     ("the same on two ranks, two images each, beside other work", "camvid-cpu", "camvid-2ranks"),
 )
 """Subject, file of rows, name of the run in them."""
+GAINS = (
+    ("generated pictures (`make demo`), ResNet-18 from scratch, 1/8 of the labels", "demo-cpu-bf16",
+     ("demo-seed0", "demo-seed1", "demo-seed2")),
+)
+"""Subject, file of rows, names of runs whose scores README.md shows as their mean."""
+GAINED = ("labels alone", "control", "ST", "ST++, stage 6", "UniMatch", "UniMatch-V2")
+"""Columns of `GAINS`, keys of `STAGES`; those without a row are left out."""
 
 
 def highlights() -> str:
@@ -99,6 +107,26 @@ def highlights() -> str:
             raise KeyError(f"no row {name}")
         shown = ["" if value is None else f"{_figures(value)}x" for value in found]
         lines.append(f"| {what} | {against} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def gains() -> str:
+    """Formats the mean mIoU, percent, of the runs in `GAINS`.
+
+    Raises:
+        KeyError: a run has no rows, or not all the stages that another of its line has.
+    """
+    found = []
+    for what, file, runs in GAINS:
+        of = values(file)
+        scored = {head: [f"{run}{STAGES[head]}.miou_pct" for run in runs] for head in GAINED}
+        found.append((what, {head: sum(of[name] for name in names) / len(names)
+                             for head, names in scored.items() if any(name in of for name in names)}))
+    heads = [head for head in GAINED if any(head in means for _, means in found)]
+    lines = [f"| mIoU, mean of three seeds | {' | '.join(head.split(',')[0] for head in heads)} |",
+             "|---" * (1 + len(heads)) + "|"]
+    lines += [f"| {what} | {' | '.join(f'{means[head]:.1f}' if head in means else '' for head in heads)} |"
+              for what, means in found]
     return "\n".join(lines)
 
 
@@ -149,7 +177,7 @@ def scores() -> str:
     return "\n".join(lines)
 
 
-PAGES = {"README.md": {"highlights": highlights},
+PAGES = {"README.md": {"gains": gains, "highlights": highlights},
          "benchmarks/README.md": {"ratios": ratios, "scores": scores}}
 """Tables of each page, by the word in the two marks around a table."""
 

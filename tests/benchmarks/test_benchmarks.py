@@ -27,6 +27,9 @@ def test_figure_without_a_row_fails(monkeypatch):
     monkeypatch.setattr(table, "RATIOS", (("x", "y", "loss", "loss.no_such_ratio"),))
     with pytest.raises(KeyError, match="no_such_ratio"):
         table.ratios()
+    monkeypatch.setattr(table, "GAINS", (("x", "demo-cpu-bf16", ("demo-seed0", "demo-seed7")),))
+    with pytest.raises(KeyError, match="demo-seed7"):
+        table.gains()
     monkeypatch.setattr(table, "RUNS", (("x", "loss-cpu", "no-such-run"),))
     with pytest.raises(KeyError, match="no-such-run"):
         table.scores()
