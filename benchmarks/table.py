@@ -67,7 +67,8 @@ GPU_SIZES = {
 }
 """Sizes measured on GPUs that differ from the line's text, by files of rows."""
 STAGES = {"labels alone": ".1-supervised", "control": ".control", "ST": "-st.3-retrain",
-          "ST++, stage 4": ".4-retrain", "ST++, stage 6": ".6-retrain", "UniMatch": "-unimatch.1-unimatch",
+          "ST++, stage 4": ".4-retrain", "ST++, stage 6": ".6-retrain",
+          "control of UniMatch": "-unimatch.control", "UniMatch": "-unimatch.1-unimatch",
           "UniMatch-V2": "-unimatch.2-unimatch-v2"}
 """Columns of scores, with the suffix of their rows' names after the name of a run."""
 RUNS = (
@@ -84,7 +85,7 @@ GAINS = (
      ("demo-seed0", "demo-seed1", "demo-seed2")),
 )
 """Subject, file of rows, names of runs whose scores README.md shows as their mean."""
-GAINED = ("labels alone", "control", "ST", "ST++, stage 6", "UniMatch", "UniMatch-V2")
+GAINED = ("labels alone", "control", "ST", "ST++, stage 6", "control of UniMatch", "UniMatch", "UniMatch-V2")
 """Columns of `GAINS`, keys of `STAGES`; those without a row are left out."""
 
 
@@ -161,7 +162,7 @@ def _figures(value: float) -> str:
 
 def scores() -> str:
     """Formats the lines of mIoU, percent, of a run's stages; of ST and UniMatch if there is a run whose name
-    ends in -st or -unimatch. The control has as many steps as the last stage.
+    ends in -st or -unimatch, which has its own control.
 
     Raises:
         KeyError: a run has no rows.
