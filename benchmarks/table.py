@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-MACHINES = {"AVX-512": "cpu", "AVX-512 with bf16": "cpu-bf16"}
+MACHINES = {"AVX-512": "cpu", "AVX-512 with bf16": "cpu-bf16", "AMX": "cpu-amx"}
 """Names of two-core machines by arithmetic; files of rows end in the word on the right."""
 GPUS = {"H100": "h100", "H200": "h200"}
 """Names of machines with one GPU; a column, and the lines of `ON_GPUS`, appear once there are rows."""
@@ -38,6 +38,14 @@ RATIOS = (
     ("training step, DeepLabV3+ EfficientNet-Lite0, stride 16, 8 x 241 "
      "px", "its depthwise layers by `F.conv2d`", "step-lite0", "step.depthwise_conv_ratio"),
     ("the same", "public recipe", "step-lite0", "step.engine_vs_public_ratio"),
+    ("step of UniMatch, DeepLabV3+ ResNet-50, stride 16, 2 + 2 x 321 "
+     "px", "public recipe", "unimatch", "unimatch.unimatch.engine_vs_public_ratio"),
+    ("the same", "tuned PyTorch", "unimatch", "unimatch.unimatch.engine_vs_tuned_ratio"),
+    ("the same with loading", "public recipe", "unimatch", "unimatch.unimatch.files_engine_vs_public_ratio"),
+    ("step of UniMatch-V2, DPT on DINOv2-small, 2 + 2 x 266 "
+     "px", "public recipe", "unimatch", "unimatch.unimatch-v2.engine_vs_public_ratio"),
+    ("the same", "tuned PyTorch", "unimatch", "unimatch.unimatch-v2.engine_vs_tuned_ratio"),
+    ("the same with loading", "public recipe", "unimatch", "unimatch.unimatch-v2.files_engine_vs_public_ratio"),
     ("teacher, DeepLabV3+ ResNet-18, stride 16, "
      "360x480", "public recipe", "teacher", "teacher.best_vs_public_ratio"),
     ("labelling files with ten test-time augmentations, ResNet-50", "public recipe", "label",
@@ -48,7 +56,7 @@ RATIOS = (
 """Subject, peer, files of rows, name of the summary row."""
 HIGHLIGHTS = (("selftrain", "selftrain.engine_vs_public_ratio"), ("step", "step.engine_vs_public_ratio"),
               ("step", "step.engine_vs_tuned_ratio"), ("step-lite0", "step.engine_vs_public_ratio"),
-              ("label", "label.engine_vs_public_ratio"))
+              ("unimatch", "unimatch.unimatch.engine_vs_public_ratio"), ("label", "label.engine_vs_public_ratio"))
 """Files of rows and names of the rows of `RATIOS` that README.md shows."""
 ON_GPUS = (
     ("the loss from a CUDA graph, 16 x 21 classes x 321 "
