@@ -6,7 +6,8 @@
 
 Without --root: 64 labelled pictures of the demonstration's kind, in which one class is a small disc in one
 picture of eight, 0.2 % of the pixels; supervised, 480 steps of 8 crops. Every run is `stpp train`, in a
-separate process; finished runs are not repeated (--work). Nothing is timed.
+separate process. Finished runs (--work) are not repeated, nor, with --append, those whose rows are in the file.
+Nothing is timed.
 
 Rows of every run: miou_pct, others_miou_pct (without the rare classes), rare_miou_pct, and iou_pct of each
 rare class, of the last stage's selected weights on the validation list; warned: 1 if the run named every rare
@@ -15,6 +16,7 @@ class. Rows of every variant: the means over the seeds.
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -39,6 +41,8 @@ VARIANTS = {
 }
 """Flags of `stpp train` by the name of the variant; the last three are for methods that label images."""
 OF_TRAINING = list(VARIANTS)[:8]
+LAST = "warned"
+"""Key of the last row of a run."""
 MADE = ["--method", "supervised", "--data.layout", "voc", "--data.fraction", "64", "--model.backbone",
         "efficientnet-lite0", "--model.pretrained", "imagenet", "--augment.crop-px", "49",
         "--augment.long-side", "64", "160", "--train.epochs", "30", "--train.supervised-epochs", "30",
@@ -77,6 +81,16 @@ def figures(iou: dict[str, float], rare: list[str]) -> dict[str, float]:
     return found | {f"iou_pct.{name}": there[name] for name in rare}
 
 
+def earlier(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Reads the values of finished runs, by run and key, from the file that rows are appended to."""
+    found: dict[str, dict[str, float]] = {}
+    if options.append and options.out and options.out.exists():
+        for row in map(json.loads, options.out.read_text().splitlines()):
+            if name := re.fullmatch(r"(rare\..*\.seed\d+)\.(.+)", row["name"]):
+                found.setdefault(name[1], {})[name[2]] = row["value"]
+    return {run: values for run, values in found.items() if LAST in values}
+
+
 def run(options: argparse.Namespace, report: Report, work: Path) -> None:
     root, flags = options.root, list(options.flags)
     if root is None:
@@ -89,18 +103,21 @@ def run(options: argparse.Namespace, report: Report, work: Path) -> None:
         flags += ["--train.supervised-epochs", "1", "--train.epochs", "1"]
     recipe = ["--recipe", options.recipe] if options.recipe else []
     found: dict[str, list[dict[str, float]]] = {}
+    known = earlier(options)
     for seed in options.seeds:
         for variant in options.variants:
-            out = work / f"{variant}-{seed}"
-            said = trained(out, [*recipe, "--data.root", str(root), "--data.threads", "1", "--device",
-                                 options.device, "--seed", str(seed), *flags, *VARIANTS[variant]])
-            values = figures(scored(out), options.rare)
-            warned = all(f"warning: class {name} " in said for name in options.rare)
-            for key, value in {**values, "warned": float(warned)}.items():
-                report.summary(f"rare.{options.name}.{variant}.seed{seed}.{key}", value)
-            found.setdefault(variant, []).append(values)
+            name = f"rare.{options.name}.{variant}.seed{seed}"
+            if name not in known:
+                out = work / f"{variant}-{seed}"
+                said = trained(out, [*recipe, "--data.root", str(root), "--data.threads", "1", "--device",
+                                     options.device, "--seed", str(seed), *flags, *VARIANTS[variant]])
+                warned = all(f"warning: class {rare} " in said for rare in options.rare)
+                known[name] = {**figures(scored(out), options.rare), LAST: float(warned)}
+                for key, value in known[name].items():
+                    report.summary(f"{name}.{key}", value)
+            found.setdefault(variant, []).append(known[name])
     for variant, runs in found.items():
-        for key in runs[0]:
+        for key in (key for key in runs[0] if key != LAST):
             report.summary(f"rare.{options.name}.{variant}.mean.{key}", statistics.fmean(
                 values[key] for values in runs))
 

@@ -91,7 +91,7 @@ SMALLEST = {
     "fused_conv": "--small",
     "label": "--small --tta none stpp",
     "loss": "--small --graphs",
-    "ops": "--small --only dilated_conv",
+    "ops": "--small --only dilated_conv depthwise_conv batch_norm_clamp",
     "prepare": f"--small --before {ROOT}",
     "profile": "--small",
     "rare": "--small",
