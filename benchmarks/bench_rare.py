@@ -6,8 +6,8 @@
 
 Without --root: 64 labelled pictures of the demonstration's kind, in which one class is a small disc in one
 picture of eight, 0.2 % of the pixels; supervised, 480 steps of 8 crops. Every run is `stpp train`, in a
-separate process. Finished runs (--work) are not repeated, nor, with --append, those whose rows are in the file.
-Nothing is timed.
+separate process. Finished runs (--work) are not repeated, nor, with --append, those whose rows are in the
+file. Nothing is timed.
 
 Rows of every run: miou_pct, others_miou_pct (without the rare classes), rare_miou_pct, and iou_pct of each
 rare class, of the last stage's selected weights on the validation list; warned: 1 if the run named every rare

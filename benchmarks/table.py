@@ -45,7 +45,8 @@ RATIOS = (
     ("step of UniMatch-V2, DPT on DINOv2-small, 2 + 2 x 266 "
      "px", "public recipe", "unimatch", "unimatch.unimatch-v2.engine_vs_public_ratio"),
     ("the same", "tuned PyTorch", "unimatch", "unimatch.unimatch-v2.engine_vs_tuned_ratio"),
-    ("the same with loading", "public recipe", "unimatch", "unimatch.unimatch-v2.files_engine_vs_public_ratio"),
+    ("the same with loading", "public recipe", "unimatch",
+     "unimatch.unimatch-v2.files_engine_vs_public_ratio"),
     ("teacher, DeepLabV3+ ResNet-18, stride 16, "
      "360x480", "public recipe", "teacher", "teacher.best_vs_public_ratio"),
     ("labelling files with ten test-time augmentations, ResNet-50", "public recipe", "label",
@@ -56,7 +57,8 @@ RATIOS = (
 """Subject, peer, files of rows, name of the summary row."""
 HIGHLIGHTS = (("selftrain", "selftrain.engine_vs_public_ratio"), ("step", "step.engine_vs_public_ratio"),
               ("step", "step.engine_vs_tuned_ratio"), ("step-lite0", "step.engine_vs_public_ratio"),
-              ("unimatch", "unimatch.unimatch.engine_vs_public_ratio"), ("label", "label.engine_vs_public_ratio"))
+              ("unimatch", "unimatch.unimatch.engine_vs_public_ratio"),
+              ("label", "label.engine_vs_public_ratio"))
 """Files of rows and names of the rows of `RATIOS` that README.md shows."""
 ON_GPUS = (
     ("the loss from a CUDA graph, 16 x 21 classes x 321 "

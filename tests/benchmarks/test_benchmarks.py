@@ -1,5 +1,6 @@
 """The README's figures match committed rows, every row names its machine, and every benchmark runs."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench_data  # noqa: E402
+import bench_rare  # noqa: E402
 import harness  # noqa: E402
 import table  # noqa: E402
 
@@ -42,12 +44,12 @@ def test_gpu_columns_appear_with_their_rows(monkeypatch):
             "loss-h100": {"loss.fused_vs_eager_ratio": 7.0}}
     monkeypatch.setattr(table, "values", lambda file: rows.get(file) or on_cpus(file))
     head, _, *lines = table.ratios().splitlines()
-    assert head == "| what | against | AVX-512 | AVX-512 with bf16 | H100 | rows |"
+    assert head == "| what | against | AVX-512 | AVX-512 with bf16 | AMX | H100 | rows |"
     assert all(line.count("|") == head.count("|") for line in lines)
     (step,) = (line for line in lines if line.endswith("| `step`: `step.engine_vs_public_ratio` |"))
-    assert "(GPU: 16 x 321 px)" in step and step.split("|")[5].strip() == "3.2"
+    assert "(GPU: 16 x 321 px)" in step and step.split("|")[6].strip() == "3.2"
     (share,) = (line for line in lines if "share_of_matmul" in line)
-    assert share.split("|")[5].strip() == "0.41"
+    assert share.split("|")[6].strip() == "0.41"
     assert not any("r101" in line for line in lines)  # no row, no line
 
 
@@ -109,6 +111,18 @@ SMALLEST = {
 def test_every_benchmark_is_covered():
     assert {path.stem.removeprefix("bench_")
             for path in (ROOT / "benchmarks").glob("bench_*.py")} == set(SMALLEST)
+
+
+def test_rare_runs_in_the_file_are_known_if_they_are_whole(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    values = {"camvid.none.seed0": ("miou_pct", "iou_pct.pole", "warned"), "camvid.none.seed1": ("miou_pct",),
+              "camvid.none.mean": ("miou_pct",)}
+    out.write_text("".join(json.dumps({"name": f"rare.{run}.{key}", "value": 1.0}) + "\n"
+                           for run, keys in values.items() for key in keys))
+    whole = {"rare.camvid.none.seed0": dict.fromkeys(("miou_pct", "iou_pct.pole", "warned"), 1.0)}
+    assert bench_rare.earlier(argparse.Namespace(append=True, out=out)) == whole
+    assert bench_rare.earlier(argparse.Namespace(append=False, out=out)) == {}
+    assert bench_rare.earlier(argparse.Namespace(append=True, out=tmp_path / "new.jsonl")) == {}
 
 
 @pytest.mark.slow
