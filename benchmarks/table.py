@@ -88,6 +88,8 @@ RUNS = (
     ("CamVid, 1/8 of the labels, ResNet-18", "camvid-cpu-bf16", "camvid"),
     ("a third of its crops, fp32, one core", "camvid-cpu", "camvid"),
     ("the same on two ranks, two images each, beside other work", "camvid-cpu", "camvid-2ranks"),
+    ("`camvid_unimatch`: EfficientNet-Lite0 from ImageNet, seed 0", "camvid-cpu-amx",
+     "camvid-lite0-seed0-unimatch"),
 )
 """Subject, file of rows, name of the run in them."""
 GAINS = (
@@ -181,7 +183,9 @@ def scores() -> str:
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for what, file, run in RUNS:
         of = values(file)
-        found = (of.get(f"{run}{suffix}.miou_pct") for suffix in STAGES.values())
+        alone = run.removesuffix("-unimatch")  # a run of UniMatch without one of ST++ beside it
+        found = (of.get(f"{alone if suffix.startswith('-unimatch') else run}{suffix}.miou_pct")
+                 for suffix in STAGES.values())
         miou = ["" if value is None else f"{value:.1f}" for value in found]
         lines.append(f"| {what} | {' | '.join(miou)} | {of[f'{run}.minutes']:.1f} | `{file}.jsonl`: `{run}` "
                      "|")
