@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kernels_cases import DTYPES, LAYOUTS, assert_three_way, laid_out
@@ -70,6 +70,8 @@ def test_backward_pass_is_the_cpp_form():
     seed=st.integers(0, 2**32 - 1),
 )  # fmt: skip
 def test_same_as_conv2d(geometry, n, c, dtype, layout, seed):
+    # A single channel makes an ordinary convolution, which oneDNN computes wrongly in 16 bits on AMX.
+    assume(c > 1 or dtype in (torch.float32, torch.float64))
     size, kernel, rest = geometry
     check((n, c, *size), kernel, dtype, layout, seed, **rest)
 

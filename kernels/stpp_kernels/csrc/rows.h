@@ -168,7 +168,9 @@ class RowCache {
 
   int64_t stride() const { return stride_; }
 
-  const float* get(int64_t n, int64_t y) {
+  // Never inlined: copies of it may contract products and sums differently, and a row would differ in its last
+  // bits between the first row of a task and later ones.
+  [[gnu::noinline]] const float* get(int64_t n, int64_t y) {
     float* planes = (y & 1 ? odd_ : even_).data();
     const int64_t key = n * map_.height + y;
     if (held_[y & 1] == key) return planes;
