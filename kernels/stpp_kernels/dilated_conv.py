@@ -44,8 +44,8 @@ MAX_VALID_SHARE = 0.95
 """Maximum share of valid taps; above it there is little to save, and an ordinary convolution is used."""
 
 WIDE = 1024
-"""Minimum input channels for which a weight gradient over more than half of the taps repays copying columns,
-and for which AMX's convolutions are slow."""
+"""Minimum input channels for which a weight gradient over more than half of the taps repays copying
+columns."""
 
 FORM_VARIABLE = "STPP_DILATED_CONV"
 """Environment variable: "taps", "conv" or, on CUDA, "triton" forces that form; unset: `form` decides."""
@@ -56,12 +56,10 @@ def form(product: str, x_NIHW: Tensor, dilation: int) -> str:
 
     Measured (benchmarks/NOTES.md): oneDNN's convolution skips padding in the forward pass and in the input
     gradient, in float32 and in AVX-512's bfloat16: 0.8 to 2.5 times as fast as the taps. It does not in the
-    weight gradient (1.2 to 10 times as slow). AMX's bfloat16 multiplies the padding, but of narrow inputs so
-    fast that it takes a half to a ninth of the taps' time; of wide ones up to 18 times as long. If bfloat16
-    is emulated, the taps widen it while copying to their buffer, which the convolution does in a separate
-    pass: 1.2 times as slow. On CUDA neither the taps nor the implicit product in Triton
-    (`triton/dilated_conv.py`) has been compared with cuDNN: only STPP_DILATED_CONV=taps or =triton enables
-    them.
+    weight gradient (1.2 to 10 times as slow), nor in AMX's bfloat16. If bfloat16 is emulated, the taps widen
+    it while copying to their buffer, which the convolution does in a separate pass: 1.2 times as slow. On
+    CUDA neither the taps nor the implicit product in Triton (`triton/dilated_conv.py`) has been compared with
+    cuDNN: only STPP_DILATED_CONV=taps or =triton enables them.
 
     Args:
         product: "forward", "input gradient" or "weight gradient".
@@ -77,10 +75,9 @@ def form(product: str, x_NIHW: Tensor, dilation: int) -> str:
     share = valid_share(*x_NIHW.shape[2:], dilation)
     if x_NIHW.device.type != "cpu" or share > MAX_VALID_SHARE:
         return "conv"
-    wide = x_NIHW.shape[1] >= WIDE
-    if not _convolution_is_fast(x_NIHW.dtype, wide):
+    if not _convolution_skips_padding(x_NIHW.dtype):
         return "taps"
-    worth_copying = share < 0.5 or wide
+    worth_copying = share < 0.5 or x_NIHW.shape[1] >= WIDE
     return "taps" if product == "weight gradient" and worth_copying else "conv"
 
 
@@ -259,11 +256,10 @@ def _cpu_multiplies(dtype: torch.dtype) -> bool:
     return any(getattr(torch.cpu, name, bool)() for name in names)
 
 
-def _convolution_is_fast(dtype: torch.dtype, wide: bool) -> bool:
-    """True if oneDNN's forward convolution of this dtype skips padding on this CPU, or multiplies it fast."""
-    if dtype != torch.bfloat16:
-        return dtype == torch.float32
-    return not wide if torch.cpu._is_amx_tile_supported() else torch.cpu._is_avx512_bf16_supported()
+def _convolution_skips_padding(dtype: torch.dtype) -> bool:
+    """True if oneDNN's forward convolution of this dtype skips padding on this CPU."""
+    avx512_alone = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and avx512_alone)
 
 
 def _sum_dtype(compute: torch.dtype) -> torch.dtype:

@@ -165,9 +165,8 @@ def test_form_delegates_to_onednn_where_equally_fast(avx512, amx, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     wide, narrow = torch.zeros(1, 2048, 41, 41), torch.zeros(1, 512, 41, 41)
-    cases = ((wide, True), (narrow, True), (wide.bfloat16(), avx512 and not amx),
-             (narrow.bfloat16(), avx512 or amx))
-    for x, conv in cases:
+    skips = avx512 and not amx  # bfloat16 products of AMX and emulated ones multiply padding
+    for x, conv in ((wide, True), (narrow, True), (wide.bfloat16(), skips), (narrow.bfloat16(), skips)):
         assert dilated_conv.form("forward", x,
                                  12) == dilated_conv.form("input gradient", x,
                                                           12) == ("conv" if conv else "taps")
@@ -175,8 +174,6 @@ def test_form_delegates_to_onednn_where_equally_fast(avx512, amx, monkeypatch):
     assert dilated_conv.form("weight gradient", wide, 12) == "taps"
     # copying columns costs more than it saves
     assert dilated_conv.form("weight gradient", narrow, 12) == "conv"
-    native = avx512 or amx
-    assert dilated_conv.form("weight gradient", narrow.bfloat16(), 12) == ("conv" if native else "taps")
 
 
 def test_autocast_casts_both_arguments():
