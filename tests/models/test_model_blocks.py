@@ -3,6 +3,7 @@
 Float64 throughout, so that a wrong order, stride or dilation cannot hide in rounding.
 """
 
+import copy
 import itertools
 
 import pytest
@@ -317,3 +318,21 @@ def test_a_single_image_in_training_is_refused_by_global_pooling():
     for part in (PooledContext(16, 2), ASPP(16, (1, 2, 3), width=2, dropout=True)):
         with pytest.raises(ValueError, match="more than 1 value per channel"):
             part.train()(torch.randn(1, 16, 5, 5))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("width", [1, 2])
+def test_strided_convolution_to_one_column_is_right_in_bfloat16(width, autocast):
+    """oneDNN's is wrong in a third of the calls on AMX."""
+    torch.manual_seed(0)
+    convolution = layers.Conv3x3(64, 96, stride=2).eval()
+    for height in range(1, 12):
+        x = torch.randn(2, 64, height, width).to(memory_format=torch.channels_last)
+        expected = F.conv2d(x, convolution.weight, stride=2, padding=1)
+        if autocast:
+            with torch.autocast("cpu", torch.bfloat16):
+                found = convolution(x)
+        else:
+            found = copy.deepcopy(convolution).bfloat16()(x.bfloat16())
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.float(), expected, rtol=0.03, atol=0.03)
