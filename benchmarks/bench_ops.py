@@ -10,7 +10,7 @@ import argparse
 import copy
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from unittest import mock
 
 import torch
@@ -131,10 +131,15 @@ def depthwise_conv(report: Report, options: argparse.Namespace) -> None:
                 sums_ms[name, label] += count * row["median"]
     for name, found in ratios.items():
         report.summary(f"depthwise_conv.{name}", min(found))
-    for name in ("backward", "forward_backward"):
+    summarise_layers(report, "depthwise_conv", sums_ms)
+
+
+def summarise_layers(report: Report, operator: str, sums_ms: Mapping[tuple[str, str], float]) -> None:
+    """Adds the times of all layers, by measurement and variant, as summaries."""
+    for name in dict.fromkeys(name for name, _ in sums_ms):
         fused_ms, eager_ms = (sums_ms[name, label] for label in ("fused", "eager"))
-        report.summary(f"depthwise_conv.{name}_ms_all_layers", fused_ms)
-        report.summary(f"depthwise_conv.{name}_ratio_all_layers", eager_ms / fused_ms)
+        report.summary(f"{operator}.{name}_ms_all_layers", fused_ms)
+        report.summary(f"{operator}.{name}_ratio_all_layers", eager_ms / fused_ms)
 
 
 def depthwise_layers(crop: int) -> Counter[tuple[DepthwiseConv, tuple[int, int]]]:
@@ -197,10 +202,8 @@ def batch_norm_clamp(report: Report, options: argparse.Namespace) -> None:
             for label, row in rows.items():
                 sums_ms[name, label] += count * row["median"]
     for name, found in ratios.items():
-        fused_ms, eager_ms = (sums_ms[name, label] for label in ("fused", "eager"))
         report.summary(f"batch_norm_clamp.{name}_ratio", min(found))
-        report.summary(f"batch_norm_clamp.{name}_ms_all_layers", fused_ms)
-        report.summary(f"batch_norm_clamp.{name}_ratio_all_layers", eager_ms / fused_ms)
+    summarise_layers(report, "batch_norm_clamp", sums_ms)
 
 
 SECTIONS = {

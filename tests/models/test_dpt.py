@@ -1,5 +1,7 @@
 """DINOv2 and DPT: sizes, position embeddings, memory, and methods' operations between features and logits."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -179,3 +181,25 @@ def test_giant_has_the_published_size():
         0
     ].mlp.w3.weight.shape == (1536, 4096)
     assert round(sum(parameter.numel() for parameter in encoder.parameters()) / 1e6) == 1136
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_patches_are_embedded_right_in_bfloat16(layout, autocast):
+    """PyTorch's convolution is wrong in half of the calls on AMX."""
+    torch.manual_seed(0)
+    embedding = dinov2.PatchEmbedding(384)
+    for rows, columns in ((1, 1), (3, 5), (19, 19), (6, 1)):
+        x = torch.randn(2, 3, 14 * rows, 14 * columns).contiguous(memory_format=layout)
+        expected = embedding(x)
+        if autocast:
+            with torch.autocast("cpu", torch.bfloat16):
+                found = embedding(x)
+        else:
+            found = copy.deepcopy(embedding).bfloat16()(x.bfloat16())
+        assert found.dtype == torch.bfloat16 and found.shape == expected.shape == (2, rows * columns, 384)
+        assert (found.float() - expected).abs().max() < 0.03 * expected.abs().max()
+        if autocast:
+            gradient, truth = (torch.autograd.grad(each.float().square().sum(), embedding.proj.weight)[0]
+                               for each in (found, expected))
+            assert (gradient - truth).norm() < 0.03 * truth.norm()

@@ -38,8 +38,8 @@ class Conv3x3(nn.Conv2d):
         rows, columns = -(-height // self.stride[0]), -(-width // self.stride[0])
         on_cpu = x_NCHW.device.type == "cpu" and not torch.compiler.is_compiling()
         small = self.training and num_images * rows * columns <= self.out_channels
-        # On AMX, oneDNN's 16-bit convolution with a stride reads memory it should not if there is one column.
-        faulty = on_cpu and self.stride[0] > 1 and columns == 1 and _in_half_precision(x_NCHW)
+        # With a stride, oneDNN's 16-bit convolution to a single column is wrong on AMX (benchmarks/NOTES.md).
+        faulty = on_cpu and self.stride[0] > 1 and columns == 1 and in_half_precision(x_NCHW)
         if not on_cpu or not (small or faulty):
             return super().forward(x_NCHW)
         dilation, stride = self.dilation[0], self.stride[0]
@@ -52,13 +52,6 @@ class Conv3x3(nn.Conv2d):
         read_NHWK = torch.cat([tap[:, :rows, :columns] for tap in taps], dim=3)
         weight_OK = self.weight.permute(0, 2, 3, 1).flatten(1)  # a view of a channels_last weight
         return F.linear(read_NHWK, weight_OK).permute(0, 3, 1, 2)
-
-
-def _in_half_precision(x: Tensor) -> bool:
-    """True if a convolution computes in 16 bits, by its input's dtype or under autocast."""
-    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    return dtype in (torch.bfloat16, torch.float16)
 
 
 class DilatedConv3x3(nn.Conv2d):
@@ -203,6 +196,13 @@ def normalised(norm: nn.Module, x_NCHW: Tensor, activation: nn.Hardtanh | None =
         norm.running_mean.lerp_(mean_C, share)
         norm.running_var.lerp_(variance_C * (count / (count - 1)), share)  # averages of the unbiased variance
     return out_NCHW
+
+
+def in_half_precision(x: Tensor) -> bool:
+    """True if a convolution computes in 16 bits, by its input's dtype or under autocast."""
+    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    return dtype in (torch.bfloat16, torch.float16)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
