@@ -130,7 +130,7 @@ class PatchEmbedding(nn.Module):
         plain = images_NCHW.device.type != "cpu" or torch.compiler.is_compiling()
         if plain or not in_half_precision(images_NCHW):
             return self.proj(images_NCHW).flatten(2).transpose(1, 2)
-        # With such a stride, oneDNN's 16-bit convolution of few channels is wrong on AMX (benchmarks/NOTES.md).
+        # oneDNN's 16-bit convolution of few channels with such a stride is wrong on AMX (benchmarks/NOTES).
         patches_NCRSPP = images_NCHW.unfold(2, PATCH_PX, PATCH_PX).unfold(3, PATCH_PX, PATCH_PX)
         patches_NTK = patches_NCRSPP.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
         return F.linear(patches_NTK, self.proj.weight.flatten(1), self.proj.bias)
