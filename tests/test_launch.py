@@ -20,7 +20,7 @@ import label_cases as cases
 from cli_cases import assert_accepted, refused
 from conftest import torchrun
 from run_cases import TINY
-from stpp import checkpoint
+from stpp import checkpoint, cli
 from stpp.label import rows
 from stpp.models.build import build_model
 
@@ -197,6 +197,19 @@ def test_unwritable_error_report_keeps_the_exit_code(capsys, tmp_path, monkeypat
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "none" / "error.json"))
     assert refused(capsys, "train", "--data.root", tmp_path / "none", "--out",
                    tmp_path / "run").endswith("folder")
+
+
+def test_error_report_that_is_cut_off_is_none(tmp_path, monkeypatch):
+    """torchrun ends a rank that is recording its error, and cannot read a part of it."""
+    def cut_off(data, fp):
+        fp.write("{")
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setattr("torch.distributed.elastic.multiprocessing.errors.error_handler.json.dump", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(["train", "--data.root", str(tmp_path / "none"), "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "error.json").exists()
 
 
 @pytest.mark.parametrize("name", ["stpp-train", "stpp-list", "stpp-label"])

@@ -108,11 +108,19 @@ def _prints_errors() -> bool:
 
 
 def _record_for_torchrun(error: Exception) -> None:
-    """Records the error for torchrun's closing report, which otherwise omits the message."""
+    """Records the error for torchrun's closing report, which otherwise omits the message.
+
+    The file appears whole: torchrun ends this process once another has died, and a partial file ends torchrun
+    itself, where it would have restarted the ranks.
+    """
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+        whole = os.environ["TORCHELASTIC_ERROR_FILE"]
+        part = os.environ["TORCHELASTIC_ERROR_FILE"] = f"{whole}.part"  # where the handler writes
         try:
             get_error_handler().record_exception(error)
-        except OSError:  # a full disk: torchrun cannot read a partial file
-            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).unlink(missing_ok=True)
+            os.replace(part, whole)
+        except OSError:  # a full disk: the report omits the message
+            Path(part).unlink(missing_ok=True)
+        os.environ["TORCHELASTIC_ERROR_FILE"] = whole
