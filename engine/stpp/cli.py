@@ -8,7 +8,6 @@ import faulthandler
 import importlib
 import os
 import sys
-from pathlib import Path
 
 from stpp import signals
 from stpp.errors import UserError
@@ -116,11 +115,14 @@ def _record_for_torchrun(error: Exception) -> None:
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+        from stpp import files
+
         whole = os.environ["TORCHELASTIC_ERROR_FILE"]
-        part = os.environ["TORCHELASTIC_ERROR_FILE"] = f"{whole}.part"  # where the handler writes
+        part = os.environ["TORCHELASTIC_ERROR_FILE"] = f"{whole}.part"  # the handler opens it by this name
         try:
-            get_error_handler().record_exception(error)
-            os.replace(part, whole)
-        except OSError:  # a full disk: the report omits the message
-            Path(part).unlink(missing_ok=True)
-        os.environ["TORCHELASTIC_ERROR_FILE"] = whole
+            with files.renamed(whole, part):
+                get_error_handler().record_exception(error)
+        except OSError:
+            pass  # a full disk: the report omits the message
+        finally:
+            os.environ["TORCHELASTIC_ERROR_FILE"] = whole

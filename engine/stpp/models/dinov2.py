@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stpp.models.layers import in_half_precision, without_autocast
+from stpp.models.layers import eager_on_cpu, in_half_precision, without_autocast
 from stpp.models.network import Backbone
 
 PATCH_PX = 14
@@ -127,10 +127,9 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv2d(3, width, PATCH_PX, stride=PATCH_PX)
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
-        plain = images_NCHW.device.type != "cpu" or torch.compiler.is_compiling()
-        if plain or not in_half_precision(images_NCHW):
+        if not eager_on_cpu(images_NCHW) or not in_half_precision(images_NCHW):
             return self.proj(images_NCHW).flatten(2).transpose(1, 2)
-        # oneDNN's 16-bit convolution of few channels with such a stride is wrong on AMX (benchmarks/NOTES).
+        # oneDNN's 16-bit convolution of few channels at such a stride is wrong on AMX (benchmarks/NOTES.md).
         patches_NCRSPP = images_NCHW.unfold(2, PATCH_PX, PATCH_PX).unfold(3, PATCH_PX, PATCH_PX)
         patches_NTK = patches_NCRSPP.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
         return F.linear(patches_NTK, self.proj.weight.flatten(1), self.proj.bias)

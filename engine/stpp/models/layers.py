@@ -34,15 +34,16 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Maps [N, in_channels, H, W] to [N, out_channels, H / stride, W / stride], rounded up."""
+        if not eager_on_cpu(x_NCHW):
+            return super().forward(x_NCHW)
         num_images, _, height, width = x_NCHW.shape
-        rows, columns = -(-height // self.stride[0]), -(-width // self.stride[0])
-        on_cpu = x_NCHW.device.type == "cpu" and not torch.compiler.is_compiling()
+        dilation, stride = self.dilation[0], self.stride[0]
+        rows, columns = -(-height // stride), -(-width // stride)
         small = self.training and num_images * rows * columns <= self.out_channels
         # With a stride, oneDNN's 16-bit convolution to a single column is wrong on AMX (benchmarks/NOTES.md).
-        faulty = on_cpu and self.stride[0] > 1 and columns == 1 and in_half_precision(x_NCHW)
-        if not on_cpu or not (small or faulty):
+        faulty = stride > 1 and columns == 1 and in_half_precision(x_NCHW)
+        if not (small or faulty):
             return super().forward(x_NCHW)
-        dilation, stride = self.dilation[0], self.stride[0]
         padded_NHWI = F.pad(x_NCHW.permute(0, 2, 3, 1), (0, 0, dilation, dilation, dilation, dilation))
         shifts = [(ky * dilation, kx * dilation) for ky in range(3) for kx in range(3)]
         taps = [
@@ -184,7 +185,7 @@ def normalised(norm: nn.Module, x_NCHW: Tensor, activation: nn.Hardtanh | None =
         activation: None: none.
     """
     fused = isinstance(norm, BatchNorm) and norm.fused and norm.training and x_NCHW.dtype != torch.float64
-    if not fused or x_NCHW.device.type != "cpu" or torch.compiler.is_compiling():
+    if not fused or not eager_on_cpu(x_NCHW):
         out_NCHW = norm(x_NCHW)
         return out_NCHW if activation is None else activation(out_NCHW)
     limits = {} if activation is None else {"low": activation.min_val, "high": activation.max_val}
@@ -196,6 +197,11 @@ def normalised(norm: nn.Module, x_NCHW: Tensor, activation: nn.Hardtanh | None =
         norm.running_mean.lerp_(mean_C, share)
         norm.running_var.lerp_(variance_C * (count / (count - 1)), share)  # averages of the unbiased variance
     return out_NCHW
+
+
+def eager_on_cpu(x: Tensor) -> bool:
+    """True on a CPU, except in compilation and export, which have operators of their own."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def in_half_precision(x: Tensor) -> bool:
@@ -229,7 +235,7 @@ def global_average(x_NCHW: Tensor) -> Tensor:
     """Averages over H and W: [N, C, H, W] to [N, C, 1, 1]; unlike adaptive pooling, it exports with any
     size."""
     half = x_NCHW.dtype in (torch.bfloat16, torch.float16)
-    if torch.compiler.is_compiling() or not half or x_NCHW.device.type != "cpu":
+    if not half or not eager_on_cpu(x_NCHW):
         return x_NCHW.mean(dim=(2, 3), keepdim=True)
     # On a CPU, PyTorch's mean of channels_last maps in bfloat16 takes ten times as long as this product. The
     # factor is a power of two, hence exact, and keeps sums in the range of float16.
